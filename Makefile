@@ -1,0 +1,58 @@
+# The whole project from a fresh machine: `make demo` runs the main job, `make test` passes the tests.
+# Every target installs what it needs into $(VENV) first, once.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-gpu lint format types docs docs-serve clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "dynalora needs Python 3.10 or newer; name one with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per extra: a second run installs nothing unless the requirements changed.
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	@touch $@
+
+# Keeps the stamps, which make would otherwise delete as intermediate files.
+.PRECIOUS: $(VENV)/.installed-%
+
+demo: $(VENV)/.installed-demo ## Fine-tune a small language model and report what it learned and forgot
+	$(BIN)/dynalora demo --output runs/demo-$$(date +%Y%m%d-%H%M%S) $(ARGS)
+
+test: $(VENV)/.installed-dev ## Run the tests (without the slow and GPU ones)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.installed-dev ## Run the slow tests, on a real model
+	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+test-gpu: $(VENV)/.installed-dev ## Run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(VENV)/.installed-dev ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev ## Fix style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.installed-dev ## Check types
+	$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.installed-docs ## Show the documentation while writing it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+clean: ## Remove the environment, caches and built files
+	rm -rf $(VENV) site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,44 @@
+"""dynalora: low-rank adapters that decide for themselves.
+
+``import dynalora`` registers its methods with PEFT; everything PEFT does with an adapter then works with them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dynalora import methods as _methods
+from dynalora.adapter.state import StateReport, state_report
+from dynalora.driver import accept_undriven, hooks, param_groups, restart_schedule, trainer
+from dynalora.errors import DynaloraError
+from dynalora.export import export_lora
+from dynalora.forgetting.gates import plot_gates, record_gates
+from dynalora.forgetting.landscape import plot_rank_landscape, rank_landscape
+
+if TYPE_CHECKING:
+    from dynalora.methods.dira import DiraConfig as DiraConfig
+    from dynalora.methods.disel import DiselConfig as DiselConfig
+
+__version__ = "0.1.0"
+
+# Every method's configuration by its own name: DiraConfig, DiselConfig, …
+_configs = {method.config_class.__name__: method.config_class for method in _methods.METHODS.values()}
+globals().update(_configs)
+
+hooks.install()
+trainer.install()
+
+__all__ = [
+    "DynaloraError",
+    "StateReport",
+    "accept_undriven",
+    "export_lora",
+    "param_groups",
+    "plot_gates",
+    "plot_rank_landscape",
+    "rank_landscape",
+    "record_gates",
+    "restart_schedule",
+    "state_report",
+    *_configs,
+]

@@ -1,0 +1,1 @@
+"""The shared form of all methods: layer, PEFT tuner, configuration, kernel, spectra."""

@@ -1,0 +1,217 @@
+"""The settings that all methods share."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
+from safetensors import SafetensorError, safe_open
+
+from dynalora.errors import CheckpointError, ConfigError
+
+
+@dataclass
+class AdapterConfig(PeftConfig):
+    """Settings common to all methods; each method's configuration adds its own.
+
+    Args:
+        r: Rank of the adapter, the largest a matrix can get where a method learns ranks.
+        alpha: Scaling numerator: the update is scaled by ``s = alpha / r`` (``alpha / √r`` with ``use_rslora``). None
+            takes the method's default multiple of ``r``.
+        dropout: Probability of dropping entries of the adapter's input during training, in [0, 1).
+        use_rslora: Scale by ``alpha / √r`` (Kalajdzievski, 2023).
+        target_modules: Names (suffixes) of the linear layers to adapt, a regular expression, or ``"all-linear"``; None
+            takes PEFT's choice for the architecture.
+        exclude_modules: Names, or a regular expression, of modules to leave out.
+        rank_pattern: Ranks that differ from ``r``: module name or regular expression → rank.
+        alpha_pattern: Alphas that differ from ``alpha``, likewise.
+        layers_to_transform: Indices of the transformer blocks to adapt; None adapts all.
+        layers_pattern: Name of the ``nn.ModuleList`` of blocks, needed for uncommon architectures together with
+            ``layers_to_transform``.
+        modules_to_save: Further modules to train in full and save with the adapter (a new classifier head, say).
+        bias: Which base biases to train: ``"none"``, ``"all"``, or ``"<method>_only"``, those of the adapted layers.
+        init_weights: True starts as the base model. False gives the update random non-zero factors, for tests.
+        total_steps: Optimizer steps of the run, for methods with a schedule. Not needed under transformers' Trainer,
+            which tells it; if given, it counts.
+
+    Raises:
+        ConfigError: A value that cannot work; the message names the field, the value and the remedy.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of the adapter."})
+    alpha: float | None = field(
+        default=None,
+        metadata={"help": "Scaling numerator, s = alpha / r; None: the method's default multiple of r."},
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input during training."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r)."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Linear layers to adapt: names, a regular expression or 'all-linear'."},
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "Ranks that differ from r, by module name or regular expression."},
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Alphas that differ, by module name or regular expression."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of blocks to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of blocks."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train in full and save with the adapter."}
+    )
+    bias: str = field(default="none", metadata={"help": "Base biases to train: none, all or <method>_only."})
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "True starts as the base model; False with a random update, for tests."},
+    )
+    total_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps of the run; found by itself under transformers' Trainer."},
+    )
+
+    #: Name of the method, set by each method's configuration.
+    method: ClassVar[str] = ""
+    #: ``alpha`` as a multiple of ``r`` where the user gives none.
+    default_alpha_per_rank: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        if self.method:
+            self.peft_type = PeftType[self.method.upper()]
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        self._require(_is_count(self.r), "r", "a positive integer")
+        if self.alpha is None:
+            self.alpha = self.default_alpha_per_rank * self.r
+        self._require(_is_number(self.alpha) and self.alpha > 0, "alpha", "a positive number, or left out")
+        self._require(_is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        for name in ("rank_pattern", "alpha_pattern"):
+            if getattr(self, name) is None:
+                setattr(self, name, {})
+        for key, rank in self.rank_pattern.items():
+            self._require(_is_count(rank), f"rank_pattern[{key!r}]", "a positive integer", rank)
+        for key, alpha in self.alpha_pattern.items():
+            self._require(
+                _is_number(alpha) and alpha > 0, f"alpha_pattern[{key!r}]", "a positive number", alpha
+            )
+        biases = ("none", "all", f"{self.method}_only")
+        self._require(self.bias in biases, "bias", f"one of {', '.join(map(repr, biases))}")
+        if self.total_steps is not None:
+            self._require(_is_count(self.total_steps), "total_steps", "a positive integer, or left out")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            # "all-linear" included, as in PEFT: a pattern already says which layers it means.
+            raise ConfigError(
+                f"{type(self).__name__}: layers_to_transform cannot be used when target_modules is the "
+                "string "
+                f"{self.target_modules!r}; list the module names, or put the layer numbers into the "
+                "regular expression."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(
+                f"{type(self).__name__}: layers_pattern={self.layers_pattern!r} needs layers_to_transform, "
+                "the indices of the "
+                "blocks to adapt."
+            )
+
+    def _require(self, holds: bool, name: str, expected: str, value: Any = MISSING) -> None:
+        """Raise a `ConfigError` that names field, value and remedy unless ``holds``."""
+        if not holds:
+            found = getattr(self, name) if value is MISSING else value
+            raise ConfigError(f"{type(self).__name__}: {name} must be {expected}, got {found!r}.")
+
+    def scaling(self, rank: int, alpha: float) -> float:
+        """The factor ``s`` in front of an update of the given rank."""
+        return alpha / (rank**0.5 if self.use_rslora else rank)
+
+    @classmethod
+    def own_fields(cls) -> list[str]:
+        """Names of the settings a user may give, PEFT's bookkeeping left out."""
+        bookkeeping = {f.name for f in fields(PeftConfig)}
+        return [f.name for f in fields(cls) if f.name not in bookkeeping]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> AdapterConfig:
+        """Load the configuration of a saved adapter; a local folder is first checked for damage.
+
+        Raises:
+            CheckpointError: The folder's adapter file is truncated, or the adapter was made by another method.
+        """
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        if os.path.isdir(folder):
+            check_adapter_folder(folder, cls.method)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)  # type: ignore[no-any-return]
+
+
+def check_adapter_folder(folder: str, method: str = "") -> None:
+    """Check, without loading any weights, that a folder holds a whole adapter.
+
+    Args:
+        folder: Local folder with ``adapter_config.json`` and, unless it is a bare configuration,
+            ``adapter_model.safetensors``.
+        method: Method that is expected to have made it; empty for any.
+
+    Raises:
+        CheckpointError: Unreadable configuration, truncated weights, or another method's adapter.
+    """
+    config_file = os.path.join(folder, CONFIG_NAME)
+    if os.path.isfile(config_file):
+        try:
+            with open(config_file, encoding="utf-8") as file:
+                made_by = str(json.load(file).get("peft_type", ""))
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{config_file} is not readable as JSON ({error}); restore it from another copy of the "
+                "adapter."
+            ) from None
+        if method and made_by.upper() != method.upper():
+            raise CheckpointError(
+                f"the adapter in {folder} was made by {made_by or 'an unknown method'}, not by "
+                f"{method.upper()}; load it with "
+                "peft.PeftModel.from_pretrained, which picks the right method."
+            )
+    weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    if not os.path.isfile(weights):
+        return
+    try:
+        with safe_open(weights, framework="pt") as file:
+            names = list(file.keys())
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{weights} ({os.path.getsize(weights)} bytes) is truncated or damaged ({error}); save the "
+            "adapter again, or copy "
+            "the file again from where it came."
+        ) from None
+    if method and names and not any(f".{method.lower()}_" in name for name in names):
+        raise CheckpointError(
+            f"{weights} holds no weights of {method.upper()} (the first is {names[0]!r}), although its "
+            "configuration says so; "
+            "the two files belong to different adapters."
+        )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and value == value
+        and abs(value) != float("inf")
+    )

@@ -1,0 +1,327 @@
+"""The shared form: y = W0·x + s · up(d ⊙ down(x)).
+
+    x (…, in) ──┬── W0 ─────────────────────────────┐
+                └── [down; …] ── h (…, r) ── ⊙ d ── up ── · s ── + ── y (…, out)
+
+A method subclasses :class:`AdapterLayer` and says what the diagonal ``d`` is, which further parameters there are and
+how they start. Forward, merge, export and spectra are written once, here and over these factors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from dynalora.adapter.config import AdapterConfig
+from dynalora.adapter.kernel import add_low_rank, may_overwrite
+from dynalora.driver import Driver, invalidate, track
+from dynalora.errors import UnsupportedError
+
+_order = itertools.count()
+
+
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """A linear layer with adapters of one method.
+
+    Parameters live in one ``nn.ParameterDict`` per role, named by method and role (``dira_down``) and keyed by
+    adapter, so that a checkpoint key names its owner.
+
+    Attributes:
+        base_layer: The adapted layer, left as it is.
+        in_features, out_features: Its sizes.
+        scaling: The factor ``s`` by adapter.
+        drivers: The driver by adapter; one object per adapter, shared by its layers.
+    """
+
+    #: The method's name, first part of all parameter names. Set by each method's layer.
+    method_name: ClassVar[str]
+    #: Roles of the parameters, the first two being the factors.
+    roles: ClassVar[tuple[str, ...]] = ("down", "up")
+    #: Whether the diagonal depends on the input, so that there is no fixed ΔW.
+    input_dependent: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "method_name" in cls.__dict__ or "roles" in cls.__dict__:
+            cls.adapter_layer_names = tuple(f"{cls.method_name}_{role}" for role in cls.roles)
+            cls.other_param_names = ("scaling", "drivers", "adapter_dropout", f"{cls.method_name}_progress")
+
+    def __init__(self, base_layer: nn.Module, quantization: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        setattr(self, f"{self.method_name}_progress", BufferDict(persistent=True))
+        self.scaling: dict[str, float] = {}
+        self.drivers: dict[str, Driver] = {}
+        self.adapter_dropout: dict[str, float] = {}
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+        base = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(base, **(quantization or {}))
+        self.in_features, self.out_features = cast("tuple[int, int]", _get_in_out_features(base))
+        self.order = next(_order)
+        track(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        track(self)  # a copy is as much to be driven as the original
+
+    @staticmethod
+    def supports(base_layer: nn.Module) -> bool:
+        """Whether a module is a linear layer that can be adapted: linear, GPT-2's ``Conv1D``, or "
+        "quantised.
+        """
+        if isinstance(base_layer, NonDynamicallyQuantizableLinear):
+            return False  # nn.MultiheadAttention reads its weight and never calls it
+        if isinstance(base_layer, (nn.Linear, Conv1D)):
+            return True
+        try:
+            backend = resolve_quantization_backend(base_layer)
+        except ValueError:  # torchao's weights sit in plain nn.Linear layers, handled above
+            return True
+        return backend is not None and backend.layer_type == "linear"
+
+    # Parameters ------------------------------------------------------------------------------------------------
+
+    def parameter(self, role: str, adapter: str) -> nn.Parameter:
+        """The parameter of a role (``"down"``, ``"up"``, …) of an adapter."""
+        return cast(nn.Parameter, getattr(self, f"{self.method_name}_{role}")[adapter])
+
+    def has_parameter(self, role: str, adapter: str) -> bool:
+        """Whether an adapter has a parameter of this role."""
+        return adapter in getattr(self, f"{self.method_name}_{role}")
+
+    def adapter_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
+        """All parameters of an adapter by role; empty if it does not adapt this layer."""
+        found = {}
+        for role in self.roles:
+            container = getattr(self, f"{self.method_name}_{role}")
+            if adapter in container:
+                found[role] = container[adapter]
+        return found
+
+    def progress(self, adapter: str) -> torch.Tensor | None:
+        """The adapter's saved clock, int64 ``[step, total_steps]``, if this layer carries it."""
+        clocks = self._clocks()
+        return cast(torch.Tensor, clocks[adapter]) if adapter in clocks else None
+
+    def carry_progress(self, adapter: str) -> None:
+        """Let this layer carry the adapter's clock."""
+        self._clocks()[adapter] = torch.zeros(2, dtype=torch.int64)
+
+    def _clocks(self) -> BufferDict:
+        return cast(BufferDict, getattr(self, f"{self.method_name}_progress"))
+
+    def has_adapter(self, adapter: str) -> bool:
+        """Whether the adapter adapts this layer."""
+        return adapter in self.scaling
+
+    def rank(self, adapter: str) -> int:
+        """Rank of an adapter in this layer."""
+        return self.parameter("up", adapter).shape[1]
+
+    def update_layer(
+        self, adapter: str, config: AdapterConfig, r: int, alpha: float, driver: Driver, inference_mode: bool
+    ) -> None:
+        """Add an adapter to this layer.
+
+        Args:
+            adapter: Its name.
+            config: Its configuration.
+            r: Its rank in this layer.
+            alpha: Its alpha in this layer.
+            driver: Its driver.
+            inference_mode: True makes it without gradients.
+        """
+        for role, tensor in self.start(config, r).items():
+            getattr(self, f"{self.method_name}_{role}")[adapter] = nn.Parameter(tensor)
+        self.scaling[adapter] = config.scaling(r, alpha)
+        self.adapter_dropout[adapter] = config.dropout
+        self.drivers[adapter] = driver
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        invalidate()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter from this layer."""
+        super().delete_adapter(adapter_name)
+        invalidate()
+
+    # What a method says ----------------------------------------------------------------------------------------
+
+    def start(self, config: Any, r: int) -> dict[str, torch.Tensor]:
+        """Parameters of a new adapter by role: LoRA's start, ``down`` Kaiming-uniform(√5) and ``up`` zero."""
+        down = kaiming(r, self.in_features)
+        up = torch.zeros(self.out_features, r)
+        if not config.init_weights:
+            up = kaiming(self.out_features, r)
+        return {"down": down, "up": up}
+
+    def projections(self, adapter: str) -> Sequence[torch.Tensor]:
+        """Matrices (·, in) that meet the input: ``down`` first, then what the diagonal needs. One GEMM "
+        "does all.
+        """
+        return (self.parameter("down", adapter),)
+
+    def diagonal(self, adapter: str, projected: torch.Tensor | None) -> torch.Tensor | None:
+        """The diagonal ``d``.
+
+        Args:
+            adapter: The adapter.
+            projected: Input times all projections but the first, (…, ·); None when asked for a static diagonal.
+
+        Returns:
+            (…, r), or (r) if static, or None for all ones.
+        """
+        return None
+
+    # The shared form -------------------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``W0·x + s·up(d ⊙ down(x))`` for every active adapter; x (…, in) → (…, out)."""
+        if self._disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return cast(torch.Tensor, self.base_layer(x, *args, **kwargs))
+        result: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        if self.merged_adapters:
+            return result
+        in_place = may_overwrite(self.base_layer)
+        for adapter in self.active_adapters:
+            if adapter not in self.scaling:
+                continue
+            m = self.narrow(x, adapter)
+            result = add_low_rank(result, m, self.parameter("up", adapter), self.scaling[adapter], in_place)
+            if self.training and not torch.compiler.is_compiling():
+                driver = self.drivers[adapter]
+                if driver.watching and self.progress(adapter) is not None:
+                    driver.watch(self, result)
+        return result
+
+    def narrow(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
+        """The narrow activations ``d ⊙ down(x)``: x (…, in) → (…, r), in the adapter's dtype."""
+        projections = self.projections(adapter)
+        stacked = projections[0] if len(projections) == 1 else torch.cat(tuple(projections))
+        if not torch.is_autocast_enabled(x.device.type):
+            x = self._cast_input_dtype(x, stacked.dtype)
+        if self.training and self.adapter_dropout[adapter]:
+            x = nn.functional.dropout(x, self.adapter_dropout[adapter])
+        z = nn.functional.linear(x, stacked)
+        if len(projections) == 1:
+            d = self.diagonal(adapter, None)
+            return z if d is None else z * d
+        r = projections[0].shape[0]
+        d = self.diagonal(adapter, z[..., r:])
+        return z[..., :r] if d is None else z[..., :r] * d
+
+    def static_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factors of the update, ``ΔW = up @ down`` without ``s``: (out, k) and (k, in), in the adapter's dtype.
+
+        Raises:
+            UnsupportedError: The update depends on the input, so there is no ΔW.
+        """
+        if self.input_dependent:
+            raise UnsupportedError(
+                f"{self.method_name.upper()}'s update depends on the input (its gates are computed for "
+                "every token), so there is "
+                "no fixed ΔW to merge or export; keep the adapter attached."
+            )
+        up, down = self.parameter("up", adapter), self.projections(adapter)[0]
+        d = self.diagonal(adapter, None)
+        return (up if d is None else up * d), down
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """The update ``s·ΔW``, (out, in) whatever the base layer's layout, float32 or the adapter's wider dtype.
+
+        Raises:
+            UnsupportedError: The update depends on the input.
+        """
+        up, down = self.static_factors(adapter)
+        dtype = torch.promote_types(up.dtype, torch.float32)
+        return self.scaling[adapter] * (up.to(dtype) @ down.to(dtype))
+
+    # Merging ---------------------------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add updates into the base weight.
+
+        Args:
+            safe_merge: Check the merged weight for NaN before it is put in place.
+            adapter_names: Adapters to merge; None merges the active ones.
+
+        Raises:
+            UnsupportedError: The update depends on the input, or the base layer's quantisation cannot be merged into.
+            ValueError: ``safe_merge`` found NaN.
+        """
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if not self.has_adapter(adapter):
+                continue
+            self._add_to_base(adapter, 1.0, safe_merge)
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Take merged updates out of the base weight again, within rounding."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            adapter = self.merged_adapters.pop()
+            if self.has_adapter(adapter):
+                self._add_to_base(adapter, -1.0, False)
+
+    @torch.no_grad()
+    def _add_to_base(self, adapter: str, sign: float, check: bool) -> None:
+        delta = self.get_delta_weight(adapter)
+        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
+            raise UnsupportedError(
+                f"cannot merge into a {self.quantization_backend.backend_name} layer, which cannot be "
+                "quantised again; keep the "
+                "adapter attached, or load the base model without quantisation to merge."
+            )
+        weight = self.get_base_weight()
+        if isinstance(self.get_base_layer(), Conv1D):
+            delta = delta.t()
+        if check or self.quantization_backend is not None:
+            merged = (weight.to(delta.dtype) + sign * delta.to(weight.device)).to(weight.dtype)
+            if check and not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken"
+                )
+            self.set_base_weight(merged)
+        else:
+            weight.copy_(weight.to(delta.dtype) + sign * delta.to(weight.device))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT may convert the update to a LoRA."""
+        return not self.input_dependent
+
+    def extra_repr(self) -> str:
+        """Method, ranks and quantisation, for ``print(model)``."""
+        ranks = ", ".join(f"{name}: {self.rank(name)}" for name in self.scaling)
+        quantised = (
+            f", quantization_backend={self.quantization_backend.backend_name!r}"
+            if self.quantization_backend
+            else ""
+        )
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"method={self.method_name}, {sizes}, r={{{ranks}}}{quantised}"
+
+
+def kaiming(rows: int, columns: int) -> torch.Tensor:
+    """A matrix drawn as ``nn.Linear`` draws its weight: Kaiming-uniform with a = √5."""
+    matrix = torch.empty(rows, columns)
+    nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+    return matrix

@@ -1,0 +1,82 @@
+"""`dynalora bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dynalora.cli.shared import ConfigOption, after_imports, console, settings
+
+
+def bench(
+    config: ConfigOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Hub id or folder; smollm2: the demo's model. \\[smollm2]"),
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="With commas; ratios are to lora. \\[lora,dira,disel]")
+    ] = None,
+    dtypes: Annotated[
+        str | None, typer.Option("--dtypes", help="Of the base weights, with commas. \\[float32,bfloat16]")
+    ] = None,
+    r: Annotated[int | None, typer.Option("--rank", "-r", help="Same for all. \\[16]")] = None,
+    target_modules: Annotated[
+        str | None, typer.Option("--target-modules", "-t", help="Same for all. \\[all-linear]")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-b", help="Sequences per step. \\[4]")
+    ] = None,
+    length: Annotated[int | None, typer.Option("--length", "-l", help="Tokens per sequence. \\[128]")] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", help="Measured steps per method. \\[20]")] = None,
+    warmup: Annotated[int | None, typer.Option("--warmup", help="Steps before measuring. \\[3]")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the random tokens. \\[0]")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads. \\[torch's choice]")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or auto. \\[auto]")] = None,
+    control: Annotated[
+        bool | None, typer.Option("--control", help="Measure lora twice: the ratio of the two is the noise.")
+    ] = None,
+    memory: Annotated[
+        bool | None, typer.Option("--memory/--no-memory", help="Measure memory too. \\[yes]")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE.json", help="Also write everything measured to a file."),
+    ] = None,
+) -> None:
+    """Time training steps of the methods against PEFT's LoRA, in turns in one process.
+
+    Forward, backward and optimizer (with the driver) apart; medians, ratios within a round, and peak memory.
+
+    [bold]Examples[/bold]
+
+    [cyan]dynalora bench[/cyan]
+
+    [cyan]dynalora bench -m ./model --methods lora,disel --dtypes bfloat16 -b 8 -l 512 --json bench.json[/cyan]
+    """
+    flags = dict(locals())
+    for name in ("config", "output"):
+        flags.pop(name)
+    for name in ("methods", "dtypes"):
+        if flags[name] is not None:
+            flags[name] = [item.strip() for item in flags[name].split(",") if item.strip()]
+    from dynalora.errors import ConfigError
+    from dynalora.experiments import bench as benchmark
+    from dynalora.experiments.report import rich_table
+    from dynalora.experiments.run_folder import write_atomic
+    from dynalora.progress import rich_progress
+
+    after_imports()
+    spec = settings(benchmark.BenchSpec, config, flags)
+    if output is not None and output.is_dir():
+        raise ConfigError(f"'{output}' is a folder; give --json the name of a file.")
+    screen = console()
+    with rich_progress(screen) as progress:
+        results = benchmark.bench(spec, progress=progress)
+    for table in benchmark.tables(spec, results):
+        screen.print(rich_table(table))
+    if output is not None:
+        write_atomic(output, benchmark.as_json(spec, results))
+        screen.print(f"Written: {output}", highlight=False, markup=False)

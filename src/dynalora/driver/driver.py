@@ -1,0 +1,356 @@
+"""One driver per adapter of a model: its clock, its view of the optimizer step, its complaints.
+
+A driver is the Python-side companion of the dynamic state that is saved with the adapter. It holds no reference to
+the model or its layers (they hold it), so deleting a model frees it at once, and copying a model copies its drivers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from dynalora.errors import ScheduleError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+class DrivenLayer(Protocol):
+    """What the driver needs of an adapted layer."""
+
+    drivers: dict[str, Driver]
+
+    def adapter_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
+        """Trainable tensors of one adapter in this layer, by their role (``"down"``, ``"up"``, …)."""
+
+    def progress(self, adapter: str) -> torch.Tensor | None:
+        """Saved clock, int64 ``[step, total_steps]``, on the one layer of the adapter that carries it."""
+
+
+@dataclass
+class OptimizerOverride:
+    """How the optimizer treats a kind of parameter differently from the user's settings."""
+
+    lr_multiplier: float = 1.0
+    weight_decay: float | None = None
+
+
+@dataclass
+class Moment:
+    """What a method sees when it acts around an optimizer step.
+
+    Attributes:
+        layers: The adapted layers, in model order, that the stepping optimizer owns.
+        adapter: Name of the adapter.
+        config: Its configuration.
+        step: Optimizer steps done before this one (0 at the first).
+        total_steps: Optimizer steps of the run, None when unknown.
+        grad_scale: Factor that the gradients still carry (1 unless a fused optimizer unscales inside its kernel);
+            whatever is added to a gradient must carry it too.
+        awaiting: Ids of the parameters that are about to step and whose gradients nothing was added to yet; None
+            means all.
+        shared: Lives for one training step, for what must be computed from the weights as they were at its start
+            although several optimizers step one after the other.
+    """
+
+    layers: Sequence[Any]
+    adapter: str
+    config: Any
+    step: int
+    total_steps: int | None
+    grad_scale: torch.Tensor | float = 1.0
+    awaiting: frozenset[int] | None = None
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+    def awaits(self, parameter: torch.Tensor) -> bool:
+        """Whether a parameter's gradient is to be added to now."""
+        return parameter.requires_grad and (self.awaiting is None or id(parameter) in self.awaiting)
+
+
+class DrivenMethod(Protocol):
+    """What a method may do around optimizer steps. See :class:`dynalora.adapter.method.Method`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def needs_total_steps(self, config: Any) -> bool: ...
+
+    def needs_driving(self, config: Any) -> bool: ...
+
+    def optimizer_overrides(self, config: Any) -> dict[str, OptimizerOverride]: ...
+
+    def before_step(self, moment: Moment) -> None: ...
+
+    def after_step(self, moment: Moment) -> None: ...
+
+    def metrics(self, moment: Moment) -> dict[str, float]: ...
+
+
+@dataclass(eq=False)
+class Driver:
+    """Drives one adapter of one model.
+
+    Attributes:
+        method: The method, stateless.
+        config: The adapter's configuration; ``config.total_steps``, where given, is what counts.
+        adapter: The adapter's name.
+        optimizer_steps: Calls of ``optimizer.step()`` seen in this process, skipped ones included.
+    """
+
+    method: DrivenMethod
+    config: PeftConfig
+    adapter: str
+    optimizer_steps: int = 0
+    accepted_undriven: bool = False
+    _step: int = 0
+    _total_steps: int = 0
+    _gradients_seen: bool = False
+    _baseline: tuple[float, float] | None = None
+    _told: set[str] = field(default_factory=set)
+    # One training step may be made by several optimizers, each with a part of the adapter, or by one around another:
+    # which ones have acted in it, on which parameters, and what they share.
+    _acted: set[int] = field(default_factory=set)
+    _done: set[int] = field(default_factory=set)
+    _shared: dict[Any, Any] = field(default_factory=dict)
+    # Identity and version of the saved clock as this object last saw it, to notice a loaded checkpoint without
+    # reading the tensor (which would stall an accelerator at every step).
+    _seen: tuple[int, int] | None = None
+
+    # The clock -------------------------------------------------------------------------------------------------
+
+    def read(self, layer: DrivenLayer) -> None:
+        """Take the clock over from the layer that carries it, if it was changed from outside (loading)."""
+        saved = layer.progress(self.adapter)
+        if saved is None or saved.is_meta or (id(saved), saved._version) == self._seen:
+            return
+        self._step, self._total_steps = (int(value) for value in saved.tolist())
+        self._seen = (id(saved), saved._version)
+
+    def write(self, layer: DrivenLayer) -> None:
+        """Store the clock in the layer that carries it."""
+        saved = layer.progress(self.adapter)
+        if saved is None:
+            return
+        with torch.no_grad():
+            saved.copy_(torch.tensor([self._step, self._total_steps]))
+        self._seen = (id(saved), saved._version)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done in this run (skipped ones do not count)."""
+        return self._step
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the run: the configuration's, else the trainer's, else None."""
+        return getattr(self.config, "total_steps", None) or self._total_steps or None
+
+    def begin_run(self, lead: DrivenLayer, total_steps: int | None, fresh: bool) -> None:
+        """Start or continue a run.
+
+        Args:
+            lead: The layer that carries the clock.
+            total_steps: Length of the run, None when unknown.
+            fresh: True starts the schedule anew; False continues at the step that was loaded.
+        """
+        self.read(lead)
+        given = getattr(self.config, "total_steps", None)
+        if given and total_steps and given != total_steps:
+            warnings.warn(
+                f"{type(self.config).__name__}(total_steps={given}) is used for the schedule, but the "
+                "trainer will make "
+                f"{total_steps} optimizer steps; leave total_steps out to follow the trainer.",
+                stacklevel=2,
+            )
+        if total_steps:
+            self._total_steps = total_steps
+        if fresh:
+            self._step = 0
+            self._told.discard("over")
+        self.write(lead)
+
+    # Around a step ---------------------------------------------------------------------------------------------
+
+    def moment(self, layers: Sequence[Any]) -> Moment:
+        """The current moment for the method's own hooks."""
+        return Moment(layers, self.adapter, self.config, self._step, self.total_steps)
+
+    def enter_step(self, optimizer: int) -> bool:
+        """An optimizer begins its part of a training step.
+
+        Args:
+            optimizer: The optimizer's id.
+
+        Returns:
+            Whether it is the first of this training step: an optimizer that has already acted begins the next one.
+        """
+        if optimizer in self._acted or not self._acted:
+            self._acted = {optimizer}
+            self.forget_step()
+            return True
+        self._acted.add(optimizer)
+        return False
+
+    def forget_step(self) -> None:
+        """Begin the training step over (an optimizer evaluates its closure again)."""
+        self._done.clear()
+        self._shared.clear()
+
+    def act(
+        self, layers: Sequence[Any], owned: Sequence[torch.Tensor], grad_scale: torch.Tensor | float
+    ) -> None:
+        """Let the method add to the gradients of the parameters that an optimizer is about to step.
+
+        Args:
+            layers: The layers they belong to.
+            owned: The parameters.
+            grad_scale: Factor that their gradients still carry.
+        """
+        self.require_schedule()
+        moment = self.moment(layers)
+        moment.grad_scale, moment.shared = grad_scale, self._shared
+        moment.awaiting = frozenset(id(p) for p in owned) - self._done
+        self.method.before_step(moment)
+        self._done |= moment.awaiting
+
+    def require_schedule(self) -> None:
+        """Check, before a step, that the method's schedule can run.
+
+        Raises:
+            ScheduleError: The method needs the number of steps, and nobody said it.
+        """
+        if not self.method.needs_total_steps(self.config):
+            return
+        kind = type(self.config).__name__
+        if self.total_steps is None:
+            raise ScheduleError(
+                f"{kind} (adapter {self.adapter!r}) has a schedule over the whole run, but the number of "
+                "optimizer steps is "
+                f"unknown: pass {kind}(total_steps=...), or train with transformers' Trainer, which tells it."
+            )
+        if self._step >= self.total_steps and "over" not in self._told:
+            self._told.add("over")
+            warnings.warn(
+                f"the schedule of adapter {self.adapter!r} ended after {self.total_steps} optimizer steps, "
+                "and training goes "
+                "on without its effect; to start it anew call dynalora.restart_schedule(model, "
+                "total_steps=...).",
+                stacklevel=2,
+            )
+
+    def advance(self, lead: DrivenLayer | None) -> None:
+        """Count one optimizer step."""
+        self._step += 1
+        if lead is not None:
+            self.write(lead)
+
+    # Training that nobody drives -------------------------------------------------------------------------------
+
+    def watch(self, layer: DrivenLayer, output: torch.Tensor) -> None:
+        """Notice that gradients flow, until the first driven step (called by the layer that carries the "
+        "clock).
+        """
+        if self._baseline is None:
+            self._baseline = _fingerprint(layer, self.adapter)
+        if output.requires_grad:
+            output.register_hook(self._saw_gradient)
+
+    @property
+    def watching(self) -> bool:
+        """Whether training without the driver is still to be ruled out."""
+        return not self.optimizer_steps and not self._gradients_seen
+
+    def _saw_gradient(self, gradient: torch.Tensor) -> None:
+        self._gradients_seen = True
+
+    def check_driven(self, lead: DrivenLayer, when: str) -> None:
+        """Speak up if the adapter was trained past the driver.
+
+        Args:
+            lead: The layer that carries the clock.
+            when: What the user is doing, for the message.
+
+        Raises:
+            ScheduleError: Gradients flowed and the weights moved, but no optimizer that torch's step hooks can see
+                stepped this adapter, although the method acts around optimizer steps.
+        """
+        if self.optimizer_steps or self.accepted_undriven or not self._gradients_seen:
+            return
+        if not self.method.needs_driving(self.config) or _fingerprint(lead, self.adapter) == self._baseline:
+            return
+        raise ScheduleError(
+            f"{when}: adapter {self.adapter!r} was trained, but no torch.optim.Optimizer that owns its "
+            "parameters made a "
+            f"step, so what {self.method.name} does around optimizer steps never happened and the result "
+            "is a plain "
+            "low-rank adapter; step the adapter's own parameters with a torch optimizer, or keep the "
+            "result as it is by "
+            "calling dynalora.accept_undriven(model) first."
+        )
+
+
+def _fingerprint(layer: DrivenLayer, adapter: str) -> tuple[float, float] | None:
+    up = layer.adapter_parameters(adapter).get("up")
+    if up is None or up.is_meta:
+        return None
+    values = up.detach().double()
+    return float(values.sum()), float(values.square().sum())
+
+
+def drivers_of(model: nn.Module) -> Iterator[tuple[Driver, list[Any]]]:
+    """Every driver of a model with its layers, in model order; the first layer carries the clock.
+
+    Args:
+        model: A model with adapters, wrapped by PEFT or not.
+    """
+    found: dict[int, tuple[Driver, list[Any]]] = {}
+    for module in model.modules():
+        for driver in (
+            getattr(module, "drivers", {}).values() if hasattr(module, "adapter_parameters") else ()
+        ):
+            found.setdefault(id(driver), (driver, []))[1].append(module)
+    for driver, layers in found.values():
+        layers.sort(key=lambda layer: layer.progress(driver.adapter) is None)
+        driver.read(layers[0])
+        yield driver, layers
+
+
+def restart_schedule(model: nn.Module, total_steps: int | None = None) -> None:
+    """Start the schedules of a model's adapters anew, for a further run of a bare training loop.
+
+    transformers' Trainer does this by itself.
+
+    Args:
+        model: A model with adapters.
+        total_steps: Optimizer steps of the coming run; None keeps the last known number. A ``total_steps`` in the
+            adapter's configuration is replaced by it.
+    """
+    for driver, layers in drivers_of(model):
+        if total_steps and getattr(driver.config, "total_steps", None):
+            driver.config.total_steps = total_steps  # type: ignore[attr-defined]
+        driver.begin_run(layers[0], total_steps, fresh=True)
+
+
+def accept_undriven(model: nn.Module) -> None:
+    """Accept adapters that were trained without their method's part, so that they can be saved.
+
+    Args:
+        model: A model with adapters.
+    """
+    for driver, _ in drivers_of(model):
+        driver.accepted_undriven = True
+
+
+def check_driven(model: nn.Module, when: str) -> None:
+    """Check every driver of a model; see :meth:`Driver.check_driven`.
+
+    Raises:
+        ScheduleError: An adapter was trained past its driver.
+    """
+    for driver, layers in drivers_of(model):
+        driver.check_driven(layers[0], when)

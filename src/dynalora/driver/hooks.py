@@ -1,0 +1,347 @@
+"""The optimizer hooks: how adapters notice training steps under any trainer.
+
+torch lets one register hooks that run before and after ``step()`` of *every* optimizer. Two such hooks, registered
+once at import, look up which adapters an optimizer owns and let their methods act:
+
+* before the step: check the schedule, add the regulariser's closed-form gradient, and let parameters with rules of
+  their own (a larger learning rate, no weight decay) step in a group of their own;
+* after the step: put the optimizer's groups back as they were, and count the step unless a gradient scaler skipped it.
+
+Nothing here keeps a model or an optimizer alive.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from dynalora.driver.driver import Driver, OptimizerOverride
+
+# A parameter group with this key already follows the adapter's rules (see `param_groups`), and is left as it is.
+GROUP_MARK = "dynalora"
+
+_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_plans: weakref.WeakKeyDictionary[Optimizer, _Plan] = weakref.WeakKeyDictionary()
+_generation = 0
+
+
+def track(layer: nn.Module) -> None:
+    """Make an adapted layer known to the optimizer hooks (weakly)."""
+    _layers.add(layer)
+    invalidate()
+
+
+def invalidate() -> None:
+    """Look all optimizers up anew at their next step, because layers, adapters or parameters have changed."""
+    global _generation
+    _generation += 1
+
+
+@dataclass(eq=False)
+class _Binding:
+    """The part of one adapter that one optimizer owns."""
+
+    driver: Driver
+    layers: list[weakref.ref[nn.Module]]
+    lead: weakref.ref[nn.Module] | None
+    parameters: list[weakref.ref[torch.Tensor]]
+    first: bool = False  # of the optimizers that share the current training step
+
+    def live_parameters(self) -> list[torch.Tensor]:
+        return [parameter for ref in self.parameters if (parameter := ref()) is not None]
+
+    def live_layers(self) -> list[Any]:
+        return [layer for ref in self.layers if (layer := ref()) is not None]
+
+    def lead_layer(self) -> Any:
+        return self.lead() if self.lead is not None else None
+
+    def has_gradient(self) -> bool:
+        return any(parameter.grad is not None for parameter in self.live_parameters())
+
+
+@dataclass
+class _Plan:
+    """What to do at the steps of one optimizer; remade when its parameters or any adapter changed."""
+
+    stamp: object
+    bindings: list[_Binding]
+    overrides: dict[int, OptimizerOverride]
+    # The user's own groups while ours are in place: the list's content, and the parameters of each group.
+    original: list[tuple[dict[str, Any], list[Any]]] | None = None
+    acting: list[_Binding] = field(default_factory=list)
+
+
+def _stamp(optimizer: Optimizer) -> object:
+    """Changes whenever the optimizer's parameters may have changed; cheap enough for every step."""
+    shape = []
+    for group in optimizer.param_groups:
+        params = group["params"]
+        shape.append((len(params), id(params[0]) if params else 0, id(params[-1]) if params else 0))
+    return _generation, tuple(shape)
+
+
+def _make_plan(optimizer: Optimizer, stamp: object) -> _Plan:
+    owned: dict[int, bool] = {}  # id of parameter -> whether its group is the user's plain one
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            owned[id(parameter)] = GROUP_MARK not in group
+    bindings: dict[int, _Binding] = {}
+    overrides: dict[int, OptimizerOverride] = {}
+    for layer in list(_layers):
+        for adapter, driver in cast(Any, layer).drivers.items():
+            mine = {
+                role: parameter
+                for role, parameter in cast(Any, layer).adapter_parameters(adapter).items()
+                if id(parameter) in owned
+            }
+            if not mine:
+                continue
+            binding = bindings.setdefault(id(driver), _Binding(driver, [], None, []))
+            binding.layers.append(weakref.ref(layer))
+            binding.parameters.extend(weakref.ref(cast(torch.Tensor, p)) for p in mine.values())
+            if cast(Any, layer).progress(adapter) is not None:
+                binding.lead = weakref.ref(layer)
+            for role, override in driver.method.optimizer_overrides(driver.config).items():
+                if role in mine and owned[id(mine[role])]:
+                    overrides[id(mine[role])] = override
+    for binding in bindings.values():
+        # A WeakSet has no order; the layers' own numbering makes results independent of it.
+        binding.layers.sort(key=lambda ref: cast(Any, ref()).order)
+        if binding.lead is None:
+            binding.lead = _find_lead(binding.driver)
+    return _Plan(stamp, list(bindings.values()), overrides)
+
+
+def _find_lead(driver: Driver) -> weakref.ref[nn.Module] | None:
+    """The layer that carries an adapter's clock, when another optimizer owns its parameters."""
+    for layer in list(_layers):
+        if (
+            cast(Any, layer).drivers.get(driver.adapter) is driver
+            and cast(Any, layer).progress(driver.adapter) is not None
+        ):
+            return weakref.ref(layer)
+    return None
+
+
+def _plan_for(optimizer: Optimizer) -> _Plan:
+    plan = _plans.get(optimizer)
+    if plan is not None and plan.original is not None:  # the last step raised between the hooks
+        _restore_groups(optimizer, plan)
+    stamp = _stamp(optimizer)
+    if plan is None or plan.stamp != stamp:
+        if plan is None:
+            _watch_state_dict(optimizer)
+        plan = _make_plan(optimizer, stamp)
+        _plans[optimizer] = plan
+    return plan
+
+
+def _watch_state_dict(optimizer: Optimizer) -> None:
+    def restore(optimizer: Optimizer) -> None:
+        plan = _plans.get(optimizer)
+        if plan is not None and plan.original is not None:
+            _restore_groups(optimizer, plan)
+
+    optimizer.register_state_dict_pre_hook(restore)
+
+
+def _is_nested() -> bool:
+    """Whether the calling hook belongs to a step inside another step of the same optimizer.
+
+    torch wraps the ``step`` of every class, so a subclass that calls ``super().step()`` runs all hooks twice. A
+    counter would be wrong for ever after a step that raised; the stack is always right.
+    """
+    wrapper = sys._getframe(2)
+    frame = wrapper.f_back
+    while frame is not None:
+        if frame.f_code is wrapper.f_code and frame.f_locals.get("self") is wrapper.f_locals.get("self"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not _layers or _is_nested():
+        return None
+    plan = _plan_for(optimizer)
+    if not plan.bindings:
+        return None
+    plan.acting = []
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        _act_before(optimizer, plan)
+        _apply_groups(optimizer, plan)
+        return None
+
+    # The gradients come to be inside the step: act each time the closure has made them.
+    def then_act(*inner: Any, **named: Any) -> Any:
+        loss = closure(*inner, **named)
+        _act_before(optimizer, plan)
+        return loss
+
+    _apply_groups(optimizer, plan)
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": then_act}
+    return (args[0], then_act, *args[2:]), kwargs
+
+
+def _act_before(optimizer: Optimizer, plan: _Plan) -> None:
+    scale = getattr(
+        optimizer, "grad_scale", None
+    )  # set by GradScaler for optimizers that unscale in their kernel
+    again, plan.acting = plan.acting, [binding for binding in plan.bindings if binding.has_gradient()]
+    for binding in plan.acting:
+        driver = binding.driver
+        if binding not in again:
+            binding.first = driver.enter_step(id(optimizer))
+        elif binding.first:
+            driver.forget_step()
+        lead = binding.lead_layer()
+        if lead is not None:
+            driver.read(lead)
+        with torch.no_grad():
+            driver.act(binding.live_layers(), binding.live_parameters(), 1.0 if scale is None else scale)
+
+
+def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    plan = _plans.get(optimizer)
+    if plan is None or not plan.bindings or _is_nested():
+        return
+    if plan.original is not None:
+        _restore_groups(optimizer, plan)
+    acting, plan.acting = plan.acting, []
+    found_inf = getattr(optimizer, "found_inf", None)  # the fused counterpart of a step not taken
+    skipped = found_inf is not None and bool(found_inf.item())
+    for binding in acting:
+        binding.driver.optimizer_steps += 1
+        if skipped or not binding.first:
+            continue
+        with torch.no_grad():
+            binding.driver.method.after_step(binding.driver.moment(binding.live_layers()))
+        binding.driver.advance(binding.lead_layer())
+
+
+# Parameters with rules of their own --------------------------------------------------------------------------------
+#
+# Moving them to groups of their own for good would break learning-rate schedulers made before, and the user's own
+# bookkeeping. So they step in extra groups that exist only during the step, made from the user's group with its
+# current learning rate. Optimizer state is kept by parameter, so it does not notice.
+
+
+def _apply_groups(optimizer: Optimizer, plan: _Plan) -> None:
+    if not plan.overrides:
+        return
+    groups = optimizer.param_groups
+    plan.original = [(group, group["params"]) for group in groups]
+    during: list[dict[str, Any]] = []
+    for group, params in plan.original:
+        apart: dict[tuple[float, float | None], list[Any]] = {}
+        plain = []
+        for parameter in params:
+            override = plan.overrides.get(id(parameter))
+            if override is None:
+                plain.append(parameter)
+            else:
+                apart.setdefault((override.lr_multiplier, override.weight_decay), []).append(parameter)
+        if plain or not apart:
+            group["params"] = plain
+            during.append(group)
+        for (lr_multiplier, weight_decay), special in apart.items():
+            # The mark keeps an optimizer inside this one, stepping the same groups, from doing it again.
+            during.append(
+                _overridden({**group, "params": special, GROUP_MARK: True}, lr_multiplier, weight_decay)
+            )
+    groups[:] = during
+
+
+def _restore_groups(optimizer: Optimizer, plan: _Plan) -> None:
+    assert plan.original is not None
+    for group, params in plan.original:
+        group["params"] = params
+    optimizer.param_groups[:] = [group for group, _ in plan.original]
+    plan.original = None
+
+
+def _overridden(group: dict[str, Any], lr_multiplier: float, weight_decay: float | None) -> dict[str, Any]:
+    # lr is None for optimizers that choose it themselves (Adafactor's relative step): theirs stays.
+    if lr_multiplier != 1.0 and group.get("lr") is not None:
+        group["lr"] = group["lr"] * lr_multiplier
+    if weight_decay is not None and "weight_decay" in group:
+        group["weight_decay"] = weight_decay
+    return group
+
+
+def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Parameter groups for hand-written loops and custom optimizers.
+
+    Training with these groups equals training with ``model.parameters()``, where the same rules are applied during
+    each step; groups make them visible and let a scheduler treat them apart. Biases and other one-dimensional
+    parameters get no weight decay.
+
+    Args:
+        model: A model with adapters.
+        lr: Learning rate of the adapter's factors; parameters with a multiplier (DISeL's gates) get a multiple.
+        weight_decay: Weight decay of the two-dimensional factors.
+
+    Returns:
+        Groups with ``params``, ``lr`` and ``weight_decay``, for any ``torch.optim`` optimizer. Frozen parameters
+        are left out; no group is empty.
+    """
+    rules: dict[int, OptimizerOverride] = {}
+    for module in model.modules():
+        if not hasattr(module, "adapter_parameters"):
+            continue
+        layer = cast(Any, module)
+        for adapter, driver in layer.drivers.items():
+            overrides = driver.method.optimizer_overrides(driver.config)
+            for role, parameter in layer.adapter_parameters(adapter).items():
+                if role in overrides:
+                    rules[id(parameter)] = overrides[role]
+    sorted_out: dict[tuple[float, float], list[torch.Tensor]] = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        rule = rules.get(id(parameter), OptimizerOverride())
+        decay = weight_decay if parameter.ndim > 1 else 0.0
+        if rule.weight_decay is not None:
+            decay = rule.weight_decay
+        sorted_out.setdefault((lr * rule.lr_multiplier, decay), []).append(parameter)
+    return [
+        {"params": params, "lr": rate, "weight_decay": decay, GROUP_MARK: True}
+        for (rate, decay), params in sorted_out.items()
+    ]
+
+
+def tracked_layers() -> Iterable[nn.Module]:
+    """The adapted layers alive in this process (for tests)."""
+    return list(_layers)
+
+
+def install() -> Callable[[], None]:
+    """Register the hooks with torch, once; called at import.
+
+    Returns:
+        A function that takes them out again.
+    """
+    handles = [
+        register_optimizer_step_pre_hook(_before_step),
+        register_optimizer_step_post_hook(_after_step),
+    ]
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove

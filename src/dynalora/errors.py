@@ -1,0 +1,36 @@
+"""The errors dynalora raises on purpose.
+
+Each carries one sentence that names what is wrong, the value that was found and what to do about it. Each also
+derives from the built-in exception that Python users would expect in its place, so that existing ``except
+ValueError`` clauses keep working.
+"""
+
+from __future__ import annotations
+
+
+class DynaloraError(Exception):
+    """Base class of every error that dynalora raises on purpose."""
+
+
+class ConfigError(DynaloraError, ValueError):
+    """A setting has a value that cannot work."""
+
+
+class DataError(DynaloraError, ValueError):
+    """A data set cannot be read, or lacks the fields that training needs."""
+
+
+class RunFolderError(DynaloraError, RuntimeError):
+    """A run folder cannot be used, because it is in use or holds something else."""
+
+
+class CheckpointError(DynaloraError, ValueError):
+    """A saved adapter is damaged, incomplete or was made by another method."""
+
+
+class ScheduleError(DynaloraError, RuntimeError):
+    """A method's schedule cannot run, or should have run and did not."""
+
+
+class UnsupportedError(DynaloraError, TypeError):
+    """The method or layer cannot do what was asked."""

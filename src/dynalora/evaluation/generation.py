@@ -1,0 +1,151 @@
+"""Greedy answers in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dynalora.errors import ConfigError
+from dynalora.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+    """Token ids of a question in the model's chat format, up to where the answer begins.
+
+    Without a chat template the question itself is encoded, with the tokenizer's own special tokens.
+    """
+    if not tokenizer.chat_template:
+        return list(tokenizer(question)["input_ids"])
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    # The template writes the special tokens itself.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def generate(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+    what: str = "Generating answers",
+    progress: Progress = silent,
+) -> list[str]:
+    """The model's most likely continuation of each prompt, token by token.
+
+    Prompts of similar length share a batch, padded on the left, and the longest come first, so that a batch which
+    does not fit into memory fails at once. What is generated depends on the batching only as far as floating-point
+    sums do.
+
+    Args:
+        model: a causal language model, with or without adapter. It is left in the mode (train or eval) it was in.
+        tokenizer: the model's.
+        prompts: questions, put into the chat format with `chat_prompt`, or token ids to be used as they are.
+        max_new_tokens: generation stops here, or at the end-of-turn token.
+        batch_size: prompts per batch.
+        what: description given to `progress`.
+        progress: called with the number of prompts answered.
+
+    Returns:
+        One answer per prompt, in the prompts' order, without special tokens and without surrounding white space.
+
+    Raises:
+        ConfigError: max_new_tokens or batch_size below 1, or an empty prompt.
+    """
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; give 1 or more.")
+    ids = [chat_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    for index, prompt_ids in enumerate(ids):
+        if not prompt_ids:
+            raise ConfigError(f"Prompt {index} is empty; every prompt needs at least one token.")
+    padding = padding_id(model, tokenizer)
+    device = next(model.parameters()).device
+    answers = [""] * len(ids)
+    done = 0
+    progress(what, 0, len(ids))
+    with evaluating(model), torch.inference_mode():
+        for batch in batches_by_length([len(prompt_ids) for prompt_ids in ids], batch_size):
+            tokens, mask = pad_left([ids[index] for index in batch], padding)
+            output = model.generate(  # type: ignore[operator]
+                input_ids=tokens.to(device), attention_mask=mask.to(device), do_sample=False, num_beams=1,
+                max_new_tokens=max_new_tokens, pad_token_id=padding, use_cache=True,
+                eos_token_id=sorted(end_ids(model, tokenizer)) or None,
+                # Sampling settings that a checkpoint ships would only cause warnings here.
+                temperature=None, top_p=None, top_k=None,
+            )  # fmt: skip
+            texts = tokenizer.batch_decode(output[:, tokens.shape[1] :], skip_special_tokens=True)
+            for index, text in zip(batch, texts, strict=True):
+                answers[index] = text.strip()
+            done += len(batch)
+            progress(what, done, len(ids))
+    return answers
+
+
+def end_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end an answer: the tokenizer's end token and those of the model's generation settings."""
+    ends: set[int] = set()
+    for source in (getattr(model, "generation_config", None), tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        ends.update(value if isinstance(value, list) else [] if value is None else [value])
+    return ends
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches of similar length, longest first; equal lengths keep their order."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def pad_left(rows: Sequence[Sequence[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids as one tensor (B, T), padded on the left, with its attention mask (B, T), both int64."""
+    longest = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), longest), padding, dtype=torch.long)
+    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    for index, row in enumerate(rows):
+        tokens[index, longest - len(row) :] = torch.tensor(list(row), dtype=torch.long)
+        mask[index, longest - len(row) :] = 1
+    return tokens, mask
+
+
+def padding_id(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """A token to pad with: the tokenizer's, else the model's, else the end token, else 0 (it gets no attention)."""
+    settings: list[Any] = [
+        tokenizer,
+        getattr(model, "generation_config", None),
+        getattr(model, "config", None),
+    ]
+    for name in ("pad_token_id", "eos_token_id"):
+        for source in settings:
+            value = getattr(source, name, None)
+            if isinstance(value, list):
+                value = value[0] if value else None
+            if value is not None:
+                return int(value)
+    return 0
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in eval mode (no dropout) with its key-value cache on; afterwards every module is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    config = getattr(model, "config", None)
+    cache = getattr(config, "use_cache", None)
+    model.eval()
+    if cache is False:
+        config.use_cache = True  # type: ignore[union-attr]  # trainers turn it off
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        if cache is False:
+            config.use_cache = False  # type: ignore[union-attr]

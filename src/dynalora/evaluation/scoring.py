@@ -1,0 +1,296 @@
+"""Scores with their intervals: accuracy, the loss of the right answers, and comparisons on the same items."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+
+from dynalora.errors import ConfigError, DataError
+from dynalora.evaluation.generation import batches_by_length, evaluating, generate, pad_left, padding_id
+from dynalora.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number with its interval.
+
+    Attributes:
+        value: the estimate.
+        low: lower end.
+        high: upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model achieved on a task's held-out items.
+
+    Attributes:
+        correct: for each item whether the model answers it right.
+        answer_loss: mean negative log-likelihood of the right answers, in nats per token, end-of-turn token included.
+        answer_tokens: number of tokens `answer_loss` is the mean over.
+        samples: what the model says to the first few items, from `generate`.
+    """
+
+    correct: tuple[bool, ...]
+    answer_loss: float
+    answer_tokens: int
+    samples: tuple[str, ...] = ()
+
+    @property
+    def accuracy(self) -> Interval:
+        """Share of right answers with Wilson's 95 % interval."""
+        return wilson(sum(self.correct), len(self.correct))
+
+
+def evaluate(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    samples: int = 8,
+    batch_size: int = 16,
+    name: str = "the model",
+    progress: Progress = silent,
+) -> Score:
+    """Measure a model on questions with one right answer each.
+
+    An item counts as right if greedy decoding gives exactly its answer, from the first token to the end-of-turn token.
+    That is the case precisely if at every position of the right answer, given everything before it, the right token
+    is the most likely one. So accuracy and loss come out of one forward pass, and nothing need be generated but the
+    samples to look at.
+
+    Args:
+        model: a causal language model, with or without adapter.
+        tokenizer: the model's.
+        rows: for each item `input_ids` and `labels`, where labels are −100 on all but the answer's tokens. The ids
+            before the first labelled one are the prompt. The answer's last token is the one that ends the turn.
+        samples: for how many items, from the first on, to generate the answer as text.
+        batch_size: items per batch.
+        name: of the model, for `progress`.
+        progress: called as losses and samples are computed.
+
+    Returns:
+        The score.
+
+    Raises:
+        ConfigError: samples below 0 or batch_size below 1.
+        DataError: no item, or a row without answer tokens or prompt.
+    """
+    if samples < 0:
+        raise ConfigError(f"samples is {samples}; give 0 or more.")
+    prompts = [_prompt(row, index) for index, row in enumerate(rows)]
+    found = answer_loss(model, rows, batch_size=batch_size, what=f"Measuring {name}", progress=progress)
+    shown: list[str] = []
+    if samples:
+        longest = max(len(row["input_ids"]) - len(prompt) for row, prompt in zip(rows, prompts, strict=True))
+        shown = generate(
+            model, tokenizer, prompts[:samples], max_new_tokens=longest, batch_size=batch_size,
+            what=f"Sample answers: {name}", progress=progress,
+        )  # fmt: skip
+    return Score(found.greedy, found.mean, found.tokens, tuple(shown))
+
+
+@dataclass(frozen=True)
+class AnswerLoss:
+    """Negative log-likelihood of the right answers.
+
+    Attributes:
+        sums: one per item, in nats, summed over the answer's tokens.
+        counts: one per item, number of answer tokens.
+        greedy: one per item, whether every answer token is the model's most likely one.
+    """
+
+    sums: tuple[float, ...]
+    counts: tuple[int, ...]
+    greedy: tuple[bool, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Number of answer tokens over all items."""
+        return sum(self.counts)
+
+    @property
+    def mean(self) -> float:
+        """Nats per answer token, every token counting the same."""
+        return math.fsum(self.sums) / self.tokens
+
+
+def answer_loss(
+    model: torch.nn.Module,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int = 16,
+    what: str = "Loss of the answers",
+    progress: Progress = silent,
+) -> AnswerLoss:
+    """Negative log-likelihood of the labelled tokens given everything before them.
+
+    Args:
+        model: a causal language model, with or without adapter. It is left in the mode (train or eval) it was in.
+        rows: `input_ids` and `labels` of each item, labels −100 where a token is not scored.
+        batch_size: items per batch.
+        what: description given to `progress`.
+        progress: called with the number of items done.
+
+    Returns:
+        Sums, counts and greedy agreement per item.
+
+    Raises:
+        ConfigError: batch_size below 1.
+        DataError: no rows, or a row has no labelled token after its first.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; give 1 or more.")
+    if not rows:
+        raise DataError("There are no held-out items to measure on; give at least one.")
+    for index, row in enumerate(rows):
+        if len(row["input_ids"]) != len(row["labels"]):
+            raise DataError(
+                f"Row {index} has {len(row['input_ids'])} ids and {len(row['labels'])} labels; give as many of each."
+            )
+        if all(label == _IGNORED for label in row["labels"][1:]):
+            raise DataError(
+                f"Row {index} has no answer token; a label after the first must differ from −100."
+            )
+    padding = padding_id(model, None)
+    device = next(model.parameters()).device
+    sums, counts, greedy = [0.0] * len(rows), [0] * len(rows), [False] * len(rows)
+    done = 0
+    progress(what, 0, len(rows))
+    with evaluating(model), torch.inference_mode():
+        for batch in batches_by_length([len(row["input_ids"]) for row in rows], batch_size):
+            tokens, mask = pad_left([rows[index]["input_ids"] for index in batch], padding)
+            labels, _ = pad_left([rows[index]["labels"] for index in batch], _IGNORED)
+            # Padded on the left all answers end together, so only the last few positions need logits.
+            first = int((labels[:, 1:] != _IGNORED).any(dim=0).nonzero()[0])
+            wanted = labels[:, first + 1 :].to(device)
+            logits = last_logits(model, tokens.to(device), mask.to(device), wanted.shape[1] + 1)[:, :-1]
+            scored = wanted != _IGNORED
+            # Selected first, so that no float32 copy is made of logits that carry no label.
+            chosen = logits[scored].float()
+            losses = torch.zeros(wanted.shape, device=device)
+            losses[scored] = F.cross_entropy(chosen, wanted[scored], reduction="none")
+            agrees = torch.ones_like(scored)
+            agrees[scored] = chosen.argmax(dim=-1) == wanted[scored]
+            results = zip(
+                batch, losses.sum(1).tolist(), scored.sum(1).tolist(), agrees.all(1).tolist(), strict=True
+            )
+            for index, total, count, agreed in results:
+                sums[index], counts[index], greedy[index] = total, count, agreed
+            done += len(batch)
+            progress(what, done, len(rows))
+    return AnswerLoss(tuple(sums), tuple(counts), tuple(greedy))
+
+
+def last_logits(model: torch.nn.Module, tokens: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:
+    """Logits (B, keep, V) of the last `keep` positions of a left-padded batch (B, T)."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    given: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    accepted = inspect.signature(base.forward).parameters
+    if "position_ids" in accepted:
+        given["position_ids"] = positions
+    if "logits_to_keep" in accepted:
+        given["logits_to_keep"] = keep
+    logits: torch.Tensor = model(**given).logits
+    return logits[:, -keep:]
+
+
+def _prompt(row: Mapping[str, Sequence[int]], index: int) -> list[int]:
+    start = next((place for place, label in enumerate(row["labels"]) if label != _IGNORED), 0)
+    if start == 0:
+        raise DataError(
+            f"Row {index} has no prompt before its answer, or no answer; the first label must be −100."
+        )
+    return list(row["input_ids"][:start])
+
+
+# --- statistics -------------------------------------------------------------------------------------------
+
+
+def wilson(correct: int, total: int, confidence: float = 0.95) -> Interval:
+    """A proportion with Wilson's score interval (E. B. Wilson, JASA 22, 1927), which stays inside [0, 1].
+
+    Args:
+        correct: number of successes.
+        total: number of trials.
+        confidence: coverage, between 0 and 1.
+
+    Raises:
+        ConfigError: total below 1, correct outside 0 … total, or confidence outside (0, 1).
+    """
+    if total < 1 or not 0 <= correct <= total:
+        raise ConfigError(f"{correct} of {total} is no share; give 0 ≤ correct ≤ total and total ≥ 1.")
+    z = _quantile(confidence)
+    share = correct / total
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
+    # The exact ends at 0 and at `total` are 0 and 1; rounding must not put the estimate outside its interval.
+    return Interval(share, 0.0 if correct == 0 else centre - half, 1.0 if correct == total else centre + half)
+
+
+def paired_difference(first: Sequence[bool], second: Sequence[bool], confidence: float = 0.95) -> Interval:
+    """Accuracy of `second` minus accuracy of `first` on the same items, with its interval.
+
+    The interval is the adjusted Wald interval of D. G. Bonett and R. M. Price, J. Educ. Behav. Stat. 37 (2012): one
+    observation is added to each of the two cells in which the models differ, which keeps the coverage near nominal
+    for small samples and extreme proportions. The estimate itself is the plain difference.
+
+    Raises:
+        DataError: no items, or different numbers of them.
+    """
+    gained, lost = _discordant(first, second)
+    total = len(first)
+    plus, minus = (gained + 1) / (total + 2), (lost + 1) / (total + 2)
+    half = _quantile(confidence) * math.sqrt((plus + minus - (plus - minus) ** 2) / (total + 2))
+    return Interval((gained - lost) / total, max(-1.0, plus - minus - half), min(1.0, plus - minus + half))
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """Two-sided p-value of the exact McNemar test: do two models differ in accuracy on the same items?
+
+    The items on which exactly one of them is right are fair coin tosses if they do not (Q. McNemar, Psychometrika 12,
+    1947; the binomial form).
+
+    Raises:
+        DataError: no items, or different numbers of them.
+    """
+    gained, lost = _discordant(first, second)
+    tosses = gained + lost
+    tail = sum(math.comb(tosses, k) for k in range(min(gained, lost) + 1))
+    return float(min(1.0, 2 * tail / 2**tosses))
+
+
+def _discordant(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int]:
+    """How many items only `second` has right, and how many only `first`."""
+    if not first or len(first) != len(second):
+        raise DataError(
+            f"Paired comparison of {len(first)} and {len(second)} items; give both on the same items."
+        )
+    gained = sum(b and not a for a, b in zip(first, second, strict=True))
+    lost = sum(a and not b for a, b in zip(first, second, strict=True))
+    return gained, lost
+
+
+def _quantile(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence is {confidence}; give a number between 0 and 1.")
+    return NormalDist().inv_cdf(0.5 + confidence / 2)

@@ -1,0 +1,790 @@
+"""A user's data set, from wherever it lies to padded batches with the loss on the response tokens only.
+
+Three steps, each usable alone:
+
+1. [`load_conversations`][dynalora.experiments.data.load_conversations] reads a Hub data set, a file or a folder and
+   brings every row to one form, a list of chat messages;
+2. [`split`][dynalora.experiments.data.split] holds a part of it out, with a fixed seed and no row on both sides;
+3. [`tokenize`][dynalora.experiments.data.tokenize] writes each conversation in the model's own chat format and marks
+   which tokens are the response.
+
+Whatever is wrong with the data is found in step 1, before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import logging
+import random
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypedDict
+
+from dynalora.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100
+"""The label of tokens that carry no loss, as torch's cross entropy and transformers have it."""
+
+ROLES = ("system", "user", "assistant", "tool", "developer")
+FILE_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+
+# Used for models that come without a chat template (base models), and saved with the adapter's tokenizer, so that
+# generation later sees the very format of training.
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and bos_token %}{{ bos_token }}{% endif %}"
+    "{{ '### ' + message['role'].capitalize() + ':\\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+)
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+Conversation = list[Message]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which fields of a row hold what. All None: found by their usual names.
+
+    Attributes:
+        prompt: the field with the question or instruction.
+        response: the field with the answer to learn.
+        input: an optional field whose text follows the prompt after an empty line (as in Alpaca's `input`).
+        messages: the field with a chat, a list of `{"role": …, "content": …}`; excludes the other three.
+    """
+
+    prompt: str | None = None
+    response: str | None = None
+    input: str | None = None
+    messages: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.messages and (self.prompt or self.response or self.input):
+            raise DataError(
+                f"Give either a messages field ('{self.messages}') or prompt and response fields, not both."
+            )
+        if bool(self.prompt) != bool(self.response):
+            given, missing = ("prompt", "response") if self.prompt else ("response", "prompt")
+            raise DataError(
+                f"The {given} field is given ('{getattr(self, given)}') but not the {missing} field; name both."
+            )
+        if self.input and not self.prompt:
+            raise DataError(
+                f"The input field ('{self.input}') needs the prompt and response fields; name all three."
+            )
+
+    @property
+    def named(self) -> list[str]:
+        """The field names that a row must have."""
+        return [name for name in (self.messages, self.prompt, self.input, self.response) if name]
+
+
+# In order of preference; a data set that fits several is read as the first.
+USUAL_FIELDS = (
+    Fields(messages="messages"),
+    Fields(messages="conversations"),
+    Fields(prompt="prompt", response="response"),
+    Fields(prompt="prompt", response="completion"),
+    Fields(prompt="instruction", response="output", input="input"),
+    Fields(prompt="instruction", response="output"),
+    Fields(prompt="instruction", response="response", input="input"),
+    Fields(prompt="instruction", response="response", input="context"),
+    Fields(prompt="instruction", response="response"),
+    Fields(prompt="question", response="answer"),
+    Fields(prompt="query", response="response"),
+    Fields(prompt="problem", response="solution"),
+    Fields(prompt="problem", response="answer"),
+    Fields(prompt="input", response="output"),
+)
+
+
+def find_fields(
+    available: Iterable[str], wanted: Fields | None = None, *, source: str = "the data"
+) -> Fields:
+    """The fields to read, checked against those that exist.
+
+    Args:
+        available: the names of the fields that the data has.
+        wanted: the fields the user named; None or empty: the first of
+            [`USUAL_FIELDS`][dynalora.experiments.data.USUAL_FIELDS] that is there.
+        source: how to call the data in an error.
+
+    Raises:
+        DataError: a named field is missing, or none of the usual ones is there; says which fields there are.
+    """
+    has = list(available)
+    listed = ", ".join(f"'{name}'" for name in has) if has else "none"
+    if wanted is not None and wanted.named:
+        missing = [name for name in wanted.named if name not in has]
+        if missing:
+            lacking = " and ".join(f"'{name}'" for name in missing)
+            raise DataError(
+                f"{source} has no field {lacking}; its fields are {listed}. "
+                "Name the right ones with prompt_field and response_field (or messages_field)."
+            )
+        return wanted
+    for usual in USUAL_FIELDS:
+        if all(name in has for name in usual.named):
+            return usual
+    pairs = ", ".join(
+        f"{usual.prompt}/{usual.response}" for usual in USUAL_FIELDS if usual.prompt and not usual.input
+    )
+    raise DataError(
+        f"{source} has no fields that are usual for prompts and responses (messages, {pairs}); its fields are "
+        f"{listed}. Name yours with prompt_field and response_field (or messages_field)."
+    )
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+
+def load_conversations(
+    source: str | Path,
+    *,
+    fields: Fields | None = None,
+    split: str = "train",
+    subset: str | None = None,
+    limit: int | None = None,
+) -> list[Conversation]:
+    """Read a data set and bring every row to one form.
+
+    Args:
+        source: a file (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`; `.gz` may follow), a folder of such files or
+            one written by `Dataset.save_to_disk`, or the id of a data set on the Hugging Face Hub.
+        fields: which fields hold prompt and response, or the messages; None: found by their usual names.
+        split: which split of a Hub data set; in a folder, the files whose name begins with it, or all files
+            if none does. A single file has no splits.
+        subset: which configuration of a Hub data set, for those that have several.
+        limit: keep only the first rows; None: all.
+
+    Returns:
+        One conversation per row, ending with an assistant's message. Rows with an empty response are left out
+        and their number is logged as a warning.
+
+    Raises:
+        DataError: the source does not exist, cannot be read (with the line number), is empty, lacks the fields,
+            or has no row with a response.
+    """
+    rows, name = _rows(source, split, subset)
+    return to_conversations(rows, fields=fields, source=name, limit=limit)
+
+
+def to_conversations(
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    *,
+    fields: Fields | None = None,
+    source: str = "the data",
+    limit: int | None = None,
+) -> list[Conversation]:
+    """Bring rows to conversations.
+
+    Args:
+        rows: pairs of where the row lies (such as `"line 3"`) and the row.
+        fields: as in [`load_conversations`][dynalora.experiments.data.load_conversations].
+        source: how to call the data in errors.
+        limit: keep only the first rows; None: all.
+
+    Raises:
+        DataError: as `load_conversations`.
+    """
+    by_names: dict[tuple[str, ...], Fields] = {}  # rows of JSON lines need not all have the same fields
+    conversations: list[Conversation] = []
+    empty = 0
+    first_empty = ""
+    for where, row in rows:
+        names = tuple(row)
+        if names not in by_names:
+            wanted = fields
+            if by_names and fields is not None and fields.input and fields.input not in row:
+                wanted = replace(fields, input=None)  # an optional input may be absent from single rows
+            by_names[names] = find_fields(names, wanted, source=f"{source}, {where}" if by_names else source)
+        found = by_names[names]
+        conversation = _conversation(row, found, f"{source}, {where}")
+        if conversation is None:
+            empty += 1
+            first_empty = first_empty or where
+            continue
+        conversations.append(conversation)
+        if len(conversations) == limit:
+            break
+    if not by_names:
+        raise DataError(f"{source} is empty; give a data set with at least one row.")
+    if not conversations:
+        raise DataError(f"{source} has no row with a response: all {empty} are empty in '{found.named[-1]}'.")
+    if empty:
+        logger.warning(
+            "%s: %d of %d rows have an empty response and are left out (the first: %s).",
+            source, empty, empty + len(conversations), first_empty,
+        )  # fmt: skip
+    return conversations
+
+
+def _conversation(row: Mapping[str, Any], fields: Fields, where: str) -> Conversation | None:
+    if fields.messages:
+        return _chat(row[fields.messages], fields.messages, where)
+    assert fields.prompt is not None  # Fields guarantees both
+    assert fields.response is not None
+    prompt = _text(row[fields.prompt], fields.prompt, where)
+    response = _text(row[fields.response], fields.response, where)
+    extra = _text(row.get(fields.input), fields.input, where) if fields.input else ""
+    if not response.strip():
+        return None
+    if extra.strip():
+        prompt = f"{prompt}\n\n{extra}"
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (bool, int, float)):
+        return str(value)
+    raise DataError(f"{where}: field '{name}' holds a {_kind(value)}, not text; name a field with text.")
+
+
+# ShareGPT's names beside the usual ones.
+_ROLE_ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+
+
+def _chat(value: Any, name: str, where: str) -> Conversation | None:
+    if isinstance(value, str):
+        try:  # CSV has no lists: a chat in a CSV cell is JSON text
+            value = json.loads(value)
+        except ValueError:
+            raise DataError(f"{where}: field '{name}' holds text, not a list of messages.") from None
+    if not isinstance(value, Sequence) or not all(isinstance(turn, Mapping) for turn in value):
+        raise DataError(f"{where}: field '{name}' holds a {_kind(value)}, not a list of messages.")
+    chat: Conversation = []
+    for number, turn in enumerate(value, start=1):
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if role is None or content is None:
+            has = ", ".join(f"'{key}'" for key in turn) or "none"
+            raise DataError(
+                f"{where}: message {number} in '{name}' needs 'role' and 'content'; its fields are {has}."
+            )
+        role = _ROLE_ALIASES.get(str(role), str(role))
+        if role not in ROLES:
+            raise DataError(
+                f"{where}: message {number} in '{name}' has the role '{role}'; known roles are {', '.join(ROLES)}."
+            )
+        chat.append(
+            {"role": role, "content": _text(content, "content", f"{where}, message {number} in '{name}'")}
+        )
+    # An answer to nothing cannot be learned as a response, and turns after the last answer teach nothing.
+    while chat and chat[0]["role"] == "assistant":
+        chat.pop(0)
+    while chat and (chat[-1]["role"] != "assistant" or not chat[-1]["content"].strip()):
+        chat.pop()
+    return chat or None
+
+
+def _kind(value: Any) -> str:
+    return {dict: "JSON object", list: "list", type(None): "null"}.get(type(value), type(value).__name__)
+
+
+_Rows = Iterator[tuple[str, Mapping[str, Any]]]
+
+
+def _rows(source: str | Path, split: str, subset: str | None) -> tuple[_Rows, str]:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _file_rows(path), f"'{path}'"
+    if path.is_dir():
+        return _folder_rows(path, split), f"'{path}'"
+    if isinstance(source, Path) or _looks_like_a_path(str(source)):
+        raise DataError(
+            f"There is no file or folder '{source}'; give a file, a folder or a data set id of the Hub."
+        )
+    return _hub_rows(str(source), split, subset), f"'{source}'"
+
+
+def _looks_like_a_path(source: str) -> bool:
+    stem = source[:-3] if source.endswith(".gz") else source
+    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None
+    return stem.lower().endswith(FILE_KINDS) or source.startswith((".", "/", "~")) or not is_id
+
+
+def _file_kind(path: Path) -> str:
+    name = path.name.lower()
+    return Path(name[:-3] if name.endswith(".gz") else name).suffix
+
+
+def _file_rows(path: Path) -> _Rows:
+    kind = _file_kind(path)
+    if kind not in FILE_KINDS:
+        raise DataError(
+            f"'{path}' is of no known kind ('{kind}'); known are {', '.join(FILE_KINDS)}, with or without .gz."
+        )
+    if kind == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    try:
+        with _open(path) as file:
+            if kind in (".csv", ".tsv"):
+                yield from _csv_rows(path, file, "\t" if kind == ".tsv" else None)
+            elif kind == ".json":
+                yield from _json_rows(path, file)
+            else:
+                yield from _json_lines(path, file)
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"'{path}' is not a complete gzip file ({error}); fetch it again.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"'{path}' is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from error
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read ({error.strerror or error}).") from error
+
+
+def _open(path: Path) -> IO[str]:
+    # utf-8-sig reads files with and without the byte-order mark that Excel writes.
+    if path.name.lower().endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return open(path, encoding="utf-8-sig", newline="")
+
+
+def _json_lines(path: Path, file: Iterable[str]) -> _Rows:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"'{path}', line {number}: not valid JSON ({error.msg} at column {error.colno}); "
+                "each line must be one JSON object."
+            ) from None
+        if not isinstance(row, dict):
+            raise DataError(
+                f"'{path}', line {number}: holds a {_kind(row)}; each line must be one JSON object with named fields."
+            )
+        yield f"line {number}", row
+
+
+def _json_rows(path: Path, file: IO[str]) -> _Rows:
+    text = file.read()
+    if not text.strip():
+        return
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        # Many files called .json hold JSON lines: told by a first line that is an object of its own.
+        first_line = text.lstrip().split("\n", 1)[0]
+        if first_line.startswith("{") and first_line.rstrip().endswith("}"):
+            yield from _json_lines(path, io.StringIO(text))
+            return
+        raise DataError(f"'{path}', line {error.lineno}: not valid JSON ({error.msg}).") from None
+    if isinstance(content, dict):
+        lists = {name: value for name, value in content.items() if isinstance(value, list)}
+        if len(lists) != 1:
+            if not lists:
+                yield "the only row", content
+                return
+            raise DataError(
+                f"'{path}' holds several lists ({', '.join(lists)}); keep one, or write one JSON object per line."
+            )
+        # A lone chat is a row, not a list of rows.
+        (name, content_list), *_ = lists.items()
+        if name in ("messages", "conversations"):
+            yield "the only row", content
+            return
+        content = content_list
+    if not isinstance(content, list):
+        raise DataError(f"'{path}' holds a {_kind(content)}, not a list of JSON objects.")
+    for number, row in enumerate(content, start=1):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"'{path}', row {number}: holds a {_kind(row)}, not a JSON object with named fields."
+            )
+        yield f"row {number}", row
+
+
+def _csv_rows(path: Path, file: IO[str], delimiter: str | None) -> _Rows:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default, 128 KiB, is less than one long document
+    if delimiter is None:
+        first = file.readline()
+        # Comma is the standard; semicolons are what spreadsheets write in countries with a decimal comma.
+        delimiter = ";" if first.count(";") > first.count(",") else ","
+        lines: Iterable[str] = _chain(first, file)
+    else:
+        lines = file
+    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                header = ", ".join(repr(name) for name in reader.fieldnames or [])
+                raise DataError(
+                    f"'{path}', line {reader.line_num}: more cells than the header has fields ({header}); "
+                    f"quote cells that hold a '{delimiter}'."
+                )
+            yield f"line {reader.line_num}", row
+    except csv.Error as error:
+        raise DataError(f"'{path}', line {reader.line_num}: not valid CSV ({error}).") from None
+
+
+def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
+    if first:
+        yield first
+    yield from rest
+
+
+def _parquet_rows(path: Path) -> _Rows:
+    import datasets
+
+    try:
+        table = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
+    except Exception as error:  # pyarrow's errors share no base class with datasets'
+        raise DataError(f"'{path}' is not a readable Parquet file ({_first_line(error)}).") from error
+    for number, row in enumerate(table, start=1):
+        yield f"row {number}", row
+
+
+def _folder_rows(folder: Path, split: str) -> _Rows:
+    if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
+        import datasets
+
+        try:
+            loaded = datasets.load_from_disk(str(folder))
+        except Exception as error:
+            raise DataError(f"'{folder}' is not a readable saved data set ({_first_line(error)}).") from error
+        if isinstance(loaded, datasets.DatasetDict):
+            if split not in loaded:
+                raise DataError(f"'{folder}' has no split '{split}'; its splits are {', '.join(loaded)}.")
+            loaded = loaded[split]
+        for number, row in enumerate(loaded, start=1):
+            yield f"row {number}", row
+        return
+    files = sorted(entry for entry in folder.iterdir() if entry.is_file() and _file_kind(entry) in FILE_KINDS)
+    if not files:
+        raise DataError(
+            f"The folder '{folder}' holds no data file ({', '.join(FILE_KINDS)}, with or without .gz)."
+        )
+    for file in [entry for entry in files if entry.name.lower().startswith(split.lower())] or files:
+        for where, row in _file_rows(file):
+            yield f"{file.name} {where}", row
+
+
+def _hub_rows(name: str, split: str, subset: str | None) -> _Rows:
+    import datasets
+
+    told = f"'{name}'" + (f" ({subset})" if subset else "")
+    try:
+        loaded = datasets.load_dataset(name, name=subset, split=split)
+    except Exception as error:
+        # datasets raises its own, the hub client's, the network's and pyarrow's errors here; their first line says
+        # what happened and often lists the configurations or splits that exist.
+        raise DataError(
+            f"The data set {told}, split '{split}', cannot be loaded ({_first_line(error)}); "
+            "check its name, or give a file or folder."
+        ) from error
+    for number, row in enumerate(loaded, start=1):
+        yield f"row {number}", row
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0].rstrip(".") if text else type(error).__name__
+
+
+# --- splitting --------------------------------------------------------------------------------------------
+
+
+def split(
+    conversations: Sequence[Conversation], fraction: float, *, seed: int = 42
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Hold a part out for measuring.
+
+    Equal conversations always land on the same side, so nothing that is measured was trained on.
+
+    Args:
+        conversations: all of them.
+        fraction: the part to hold out, 0 (none) up to but without 1; at least one conversation if above 0.
+        seed: fixes the choice.
+
+    Returns:
+        The training part and the held-out part, each in a shuffled order that `seed` fixes.
+
+    Raises:
+        DataError: `fraction` is out of range, or there are too few different conversations to split.
+    """
+    if not 0 <= fraction < 1:
+        raise DataError(f"eval_fraction is {fraction}; give a fraction from 0 up to, but without, 1.")
+    if fraction == 0:
+        return list(conversations), []
+    groups: dict[str, list[Conversation]] = {}
+    for conversation in conversations:
+        groups.setdefault(json.dumps(conversation, sort_keys=True), []).append(conversation)
+    if len(groups) < 2:
+        raise DataError(
+            f"The data has {len(groups)} distinct row, too few to hold a part out; give more rows, or eval_fraction 0."
+        )
+    order = list(groups.values())
+    random.Random(seed).shuffle(order)
+    held = max(1, min(len(order) - 1, round(fraction * len(order))))
+    return [item for group in order[held:] for item in group], [
+        item for group in order[:held] for item in group
+    ]
+
+
+def without_repeats(held_out: Sequence[Conversation], training: Sequence[Conversation]) -> list[Conversation]:
+    """The held-out conversations that do not also occur in training; warns with the number of those that do.
+
+    Raises:
+        DataError: all of them occur in training.
+    """
+    seen = {json.dumps(conversation, sort_keys=True) for conversation in training}
+    kept = [item for item in held_out if json.dumps(item, sort_keys=True) not in seen]
+    if held_out and not kept:
+        raise DataError("Every held-out row is also a training row; give other evaluation data.")
+    if len(kept) < len(held_out):
+        logger.warning("%d held-out rows are also training rows and are left out.", len(held_out) - len(kept))
+    return kept
+
+
+# --- tokens -----------------------------------------------------------------------------------------------
+
+
+class Tokens(TypedDict):
+    """One tokenised conversation: ids and labels, each of length T; a label is `IGNORED` where there is no loss."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass
+class TokenizedSet:
+    """Tokenised conversations, usable as a map-style torch data set.
+
+    Attributes:
+        rows: the tokenised conversations.
+        truncated: how many were cut to the maximum length.
+        dropped: how many had no response token left after the cut, and are not among `rows`.
+    """
+
+    rows: list[Tokens] = field(default_factory=list)
+    truncated: int = 0
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tokens:
+        return self.rows[index]
+
+    @property
+    def response_tokens(self) -> int:
+        """Number of tokens that carry loss."""
+        return sum(label != IGNORED for row in self.rows for label in row["labels"])
+
+
+def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Give a tokenizer without a chat template a plain one, so that base models can be tuned too.
+
+    Returns:
+        True if the tokenizer had none and now has the plain one.
+
+    Raises:
+        DataError: the tokenizer has no end-of-text token, without which a model cannot learn to stop.
+    """
+    if tokenizer.chat_template:
+        return False
+    if not tokenizer.eos_token:
+        raise DataError(
+            "The tokenizer has neither a chat template nor an end-of-text token; set its eos_token."
+        )
+    tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    logger.warning(
+        "The model has no chat template; a plain one is used and saved with the adapter's tokenizer."
+    )
+    return True
+
+
+def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set a padding token where there is none. Padding carries no loss and no attention, so any token will do."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+
+
+def tokenize(
+    conversations: Iterable[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = 512,
+    on_progress: Callable[[int], None] | None = None,
+) -> TokenizedSet:
+    """Write conversations in the model's chat format and mark the response tokens.
+
+    The loss falls on every assistant's turn and its end-of-turn token, and on nothing else. The ids before a
+    response are exactly those the model is given when it generates that response.
+
+    Args:
+        conversations: as [`load_conversations`][dynalora.experiments.data.load_conversations] returns them.
+        tokenizer: with a chat template (see
+            [`ensure_chat_template`][dynalora.experiments.data.ensure_chat_template]).
+        max_length: longest sequence in tokens; longer ones lose their end, with a warning that counts them.
+        on_progress: called with the number of conversations done so far.
+
+    Returns:
+        The tokenised set.
+
+    Raises:
+        DataError: the chat template rejects a conversation, or no response token is left in any of them.
+    """
+    if max_length < 2:
+        raise DataError(f"max_length is {max_length}; give at least 2 tokens.")
+    result = TokenizedSet()
+    done = 0
+    for done, conversation in enumerate(conversations, start=1):
+        tokens = _encode(conversation, tokenizer)
+        if len(tokens["input_ids"]) > max_length:
+            result.truncated += 1
+            tokens = {"input_ids": tokens["input_ids"][:max_length], "labels": tokens["labels"][:max_length]}
+        if all(label == IGNORED for label in tokens["labels"][1:]):
+            result.dropped += 1
+        else:
+            result.rows.append(tokens)
+        if on_progress is not None:
+            on_progress(done)
+    if done and not result.rows:
+        raise DataError(
+            f"No response token is left in any of the {done} conversations at max_length {max_length}; "
+            "raise max_length."
+        )
+    if result.truncated:
+        logger.warning(
+            "%d of %d conversations are longer than max_length %d and lose their end%s.",
+            result.truncated, done, max_length,
+            f"; {result.dropped} of them have no response left and are left out" if result.dropped else "",
+        )  # fmt: skip
+    return result
+
+
+def _encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """Ids and labels of one conversation, cut into what the model is given and what it has to say."""
+    parts = _parts(conversation, tokenizer)
+    whole = "".join(text for text, _ in parts)
+    ids = _ids(tokenizer, whole)
+    labels: list[int] = []
+    upto = ""
+    for text, learned in parts:
+        upto += text
+        head = ids if len(upto) == len(whole) else _ids(tokenizer, upto)
+        if ids[: len(head)] != head or len(head) < len(labels):
+            break  # a token spans the boundary
+        labels += ids[len(labels) : len(head)] if learned else [IGNORED] * (len(head) - len(labels))
+    else:
+        return {"input_ids": ids, "labels": labels}
+    # A token that spans prompt and response never occurs in generation, where the prompt is encoded alone.
+    pieces = [(_ids(tokenizer, text), learned) for text, learned in parts]
+    return {
+        "input_ids": [token for piece, _ in pieces for token in piece],
+        "labels": [token if learned else IGNORED for piece, learned in pieces for token in piece],
+    }
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # The template writes the special tokens itself.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _parts(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """The conversation as text in alternating parts, each with whether the model has to learn it."""
+    whole = _render(tokenizer, conversation, False)
+    parts: list[tuple[str, bool]] = []
+    position = 0
+    for index, message in enumerate(conversation):
+        if message["role"] != "assistant" or not message["content"]:
+            continue
+        before = _render(tokenizer, conversation[:index], True)
+        after = _render(tokenizer, conversation[: index + 1], False)
+        # Templates that rewrite earlier turns (dropping their reasoning, say) break this; see below.
+        if len(before) < position or not whole.startswith(before) or not whole.startswith(after):
+            parts = []
+            break
+        end = _end_of_turn(after, len(before), tokenizer)
+        parts += [(whole[position : len(before)], False), (whole[len(before) : end], True)]
+        position = end
+    if parts:
+        return parts
+    # Then only the last answer is learned, as the model would say it after exactly this prompt.
+    before = _render(tokenizer, conversation[:-1], True)
+    if whole.startswith(before):
+        return [(before, False), (whole[len(before) : _end_of_turn(whole, len(before), tokenizer)], True)]
+    return [(before, False), (conversation[-1]["content"] + (tokenizer.eos_token or ""), True)]
+
+
+def _end_of_turn(text: str, start: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Where the turn that begins at `start` ends: after its end-of-turn token, without the line break behind it."""
+    body = text[start:].rstrip()
+    ends = [token for token in tokenizer.all_special_tokens if token and body.endswith(token)]
+    return start + len(body) if ends else len(text)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, add_generation_prompt: bool
+) -> str:
+    if not conversation:
+        return ""
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": message["role"], "content": message["content"]} for message in conversation],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except Exception as error:  # templates raise jinja2's errors with the template author's words
+        roles = " → ".join(message["role"] for message in conversation)
+        raise DataError(
+            f"The model's chat template rejects a conversation with the roles {roles} ({_first_line(error)})."
+        ) from error
+    return str(text)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads tokenised conversations to the longest of a batch, on the right.
+
+    Args:
+        pad_token_id: what to pad the ids with; it gets no attention and no loss.
+        pad_to_multiple_of: round the padded length up to a multiple of this (8 suits tensor cores).
+
+    Returns (when called with a list of B rows):
+        `input_ids`, `attention_mask` and `labels`, each (B, T), int64.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int = 1
+
+    def __call__(self, rows: Sequence[Tokens]) -> dict[str, torch.Tensor]:
+        import torch
+
+        longest = max(len(row["input_ids"]) for row in rows)
+        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        ids = torch.full((len(rows), length), self.pad_token_id, dtype=torch.long)
+        labels = torch.full((len(rows), length), IGNORED, dtype=torch.long)
+        mask = torch.zeros((len(rows), length), dtype=torch.long)
+        for index, row in enumerate(rows):
+            size = len(row["input_ids"])
+            ids[index, :size] = torch.tensor(row["input_ids"])
+            labels[index, :size] = torch.tensor(row["labels"])
+            mask[index, :size] = 1
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}

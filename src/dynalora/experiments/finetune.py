@@ -1,0 +1,664 @@
+"""Fine-tune a user's own model on the user's own data: the job behind `dynalora finetune`.
+
+Everything that can be wrong with the settings, the data, the run folder or the target modules is found before the
+model's weights are loaded.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+import torch
+import yaml
+from rich.console import Console
+from torch import nn
+
+from dynalora.errors import ConfigError, DynaloraError
+from dynalora.experiments import data, plots
+from dynalora.experiments.data import Fields
+from dynalora.experiments.report import Cell, Figure, Report, Section, Table, rich_table, write_report
+from dynalora.experiments.run_folder import RunFolder
+from dynalora.experiments.settings import coerce, did_you_mean
+from dynalora.experiments.training import (
+    UNTIMED_STEPS,
+    TrainResult,
+    TrainSettings,
+    save_adapter,
+    train_adapter,
+)
+from dynalora.forgetting.gates import plot_gates, record_gates
+from dynalora.forgetting.landscape import rank_landscape
+from dynalora.forgetting.retention import Retention, own_text, retention
+from dynalora.progress import Progress, rich_progress, silent
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "FinetuneSpec",
+    "Prepared",
+    "TrainResult",
+    "TrainSettings",
+    "adapter_config",
+    "check_targets",
+    "decisions",
+    "empty_model",
+    "finetune",
+    "load_model",
+    "load_tokenizer",
+    "local_model_name",
+    "method_names",
+    "prepare",
+    "save_adapter",
+    "summary_table",
+    "train_adapter",
+]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("4bit", "8bit")
+BASELINE = "lora"
+DEMO_ALIAS = "smollm2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSpec(TrainSettings):
+    """Everything `dynalora finetune` can be told.
+
+    Attributes:
+        model: id of a causal language model on the Hugging Face Hub, a folder that holds one, or `smollm2`, the demo's.
+        data: id of a data set on the Hub, a file, or a folder; see
+            [`load_conversations`][dynalora.experiments.data.load_conversations].
+        output: the run folder, new or empty.
+        method: `dira`, `disel`, or `lora` (PEFT's LoRA, to compare with).
+        r: rank of the adapter.
+        alpha: the update is scaled by alpha / r; None: the method's default (twice the rank for `lora`).
+        dropout: on the adapter's input, in [0, 1).
+        target_modules: names of the modules to adapt, as a list or separated by commas; a regular expression; or
+            `all-linear`.
+        method_options: further fields of the method's configuration, by name.
+        split: which split of the data to train on.
+        subset: which configuration of a Hub data set.
+        prompt_field: the field with the prompt; None: found by its usual names, as the next three.
+        response_field: the field with the response.
+        input_field: an optional field whose text follows the prompt.
+        messages_field: the field with chat messages, instead of the three above.
+        limit: use only the first rows.
+        eval_data: held-out data from elsewhere, read like `data`.
+        eval_split: which split of `eval_data` (or of `data`, if `eval_data` is None) to measure on; None: a part of
+            the training data is held out.
+        eval_fraction: the part of `data` to hold out where no other held-out data is named; 0: none.
+        max_length: longest sequence in tokens; longer ones lose their end.
+        dtype: of the base model's weights: `float32`, `bfloat16`, `float16`, or `auto` (bfloat16 on GPUs that have
+            it, else float32). Adapter weights are float32.
+        quantization: `4bit` (NF4) or `8bit` base weights, with bitsandbytes; None: neither.
+        retention: measure what the model forgot, on text that the base model writes itself.
+        trust_remote_code: run code that comes with the model.
+        resume: continue the killed run in `output`.
+    """
+
+    model: str
+    data: str
+    output: str
+    method: str = "disel"
+    r: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    target_modules: list[str] | str = "all-linear"
+    method_options: dict[str, Any] = field(default_factory=dict)
+    split: str = "train"
+    subset: str | None = None
+    prompt_field: str | None = None
+    response_field: str | None = None
+    input_field: str | None = None
+    messages_field: str | None = None
+    limit: int | None = None
+    eval_data: str | None = None
+    eval_split: str | None = None
+    eval_fraction: float = 0.05
+    max_length: int = 512
+    dtype: str = "auto"
+    quantization: str | None = None
+    retention: bool = True
+    trust_remote_code: bool = False
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        self._check()
+        object.__setattr__(self, "target_modules", names_or_pattern(self.target_modules))
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit is {self.limit}; give a whole number of at least 1.")
+        if not 0 <= self.eval_fraction < 1:
+            raise ConfigError(
+                f"eval_fraction is {self.eval_fraction}; give a part from 0 up to, but without, 1."
+            )
+        if self.max_length < 2:
+            raise ConfigError(f"max_length is {self.max_length}; give at least 2 tokens.")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is '{self.dtype}'; choose one of {', '.join(DTYPES)}.")
+        if self.dtype == "float16" and not torch.cuda.is_available():
+            raise ConfigError("dtype is 'float16', which trains on GPUs only; choose bfloat16 or float32.")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise ConfigError(
+                f"quantization is '{self.quantization}'; choose one of {', '.join(QUANTIZATIONS)}."
+            )
+
+    @property
+    def fields(self) -> Fields:
+        """The data's fields that the user named."""
+        return Fields(
+            prompt=self.prompt_field,
+            response=self.response_field,
+            input=self.input_field,
+            messages=self.messages_field,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """What `config.yaml` holds: everything but `resume`, which does not change the result."""
+        everything = asdict(self)
+        own = [name for name in FinetuneSpec.__annotations__ if name != "resume"]
+        # What the run is about comes first; how it is trained follows.
+        return {name: everything.pop(name) for name in own} | {
+            name: value for name, value in everything.items() if name != "resume"
+        }
+
+
+def names_or_pattern(targets: list[str] | str) -> list[str] | str:
+    """Module names written with commas as a list; `all-linear` and regular expressions stay as they are."""
+    if (
+        isinstance(targets, str)
+        and targets != "all-linear"
+        and re.fullmatch(r"[\w.\-]+(\s*,\s*[\w.\-]+)*,?", targets)
+    ):
+        return [name.strip() for name in targets.split(",") if name.strip()]
+    return targets
+
+
+def method_names() -> list[str]:
+    """Methods that can be trained, PEFT's LoRA among them."""
+    from dynalora import methods
+
+    return [*methods.method_names(), BASELINE]
+
+
+def adapter_config(
+    method: str,
+    *,
+    r: int = 16,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: list[str] | str = "all-linear",
+    options: Mapping[str, Any] | None = None,
+) -> PeftConfig:
+    """The configuration of an adapter for a causal language model, by the method's name.
+
+    Args:
+        method: one of [`method_names`][dynalora.experiments.finetune.method_names].
+        r: rank.
+        alpha: the update is scaled by alpha / r; None: the method's default, for `lora` twice the rank.
+        dropout: on the adapter's input.
+        target_modules: names, a regular expression, or `all-linear`.
+        options: further fields of the method's configuration.
+
+    Raises:
+        ConfigError: an unknown method, an unknown option (lists the valid ones), or a value that cannot be.
+    """
+    import peft
+
+    from dynalora import methods
+
+    name = method.lower()
+    if name not in method_names():
+        raise ConfigError(f"Unknown method '{method}'; choose one of {', '.join(method_names())}.")
+    if r < 1:
+        raise ConfigError(f"The rank r is {r}; give a whole number of at least 1.")
+    targets = names_or_pattern(target_modules)
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": r, "target_modules": targets}
+    if name == BASELINE:
+        kind: Any = peft.LoraConfig
+        common |= {"lora_alpha": alpha if alpha is not None else 2 * r, "lora_dropout": dropout}
+        valid = {item.name for item in fields(kind)} - {item.name for item in fields(peft.PeftConfig)}
+    else:
+        kind = methods.config_class(name)
+        common |= {"alpha": alpha, "dropout": dropout}
+        valid = set(kind.own_fields())
+    valid -= set(common)
+    chosen = dict(options or {})
+    for option in chosen:
+        if option in common:
+            raise ConfigError(
+                f"'{option}' is a setting of its own; give it there and not among the method's options."
+            )
+        if option not in valid:
+            raise ConfigError(
+                f"Method '{name}' has no option '{option}'; {did_you_mean(option, sorted(valid))}."
+            )
+    try:
+        made: PeftConfig = kind(**common, **_typed(kind, chosen))
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"The settings of method '{name}' do not fit together: {error}") from error
+    return made
+
+
+def _typed(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers that came as text, as YAML 1.1 has it for `1e-4`, as the numbers the field wants."""
+    try:
+        hints = get_type_hints(kind)
+    except NameError:  # a field annotated with a type that is imported for type checkers only
+        return dict(options)
+
+    def typed(name: str, value: Any) -> Any:
+        try:
+            return coerce(value, hints[name], name) if isinstance(value, str) else value
+        except ConfigError:
+            return value  # the configuration says itself what it wants
+
+    return {name: typed(name, value) for name, value in options.items()}
+
+
+# --- the model, first without and then with its weights ---------------------------------------------------
+
+
+def check_targets(model: nn.Module, config: PeftConfig) -> list[str]:
+    """Names of the modules that an adapter would wrap.
+
+    Args:
+        model: the base model; one on the meta device will do.
+        config: the adapter's configuration.
+
+    Raises:
+        ConfigError: nothing matches, or one of the listed names matches nothing; says which linear modules exist.
+    """
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from transformers.pytorch_utils import Conv1D
+
+    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    targets: Any = getattr(config, "target_modules", None)
+    if targets is None:
+        return linear  # PEFT's own choice for the architecture
+    kinds = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linear)) or "none"
+    exist = f"the model's linear modules are {kinds}"
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        if not linear:
+            raise ConfigError(f"target_modules 'all-linear' matches nothing; {exist}.")
+        return linear
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ConfigError(
+                f"target_modules '{targets}' is not a valid regular expression ({error})."
+            ) from None
+    else:
+        everything = [name for name, _ in model.named_modules()]
+        for target in sorted(targets):
+            if not any(name == target or name.endswith(f".{target}") for name in everything):
+                raise ConfigError(f"target_modules '{target}' matches nothing; {exist}.")
+    matched = [name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)]
+    if not matched:
+        told = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+        raise ConfigError(f"target_modules '{told}' matches nothing; {exist}.")
+    return matched
+
+
+def local_model_name(name: str, *, progress: Progress = silent) -> str:
+    """What `from_pretrained` takes for a model's name: `smollm2` is the demo's model, wherever it is to be had."""
+    if name.lower() != DEMO_ALIAS:
+        return name
+    from dynalora.experiments.models import demo_model
+
+    return demo_model(progress=progress).path
+
+
+def empty_model(name: str, *, trust_remote_code: bool = False) -> nn.Module:
+    """The model on the meta device: all its modules, none of its weights.
+
+    Raises:
+        ConfigError: there is no such model, or it is not a causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"The model '{name}' cannot be used ({_first_line(error)}); "
+            "give the Hub id or the folder of a causal language model."
+        ) from error
+    return model
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a chat template and a padding token.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"The tokenizer of '{name}' cannot be loaded ({_first_line(error)}).") from error
+    data.ensure_chat_template(tokenizer)
+    data.ensure_pad_token(tokenizer)
+    return tokenizer
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """The torch dtype for one of [`DTYPES`][dynalora.experiments.finetune.DTYPES] on this machine."""
+    if name == "auto":
+        return (
+            torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+        )
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def load_model(
+    name: str, *, dtype: str = "auto", quantization: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model with its weights.
+
+    Raises:
+        ConfigError: the weights cannot be loaded, or quantization is asked for without bitsandbytes.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {
+        "dtype": resolve_dtype(dtype),
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,  # nothing is unpickled
+    }
+    if quantization is not None:
+        four = quantization == "4bit"
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=four,
+            load_in_8bit=not four,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=options["dtype"],
+        )
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **options)
+    except ImportError as error:
+        raise ConfigError(
+            f"quantization '{quantization}' needs bitsandbytes: pip install 'dynalora[quant]'."
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"The weights of '{name}' cannot be loaded ({_first_line(error)}).") from error
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip().splitlines()
+    return text[0].rstrip(".") if text else type(error).__name__
+
+
+# --- the whole job ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked job, before any weights are loaded.
+
+    Attributes:
+        spec: what was asked for.
+        model: what to load the model from.
+        config: the adapter's configuration.
+        tokenizer: the model's.
+        training: the training set, tokenised.
+        held_out: the held-out set, tokenised; may be empty.
+        modules: number of modules that get an adapter.
+    """
+
+    spec: FinetuneSpec
+    model: str
+    config: PeftConfig
+    tokenizer: PreTrainedTokenizerBase
+    training: data.TokenizedSet
+    held_out: data.TokenizedSet
+    modules: int
+
+
+def prepare(spec: FinetuneSpec) -> Prepared:
+    """Check everything that can be checked without the model's weights, cheapest first.
+
+    Raises:
+        ConfigError: the method, its options, the model or the target modules.
+        DataError: the data.
+        RunFolderError: the run folder.
+    """
+    config = adapter_config(
+        spec.method,
+        r=spec.r,
+        alpha=spec.alpha,
+        dropout=spec.dropout,
+        target_modules=spec.target_modules,
+        options=spec.method_options,
+    )
+    RunFolder.check(spec.output, spec.settings(), resume=spec.resume)
+    conversations = data.load_conversations(
+        spec.data, fields=spec.fields, split=spec.split, subset=spec.subset, limit=spec.limit
+    )
+    if spec.eval_data is not None or spec.eval_split is not None:
+        elsewhere = data.load_conversations(
+            spec.eval_data or spec.data,
+            fields=spec.fields,
+            split=spec.eval_split or spec.split,
+            subset=spec.subset if spec.eval_data is None else None,
+        )
+        training, held_out = conversations, data.without_repeats(elsewhere, conversations)
+    else:
+        training, held_out = data.split(conversations, spec.eval_fraction, seed=spec.seed)
+    name = local_model_name(spec.model)
+    modules = check_targets(empty_model(name, trust_remote_code=spec.trust_remote_code), config)
+    tokenizer = load_tokenizer(name, trust_remote_code=spec.trust_remote_code)
+    return Prepared(
+        spec=spec,
+        model=name,
+        config=config,
+        tokenizer=tokenizer,
+        training=data.tokenize(training, tokenizer, max_length=spec.max_length),
+        held_out=data.tokenize(held_out, tokenizer, max_length=spec.max_length),
+        modules=len(modules),
+    )
+
+
+def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResult:
+    """Do the whole job: check, load, train, measure, write the run folder.
+
+    Args:
+        spec: what to do.
+        console: where progress and the closing table are shown; None: nowhere.
+
+    Returns:
+        The trained model with its measurements; everything is also in the run folder.
+
+    Raises:
+        DynaloraError: as [`prepare`][dynalora.experiments.finetune.prepare], before any weights are loaded.
+    """
+    from accelerate import PartialState
+
+    main = bool(PartialState().is_main_process)
+    say = console if console is not None and main else None
+    ready = prepare(spec)
+    with RunFolder.create(spec.output, spec.settings(), resume=spec.resume, main_process=main) as run:
+        if say is not None:
+            say.print(
+                f"{len(ready.training):,} training and {len(ready.held_out):,} held-out conversations, "
+                f"{ready.training.response_tokens:,} tokens to learn from. Loading {spec.model} …",
+                highlight=False,
+                markup=False,
+            )
+        model = load_model(
+            ready.model,
+            dtype=spec.dtype,
+            quantization=spec.quantization,
+            trust_remote_code=spec.trust_remote_code,
+        )
+        result = train_adapter(
+            model,
+            ready.tokenizer,
+            ready.config,
+            ready.training,
+            ready.held_out,
+            settings=spec,
+            run=run,
+            label=spec.method.lower(),
+            console=say,
+        )
+        if main:
+            save_adapter(result.model, ready.tokenizer, run)
+            kept = measure_retention(result.model, ready.tokenizer, console=say) if spec.retention else None
+            if kept is not None:
+                run.log({"run": result.label, "step": result.steps, "retention": asdict(kept)})
+            _write_results(spec, ready, result, kept, run, say)
+            run.finish()
+            # The adapter is saved; optimizer states are of no more use and larger than everything else.
+            shutil.rmtree(run.checkpoints, ignore_errors=True)
+    return result
+
+
+def measure_retention(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, *, console: Console | None = None
+) -> Retention:
+    """KL from the base model and loss shift, on text that the base model itself writes."""
+    if console is None:
+        return retention(model, own_text(model, tokenizer))
+    with rich_progress(console) as progress:
+        return retention(model, own_text(model, tokenizer, progress=progress), progress=progress)
+
+
+def decisions(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, held_out: data.TokenizedSet
+) -> tuple[str, bytes, str] | None:
+    """What the adapter decided, as a plot.
+
+    Args:
+        model: the adapted model.
+        tokenizer: for padding.
+        held_out: where gates are recorded, on response tokens only; empty: no gates are.
+
+    Returns:
+        File name, PNG and caption: the gates of a DISeL adapter, the rank landscape of any other; None if there is
+        nothing to see.
+    """
+    collator = data.Collator(tokenizer.pad_token_id or 0)
+    try:
+        if model.active_peft_config.peft_type == "DISEL":
+            if len(held_out) == 0:
+                return None
+            batches = [
+                collator(held_out.rows[start : start + 8]) for start in range(0, min(len(held_out), 128), 8)
+            ]
+            drawn = plot_gates({"held-out responses": record_gates(model, batches)})
+            return (
+                "gates",
+                plots.png(drawn),
+                "How far the gates open on the tokens of held-out responses, by depth.",
+            )
+        rows = rank_landscape(model)
+    except DynaloraError:
+        return None
+    return (
+        "rank_landscape",
+        plots.rank_heatmap(rows),
+        "Singular values above 0.001 of every adapted matrix's update.",
+    )
+
+
+def summary_table(
+    results: Sequence[TrainResult], *, more: Mapping[str, Sequence[Cell]] | None = None
+) -> Table:
+    """Results as one table, a row per run.
+
+    Args:
+        results: the runs.
+        more: further columns, name → one cell per run.
+    """
+    extra = dict(more or {})
+
+    def loss(value: float | None) -> Cell:
+        return None if value is None else f"{value:.4f}"
+
+    rows = [
+        [
+            result.label,
+            loss(result.held_out_before),
+            loss(result.held_out_after),
+            result.trainable_parameters,
+            None if result.step_seconds is None else f"{result.step_seconds:.3f}",
+            *(cells[index] for cells in extra.values()),
+        ]
+        for index, result in enumerate(results)
+    ]
+    columns = ["method", "held-out loss before", "after", "trainable parameters", "step (s)", *extra]
+    note = (
+        "Losses in nats per response token; step: median time of an optimizer step "
+        f"without the first {UNTIMED_STEPS}."
+    )
+    if "KL from base" in extra:
+        note += (
+            " KL(base ‖ tuned), with its standard error, and loss shift in nats per token of text that the base "
+            "model wrote."
+        )
+    return Table(columns, rows, note=note)
+
+
+def _write_results(
+    spec: FinetuneSpec,
+    ready: Prepared,
+    result: TrainResult,
+    kept: Retention | None,
+    run: RunFolder,
+    console: Console | None,
+) -> None:
+    pictures = {"loss": plots.loss_curves({result.label: result.records})}
+    captions = {"loss": "Training loss (thin: each logged step; thick: running mean) and held-out loss."}
+    decided = decisions(result.model, ready.tokenizer, ready.held_out)
+    if decided is not None:
+        name, pictures[name], captions[name] = decided
+    for name, content in pictures.items():
+        run.write(f"plots/{name}.png", content)
+    more: dict[str, list[Cell]] = {}
+    if kept is not None:
+        more = {
+            "KL from base": [f"{kept.kl:.4f} ± {kept.kl_error:.4f}"],
+            "loss shift": [f"{kept.loss_shift:+.4f}"],
+        }
+    table = summary_table([result], more=more)
+    change = ""
+    if result.held_out_before is not None and result.held_out_after is not None:
+        change = f" took the held-out loss from {result.held_out_before:.4f} to {result.held_out_after:.4f}"
+    share = 100 * result.trainable_parameters / result.parameters
+    summary = (
+        f"{result.steps:,} optimizer steps{change or ' were taken'}, training "
+        f"{result.trainable_parameters:,} parameters ({share:.2f} % of the model) in {ready.modules} modules."
+    )
+    counts = Table(
+        ["", "conversations", "tokens to learn from", "truncated", "left out"],
+        [
+            [name, len(part), part.response_tokens, part.truncated, part.dropped]
+            for name, part in (("training", ready.training), ("held out", ready.held_out))
+        ],
+    )
+    sections = [
+        Section("Result", tables=[table]),
+        Section("Data", tables=[counts]),
+        Section("Plots", figures=[Figure(content, captions[name]) for name, content in pictures.items()]),
+        Section("Settings", listing=yaml.safe_dump(spec.settings(), sort_keys=False, allow_unicode=True)),
+    ]
+    title = f"{spec.model} fine-tuned with {spec.method.upper()} on {spec.data}"
+    write_report(Report(title, summary, sections), run.report)
+    if console is not None:
+        console.print(rich_table(table))
+        console.print(f"Adapter: {run.adapter}\nReport:  {run.report}", highlight=False, markup=False)

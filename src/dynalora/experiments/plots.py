@@ -1,0 +1,205 @@
+"""Plots of a run as PNG, in colours that readers with any colour vision can tell apart.
+
+Every function returns the PNG's bytes and needs no display: figures are made without pyplot, so nothing global is
+touched and nothing leaks.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito, "Color Universal Design" (2008), ordered so that the first few differ in lightness too.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def figure(width: float = 6.4, height: float = 3.8, *, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """An empty figure with `columns` plots side by side.
+
+    Args:
+        width: in inches, of the whole figure.
+        height: in inches.
+        columns: number of plots.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(made)
+    axes = [made.add_subplot(1, columns, index + 1) for index in range(columns)]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(True, alpha=0.25, linewidth=0.6)
+        axis.set_axisbelow(True)
+    return made, axes
+
+
+def png(made: Figure, *, dpi: int = 144) -> bytes:
+    """A figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    made.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
+    """Training loss (thin, with a running mean) and held-out loss (markers) against the optimizer step.
+
+    Args:
+        runs: name of each run → its metric records, which may hold `step`, `loss` and `held_out_loss` (nats per
+            token).
+
+    Returns:
+        A PNG.
+    """
+    made, (axis,) = figure()
+    for index, (name, records) in enumerate(runs.items()):
+        colour = PALETTE[index % len(PALETTE)]
+        steps, losses = _series(records, "loss")
+        if len(steps):
+            axis.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
+            axis.plot(steps, _running_mean(losses), color=colour, linewidth=1.6, label=f"{name}, training")
+        steps, losses = _series(records, "held_out_loss")
+        if len(steps):
+            marker = MARKERS[index % len(MARKERS)]
+            axis.plot(
+                steps, losses, color=colour, marker=marker, markersize=5, linewidth=1.2, linestyle="--",
+                label=f"{name}, held out",
+            )  # fmt: skip
+    axis.set_xlabel("optimizer step")
+    axis.set_ylabel("loss (nats per token)")
+    axis.set_ylim(bottom=0)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize=8)
+    return png(made)
+
+
+def _series(
+    records: Sequence[Mapping[str, Any]], key: str
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    pairs = [
+        (record["step"], record[key])
+        for record in records
+        if record.get(key) is not None and "step" in record
+    ]
+    return np.array([step for step, _ in pairs], dtype=float), np.array(
+        [value for _, value in pairs], dtype=float
+    )
+
+
+def _running_mean(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Mean over a centred window of about a fifteenth of the run, narrower at both ends."""
+    half = max(1, len(values) // 30)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    low = np.maximum(np.arange(len(values)) - half, 0)
+    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    return np.asarray((sums[high] - sums[low]) / (high - low))
+
+
+def bars(
+    values: Mapping[str, float | tuple[float, float, float]],
+    *,
+    ylabel: str,
+    title: str = "",
+    decimals: int = 3,
+) -> bytes:
+    """One bar per name, with its number above it and, where given, its interval.
+
+    Args:
+        values: name → value, or → (value, low, high).
+        ylabel: what the height means, with its unit.
+        title: heading of the plot.
+        decimals: digits after the point of the printed numbers.
+
+    Returns:
+        A PNG.
+    """
+    made, (axis,) = figure(width=max(3.2, 1.1 * len(values) + 1.6))
+    for index, given in enumerate(values.values()):
+        value, low, high = given if isinstance(given, tuple) else (given, given, given)
+        axis.bar(index, value, width=0.62, color=PALETTE[index % len(PALETTE)])
+        if high > low:
+            axis.errorbar(
+                index, value, yerr=[[value - low], [high - value]], color="black", capsize=4, linewidth=1
+            )
+        axis.annotate(
+            f"{value:.{decimals}f}", (index, max(value, high)), xytext=(0, 3), textcoords="offset points",
+            ha="center", va="bottom", fontsize=9,
+        )  # fmt: skip
+    axis.set_xticks(range(len(values)), list(values))
+    axis.grid(False, axis="x")
+    axis.set_ylabel(ylabel)
+    axis.margins(y=0.15)
+    if title:
+        axis.set_title(title, fontsize=10)
+    return png(made)
+
+
+def retention_bars(kl: Mapping[str, float], shift: Mapping[str, float]) -> bytes:
+    """How far each adapted model has moved from the base model, side by side: smaller is better.
+
+    Args:
+        kl: name → KL(base ‖ tuned), nats per token.
+        shift: name → loss on the base model's own text minus the base model's loss on it, nats per token.
+
+    Returns:
+        A PNG.
+    """
+    made, axes = figure(width=7.2, height=3.4, columns=2)
+    for axis, values, label in zip(axes, (kl, shift), ("KL(base ‖ tuned)", "loss shift"), strict=True):
+        for index, value in enumerate(values.values()):
+            axis.bar(index, value, width=0.62, color=PALETTE[index % len(PALETTE)])
+            axis.annotate(
+                f"{value:.4f}", (index, max(value, 0)), xytext=(0, 3), textcoords="offset points", ha="center",
+                fontsize=9,
+            )  # fmt: skip
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(values)), list(values))
+        axis.grid(False, axis="x")
+        axis.set_ylabel(f"{label} (nats per token)")
+        axis.margins(y=0.15)
+    return png(made)
+
+
+def rank_heatmap(rows: Sequence[Any], *, title: str = "") -> bytes:
+    """Effective rank of every adapted matrix: one row per kind of module, one column per layer.
+
+    Args:
+        rows: rows of [`dynalora.rank_landscape`][dynalora.rank_landscape], as objects or mappings with `layer`,
+            `kind` and `effective_rank`.
+        title: heading of the plot.
+
+    Returns:
+        A PNG.
+    """
+    cells = [(_get(row, "kind"), _get(row, "layer"), _get(row, "effective_rank")) for row in rows]
+    kinds = list(dict.fromkeys(str(kind) for kind, _, _ in cells))
+    layers = sorted({-1 if layer is None else int(layer) for _, layer, _ in cells})
+    grid = np.full((len(kinds), len(layers)), np.nan)
+    for kind, layer, rank in cells:
+        grid[kinds.index(str(kind)), layers.index(-1 if layer is None else int(layer))] = float(rank)
+    made, (axis,) = figure(width=max(4.5, 0.24 * len(layers) + 2.2), height=max(2.2, 0.34 * len(kinds) + 1.4))
+    image = axis.imshow(grid, aspect="auto", cmap="cividis", vmin=0)
+    axis.grid(False)
+    axis.set_yticks(range(len(kinds)), kinds)
+    every = max(1, -(-len(layers) // 16))
+    axis.set_xticks(
+        range(0, len(layers), every),
+        ["–" if layers[i] < 0 else str(layers[i]) for i in range(0, len(layers), every)],
+    )
+    axis.set_xlabel("layer")
+    made.colorbar(image, ax=axis, label="effective rank")
+    if title:
+        axis.set_title(title, fontsize=10)
+    return png(made)
+
+
+def _get(row: Any, name: str) -> Any:
+    return row[name] if isinstance(row, Mapping) else getattr(row, name)

@@ -1,0 +1,463 @@
+"""Attach one adapter to a base model and train it: the part that every experiment shares.
+
+Training is transformers' Trainer with PEFT; this module adds what an experiment wants to know of it: the held-out
+loss, the step time, a record of everything logged, and checkpoints that a killed run continues from.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from dynalora.errors import CheckpointError, ConfigError, DataError
+from dynalora.experiments import data
+from dynalora.experiments.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SCHEDULES = ("cosine", "linear", "constant_with_warmup")
+UNTIMED_STEPS = 3
+"""Steps at the start that are left out of the step time: they pay for allocation and warm-up once."""
+
+# transformers renamed the setting; the old name warns in new versions, the new one is unknown to old ones.
+_CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    else "gradient_checkpointing"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How to train. The optimizer is AdamW (0.9, 0.999, 1e-8).
+
+    Attributes:
+        steps: optimizer steps; None: as many as `epochs` needs.
+        epochs: passes over the training data, where `steps` is None.
+        learning_rate: the peak.
+        schedule: shape of the learning rate after warm-up: `cosine`, `linear` (both to 0) or
+            `constant_with_warmup`.
+        warmup: part of the steps over which the learning rate rises from 0, in [0, 1).
+        weight_decay: never applied to biases, norms and gates.
+        batch_size: sequences per device and forward pass.
+        gradient_accumulation: forward passes per optimizer step.
+        max_grad_norm: gradients are scaled down to this norm; 0: never.
+        seed: fixes the adapter's start, the order of the data and dropout.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        log_every: optimizer steps between log lines; None: a hundredth of the run.
+        eval_every: optimizer steps between measurements of the held-out loss; None: a fifth of the run; 0: only
+            before and after.
+        save_every: optimizer steps between checkpoints, from which a killed run is resumed; None: a tenth of
+            the run; 0: never.
+    """
+
+    steps: int | None = None
+    epochs: float = 1.0
+    learning_rate: float = 2e-4
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    max_grad_norm: float = 1.0
+    seed: int = 42
+    gradient_checkpointing: bool = False
+    log_every: int | None = None
+    eval_every: int | None = None
+    save_every: int | None = None
+
+    def __post_init__(self) -> None:
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation", "log_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; give a whole number of at least 1.")
+        for name in ("eval_every", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} is {value}; give a number of steps, or 0 for never.")
+        for name in ("epochs", "learning_rate"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} is {value}; give a number above 0.")
+        for name in ("weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name} is {value}; give a number of at least 0.")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(
+                f"warmup is {self.warmup}; give a part of the steps, from 0 up to, but without, 1."
+            )
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"schedule is '{self.schedule}'; choose one of {', '.join(SCHEDULES)}.")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What one training run gave.
+
+    Attributes:
+        model: the adapted model, in evaluation mode.
+        label: name of the run in plots and tables.
+        held_out_before: loss on the held-out set before training, nats per response token; None without one.
+        held_out_after: the same after training.
+        trainable_parameters: number of trained parameters.
+        parameters: number of all parameters, the adapter's included.
+        steps: optimizer steps in the whole run.
+        step_seconds: median time of an optimizer step, all its forward and backward passes included, without the
+            first few; None if there were no others.
+        step_seconds_quartiles: lower and upper quartile of the same.
+        seconds: time of the training, measurements included, in this process.
+        records: what was logged, one mapping per step or measurement.
+    """
+
+    model: PeftModel
+    label: str
+    held_out_before: float | None
+    held_out_after: float | None
+    trainable_parameters: int
+    parameters: int
+    steps: int
+    step_seconds: float | None
+    step_seconds_quartiles: tuple[float, float] | None
+    seconds: float
+    records: list[dict[str, Any]]
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: nn.Module, rows: data.TokenizedSet, collator: data.Collator, *, batch_size: int = 8
+) -> float:
+    """Mean loss over all response tokens of a set, in nats per token; every token counts the same.
+
+    Args:
+        model: a causal language model that returns the mean loss over a batch's labels.
+        rows: the tokenised set, not empty.
+        collator: makes batches.
+        batch_size: sequences per forward pass.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    try:
+        # Long and short apart: less padding. The order does not change the sum.
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+        for start in range(0, len(order), batch_size):
+            batch = collator([rows[index] for index in order[start : start + batch_size]])
+            # A causal model predicts token t from those before it, so the first label is never predicted.
+            tokens = int((batch["labels"][:, 1:] != data.IGNORED).sum())
+            if tokens == 0:
+                continue
+            loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+            total += float(loss) * tokens
+            count += tokens
+    finally:
+        model.train(was_training)
+    if count == 0:
+        raise DataError("The held-out set has no response token; give other evaluation data.")
+    return total / count
+
+
+class _Recorder(TrainerCallback):
+    """Times steps, measures the held-out loss, and passes both to the run folder and the progress display."""
+
+    def __init__(
+        self,
+        label: str,
+        run: RunFolder | None,
+        show: _Show,
+        measure: Callable[[], float] | None,
+        eval_every: int | None,
+        records: list[dict[str, Any]],
+    ) -> None:
+        self.label, self.run, self.show, self.measure = label, run, show, measure
+        self.eval_every = eval_every
+        self.records = records
+        self.durations: list[float] = []
+        self.held_out: float | None = None
+        self._began = 0.0
+
+    def record(self, values: Mapping[str, Any]) -> None:
+        self.records.append({"run": self.label, **values})
+        if self.run is not None:
+            self.run.log(self.records[-1])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.eval_every is None:
+            self.eval_every = max(1, math.ceil(state.max_steps / 5))
+        self.show.begin(state.max_steps, state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        _wait_for_device()
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        _wait_for_device()
+        self.durations.append(time.perf_counter() - self._began)
+        due = bool(self.eval_every) and state.global_step % self.eval_every == 0
+        if self.measure is not None and (due or state.global_step == state.max_steps):
+            self.held_out = self.measure()
+            self.record({"step": state.global_step, "held_out_loss": self.held_out})
+        self.show.step(state.global_step, held_out=self.held_out)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        # The trainer's closing line has totals only.
+        if logs and "loss" in logs:
+            seconds = {"step_seconds": self.durations[-1]} if self.durations else {}
+            self.record({"step": state.global_step, **logs, **seconds})
+            self.show.step(state.global_step, loss=logs["loss"])
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class _Show:
+    """Progress: a live bar in a terminal, about ten plain lines in a file or pipe, nothing without a console."""
+
+    def __init__(self, label: str, console: Console | None) -> None:
+        self.label, self.console = label, console
+        self.loss: float | None = None
+        self.held_out: float | None = None
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._total = 0
+        self._printed = -1
+
+    def begin(self, total: int, done: int) -> None:
+        self._total = total
+        if self.console is None:
+            return
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
+                TextColumn("{task.fields[told]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+                console=self.console,
+            )  # fmt: skip
+            self._progress.start()
+            self._task = self._progress.add_task(self.label, total=total, completed=done, told="")
+
+    def step(self, step: int, *, loss: float | None = None, held_out: float | None = None) -> None:
+        self.loss = self.loss if loss is None else loss
+        self.held_out = self.held_out if held_out is None else held_out
+        told = "  ".join(
+            f"{name} {value:.4f}"
+            for name, value in (("loss", self.loss), ("held out", self.held_out))
+            if value is not None
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, told=told)
+        elif self.console is not None and step - self._printed >= max(1, self._total // 10) and told:
+            self._printed = step
+            self.console.print(
+                f"{self.label}: step {step}/{self._total}  {told}", highlight=False, markup=False
+            )
+
+    def end(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in a folder that was written to its end; None if there is none.
+
+    A run may be killed while it writes a checkpoint, so the newest folder is not always a whole one.
+    """
+    if not folder.is_dir():
+        return None
+    numbered = [
+        (int(found[1]), entry)
+        for entry in folder.iterdir()
+        if (found := re.fullmatch(r"checkpoint-(\d+)", entry.name)) and entry.is_dir()
+    ]
+    for _, entry in sorted(numbered, reverse=True):
+        # The trainer writes its state last but for the arguments.
+        if (entry / "trainer_state.json").exists() and _is_whole(entry):
+            return entry
+    return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    from dynalora.adapter.config import check_adapter_folder
+
+    try:
+        check_adapter_folder(str(checkpoint))
+    except CheckpointError:
+        return False
+    return (checkpoint / "adapter_model.safetensors").exists() and (checkpoint / "optimizer.pt").exists()
+
+
+def train_adapter(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PeftConfig,
+    train_dataset: data.TokenizedSet,
+    eval_dataset: data.TokenizedSet | None = None,
+    *,
+    settings: TrainSettings | None = None,
+    run: RunFolder | None = None,
+    label: str | None = None,
+    console: Console | None = None,
+) -> TrainResult:
+    """Attach an adapter to a base model and train it.
+
+    Args:
+        model: the base model, without adapters. It is wrapped; `result.model.unload()` gives it back unchanged.
+        tokenizer: for padding.
+        config: the adapter's configuration, PEFT's own included.
+        train_dataset: what [`tokenize`][dynalora.experiments.data.tokenize] returns.
+        eval_dataset: held-out set; None or empty: not measured.
+        settings: how to train; None: the defaults.
+        run: where metrics and checkpoints go; if it was opened to resume, the last whole checkpoint is continued.
+        label: name of the run in metrics and progress; None: the method's name.
+        console: where progress is shown; None: nowhere.
+
+    Returns:
+        The trained model with its measurements.
+
+    Raises:
+        DataError: the training set is empty.
+    """
+    import peft
+
+    how = settings or TrainSettings()
+    if len(train_dataset) == 0:
+        raise DataError("The training set is empty; give at least one row.")
+    name = label or str(getattr(config.peft_type, "value", config.peft_type)).lower()
+    set_seed(how.seed)
+    caching = model.config.use_cache
+    adapted: PeftModel = peft.get_peft_model(model, config)
+    trainable, parameters = adapted.get_nb_trainable_parameters()
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    device_is_cuda = torch.cuda.is_available()
+    collator = data.Collator(pad, pad_to_multiple_of=8 if device_is_cuda else 1)
+    has_eval = eval_dataset is not None and len(eval_dataset) > 0
+
+    def measure() -> float:
+        assert eval_dataset is not None
+        return held_out_loss(adapted, eval_dataset, collator, batch_size=how.batch_size)
+
+    checkpoint = last_checkpoint(run.checkpoints) if run is not None and run.resumed else None
+    records: list[dict[str, Any]] = []
+    if run is not None and run.resumed:
+        done = int(checkpoint.name.rsplit("-", 1)[-1]) if checkpoint is not None else -1
+        run.forget_metrics_after(done)
+        records = [record for record in run.metrics() if record.get("run") == name]
+    saves = run is not None and how.save_every != 0
+    # The trainer makes its output folder even if it saves nothing.
+    scratch = tempfile.TemporaryDirectory(prefix="dynalora-")
+    output = str(run.checkpoints) if run is not None and how.save_every != 0 else scratch.name
+    checkpointing: dict[str, Any] = {}
+    if how.gradient_checkpointing:
+        checkpointing = {_CHECKPOINTING: True, f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False}}
+    arguments = TrainingArguments(
+        output_dir=output,
+        max_steps=how.steps if how.steps is not None else -1,
+        num_train_epochs=how.epochs,
+        per_device_train_batch_size=how.batch_size,
+        gradient_accumulation_steps=how.gradient_accumulation,
+        learning_rate=how.learning_rate,
+        lr_scheduler_type=how.schedule,
+        warmup_steps=how.warmup,
+        weight_decay=how.weight_decay,
+        max_grad_norm=how.max_grad_norm,
+        seed=how.seed,
+        fp16=next(model.parameters()).dtype == torch.float16,
+        **checkpointing,
+        logging_steps=how.log_every if how.log_every is not None else 0.01,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if saves else "no",
+        save_steps=how.save_every if how.save_every else 0.1,
+        save_total_limit=2,
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=device_is_cuda,
+    )
+    show = _Show(name, console)
+    recorder = _Recorder(name, run, show, measure if has_eval else None, how.eval_every, records)
+    trainer = Trainer(
+        model=adapted,
+        args=arguments,
+        train_dataset=train_dataset,
+        data_collator=collator,
+        processing_class=tokenizer,
+        callbacks=[recorder],
+    )
+    trainer.remove_callback(PrinterCallback)
+    # The trainer has put the model on its device by now.
+    before = next((r["held_out_loss"] for r in records if r.get("step") == 0 and "held_out_loss" in r), None)
+    if has_eval and before is None:
+        before = measure()
+        recorder.record({"step": 0, "held_out_loss": before})
+    began = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    finally:
+        show.end()
+        scratch.cleanup()
+        adapted.config.use_cache = caching
+        if how.gradient_checkpointing:
+            getattr(model, f"{_CHECKPOINTING}_disable")()
+    seconds = time.perf_counter() - began
+    adapted.eval()
+    timed = recorder.durations[UNTIMED_STEPS:]
+    quartiles = tuple(statistics.quantiles(timed, n=4)[::2]) if len(timed) > 1 else None
+    after = recorder.held_out
+    if has_eval and after is None:  # nothing left to train after a resume
+        after = next((r["held_out_loss"] for r in reversed(records) if "held_out_loss" in r), None)
+    return TrainResult(
+        model=adapted,
+        label=name,
+        held_out_before=before,
+        held_out_after=after,
+        trainable_parameters=int(trainable),
+        parameters=int(parameters),
+        steps=int(trainer.state.global_step),
+        step_seconds=statistics.median(timed) if timed else None,
+        step_seconds_quartiles=quartiles,  # type: ignore[arg-type]
+        seconds=seconds,
+        records=records,
+    )
+
+
+def save_adapter(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, run: RunFolder, *, name: str = "adapter"
+) -> Path:
+    """Save an adapter with its tokenizer into a run folder, all or nothing; returns the folder."""
+    with run.replacing(name) as folder:
+        model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+    return run.path / name

@@ -1,0 +1,283 @@
+"""Handing an adapter on as a plain PEFT LoRA, which every server loads and which needs no dynalora."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from dynalora.adapter.config import check_adapter_folder
+from dynalora.adapter.layer import AdapterLayer
+from dynalora.adapter.register import METHODS
+from dynalora.errors import CheckpointError, DynaloraError, UnsupportedError
+
+_PREFIX = "base_model.model."
+
+
+@dataclass
+class ExportReport:
+    """What an export wrote.
+
+    Attributes:
+        path: The folder.
+        modules: Number of adapted matrices.
+        ranks: Rank of each matrix, by module name.
+        parameters: Numbers in the factors.
+        max_error: Largest difference between the adapter's update and the exported one on a random input, relative
+            to the largest entry of the update's result; 0 for an update that is zero.
+    """
+
+    path: str
+    modules: int
+    ranks: dict[str, int]
+    parameters: int
+    max_error: float
+
+
+@torch.no_grad()
+def export_lora(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    adapter_name: str = "default",
+    dtype: torch.dtype | None = None,
+) -> ExportReport:
+    """Write an adapter as a plain PEFT LoRA: ``adapter_config.json`` and safetensors.
+
+    Exact: the factors are the adapter's own (with its diagonal folded into the up factor), and the scaling of every
+    matrix is the same number. What was written is read back and compared on a random input, matrix by matrix.
+
+    Args:
+        model: Model with the adapter; neither merged nor unmerged by this.
+        path: Folder to write; must not exist, or be empty.
+        adapter_name: Which adapter.
+        dtype: Type of the written factors; None keeps the adapter's.
+
+    Returns:
+        What was written, with the largest error found.
+
+    Raises:
+        UnsupportedError: The method's update depends on the input (DISeL), or biases were trained.
+        DynaloraError: The folder is not empty, or the model has no such adapter.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, AdapterLayer) and module.has_adapter(adapter_name)
+    }
+    if not layers:
+        raise DynaloraError(f"the model has no dynalora adapter named {adapter_name!r} to export.")
+    target = Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise DynaloraError(
+            f"{target} already exists and is not an empty folder; choose another path for the export."
+        )
+    config: Any = next(iter(layers.values())).drivers[adapter_name].config
+    if config.bias != "none":
+        raise UnsupportedError(
+            f"adapter {adapter_name!r} was trained with bias={config.bias!r}; a plain LoRA of its factors "
+            "would lack the trained "
+            "biases. Merge it into the base model instead."
+        )
+
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor, float]] = {}
+    for name, layer in layers.items():
+        up, down = layer.static_factors(adapter_name)
+        up, down = (t.detach().to("cpu", dtype or t.dtype).contiguous() for t in (up, down))
+        factors[_plain_name(name)] = up, down, layer.scaling[adapter_name]
+    state = {f"{_PREFIX}{name}.lora_A.weight": down for name, (_, down, _) in factors.items()}
+    state |= {f"{_PREFIX}{name}.lora_B.weight": up for name, (up, _, _) in factors.items()}
+    for key, tensor in _modules_to_save(model, adapter_name).items():
+        state[key] = tensor.detach().cpu().contiguous()
+
+    lora = _lora_config(
+        config, factors, any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        lora.save_pretrained(str(beside))
+        save_file(state, beside / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        error = _verify(beside, layers, adapter_name)
+        beside.chmod(0o755)  # mkdtemp makes it private
+        if target.exists():
+            target.rmdir()
+        os.replace(beside, target)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return ExportReport(
+        path=str(target),
+        modules=len(factors),
+        ranks={name: up.shape[1] for name, (up, _, _) in factors.items()},
+        parameters=sum(up.numel() + down.numel() for up, down, _ in factors.values()),
+        max_error=error,
+    )
+
+
+def export_adapter_folder(source: str, path: str, dtype: torch.dtype | None = None) -> ExportReport:
+    """Export a saved adapter without its base model; see :func:`export_lora`.
+
+    Args:
+        source: Folder of the saved adapter.
+        path: Folder to write.
+        dtype: Type of the written factors; None keeps the adapter's.
+
+    Raises:
+        CheckpointError: The folder holds no whole adapter of dynalora.
+        UnsupportedError: The method's update depends on the input.
+    """
+    return export_lora(load_without_base(source), path, dtype=dtype)
+
+
+def load_without_base(source: str) -> nn.Module:
+    """Load a saved adapter onto stand-ins for the layers it adapts, for whatever needs its factors only.
+
+    Args:
+        source: Folder of the saved adapter.
+
+    Returns:
+        A PEFT model whose base layers have the right names and sizes, with zero weights that take no memory.
+
+    Raises:
+        CheckpointError: The folder holds no whole adapter of dynalora.
+    """
+    if not os.path.isfile(os.path.join(source, CONFIG_NAME)):
+        raise CheckpointError(f"{source} holds no adapter: there is no {CONFIG_NAME} in it.")
+    check_adapter_folder(source)
+    config = PeftConfig.from_pretrained(source)
+    method = METHODS.get(str(config.peft_type).rpartition(".")[2].lower())
+    if method is None:
+        raise CheckpointError(
+            f"the adapter in {source} was made by {config.peft_type}, which is none of dynalora's methods "
+            f"({', '.join(sorted(METHODS))})."
+        )
+    weights = os.path.join(source, SAFETENSORS_WEIGHTS_NAME)
+    if not os.path.isfile(weights):
+        raise CheckpointError(
+            f"{source} holds a configuration but no {SAFETENSORS_WEIGHTS_NAME}; save the adapter again."
+        )
+    state = load_file(weights)
+    skeleton = nn.Module()
+    named = re.compile(rf"{re.escape(_PREFIX)}(.+)\.{method.name}_down$")
+    for key, down in state.items():
+        if match := named.match(key):
+            up = state[key.removesuffix("_down") + "_up"]
+            _put(skeleton, match[1], _stand_in(up.shape[0], down.shape[1], down.dtype))
+    config.target_modules = {match[1] for key in state if (match := named.match(key))}
+    # Everything that chose modules has done so; what is there is what was adapted.
+    for field in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
+        setattr(config, field, None)
+    config.inference_mode = True
+    model: nn.Module = get_peft_model(skeleton, config, autocast_adapter_dtype=False)
+    set_peft_model_state_dict(model, state)
+    return model
+
+
+def _stand_in(out_features: int, in_features: int, dtype: torch.dtype) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features, bias=False, device="meta")
+    layer.weight = nn.Parameter(
+        torch.zeros(1, dtype=dtype).expand(out_features, in_features), requires_grad=False
+    )
+    return layer
+
+
+def _put(root: nn.Module, path: str, module: nn.Module) -> None:
+    *parents, leaf = path.split(".")
+    for name in parents:
+        if name not in root._modules:
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    root.add_module(leaf, module)
+
+
+def _plain_name(name: str) -> str:
+    return name.removeprefix(_PREFIX)
+
+
+def _modules_to_save(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    ours = tuple(f".{name}_" for name in METHODS)
+    return {
+        (key if key.startswith(_PREFIX) else _PREFIX + key): tensor
+        for key, tensor in state.items()
+        if not any(mark in key for mark in ours)
+    }
+
+
+def _lora_config(
+    config: Any, factors: dict[str, tuple[torch.Tensor, torch.Tensor, float]], conv1d: bool
+) -> LoraConfig:
+    """PEFT's configuration with the same scaling s for every matrix: α_i = s·r_i, or s·√r_i with rsLoRA."""
+    rslora = bool(config.use_rslora)
+    ranks = {name: up.shape[1] for name, (up, _, _) in factors.items()}
+    alphas = {
+        name: s * (ranks[name] ** 0.5 if rslora else ranks[name]) for name, (_, _, s) in factors.items()
+    }
+    alphas = {name: _integral(alpha) for name, alpha in alphas.items()}
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    # PEFT reads pattern keys as regular expressions that must match the end of a module's name.
+    lora = LoraConfig(
+        r=r,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        use_rslora=rslora,
+        target_modules=sorted(factors),
+        rank_pattern={f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r},
+        alpha_pattern={f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha},
+        modules_to_save=config.modules_to_save,
+        fan_in_fan_out=conv1d,
+        lora_dropout=config.dropout,
+        task_type=config.task_type,
+        inference_mode=True,
+    )
+    lora.base_model_name_or_path = config.base_model_name_or_path
+    lora.revision = config.revision
+    return lora
+
+
+def _integral(alpha: float) -> float:
+    """Servers expect whole numbers: s·r is one wherever the user's alpha was, up to the last bit."""
+    nearest = round(alpha)
+    return nearest if abs(alpha - nearest) <= 1e-9 * max(1.0, abs(alpha)) else alpha
+
+
+def _verify(folder: Path, layers: dict[str, AdapterLayer], adapter_name: str) -> float:
+    """Largest relative difference between the adapter's update and the written one, on a random input."""
+    config = LoraConfig.from_pretrained(str(folder))
+    state = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for name, layer in layers.items():
+        key = _plain_name(name)
+        down = state[f"{_PREFIX}{key}.lora_A.weight"].double()
+        up = state[f"{_PREFIX}{key}.lora_B.weight"].double()
+        rank = config.rank_pattern.get(f"^{re.escape(key)}", config.r)
+        alpha = config.alpha_pattern.get(f"^{re.escape(key)}", config.lora_alpha)
+        if rank != down.shape[0]:
+            raise DynaloraError(
+                f"the export of {key} went wrong: rank {rank} in the configuration, {down.shape[0]} in the "
+                "file."
+            )
+        scaling = alpha / (rank**0.5 if config.use_rslora else rank)
+        x = torch.randn(4, layer.in_features, generator=generator, dtype=torch.float64)
+        own_up, own_down = (t.detach().cpu().double() for t in layer.static_factors(adapter_name))
+        expected = layer.scaling[adapter_name] * (x @ own_down.t() @ own_up.t())
+        written = scaling * (x @ down.t() @ up.t())
+        size = float(expected.abs().max())
+        if size:
+            worst = max(worst, float((expected - written).abs().max()) / size)
+        elif written.any():
+            worst = float("inf")
+    return worst

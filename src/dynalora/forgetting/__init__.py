@@ -1,0 +1,1 @@
+"""Seeing what an adapter changed, and what the model forgot."""

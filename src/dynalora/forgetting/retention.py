@@ -1,0 +1,490 @@
+"""How much of the base model an adapted model still is, measured without any data.
+
+The yardstick is text that the base model itself wrote. With p the base model, q the adapted model and x a text drawn
+from p, token by token at temperature 1 after a short opening:
+
+    KL          (1/N) Σ_t Σ_v p(v | x_<t) · (log p(v | x_<t) − log q(v | x_<t))
+    loss shift  (1/N) Σ_t (log p(x_t | x_<t) − log q(x_t | x_<t))
+
+t runs over the N tokens that p wrote; tokens of the openings are context only. Both are in nats per token and 0 for
+an unchanged model. Because x is drawn from p, the loss shift estimates the same quantity as KL, with more noise: it is
+the number that any tool computing a language-modelling loss would see. KL sums over the whole vocabulary v and is never
+negative.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from dynalora.cache import cache_folder
+from dynalora.errors import ConfigError, UnsupportedError
+from dynalora.evaluation.generation import chat_prompt, end_ids, evaluating, pad_left, padding_id
+from dynalora.evaluation.scoring import last_logits
+from dynalora.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FORMAT = 1
+
+# Short and varied: prose, dialogue, knowledge, lists, code, mathematics. What follows them is the model's own.
+OPENINGS = (
+    "The history of",
+    "In the morning, she",
+    "Water boils when",
+    "def main():\n",
+    "Dear Sir or Madam,\n",
+    "The three most important",
+    "Once upon a time",
+    "Theorem 1. Let",
+    "# Introduction\n",
+    "According to the report,",
+    "Ingredients:\n-",
+    "Scientists have found that",
+    "The river flows",
+    "import numpy as np\n",
+    "He looked at the clock and",
+    "Q: What is",
+)
+CHATS = (
+    "Tell me about the moon.",
+    "How do I cook rice?",
+    "Write a short poem about autumn.",
+    "What is the difference between a virus and a bacterium?",
+    "Give me three ideas for a birthday present.",
+    "Explain how a bicycle stays upright.",
+    "Write a Python function that reverses a list.",
+    "Who was Marie Curie?",
+    "Summarise the plot of Romeo and Juliet.",
+    "Why is the sky blue?",
+    "Help me write an email asking for a day off.",
+    "What should I see in Rome?",
+    "Translate 'good morning' into French.",
+    "How does a computer store numbers?",
+    "Suggest a name for a small bakery.",
+    "What makes a good friend?",
+)
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """Texts that a model wrote.
+
+    Attributes:
+        rows: token ids of each text, opening included.
+        starts: for each text the index of the first token that the model wrote.
+        fingerprint: of the model that wrote them, as `fingerprint` gives it.
+        seed: of the sampling.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    starts: tuple[int, ...]
+    fingerprint: str
+    seed: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens the model wrote."""
+        return sum(len(row) - start for row, start in zip(self.rows, self.starts, strict=True))
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Distance of an adapted model from its base model, on the base model's own text. All in nats per token.
+
+    Attributes:
+        kl: KL(base ‖ tuned), mean over the tokens.
+        loss_shift: loss of the tuned model minus loss of the base model.
+        base_loss: loss of the base model on its own text.
+        tokens: number of tokens the means are over.
+        kl_error: standard error of `kl` over the texts (0 for a single text).
+    """
+
+    kl: float
+    loss_shift: float
+    base_loss: float
+    tokens: int
+    kl_error: float
+
+    @property
+    def tuned_loss(self) -> float:
+        """Loss of the adapted model on the base model's text."""
+        return self.base_loss + self.loss_shift
+
+
+@dataclass(frozen=True)
+class BasePredictions:
+    """The base model's log-probabilities on a text, kept so that they are computed once for many adapters.
+
+    Attributes:
+        text: the text they belong to.
+        log_probs: one tensor per text, (tokens written, V), on the CPU.
+    """
+
+    text: OwnText
+    log_probs: tuple[torch.Tensor, ...]
+
+
+# --- the text ---------------------------------------------------------------------------------------------
+
+
+def own_text(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    texts: int = 32,
+    tokens: int = 48,
+    seed: int = 0,
+    batch_size: int = 32,
+    cache: str | os.PathLike[str] | bool = True,
+    progress: Progress = silent,
+) -> OwnText:
+    """Text that the base model writes: sampled at temperature 1 from its full distribution after short openings.
+
+    Every other opening is a chat message if the tokenizer has a chat template. Adapters are switched off while
+    sampling. The text is kept on disk under the model's fingerprint, so that runs on different days measure on the
+    same text; sampling the same text again is only certain on the same machine and versions.
+
+    Args:
+        model: a causal language model, with or without adapters.
+        tokenizer: the model's.
+        texts: number of texts; with more than there are openings, openings are used again.
+        tokens: most tokens per text; a text may end earlier by itself.
+        seed: of the sampling. The global random state is left as it was.
+        batch_size: texts per batch.
+        cache: True for the user's cache folder, a folder, or False to neither read nor write a file.
+        progress: called with the number of texts written.
+
+    Returns:
+        The texts. A text whose first token already ends it counts with that one token.
+
+    Raises:
+        ConfigError: texts, tokens or batch_size below 1.
+        UnsupportedError: the model holds weights merged from an adapter, so its base cannot be asked.
+    """
+    for name, value in (("texts", texts), ("tokens", tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; give 1 or more.")
+    _refuse_merged(model)
+    prompts = _openings(tokenizer, texts)
+    mark = fingerprint(model)
+    file = None
+    if cache is not False:
+        folder = cache_folder() / "own-text" if cache is True else Path(cache)
+        plan = json.dumps([_FORMAT, mark, prompts, tokens, seed, batch_size])
+        file = folder / f"{hashlib.sha256(plan.encode()).hexdigest()[:32]}.json"
+        kept = _read(file, mark, seed, prompts)
+        if kept is not None:
+            return kept
+    rows = _sample(model, tokenizer, prompts, tokens, seed, batch_size, progress)
+    text = OwnText(rows, tuple(len(prompt) for prompt in prompts), mark, seed)
+    if file is not None:
+        _write(file, text)
+    return text
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A short mark of a model's base weights: equal for the same weights, whatever adapters are attached.
+
+    It covers every weight's name, shape and dtype, and up to 1024 evenly spaced entries of each, which any
+    fine-tuning changes.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(_base_weights(model), key=lambda pair: pair[0]):
+        flat = value.detach().reshape(-1)
+        step = max(1, flat.numel() // 1024)
+        part = flat[::step][:1024].to("cpu")
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _base_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name, as in the model without adapters, and value of every weight that is not an adapter's."""
+    adapters: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            for name in (*module.adapter_layer_names, *module.other_param_names):
+                part = getattr(module, name, None)
+                if isinstance(part, torch.nn.Module):
+                    adapters.update(id(value) for value in itertools.chain(part.parameters(), part.buffers()))
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name, value in itertools.chain(inner.named_parameters(), inner.named_buffers()):
+        if id(value) in adapters or ".modules_to_save." in name or ".token_adapter." in name:
+            continue
+        yield name.replace(".base_layer.", ".").replace(".original_module.", "."), value
+
+
+def _refuse_merged(model: torch.nn.Module) -> None:
+    for name, module in model.named_modules():
+        if getattr(module, "merged", False) is True:
+            raise UnsupportedError(
+                f"An adapter is merged into '{name}', so the base model cannot be asked; call unmerge_adapter() first."
+            )
+
+
+def _openings(tokenizer: PreTrainedTokenizerBase, texts: int) -> list[list[int]]:
+    prompts: list[list[int]] = []
+    for index in range(texts):
+        half = index // 2
+        if tokenizer.chat_template and index % 2:
+            prompts.append(chat_prompt(tokenizer, CHATS[half % len(CHATS)]))
+        else:
+            place = half if tokenizer.chat_template else index
+            prompts.append(list(tokenizer(OPENINGS[place % len(OPENINGS)])["input_ids"]))
+    return prompts
+
+
+def _sample(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    seed: int,
+    batch_size: int,
+    progress: Progress,
+) -> tuple[tuple[int, ...], ...]:
+    what = "The base model writes text"
+    padding = padding_id(model, tokenizer)
+    device = next(model.parameters()).device
+    ends = end_ids(model, tokenizer)
+    rows: list[tuple[int, ...]] = []
+    progress(what, 0, len(prompts))
+    devices = [device] if device.type == "cuda" else []
+    with adapters_off(model), evaluating(model), torch.random.fork_rng(devices), torch.inference_mode():
+        torch.manual_seed(seed)
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            given, mask = pad_left(batch, padding)
+            output = model.generate(  # type: ignore[operator]
+                input_ids=given.to(device), attention_mask=mask.to(device), do_sample=True, num_beams=1,
+                max_new_tokens=tokens, pad_token_id=padding, use_cache=True,
+                eos_token_id=sorted(ends) or None,
+                # The model's own distribution, untouched: every setting that a checkpoint may ship is reset.
+                temperature=1.0, top_k=0, top_p=1.0, min_p=None, typical_p=1.0, repetition_penalty=1.0,
+            )  # fmt: skip
+            for prompt, written in zip(batch, output[:, given.shape[1] :].tolist(), strict=True):
+                stop = next((place + 1 for place, token in enumerate(written) if token in ends), len(written))
+                rows.append((*prompt, *written[:stop]))
+            progress(what, len(rows), len(prompts))
+    return tuple(rows)
+
+
+def _read(file: Path, mark: str, seed: int, prompts: Sequence[Sequence[int]]) -> OwnText | None:
+    """The text kept in a file; None if there is none or it is damaged, so that it is made again."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        rows = tuple(tuple(int(token) for token in row) for row in content["rows"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    whole = len(rows) == len(prompts) and all(
+        row[: len(prompt)] == tuple(prompt) and len(row) > len(prompt)
+        for row, prompt in zip(rows, prompts, strict=True)
+    )
+    return OwnText(rows, tuple(len(prompt) for prompt in prompts), mark, seed) if whole else None
+
+
+def _write(file: Path, text: OwnText) -> None:
+    """Keep the text; a cache that cannot be written is no reason to stop."""
+    content = json.dumps({"fingerprint": text.fingerprint, "seed": text.seed, "rows": text.rows})
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as target:
+                target.write(content)
+            os.replace(beside, file)
+        except BaseException:
+            Path(beside).unlink(missing_ok=True)
+            raise
+    except OSError:
+        return
+
+
+# --- the measure ------------------------------------------------------------------------------------------
+
+
+def retention(
+    model: torch.nn.Module,
+    text: OwnText,
+    *,
+    base: BasePredictions | None = None,
+    batch_size: int = 8,
+    chunk: int = 256,
+    name: str = "the model",
+    progress: Progress = silent,
+) -> Retention:
+    """KL(base ‖ tuned) and loss shift on the base model's own text, as defined at the top of this module.
+
+    The base model is the same model with its adapters switched off; no second copy is needed. Memory: the logits of
+    `batch_size` texts, once for each model, and four float32 blocks of `chunk` × V.
+
+    Args:
+        model: a PEFT model; its active adapters are what is measured. Without any, all distances are 0.
+        text: from `own_text`, written by this very base model.
+        base: from `base_predictions`, to leave the base model's pass out.
+        batch_size: texts per batch.
+        chunk: positions of which all V probabilities are held in float32 at a time.
+        name: of the model, for `progress`.
+        progress: called with the number of texts done.
+
+    Returns:
+        The distances.
+
+    Raises:
+        ConfigError: batch_size or chunk below 1; the text was written by another model; or `base` is for another text.
+        UnsupportedError: an adapter is merged into the weights.
+    """
+    _check(model, text, batch_size, chunk)
+    if base is not None and base.text != text:
+        raise ConfigError(
+            "The base predictions were made on another text; make them again with base_predictions()."
+        )
+    what = f"Retention: {name}"
+    totals = [torch.zeros(3, dtype=torch.float64) for _ in text.rows]  # Σ KL, Σ base loss, Σ tuned loss
+    done = 0
+    progress(what, 0, len(text.rows))
+    with evaluating(model), torch.inference_mode():
+        for batch in _batches(text, batch_size):
+            reference = (
+                [base.log_probs[index] for index in batch] if base else _written(model, text, batch, off=True)
+            )
+            tuned = _written(model, text, batch, off=False)
+            for index, first, second in zip(batch, reference, tuned, strict=True):
+                totals[index] = _distances(first, second, _targets(text, index, second.device), chunk)
+            done += len(batch)
+            progress(what, done, len(text.rows))
+    per_text = torch.stack(totals)
+    sums, count = per_text.sum(0), text.tokens
+    kl, base_loss, tuned_loss = (sums / count).tolist()
+    return Retention(kl, tuned_loss - base_loss, base_loss, count, _ratio_error(per_text[:, 0], text, kl))
+
+
+def base_predictions(
+    model: torch.nn.Module,
+    text: OwnText,
+    *,
+    batch_size: int = 8,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress = silent,
+) -> BasePredictions:
+    """The base model's log-probabilities on its own text, to be used for many adapters or checkpoints.
+
+    Takes `text.tokens` × V numbers of memory: 300 MB for 1500 tokens and a vocabulary of 50,000 in float32.
+
+    Args:
+        model: the base model, with or without adapters.
+        text: from `own_text`, written by this very base model.
+        batch_size: texts per batch.
+        dtype: what to keep them in. Half precision halves the memory and costs accuracy below about 1e-3 nats.
+        progress: called with the number of texts done.
+
+    Raises:
+        ConfigError: batch_size below 1, or the text was written by another model.
+        UnsupportedError: an adapter is merged into the weights.
+    """
+    _check(model, text, batch_size, 1)
+    what = "Predictions of the base model"
+    kept: dict[int, torch.Tensor] = {}
+    progress(what, 0, len(text.rows))
+    with evaluating(model), torch.inference_mode():
+        for batch in _batches(text, batch_size):
+            for index, logits in zip(batch, _written(model, text, batch, off=True), strict=True):
+                kept[index] = F.log_softmax(logits.float(), dim=-1).to("cpu", dtype)
+            progress(what, len(kept), len(text.rows))
+    return BasePredictions(text, tuple(kept[index] for index in range(len(text.rows))))
+
+
+@contextmanager
+def adapters_off(model: torch.nn.Module) -> Iterator[None]:
+    """The base model inside: adapters off, and afterwards on again unless they were off before."""
+    context: AbstractContextManager[Any] = nullcontext()
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if any(not layer.disable_adapters for layer in layers):
+        if not isinstance(model, PeftModel):
+            raise UnsupportedError(
+                f"The model ({type(model).__name__}) has adapter layers but is no PeftModel, so they cannot be "
+                "switched off; pass the model that get_peft_model() or PeftModel.from_pretrained() returned."
+            )
+        context = model.disable_adapter()
+    elif isinstance(model, PeftModel) and not layers:
+        context = model.disable_adapter()  # prompt learning has no layers to switch
+    with context:
+        yield
+
+
+def _check(model: torch.nn.Module, text: OwnText, batch_size: int, chunk: int) -> None:
+    for what, value in (("batch_size", batch_size), ("chunk", chunk)):
+        if value < 1:
+            raise ConfigError(f"{what} is {value}; give 1 or more.")
+    _refuse_merged(model)
+    if fingerprint(model) != text.fingerprint:
+        raise ConfigError("The text was written by another base model; write it anew with own_text().")
+
+
+def _batches(text: OwnText, batch_size: int) -> list[list[int]]:
+    order = sorted(range(len(text.rows)), key=lambda index: -len(text.rows[index]))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _written(model: torch.nn.Module, text: OwnText, batch: Sequence[int], *, off: bool) -> list[torch.Tensor]:
+    """For each text of a batch the logits (tokens written, V) that predict the tokens the model wrote."""
+    device = next(model.parameters()).device
+    tokens, mask = pad_left([text.rows[index] for index in batch], 0)
+    counts = [len(text.rows[index]) - text.starts[index] for index in batch]
+    with adapters_off(model) if off else nullcontext():
+        logits = last_logits(model, tokens.to(device), mask.to(device), max(counts) + 1)
+    return [row[-count - 1 : -1] for row, count in zip(logits, counts, strict=True)]
+
+
+def _targets(text: OwnText, index: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor(text.rows[index][text.starts[index] :], device=device)
+
+
+def _distances(base: torch.Tensor, tuned: torch.Tensor, targets: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Sums of KL, base loss and tuned loss over the positions of one text, (3,), float64 on the CPU.
+
+    Args:
+        base: logits or log-probabilities (T, V); the difference cancels in the softmax.
+        tuned: logits (T, V).
+        targets: the tokens that follow, (T,).
+        chunk: positions at a time.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    for start in range(0, len(targets), chunk):
+        part = slice(start, start + chunk)
+        p = F.log_softmax(base[part].to(tuned.device).float(), dim=-1)
+        q = F.log_softmax(tuned[part].float(), dim=-1)
+        aim = targets[part, None]
+        losses = (-p.gather(1, aim).double().sum(), -q.gather(1, aim).double().sum())
+        # A token that p rules out (a masked vocabulary entry) adds nothing, whatever q says.
+        kl = torch.where(torch.isneginf(p), torch.zeros_like(p), p.exp() * (p - q)).sum(dim=-1).double().sum()
+        sums += torch.stack([kl, *losses]).cpu()
+    return sums
+
+
+def _ratio_error(sums: torch.Tensor, text: OwnText, mean: float) -> float:
+    """Standard error of a mean per token over texts of different lengths (that of a ratio estimate)."""
+    number = len(text.rows)
+    if number < 2:
+        return 0.0
+    lengths = torch.tensor(
+        [len(row) - start for row, start in zip(text.rows, text.starts, strict=True)], dtype=torch.float64
+    )
+    residual = ((sums - mean * lengths) ** 2).sum().item() / (number - 1)
+    return math.sqrt(residual / number) / (text.tokens / number)

@@ -1,0 +1,182 @@
+"""DiRA: a nuclear-norm penalty decides how much rank each layer gets.
+
+    L = L_task + λ(t) Σ_l Σ_i ‖up_:,i‖₂ ‖down_i,:‖₂                                 (eq. 5, ``penalty="product"``)
+    L = L_task + λ(t)/2 Σ_l (‖up‖_F² + ‖down‖_F²)                              (App. B.2, ``penalty="variational"``)
+
+The sum is over the rank-1 components i of every adapted layer l, without the factor s. λ decays from
+``penalty_weight`` over the run. The penalty's gradient has a closed form in the factors,
+
+    ∂/∂down_i = λ (‖up_i‖ / ‖down_i‖) down_i,     ∂/∂up_i = λ (‖down_i‖ / ‖up_i‖) up_i,
+
+(λ·down and λ·up for the variational form), and is added right before the optimizer's step: the logged loss is the
+task loss, and gradient accumulation or data parallelism cannot count the penalty twice.
+
+DiRA: Nuclear Norm Dynamic Rank Adaptation for Large Language Models (anonymous, under review).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+
+from dynalora.adapter.config import AdapterConfig
+from dynalora.adapter.layer import AdapterLayer
+from dynalora.adapter.method import Method
+from dynalora.adapter.register import register
+from dynalora.driver.driver import Moment
+from dynalora.driver.schedule import SCHEDULES, Schedule, scheduled
+
+Penalty = Literal["product", "variational"]
+
+
+@dataclass
+class DiraConfig(AdapterConfig):
+    """Configuration of DiRA. The shared settings are those of :class:`dynalora.adapter.config.AdapterConfig`.
+
+    ``alpha`` defaults to ``r``, so that ΔW = up·down as the paper writes it.
+
+    Args:
+        penalty: ``"product"`` (eq. 5) or ``"variational"`` (App. B.2).
+        penalty_weight: λ at the first step. 0 makes DiRA a plain LoRA.
+        penalty_schedule: How λ decays to 0 over the run: ``"linear"`` (the paper's), ``"cosine"`` or ``"constant"``.
+    """
+
+    penalty: Penalty = field(
+        default="product", metadata={"help": "Form of the penalty: product or variational."}
+    )
+    penalty_weight: float = field(default=1e-4, metadata={"help": "Weight of the penalty at the first step."})
+    penalty_schedule: Schedule = field(default="linear", metadata={"help": "linear, cosine or constant."})
+
+    method: ClassVar[str] = "dira"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(
+            self.penalty in get_args(Penalty), "penalty", f"one of {', '.join(map(repr, get_args(Penalty)))}"
+        )
+        number = isinstance(self.penalty_weight, (int, float)) and 0 <= self.penalty_weight < float("inf")
+        self._require(number, "penalty_weight", "a number of at least 0")
+        self._require(
+            self.penalty_schedule in SCHEDULES,
+            "penalty_schedule",
+            f"one of {', '.join(map(repr, SCHEDULES))}",
+        )
+
+
+class DiraLayer(AdapterLayer):
+    """LoRA's layer: the diagonal is all ones; what DiRA adds happens in the gradient."""
+
+    method_name = "dira"
+
+
+@register
+class Dira(Method):
+    """DiRA's part in training: the penalty's gradient, with a decaying weight."""
+
+    name = "dira"
+    config_class = DiraConfig
+    layer_class = DiraLayer
+
+    def needs_total_steps(self, config: DiraConfig) -> bool:
+        """A decaying weight needs the length of the run."""
+        return config.penalty_weight > 0 and config.penalty_schedule != "constant"
+
+    def needs_driving(self, config: DiraConfig) -> bool:
+        """Without the penalty DiRA is a plain LoRA."""
+        return config.penalty_weight > 0
+
+    def penalty_weight(self, moment: Moment) -> float:
+        """λ at this step."""
+        config: DiraConfig = moment.config
+        if not config.penalty_weight:
+            return 0.0
+        return scheduled(config.penalty_weight, config.penalty_schedule, moment.step, moment.total_steps)
+
+    def before_step(self, moment: Moment) -> None:
+        """Add the penalty's gradient."""
+        weight = self.penalty_weight(moment)
+        if not weight:
+            return
+        for layers in _by_shape(moment):
+            if moment.config.penalty == "product":
+                _add_product_gradient(moment, layers, weight)
+            else:
+                _add_variational_gradient(moment, layers, weight)
+
+    def metrics(self, moment: Moment) -> dict[str, float]:
+        """λ, for the trainer's log."""
+        try:
+            return {"dira_penalty_weight": self.penalty_weight(moment)}
+        except ValueError:  # length of the run unknown; the next step says so
+            return {}
+
+    def report(self, moment: Moment) -> dict[str, Any]:
+        """λ and the penalty itself, Σ ‖up_i‖‖down_i‖ over all layers."""
+        penalty = 0.0
+        for layer in moment.layers:
+            up, down = layer.parameter("up", moment.adapter), layer.parameter("down", moment.adapter)
+            penalty += float((up.double().norm(dim=0) * down.double().norm(dim=1)).sum())
+        return {**self.metrics(moment), "nuclear_norm_bound": penalty}
+
+
+def _by_shape(moment: Moment) -> list[list[AdapterLayer]]:
+    """Layers with factors to add to, grouped by shape so that each group is a few stacked operations."""
+    groups: dict[Any, list[AdapterLayer]] = {}
+    for layer in moment.layers:
+        down, up = _factors(layer, moment)
+        if moment.awaits(down) or moment.awaits(up):
+            groups.setdefault((down.shape, up.shape, down.dtype, up.dtype, down.device), []).append(layer)
+    return list(groups.values())
+
+
+def _factors(layer: AdapterLayer, moment: Moment) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    return layer.parameter("down", moment.adapter), layer.parameter("up", moment.adapter)
+
+
+def _add_product_gradient(moment: Moment, layers: list[AdapterLayer], weight: float) -> None:
+    factors = [_factors(layer, moment) for layer in layers]
+    down = torch.stack([down for down, _ in factors])  # (L, r, in)
+    up = torch.stack([up for _, up in factors])  # (L, out, r)
+    if all(layer in moment.shared for layer in layers):
+        down_norm, up_norm = (
+            torch.stack(norms) for norms in zip(*(moment.shared[layer] for layer in layers), strict=True)
+        )
+    else:
+        down_norm, up_norm = _norms(down, dim=2), _norms(up, dim=1)  # (L, r)
+        if not all(moment.awaits(parameter) for pair in factors for parameter in pair):
+            # Another optimizer has the other factors, and will see these ones changed.
+            moment.shared.update(zip(layers, zip(down_norm, up_norm, strict=True), strict=True))
+    rate = weight * moment.grad_scale
+    _add(moment, [pair[0] for pair in factors], _rescale(down, down_norm[:, :, None], rate * up_norm[:, :, None]))
+    _add(moment, [pair[1] for pair in factors], _rescale(up, up_norm[:, None, :], rate * down_norm[:, None, :]))
+
+
+def _norms(factors: torch.Tensor, dim: int) -> torch.Tensor:
+    # Squares of tiny entries vanish in float32; the penalty makes entries tiny.
+    dtype = torch.float64 if factors.device.type != "mps" else None
+    return torch.linalg.vector_norm(factors, dim=dim, dtype=dtype)
+
+
+def _rescale(factors: torch.Tensor, norm: torch.Tensor, new_norm: torch.Tensor) -> torch.Tensor:
+    """Give components a new norm, in place; components of norm 0, where the subgradient is 0, stay as they are."""
+    # Two factors, since their quotient can be too large for float32 where each of them is not.
+    unit = torch.where(norm > 0, norm, 1.0).to(factors.dtype)
+    return factors.div_(unit.clamp_min_(torch.finfo(factors.dtype).tiny)).mul_(new_norm.to(factors.dtype))
+
+
+def _add_variational_gradient(moment: Moment, layers: list[AdapterLayer], weight: float) -> None:
+    for factors in zip(*(_factors(layer, moment) for layer in layers), strict=True):
+        _add(moment, list(factors), torch.stack(factors).mul_(weight * moment.grad_scale))
+
+
+def _add(moment: Moment, parameters: list[torch.nn.Parameter], additions: torch.Tensor) -> None:
+    """Add (L, …) to the gradients of L parameters; one that had none (an unused layer) gets one."""
+    for parameter, addition in zip(parameters, additions.unbind(), strict=True):
+        if not moment.awaits(parameter):
+            continue
+        if parameter.grad is None:
+            parameter.grad = addition.clone()
+        else:
+            parameter.grad.add_(addition)

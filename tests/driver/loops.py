@@ -1,0 +1,138 @@
+"""Small training runs shared by the driver's tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import Tensor, nn
+
+import dynalora
+from tests.toys import TOYS, llama, tokens
+
+TOY = TOYS["llama"]
+
+
+def dira(**options: Any) -> dynalora.DiraConfig:
+    """A penalty strong enough that a wrong schedule shows at once."""
+    defaults = {
+        "r": 3,
+        "alpha": 6,
+        "target_modules": ["q_proj", "down_proj"],
+        "task_type": "CAUSAL_LM",
+        "penalty_weight": 0.5,
+        "init_weights": False,
+    }
+    return dynalora.DiraConfig(**{**defaults, **options})
+
+
+def disel(**options: Any) -> dynalora.DiselConfig:
+    defaults = {
+        "r": 3,
+        "alpha": 6,
+        "target_modules": ["q_proj", "down_proj"],
+        "task_type": "CAUSAL_LM",
+        "gate_bias_init": 0.0,
+        "init_weights": False,
+    }
+    return dynalora.DiselConfig(**{**defaults, **options})
+
+
+CONFIGS = {"dira": dira, "disel": disel}
+
+
+def adapted(
+    config: Any, base: nn.Module | None = None, dtype: torch.dtype = torch.float32, seed: int = 3
+) -> Any:
+    """A tiny Llama with an adapter, the same at every call."""
+    base = (llama() if base is None else base).to(dtype)
+    torch.manual_seed(seed)
+    return peft.get_peft_model(base, config)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable weights, copied."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), f"{name}: {(tensor - other[name]).abs().max():.3g}"
+
+
+def assert_close_weights(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], atol=tolerance, rtol=tolerance, msg=name)
+
+
+def differs(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return max(float((tensor - other[name]).abs().max()) for name, tensor in one.items())
+
+
+def batches(count: int, size: int = 2, seed: int = 9) -> list[Tensor]:
+    """Token batches (size, 6); the same as a sequential pass over :func:`examples`."""
+    return list(tokens(count * size, 6, seed=seed).split(size))
+
+
+def examples(count: int, seed: int = 9) -> list[dict[str, Tensor]]:
+    return [{"input_ids": row, "labels": row} for row in tokens(count, 6, seed=seed)]
+
+
+def loop(model: Any, optimizer: torch.optim.Optimizer, data: list[Tensor], scheduler: Any = None) -> None:
+    """The loop that everybody writes."""
+    model.train()
+    for batch in data:
+        optimizer.zero_grad()
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    model.eval()
+
+
+def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
+    return torch.optim.SGD(trainable(model), lr=lr)
+
+
+def adamw(model: nn.Module, lr: float = 1e-2, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.1, **options)
+
+
+def arguments(folder: Path, **options: Any) -> transformers.TrainingArguments:
+    return transformers.TrainingArguments(**{**trainer_options(folder), **options})
+
+
+def trainer_options(folder: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "linear",
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "optim": "adamw_torch",
+    }
+
+
+def clock(model: nn.Module, adapter: str = "default") -> tuple[int, int | None]:
+    """(steps done, steps of the run) of an adapter."""
+    from dynalora.driver import drivers_of
+
+    (driver,) = [driver for driver, _ in drivers_of(model) if driver.adapter == adapter]
+    return driver.step, driver.total_steps

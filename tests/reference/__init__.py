@@ -1,0 +1,1 @@
+"""Slow float64 references, written from the papers' equations and sharing no code with the package."""

@@ -1,0 +1,288 @@
+"""Bad input gets one clear sentence, in red on standard error, with exit code 2 and before anything is loaded or lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+import dynalora
+from dynalora.errors import CheckpointError, ConfigError, DynaloraError, ScheduleError
+from dynalora.experiments import finetune
+from dynalora.experiments.adapters import load_adapter
+from dynalora.experiments.finetune import adapter_config
+from dynalora.experiments.run_folder import RunFolder
+from tests.unit import tiny
+from tests.unit.program import Program, Shown, program  # noqa: F401 (a fixture)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.saved_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", tiny.rows(16))
+
+
+@pytest.fixture(scope="module")
+def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One saved adapter of each method, in folders of that name."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for method in finetune.method_names():
+        base = transformers.AutoModelForCausalLM.from_pretrained(model)
+        peft.get_peft_model(base, adapter_config(method, r=2, target_modules=["q_proj"])).save_pretrained(
+            folder / method
+        )
+    return folder
+
+
+def one_sentence(shown: Shown, *parts: str) -> None:
+    assert shown.code == 2
+    assert shown.out == ""
+    assert shown.err.startswith("Error: ")
+    assert shown.err.count("\n") == 1
+    assert shown.err.endswith(".\n")
+    assert "Traceback" not in shown.err
+    assert "\x1b" not in shown.err
+    for part in parts:
+        assert part in shown.err
+
+
+class TestFinetune:
+    @pytest.fixture(autouse=True)
+    def _no_weights(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(finetune, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+
+    @pytest.fixture
+    def asking(self, program: Program, model: Path, rows: Path, tmp_path: Path) -> Any:  # noqa: F811
+        def ask(**changed: str) -> Shown:
+            given = {"model": str(model), "data": str(rows), "output": str(tmp_path / "run"), **changed}
+            return program(
+                "finetune", *(part for name, value in given.items() for part in (f"--{name}", value))
+            )
+
+        return ask
+
+    def test_unknown_method(self, asking: Any) -> None:
+        one_sentence(asking(method="qlora"), "Unknown method 'qlora'; choose one of dira, disel, lora.")
+
+    def test_rank_0(self, asking: Any) -> None:
+        one_sentence(asking(rank="0"), "The rank r is 0; give a whole number of at least 1.")
+
+    def test_target_modules_that_match_nothing(self, asking: Any) -> None:
+        exist = "the model's linear modules are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head."
+        one_sentence(
+            asking(**{"target-modules": "query,value"}), f"target_modules 'query' matches nothing; {exist}"
+        )
+
+    def test_data_file_without_the_named_fields(self, asking: Any, rows: Path) -> None:
+        shown = asking(**{"prompt-field": "question", "response-field": "answer"})
+        one_sentence(
+            shown, f"'{rows}' has no field 'question' and 'answer'; its fields are 'prompt', 'response'."
+        )
+
+    def test_data_file_without_usual_fields(self, asking: Any, tmp_path: Path) -> None:
+        file = tiny.write_jsonl(tmp_path / "x.jsonl", [{"text": "a", "label": 0}])
+        one_sentence(
+            asking(data=str(file)), "its fields are 'text', 'label'.", "prompt_field and response_field"
+        )
+
+    def test_broken_line(self, asking: Any, tmp_path: Path) -> None:
+        file = tmp_path / "x.jsonl"
+        file.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "respo\n')
+        one_sentence(asking(data=str(file)), f"'{file}', line 2: not valid JSON")
+
+    def test_missing_data_file(self, asking: Any) -> None:
+        one_sentence(asking(data="nowhere.jsonl"), "There is no file or folder 'nowhere.jsonl'")
+
+    def test_run_folder_in_use(self, asking: Any, tmp_path: Path) -> None:
+        with RunFolder.create(tmp_path / "run", {"method": "dira"}):
+            one_sentence(asking(), f"'{tmp_path}/run' is in use by process {os.getpid()} on")
+
+    def test_run_folder_of_another_run(self, asking: Any, tmp_path: Path) -> None:
+        RunFolder.create(tmp_path / "run", {"method": "dira", "model": "m"}).close()
+        one_sentence(
+            asking(), "already holds a run (method dira, model m, started", "choose another output folder"
+        )
+
+    def test_run_folder_with_other_files(self, asking: Any, tmp_path: Path) -> None:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "notes.txt").write_text("mine")
+        one_sentence(asking(), "is not empty and holds no run (found notes.txt)")
+
+    def test_nothing_to_resume(self, program: Program, model: Path, rows: Path, tmp_path: Path) -> None:  # noqa: F811
+        shown = program(
+            "finetune", "-m", str(model), "-d", str(rows), "-o", str(tmp_path / "run"), "--resume"
+        )
+        one_sentence(shown, "There is no run to resume")
+
+    def test_model_that_does_not_exist(self, asking: Any) -> None:
+        one_sentence(asking(model="no/such-model"), "The model 'no/such-model' cannot be used (")
+
+    def test_settings_left_out(self, program: Program) -> None:  # noqa: F811
+        one_sentence(
+            program("finetune", "--method", "dira"), "Missing 'model' and 'data' and 'output' in the flags"
+        )
+
+    def test_unknown_setting_in_the_file(self, program: Program, tmp_path: Path) -> None:  # noqa: F811
+        (tmp_path / "job.yaml").write_text("modell: x\n")
+        one_sentence(
+            program("finetune", "-c", str(tmp_path / "job.yaml")),
+            "Unknown setting 'modell'",
+            "did you mean 'model'?",
+        )
+
+    def test_unknown_option_of_a_method(self, asking: Any) -> None:
+        one_sentence(
+            asking(method="dira", option="gate_bias_init=-1"),
+            "Method 'dira' has no option 'gate_bias_init'",
+            "penalty_weight",
+        )
+
+
+class TestAdapters:
+    @pytest.fixture
+    def truncated(self, adapters: Path, tmp_path: Path) -> Path:
+        copied = Path(shutil.copytree(adapters / "dira", tmp_path / "cut"))
+        file = copied / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        return copied
+
+    @pytest.mark.parametrize(
+        "command", [["export"], ["landscape"], ["gates"]], ids=lambda command: command[0]
+    )
+    def test_truncated_adapter_file(
+        self,
+        command: list[str],
+        truncated: Path,
+        rows: Path,
+        tmp_path: Path,
+        program: Program,  # noqa: F811
+    ) -> None:
+        more = {"export": [str(tmp_path / "out")], "gates": ["--data", str(rows)]}.get(command[0], [])
+        one_sentence(
+            program(*command, str(truncated), *more), "adapter_model.safetensors", "is truncated or damaged"
+        )
+        assert not (tmp_path / "out").exists()
+
+    def test_truncated_adapter_file_in_a_script(self, truncated: Path, model: Path) -> None:
+        with pytest.raises(CheckpointError, match="is truncated or damaged"):
+            peft.PeftModel.from_pretrained(
+                transformers.AutoModelForCausalLM.from_pretrained(model), truncated
+            )
+        with pytest.raises(CheckpointError, match="is truncated or damaged"):
+            load_adapter(truncated)
+
+    def test_gates_of_an_adapter_without_gates(self, adapters: Path, rows: Path, program: Program) -> None:  # noqa: F811
+        shown = program("gates", str(adapters / "dira"), "--data", str(rows))
+        one_sentence(
+            shown,
+            f"The adapter '{adapters}/dira' was made by dira, which has no gates; give a disel adapter.",
+        )
+
+    def test_export_of_an_adapter_whose_update_depends_on_the_input(
+        self,
+        adapters: Path,
+        tmp_path: Path,
+        program: Program,  # noqa: F811
+    ) -> None:
+        one_sentence(program("export", str(adapters / "disel"), str(tmp_path / "out")), "DISeL")
+        assert not (tmp_path / "out").exists()
+
+    def test_export_of_an_adapter_that_is_a_lora_already(
+        self,
+        adapters: Path,
+        tmp_path: Path,
+        program: Program,  # noqa: F811
+    ) -> None:
+        one_sentence(program("export", str(adapters / "lora"), str(tmp_path / "out")), "LORA")
+
+    def test_export_into_a_folder_in_use(self, adapters: Path, tmp_path: Path, program: Program) -> None:  # noqa: F811
+        (tmp_path / "notes.txt").write_text("mine")
+        one_sentence(program("export", str(adapters / "dira"), str(tmp_path)), "is not an empty folder")
+        assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+    def test_adapter_made_by_another_method(self, adapters: Path) -> None:
+        with pytest.raises(CheckpointError, match="was made by DIRA, not by DISEL"):
+            dynalora.DiselConfig.from_pretrained(adapters / "dira")
+
+    def test_weights_made_by_another_method(self, adapters: Path, tmp_path: Path, program: Program) -> None:  # noqa: F811
+        mixed = Path(shutil.copytree(adapters / "dira", tmp_path / "mixed"))
+        shutil.copy(adapters / "disel" / "adapter_model.safetensors", mixed)
+        with pytest.raises(CheckpointError, match="belong to different adapters"):
+            dynalora.DiraConfig.from_pretrained(mixed)
+
+    def test_folder_without_an_adapter(self, tmp_path: Path, program: Program) -> None:  # noqa: F811
+        one_sentence(
+            program("landscape", str(tmp_path)),
+            f"'{tmp_path}' holds no adapter (it has no adapter_config.json).",
+        )
+        one_sentence(program("landscape", str(tmp_path / "none")), f"There is no adapter '{tmp_path}/none'")
+        RunFolder.create(tmp_path / "run", {}).close()
+        one_sentence(
+            program("landscape", str(tmp_path / "run")),
+            "holds no adapter (the run did not finish; resume it).",
+        )
+
+    def test_broken_adapter_config(self, adapters: Path, tmp_path: Path, program: Program) -> None:  # noqa: F811
+        broken = Path(shutil.copytree(adapters / "dira", tmp_path / "broken"))
+        (broken / "adapter_config.json").write_text('{"peft_type": "DIRA", ')
+        one_sentence(program("landscape", str(broken)), "adapter_config.json is not readable as JSON")
+
+    def test_adapter_of_another_base_model(self, adapters: Path, tmp_path: Path) -> None:
+        words = tiny.tokenizer()
+        words.save_pretrained(tmp_path / "small")
+        tiny.model(len(words), layers=1).save_pretrained(tmp_path / "small")
+        with pytest.raises(DynaloraError, match=r"does not fit the model .*layers\.1\."):
+            load_adapter(adapters / "dira", str(tmp_path / "small"))
+
+
+def test_missing_total_steps() -> None:
+    """Only where no trainer tells the length of the run: a loop written by hand."""
+    model = peft.get_peft_model(tiny.model(64), adapter_config("dira", target_modules=["q_proj"]))
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+    with pytest.raises(ScheduleError, match="total_steps"):
+        optimizer.step()
+
+
+def test_rank_0_in_a_script() -> None:
+    with pytest.raises(ConfigError, match="r must be a positive integer, got 0"):
+        dynalora.DiraConfig(r=0)
+
+
+def test_error_is_red_in_a_terminal_only(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    assert "\x1b" not in program("bench", "--methods", "x").err
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[1;31m" in program("bench", "--methods", "x").err
+
+
+@pytest.mark.slow
+def test_as_a_process_of_its_own(rows: Path, tmp_path: Path) -> None:
+    arguments = ["finetune", "-m", "m", "-d", str(rows), "-o", str(tmp_path / "run"), "--method", "qlora"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dynalora.cli.main", *arguments],
+        env={**os.environ, "PYTHONPATH": str(Path(dynalora.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    one_sentence(Shown(done.returncode, done.stdout, done.stderr), "Unknown method 'qlora'")
+
+
+def test_bad_settings_file_is_not_mistaken_for_data(program: Program, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "job.yaml").write_text(json.dumps([1, 2]))
+    one_sentence(
+        program("bench", "--config", str(tmp_path / "job.yaml")), "holds a list; write lines of 'name: value'"
+    )

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dynalora.errors import ConfigError
+from dynalora.experiments.bench import (
+    CONTROL,
+    PHASES,
+    BenchSpec,
+    Measured,
+    as_json,
+    bench,
+    random_tokens,
+    saved_for_backward,
+    sharing_copy,
+    tables,
+)
+from tests.unit import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.saved_model(tmp_path_factory.mktemp("model"))
+
+
+def small(folder: Path, **more: Any) -> BenchSpec:
+    given = {
+        "dtypes": ["float32"],
+        "r": 2,
+        "batch_size": 2,
+        "length": 8,
+        "rounds": 3,
+        "warmup": 1,
+        "memory": False,
+    }
+    return BenchSpec(model=str(folder), device="cpu", **{**given, **more})
+
+
+def test_copies_share_the_weights_and_nothing_else() -> None:
+    model = tiny.model(64)
+    twin = sharing_copy(model)
+    ours, theirs = dict(model.named_parameters()), dict(twin.named_parameters())
+    assert list(ours) == list(theirs)
+    assert all(ours[name] is theirs[name] for name in ours)
+    assert not {id(module) for module in model.modules()} & {id(module) for module in twin.modules()}
+
+
+def test_saved_memory_counts_each_storage_once_and_no_weights() -> None:
+    layer = torch.nn.Linear(8, 8, bias=False)
+    layer.weight.requires_grad_(False)
+    x = torch.randn(4, 8, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        y = layer(x)  # keeps the weight, which is not counted
+        z = torch.exp(y)  # keeps its result
+        return (z * z.view(4, 8)).sum()  # keeps the same result, twice
+
+    assert saved_for_backward(layer, forward) == 4 * 8 * 4
+
+
+def test_every_method_is_timed_in_every_round(folder: Path) -> None:
+    told: list[tuple[str, int, int | None]] = []
+    spec = small(folder, control=True)
+    results = bench(spec, progress=lambda *report: told.append(report))
+    assert [item.method for item in results] == ["lora", "dira", "disel", CONTROL]
+    for item in results:
+        assert list(item.seconds) == list(PHASES)
+        assert all(len(times) == 3 and min(times) > 0 for times in item.seconds.values())
+        assert item.saved_bytes > 0
+        assert item.ratio_quartiles[0] <= item.ratio <= item.ratio_quartiles[1]
+    reference, dira, disel, control = results
+    assert reference.ratio == 1.0
+    assert reference.trainable_parameters == dira.trainable_parameters == control.trainable_parameters
+    assert disel.trainable_parameters > dira.trainable_parameters
+    assert told[0] == ("Training steps, float32", 0, 4)
+    assert told[-1] == ("Training steps, float32", 4, 4)
+
+
+def test_ratio_is_taken_within_rounds() -> None:
+    one = Measured(
+        "dira",
+        "float32",
+        {"forward": [1.0, 10.0], "backward": [1.0, 10.0]},
+        1.0,
+        (1.0, 1.0),
+        1,
+        1,
+        None,
+        None,
+    )
+    assert one.steps == [2.0, 20.0]
+    assert one.median() == 11.0
+    assert one.median("forward") == 5.5
+
+
+def test_results_as_table_and_json(folder: Path) -> None:
+    spec = small(folder, methods=["lora", "disel"], rounds=2)
+    results = bench(spec)
+    (table,) = tables(spec, results)
+    assert [row[0] for row in table.rows] == ["lora", "disel"]
+    assert "step / lora" in table.columns
+    content = json.loads(as_json(spec, results))
+    assert content["settings"]["r"] == 2
+    assert content["machine"]["torch"] == torch.__version__
+    assert content["results"][1]["median_seconds"]["step"] == pytest.approx(results[1].median())
+
+
+def test_tokens_depend_on_seed_and_round_only(folder: Path) -> None:
+    spec = small(folder)
+    assert torch.equal(random_tokens(50, spec, 1), random_tokens(50, spec, 1))
+    assert not torch.equal(random_tokens(50, spec, 1), random_tokens(50, spec, 2))
+    assert random_tokens(50, spec, 1).shape == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"methods": ["qlora"]}, "Unknown method 'qlora'; choose from dira, disel, lora"),
+        ({"methods": []}, "methods is empty"),
+        ({"methods": ["lora", "lora"]}, "named twice"),
+        ({"dtypes": ["int8"]}, "dtype is 'int8'; choose from float32"),
+        ({"rounds": 0}, "rounds is 0"),
+        ({"r": 0}, "r is 0"),
+        ({"length": 1}, "length is 1"),
+    ],
+)
+def test_wrong_settings_are_named(changed: dict[str, Any], message: str, folder: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small(folder, **changed)
+
+
+def test_targets_are_checked_before_weights_are_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "dynalora.experiments.bench.load_model", lambda *_, **__: pytest.fail("weights were loaded")
+    )
+    with pytest.raises(ConfigError, match="'query' matches nothing; the model's linear modules are q_proj"):
+        bench(small(folder, target_modules=["query"]))
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_a_fresh_process(folder: Path) -> None:
+    (result,) = bench(small(folder, methods=["lora"], memory=True, rounds=1))
+    assert result.step_bytes is not None
+    assert result.peak_bytes is not None
+    assert 0 <= result.step_bytes < result.peak_bytes
+    assert result.peak_bytes > 50 * 2**20  # a process with torch in it

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import yaml
+
+from dynalora import __version__
+from dynalora.cli.main import app
+from dynalora.experiments import demo, finetune
+from dynalora.experiments.finetune import adapter_config
+from tests.unit import tiny
+from tests.unit.program import Program, program  # noqa: F401 (a fixture)
+
+COMMANDS = ("demo", "finetune", "bench", "landscape", "gates", "export")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.saved_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", tiny.rows(16))
+
+
+def saved_adapter(method: str, model: Path, folder: Path) -> Path:
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(model)
+    config = adapter_config(method, r=3, target_modules=["q_proj", "v_proj"])
+    adapted = peft.get_peft_model(base, config)
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and ("_up" in name or "lora_B" in name):
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def test_help_lists_every_command_with_what_it_is_for(program: Program) -> None:  # noqa: F811
+    shown = program("--help")
+    assert shown.code == 0
+    for name in COMMANDS:
+        assert f" {name} " in shown.out
+    assert {command.name for command in app.registered_commands} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_teaches_with_an_example(name: str, program: Program) -> None:  # noqa: F811
+    shown = program(name, "--help")
+    assert shown.code == 0
+    assert "Example" in shown.out
+    assert f"dynalora {name} " in shown.out.split("Example", 1)[1]
+    assert "--config" in shown.out
+    assert "\x1b" not in shown.out
+
+
+def test_no_arguments_show_help(program: Program) -> None:  # noqa: F811
+    assert "Commands" in program().out
+    assert "--data" in program("finetune").out
+
+
+def test_version(program: Program) -> None:  # noqa: F811
+    assert program("--version").out == f"dynalora {__version__}\n"
+
+
+def test_unknown_flag_is_a_usage_error(program: Program) -> None:  # noqa: F811
+    shown = program("finetune", "--modle", "x")
+    assert shown.code == 2
+    assert "--modle" in shown.err
+    assert "--model" in shown.err
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The jobs that the commands would run."""
+    jobs: list[Any] = []
+    monkeypatch.setattr(finetune, "finetune", lambda spec, **_: jobs.append(spec))
+    monkeypatch.setattr(demo, "run_demo", lambda spec, **_: jobs.append(spec))
+    return jobs
+
+
+def test_flags_override_the_file(asked: list[Any], tmp_path: Path, program: Program) -> None:  # noqa: F811
+    file = tmp_path / "job.yaml"
+    file.write_text(
+        "model: a\ndata: b\noutput: c\nlearning_rate: 1e-3\nmethod: dira\nmethod_options: {penalty_weight: 1e-5, penalty: product}\n"
+    )
+    shown = program(
+        "finetune", "--config", str(file), "--lr", "5e-4", "-o", "d", "-r", "4", "-t", "q_proj,v_proj", "--no-retention",
+        "-O", "penalty_weight=1e-2", "--gradient-checkpointing",
+    )  # fmt: skip
+    assert shown.code == 0, shown.err
+    (spec,) = asked
+    assert (spec.model, spec.output, spec.learning_rate, spec.r) == ("a", "d", 5e-4, 4)
+    assert spec.target_modules == ["q_proj", "v_proj"]
+    assert spec.method_options == {"penalty_weight": "1e-2", "penalty": "product"}
+    assert spec.gradient_checkpointing
+    assert not spec.retention
+    assert adapter_config("dira", options=spec.method_options).penalty_weight == 1e-2
+
+
+def test_every_setting_has_a_flag(asked: list[Any], program: Program) -> None:  # noqa: F811
+    import dataclasses
+    import inspect
+
+    from dynalora.cli.finetune import finetune as command
+
+    flags = set(inspect.signature(command).parameters) - {"config", "option"}
+    settings = {item.name for item in dataclasses.fields(finetune.FinetuneSpec)}
+    assert settings - flags == {"method_options"}
+    assert flags <= settings
+
+
+def test_demo_takes_lists_with_commas(asked: list[Any], program: Program) -> None:  # noqa: F811
+    assert program("demo", "--methods", "dira, lora", "--steps", "3", "-o", "x").code == 0
+    assert asked[0].methods == ["dira", "lora"]
+    assert asked[0].steps == 3
+
+
+def test_finetune_from_the_command_line(folder: Path, rows: Path, tmp_path: Path, program: Program) -> None:  # noqa: F811
+    output = tmp_path / "run"
+    shown = program(
+        "finetune", "-m", str(folder), "-d", str(rows), "-o", str(output), "--method", "dira", "--steps", "4", "-b", "2",
+        "-r", "2", "--no-retention", "--eval-fraction", "0.25",
+    )  # fmt: skip
+    assert shown.code == 0, shown.err
+    assert shown.err == ""
+    assert "dira" in shown.out
+    assert f"Report:  {output / 'report.html'}" in shown.out
+    assert "\x1b" not in shown.out
+    assert yaml.safe_load((output / "config.yaml").read_text())["method"] == "dira"
+    # What other commands make of it.
+    exported = program("export", str(output), str(tmp_path / "lora"))
+    assert exported.code == 0, exported.err
+    assert "a plain LoRA of 14 matrices, rank 2" in exported.out
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    drawn = program("landscape", str(output), "--plot", str(tmp_path / "ranks.png"), "--tau", "0")
+    assert drawn.code == 0, drawn.err
+    assert "q_proj" in drawn.out
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_interrupted_run_says_how_to_go_on(
+    folder: Path,
+    rows: Path,
+    tmp_path: Path,
+    program: Program,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "load_model", interrupted)
+    shown = program("finetune", "-m", str(folder), "-d", str(rows), "-o", str(tmp_path / "run"))
+    assert shown.code == 130
+    assert (
+        shown.err
+        == f"Interrupted; continue with: dynalora finetune --config {tmp_path}/run/config.yaml --resume\n"
+    )
+
+
+def test_gates_of_an_adapter(folder: Path, rows: Path, tmp_path: Path, program: Program) -> None:  # noqa: F811
+    adapter = saved_adapter("disel", folder, tmp_path / "adapter")
+    shown = program(
+        "gates", str(adapter), "--data", str(rows), "--limit", "4", "--plot", str(tmp_path / "gates.png")
+    )
+    assert shown.code == 0, shown.err
+    table = {
+        line.split()[0]: line.split()[1:]
+        for line in shown.out.splitlines()
+        if line.split()[:1] in (["q_proj"], ["all"])
+    }
+    assert 0 < float(table["q_proj"][-1]) < 1
+    assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_landscape_of_a_plain_lora(folder: Path, tmp_path: Path, program: Program) -> None:  # noqa: F811
+    shown = program("landscape", str(saved_adapter("lora", folder, tmp_path / "adapter")))
+    assert shown.code == 0, shown.err
+    kinds = {line.split()[0]: line.split()[1:] for line in shown.out.splitlines() if line.strip()}
+    assert kinds["v_proj"][:5] == ["2", "3.00", "3", "3", "3.0"]
+
+
+def test_bench_from_the_command_line(folder: Path, tmp_path: Path, program: Program) -> None:  # noqa: F811
+    shown = program(
+        "bench", "-m", str(folder), "--methods", "lora,disel", "--dtypes", "float32", "-r", "2", "-b", "1", "-l", "8",
+        "--rounds", "2", "--warmup", "1", "--no-memory", "--device", "cpu", "--json", str(tmp_path / "bench.json"),
+    )  # fmt: skip
+    assert shown.code == 0, shown.err
+    assert "step / lora" in shown.out
+    assert len(json.loads((tmp_path / "bench.json").read_text())["results"]) == 2

@@ -1,0 +1,344 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+from dynalora.errors import ConfigError, DataError, RunFolderError
+from dynalora.experiments import data, finetune as job, training
+from dynalora.experiments.finetune import (
+    FinetuneSpec,
+    adapter_config,
+    check_targets,
+    empty_model,
+    finetune,
+    prepare,
+)
+from dynalora.experiments.run_folder import read_metrics
+from dynalora.experiments.training import TrainSettings, held_out_loss, last_checkpoint, train_adapter
+from tests.unit import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.saved_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", tiny.rows(24))
+
+
+def spec(folder: Path, rows: Path, output: Path, **more: Any) -> FinetuneSpec:
+    given = {
+        "steps": 12,
+        "batch_size": 4,
+        "r": 2,
+        "learning_rate": 1e-2,
+        "eval_fraction": 0.25,
+        "retention": False,
+    }
+    return FinetuneSpec(model=str(folder), data=str(rows), output=str(output), **{**given, **more})
+
+
+def tokenized(count: int = 8) -> tuple[Any, data.TokenizedSet]:
+    tokenizer = tiny.tokenizer()
+    data.ensure_pad_token(tokenizer)
+    chats = data.to_conversations((f"row {i}", row) for i, row in enumerate(tiny.rows(count)))
+    return tokenizer, data.tokenize(chats, tokenizer)
+
+
+# --- configurations ---------------------------------------------------------------------------------------
+
+
+def test_every_method_has_a_configuration() -> None:
+    for name in job.method_names():
+        config = adapter_config(name, r=4, target_modules="q_proj,v_proj")
+        assert str(config.peft_type).upper().endswith(name.upper())
+        assert config.target_modules == {"q_proj", "v_proj"}
+        assert config.r == 4
+    assert adapter_config("lora", r=4).lora_alpha == 8
+    assert adapter_config("LoRA", r=4, alpha=4).lora_alpha == 4
+    assert adapter_config("disel", r=4).alpha == 8
+
+
+def test_options_reach_the_configuration_as_numbers() -> None:
+    assert adapter_config("dira", options={"penalty_weight": "1e-3"}).penalty_weight == 1e-3
+    assert adapter_config("disel", options={"gate_bias_init": -1}).gate_bias_init == -1
+    assert adapter_config("lora", options={"use_rslora": True}).use_rslora
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "adalora"}, "Unknown method 'adalora'; choose one of dira, disel, lora"),
+        ({"method": "disel", "r": 0}, "The rank r is 0; give a whole number of at least 1"),
+        ({"method": "dira", "options": {"penalty_wieght": 1}}, "Method 'dira' has no option 'penalty_wieght'; did you mean 'penalty_weight'"),
+        ({"method": "lora", "options": {"penalty_weight": 1}}, "Method 'lora' has no option 'penalty_weight'"),
+        ({"method": "disel", "options": {"r": 4}}, "'r' is a setting of its own"),
+        ({"method": "disel", "dropout": 2.0}, "dropout must be in"),
+        ({"method": "dira", "options": {"penalty": "l1"}}, "penalty must be one of"),
+        ({"method": "lora", "options": {"layers_pattern": "h"}}, "The settings of method 'lora' do not fit together"),
+    ],
+)  # fmt: skip
+def test_wrong_configuration_is_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        adapter_config(**given)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"epochs": 0.0}, "epochs is 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"warmup": 1.0}, "warmup is 1.0"),
+        ({"schedule": "step"}, "schedule is 'step'; choose one of cosine, linear"),
+        ({"save_every": -1}, "save_every is -1"),
+        ({"eval_fraction": 1.0}, "eval_fraction is 1.0"),
+        ({"dtype": "int8"}, "dtype is 'int8'; choose one of auto"),
+        ({"quantization": "2bit"}, "quantization is '2bit'; choose one of 4bit, 8bit"),
+        ({"max_length": 1}, "max_length is 1"),
+        ({"limit": 0}, "limit is 0"),
+    ],
+)
+def test_wrong_settings_are_named(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FinetuneSpec(model="m", data="d", output="o", **changed)
+
+
+def test_targets_are_found_without_weights(folder: Path) -> None:
+    model = empty_model(str(folder))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert len(check_targets(model, adapter_config("lora", target_modules=["q_proj", "v_proj"]))) == 4
+    assert len(check_targets(model, adapter_config("disel", target_modules=r".*layers\.0\..*_proj"))) == 7
+    assert check_targets(model, adapter_config("dira"))
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (
+            ["q_proj", "query"],
+            "target_modules 'query' matches nothing; the model's linear modules are q_proj, k_proj",
+        ),
+        (r".*\.nowhere", r"target_modules '.\*\\.nowhere' matches nothing; the model's linear modules are"),
+        ("(q_proj", r"target_modules '\(q_proj' is not a valid regular expression"),
+    ],
+)
+def test_targets_that_match_nothing(targets: Any, message: str, folder: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_targets(empty_model(str(folder)), adapter_config("lora", target_modules=targets))
+
+
+# --- measuring and training -------------------------------------------------------------------------------
+
+
+def test_held_out_loss_counts_every_token_once() -> None:
+    tokenizer, rows = tokenized()
+    rows.rows[0]["input_ids"], rows.rows[0]["labels"] = (
+        rows.rows[0]["input_ids"][:-2],
+        rows.rows[0]["labels"][:-2],
+    )
+    model = tiny.model(len(tokenizer)).train()
+    collator = data.Collator(tokenizer.pad_token_id)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in rows.rows:
+            logits = model.eval()(torch.tensor([row["input_ids"]])).logits[0, :-1].double()
+            labels = torch.tensor(row["labels"][1:])
+            total += float(
+                torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+            )
+            count += int((labels != -100).sum())
+    model.train()
+    for batch_size in (1, 3, 8):
+        assert held_out_loss(model, rows, collator, batch_size=batch_size) == pytest.approx(
+            total / count, rel=1e-5
+        )
+    assert model.training
+
+
+@pytest.mark.parametrize("method", job.method_names())
+def test_training_learns_and_gives_the_base_model_back(method: str) -> None:
+    tokenizer, rows = tokenized()
+    model = tiny.model(len(tokenizer))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settings = TrainSettings(steps=10, batch_size=4, learning_rate=2e-2, log_every=1, eval_every=5)
+    result = train_adapter(model, tokenizer, adapter_config(method, r=2), rows, rows, settings=settings)
+    assert result.steps == 10
+    assert result.held_out_before is not None
+    assert result.held_out_after is not None
+    assert result.held_out_after < 0.9 * result.held_out_before
+    assert result.step_seconds is not None
+    assert result.step_seconds_quartiles is not None
+    assert 0 < result.step_seconds_quartiles[0] <= result.step_seconds <= result.step_seconds_quartiles[1]
+    assert [record["step"] for record in result.records if "loss" in record] == list(range(1, 11))
+    assert [record["step"] for record in result.records if "held_out_loss" in record] == [0, 5, 10]
+    assert not result.model.training
+    restored = result.model.unload().state_dict()
+    assert all(torch.equal(restored[name], tensor) for name, tensor in before.items())
+
+
+def test_same_seed_gives_the_same_adapter() -> None:
+    tokenizer, rows = tokenized()
+
+    def weights(seed: int) -> dict[str, torch.Tensor]:
+        torch.rand(seed + 5)  # what happened before must not matter
+        settings = TrainSettings(steps=3, batch_size=4, seed=seed, gradient_checkpointing=seed == 2)
+        trained = train_adapter(
+            tiny.model(len(tokenizer)), tokenizer, adapter_config("disel", r=2), rows, settings=settings
+        )
+        return peft.get_peft_model_state_dict(trained.model)
+
+    first, again, other = weights(1), weights(1), weights(2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
+    tokenizer, rows = tokenized()
+    kept = []
+    for checkpointing in (False, True):
+        settings = TrainSettings(steps=3, batch_size=4, gradient_checkpointing=checkpointing)
+        trained = train_adapter(
+            tiny.model(len(tokenizer)), tokenizer, adapter_config("disel", r=2), rows, settings=settings
+        )
+        assert not trained.model.is_gradient_checkpointing
+        kept.append(peft.get_peft_model_state_dict(trained.model))
+    for name in kept[0]:
+        torch.testing.assert_close(kept[0][name], kept[1][name])
+
+
+def test_empty_training_set_is_refused() -> None:
+    tokenizer, _ = tokenized()
+    with pytest.raises(DataError, match="The training set is empty"):
+        train_adapter(tiny.model(len(tokenizer)), tokenizer, adapter_config("lora"), data.TokenizedSet())
+
+
+# --- the whole job ----------------------------------------------------------------------------------------
+
+
+def test_whole_job(folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYNALORA_CACHE", str(tmp_path / "cache"))
+    screen = io.StringIO()
+    run = tmp_path / "run"
+    result = finetune(spec(folder, rows, run, retention=True), console=Console(file=screen, width=200))
+    made = sorted(entry.name for entry in run.iterdir() if entry.name != "run.lock")
+    assert made == ["adapter", "config.yaml", "metrics.jsonl", "plots", "report.html", "run.json"]
+    assert sorted(entry.name for entry in (run / "plots").iterdir()) == ["gates.png", "loss.png"]
+    assert json.loads((run / "run.json").read_text())["finished"]
+    records = list(read_metrics(run))
+    assert {record["run"] for record in records} == {"disel"}
+    assert next(record for record in records if "retention" in record)["retention"]["kl"] > 0
+    # The adapter, loaded as any PEFT adapter is, gives the same outputs.
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    loaded = peft.PeftModel.from_pretrained(base, run / "adapter").eval()
+    tokens = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, result.model(tokens).logits)
+    assert transformers.AutoTokenizer.from_pretrained(run / "adapter").chat_template == tiny.CHAT_TEMPLATE
+    # Terminal and report tell the same numbers.
+    html = (run / "report.html").read_text(encoding="utf-8")
+    for text in (
+        f"{result.held_out_before:.4f}",
+        f"{result.held_out_after:.4f}",
+        f"{result.trainable_parameters:,}",
+    ):
+        assert text in html
+        assert text in screen.getvalue()
+    assert "\x1b" not in screen.getvalue()
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+    assert base64.b64decode(images[0]) == (run / "plots" / "loss.png").read_bytes()
+    # Its settings make the same job again.
+    again = yaml.safe_load((run / "config.yaml").read_text())
+    assert FinetuneSpec(**again).settings() == again
+    with pytest.raises(RunFolderError, match=r"already holds a run \(method disel.*finished\)"):
+        finetune(FinetuneSpec(**again))
+    with pytest.raises(RunFolderError, match="has finished; there is nothing to resume"):
+        finetune(FinetuneSpec(**again, resume=True))
+
+
+def test_held_out_data_from_elsewhere(folder: Path, rows: Path, tmp_path: Path) -> None:
+    other = tiny.write_jsonl(tmp_path / "held.jsonl", [*tiny.rows(2), {"prompt": "New?", "response": "Yes."}])
+    ready = prepare(spec(folder, rows, tmp_path / "run", eval_data=str(other)))
+    assert (len(ready.training), len(ready.held_out)) == (24, 1)
+    assert ready.modules > 0
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["disel", "dira"])
+def test_killed_run_continues_exactly(
+    method: str, folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {"method": method, "save_every": 4, "log_every": 1, "eval_every": 3, "dropout": 0.1}
+    finetune(spec(folder, rows, tmp_path / "whole", **more))
+    on_step_end = training._Recorder.on_step_end
+
+    def killed(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        on_step_end(self, args, state, control, **rest)
+        if state.global_step == 7:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Recorder, "on_step_end", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(spec(folder, rows, tmp_path / "run", **more))
+    assert last_checkpoint(tmp_path / "run" / "checkpoints").name == "checkpoint-4"
+    # The kill hit while the next checkpoint was being written.
+    (tmp_path / "run" / "checkpoints" / "checkpoint-6").mkdir()
+    with pytest.raises(RunFolderError, match="learning_rate was 0.01, now 0.02"):
+        finetune(spec(folder, rows, tmp_path / "run", **more, learning_rate=0.02, resume=True))
+    result = finetune(spec(folder, rows, tmp_path / "run", **more, resume=True))
+    assert result.steps == 12
+
+    whole, resumed = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "run")
+    )
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    def told(name: str, key: str) -> list[tuple[int, float]]:
+        return [(record["step"], record[key]) for record in read_metrics(tmp_path / name) if key in record]
+
+    for key in ("loss", "held_out_loss", "learning_rate"):
+        assert told("whole", key) == told("run", key)
+    assert [step for step, _ in told("run", "loss")] == list(range(1, 13))
+
+
+def test_nothing_is_loaded_or_made_before_everything_is_checked(
+    folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    broken = tiny.write_jsonl(tmp_path / "broken.jsonl", [{"text": "a"}])
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.tex").write_text("")
+    for changed, error, message in (
+        ({"method": "qlora"}, ConfigError, "Unknown method 'qlora'"),
+        ({"target_modules": ["query"]}, ConfigError, "target_modules 'query' matches nothing"),
+        ({"model": str(tmp_path / "nowhere")}, ConfigError, "cannot be used"),
+        ({"data": str(broken)}, DataError, "its fields are 'text'"),
+        ({"output": str(tmp_path / "used")}, RunFolderError, "found thesis.tex"),
+    ):
+        given = {"model": str(folder), "data": str(rows), "output": str(tmp_path / "run"), **changed}
+        with pytest.raises(error, match=message):
+            finetune(FinetuneSpec(**given))
+        assert not (tmp_path / "run").exists()
+
+
+def test_base_model_without_chat_template_is_tuned_and_remembered(rows: Path, tmp_path: Path) -> None:
+    model = tiny.saved_model(tmp_path / "base", chat=False)
+    finetune(spec(model, rows, tmp_path / "run", steps=2))
+    kept = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").chat_template
+    assert kept == data.PLAIN_CHAT_TEMPLATE

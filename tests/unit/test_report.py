@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import io
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from rich.console import Console
+
+from dynalora.experiments import plots
+from dynalora.experiments.report import (
+    Figure,
+    Report,
+    Section,
+    Table,
+    render_html,
+    rich_table,
+    show,
+    write_report,
+)
+
+EVIL = "<script>alert('x')</script>"
+
+
+class Links(HTMLParser):
+    """Everything a browser would fetch, and all visible text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [
+            value or "" for name, value in attributes if name in ("src", "href", "data", "action", "srcset")
+        ]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def parsed(report: Report) -> Links:
+    links = Links()
+    links.feed(render_html(report))
+    return links
+
+
+@pytest.fixture
+def report() -> Report:
+    table = Table(
+        ["method", "loss", "parameters", "note"],
+        [["disel", "0.5100", 1234567, EVIL], ["lora", "0.61", None, "b"]],
+    )
+    picture = Figure(plots.bars({"a": 1.0}, ylabel="y"), caption=EVIL)
+    return Report(EVIL, EVIL, [Section(EVIL, text=EVIL, tables=[table], figures=[picture], listing=EVIL)])
+
+
+def test_text_is_escaped_everywhere(report: Report) -> None:
+    page = parsed(report)
+    assert "script" not in page.tags
+    assert page.text.count(EVIL) >= 6
+
+
+def test_page_asks_nothing_of_any_server(report: Report) -> None:
+    page = parsed(report)
+    assert page.links
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    html = render_html(report)
+    assert "http" not in html.replace("http-equiv", "")
+    assert "@import" not in html
+    assert "url(" not in html
+
+
+def test_page_fits_a_phone_and_aligns_numbers(report: Report) -> None:
+    html = render_html(report)
+    assert 'name="viewport" content="width=device-width' in html
+    assert "tabular-nums" in html
+    assert '<td class="number">1,234,567</td>' in html
+    assert '<td class="number">–</td>' in html
+    assert "<td>disel</td>" in html
+
+
+def test_report_is_written_whole_or_not_at_all(report: Report, tmp_path: Path) -> None:
+    path = write_report(report, tmp_path / "deep" / "report.html")
+    assert path.read_text(encoding="utf-8") == render_html(report)
+    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [
+        (None, "–"),
+        (True, "yes"),
+        (1234567, "1,234,567"),
+        (0.123456, "0.1235"),
+        (2e-9, "2e-09"),
+        ("as is", "as is"),
+    ],
+)
+def test_cells(cell: object, text: str) -> None:
+    assert show(cell) == text  # type: ignore[arg-type]
+
+
+def test_which_columns_are_numbers() -> None:
+    table = Table(
+        ["", "a", "b", "c"], [["x", 1, "0.5 [0.4, 0.6]", "1 or none"], ["y", None, "+0.1 ± 0.2", "none"]]
+    )
+    assert table.numeric == [False, True, True, False]
+
+
+def test_row_of_the_wrong_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="has 1 cells for 2 columns"):
+        Table(["a", "b"], [["only"]], title="t")
+
+
+def test_terminal_table_has_colours_in_a_terminal_only() -> None:
+    table = rich_table(
+        Table(["method", "loss"], [["[red]disel[/red]", "0.5"], ["lora", "10.25"]], title="T", note="N")
+    )
+    pipe, terminal = io.StringIO(), io.StringIO()
+    Console(file=pipe, width=80).print(table)
+    Console(file=terminal, width=80, force_terminal=True, color_system="standard").print(table)
+    assert "\x1b" not in pipe.getvalue()
+    assert "\x1b" in terminal.getvalue()
+    assert "[red]disel[/red]" in pipe.getvalue()  # text is shown, not obeyed
+    first, second = (line for line in pipe.getvalue().splitlines() if "disel" in line or "lora" in line)
+    assert len(first.rstrip()) == len(second.rstrip())  # flush right
+
+
+def pixels(content: bytes) -> np.ndarray:
+    return np.asarray(matplotlib.image.imread(io.BytesIO(content), format="png"))
+
+
+def has_colour(content: bytes, colour: str) -> bool:
+    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return bool((np.abs(pixels(content)[..., :3] - wanted).max(-1) < 0.02).any())
+
+
+def test_loss_curves_draw_every_run_and_skip_what_is_missing() -> None:
+    records = [
+        {"step": 0, "held_out_loss": 3.0},
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": None},
+        {"epoch": 1},
+    ]
+    drawn = plots.loss_curves({"a": records, "b": [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]})
+    assert has_colour(drawn, plots.PALETTE[0])
+    assert has_colour(drawn, plots.PALETTE[1])
+    assert pixels(plots.loss_curves({})).ndim == 3
+
+
+def test_bars_retention_and_landscape_are_drawn() -> None:
+    bars = plots.bars({"base": 0.1, "disel": (0.5, 0.4, 0.6)}, ylabel="accuracy")
+    assert has_colour(bars, plots.PALETTE[1])
+    assert has_colour(plots.retention_bars({"disel": 0.01}, {"disel": -0.02}), plots.PALETTE[0])
+    rows = [
+        {"kind": kind, "layer": layer, "effective_rank": layer}
+        for kind in ("q", "v")
+        for layer in (0, 1, None)
+        if layer is not None
+    ]
+    small = plots.rank_heatmap(rows)
+    large = plots.rank_heatmap([{**row, "layer": row["layer"] + 40 * n} for n in range(2) for row in rows])
+    assert pixels(small).shape[0] > 100
+    assert pixels(large).ndim == 3
+
+
+def test_plots_leave_pyplot_alone() -> None:
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    plots.bars({"a": 1.0}, ylabel="y")
+    assert plt.get_fignums() == before

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from dynalora.errors import RunFolderError
+from dynalora.experiments import run_folder
+from dynalora.experiments.run_folder import RunFolder, read_metrics, write_atomic
+
+CONFIG = {"method": "disel", "model": "tiny", "learning_rate": 2e-4, "target_modules": ["q_proj", "v_proj"]}
+
+
+def test_new_folder_holds_what_was_asked_for(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "a" / "run", CONFIG) as run:
+        run.log({"step": 1, "loss": 2.5})
+        run.finish()
+    assert yaml.safe_load((run.path / "config.yaml").read_text()) == CONFIG
+    status = json.loads((run.path / "run.json").read_text())
+    assert status["finished"] is not None
+    assert status["versions"]["torch"]
+    assert list(read_metrics(run.path)) == [{"step": 1, "loss": 2.5}]
+
+
+def test_folder_of_another_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path, CONFIG).close()
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(
+        RunFolderError, match=r"already holds a run \(method disel, model tiny, started 20.*not finished\)"
+    ) as told:
+        RunFolder.create(tmp_path, CONFIG)
+    assert "choose another output folder, or resume" in str(told.value)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_folder_with_foreign_files_is_refused(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "c.txt", "d.txt"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(
+        RunFolderError, match=r"is not empty and holds no run \(found a.txt, b.txt, c.txt and 1 more\)"
+    ):
+        RunFolder.create(tmp_path, CONFIG)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.txt", "b.txt", "c.txt", "d.txt"]
+
+
+def test_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="is a file"):
+        RunFolder.create(tmp_path / "file", CONFIG)
+    with pytest.raises(RunFolderError, match="cannot be made because"):
+        RunFolder.create(tmp_path / "file" / "run", CONFIG)
+
+
+def test_check_changes_nothing(tmp_path: Path) -> None:
+    RunFolder.check(tmp_path / "run", CONFIG)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_in_use_is_refused_while_open(tmp_path: Path) -> None:
+    with (
+        RunFolder.create(tmp_path, CONFIG),
+        pytest.raises(RunFolderError, match=f"is in use by process {os.getpid()} on "),
+    ):
+        RunFolder.create(tmp_path, CONFIG, resume=True)
+    RunFolder.create(tmp_path, CONFIG, resume=True).close()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be caught")
+def test_lock_of_a_killed_process_is_free_again(tmp_path: Path) -> None:
+    script = (
+        "import sys, time\n"
+        "from dynalora.experiments.run_folder import RunFolder\n"
+        "run = RunFolder.create(sys.argv[1], {'seed': 1})\n"
+        "run.log({'step': 1})\n"
+        "print('open', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    source = Path(run_folder.__file__).parents[2]
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(source)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline().strip() == "open"
+        with pytest.raises(RunFolderError, match=f"in use by process {holder.pid} "):
+            RunFolder.check(tmp_path, {"seed": 1}, resume=True)
+    finally:
+        holder.kill()
+        holder.wait()
+    with RunFolder.create(tmp_path, {"seed": 1}, resume=True) as run:
+        assert run.resumed
+        assert run.metrics() == [{"step": 1}]
+
+
+def test_resume_needs_a_run_with_the_same_settings(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="no run to resume"):
+        RunFolder.create(tmp_path / "none", CONFIG, resume=True)
+    assert not (tmp_path / "none").exists()
+    RunFolder.create(tmp_path / "run", CONFIG).close()
+    changed = {**CONFIG, "learning_rate": 1e-3}
+    with pytest.raises(RunFolderError, match=r"other settings \(learning_rate was 0.0002, now 0.001\)"):
+        RunFolder.create(tmp_path / "run", changed, resume=True)
+
+
+def test_settings_survive_the_file_they_are_compared_with(tmp_path: Path) -> None:
+    config = {
+        "path": tmp_path,
+        "pair": (1, 2),
+        "names": {"b", "a"},
+        "ratio": np.float32(0.5),
+        "none": None,
+        "1": 1e-7,
+    }
+    RunFolder.create(tmp_path / "run", config).close()
+    RunFolder.create(tmp_path / "run", config, resume=True).close()
+
+
+def test_metrics_are_on_disk_after_every_line_and_survive_a_torn_one(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, CONFIG) as run:
+        run.log({"step": 1, "loss": math.nan, "lr": np.float64(0.5)})
+        assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "lr": 0.5}\n'
+        run.log({"step": 2})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    with RunFolder.create(tmp_path, CONFIG, resume=True) as run:
+        run.forget_metrics_after(1)
+        run.log({"step": 2, "again": True})
+        assert [record["step"] for record in run.metrics()] == [1, 2]
+        assert run.metrics()[1] == {"step": 2, "again": True}
+
+
+def test_other_processes_of_a_distributed_run_write_nothing(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", CONFIG, main_process=False) as run:
+        run.log({"step": 1})
+        run.write("report.html", "text")
+        run.finish()
+    assert not (tmp_path / "run").exists()
+
+
+def test_atomic_write_leaves_the_old_content_when_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = write_atomic(tmp_path / "file", "old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(target, "new")
+    assert target.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_replacing_a_folder_is_all_or_nothing(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, CONFIG) as run:
+        with run.replacing("adapter") as fresh:
+            (fresh / "weights").write_text("first")
+
+        def half() -> None:
+            with run.replacing("adapter") as fresh:
+                (fresh / "weights").write_text("half")
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            half()
+        assert (run.adapter / "weights").read_text() == "first"
+        with run.replacing("adapter") as fresh:
+            (fresh / "weights").write_text("second")
+        assert (run.adapter / "weights").read_text() == "second"
+        assert not [entry for entry in tmp_path.iterdir() if entry.name.endswith(".tmp")]
+
+
+def test_status_tells_a_finished_run_from_a_killed_one(tmp_path: Path) -> None:
+    started = time.time()
+    with RunFolder.create(tmp_path, CONFIG) as run:
+        assert run.status()["finished"] is None
+        run.finish()
+        assert run.status()["finished"] is not None
+    with pytest.raises(RunFolderError, match="has finished; there is nothing to resume"):
+        RunFolder.create(tmp_path, CONFIG, resume=True)
+    assert (tmp_path / "run.json").stat().st_mtime >= started - 2
