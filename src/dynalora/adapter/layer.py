@@ -207,8 +207,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             result = add_low_rank(result, m, self.parameter("up", adapter), self.scaling[adapter], in_place)
             if self.training and not torch.compiler.is_compiling():
                 driver = self.drivers[adapter]
-                if driver.watching and self.progress(adapter) is not None:
-                    driver.watch(self, result)
+                if driver.watching:
+                    driver.watch(self, self.order, result)
         return result
 
     def narrow(self, x: torch.Tensor, adapter: str) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
@@ -34,6 +36,9 @@ def register(method_class: type[Method]) -> type[Method]:
             "method": method,
         },
     )
+    setattr(
+        sys.modules[method_class.__module__], model_class.__name__, model_class
+    )  # where pickle looks for it
     register_peft_method(name=name, config_cls=method.config_class, model_cls=model_class)
     METHODS[name] = method
     return method_class

@@ -24,6 +24,7 @@ class DrivenLayer(Protocol):
     """What the driver needs of an adapted layer."""
 
     drivers: dict[str, Driver]
+    order: int
 
     def adapter_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """Trainable tensors of one adapter in this layer, by their role (``"down"``, ``"up"``, …)."""
@@ -110,11 +111,9 @@ class Driver:
     _step: int = 0
     _total_steps: int = 0
     _gradients_seen: bool = False
-    _baseline: tuple[float, float] | None = None
+    _baselines: dict[int, tuple[float, ...]] = field(default_factory=dict)
     _told: set[str] = field(default_factory=set)
-    # One training step may be made by several optimizers, each with a part of the adapter, or by one around another:
-    # which ones have acted in it, on which parameters, and what they share.
-    _acted: set[int] = field(default_factory=set)
+    # Of the current training step: ids of the parameters done, and what the optimizers that make it share.
     _done: set[int] = field(default_factory=set)
     _shared: dict[Any, Any] = field(default_factory=dict)
     # Identity and version of the saved clock as this object last saw it, to notice a loaded checkpoint without
@@ -180,43 +179,39 @@ class Driver:
         """The current moment for the method's own hooks."""
         return Moment(layers, self.adapter, self.config, self._step, self.total_steps)
 
-    def enter_step(self, optimizer: int) -> bool:
-        """An optimizer begins its part of a training step.
-
-        Args:
-            optimizer: The optimizer's id.
-
-        Returns:
-            Whether it is the first of this training step: an optimizer that has already acted begins the next one.
-        """
-        if optimizer in self._acted or not self._acted:
-            self._acted = {optimizer}
-            self.forget_step()
-            return True
-        self._acted.add(optimizer)
-        return False
-
-    def forget_step(self) -> None:
-        """Begin the training step over (an optimizer evaluates its closure again)."""
-        self._done.clear()
-        self._shared.clear()
-
     def act(
         self, layers: Sequence[Any], owned: Sequence[torch.Tensor], grad_scale: torch.Tensor | float
-    ) -> None:
+    ) -> bool:
         """Let the method add to the gradients of the parameters that an optimizer is about to step.
+
+        A training step may be made by several optimizers, each with a part of the adapter, or by one around another.
+        What tells them apart are the gradients: one that nothing was added to since it was computed awaits its
+        addition, and new gradients of parameters that have had theirs begin the next training step.
 
         Args:
             layers: The layers they belong to.
             owned: The parameters.
             grad_scale: Factor that their gradients still carry.
+
+        Returns:
+            Whether a new training step began, which the clock will count.
         """
+        awaiting = frozenset(id(p) for p in owned if p.grad is None or not _is_marked(p.grad))
+        if not awaiting:
+            return False
+        first = not self._done or not self._done.isdisjoint(awaiting)
+        if first:
+            self._done.clear()
+            self._shared.clear()
         self.require_schedule()
         moment = self.moment(layers)
-        moment.grad_scale, moment.shared = grad_scale, self._shared
-        moment.awaiting = frozenset(id(p) for p in owned) - self._done
+        moment.grad_scale, moment.shared, moment.awaiting = grad_scale, self._shared, awaiting
         self.method.before_step(moment)
-        self._done |= moment.awaiting
+        self._done |= awaiting
+        for parameter in owned:
+            if parameter.grad is not None:
+                _mark(parameter.grad)
+        return first
 
     def require_schedule(self) -> None:
         """Check, before a step, that the method's schedule can run.
@@ -251,12 +246,16 @@ class Driver:
 
     # Training that nobody drives -------------------------------------------------------------------------------
 
-    def watch(self, layer: DrivenLayer, output: torch.Tensor) -> None:
-        """Notice that gradients flow, until the first driven step (called by the layer that carries the "
-        "clock).
+    def watch(self, layer: DrivenLayer, order: int, output: torch.Tensor) -> None:
+        """Notice that gradients flow, until the first driven step (called in a layer's forward).
+
+        Args:
+            layer: The layer.
+            order: Its number.
+            output: Its result.
         """
-        if self._baseline is None:
-            self._baseline = _fingerprint(layer, self.adapter)
+        if order not in self._baselines:
+            self._baselines[order] = _fingerprint(layer, self.adapter)
         if output.requires_grad:
             output.register_hook(self._saw_gradient)
 
@@ -268,11 +267,11 @@ class Driver:
     def _saw_gradient(self, gradient: torch.Tensor) -> None:
         self._gradients_seen = True
 
-    def check_driven(self, lead: DrivenLayer, when: str) -> None:
+    def check_driven(self, layers: Sequence[Any], when: str) -> None:
         """Speak up if the adapter was trained past the driver.
 
         Args:
-            lead: The layer that carries the clock.
+            layers: The adapter's layers.
             when: What the user is doing, for the message.
 
         Raises:
@@ -281,7 +280,9 @@ class Driver:
         """
         if self.optimizer_steps or self.accepted_undriven or not self._gradients_seen:
             return
-        if not self.method.needs_driving(self.config) or _fingerprint(lead, self.adapter) == self._baseline:
+        if not self.method.needs_driving(self.config):
+            return
+        if all(_fingerprint(layer, self.adapter) == self._baselines.get(layer.order) for layer in layers):
             return
         raise ScheduleError(
             f"{when}: adapter {self.adapter!r} was trained, but no torch.optim.Optimizer that owns its "
@@ -293,13 +294,27 @@ class Driver:
             "calling dynalora.accept_undriven(model) first."
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickled model has parameters of its own, with which nothing has happened yet.
+        passing = {"_done": set(), "_shared": {}, "_seen": None, "_baselines": {}, "_gradients_seen": False}
+        return {**self.__dict__, **passing, "optimizer_steps": 0, "_told": set(self._told)}
 
-def _fingerprint(layer: DrivenLayer, adapter: str) -> tuple[float, float] | None:
-    up = layer.adapter_parameters(adapter).get("up")
-    if up is None or up.is_meta:
-        return None
-    values = up.detach().double()
-    return float(values.sum()), float(values.square().sum())
+
+def _fingerprint(layer: DrivenLayer, adapter: str) -> tuple[float, ...]:
+    values = [p.detach().double() for p in layer.adapter_parameters(adapter).values() if not p.is_meta]
+    return tuple(float(number) for value in values for number in (value.sum(), value.square().sum()))
+
+
+# A mark on a gradient holds as long as that very tensor is not written to: gradients that are recomputed are either
+# new tensors, without marks, or written in place, which changes their version.
+
+
+def _mark(gradient: torch.Tensor) -> None:
+    gradient._dynalora_version = gradient._version  # type: ignore[attr-defined]
+
+
+def _is_marked(gradient: torch.Tensor) -> bool:
+    return getattr(gradient, "_dynalora_version", None) == gradient._version
 
 
 def drivers_of(model: nn.Module) -> Iterator[tuple[Driver, list[Any]]]:
@@ -353,4 +368,4 @@ def check_driven(model: nn.Module, when: str) -> None:
         ScheduleError: An adapter was trained past its driver.
     """
     for driver, layers in drivers_of(model):
-        driver.check_driven(layers[0], when)
+        driver.check_driven(layers, when)

@@ -78,8 +78,8 @@ class _Plan:
     stamp: object
     bindings: list[_Binding]
     overrides: dict[int, OptimizerOverride]
-    # The user's own groups while ours are in place: the list's content, and the parameters of each group.
-    original: list[tuple[dict[str, Any], list[Any]]] | None = None
+    # The user's own groups while ours are in place: each group, its own settings, and the ones it has instead.
+    original: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] | None = None
     acting: list[_Binding] = field(default_factory=list)
 
 
@@ -187,8 +187,13 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
     # The gradients come to be inside the step: act each time the closure has made them.
     def then_act(*inner: Any, **named: Any) -> Any:
-        loss = closure(*inner, **named)
-        _act_before(optimizer, plan)
+        try:
+            loss = closure(*inner, **named)
+            _act_before(optimizer, plan)
+        except BaseException:
+            if plan.original is not None:
+                _restore_groups(optimizer, plan)
+            raise
         return loss
 
     _apply_groups(optimizer, plan)
@@ -204,15 +209,15 @@ def _act_before(optimizer: Optimizer, plan: _Plan) -> None:
     again, plan.acting = plan.acting, [binding for binding in plan.bindings if binding.has_gradient()]
     for binding in plan.acting:
         driver = binding.driver
-        if binding not in again:
-            binding.first = driver.enter_step(id(optimizer))
-        elif binding.first:
-            driver.forget_step()
         lead = binding.lead_layer()
         if lead is not None:
             driver.read(lead)
         with torch.no_grad():
-            driver.act(binding.live_layers(), binding.live_parameters(), 1.0 if scale is None else scale)
+            first = driver.act(
+                binding.live_layers(), binding.live_parameters(), 1.0 if scale is None else scale
+            )
+        # A closure may be evaluated several times within one step.
+        binding.first = first or (binding in again and binding.first)
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -244,43 +249,50 @@ def _apply_groups(optimizer: Optimizer, plan: _Plan) -> None:
     if not plan.overrides:
         return
     groups = optimizer.param_groups
-    plan.original = [(group, group["params"]) for group in groups]
+    plan.original = []
     during: list[dict[str, Any]] = []
-    for group, params in plan.original:
+    for group in groups:
         apart: dict[tuple[float, float | None], list[Any]] = {}
         plain = []
-        for parameter in params:
+        for parameter in group["params"]:
             override = plan.overrides.get(id(parameter))
             if override is None:
                 plain.append(parameter)
             else:
                 apart.setdefault((override.lr_multiplier, override.weight_decay), []).append(parameter)
-        if plain or not apart:
-            group["params"] = plain
-            during.append(group)
-        for (lr_multiplier, weight_decay), special in apart.items():
-            # The mark keeps an optimizer inside this one, stepping the same groups, from doing it again.
-            during.append(
-                _overridden({**group, "params": special, GROUP_MARK: True}, lr_multiplier, weight_decay)
-            )
+        rules = list(apart.items())
+        # The group itself stays wherever it can, since optimizers keep notes in their groups.
+        own = {"params": plain} if plain or not rules else _overridden(group, *rules.pop(0))
+        plan.original.append((group, {key: group[key] for key in own}, own))
+        during.append(group)
+        # The mark keeps an optimizer inside this one, stepping the same groups, from doing it again.
+        during.extend({**group, **_overridden(group, *rule), GROUP_MARK: True} for rule in rules)
+    for group, _, own in plan.original:
+        group.update(own)
     groups[:] = during
 
 
 def _restore_groups(optimizer: Optimizer, plan: _Plan) -> None:
     assert plan.original is not None
-    for group, params in plan.original:
-        group["params"] = params
-    optimizer.param_groups[:] = [group for group, _ in plan.original]
+    for group, theirs, ours in plan.original:
+        # What the optimizer itself has changed since is its own business.
+        group.update({key: value for key, value in theirs.items() if group.get(key) is ours[key]})
+    optimizer.param_groups[:] = [group for group, _, _ in plan.original]
     plan.original = None
 
 
-def _overridden(group: dict[str, Any], lr_multiplier: float, weight_decay: float | None) -> dict[str, Any]:
+def _overridden(
+    group: dict[str, Any], rule: tuple[float, float | None], parameters: list[Any]
+) -> dict[str, Any]:
+    """The settings with which some parameters of a group step."""
+    lr_multiplier, weight_decay = rule
+    settings: dict[str, Any] = {"params": parameters}
     # lr is None for optimizers that choose it themselves (Adafactor's relative step): theirs stays.
     if lr_multiplier != 1.0 and group.get("lr") is not None:
-        group["lr"] = group["lr"] * lr_multiplier
+        settings["lr"] = group["lr"] * lr_multiplier
     if weight_decay is not None and "weight_decay" in group:
-        group["weight_decay"] = weight_decay
-    return group
+        settings["weight_decay"] = weight_decay
+    return settings
 
 
 def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:

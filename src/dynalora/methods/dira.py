@@ -149,8 +149,14 @@ def _add_product_gradient(moment: Moment, layers: list[AdapterLayer], weight: fl
             # Another optimizer has the other factors, and will see these ones changed.
             moment.shared.update(zip(layers, zip(down_norm, up_norm, strict=True), strict=True))
     rate = weight * moment.grad_scale
-    _add(moment, [pair[0] for pair in factors], _rescale(down, down_norm[:, :, None], rate * up_norm[:, :, None]))
-    _add(moment, [pair[1] for pair in factors], _rescale(up, up_norm[:, None, :], rate * down_norm[:, None, :]))
+    _add(
+        moment,
+        [pair[0] for pair in factors],
+        _rescale(down, down_norm[:, :, None], rate * up_norm[:, :, None]),
+    )
+    _add(
+        moment, [pair[1] for pair in factors], _rescale(up, up_norm[:, None, :], rate * down_norm[:, None, :])
+    )
 
 
 def _norms(factors: torch.Tensor, dim: int) -> torch.Tensor:

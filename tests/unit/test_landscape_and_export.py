@@ -1,0 +1,144 @@
+"""Landscapes of other adapters, export without the base model, and what the state report says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+import dynalora
+from dynalora import DiraConfig, DiselConfig
+from dynalora.errors import CheckpointError, ConfigError, DynaloraError, UnsupportedError
+from dynalora.export import export_adapter_folder, load_without_base
+from tests.toys import TOYS
+
+LLAMA = TOYS["llama"]
+
+
+def test_landscape_of_a_plain_lora() -> None:
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(LLAMA.build(), config)
+    rows = dynalora.rank_landscape(model)
+    delta = model.get_submodule("base_model.model." + rows[1].module).get_delta_weight("default")
+    expected = torch.linalg.svdvals(delta.double())[:3]
+    torch.testing.assert_close(torch.tensor(rows[1].singular_values, dtype=torch.float64), expected)
+    assert [row.layer for row in rows] == [0, 1]
+
+
+def test_landscape_of_disel_is_of_its_ungated_factors() -> None:
+    model = peft.get_peft_model(
+        LLAMA.build(), DiselConfig(r=2, alpha=5, target_modules=["q_proj"], init_weights=False)
+    )
+    (row, *_) = dynalora.rank_landscape(model)
+    layer = model.get_submodule("base_model.model." + row.module)
+    delta = 2.5 * layer.parameter("up", "default") @ layer.parameter("down", "default")
+    assert row.nuclear_norm == pytest.approx(float(torch.linalg.svdvals(delta.double()).sum()), rel=1e-6)
+
+
+def test_landscape_of_a_start_is_empty_of_rank() -> None:
+    model = peft.get_peft_model(LLAMA.build(), DiraConfig(target_modules=["q_proj"]))
+    assert [(r.effective_rank, r.nuclear_norm, r.energy) for r in dynalora.rank_landscape(model)] == [
+        (0, 0, 0)
+    ] * 2
+
+
+def test_landscape_without_an_adapter_says_so() -> None:
+    with pytest.raises(DynaloraError, match="no active adapter"):
+        dynalora.rank_landscape(LLAMA.build())
+    with pytest.raises(ConfigError, match=r"tau must be at least 0, got -1"):
+        dynalora.rank_landscape(LLAMA.build(), tau=-1)
+
+
+def test_landscape_is_drawn(tmp_path: Path) -> None:
+    rows = {}
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = peft.get_peft_model(
+            LLAMA.build(), DiraConfig(target_modules="all-linear", init_weights=False, r=seed + 2)
+        )
+        rows[f"run {seed}"] = dynalora.rank_landscape(model)
+    figure = dynalora.plot_rank_landscape(rows, str(tmp_path / "landscape.png"))
+    assert (tmp_path / "landscape.png").stat().st_size > 5000
+    drawn = {axis.get_title(): axis for axis in figure.axes if axis.get_visible()}
+    assert set(drawn) == {row.kind for row in rows["run 0"]}
+    lines = {line.get_label(): list(line.get_ydata()) for line in drawn["q_proj"].lines}
+    assert lines["run 1"] == [row.effective_rank for row in rows["run 1"] if row.kind == "q_proj"]
+
+
+def test_export_from_the_folder_alone_equals_export_of_the_model(tmp_path: Path) -> None:
+    config = DiraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], rank_pattern={"layers.0.*.q_proj": 2}, init_weights=False
+    )
+    model = peft.get_peft_model(LLAMA.build(), config)
+    model.save_pretrained(tmp_path / "adapter")
+    report = export_adapter_folder(str(tmp_path / "adapter"), str(tmp_path / "lora"))
+    assert report.max_error < 1e-7
+    assert sorted(report.ranks.values()) == [2, 4, 4, 4]
+    loaded = peft.PeftModel.from_pretrained(LLAMA.build(), tmp_path / "lora")
+    assert isinstance(loaded.base_model, peft.LoraModel)
+    torch.testing.assert_close(LLAMA.logits(loaded), LLAMA.logits(model), atol=1e-5, rtol=1e-5)
+
+
+def test_export_keeps_trained_heads(tmp_path: Path) -> None:
+    model = peft.get_peft_model(
+        LLAMA.build(), DiraConfig(target_modules=["q_proj"], init_weights=False, modules_to_save=["lm_head"])
+    )
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data.mul_(1.5)
+    dynalora.export_lora(model, tmp_path / "lora")
+    loaded = peft.PeftModel.from_pretrained(LLAMA.build(), tmp_path / "lora")
+    torch.testing.assert_close(LLAMA.logits(loaded), LLAMA.logits(model), atol=1e-5, rtol=1e-5)
+
+
+def test_export_never_writes_over_anything(tmp_path: Path) -> None:
+    model = peft.get_peft_model(LLAMA.build(), DiraConfig(target_modules=["q_proj"]))
+    (tmp_path / "theirs").write_text("keep me")
+    with pytest.raises(DynaloraError, match="already exists"):
+        dynalora.export_lora(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_export_refuses_trained_biases(tmp_path: Path) -> None:
+    model = peft.get_peft_model(TOYS["gpt2"].build(), DiraConfig(target_modules=["c_attn"], bias="dira_only"))
+    with pytest.raises(UnsupportedError, match="bias='dira_only'"):
+        dynalora.export_lora(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "holds no adapter"),
+        (
+            lambda folder: peft.LoraConfig(target_modules=["q_proj"]).save_pretrained(str(folder)),
+            "made by .*LORA, which is none of dynalora's methods",
+        ),
+        (
+            lambda folder: DiraConfig(target_modules=["q_proj"]).save_pretrained(str(folder)),
+            r"no adapter_model\.safetensors",
+        ),
+    ],
+    ids=["empty", "another library's", "no weights"],
+)
+def test_what_is_no_adapter_is_refused(tmp_path: Path, make: object, message: str) -> None:
+    make(tmp_path)  # type: ignore[operator]
+    with pytest.raises(CheckpointError, match=message):
+        load_without_base(str(tmp_path))
+
+
+def test_state_report_says_what_the_adapter_does_now() -> None:
+    config = DiraConfig(r=2, target_modules=["q_proj"], penalty_weight=0.5, total_steps=4, init_weights=False)
+    model = peft.get_peft_model(LLAMA.build(), config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ids = torch.arange(8)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    (report,) = dynalora.state_report(model)
+    assert (report.method, report.adapter, report.step, report.total_steps) == ("dira", "default", 1, 4)
+    assert list(report.ranks.values()) == [2, 2]
+    assert report.details["dira_penalty_weight"] == pytest.approx(0.5 * 3 / 4)
+    deltas = [row.nuclear_norm for row in dynalora.rank_landscape(model)]
+    assert report.details["nuclear_norm_bound"] >= sum(deltas) - 1e-9  # alpha = r, so s = 1
+    assert report.trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
