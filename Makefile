@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# Tests run one thread each, in as many processes as there are cores, up to four.
+JOBS ?= auto
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-gpu lint format types docs docs-serve clean
@@ -28,7 +31,7 @@ demo: $(VENV)/.installed-demo ## Fine-tune a small language model and report wha
 	$(BIN)/dynalora demo --output runs/demo-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 test: $(VENV)/.installed-dev ## Run the tests (without the slow and GPU ones)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-slow: $(VENV)/.installed-dev ## Run the slow tests, on a real model
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)

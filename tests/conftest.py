@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import subprocess
 import sys
@@ -19,7 +20,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-import dynalora  # noqa: F401  registers the methods with PEFT before any test loads an adapter
+# It warns of a missing optional kernel at import, which pytest would print after its own last line.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+import dynalora  # noqa: E402, F401  registers the methods with PEFT before any test loads an adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,7 +61,7 @@ def run_python() -> PythonRunner:
     ``without_dynalora=True`` makes any import of the package fail there, as where it is not installed.
     """
 
-    def run(script: str, *arguments: str, without_dynalora: bool = False, timeout: float = 180.0) -> str:
+    def run(script: str, *arguments: str, without_dynalora: bool = False, timeout: float = 400.0) -> str:
         path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
         environment = dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1")
         script = textwrap.dedent(script)

@@ -145,6 +145,26 @@ def test_restart_schedule() -> None:
     assert clock(model) == (3, 5)
 
 
+def test_state_report_says_what_goes_on() -> None:
+    model = adapted(dira(total_steps=8, rank_pattern={"down_proj": 2}))
+    model.add_adapter("second", dira(total_steps=4))
+    assert [(r.adapter, r.method, r.step, r.total_steps) for r in dynalora.state_report(model)] == [
+        ("default", "dira", 0, 8),
+        ("second", "dira", 0, 4),
+    ]
+    loop(model, sgd(model), batches(2))
+    first, second = dynalora.state_report(model)
+    assert (first.step, second.step) == (2, 0)
+    assert {name.rsplit(".", 1)[-1]: rank for name, rank in first.ranks.items()} == {
+        "q_proj": 3,
+        "down_proj": 2,
+    }
+    assert first.trainable_parameters == sum(p.numel() for p in trainable(model))
+    assert second.trainable_parameters == 0
+    assert first.details["dira_penalty_weight"] == pytest.approx(0.5 * (1 - 2 / 8))
+    assert dynalora.state_report(nn.Linear(2, 2)) == []
+
+
 # --- saved and loaded ----------------------------------------------------------------------------------------
 
 
@@ -302,6 +322,65 @@ def test_a_wrapped_optimizer_makes_one_step(name: str) -> None:
     loop(model, Wrapper(adamw(model)), data)
     assert clock(model) == (4, 4)
     assert_same_weights(weights(model), weights(alone))
+
+
+class Clipper(Wrapper):
+    """A wrapper that changes the gradients before it passes the step on."""
+
+    def step(self, closure: Any = None) -> Any:
+        nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], 1e9)
+        return self.inner.step(closure)
+
+
+@every_config
+def test_a_wrapper_that_clips_makes_one_step(name: str) -> None:
+    data = batches(4)
+    alone = adapted(CONFIGS[name](total_steps=4))
+    loop(alone, adamw(alone), data)
+    model = adapted(CONFIGS[name](total_steps=4))
+    loop(model, Clipper(adamw(model)), data)
+    assert clock(model) == (4, 4)
+    assert_same_weights(weights(model), weights(alone))
+
+
+@pytest.mark.parametrize("way", ["zero_grad to zeros", "grad.zero_()", "model.zero_grad", "new tensors"])
+@every_config
+def test_every_way_to_clear_gradients(name: str, way: str) -> None:
+    """Gradient tensors may live on from step to step; what counts is that they were computed anew."""
+    data = batches(4)
+    alone = adapted(CONFIGS[name](total_steps=4))
+    loop(alone, adamw(alone), data)
+    model = adapted(CONFIGS[name](total_steps=4))
+    optimizer = adamw(model)
+    for batch in data:
+        if way == "zero_grad to zeros":
+            optimizer.zero_grad(set_to_none=False)
+        elif way == "grad.zero_()":
+            for parameter in trainable(model):
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+        elif way == "model.zero_grad":
+            model.zero_grad()
+        if way == "new tensors":
+            loss = model(input_ids=batch, labels=batch).loss
+            gradients = torch.autograd.grad(loss, trainable(model))
+            for parameter, gradient in zip(trainable(model), gradients, strict=True):
+                parameter.grad = gradient
+        else:
+            model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+    assert clock(model) == (4, 4)
+    assert_same_weights(weights(model), weights(alone))
+
+
+def test_steps_without_clearing_gradients_count() -> None:
+    """Whoever never clears gradients steps all the same, once per call."""
+    model = adapted(dira(total_steps=5))
+    optimizer = sgd(model, lr=1e-4)
+    for batch in batches(3):
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+    assert clock(model) == (3, 5)
 
 
 class OwnAdamW(torch.optim.AdamW):

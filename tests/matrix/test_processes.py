@@ -14,6 +14,7 @@ import torch
 import dynalora
 from dynalora.errors import CheckpointError, UnsupportedError
 from tests.matrix.rows import (
+    FIRST_OF_EACH_METHOD,
     ROWS,
     STATIC,
     TRANSFORMERS,
@@ -39,6 +40,7 @@ import dynalora, peft
 from tests.toys import TOYS
 folder = Path(sys.argv[1])
 logits, trainable, types = {}, {}, {}
+thorough = json.loads(sys.argv[3])
 for row in json.loads(sys.argv[2]):
     for name, toy in TOYS.items():
         key = f"{row}.{name}"
@@ -46,6 +48,8 @@ for row in json.loads(sys.argv[2]):
         logits[f"plain/{key}"] = toy.logits(model)
         trainable[key] = sum(p.requires_grad for p in model.parameters())
         types[key] = model.peft_config["default"].peft_type
+        if row not in thorough:
+            continue
         lean = peft.PeftModel.from_pretrained(toy.build(), folder / key, low_cpu_mem_usage=True)
         logits[f"lean/{key}"] = toy.logits(lean)
         if toy.task_type == "CAUSAL_LM":
@@ -109,9 +113,9 @@ def elsewhere(
             model = trained(row, toy, bases)
             model.save_pretrained(folder / f"{row.name}.{toy.name}")
             here[f"{row.name}.{toy.name}"] = toy.logits(model)
-    report = json.loads(
-        run_python(LOAD, str(folder), json.dumps([row.name for row in ROWS])).splitlines()[-1]
-    )
+    rows, thorough = [row.name for row in ROWS], [row.name for row in FIRST_OF_EACH_METHOD]
+    output = run_python(LOAD, str(folder), json.dumps(rows), json.dumps(thorough))
+    report = json.loads(output.splitlines()[-1])
     return {
         "folder": {"path": folder},
         "here": here,
@@ -125,8 +129,9 @@ def elsewhere(
 def test_another_process_computes_the_same(row: Row, toy: Toy, elsewhere: dict[str, Any]) -> None:
     key = f"{row.name}.{toy.name}"
     assert torch.equal(elsewhere["there"][f"plain/{key}"], elsewhere["here"][key])
-    assert torch.equal(elsewhere["there"][f"lean/{key}"], elsewhere["here"][key])
-    if toy.task_type == "CAUSAL_LM":
+    if row in FIRST_OF_EACH_METHOD:
+        assert torch.equal(elsewhere["there"][f"lean/{key}"], elsewhere["here"][key])
+    if row in FIRST_OF_EACH_METHOD and toy.task_type == "CAUSAL_LM":
         assert torch.equal(elsewhere["there"][f"auto/{key}"], elsewhere["here"][key])
     assert elsewhere["trainable"][key] == 0
     assert elsewhere["types"][key] == row.config().peft_type
@@ -285,7 +290,11 @@ def exported(
             dynalora.export_lora(model, folder / f"{row.name}.{toy.name}")
             here[f"{row.name}.{toy.name}"] = toy.logits(model)
     output = run_python(
-        LOAD_EXPORTED, str(folder), json.dumps([row.name for row in STATIC]), without_dynalora=True
+        LOAD_EXPORTED,
+        str(folder),
+        json.dumps([row.name for row in STATIC]),
+        without_dynalora=True,
+        timeout=400,
     )
     return {
         "folder": {"path": folder},

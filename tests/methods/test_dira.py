@@ -289,7 +289,7 @@ def test_vanishing_components_keep_a_bounded_gradient(magnitude: float) -> None:
     torch.optim.SGD([A, B], lr=0.0).step()
     assert float(B.grad[:, 0].norm()) <= 0.1 * float(A[0].norm()) * 1.5
     assert float(A.grad[0].norm()) <= 0.1 * max(5**0.5 * magnitude * 1.5, 1e-20)
-    if magnitude >= 1e-15:
+    if magnitude >= 1e-30:
         assert float(B.grad[:, 0].norm()) == pytest.approx(0.1 * float(A[0].norm()), rel=1e-4)
 
 
@@ -450,10 +450,10 @@ def test_penalty_drives_unused_components_down() -> None:
         layer = next(m for m in model.modules() if isinstance(m, AdapterLayer))
         factors(layer)[1].data.copy_(0.5 * torch.randn(6, 4).double())
         factors(layer)[0].data.copy_(0.5 * torch.randn(4, 8).double())
-        optimizer = torch.optim.Adam(list(factors(layer)), lr=0.02)
+        optimizer = torch.optim.Adam(list(factors(layer)), lr=0.05)
         # Six inputs leave a null space, in which only the penalty acts.
         x = torch.randn(6, 8, dtype=torch.float64)
-        for _ in range(600):
+        for _ in range(250):
             optimizer.zero_grad()
             (model(x) - x @ target.T).square().mean().backward()
             optimizer.step()

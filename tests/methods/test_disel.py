@@ -357,6 +357,44 @@ def test_gates_are_computed_in_the_adapters_precision() -> None:
 # --- settings, and what the gates are for --------------------------------------------------------------------
 
 
+def test_recorded_gates_are_the_references_mean() -> None:
+    """Over the tokens that count only, layer by layer, from the inputs that the layers really get."""
+    toy = TOYS["llama"]
+    config = DiselConfig(r=3, target_modules=["q_proj"], init_weights=False, gate_bias_init=-1.0)
+    model = peft.get_peft_model(toy.build(), config).eval()
+    ids = tokens(4, 7)
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    labels = ids.clone()
+    labels[:, :2] = -100
+    seen: dict[str, Tensor] = {}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, AdapterLayer)}
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda module, inputs, name=name: seen.update({name: inputs[0].detach()})
+        )
+        for name, layer in layers.items()
+    ]
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+    for handle in handles:
+        handle.remove()
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    recorded = dynalora.record_gates(model, [batch])
+    assert len(recorded) == len(layers) == 2
+    counted = mask.bool() & (labels != -100)
+    for (name, layer), entry in zip(layers.items(), recorded, strict=True):
+        assert name.endswith(entry.module)
+        weight, bias = layer.disel_gate_weight["default"], layer.disel_gate_bias["default"]
+        gates = reference.gates(seen[name][counted].double(), weight.double(), bias.double())
+        assert entry.tokens == int(counted.sum()) == 17
+        torch.testing.assert_close(entry.mean.double(), gates.mean(0), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(entry.mean_square.double(), gates.square().mean(0), atol=1e-6, rtol=1e-5)
+        wanted = torch.histc(gates, bins=len(entry.histogram), min=0, max=1).long()
+        assert int((entry.histogram - wanted).abs().sum()) <= 2  # a value on the edge of a bin
+        assert int(entry.histogram.sum()) == 17 * 3
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -420,5 +458,27 @@ def test_gates_learn_where_to_act(two_populations: tuple[Tensor, Tensor]) -> Non
 
 def test_default_alpha_is_twice_the_rank() -> None:
     assert DiselConfig(r=6).alpha == 12
-    layer = only_layer(peft.get_peft_model(nn.Sequential(nn.Linear(8, 6)), DiselConfig(r=3, target_modules=["0"])))
+    layer = only_layer(
+        peft.get_peft_model(nn.Sequential(nn.Linear(8, 6)), DiselConfig(r=3, target_modules=["0"]))
+    )
     assert layer.scaling["default"] == 2.0
+
+
+def test_dropout_leaves_the_gates_input_alone() -> None:
+    """Dropout zeroes entries of what the update is made of; the gates see the whole input (methods: per token)."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(6, 5)),
+        DiselConfig(r=3, target_modules=["0"], dropout=0.5, init_weights=False, gate_bias_init=0.0),
+    )
+    layer = model.base_model.model[0]
+    x = torch.randn(4, 6)
+    gates = layer.gates(x, "default")
+    for _ in range(5):
+        narrow = layer.train().narrow(x, "default")
+        torch.manual_seed(3)
+        dropped = layer.narrow(x, "default") / gates
+        torch.manual_seed(3)
+        expected = torch.nn.functional.dropout(x, 0.5) @ layer.parameter("down", "default").t()
+        torch.testing.assert_close(dropped, expected)
+        assert not torch.allclose(narrow, layer.eval().narrow(x, "default"))

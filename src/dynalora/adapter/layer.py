@@ -213,19 +213,21 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def narrow(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
         """The narrow activations ``d ⊙ down(x)``: x (…, in) → (…, r), in the adapter's dtype."""
-        projections = self.projections(adapter)
-        stacked = projections[0] if len(projections) == 1 else torch.cat(tuple(projections))
+        down, *rest = self.projections(adapter)
         if not torch.is_autocast_enabled(x.device.type):
-            x = self._cast_input_dtype(x, stacked.dtype)
-        if self.training and self.adapter_dropout[adapter]:
-            x = nn.functional.dropout(x, self.adapter_dropout[adapter])
-        z = nn.functional.linear(x, stacked)
-        if len(projections) == 1:
-            d = self.diagonal(adapter, None)
-            return z if d is None else z * d
-        r = projections[0].shape[0]
-        d = self.diagonal(adapter, z[..., r:])
-        return z[..., :r] if d is None else z[..., :r] * d
+            x = self._cast_input_dtype(x, down.dtype)
+        p = self.adapter_dropout[adapter] if self.training else 0.0
+        if p:
+            # Dropout is on what the update is made of; what chooses it (gates) sees the input as it is.
+            h = nn.functional.linear(nn.functional.dropout(x, p), down)
+            projected = nn.functional.linear(x, torch.cat(rest)) if rest else None
+        elif rest:
+            z = nn.functional.linear(x, torch.cat([down, *rest]))
+            h, projected = z[..., : down.shape[0]], z[..., down.shape[0] :]
+        else:
+            h, projected = nn.functional.linear(x, down), None
+        d = self.diagonal(adapter, projected)
+        return h if d is None else h * d
 
     def static_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors of the update, ``ΔW = up @ down`` without ``s``: (out, k) and (k, in), in the adapter's dtype.

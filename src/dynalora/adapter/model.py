@@ -26,7 +26,7 @@ class AdapterModel(BaseTuner):
 
     method: ClassVar[Method]
     tuner_layer_cls = AdapterLayer
-    target_module_mapping: dict[str, list[str]] = dict(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)  # type: ignore[arg-type]
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     # Injection -------------------------------------------------------------------------------------------------
 

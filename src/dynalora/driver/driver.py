@@ -296,7 +296,13 @@ class Driver:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickled model has parameters of its own, with which nothing has happened yet.
-        passing = {"_done": set(), "_shared": {}, "_seen": None, "_baselines": {}, "_gradients_seen": False}
+        passing: dict[str, Any] = {
+            "_done": set(),
+            "_shared": {},
+            "_seen": None,
+            "_baselines": {},
+            "_gradients_seen": False,
+        }
         return {**self.__dict__, **passing, "optimizer_steps": 0, "_told": set(self._told)}
 
 

@@ -81,6 +81,18 @@ class _Plan:
     # The user's own groups while ours are in place: each group, its own settings, and the ones it has instead.
     original: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] | None = None
     acting: list[_Binding] = field(default_factory=list)
+    around: list[_Plan] = field(default_factory=list)
+
+    def untouched(self, binding: _Binding) -> list[torch.Tensor]:
+        """Parameters that no optimizer around this one has already seen to, whatever it did to their gradients."""
+        seen = {
+            id(parameter)
+            for outer in self.around
+            for acted in outer.acting
+            if acted.driver is binding.driver
+            for parameter in acted.live_parameters()
+        }
+        return [parameter for parameter in binding.live_parameters() if id(parameter) not in seen]
 
 
 def _stamp(optimizer: Optimizer) -> object:
@@ -157,28 +169,34 @@ def _watch_state_dict(optimizer: Optimizer) -> None:
     optimizer.register_state_dict_pre_hook(restore)
 
 
-def _is_nested() -> bool:
-    """Whether the calling hook belongs to a step inside another step of the same optimizer.
+def _steps_around() -> list[Optimizer]:
+    """Optimizers within whose ``step`` the one of the calling hook takes place.
 
-    torch wraps the ``step`` of every class, so a subclass that calls ``super().step()`` runs all hooks twice. A
-    counter would be wrong for ever after a step that raised; the stack is always right.
+    A subclass that calls ``super().step()`` runs all hooks twice, since torch wraps the ``step`` of every class; and an
+    optimizer around another (Lookahead, SAM) steps it within its own. A counter would be wrong for ever after a step
+    that raised; the stack is always right.
     """
     wrapper = sys._getframe(2)
+    around = []
     frame = wrapper.f_back
     while frame is not None:
-        if frame.f_code is wrapper.f_code and frame.f_locals.get("self") is wrapper.f_locals.get("self"):
-            return True
+        if frame.f_code is wrapper.f_code and isinstance(optimizer := frame.f_locals.get("self"), Optimizer):
+            around.append(optimizer)
         frame = frame.f_back
-    return False
+    return around
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not _layers or _is_nested():
+    if not _layers:
+        return None
+    around = _steps_around()
+    if any(outer is optimizer for outer in around):
         return None
     plan = _plan_for(optimizer)
     if not plan.bindings:
         return None
     plan.acting = []
+    plan.around = [outer_plan for outer in around if (outer_plan := _plans.get(outer)) is not None]
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:
         _act_before(optimizer, plan)
@@ -214,7 +232,7 @@ def _act_before(optimizer: Optimizer, plan: _Plan) -> None:
             driver.read(lead)
         with torch.no_grad():
             first = driver.act(
-                binding.live_layers(), binding.live_parameters(), 1.0 if scale is None else scale
+                binding.live_layers(), plan.untouched(binding), 1.0 if scale is None else scale
             )
         # A closure may be evaluated several times within one step.
         binding.first = first or (binding in again and binding.first)
@@ -222,11 +240,11 @@ def _act_before(optimizer: Optimizer, plan: _Plan) -> None:
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     plan = _plans.get(optimizer)
-    if plan is None or not plan.bindings or _is_nested():
+    if plan is None or not plan.bindings or any(outer is optimizer for outer in _steps_around()):
         return
     if plan.original is not None:
         _restore_groups(optimizer, plan)
-    acting, plan.acting = plan.acting, []
+    acting, plan.acting, plan.around = plan.acting, [], []
     found_inf = getattr(optimizer, "found_inf", None)  # the fused counterpart of a step not taken
     skipped = found_inf is not None and bool(found_inf.item())
     for binding in acting:
@@ -298,9 +316,9 @@ def _overridden(
 def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Parameter groups for hand-written loops and custom optimizers.
 
-    Training with these groups equals training with ``model.parameters()``, where the same rules are applied during
-    each step; groups make them visible and let a scheduler treat them apart. Biases and other one-dimensional
-    parameters get no weight decay.
+    For an adapter, training with these groups equals training with ``model.parameters()``, where the same rules are
+    applied during each step; groups make them visible and let a scheduler treat them apart. Biases and other
+    one-dimensional parameters, such as those of a trained head, get no weight decay.
 
     Args:
         model: A model with adapters.

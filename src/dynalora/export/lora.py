@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -180,7 +180,8 @@ def load_without_base(source: str) -> nn.Module:
     for field in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
         setattr(config, field, None)
     config.inference_mode = True
-    model: nn.Module = get_peft_model(skeleton, config, autocast_adapter_dtype=False)
+    # Not get_peft_model: a task's own wrapper would ask the stand-ins for methods of a real model.
+    model = PeftModel(skeleton, config, autocast_adapter_dtype=False)
     set_peft_model_state_dict(model, state)
     return model
 

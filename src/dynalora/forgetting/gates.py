@@ -89,7 +89,7 @@ def record_gates(
     if isinstance(texts, str):
         raise ConfigError("texts must be a list of texts, got one string; put it into a list.")
     collectors = {name: _Collector(module.rank(adapter)) for name, (module, adapter) in layers.items()}
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     seen = 0
     try:
@@ -104,7 +104,8 @@ def record_gates(
             if progress is not None:
                 progress(seen, total)
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
     if not any(collector.tokens for collector in collectors.values()):
         raise ConfigError("no tokens to record gates on: the texts are empty, or all tokens are masked.")
     return [collectors[name].result(name) for name in layers]

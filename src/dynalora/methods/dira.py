@@ -162,7 +162,8 @@ def _add_product_gradient(moment: Moment, layers: list[AdapterLayer], weight: fl
 def _norms(factors: torch.Tensor, dim: int) -> torch.Tensor:
     # Squares of tiny entries vanish in float32; the penalty makes entries tiny.
     dtype = torch.float64 if factors.device.type != "mps" else None
-    return torch.linalg.vector_norm(factors, dim=dim, dtype=dtype)
+    norms: torch.Tensor = torch.linalg.vector_norm(factors, dim=dim, dtype=dtype)
+    return norms
 
 
 def _rescale(factors: torch.Tensor, norm: torch.Tensor, new_norm: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,10 @@
 
     y = W0·x + s · up( g(x) ⊙ down(x) ),      g(x) = σ(W_g·x + b_g) ∈ (0, 1)^r
 
-W_g is (r, in) and b_g is (r), so an adapted layer has r(in + out) + r·in + r parameters. b_g starts well below zero:
-the gates start almost closed, and open where training finds the update useful. Gates take a larger learning rate than
-the factors and never weight decay, which the driver sees to under any optimizer.
+W_g is (r, in) and b_g is (r), so an adapted layer has r(in + out) + r·in + r parameters. Gates see the layer's input
+as it is, without the update's dropout. b_g starts well below zero: the gates start almost closed, and open where
+training finds the update useful. Gates take a larger learning rate than the factors and never weight decay, which the
+driver sees to under any optimizer.
 
 The papers' values: b_g = −3 for 7B models, −7 for MNLI, SST-2 and QNLI with RoBERTa, less negative for small data sets;
 gate learning rate 5 × the factors'; alpha = 2r.
