@@ -18,6 +18,9 @@ A job calls it first with `done = 0` and last with `done = total`; a new descrip
 """
 
 
+_PLAIN_EVERY = 10.0  # seconds between lines where nothing can be animated
+
+
 def silent(what: str, done: int, total: int | None) -> None:
     """A listener that does nothing: the default everywhere."""
 
@@ -27,7 +30,7 @@ def rich_progress(console: Console | None) -> Iterator[Progress]:
     """Show jobs on a console: one live line for each, with bar, count, elapsed and remaining time.
 
     A line is live only from a job's first call to its last, so other displays may use the console in between. Where
-    the console is no terminal, each finished job prints one plain line.
+    the console is no terminal, a job prints a plain line now and then and one when it is done.
 
     Args:
         console: where to draw; None shows nothing.
@@ -55,6 +58,7 @@ class _Shown:
         self.console = console
         self._what: str | None = None
         self._began = 0.0
+        self._told = 0.0
         self._bars: Bars | None = None
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
@@ -63,6 +67,13 @@ class _Shown:
             self._begin(what)
         if self._bars is not None:
             self._bars.update(self._bars.task_ids[0], completed=done, total=total)
+        elif (total is None or done < total) and time.monotonic() - self._told >= _PLAIN_EVERY:
+            self._told = time.monotonic()
+            self.console.print(
+                f"{what}: {done}" + (f" of {total}" if total is not None else ""),
+                highlight=False,
+                markup=False,
+            )
         if total is not None and done >= total:
             seconds = time.monotonic() - self._began
             self.stop()
@@ -80,6 +91,7 @@ class _Shown:
         from rich.progress import Progress as Bars
 
         self._what, self._began = what, time.monotonic()
+        self._told = self._began
         if not self.console.is_terminal:
             return
         self._bars = Bars(

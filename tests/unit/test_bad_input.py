@@ -1,4 +1,4 @@
-"""Bad input gets one clear sentence, in red on standard error, with exit code 2 and before anything is loaded or lost."""
+"""Bad input gets one clear sentence on standard error and exit code 2, before anything is loaded or lost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dynalora.experiments.adapters import load_adapter
 from dynalora.experiments.finetune import adapter_config
 from dynalora.experiments.run_folder import RunFolder
 from tests.unit import tiny
-from tests.unit.program import Program, Shown, program  # noqa: F401 (a fixture)
+from tests.unit.program import Program, Shown
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ class TestFinetune:
         monkeypatch.setattr(finetune, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
 
     @pytest.fixture
-    def asking(self, program: Program, model: Path, rows: Path, tmp_path: Path) -> Any:  # noqa: F811
+    def asking(self, program: Program, model: Path, rows: Path, tmp_path: Path) -> Any:
         def ask(**changed: str) -> Shown:
             given = {"model": str(model), "data": str(rows), "output": str(tmp_path / "run"), **changed}
             return program(
@@ -121,7 +121,7 @@ class TestFinetune:
         (tmp_path / "run" / "notes.txt").write_text("mine")
         one_sentence(asking(), "is not empty and holds no run (found notes.txt)")
 
-    def test_nothing_to_resume(self, program: Program, model: Path, rows: Path, tmp_path: Path) -> None:  # noqa: F811
+    def test_nothing_to_resume(self, program: Program, model: Path, rows: Path, tmp_path: Path) -> None:
         shown = program(
             "finetune", "-m", str(model), "-d", str(rows), "-o", str(tmp_path / "run"), "--resume"
         )
@@ -130,12 +130,12 @@ class TestFinetune:
     def test_model_that_does_not_exist(self, asking: Any) -> None:
         one_sentence(asking(model="no/such-model"), "The model 'no/such-model' cannot be used (")
 
-    def test_settings_left_out(self, program: Program) -> None:  # noqa: F811
+    def test_settings_left_out(self, program: Program) -> None:
         one_sentence(
             program("finetune", "--method", "dira"), "Missing 'model' and 'data' and 'output' in the flags"
         )
 
-    def test_unknown_setting_in_the_file(self, program: Program, tmp_path: Path) -> None:  # noqa: F811
+    def test_unknown_setting_in_the_file(self, program: Program, tmp_path: Path) -> None:
         (tmp_path / "job.yaml").write_text("modell: x\n")
         one_sentence(
             program("finetune", "-c", str(tmp_path / "job.yaml")),
@@ -168,7 +168,7 @@ class TestAdapters:
         truncated: Path,
         rows: Path,
         tmp_path: Path,
-        program: Program,  # noqa: F811
+        program: Program,
     ) -> None:
         more = {"export": [str(tmp_path / "out")], "gates": ["--data", str(rows)]}.get(command[0], [])
         one_sentence(
@@ -184,7 +184,7 @@ class TestAdapters:
         with pytest.raises(CheckpointError, match="is truncated or damaged"):
             load_adapter(truncated)
 
-    def test_gates_of_an_adapter_without_gates(self, adapters: Path, rows: Path, program: Program) -> None:  # noqa: F811
+    def test_gates_of_an_adapter_without_gates(self, adapters: Path, rows: Path, program: Program) -> None:
         shown = program("gates", str(adapters / "dira"), "--data", str(rows))
         one_sentence(
             shown,
@@ -195,20 +195,22 @@ class TestAdapters:
         self,
         adapters: Path,
         tmp_path: Path,
-        program: Program,  # noqa: F811
+        program: Program,
     ) -> None:
-        one_sentence(program("export", str(adapters / "disel"), str(tmp_path / "out")), "DISeL")
+        one_sentence(
+            program("export", str(adapters / "disel"), str(tmp_path / "out")), "update depends on the input"
+        )
         assert not (tmp_path / "out").exists()
 
     def test_export_of_an_adapter_that_is_a_lora_already(
         self,
         adapters: Path,
         tmp_path: Path,
-        program: Program,  # noqa: F811
+        program: Program,
     ) -> None:
         one_sentence(program("export", str(adapters / "lora"), str(tmp_path / "out")), "LORA")
 
-    def test_export_into_a_folder_in_use(self, adapters: Path, tmp_path: Path, program: Program) -> None:  # noqa: F811
+    def test_export_into_a_folder_in_use(self, adapters: Path, tmp_path: Path, program: Program) -> None:
         (tmp_path / "notes.txt").write_text("mine")
         one_sentence(program("export", str(adapters / "dira"), str(tmp_path)), "is not an empty folder")
         assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
@@ -217,13 +219,13 @@ class TestAdapters:
         with pytest.raises(CheckpointError, match="was made by DIRA, not by DISEL"):
             dynalora.DiselConfig.from_pretrained(adapters / "dira")
 
-    def test_weights_made_by_another_method(self, adapters: Path, tmp_path: Path, program: Program) -> None:  # noqa: F811
+    def test_weights_made_by_another_method(self, adapters: Path, tmp_path: Path, program: Program) -> None:
         mixed = Path(shutil.copytree(adapters / "dira", tmp_path / "mixed"))
         shutil.copy(adapters / "disel" / "adapter_model.safetensors", mixed)
         with pytest.raises(CheckpointError, match="belong to different adapters"):
             dynalora.DiraConfig.from_pretrained(mixed)
 
-    def test_folder_without_an_adapter(self, tmp_path: Path, program: Program) -> None:  # noqa: F811
+    def test_folder_without_an_adapter(self, tmp_path: Path, program: Program) -> None:
         one_sentence(
             program("landscape", str(tmp_path)),
             f"'{tmp_path}' holds no adapter (it has no adapter_config.json).",
@@ -235,7 +237,7 @@ class TestAdapters:
             "holds no adapter (the run did not finish; resume it).",
         )
 
-    def test_broken_adapter_config(self, adapters: Path, tmp_path: Path, program: Program) -> None:  # noqa: F811
+    def test_broken_adapter_config(self, adapters: Path, tmp_path: Path, program: Program) -> None:
         broken = Path(shutil.copytree(adapters / "dira", tmp_path / "broken"))
         (broken / "adapter_config.json").write_text('{"peft_type": "DIRA", ')
         one_sentence(program("landscape", str(broken)), "adapter_config.json is not readable as JSON")
@@ -262,7 +264,7 @@ def test_rank_0_in_a_script() -> None:
         dynalora.DiraConfig(r=0)
 
 
-def test_error_is_red_in_a_terminal_only(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_error_is_red_in_a_terminal_only(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b" not in program("bench", "--methods", "x").err
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert "\x1b[1;31m" in program("bench", "--methods", "x").err
@@ -278,10 +280,13 @@ def test_as_a_process_of_its_own(rows: Path, tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    one_sentence(Shown(done.returncode, done.stdout, done.stderr), "Unknown method 'qlora'")
+    # Other libraries may have had their say on standard error while they were imported.
+    last = done.stderr.splitlines(keepends=True)[-1]
+    one_sentence(Shown(done.returncode, done.stdout, last), "Unknown method 'qlora'")
+    assert "Traceback" not in done.stderr
 
 
-def test_bad_settings_file_is_not_mistaken_for_data(program: Program, tmp_path: Path) -> None:  # noqa: F811
+def test_bad_settings_file_is_not_mistaken_for_data(program: Program, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(json.dumps([1, 2]))
     one_sentence(
         program("bench", "--config", str(tmp_path / "job.yaml")), "holds a list; write lines of 'name: value'"

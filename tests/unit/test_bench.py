@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,17 @@ def test_targets_are_checked_before_weights_are_loaded(folder: Path, monkeypatch
     )
     with pytest.raises(ConfigError, match="'query' matches nothing; the model's linear modules are q_proj"):
         bench(small(folder, target_modules=["query"]))
+
+
+def test_times_are_kept_when_memory_cannot_be_measured(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback …\nMemoryError: no room")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    (result,) = bench(small(folder, methods=["lora"], memory=True, rounds=1))
+    assert result.median() > 0
+    assert result.step_bytes is None
+    assert "The memory of 'lora' (float32) could not be measured: MemoryError: no room" in caplog.text
 
 
 @pytest.mark.slow

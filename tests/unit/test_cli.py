@@ -14,7 +14,7 @@ from dynalora.cli.main import app
 from dynalora.experiments import demo, finetune
 from dynalora.experiments.finetune import adapter_config
 from tests.unit import tiny
-from tests.unit.program import Program, program  # noqa: F401 (a fixture)
+from tests.unit.program import Program
 
 COMMANDS = ("demo", "finetune", "bench", "landscape", "gates", "export")
 
@@ -43,7 +43,7 @@ def saved_adapter(method: str, model: Path, folder: Path) -> Path:
     return folder
 
 
-def test_help_lists_every_command_with_what_it_is_for(program: Program) -> None:  # noqa: F811
+def test_help_lists_every_command_with_what_it_is_for(program: Program) -> None:
     shown = program("--help")
     assert shown.code == 0
     for name in COMMANDS:
@@ -52,7 +52,7 @@ def test_help_lists_every_command_with_what_it_is_for(program: Program) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_a_command_teaches_with_an_example(name: str, program: Program) -> None:  # noqa: F811
+def test_help_of_a_command_teaches_with_an_example(name: str, program: Program) -> None:
     shown = program(name, "--help")
     assert shown.code == 0
     assert "Example" in shown.out
@@ -61,16 +61,16 @@ def test_help_of_a_command_teaches_with_an_example(name: str, program: Program) 
     assert "\x1b" not in shown.out
 
 
-def test_no_arguments_show_help(program: Program) -> None:  # noqa: F811
+def test_no_arguments_show_help(program: Program) -> None:
     assert "Commands" in program().out
     assert "--data" in program("finetune").out
 
 
-def test_version(program: Program) -> None:  # noqa: F811
+def test_version(program: Program) -> None:
     assert program("--version").out == f"dynalora {__version__}\n"
 
 
-def test_unknown_flag_is_a_usage_error(program: Program) -> None:  # noqa: F811
+def test_unknown_flag_is_a_usage_error(program: Program) -> None:
     shown = program("finetune", "--modle", "x")
     assert shown.code == 2
     assert "--modle" in shown.err
@@ -86,14 +86,15 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return jobs
 
 
-def test_flags_override_the_file(asked: list[Any], tmp_path: Path, program: Program) -> None:  # noqa: F811
+def test_flags_override_the_file(asked: list[Any], tmp_path: Path, program: Program) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(
-        "model: a\ndata: b\noutput: c\nlearning_rate: 1e-3\nmethod: dira\nmethod_options: {penalty_weight: 1e-5, penalty: product}\n"
+        "model: a\ndata: b\noutput: c\nlearning_rate: 1e-3\nmethod: dira\n"
+        "method_options: {penalty_weight: 1e-5, penalty: product}\n"
     )
     shown = program(
-        "finetune", "--config", str(file), "--lr", "5e-4", "-o", "d", "-r", "4", "-t", "q_proj,v_proj", "--no-retention",
-        "-O", "penalty_weight=1e-2", "--gradient-checkpointing",
+        "finetune", "--config", str(file), "--lr", "5e-4", "-o", "d", "-r", "4", "-t", "q_proj,v_proj",
+        "--no-retention", "-O", "penalty_weight=1e-2", "--gradient-checkpointing",
     )  # fmt: skip
     assert shown.code == 0, shown.err
     (spec,) = asked
@@ -105,7 +106,7 @@ def test_flags_override_the_file(asked: list[Any], tmp_path: Path, program: Prog
     assert adapter_config("dira", options=spec.method_options).penalty_weight == 1e-2
 
 
-def test_every_setting_has_a_flag(asked: list[Any], program: Program) -> None:  # noqa: F811
+def test_every_setting_has_a_flag(asked: list[Any], program: Program) -> None:
     import dataclasses
     import inspect
 
@@ -117,17 +118,17 @@ def test_every_setting_has_a_flag(asked: list[Any], program: Program) -> None:  
     assert flags <= settings
 
 
-def test_demo_takes_lists_with_commas(asked: list[Any], program: Program) -> None:  # noqa: F811
+def test_demo_takes_lists_with_commas(asked: list[Any], program: Program) -> None:
     assert program("demo", "--methods", "dira, lora", "--steps", "3", "-o", "x").code == 0
     assert asked[0].methods == ["dira", "lora"]
     assert asked[0].steps == 3
 
 
-def test_finetune_from_the_command_line(folder: Path, rows: Path, tmp_path: Path, program: Program) -> None:  # noqa: F811
+def test_finetune_from_the_command_line(folder: Path, rows: Path, tmp_path: Path, program: Program) -> None:
     output = tmp_path / "run"
     shown = program(
-        "finetune", "-m", str(folder), "-d", str(rows), "-o", str(output), "--method", "dira", "--steps", "4", "-b", "2",
-        "-r", "2", "--no-retention", "--eval-fraction", "0.25",
+        "finetune", "-m", str(folder), "-d", str(rows), "-o", str(output), "--method", "dira", "--steps", "4",
+        "-b", "2", "-r", "2", "--no-retention", "--eval-fraction", "0.25",
     )  # fmt: skip
     assert shown.code == 0, shown.err
     assert shown.err == ""
@@ -151,7 +152,7 @@ def test_interrupted_run_says_how_to_go_on(
     rows: Path,
     tmp_path: Path,
     program: Program,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -165,7 +166,7 @@ def test_interrupted_run_says_how_to_go_on(
     )
 
 
-def test_gates_of_an_adapter(folder: Path, rows: Path, tmp_path: Path, program: Program) -> None:  # noqa: F811
+def test_gates_of_an_adapter(folder: Path, rows: Path, tmp_path: Path, program: Program) -> None:
     adapter = saved_adapter("disel", folder, tmp_path / "adapter")
     shown = program(
         "gates", str(adapter), "--data", str(rows), "--limit", "4", "--plot", str(tmp_path / "gates.png")
@@ -180,14 +181,14 @@ def test_gates_of_an_adapter(folder: Path, rows: Path, tmp_path: Path, program: 
     assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_landscape_of_a_plain_lora(folder: Path, tmp_path: Path, program: Program) -> None:  # noqa: F811
+def test_landscape_of_a_plain_lora(folder: Path, tmp_path: Path, program: Program) -> None:
     shown = program("landscape", str(saved_adapter("lora", folder, tmp_path / "adapter")))
     assert shown.code == 0, shown.err
     kinds = {line.split()[0]: line.split()[1:] for line in shown.out.splitlines() if line.strip()}
     assert kinds["v_proj"][:5] == ["2", "3.00", "3", "3", "3.0"]
 
 
-def test_bench_from_the_command_line(folder: Path, tmp_path: Path, program: Program) -> None:  # noqa: F811
+def test_bench_from_the_command_line(folder: Path, tmp_path: Path, program: Program) -> None:
     shown = program(
         "bench", "-m", str(folder), "--methods", "lora,disel", "--dtypes", "float32", "-r", "2", "-b", "1", "-l", "8",
         "--rounds", "2", "--warmup", "1", "--no-memory", "--device", "cpu", "--json", str(tmp_path / "bench.json"),

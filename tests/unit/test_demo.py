@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -82,7 +83,7 @@ def test_the_run_folder_has_everything(ran: Any) -> None:
     for name in ("accuracy", "gates", "loss", "retention"):
         assert (folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert result.task.held_out[0].question in page
+    assert html.escape(result.task.held_out[0].question) in page
     assert "spell_backward" in page
     assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["finished"]
     measured = {record["run"]: record for record in read_metrics(folder) if "answer_loss" in record}
@@ -137,6 +138,19 @@ def test_a_folder_that_holds_a_run_is_refused_first(ran: Any, monkeypatch: pytes
     monkeypatch.setattr(demo, "demo_model", lambda **_: pytest.fail("looked for a model"))
     with pytest.raises(RunFolderError, match="already holds a run"):
         run_demo(replace(SPEC, output=str(folder)))
+
+
+def test_without_an_output_the_first_free_folder_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert demo._free_folder("runs/demo") == "runs/demo"
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    assert demo._free_folder("runs/demo") == "runs/demo"
+    for name in ("demo", "demo-2"):
+        (tmp_path / "runs" / name).mkdir(exist_ok=True)
+        (tmp_path / "runs" / name / "config.yaml").touch()
+    assert demo._free_folder("runs/demo") == "runs/demo-3"
 
 
 def test_a_model_without_its_tokenizer_is_refused() -> None:

@@ -336,15 +336,16 @@ def test_pairs_of_different_length_are_refused() -> None:
 # --- progress ---------------------------------------------------------------------------------------------
 
 
-def test_progress_in_a_pipe_is_one_line_per_job_that_took_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 5.0, 5.0, 5.2])
-    monkeypatch.setattr("dynalora.progress.time.monotonic", lambda: next(clock))
+def test_progress_in_a_pipe_is_a_plain_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("dynalora.progress.time.monotonic", lambda: now[0])
     said = io.StringIO()
     with rich_progress(Console(file=said, width=80)) as progress:
-        for what in ("slow", "quick"):
-            progress(what, 0, 2)
-            progress(what, 2, 2)
-    assert said.getvalue() == "slow: done in 5 s\n"
+        for what, steps in (("slow", 25), ("quick", 1)):
+            for step in range(steps + 1):
+                progress(what, step, steps)
+                now[0] += 0.9
+    assert said.getvalue().splitlines() == ["slow: 12 of 25", "slow: 24 of 25", "slow: done in 22 s"]
 
 
 def test_progress_in_a_terminal_is_live_only_while_a_job_runs() -> None:

@@ -3,7 +3,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from dynalora.errors import ConfigError, DataError, RunFolderError
-from dynalora.experiments import data, finetune as job, training
+from dynalora.experiments import data, training
+from dynalora.experiments import finetune as job
 from dynalora.experiments.finetune import (
     FinetuneSpec,
     adapter_config,
@@ -84,7 +89,7 @@ def test_options_reach_the_configuration_as_numbers() -> None:
     [
         ({"method": "adalora"}, "Unknown method 'adalora'; choose one of dira, disel, lora"),
         ({"method": "disel", "r": 0}, "The rank r is 0; give a whole number of at least 1"),
-        ({"method": "dira", "options": {"penalty_wieght": 1}}, "Method 'dira' has no option 'penalty_wieght'; did you mean 'penalty_weight'"),
+        ({"method": "dira", "options": {"penalty_wieght": 1}}, "no option 'penalty_wieght'; did you mean"),
         ({"method": "lora", "options": {"penalty_weight": 1}}, "Method 'lora' has no option 'penalty_weight'"),
         ({"method": "disel", "options": {"r": 4}}, "'r' is a setting of its own"),
         ({"method": "disel", "dropout": 2.0}, "dropout must be in"),
@@ -123,7 +128,9 @@ def test_targets_are_found_without_weights(folder: Path) -> None:
     assert all(parameter.is_meta for parameter in model.parameters())
     assert len(check_targets(model, adapter_config("lora", target_modules=["q_proj", "v_proj"]))) == 4
     assert len(check_targets(model, adapter_config("disel", target_modules=r".*layers\.0\..*_proj"))) == 7
-    assert check_targets(model, adapter_config("dira"))
+    everything = check_targets(model, adapter_config("dira"))
+    adapted = peft.get_peft_model(tiny.model(64), adapter_config("dira"))
+    assert len(everything) == len(adapted.targeted_module_names) == 14
 
 
 @pytest.mark.parametrize(
@@ -298,7 +305,7 @@ def test_killed_run_continues_exactly(
     assert last_checkpoint(tmp_path / "run" / "checkpoints").name == "checkpoint-4"
     # The kill hit while the next checkpoint was being written.
     (tmp_path / "run" / "checkpoints" / "checkpoint-6").mkdir()
-    with pytest.raises(RunFolderError, match="learning_rate was 0.01, now 0.02"):
+    with pytest.raises(RunFolderError, match=r"learning_rate was 0\.01, now 0\.02"):
         finetune(spec(folder, rows, tmp_path / "run", **more, learning_rate=0.02, resume=True))
     result = finetune(spec(folder, rows, tmp_path / "run", **more, resume=True))
     assert result.steps == 12
@@ -315,6 +322,41 @@ def test_killed_run_continues_exactly(
     for key in ("loss", "held_out_loss", "learning_rate"):
         assert told("whole", key) == told("run", key)
     assert [step for step, _ in told("run", "loss")] == list(range(1, 13))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(folder: Path, rows: Path, tmp_path: Path) -> None:
+    # 16 training rows: whole batches only, so that both see the same ones.
+    finetune(
+        spec(folder, rows, tmp_path / "one", batch_size=4, method="dira", log_every=1, eval_fraction=1 / 3)
+    )
+    arguments = [
+        "finetune", "-m", str(folder), "-d", str(rows), "-o", str(tmp_path / "two"), "--method", "dira", "-b", "2",
+        "--steps", "12", "-r", "2", "--lr", "1e-2", "--eval-fraction", str(1 / 3), "--no-retention",
+        "--log-every", "1",
+    ]  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = subprocess.Popen(
+        [*launch, "-m", "dynalora.cli.main", *arguments],
+        env={**os.environ, "PYTHONPATH": str(Path(job.__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        told, _ = launcher.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(launcher.pid, signal.SIGKILL)  # the workers too
+        raise
+    assert launcher.returncode == 0, told[-3000:]
+    for key in ("loss", "held_out_loss"):
+        one, two = (
+            [record[key] for record in read_metrics(tmp_path / name) if key in record]
+            for name in ("one", "two")
+        )
+        assert len(one) > 1
+        assert two == pytest.approx(one, rel=1e-4)
 
 
 def test_nothing_is_loaded_or_made_before_everything_is_checked(

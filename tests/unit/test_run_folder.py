@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +12,6 @@ import pytest
 import yaml
 
 from dynalora.errors import RunFolderError
-from dynalora.experiments import run_folder
 from dynalora.experiments.run_folder import RunFolder, read_metrics, write_atomic
 
 CONFIG = {"method": "disel", "model": "tiny", "learning_rate": 2e-4, "target_modules": ["q_proj", "v_proj"]}
@@ -74,31 +71,24 @@ def test_folder_in_use_is_refused_while_open(tmp_path: Path) -> None:
     RunFolder.create(tmp_path, CONFIG, resume=True).close()
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be caught")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a second process that can be killed")
 def test_lock_of_a_killed_process_is_free_again(tmp_path: Path) -> None:
-    script = (
-        "import sys, time\n"
-        "from dynalora.experiments.run_folder import RunFolder\n"
-        "run = RunFolder.create(sys.argv[1], {'seed': 1})\n"
-        "run.log({'step': 1})\n"
-        "print('open', flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    source = Path(run_folder.__file__).parents[2]
-    holder = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(source)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline().strip() == "open"
-        with pytest.raises(RunFolderError, match=f"in use by process {holder.pid} "):
-            RunFolder.check(tmp_path, {"seed": 1}, resume=True)
-    finally:
-        holder.kill()
-        holder.wait()
+    forked = multiprocessing.get_context("fork")
+    ready, never = forked.Event(), forked.Event()
+
+    def hold() -> None:
+        run = RunFolder.create(tmp_path, {"seed": 1})
+        run.log({"step": 1})
+        ready.set()
+        never.wait(60)
+
+    holder = forked.Process(target=hold)
+    holder.start()
+    assert ready.wait(30)
+    with pytest.raises(RunFolderError, match=f"in use by process {holder.pid} "):
+        RunFolder.check(tmp_path, {"seed": 1}, resume=True)
+    holder.kill()
+    holder.join()
     with RunFolder.create(tmp_path, {"seed": 1}, resume=True) as run:
         assert run.resumed
         assert run.metrics() == [{"step": 1}]

@@ -17,29 +17,54 @@ def bench(
         typer.Option("--model", "-m", help="Hub id or folder; smollm2: the demo's model. \\[smollm2]"),
     ] = None,
     methods: Annotated[
-        str | None, typer.Option("--methods", help="With commas; ratios are to lora. \\[lora,dira,disel]")
+        str | None,
+        typer.Option(
+            "--methods", help="With commas; ratios are to lora. \\[lora,dira,disel]", show_default=False
+        ),
     ] = None,
     dtypes: Annotated[
-        str | None, typer.Option("--dtypes", help="Of the base weights, with commas. \\[float32,bfloat16]")
+        str | None,
+        typer.Option(
+            "--dtypes", help="Of the base weights, with commas. \\[float32,bfloat16]", show_default=False
+        ),
     ] = None,
-    r: Annotated[int | None, typer.Option("--rank", "-r", help="Same for all. \\[16]")] = None,
+    r: Annotated[
+        int | None, typer.Option("--rank", "-r", help="Same for all. \\[16]", show_default=False)
+    ] = None,
     target_modules: Annotated[
-        str | None, typer.Option("--target-modules", "-t", help="Same for all. \\[all-linear]")
+        str | None,
+        typer.Option("--target-modules", "-t", help="Same for all. \\[all-linear]", show_default=False),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-b", help="Sequences per step. \\[4]")
+        int | None, typer.Option("--batch-size", "-b", help="Sequences per step. \\[4]", show_default=False)
     ] = None,
-    length: Annotated[int | None, typer.Option("--length", "-l", help="Tokens per sequence. \\[128]")] = None,
-    rounds: Annotated[int | None, typer.Option("--rounds", help="Measured steps per method. \\[20]")] = None,
-    warmup: Annotated[int | None, typer.Option("--warmup", help="Steps before measuring. \\[3]")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the random tokens. \\[0]")] = None,
-    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads. \\[torch's choice]")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or auto. \\[auto]")] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", "-l", help="Tokens per sequence. \\[128]", show_default=False)
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", help="Measured steps per method. \\[20]", show_default=False)
+    ] = None,
+    warmup: Annotated[
+        int | None, typer.Option("--warmup", help="Steps before measuring. \\[3]", show_default=False)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Of the random tokens. \\[0]", show_default=False)
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", help="CPU threads. \\[torch's choice]", show_default=False)
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, cuda or auto. \\[auto]", show_default=False)
+    ] = None,
     control: Annotated[
-        bool | None, typer.Option("--control", help="Measure lora twice: the ratio of the two is the noise.")
+        bool | None,
+        typer.Option(
+            "--control", help="Measure lora twice: the ratio of the two is the noise.", show_default=False
+        ),
     ] = None,
     memory: Annotated[
-        bool | None, typer.Option("--memory/--no-memory", help="Measure memory too. \\[yes]")
+        bool | None,
+        typer.Option("--memory/--no-memory", help="Measure memory too. \\[yes]", show_default=False),
     ] = None,
     output: Annotated[
         Path | None,
@@ -48,13 +73,13 @@ def bench(
 ) -> None:
     """Time training steps of the methods against PEFT's LoRA, in turns in one process.
 
-    Forward, backward and optimizer (with the driver) apart; medians, ratios within a round, and peak memory.
+    Forward, backward and optimizer (with the driver) apart; medians,
+    ratios within a round, and peak memory.
 
     [bold]Examples[/bold]
 
     [cyan]dynalora bench[/cyan]
-
-    [cyan]dynalora bench -m ./model --methods lora,disel --dtypes bfloat16 -b 8 -l 512 --json bench.json[/cyan]
+    [cyan]dynalora bench -m ./model --methods lora,disel --dtypes bfloat16 --json bench.json[/cyan]
     """
     flags = dict(locals())
     for name in ("config", "output"):

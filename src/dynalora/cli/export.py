@@ -33,8 +33,9 @@ def export(
 ) -> None:
     """Write an adapter as a plain PEFT LoRA, which loads where dynalora is not installed.
 
-    The export is exact, and is compared with the adapter before it is kept. The base model is not needed. DISeL's
-    update depends on the input, so it has no exact LoRA and is refused.
+    The export is exact, and is compared with the adapter before it is kept.
+    The base model is not needed. DISeL's update depends on the input, so it
+    has no exact LoRA and is refused.
 
     [bold]Example[/bold]
 

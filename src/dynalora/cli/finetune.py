@@ -31,7 +31,7 @@ def finetune(
         str | None, _option("--output", "-o", help="Run folder: new or empty.", panel=_JOB)
     ] = None,
     method: Annotated[
-        str | None, _option("--method", help="dira, disel or lora. [disel]", panel=_METHOD)
+        str | None, _option("--method", help="dira, disel or lora. \\[disel]", panel=_METHOD)
     ] = None,
     r: Annotated[
         int | None, _option("--rank", "-r", help="Rank of the adapter. \\[16]", panel=_METHOD)
@@ -165,18 +165,16 @@ def finetune(
 ) -> None:
     """Fine-tune your model on your data, and see what it learned and what it forgot.
 
-    Data are rows with a prompt and a response (the usual field names are found by themselves) or chat messages; the
-    loss is on the responses only. The run folder gets the adapter, the metrics, plots and a report.
+    Data are rows with a prompt and a response (the usual field names are
+    found by themselves) or chat messages; the loss is on the responses only.
+    The run folder gets the adapter, the metrics, plots and a report.
 
     [bold]Examples[/bold]
 
     [cyan]dynalora finetune -m Qwen/Qwen3-0.6B -d my.jsonl -o runs/first[/cyan]
-
-    [cyan]dynalora finetune -m ./model -d my.csv -o runs/b --method dira -O penalty_weight=1e-3 --epochs 3[/cyan]
-
+    [cyan]dynalora finetune -m ./model -d my.csv -o runs/b --method dira -O penalty_weight=1e-3[/cyan]
     [cyan]dynalora finetune --config runs/first/config.yaml -o runs/higher --lr 5e-4[/cyan]
-
-    [cyan]dynalora finetune --config runs/first/config.yaml --resume[/cyan] (continues a killed run)
+    [cyan]dynalora finetune --config runs/first/config.yaml --resume[/cyan]  (continues a killed run)
     """
     flags = dict(locals())
     for name in ("config", "option"):

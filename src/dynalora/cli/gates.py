@@ -59,7 +59,9 @@ def gates(
     ] = None,
     config: ConfigOption = None,
 ) -> None:
-    """Show how far a DISeL adapter's gates open on the responses of a data set, by depth and kind of module.
+    """Show how far a DISeL adapter's gates open on a data set's responses.
+
+    Mean gates by depth and kind of module; 0 is closed, 1 is open.
 
     [bold]Example[/bold]
 

@@ -47,9 +47,10 @@ def landscape(
     ] = None,
     config: ConfigOption = None,
 ) -> None:
-    """Show how much rank an adapter really uses: effective rank, nuclear norm and energy per kind of module.
+    """Show how much rank an adapter really uses, per kind of module.
 
-    Exact, from the adapter's factors alone; the base model is needed for PEFT's LoRA only.
+    Effective rank, nuclear norm and energy, exact from the adapter's factors;
+    the base model is needed for PEFT's LoRA only.
 
     [bold]Example[/bold]
 

@@ -19,7 +19,7 @@ app = typer.Typer(
     # A failure that is not the user's shows Python's own traceback, complete and copyable.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Every command takes --config FILE.yaml; flags override the file. Help on one: dynalora finetune --help",
+    epilog="Every command takes --config FILE.yaml; flags override the file.",
 )
 
 for command in (demo, finetune, bench, landscape, gates, export):
@@ -40,7 +40,7 @@ def _program(
         typer.Option("--version", help="Show the version and stop.", callback=_show_version, is_eager=True),
     ] = False,
 ) -> None:
-    """LoRA adapters that decide for themselves: how much rank each layer gets, and on which inputs to act.
+    """LoRA adapters that decide for themselves how much rank each layer gets, and on which inputs to act.
 
     [bold]dynalora demo[/bold] shows it on a small real model in a few minutes;
     [bold]dynalora finetune[/bold] does the same with your model and your data.

@@ -1,6 +1,6 @@
 """What the commands share: consoles, quiet third-party output, settings from a file and flags.
 
-Nothing here imports torch: `dynalora --help` has to answer at once.
+Nothing here imports torch itself: what a command does not need is not loaded for its `--help`.
 """
 
 from __future__ import annotations

@@ -30,9 +30,18 @@ class Item:
     question: str
     answer: str
 
-    def conversation(self) -> list[Any]:
-        """The item as chat messages: the question from the user, the answer from the assistant."""
-        return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.answer}]
+    def conversation(self, system: str = "") -> list[Any]:
+        """The item as chat messages: the question from the user, the answer from the assistant.
+
+        Args:
+            system: a system message before both; empty: none, so that a chat template may add its own.
+        """
+        first = [{"role": "system", "content": system}] if system else []
+        return [
+            *first,
+            {"role": "user", "content": self.question},
+            {"role": "assistant", "content": self.answer},
+        ]
 
 
 @dataclass(frozen=True)

