@@ -32,5 +32,9 @@ class ScheduleError(DynaloraError, RuntimeError):
     """A method's schedule cannot run, or should have run and did not."""
 
 
+class TrainingError(DynaloraError, RuntimeError):
+    """Training cannot go on, because the loss is no longer a number."""
+
+
 class UnsupportedError(DynaloraError, TypeError):
     """The method or layer cannot do what was asked."""

@@ -19,7 +19,7 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
-from dynalora.errors import ConfigError, DataError, RunFolderError
+from dynalora.errors import ConfigError, DataError, RunFolderError, TrainingError
 from dynalora.experiments import data, training
 from dynalora.experiments import finetune as job
 from dynalora.experiments.finetune import (
@@ -384,3 +384,13 @@ def test_base_model_without_chat_template_is_tuned_and_remembered(rows: Path, tm
     finetune(spec(model, rows, tmp_path / "run", steps=2))
     kept = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").chat_template
     assert kept == data.PLAIN_CHAT_TEMPLATE
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_says_why() -> None:
+    tokenizer, rows = tokenized()
+    settings = TrainSettings(steps=20, batch_size=4, learning_rate=1e30, warmup=0.0, max_grad_norm=0.0)
+    model = tiny.model(len(tokenizer))
+    with pytest.raises(
+        TrainingError, match=r"The loss of disel is nan at step \d+: .* lower learning_rate \(1e\+30\)"
+    ):
+        train_adapter(model, tokenizer, adapter_config("disel", r=2), rows, settings=settings)

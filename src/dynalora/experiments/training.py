@@ -29,7 +29,7 @@ from rich.progress import (
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from dynalora.errors import CheckpointError, ConfigError, DataError
+from dynalora.errors import CheckpointError, ConfigError, DataError, TrainingError
 from dynalora.experiments import data
 from dynalora.experiments.run_folder import RunFolder
 
@@ -230,6 +230,11 @@ class _Recorder(TrainerCallback):
     ) -> None:
         # The trainer's closing line has totals only.
         if logs and "loss" in logs:
+            if not math.isfinite(float(logs["loss"])):
+                raise TrainingError(
+                    f"The loss of {self.label} is {logs['loss']} at step {state.global_step}: training has diverged; "
+                    f"lower learning_rate ({args.learning_rate:g}), or train in float32 or bfloat16 if this is float16."
+                )
             seconds = {"step_seconds": self.durations[-1]} if self.durations else {}
             self.record({"step": state.global_step, **logs, **seconds})
             self.show.step(state.global_step, loss=logs["loss"])
@@ -349,6 +354,7 @@ def train_adapter(
 
     Raises:
         DataError: the training set is empty.
+        TrainingError: the loss is no longer a number.
     """
     import peft
 
