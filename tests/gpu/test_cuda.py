@@ -18,7 +18,7 @@ LLAMA = TOYS["llama"]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.2)], ids=str)
 def test_outputs_and_gradients_equal_the_cpus(row: Row, dtype: torch.dtype, tolerance: float) -> None:
     results: list[dict[str, torch.Tensor]] = []
     for device in ("cpu", DEVICE):
