@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 # Tests run one thread each, in as many processes as there are cores, up to four.
 JOBS ?= auto
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 4 --dist worksteal
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-gpu lint format types docs docs-serve clean

@@ -40,7 +40,13 @@ class _AddLowRankInPlace(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_m = (flat @ up).mul_(ctx.scaling).to(ctx.m_dtype).view(ctx.m_shape)
         if ctx.needs_input_grad[2]:
-            grad_up = (flat.t() @ narrow).mul_(ctx.scaling).to(ctx.up_dtype)
+            # In this order the product runs along the rows of the wide matrix: half the time on a CPU.
+            grad_up = (
+                (narrow.t() @ flat)
+                .mul_(ctx.scaling)
+                .t()
+                .to(ctx.up_dtype, memory_format=torch.contiguous_format)
+            )
         return grad, grad_m, grad_up, None
 
 
