@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,29 @@ def test_two_active_adapters_each_count() -> None:
     loop(model, sgd(model), batches(2))
     assert clock(model, "default") == (2, 4)
     assert clock(model, "second") == (2, 7)
+
+
+def test_the_second_of_two_optimizers_sees_the_same_step() -> None:
+    """λ is that of the training step, whichever optimizer comes first, and the last step is no step too many."""
+    config = dira(total_steps=2, penalty_weight=0.5)
+    model = adapted(config)
+    downs = [p for n, p in model.named_parameters() if p.requires_grad and "_down" in n]
+    ups = [p for n, p in model.named_parameters() if p.requires_grad and "_up" in n]
+    for up in ups:
+        torch.nn.init.normal_(up)
+    optimizers = [torch.optim.SGD(part, lr=0.0) for part in (downs, ups)]
+    for batch, weight in zip(batches(2), (0.5, 0.25), strict=True):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        model(input_ids=batch, labels=batch).loss.backward()
+        before = [up.grad.clone() for up in ups]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for optimizer in optimizers:
+                optimizer.step()
+        for up, down, gradient in zip(ups, downs, before, strict=True):
+            expected = weight * up * (down.norm(dim=1) / up.norm(dim=0))
+            torch.testing.assert_close(up.grad - gradient, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_factors_shared_out_to_two_optimizers_take_one_step() -> None:

@@ -113,7 +113,8 @@ class Driver:
     _gradients_seen: bool = False
     _baselines: dict[int, tuple[float, ...]] = field(default_factory=dict)
     _told: set[str] = field(default_factory=set)
-    # Of the current training step: ids of the parameters done, and what the optimizers that make it share.
+    # Of the current training step: its number, ids of the parameters done, and what the optimizers that make it share.
+    _current: int = 0
     _done: set[int] = field(default_factory=set)
     _shared: dict[Any, Any] = field(default_factory=dict)
     # Identity and version of the saved clock as this object last saw it, to notice a loaded checkpoint without
@@ -203,8 +204,10 @@ class Driver:
         if first:
             self._done.clear()
             self._shared.clear()
-        self.require_schedule()
+            self._current = self._step
+            self.require_schedule()
         moment = self.moment(layers)
+        moment.step = self._current  # the clock has moved on if the first optimizer has stepped
         moment.grad_scale, moment.shared, moment.awaiting = grad_scale, self._shared, awaiting
         self.method.before_step(moment)
         self._done |= awaiting
