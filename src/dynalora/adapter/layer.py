@@ -223,7 +223,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             projected = nn.functional.linear(x, torch.cat(rest)) if rest else None
         elif rest:
             z = nn.functional.linear(x, torch.cat([down, *rest]))
-            h, projected = z[..., : down.shape[0]], z[..., down.shape[0] :]
+            # split, not two slices: its backward is one concatenation
+            h, projected = z.split([down.shape[0], z.shape[-1] - down.shape[0]], dim=-1)
         else:
             h, projected = nn.functional.linear(x, down), None
         d = self.diagonal(adapter, projected)

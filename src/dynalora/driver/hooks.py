@@ -198,7 +198,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     plan.acting = []
     plan.around = [outer_plan for outer in around if (outer_plan := _plans.get(outer)) is not None]
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if closure is None:
+    if not callable(closure):  # a few optimizers take something else first
         _act_before(optimizer, plan)
         _apply_groups(optimizer, plan)
         return None
@@ -221,9 +221,8 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _act_before(optimizer: Optimizer, plan: _Plan) -> None:
-    scale = getattr(
-        optimizer, "grad_scale", None
-    )  # set by GradScaler for optimizers that unscale in their kernel
+    # Set by GradScaler for optimizers that unscale in their kernel.
+    scale = getattr(optimizer, "grad_scale", None)
     again, plan.acting = plan.acting, [binding for binding in plan.bindings if binding.has_gradient()]
     for binding in plan.acting:
         driver = binding.driver
