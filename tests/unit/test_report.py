@@ -154,8 +154,11 @@ def test_loss_curves_draw_every_run_and_skip_what_is_missing() -> None:
 
 
 def test_bars_retention_and_landscape_are_drawn() -> None:
-    bars = plots.bars({"base": 0.1, "disel": (0.5, 0.4, 0.6)}, ylabel="accuracy")
+    bars = plots.bars({"base": 0.1, "disel": (0.5, 0.4, 0.6), "lora": 0.3}, ylabel="accuracy")
+    assert has_colour(bars, "#999999")  # the base model, so that methods keep their colours from plot to plot
+    assert has_colour(bars, plots.PALETTE[0])
     assert has_colour(bars, plots.PALETTE[1])
+    assert not has_colour(bars, plots.PALETTE[2])
     assert has_colour(plots.retention_bars({"disel": 0.01}, {"disel": -0.02}), plots.PALETTE[0])
     rows = [
         {"kind": kind, "layer": layer, "effective_rank": layer}

@@ -122,9 +122,12 @@ def bars(
         A PNG.
     """
     made, (axis,) = figure(width=max(3.2, 1.1 * len(values) + 1.6))
-    for index, given in enumerate(values.values()):
+    for index, (name, given) in enumerate(values.items()):
         value, low, high = given if isinstance(given, tuple) else (given, given, given)
-        axis.bar(index, value, width=0.62, color=PALETTE[index % len(PALETTE)])
+        # The base model is grey, so that a method has the same colour in every plot of a report.
+        trained = [other for other in values if other != "base"]
+        colour = PALETTE[trained.index(name) % len(PALETTE)] if name in trained else "0.6"
+        axis.bar(index, value, width=0.62, color=colour)
         if high > low:
             axis.errorbar(
                 index, value, yerr=[[value - low], [high - value]], color="black", capsize=4, linewidth=1
