@@ -208,7 +208,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             if self.training and not torch.compiler.is_compiling():
                 driver = self.drivers[adapter]
                 if driver.watching:
-                    driver.watch(self, self.order, result)
+                    driver.watch(self, result)
         return result
 
     def narrow(self, x: torch.Tensor, adapter: str) -> torch.Tensor:

@@ -20,9 +20,16 @@ class Method:
 
     #: Lower-case name; PEFT knows the method by its upper-case form, parameters carry it as a prefix.
     name: ClassVar[str]
+    #: The name as its paper writes it, for titles; empty: ``name``.
+    title: ClassVar[str] = ""
     #: The method's configuration and layer classes.
     config_class: ClassVar[type[AdapterConfig]]
     layer_class: ClassVar[type[AdapterLayer]]
+
+    @property
+    def gated(self) -> bool:
+        """Whether the layers have gates that can be recorded on text (a method ``gates``)."""
+        return hasattr(self.layer_class, "gates")
 
     def needs_total_steps(self, config: Any) -> bool:
         """Whether the method cannot run without knowing how many optimizer steps there will be."""

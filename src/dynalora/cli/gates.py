@@ -77,14 +77,17 @@ def gates(
     from dynalora.experiments.report import rich_table
     from dynalora.experiments.run_folder import write_atomic
     from dynalora.forgetting.gates import plot_gates, record_gates
+    from dynalora.methods import METHODS
     from dynalora.progress import rich_progress
 
     after_imports()
     saved = read_config(spec.adapter)
     method = str(saved.peft_type).rpartition(".")[2].lower()
-    if method != "disel":
+    gated = [name for name, known in METHODS.items() if known.gated]
+    if method not in gated:
         raise UnsupportedError(
-            f"The adapter '{spec.adapter}' was made by {method}, which has no gates; give a disel adapter."
+            f"The adapter '{spec.adapter}' was made by {method}, which has no gates; "
+            f"give a {' or '.join(gated)} adapter."
         )
     conversations = sets.load_conversations(spec.data, split=spec.split, limit=spec.limit)
     adapted = load_adapted(spec.adapter, spec.model)

@@ -73,7 +73,7 @@ def landscape(
         adapted = load_adapted(spec.adapter, spec.model)
     rows = rank_landscape(adapted, tau=spec.tau)
     screen = console()
-    screen.print(rich_table(_table(rows, spec.tau, gated=method == "disel")))
+    screen.print(rich_table(_table(rows, spec.tau, gated=method in METHODS and METHODS[method].gated)))
     if spec.plot is not None:
         write_atomic(Path(spec.plot), png(plot_rank_landscape(rows)))
         screen.print(f"Written: {spec.plot}", highlight=False, markup=False)

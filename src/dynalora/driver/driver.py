@@ -249,16 +249,15 @@ class Driver:
 
     # Training that nobody drives -------------------------------------------------------------------------------
 
-    def watch(self, layer: DrivenLayer, order: int, output: torch.Tensor) -> None:
+    def watch(self, layer: DrivenLayer, output: torch.Tensor) -> None:
         """Notice that gradients flow, until the first driven step (called in a layer's forward).
 
         Args:
             layer: The layer.
-            order: Its number.
             output: Its result.
         """
-        if order not in self._baselines:
-            self._baselines[order] = _fingerprint(layer, self.adapter)
+        if layer.order not in self._baselines:
+            self._baselines[layer.order] = _fingerprint(layer, self.adapter)
         if output.requires_grad:
             output.register_hook(self._saw_gradient)
 

@@ -35,6 +35,7 @@ from dynalora.experiments.training import (
 from dynalora.forgetting.gates import plot_gates, record_gates
 from dynalora.forgetting.landscape import rank_landscape
 from dynalora.forgetting.retention import Retention, own_text, retention
+from dynalora.methods import METHODS
 from dynalora.progress import Progress, rich_progress, silent
 
 if TYPE_CHECKING:
@@ -626,7 +627,10 @@ def summary_table(
     return Table(columns, rows, note=note)
 
 
-_PROPER = {"dira": "DiRA", "disel": "DISeL", "lora": "LoRA"}
+def _titled(method: str) -> str:
+    """A method's name as its paper writes it."""
+    titles = {BASELINE: "LoRA", **{name: known.title for name, known in METHODS.items()}}
+    return titles.get(method) or method
 
 
 def _short(source: str) -> str:
@@ -677,7 +681,7 @@ def _write_results(
         Section("Plots", figures=[Figure(content, captions[name]) for name, content in pictures.items()]),
         Section("Settings", listing=yaml.safe_dump(spec.settings(), sort_keys=False, allow_unicode=True)),
     ]
-    title = f"{_short(spec.model)} fine-tuned with {_PROPER.get(result.label, result.label)} on {_short(spec.data)}"
+    title = f"{_short(spec.model)} fine-tuned with {_titled(result.label)} on {_short(spec.data)}"
     write_report(Report(title, summary, sections), run.report)
     if console is not None:
         console.print(rich_table(table))

@@ -76,6 +76,7 @@ class Dira(Method):
     """DiRA's part in training: the penalty's gradient, with a decaying weight."""
 
     name = "dira"
+    title = "DiRA"
     config_class = DiraConfig
     layer_class = DiraLayer
 

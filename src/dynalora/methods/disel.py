@@ -119,6 +119,7 @@ class Disel(Method):
     """DISeL's part in training: the gates' own learning rate, and no weight decay on them."""
 
     name = "disel"
+    title = "DISeL"
     config_class = DiselConfig
     layer_class = DiselLayer
 
