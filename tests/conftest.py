@@ -15,6 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Thousands of tiny matrices are decomposed; none of them belongs on the user's disk.
+os.environ.setdefault("DYNALORA_DECOMPOSITION_CACHE_GIB", "0")
 
 import pytest
 import torch

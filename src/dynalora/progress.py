@@ -19,6 +19,7 @@ A job calls it first with `done = 0` and last with `done = total`; a new descrip
 
 
 _PLAIN_EVERY = 10.0  # seconds between lines where nothing can be animated
+_PATIENCE = 2.0  # seconds that a library call may take without a word
 
 
 def silent(what: str, done: int, total: int | None) -> None:
@@ -47,6 +48,24 @@ def rich_progress(console: Console | None) -> Iterator[Progress]:
     shown = _Shown(console)
     try:
         yield shown
+    finally:
+        shown.stop()
+
+
+@contextmanager
+def late_progress() -> Iterator[Progress]:
+    """Show a library call's job on standard error, once it has taken two seconds."""
+    from rich.console import Console
+
+    shown = _Shown(Console(stderr=True))
+    began = time.monotonic()
+
+    def once_late(what: str, done: int, total: int | None) -> None:
+        if time.monotonic() - began > _PATIENCE:
+            shown(what, done, total)
+
+    try:
+        yield once_late
     finally:
         shown.stop()
 
