@@ -1,0 +1,126 @@
+"""Multiple-choice questions out of the commonsense files of LLM-Adapters (Hu et al., 2023, arXiv:2304.01933).
+
+A file holds one JSON object per line, with or without gzip. Its field `instruction` is a whole prompt
+
+    Please choose the correct answer to the question: <question>
+
+    Answer1: <option> Answer2: <option> …
+
+    Answer format: answer1/answer2/…
+
+and `answer` is the right one's label. ARC, OpenBookQA, SIQA, PIQA (`Solution1`) and WinoGrande (`Option1`) are written
+like this; BoolQ lists no options and is not. The question and the options' texts are taken apart, since small models
+learn to say an option but not to name its number.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dynalora.errors import DataError
+from dynalora.evaluation.multiple_choice import Choice
+
+_FORMAT = re.compile(r"\s*Answer format:\s*(\S+)\s*$")
+_LEAD = re.compile(r"^Please [^:\n]*:\s*")
+_REMEDY = "give rows as in the LLM-Adapters commonsense files, or leave this one out"
+
+
+def load_choices(path: str | os.PathLike[str]) -> list[Choice]:
+    """The questions of one file, in its order.
+
+    Args:
+        path: a `.jsonl` or `.jsonl.gz` file.
+
+    Returns:
+        One question per row.
+
+    Raises:
+        DataError: the file cannot be read or is empty, or a row is malformed; file, row and remedy are named.
+    """
+    file = Path(path)
+    choices = [choice_from(row, f"'{file}', row {number}") for number, row in _rows(file)]
+    if not choices:
+        raise DataError(f"'{file}' holds no row; give a file with at least one.")
+    return choices
+
+
+def choice_from(row: Mapping[str, Any], where: str = "the row") -> Choice:
+    """One question out of a row's `instruction` and `answer`.
+
+    Args:
+        row: the row; other fields are not looked at.
+        where: how to call the row in errors.
+
+    Raises:
+        DataError: a field is missing or no text, the options cannot be told apart, or the answer is none of them.
+    """
+    for name in ("instruction", "answer"):
+        if not isinstance(row.get(name), str):
+            raise DataError(f"{where} has no text in the field '{name}'; {_REMEDY}.")
+    text, answer = row["instruction"], row["answer"].strip()
+    ending = _FORMAT.search(text)
+    if ending is None:
+        raise DataError(f"{where} does not end in 'Answer format: …'; {_REMEDY}.")
+    labels = ending[1].split("/")
+    if answer not in labels:
+        raise DataError(
+            f"{where} has the answer '{answer}', which is none of {', '.join(labels)}; {_REMEDY}."
+        )
+    body, position = text[: ending.start()], 0
+    marks: list[tuple[int, int]] = []
+    for label in labels:
+        mark = re.compile(rf"(?:^|\s){re.escape(label[:1].upper() + label[1:])}:(?=\s|$)").search(
+            body, position
+        )
+        if mark is None:
+            raise DataError(f"{where} lists no option '{label[:1].upper() + label[1:]}: …'; {_REMEDY}.")
+        marks.append((mark.start(), mark.end()))
+        position = mark.end()
+    ends = [start for start, _ in marks[1:]] + [len(body)]
+    options = tuple(body[start:end].strip() for (_, start), end in zip(marks, ends, strict=True))
+    try:
+        return Choice(_LEAD.sub("", body[: marks[0][0]]).strip(), options, labels.index(answer))
+    except DataError as error:
+        raise DataError(
+            f"{where}: {str(error)[0].lower()}{str(error)[1:].rstrip('.')}, or leave it out."
+        ) from error
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number, from 1, and content of each row."""
+    try:
+        with (
+            gzip.open(path, "rt", encoding="utf-8")
+            if path.suffix == ".gz"
+            else open(path, encoding="utf-8") as file
+        ):
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, _object(line, f"'{path}', row {number}")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"'{path}' is not a complete gzip file ({error}); fetch it again.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"'{path}' is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from error
+    except OSError as error:
+        raise DataError(
+            f"'{path}' cannot be read ({error.strerror or error}); give the path of a .jsonl or .jsonl.gz file."
+        ) from error
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where} is not valid JSON ({error.msg} at column {error.colno}); write one JSON object per line."
+        ) from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is a {type(row).__name__}; write one JSON object per line.")
+    return row

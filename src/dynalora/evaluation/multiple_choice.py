@@ -1,0 +1,334 @@
+"""Questions with listed options, answered by likelihood: the option that the model finds likeliest is its answer.
+
+With x a question in the model's chat format and o an option of n tokens
+
+    log p(o | x) = Σ_t log p(o_t | x, o_<t)        raw, in nats
+    log p(o | x) / n                               normalised, in nats per token
+
+and the model answers right if the right option has the largest of these. The raw sum favours short options, the
+normalised one does not, so both are given. The token that ends the turn is not part of an option: whether a model
+would stop there says little about which option it holds for true.
+
+Small models can be measured so that cannot follow "answer with the letter", and nothing has to be generated.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+
+from dynalora.errors import ConfigError, DataError, UnsupportedError
+from dynalora.evaluation.generation import (
+    batches_by_length,
+    chat_prompt,
+    evaluating,
+    pad_left,
+    padding_id,
+)
+from dynalora.evaluation.scoring import Interval, answer_loss, wilson
+from dynalora.evaluation.tasks import Item
+from dynalora.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A question with its options, one of them right.
+
+    Attributes:
+        question: as it is put to the model; it does not list the options.
+        options: the options' texts, at least two, none empty.
+        right: index of the right one.
+
+    Raises:
+        DataError: fewer than two options, an empty one or an empty question, or `right` names none of them.
+    """
+
+    question: str
+    options: tuple[str, ...]
+    right: int
+
+    def __post_init__(self) -> None:
+        if not self.question.strip():
+            raise DataError("The question is empty; give its text.")
+        if len(self.options) < 2:
+            raise DataError(f"The question has {len(self.options)} options; give at least two.")
+        for place, option in enumerate(self.options, start=1):
+            if not option.strip():
+                raise DataError(f"Option {place} is empty; give its text.")
+        if not 0 <= self.right < len(self.options):
+            raise DataError(
+                f"The right option has index {self.right}; give one from 0 to {len(self.options) - 1}."
+            )
+
+    @property
+    def item(self) -> Item:
+        """The question with the right option's text as its answer, for training."""
+        return Item(self.question, self.options[self.right])
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its standard error over the questions (0 for a single question)."""
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True)
+class OptionScores:
+    """How likely a model finds each option of each question.
+
+    Attributes:
+        sums: log-likelihoods in nats: one tuple per question, one number per option.
+        counts: numbers of tokens, likewise.
+        right: for each question the index of the right option.
+    """
+
+    sums: tuple[tuple[float, ...], ...]
+    counts: tuple[tuple[int, ...], ...]
+    right: tuple[int, ...]
+
+    def chosen(self, *, normalised: bool = True) -> tuple[int, ...]:
+        """For each question the index of the likeliest option; of equally likely ones the first.
+
+        Args:
+            normalised: compare log-likelihoods per token; False: their sums.
+        """
+        picked = []
+        for sums, counts in zip(self.sums, self.counts, strict=True):
+            values = [total / count for total, count in zip(sums, counts, strict=True)]
+            picked.append(_first_largest(values if normalised else sums))
+        return tuple(picked)
+
+    def correct(self, *, normalised: bool = True) -> tuple[bool, ...]:
+        """For each question whether the likeliest option is the right one."""
+        chosen = self.chosen(normalised=normalised)
+        return tuple(own == right for own, right in zip(chosen, self.right, strict=True))
+
+    def accuracy(self, *, normalised: bool = True) -> Interval:
+        """Share of questions answered right, with Wilson's 95 % interval."""
+        correct = self.correct(normalised=normalised)
+        return wilson(sum(correct), len(correct))
+
+    @property
+    def right_losses(self) -> tuple[float, ...]:
+        """For each question the negative log-likelihood of the right option, in nats."""
+        return tuple(-sums[right] for sums, right in zip(self.sums, self.right, strict=True))
+
+    @property
+    def right_counts(self) -> tuple[int, ...]:
+        """For each question the number of tokens of the right option."""
+        return tuple(counts[right] for counts, right in zip(self.counts, self.right, strict=True))
+
+    @property
+    def right_loss(self) -> Estimate:
+        """Mean negative log-likelihood of the right option, in nats per question."""
+        return _ratio(self.right_losses, [1] * len(self.right))
+
+    @property
+    def right_loss_per_token(self) -> Estimate:
+        """The same in nats per token, every token counting the same."""
+        return _ratio(self.right_losses, self.right_counts)
+
+
+def option_scores(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    choices: Sequence[Choice],
+    *,
+    share_prompt: bool = True,
+    batch_size: int = 8,
+    name: str = "the model",
+    progress: Progress = silent,
+) -> OptionScores:
+    """Score every option of every question.
+
+    A question is computed once and its keys and values are shared by all its options. Questions of similar length
+    share a batch. Scores depend on the batching only as far as floating-point sums do.
+
+    Args:
+        model: a causal language model, with or without adapter. It is left in the mode (train or eval) it was in.
+        tokenizer: the model's; without a chat template the bare question is the prompt.
+        choices: the questions.
+        share_prompt: False computes the prompt again with every option, which takes longer and needs no cache of keys
+            and values.
+        batch_size: questions per batch (options, if `share_prompt` is False).
+        name: of the model, for `progress`.
+        progress: called with the number of questions done (options, if `share_prompt` is False).
+
+    Returns:
+        The scores, in the order of the questions.
+
+    Raises:
+        ConfigError: batch_size below 1.
+        DataError: no questions, or a prompt or an option without any token.
+        UnsupportedError: the model keeps no cache whose rows can be repeated, and `share_prompt` is True.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; give 1 or more.")
+    if not choices:
+        raise DataError("There are no questions to measure on; give at least one.")
+    prompts = [chat_prompt(tokenizer, choice.question) for choice in choices]
+    options = [
+        [list(tokenizer(option, add_special_tokens=False)["input_ids"]) for option in choice.options]
+        for choice in choices
+    ]
+    for index, (prompt, listed) in enumerate(zip(prompts, options, strict=True)):
+        if not prompt or not all(listed):
+            raise DataError(f"Question {index} has a prompt or an option without any token; give it a text.")
+    what = f"Measuring {name}"
+    if share_prompt:
+        padding = padding_id(model, tokenizer)
+        sums = _shared(model, prompts, options, padding, batch_size, what, progress)
+    else:
+        sums = _apart(model, prompts, options, batch_size, what, progress)
+    return OptionScores(
+        tuple(sums),
+        tuple(tuple(len(option) for option in listed) for listed in options),
+        tuple(choice.right for choice in choices),
+    )
+
+
+def _apart(
+    model: torch.nn.Module,
+    prompts: Sequence[list[int]],
+    options: Sequence[Sequence[list[int]]],
+    batch_size: int,
+    what: str,
+    progress: Progress,
+) -> list[tuple[float, ...]]:
+    """Log-likelihoods with one sequence per option."""
+    rows = [
+        {"input_ids": prompt + option, "labels": [_IGNORED] * len(prompt) + option}
+        for prompt, listed in zip(prompts, options, strict=True)
+        for option in listed
+    ]
+    losses = iter(answer_loss(model, rows, batch_size=batch_size, what=what, progress=progress).sums)
+    return [tuple(-next(losses) for _ in listed) for listed in options]
+
+
+def _shared(
+    model: torch.nn.Module,
+    prompts: Sequence[list[int]],
+    options: Sequence[Sequence[list[int]]],
+    padding: int,
+    batch_size: int,
+    what: str,
+    progress: Progress,
+) -> list[tuple[float, ...]]:
+    """Log-likelihoods with one sequence per question, whose cache the options then continue."""
+    device = next(model.parameters()).device
+    found: list[tuple[float, ...]] = [()] * len(prompts)
+    lengths = [len(prompt) + max(map(len, listed)) for prompt, listed in zip(prompts, options, strict=True)]
+    done = 0
+    progress(what, 0, len(prompts))
+    with evaluating(model), torch.inference_mode():
+        for batch in batches_by_length(lengths, batch_size):
+            tokens, mask = pad_left([prompts[index] for index in batch], padding)
+            rows = [option for index in batch for option in options[index]]
+            owners = [place for place, index in enumerate(batch) for _ in options[index]]
+            losses = _continuations(model, tokens.to(device), mask.to(device), rows, owners, padding)
+            values = iter(losses.tolist())
+            for index in batch:
+                found[index] = tuple(next(values) for _ in options[index])
+            done += len(batch)
+            progress(what, done, len(prompts))
+    return found
+
+
+def _continuations(
+    model: torch.nn.Module,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    rows: Sequence[list[int]],
+    owners: Sequence[int],
+    padding: int,
+) -> torch.Tensor:
+    """Log-likelihoods (O,) of continuations of a batch of prompts.
+
+    Args:
+        model: in evaluation mode.
+        tokens: the prompts, (B, T), padded on the left.
+        mask: where they are no padding, (B, T).
+        rows: O continuations.
+        owners: for each the row of `tokens` that it continues.
+        padding: a token to pad with.
+    """
+    device = tokens.device
+    owner = torch.tensor(owners, device=device)
+    longest = max(map(len, rows))
+    aims = torch.full((len(rows), longest), padding, dtype=torch.long)
+    real = torch.zeros((len(rows), longest), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        aims[index, : len(row)] = torch.tensor(row)
+        real[index, : len(row)] = True
+    aims, real = aims.to(device), real.to(device)
+    logits, cache = _pass(model, tokens, mask, (mask.cumsum(1) - 1).clamp(min=0), keep=1)
+    first = F.log_softmax(logits[:, -1].float(), dim=-1)
+    total = first[owner, aims[:, 0]]
+    if longest == 1:
+        return total
+    select = getattr(cache, "batch_select_indices", None)
+    if select is None:
+        raise UnsupportedError(
+            f"The model ({type(model).__name__}) keeps no cache whose rows can be repeated; "
+            "call option_scores with share_prompt=False."
+        )
+    select(owner)
+    positions = mask.sum(1)[owner, None] + torch.arange(longest - 1, device=device)
+    seen = torch.cat([mask[owner], real[:, :-1].to(mask.dtype)], dim=1)
+    logits, _ = _pass(model, aims[:, :-1], seen, positions, cache=cache)
+    wanted = real[:, 1:]
+    # Selected first, so that no float32 copy is made of logits behind an option's end.
+    losses = torch.zeros(wanted.shape, device=device)
+    losses[wanted] = F.cross_entropy(logits[wanted].float(), aims[:, 1:][wanted], reduction="none")
+    return total - losses.sum(1)
+
+
+def _pass(
+    model: torch.nn.Module,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    cache: Any = None,
+    keep: int = 0,
+) -> tuple[torch.Tensor, Any]:
+    """Logits (B, T or `keep`, V) and the cache after a forward pass that continues `cache`."""
+    given: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "use_cache": True}
+    if cache is not None:
+        given["past_key_values"] = cache
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    accepted = inspect.signature(base.forward).parameters
+    if "position_ids" in accepted:
+        given["position_ids"] = positions
+    if keep and "logits_to_keep" in accepted:
+        given["logits_to_keep"] = keep
+    output = model(**given)
+    return output.logits, getattr(output, "past_key_values", None)
+
+
+def _first_largest(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=lambda place: values[place])
+
+
+def _ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
+    """Σ sums / Σ counts with the standard error of a ratio estimate; with equal counts, that of a mean."""
+    number, whole = len(sums), sum(counts)
+    value = math.fsum(sums) / whole
+    if number < 2:
+        return Estimate(value, 0.0)
+    spread = math.fsum((own - value * count) ** 2 for own, count in zip(sums, counts, strict=True))
+    return Estimate(value, math.sqrt(spread / (number - 1) / number) / (whole / number))
