@@ -81,6 +81,50 @@ def test_export_from_the_folder_alone_equals_export_of_the_model(tmp_path: Path)
     torch.testing.assert_close(LLAMA.logits(loaded), LLAMA.logits(model), atol=1e-5, rtol=1e-5)
 
 
+def delta_of(folder: Path, module: str) -> torch.Tensor:
+    """The update that a folder with a plain LoRA makes, in float64, loaded by PEFT itself."""
+    plain = peft.PeftModel.from_pretrained(LLAMA.build(), folder)
+    return plain.get_submodule("base_model.model." + module).get_delta_weight("default").detach().double()
+
+
+@pytest.mark.parametrize(
+    ("options", "rank"),
+    [
+        ({"max_rank": 2}, 2),
+        ({"tolerance": 0.0}, 6),
+        ({"tolerance": 0.35}, 4),
+        ({"tolerance": 0.35, "max_rank": 3}, 3),
+    ],
+    ids=str,
+)
+def test_export_cuts_to_the_best_of_its_rank(options: dict[str, float], rank: int, tmp_path: Path) -> None:
+    """Six components, two of which are written twice; the spectrum falls so that a rank of 4 loses just under 0.35."""
+    model = peft.get_peft_model(LLAMA.build(), DiraConfig(r=8, alpha=8, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for layer in (m for m in model.modules() if hasattr(m, "dira_up")):
+            up = torch.linalg.qr(torch.randn(32, 6)).Q * torch.tensor([5.0, 4.0, 3.5, 3.0, 2.0, 1.0])
+            down = torch.linalg.qr(torch.randn(32, 6)).Q.t()
+            layer.parameter("up", "default").copy_(torch.cat([up[:, :4], up[:, 4:] / 2, up[:, 4:] / 2], 1))
+            layer.parameter("down", "default").copy_(torch.cat([down[:4], down[4:], down[4:]]))
+    report = dynalora.export_lora(model, tmp_path / "cut", **options)
+    assert set(report.ranks.values()) == {rank}
+    module = next(iter(report.ranks))
+    whole = model.get_submodule("base_model.model." + module).get_delta_weight("default").detach().double()
+    u, values, v = torch.linalg.svd(whole)
+    best = u[:, :rank] * values[:rank] @ v[:rank]
+    torch.testing.assert_close(delta_of(tmp_path / "cut", module), best, atol=1e-5, rtol=1e-5)
+    lost = float((whole - best).norm() / whole.norm())
+    assert report.lost == pytest.approx(lost if rank < 6 else 0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"max_rank": 0}, {"tolerance": 1.0}, {"tolerance": -0.1}], ids=str)
+def test_export_refuses_ranks_and_shares_out_of_range(options: dict[str, float], tmp_path: Path) -> None:
+    model = peft.get_peft_model(LLAMA.build(), DiraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        dynalora.export_lora(model, tmp_path / "cut", **options)
+    assert not (tmp_path / "cut").exists()
+
+
 def test_export_keeps_trained_heads(tmp_path: Path) -> None:
     model = peft.get_peft_model(
         LLAMA.build(), DiraConfig(target_modules=["q_proj"], init_weights=False, modules_to_save=["lm_head"])

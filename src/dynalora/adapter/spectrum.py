@@ -5,6 +5,22 @@ from __future__ import annotations
 import torch
 
 
+def factor_svd(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Singular value decomposition of ``up @ down`` without forming it.
+
+    Args:
+        up: (out, k).
+        down: (k, in).
+
+    Returns:
+        U (out, n), singular values (n) in descending order and Vᵀ (n, in), n = min(out, k, in), all float64.
+    """
+    q_up, r_up = torch.linalg.qr(up.detach().double())
+    q_down, r_down = torch.linalg.qr(down.detach().double().t())
+    u, values, v = torch.linalg.svd(r_up @ r_down.t(), full_matrices=False)
+    return q_up @ u, values, v @ q_down.t()
+
+
 def factor_spectrum(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """Singular values of ``up @ down`` without forming it: QR of each factor, SVD of the small core (App. E of DiRA).
 

@@ -17,6 +17,8 @@ class ExportSpec:
     adapter: str
     output: str
     dtype: str | None = None
+    max_rank: int | None = None
+    tolerance: float | None = None
 
 
 def export(
@@ -29,11 +31,23 @@ def export(
         str | None,
         typer.Option("--dtype", help="Of the written factors: float32, bfloat16 or float16. \\[as they are]"),
     ] = None,
+    max_rank: Annotated[
+        int | None, typer.Option("--max-rank", help=r"Cut every update to at most this rank. \[keep all]")
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            "--tolerance",
+            help=r"Cut each update to the rank that loses at most this share of it, 0 to 1. \[keep all]",
+        ),
+    ] = None,
     config: ConfigOption = None,
 ) -> None:
     """Write an adapter as a plain PEFT LoRA, which loads where dynalora is not installed.
 
-    The export is exact, and is compared with the adapter before it is kept.
+    The export is exact, and is compared with the adapter before it is kept;
+    with --max-rank or --tolerance it is the best of its rank, and its error
+    is printed.
     The base model is not needed. DISeL's update depends on the input, so it
     has no exact LoRA and is refused.
 
@@ -41,7 +55,9 @@ def export(
 
     [cyan]dynalora export runs/first lora-for-serving[/cyan]
     """
-    flags = {"adapter": adapter, "output": output, "dtype": dtype}
+    flags = {
+        "adapter": adapter, "output": output, "dtype": dtype, "max_rank": max_rank, "tolerance": tolerance
+    }  # fmt: skip
     spec = settings(ExportSpec, config, flags)
     from dynalora.errors import ConfigError
     from dynalora.experiments.adapters import adapter_folder
@@ -55,12 +71,15 @@ def export(
         adapter_folder(spec.adapter),
         spec.output,
         dtype=None if spec.dtype is None else resolve_dtype(spec.dtype),
+        max_rank=spec.max_rank,
+        tolerance=spec.tolerance,
     )
     screen = console()
     ranks = sorted(set(done.ranks.values()))
     told = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     screen.print(
         f"{done.path}: a plain LoRA of {done.modules} matrices, {told}, {done.parameters:,} parameters; "
-        f"largest relative difference from the adapter {done.max_error:.1e}.",
+        f"largest relative difference from the adapter {done.max_error:.1e}"
+        + (f", largest share of an update cut off {done.lost:.1e}." if done.lost else "."),
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip

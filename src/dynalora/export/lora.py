@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from dynalora.adapter.config import check_adapter_folder
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.register import METHODS
-from dynalora.errors import CheckpointError, DynaloraError, UnsupportedError
+from dynalora.adapter.spectrum import factor_svd
+from dynalora.errors import CheckpointError, ConfigError, DynaloraError, UnsupportedError
 
 _PREFIX = "base_model.model."
 
@@ -37,6 +38,7 @@ class ExportReport:
         parameters: Numbers in the factors.
         max_error: Largest difference between the adapter's update and the exported one on a random input, relative
             to the largest entry of the update's result; 0 for an update that is zero.
+        lost: Largest share of an update that was cut off, ‖ΔW − ΔW_cut‖_F / ‖ΔW‖_F; 0 unless it was asked for.
     """
 
     path: str
@@ -44,6 +46,7 @@ class ExportReport:
     ranks: dict[str, int]
     parameters: int
     max_error: float
+    lost: float = 0.0
 
 
 @torch.no_grad()
@@ -52,6 +55,8 @@ def export_lora(
     path: str | os.PathLike[str],
     adapter_name: str = "default",
     dtype: torch.dtype | None = None,
+    max_rank: int | None = None,
+    tolerance: float | None = None,
 ) -> ExportReport:
     """Write an adapter as a plain PEFT LoRA: ``adapter_config.json`` and safetensors.
 
@@ -63,14 +68,23 @@ def export_lora(
         path: Folder to write; must not exist, or be empty.
         adapter_name: Which adapter.
         dtype: Type of the written factors; None keeps the adapter's.
+        max_rank: Write the best approximation of every update by at most this rank (its truncated singular value
+            decomposition).
+        tolerance: Write each update with the smallest rank that loses at most this share of its Frobenius norm, in
+            [0, 1); 0 drops only what is nothing but rounding.
 
     Returns:
-        What was written, with the largest error found.
+        What was written, with the largest error found and the largest share that was cut off.
 
     Raises:
         UnsupportedError: The method's update depends on the input (DISeL), or biases were trained.
+        ConfigError: ``max_rank`` or ``tolerance`` is out of range.
         DynaloraError: The folder is not empty, or the model has no such adapter.
     """
+    if max_rank is not None and max_rank < 1:
+        raise ConfigError(f"max_rank={max_rank}: give a rank of at least 1, or leave it out.")
+    if tolerance is not None and not 0 <= tolerance < 1:
+        raise ConfigError(f"tolerance={tolerance}: give a share of the update in [0, 1), or leave it out.")
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -92,8 +106,12 @@ def export_lora(
         )
 
     factors: dict[str, tuple[torch.Tensor, torch.Tensor, float]] = {}
+    lost = 0.0
     for name, layer in layers.items():
         up, down = layer.static_factors(adapter_name)
+        if max_rank is not None or tolerance is not None:
+            up, down, share = _recompress(up, down, max_rank, tolerance)
+            lost = max(lost, share)
         up, down = (t.detach().to("cpu", dtype or t.dtype).contiguous() for t in (up, down))
         factors[_plain_name(name)] = up, down, layer.scaling[adapter_name]
     state = {f"{_PREFIX}{name}.lora_A.weight": down for name, (_, down, _) in factors.items()}
@@ -123,22 +141,50 @@ def export_lora(
         ranks={name: up.shape[1] for name, (up, _, _) in factors.items()},
         parameters=sum(up.numel() + down.numel() for up, down, _ in factors.values()),
         max_error=error,
+        lost=lost,
     )
 
 
-def export_adapter_folder(source: str, path: str, dtype: torch.dtype | None = None) -> ExportReport:
+def _recompress(
+    up: torch.Tensor, down: torch.Tensor, max_rank: int | None, tolerance: float | None
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The best factors of low rank, and the share of the update that they lose."""
+    u, values, v = factor_svd(up, down)
+    rank = len(values)
+    # What the last singular values sum up to, from each on: the error of cutting there.
+    tail = values.square().flip(0).cumsum(0).flip(0).sqrt()
+    whole = float(tail[0])
+    if tolerance is not None:
+        rounding = len(values) * torch.finfo(up.dtype).eps
+        rank = int((tail > max(tolerance, rounding) * whole).sum())
+    rank = max(1, min(rank, max_rank or rank))
+    lost = float(tail[rank]) / whole if rank < len(values) and whole else 0.0
+    root = values[:rank].sqrt()
+    return (u[:, :rank] * root).to(up.dtype), (root[:, None] * v[:rank]).to(down.dtype), lost
+
+
+def export_adapter_folder(
+    source: str,
+    path: str,
+    dtype: torch.dtype | None = None,
+    max_rank: int | None = None,
+    tolerance: float | None = None,
+) -> ExportReport:
     """Export a saved adapter without its base model; see :func:`export_lora`.
 
     Args:
         source: Folder of the saved adapter.
         path: Folder to write.
         dtype: Type of the written factors; None keeps the adapter's.
+        max_rank: Largest rank to write.
+        tolerance: Share of each update that may be cut off.
 
     Raises:
         CheckpointError: The folder holds no whole adapter of dynalora.
+        ConfigError: ``max_rank`` or ``tolerance`` is out of range.
         UnsupportedError: The method's update depends on the input.
     """
-    return export_lora(load_without_base(source), path, dtype=dtype)
+    return export_lora(load_without_base(source), path, dtype=dtype, max_rank=max_rank, tolerance=tolerance)
 
 
 def load_without_base(source: str) -> nn.Module:
@@ -181,8 +227,9 @@ def load_without_base(source: str) -> nn.Module:
         setattr(config, field, None)
     config.inference_mode = True
     # Not get_peft_model: a task's own wrapper would ask the stand-ins for methods of a real model.
-    model = PeftModel(skeleton, config, autocast_adapter_dtype=False)
-    set_peft_model_state_dict(model, state)
+    # On the meta device, since a start computed from stand-ins would be nonsense.
+    model = PeftModel(skeleton, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+    set_peft_model_state_dict(model, state, low_cpu_mem_usage=True)
     return model
 
 
@@ -255,7 +302,11 @@ def _integral(alpha: float) -> float:
 
 
 def _verify(folder: Path, layers: dict[str, AdapterLayer], adapter_name: str) -> float:
-    """Largest relative difference between the adapter's update and the written one, on a random input."""
+    """Largest relative difference between the adapter's update and the written one, on a random input.
+
+    Raises:
+        DynaloraError: A written factor does not fit the written configuration.
+    """
     config = LoraConfig.from_pretrained(str(folder))
     state = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
     generator = torch.Generator().manual_seed(0)
