@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 
 from dynalora import methods as _methods
 from dynalora.adapter.state import StateReport, state_report
-from dynalora.driver import accept_undriven, hooks, param_groups, restart_schedule, trainer
+from dynalora.driver import (
+    accept_undriven,
+    hooks,
+    param_groups,
+    report_task_loss,
+    restart_schedule,
+    trainer,
+)
 from dynalora.errors import DynaloraError
 from dynalora.export import export_lora
 from dynalora.forgetting.gates import plot_gates, record_gates
@@ -18,6 +25,7 @@ from dynalora.forgetting.landscape import plot_rank_landscape, rank_landscape
 if TYPE_CHECKING:
     from dynalora.methods.dira import DiraConfig as DiraConfig
     from dynalora.methods.disel import DiselConfig as DiselConfig
+    from dynalora.methods.dislora import DisloraConfig as DisloraConfig
 
 __version__ = "0.1.0"
 
@@ -38,6 +46,7 @@ __all__ = [
     "plot_rank_landscape",
     "rank_landscape",
     "record_gates",
+    "report_task_loss",
     "restart_schedule",
     "state_report",
     *_configs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import pkgutil
 import re
@@ -43,9 +44,13 @@ def test_every_setting_of_a_method_is_on_its_page_with_its_default(method: str) 
         if item.name not in shared
     }
     assert own
-    assert {name: rows.get(name) for name in own} == {
-        name: repr(default).replace("'", '"') if default != 1e-4 else "1e-4" for name, default in own.items()
-    }
+    assert {name: _value(rows[name]) if name in rows else "missing" for name in own} == own
+
+
+def _value(shown: str) -> object:
+    """What a page's Python expression for a default says; a fraction is easier to read than its decimals."""
+    numerator, slash, denominator = shown.partition("/")
+    return int(numerator) / int(denominator) if slash else ast.literal_eval(shown)
 
 
 def test_commands_and_flags_in_the_documentation_exist() -> None:

@@ -41,7 +41,20 @@ def disel(**options: Any) -> dynalora.DiselConfig:
     return dynalora.DiselConfig(**{**defaults, **options})
 
 
-CONFIGS = {"dira": dira, "disel": disel}
+def dislora(**options: Any) -> dynalora.DisloraConfig:
+    """Directions that are chosen early, at a rank at which orthogonality is lost soon."""
+    defaults = {
+        "r": 3,
+        "alpha": 6,
+        "target_modules": ["q_proj", "down_proj"],
+        "task_type": "CAUSAL_LM",
+        "warmup_steps": 2,
+        "tsd_count": 2,
+    }
+    return dynalora.DisloraConfig(**{**defaults, **options})
+
+
+CONFIGS = {"dira": dira, "disel": disel, "dislora": dislora}
 
 
 def adapted(

@@ -8,7 +8,8 @@ from typing import Any
 
 import peft
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import dynalora
 from tests.toys import TOYS, Toy
@@ -23,6 +24,8 @@ class Row:
     static: bool
     """The update is one fixed matrix, so it has a delta weight, merges and exports."""
     options: Mapping[str, Any] = field(default_factory=dict)
+    exact_start: bool = True
+    """The start is the base model bit for bit, not only to rounding."""
 
     def configure(self, toy: Toy, **overrides: Any) -> Any:
         common = {
@@ -33,6 +36,13 @@ class Row:
             "total_steps": 20,
         }
         return self.config(**{**common, **self.options, **overrides})
+
+    def assert_start(self, logits: Tensor, base: Tensor) -> None:
+        """Check the logits of a fresh adapter against the base model's."""
+        if self.exact_start:
+            assert torch.equal(logits, base)
+        else:
+            torch.testing.assert_close(logits, base, atol=2e-5, rtol=2e-5)
 
     def adapt(self, toy: Toy, base: nn.Module | None = None, **overrides: Any) -> Any:
         """``base`` (a fresh toy by default) with one adapter in evaluation mode."""
@@ -48,6 +58,21 @@ ROWS = (
     Row("disel-normalize", dynalora.DiselConfig, static=False, options={"gate_normalize": True}),
     Row("disel-bottleneck", dynalora.DiselConfig, static=False, options={"gate_bottleneck": 2}),
     Row("disel-zeros", dynalora.DiselConfig, static=False, options={"gate_weight_init": "zeros"}),
+    Row("dislora", dynalora.DisloraConfig, static=True, exact_start=False, options={"warmup_steps": 1}),
+    Row(
+        "dislora-star",
+        dynalora.DisloraConfig,
+        static=True,
+        exact_start=False,
+        options={"ortho_weight": 5e-5, "tsd_score": "update", "warmup_steps": 2, "use_rslora": True},
+    ),
+    Row(
+        "dislora-without-directions",
+        dynalora.DisloraConfig,
+        static=True,
+        exact_start=False,
+        options={"tsd_count": 0, "loss_smoothing": 0.5},
+    ),
 )
 
 STATIC = tuple(row for row in ROWS if row.static)

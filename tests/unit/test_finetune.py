@@ -87,7 +87,7 @@ def test_options_reach_the_configuration_as_numbers() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"method": "adalora"}, "Unknown method 'adalora'; choose one of dira, disel, lora"),
+        ({"method": "adalora"}, f"Unknown method 'adalora'; choose one of {', '.join(job.method_names())}"),
         ({"method": "disel", "r": 0}, "The rank r is 0; give a whole number of at least 1"),
         ({"method": "dira", "options": {"penalty_wieght": 1}}, "no option 'penalty_wieght'; did you mean"),
         ({"method": "lora", "options": {"penalty_weight": 1}}, "Method 'lora' has no option 'penalty_weight'"),

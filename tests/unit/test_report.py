@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from dynalora.adapter.method import Panel
 from dynalora.experiments import plots
 from dynalora.experiments.report import (
     Figure,
@@ -178,3 +179,22 @@ def test_plots_leave_pyplot_alone() -> None:
     before = plt.get_fignums()
     plots.bars({"a": 1.0}, ylabel="y")
     assert plt.get_fignums() == before
+
+
+def test_metric_panels_draw_the_panels_that_have_numbers() -> None:
+    records = [{"step": step, "weight": 1 - step / 20, "ratio": step / 10} for step in range(1, 9)]
+    panels = (
+        Panel("weight", ("weight",)),
+        Panel("both", ("weight", "ratio")),
+        Panel("absent", ("nowhere",)),
+        Panel("ratio", ("ratio",), log=True),
+    )
+    drawn = plots.metric_panels(records, panels)
+    assert drawn is not None
+    assert has_colour(drawn, plots.PALETTE[1])  # the second curve of the second panel
+    three = pixels(drawn).shape
+    one = pixels(plots.metric_panels(records, panels[:1]) or b"").shape
+    assert three[1] > 2.5 * one[1]
+    assert three[0] == one[0]
+    assert plots.metric_panels(records, panels[2:3]) is None
+    assert plots.metric_panels([], panels) is None

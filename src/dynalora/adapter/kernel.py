@@ -1,8 +1,11 @@
-"""The one place where an update meets the base layer's result: y ← y + s · m · upᵀ.
+"""The two places where an update meets wide tensors: h = x · downᵀ, and y ← y + s · m · upᵀ.
 
 The result is the widest tensor an adapter touches (tokens × out), so what counts is how often it is read and written.
 Adding into it inside the GEMM takes no pass of its own, while the textbook form takes three (a GEMM that writes a
 second such tensor, a scaling, an addition) and their backward.
+
+Either side may have frozen components beside the trained ones. They share the products with the input and with the
+result, and only the gradient of the trained ones is ever computed.
 """
 
 from __future__ import annotations
@@ -15,12 +18,20 @@ from torch.autograd.function import once_differentiable
 
 
 class _AddLowRankInPlace(torch.autograd.Function):
-    """``result += scaling · m @ up.T``, written into ``result``."""
+    """``result += scaling · m @ [up, frozen].T``, written into ``result``."""
 
     @staticmethod
     def forward(
-        ctx: Any, result: torch.Tensor, m: torch.Tensor, up: torch.Tensor, scaling: float
+        ctx: Any,
+        result: torch.Tensor,
+        m: torch.Tensor,
+        up: torch.Tensor,
+        frozen: torch.Tensor | None,
+        scaling: float,
     ) -> torch.Tensor:
+        ctx.trained = up.shape[1]
+        if frozen is not None:
+            up = torch.cat([up, frozen], dim=1)
         out, r = up.shape
         # The wide side runs in the result's dtype (as under autocast): no copy of it in another.
         narrow = m.reshape(-1, r).to(result.dtype)
@@ -42,30 +53,77 @@ class _AddLowRankInPlace(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             # In this order the product runs along the rows of the wide matrix: half the time on a CPU.
             grad_up = (
-                (narrow.t() @ flat)
+                (narrow[:, : ctx.trained].t() @ flat)
                 .mul_(ctx.scaling)
                 .t()
                 .to(ctx.up_dtype, memory_format=torch.contiguous_format)
             )
-        return grad, grad_m, grad_up, None
+        return grad, grad_m, grad_up, None, None
+
+
+class _Project(torch.autograd.Function):
+    """``x @ [down; frozen].T``, where ``frozen`` gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, down: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
+        matrix = torch.cat([down, frozen])
+        ctx.save_for_backward(x, matrix)
+        ctx.trained = down.shape[0]
+        return nn.functional.linear(x, matrix)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, matrix = ctx.saved_tensors
+        grad_x = grad @ matrix if ctx.needs_input_grad[0] else None
+        grad_down = None
+        if ctx.needs_input_grad[1]:
+            trained = grad.reshape(-1, matrix.shape[0])[:, : ctx.trained]
+            grad_down = trained.t() @ x.reshape(-1, x.shape[-1])
+        return grad_x, grad_down, None
+
+
+def project(x: torch.Tensor, down: torch.Tensor, frozen: torch.Tensor | None) -> torch.Tensor:
+    """Multiply the input with the down factor.
+
+    Args:
+        x: Input, (..., in).
+        down: Trained rows, (r, in), in ``x``'s dtype (or under autocast).
+        frozen: Rows that never train, (k, in); None for none.
+
+    Returns:
+        ``x @ [down; frozen].T``, (..., r + k).
+    """
+    if frozen is None:
+        return nn.functional.linear(x, down)
+    if torch.is_autocast_enabled(x.device.type):  # which knows the dtypes of torch's own functions only
+        return nn.functional.linear(x, torch.cat([down, frozen]))
+    projected: torch.Tensor = _Project.apply(x, down, frozen)  # type: ignore[no-untyped-call]
+    return projected
 
 
 def add_low_rank(
-    result: torch.Tensor, m: torch.Tensor, up: torch.Tensor, scaling: float, in_place: bool
+    result: torch.Tensor,
+    m: torch.Tensor,
+    up: torch.Tensor,
+    scaling: float,
+    in_place: bool,
+    frozen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Add a low-rank update to a base layer's result.
 
     Args:
         result: Result of the base layer, (..., out).
-        m: Narrow activations ``d ⊙ down(x)``, (..., r).
-        up: Up factor, (out, r).
+        m: Narrow activations ``d ⊙ down(x)``, (..., r + k).
+        up: Trained columns of the up factor, (out, r).
         scaling: The factor ``s``.
         in_place: Whether ``result`` may be overwritten; see :func:`may_overwrite`.
+        frozen: Columns that never train, (out, k); None for none.
 
     Returns:
-        ``result + scaling · m @ up.T``, (..., out), in ``result``'s dtype.
+        ``result + scaling · m @ [up, frozen].T``, (..., out), in ``result``'s dtype.
     """
-    out, r = up.shape
+    out = up.shape[0]
     if in_place and type(result) is torch.Tensor and result.is_contiguous():
         # Linear layers with a bias return a view of the matrix they computed: update that matrix, and view it again.
         # (Autograd handles in-place updates of views by copying their gradient.)
@@ -76,9 +134,11 @@ def add_low_rank(
             and whole.shape[-1] == out
             and whole.numel() == result.numel()
         ):
-            updated: torch.Tensor = _AddLowRankInPlace.apply(whole, m, up, scaling)  # type: ignore[no-untyped-call]
+            updated: torch.Tensor = _AddLowRankInPlace.apply(whole, m, up, frozen, scaling)  # type: ignore[no-untyped-call]
             return updated.view(result.shape)
-    narrow = m.reshape(-1, r).to(result.dtype)
+    if frozen is not None:
+        up = torch.cat([up, frozen], dim=1)
+    narrow = m.reshape(-1, m.shape[-1]).to(result.dtype)
     if torch.is_autocast_enabled(result.device.type) and result.dtype == torch.float32:
         # Autocast would compute, and return, half precision from a float32 result.
         return result + scaling * nn.functional.linear(m, up).to(result.dtype)

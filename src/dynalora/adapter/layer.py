@@ -24,7 +24,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from dynalora.adapter.config import AdapterConfig
-from dynalora.adapter.kernel import add_low_rank, may_overwrite
+from dynalora.adapter.kernel import add_low_rank, may_overwrite, project
 from dynalora.driver import Driver, invalidate, track
 from dynalora.errors import UnsupportedError
 
@@ -48,21 +48,28 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     method_name: ClassVar[str]
     #: Roles of the parameters, the first two being the factors.
     roles: ClassVar[tuple[str, ...]] = ("down", "up")
+    #: Roles of tensors that are saved with the adapter and never train; ``frozen_down`` (k, in) and ``frozen_up``
+    #: (out, k), where there are any, are further components of the update, after the trained ones.
+    frozen_roles: ClassVar[tuple[str, ...]] = ()
+    #: Roles of tensors of the adapter as a whole, carried by its first layer: its clock, and what a method adds.
+    lead_roles: ClassVar[tuple[str, ...]] = ("progress",)
     #: Whether the diagonal depends on the input, so that there is no fixed ΔW.
     input_dependent: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "method_name" in cls.__dict__ or "roles" in cls.__dict__:
+        if hasattr(cls, "method_name"):
             cls.adapter_layer_names = tuple(f"{cls.method_name}_{role}" for role in cls.roles)
-            cls.other_param_names = ("scaling", "drivers", "adapter_dropout", f"{cls.method_name}_progress")
+            buffers = tuple(f"{cls.method_name}_{role}" for role in (*cls.frozen_roles, *cls.lead_roles))
+            cls.other_param_names = ("scaling", "drivers", "adapter_dropout", *buffers)
 
     def __init__(self, base_layer: nn.Module, quantization: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
-        setattr(self, f"{self.method_name}_progress", BufferDict(persistent=True))
+        for role in (*self.frozen_roles, *self.lead_roles):
+            setattr(self, f"{self.method_name}_{role}", BufferDict(persistent=True))
         self.scaling: dict[str, float] = {}
         self.drivers: dict[str, Driver] = {}
         self.adapter_dropout: dict[str, float] = {}
@@ -113,17 +120,38 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 found[role] = container[adapter]
         return found
 
+    def buffer(self, role: str, adapter: str) -> torch.Tensor:
+        """The frozen tensor of a role of an adapter."""
+        return cast(torch.Tensor, getattr(self, f"{self.method_name}_{role}")[adapter])
+
+    def has_buffer(self, role: str, adapter: str) -> bool:
+        """Whether an adapter has a frozen tensor of this role."""
+        return adapter in getattr(self, f"{self.method_name}_{role}")
+
+    def saved_tensors(self, adapter: str) -> dict[str, torch.Tensor]:
+        """All tensors of an adapter in this layer by role, trained and frozen, without those of the lead."""
+        frozen = {
+            role: self.buffer(role, adapter) for role in self.frozen_roles if self.has_buffer(role, adapter)
+        }
+        return {**self.adapter_parameters(adapter), **frozen}
+
+    def lead(self, role: str, adapter: str) -> torch.Tensor | None:
+        """A tensor of the adapter as a whole, if this layer carries it."""
+        carried = getattr(self, f"{self.method_name}_{role}")
+        return cast(torch.Tensor, carried[adapter]) if adapter in carried else None
+
     def progress(self, adapter: str) -> torch.Tensor | None:
         """The adapter's saved clock, int64 ``[step, total_steps]``, if this layer carries it."""
-        clocks = self._clocks()
-        return cast(torch.Tensor, clocks[adapter]) if adapter in clocks else None
+        return self.lead("progress", adapter)
 
-    def carry_progress(self, adapter: str) -> None:
-        """Let this layer carry the adapter's clock."""
-        self._clocks()[adapter] = torch.zeros(2, dtype=torch.int64)
+    def become_lead(self, adapter: str) -> None:
+        """Let this layer carry what belongs to the adapter as a whole."""
+        for role, tensor in self.start_lead().items():
+            getattr(self, f"{self.method_name}_{role}")[adapter] = tensor
 
-    def _clocks(self) -> BufferDict:
-        return cast(BufferDict, getattr(self, f"{self.method_name}_progress"))
+    def start_lead(self) -> dict[str, torch.Tensor]:
+        """Tensors of the adapter as a whole, by role."""
+        return {"progress": torch.zeros(2, dtype=torch.int64)}
 
     def has_adapter(self, adapter: str) -> bool:
         """Whether the adapter adapts this layer."""
@@ -147,7 +175,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             inference_mode: True makes it without gradients.
         """
         for role, tensor in self.start(config, r).items():
-            getattr(self, f"{self.method_name}_{role}")[adapter] = nn.Parameter(tensor)
+            getattr(self, f"{self.method_name}_{role}")[adapter] = (
+                tensor if role in self.frozen_roles else nn.Parameter(tensor)
+            )
         self.scaling[adapter] = config.scaling(r, alpha)
         self.adapter_dropout[adapter] = config.dropout
         self.drivers[adapter] = driver
@@ -163,7 +193,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     # What a method says ----------------------------------------------------------------------------------------
 
     def start(self, config: Any, r: int) -> dict[str, torch.Tensor]:
-        """Parameters of a new adapter by role: LoRA's start, ``down`` Kaiming-uniform(√5) and ``up`` zero."""
+        """Tensors of a new adapter by role: LoRA's start, ``down`` Kaiming-uniform(√5) and ``up`` zero."""
         down = kaiming(r, self.in_features)
         up = torch.zeros(self.out_features, r)
         if not config.init_weights:
@@ -184,7 +214,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             projected: Input times all projections but the first, (…, ·); None when asked for a static diagonal.
 
         Returns:
-            (…, r), or (r) if static, or None for all ones.
+            (…, r + k), or (r + k) if static, or None for all ones; the k frozen components, if any, come last.
         """
         return None
 
@@ -203,8 +233,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         for adapter in self.active_adapters:
             if adapter not in self.scaling:
                 continue
-            m = self.narrow(x, adapter)
-            result = add_low_rank(result, m, self.parameter("up", adapter), self.scaling[adapter], in_place)
+            m, up = self.narrow(x, adapter), self.parameter("up", adapter)
+            frozen = self._frozen("frozen_up", adapter)
+            result = add_low_rank(result, m, up, self.scaling[adapter], in_place, frozen)
             if self.training and not torch.compiler.is_compiling():
                 driver = self.drivers[adapter]
                 if driver.watching:
@@ -212,23 +243,33 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return result
 
     def narrow(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        """The narrow activations ``d ⊙ down(x)``: x (…, in) → (…, r), in the adapter's dtype."""
+        """The narrow activations ``d ⊙ down(x)``: x (…, in) → (…, r + k), in the adapter's dtype."""
         down, *rest = self.projections(adapter)
+        frozen = self._frozen("frozen_down", adapter)
         if not torch.is_autocast_enabled(x.device.type):
             x = self._cast_input_dtype(x, down.dtype)
         p = self.adapter_dropout[adapter] if self.training else 0.0
         if p:
             # Dropout is on what the update is made of; what chooses it (gates) sees the input as it is.
-            h = nn.functional.linear(nn.functional.dropout(x, p), down)
+            h = project(nn.functional.dropout(x, p), down, frozen)
             projected = nn.functional.linear(x, torch.cat(rest)) if rest else None
         elif rest:
-            z = nn.functional.linear(x, torch.cat([down, *rest]))
+            z = project(x, torch.cat([*rest, down]), frozen)
             # split, not two slices: its backward is one concatenation
-            h, projected = z.split([down.shape[0], z.shape[-1] - down.shape[0]], dim=-1)
+            width = sum(matrix.shape[0] for matrix in rest)
+            projected, h = z.split([width, z.shape[-1] - width], dim=-1)
         else:
-            h, projected = nn.functional.linear(x, down), None
+            h, projected = project(x, down, frozen), None
         d = self.diagonal(adapter, projected)
         return h if d is None else h * d
+
+    def _frozen(self, role: str, adapter: str) -> torch.Tensor | None:
+        return self.buffer(role, adapter) if role in self.frozen_roles else None
+
+    def base_matrix(self) -> torch.Tensor:
+        """The base layer's weight as a matrix (out, in), dequantised if need be."""
+        weight = self.get_base_weight().detach()
+        return weight.t() if isinstance(self.get_base_layer(), Conv1D) else weight
 
     def static_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors of the update, ``ΔW = up @ down`` without ``s``: (out, k) and (k, in), in the adapter's dtype.
@@ -242,7 +283,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 "every token), so there is "
                 "no fixed ΔW to merge or export; keep the adapter attached."
             )
-        up, down = self.parameter("up", adapter), self.projections(adapter)[0]
+        up: torch.Tensor = self.parameter("up", adapter)
+        down = self.projections(adapter)[0]
+        if (frozen := self._frozen("frozen_up", adapter)) is not None:
+            up, down = torch.cat([up, frozen], dim=1), torch.cat([down, self.buffer("frozen_down", adapter)])
         d = self.diagonal(adapter, None)
         return (up if d is None else up * d), down
 

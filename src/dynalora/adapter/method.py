@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dynalora.driver import Moment, OptimizerOverride
@@ -9,6 +11,21 @@ from dynalora.driver import Moment, OptimizerOverride
 if TYPE_CHECKING:
     from dynalora.adapter.config import AdapterConfig
     from dynalora.adapter.layer import AdapterLayer
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot of a method's metrics over the optimizer steps.
+
+    Attributes:
+        title: What it shows.
+        metrics: Names of the metrics, one curve each.
+        log: Whether the axis is logarithmic.
+    """
+
+    title: str
+    metrics: tuple[str, ...]
+    log: bool = False
 
 
 class Method:
@@ -26,10 +43,22 @@ class Method:
     config_class: ClassVar[type[AdapterConfig]]
     layer_class: ClassVar[type[AdapterLayer]]
 
+    #: How the metrics are drawn, in reading order; empty: not at all.
+    panels: ClassVar[tuple[Panel, ...]] = ()
+
     @property
     def gated(self) -> bool:
         """Whether the layers have gates that can be recorded on text (a method ``gates``)."""
         return hasattr(self.layer_class, "gates")
+
+    def prepare(self, layers: Mapping[str, AdapterLayer], adapter: str, config: Any) -> None:
+        """Finish the start of a new adapter, once all its layers are there; not called when one is loaded.
+
+        Args:
+            layers: The adapted layers by module name.
+            adapter: The adapter's name.
+            config: Its configuration.
+        """
 
     def needs_total_steps(self, config: Any) -> bool:
         """Whether the method cannot run without knowing how many optimizer steps there will be."""
@@ -39,8 +68,14 @@ class Method:
         """Whether training without the driver would silently be something else than this method."""
         return True
 
-    def optimizer_overrides(self, config: Any) -> dict[str, OptimizerOverride]:
-        """Parameter roles (``"gate_weight"``, …) that the optimizer must treat differently."""
+    def needs_task_loss(self, config: Any) -> bool:
+        """Whether the method acts on the value of the task loss (:attr:`Moment.task_loss`)."""
+        return False
+
+    def optimizer_overrides(
+        self, config: Any, layer: AdapterLayer, adapter: str
+    ) -> dict[str, OptimizerOverride]:
+        """Parameter roles (``"gate_weight"``, …) of a layer that the optimizer must treat differently."""
         return {}
 
     def before_step(self, moment: Moment) -> None:
@@ -56,6 +91,15 @@ class Method:
     def report(self, moment: Moment) -> dict[str, Any]:
         """What the adapter is doing now, for :func:`dynalora.state_report`; may be slow."""
         return {}
+
+    def decided(self, layers: Mapping[str, AdapterLayer], adapter: str) -> list[dict[str, Any]]:
+        """What the adapter decided, as rows of a table with names; empty where the ranks say it all.
+
+        Args:
+            layers: The adapted layers by module name.
+            adapter: The adapter's name.
+        """
+        return []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Method:
         return self

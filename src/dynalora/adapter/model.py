@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
+import sys
 from typing import Any, ClassVar, cast
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -13,6 +17,7 @@ from peft.utils import (
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
 
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.layer import AdapterLayer
@@ -45,10 +50,15 @@ class AdapterModel(BaseTuner):
             raise NoMatchingPeftModuleError(f"{error} {describe_linear_layers(model)}") from None
         finally:
             del self._making
-        for module in model.modules():
-            if isinstance(module, AdapterLayer) and module.has_adapter(adapter_name):
-                module.carry_progress(adapter_name)
-                break
+        layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, AdapterLayer) and module.has_adapter(adapter_name)
+        }
+        for first in itertools.islice(layers.values(), 1):
+            first.become_lead(adapter_name)
+        if not (kwargs.get("low_cpu_mem_usage") or _weights_will_follow()):
+            self.method.prepare(layers, adapter_name, config)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if (
@@ -111,6 +121,11 @@ class AdapterModel(BaseTuner):
             for role, parameter in layer.adapter_parameters(adapter_name).items():
                 parameter.requires_grad_(roles[role])
 
+        if not autocast_adapter_dtype:  # as they were wanted, whatever they were computed in
+            for layer in layers:
+                if layer.has_adapter(adapter_name):
+                    layer._move_adapter_to_device_of_base_layer(adapter_name)
+
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()  # type: ignore[no-untyped-call]
         for module in self.model.modules():  # before the first layer is touched
@@ -139,7 +154,7 @@ class AdapterModel(BaseTuner):
             if isinstance(module, AdapterLayer)
             for key in (
                 f"{name}.{module.method_name}_{role}.{adapter_name}"
-                for role in module.adapter_parameters(adapter_name)
+                for role in module.saved_tensors(adapter_name)
             )
         }
         missing = sorted(expected - remapped.keys())
@@ -158,6 +173,22 @@ class AdapterModel(BaseTuner):
                 "it."
             )
         return remapped
+
+
+def _weights_will_follow() -> bool:
+    """Whether an adapter is being made only to be filled from a file, so that its start need not be computed."""
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        if frame.f_code in _LOADERS:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_LOADERS = frozenset(
+    inspect.unwrap(getattr(loader, "__func__", loader)).__code__
+    for loader in (PeftModel.from_pretrained, PeftModel.load_adapter, PeftAdapterMixin.load_adapter)
+)
 
 
 def describe_linear_layers(model: nn.Module) -> str:

@@ -9,6 +9,7 @@ from dynalora.driver.driver import (
     accept_undriven,
     check_driven,
     drivers_of,
+    report_task_loss,
     restart_schedule,
 )
 from dynalora.driver.hooks import invalidate, param_groups, track
@@ -22,6 +23,7 @@ __all__ = [
     "drivers_of",
     "invalidate",
     "param_groups",
+    "report_task_loss",
     "restart_schedule",
     "track",
 ]

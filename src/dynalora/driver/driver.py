@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from dynalora.errors import ScheduleError
+from dynalora.errors import ScheduleError, TrainingError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -57,6 +57,11 @@ class Moment:
             means all.
         shared: Lives for one training step, for what must be computed from the weights as they were at its start
             although several optimizers step one after the other.
+        all_layers: All layers of the adapter, also those that other optimizers own.
+        task_loss: Value of the task loss in this step, over all its micro-batches and processes, without gradient
+            scaling; None unless the method asks for it.
+        others: Further parameters of the stepping optimizer, which belong to no adapter (a classifier's head), and
+            whose gradients nothing was done to yet.
     """
 
     layers: Sequence[Any]
@@ -67,6 +72,9 @@ class Moment:
     grad_scale: torch.Tensor | float = 1.0
     awaiting: frozenset[int] | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
+    all_layers: Sequence[Any] = ()
+    task_loss: torch.Tensor | None = None
+    others: Sequence[torch.Tensor] = ()
 
     def awaits(self, parameter: torch.Tensor) -> bool:
         """Whether a parameter's gradient is to be added to now."""
@@ -83,7 +91,9 @@ class DrivenMethod(Protocol):
 
     def needs_driving(self, config: Any) -> bool: ...
 
-    def optimizer_overrides(self, config: Any) -> dict[str, OptimizerOverride]: ...
+    def needs_task_loss(self, config: Any) -> bool: ...
+
+    def optimizer_overrides(self, config: Any, layer: Any, adapter: str) -> dict[str, OptimizerOverride]: ...
 
     def before_step(self, moment: Moment) -> None: ...
 
@@ -117,9 +127,18 @@ class Driver:
     _current: int = 0
     _done: set[int] = field(default_factory=set)
     _shared: dict[Any, Any] = field(default_factory=dict)
+    # The task loss of the coming step: the sum over its micro-batches so far, with the scale of the gradients.
+    _loss: torch.Tensor | None = None
+    # Whether the user said it; then nothing else counts.
+    _loss_given: bool = False
     # Identity and version of the saved clock as this object last saw it, to notice a loaded checkpoint without
     # reading the tensor (which would stall an accelerator at every step).
     _seen: tuple[int, int] | None = None
+
+    @property
+    def needs_task_loss(self) -> bool:
+        """Whether the method acts on the value of the task loss."""
+        return self.method.needs_task_loss(self.config)
 
     # The clock -------------------------------------------------------------------------------------------------
 
@@ -176,12 +195,24 @@ class Driver:
 
     # Around a step ---------------------------------------------------------------------------------------------
 
-    def moment(self, layers: Sequence[Any]) -> Moment:
-        """The current moment for the method's own hooks."""
-        return Moment(layers, self.adapter, self.config, self._step, self.total_steps)
+    def moment(self, layers: Sequence[Any], all_layers: Sequence[Any] = ()) -> Moment:
+        """The current moment for the method's own hooks.
+
+        Args:
+            layers: The layers that it is about.
+            all_layers: All layers of the adapter, if these are only a part of them.
+        """
+        everything = all_layers or layers
+        return Moment(layers, self.adapter, self.config, self._step, self.total_steps, all_layers=everything)
 
     def act(
-        self, layers: Sequence[Any], owned: Sequence[torch.Tensor], grad_scale: torch.Tensor | float
+        self,
+        layers: Sequence[Any],
+        owned: Sequence[torch.Tensor],
+        grad_scale: torch.Tensor | float,
+        all_layers: Sequence[Any] = (),
+        others: Sequence[torch.Tensor] = (),
+        loss_scale: torch.Tensor | float = 1.0,
     ) -> bool:
         """Let the method add to the gradients of the parameters that an optimizer is about to step.
 
@@ -193,6 +224,9 @@ class Driver:
             layers: The layers they belong to.
             owned: The parameters.
             grad_scale: Factor that their gradients still carry.
+            all_layers: All layers of the adapter.
+            others: Parameters of the optimizer that belong to no adapter.
+            loss_scale: Factor that a gradient scaler gave the loss.
 
         Returns:
             Whether a new training step began, which the clock will count.
@@ -206,15 +240,55 @@ class Driver:
             self._shared.clear()
             self._current = self._step
             self.require_schedule()
-        moment = self.moment(layers)
+            if self.needs_task_loss:
+                self._shared["task loss"] = self._take_loss(loss_scale)
+        moment = self.moment(layers, all_layers)
         moment.step = self._current  # the clock has moved on if the first optimizer has stepped
         moment.grad_scale, moment.shared, moment.awaiting = grad_scale, self._shared, awaiting
+        moment.task_loss = self._shared.get("task loss")
+        moment.others = [p for p in others if p.grad is not None and not _is_marked(p.grad)]
         self.method.before_step(moment)
         self._done |= awaiting
-        for parameter in owned:
+        for parameter in (*owned, *moment.others):
             if parameter.grad is not None:
                 _mark(parameter.grad)
         return first
+
+    def saw_loss(self, loss: torch.Tensor, anew: bool) -> None:
+        """Note a loss whose gradients were added to the adapter's.
+
+        Args:
+            loss: Its value.
+            anew: Whether these gradients are the first of their step; then what was noted before is of a step that
+                was never taken.
+        """
+        if self._loss_given:
+            return
+        loss = loss.reshape(()).to(torch.promote_types(loss.dtype, torch.float32))
+        self._loss = loss if anew or self._loss is None else self._loss + loss
+
+    def give_loss(self, loss: torch.Tensor | float) -> None:
+        """Take the user's word for the task loss of the coming step."""
+        value = loss.detach() if isinstance(loss, torch.Tensor) else torch.tensor(float(loss))
+        self._loss, self._loss_given = value.reshape(()), True
+
+    def _take_loss(self, scale: torch.Tensor | float) -> torch.Tensor:
+        loss, given = self._loss, self._loss_given
+        self._loss, self._loss_given = None, False
+        if loss is None:
+            raise TrainingError(
+                f"{type(self.config).__name__} (adapter {self.adapter!r}) weighs its regulariser against the task "
+                "loss, but saw no loss in this step, since the gradients were not made by backward() on a scalar; "
+                "call dynalora.report_task_loss(model, loss) before each optimizer.step(), or set a fixed weight."
+            )
+        if not given:
+            loss = loss / scale
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # The processes' gradients are averaged, so the loss is; and all must weigh alike.
+            loss = loss.clone()
+            torch.distributed.all_reduce(loss)
+            loss /= torch.distributed.get_world_size()
+        return loss
 
     def require_schedule(self) -> None:
         """Check, before a step, that the method's schedule can run.
@@ -304,6 +378,8 @@ class Driver:
             "_seen": None,
             "_baselines": {},
             "_gradients_seen": False,
+            "_loss": None,
+            "_loss_given": False,
         }
         return {**self.__dict__, **passing, "optimizer_steps": 0, "_told": set(self._told)}
 
@@ -367,6 +443,20 @@ def accept_undriven(model: nn.Module) -> None:
     """
     for driver, _ in drivers_of(model):
         driver.accepted_undriven = True
+
+
+def report_task_loss(model: nn.Module, loss: torch.Tensor | float) -> None:
+    """Say what the task loss of the coming optimizer step is, where it cannot be seen.
+
+    It is seen wherever gradients are made by ``loss.backward()``, under any trainer. A loop that makes them otherwise
+    (``torch.autograd.grad``, gradients from another process) calls this before each ``optimizer.step()``.
+
+    Args:
+        model: A model with adapters.
+        loss: The loss of this process, over all micro-batches of the step, without gradient scaling.
+    """
+    for driver, _ in drivers_of(model):
+        driver.give_loss(loss)
 
 
 def check_driven(model: nn.Module, when: str) -> None:

@@ -27,6 +27,7 @@ from torch.optim.optimizer import (
 )
 
 from dynalora.driver.driver import Driver, OptimizerOverride
+from dynalora.driver.losses import listen, made_gradients
 
 # A parameter group with this key already follows the adapter's rules (see `param_groups`), and is left as it is.
 GROUP_MARK = "dynalora"
@@ -34,6 +35,7 @@ GROUP_MARK = "dynalora"
 _layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _plans: weakref.WeakKeyDictionary[Optimizer, _Plan] = weakref.WeakKeyDictionary()
 _generation = 0
+_listening = False
 
 
 def track(layer: nn.Module) -> None:
@@ -44,8 +46,35 @@ def track(layer: nn.Module) -> None:
 
 def invalidate() -> None:
     """Look all optimizers up anew at their next step, because layers, adapters or parameters have changed."""
-    global _generation
+    global _generation, _listening
     _generation += 1
+    if not _listening and any(
+        driver.needs_task_loss
+        for layer in _layers
+        for driver in cast(Any, layer).__dict__.get("drivers", {}).values()
+    ):
+        _listening = True
+        listen(_tell_drivers)
+
+
+def _tell_drivers(loss: torch.Tensor) -> None:
+    """Tell the drivers that need it of a loss which made gradients of their adapters."""
+    for driver, layers in _all_drivers():
+        if driver.needs_task_loss:
+            made, anew = made_gradients(layers, driver.adapter)
+            if made:
+                driver.saw_loss(loss, anew)
+
+
+def _all_drivers() -> list[tuple[Driver, list[Any]]]:
+    """Every driver alive in this process with its layers, in model order."""
+    found: dict[int, tuple[Driver, list[Any]]] = {}
+    for layer in list(_layers):
+        for driver in cast(Any, layer).drivers.values():
+            found.setdefault(id(driver), (driver, []))[1].append(layer)
+    for _, layers in found.values():
+        layers.sort(key=lambda layer: layer.order)
+    return list(found.values())
 
 
 @dataclass(eq=False)
@@ -56,19 +85,25 @@ class _Binding:
     layers: list[weakref.ref[nn.Module]]
     lead: weakref.ref[nn.Module] | None
     parameters: list[weakref.ref[torch.Tensor]]
+    all_layers: list[weakref.ref[nn.Module]] = field(default_factory=list)
+    others: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
     first: bool = False  # of the optimizers that share the current training step
 
     def live_parameters(self) -> list[torch.Tensor]:
-        return [parameter for ref in self.parameters if (parameter := ref()) is not None]
+        return _alive(self.parameters)
 
     def live_layers(self) -> list[Any]:
-        return [layer for ref in self.layers if (layer := ref()) is not None]
+        return _alive(self.layers)
 
     def lead_layer(self) -> Any:
         return self.lead() if self.lead is not None else None
 
     def has_gradient(self) -> bool:
         return any(parameter.grad is not None for parameter in self.live_parameters())
+
+
+def _alive(references: Iterable[weakref.ref[Any]]) -> list[Any]:
+    return [thing for reference in references if (thing := reference()) is not None]
 
 
 @dataclass
@@ -125,10 +160,27 @@ def _make_plan(optimizer: Optimizer, stamp: object) -> _Plan:
             binding.parameters.extend(weakref.ref(cast(torch.Tensor, p)) for p in mine.values())
             if cast(Any, layer).progress(adapter) is not None:
                 binding.lead = weakref.ref(layer)
-            for role, override in driver.method.optimizer_overrides(driver.config).items():
+            for role, override in driver.method.optimizer_overrides(driver.config, layer, adapter).items():
                 if role in mine and owned[id(mine[role])]:
                     overrides[id(mine[role])] = override
+    everyone = _all_drivers()
+    of_adapters = {
+        id(p)
+        for _, layers in everyone
+        for layer in layers
+        for adapter in layer.drivers
+        for p in layer.adapter_parameters(adapter).values()
+    }
+    others = [
+        weakref.ref(p)
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if id(p) not in of_adapters
+    ]
+    whole = {id(driver): layers for driver, layers in everyone}
     for binding in bindings.values():
+        binding.others = others
+        binding.all_layers = [weakref.ref(layer) for layer in whole[id(binding.driver)]]
         # A WeakSet has no order; the layers' own numbering makes results independent of it.
         binding.layers.sort(key=lambda ref: cast(Any, ref()).order)
         if binding.lead is None:
@@ -231,10 +283,28 @@ def _act_before(optimizer: Optimizer, plan: _Plan) -> None:
             driver.read(lead)
         with torch.no_grad():
             first = driver.act(
-                binding.live_layers(), plan.untouched(binding), 1.0 if scale is None else scale
+                binding.live_layers(),
+                plan.untouched(binding),
+                1.0 if scale is None else scale,
+                _alive(binding.all_layers),
+                _alive(binding.others),
+                _loss_scale(optimizer) if driver.needs_task_loss else 1.0,
             )
         # A closure may be evaluated several times within one step.
         binding.first = first or (binding in again and binding.first)
+
+
+def _loss_scale(optimizer: Optimizer) -> torch.Tensor | float:
+    """Factor that a gradient scaler gave the loss: that of the scaler within whose ``step`` the optimizer steps."""
+    if (scale := getattr(optimizer, "grad_scale", None)) is not None:
+        return cast(torch.Tensor, scale)
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        scaler = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
+        if isinstance(scaler, torch.amp.GradScaler):
+            return scaler.get_scale() if scaler._scale is None else scaler._scale
+        frame = frame.f_back
+    return 1.0
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -251,7 +321,9 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
         if skipped or not binding.first:
             continue
         with torch.no_grad():
-            binding.driver.method.after_step(binding.driver.moment(binding.live_layers()))
+            binding.driver.method.after_step(
+                binding.driver.moment(binding.live_layers(), _alive(binding.all_layers))
+            )
         binding.driver.advance(binding.lead_layer())
 
 
@@ -334,7 +406,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
             continue
         layer = cast(Any, module)
         for adapter, driver in layer.drivers.items():
-            overrides = driver.method.optimizer_overrides(driver.config)
+            overrides = driver.method.optimizer_overrides(driver.config, layer, adapter)
             for role, parameter in layer.adapter_parameters(adapter).items():
                 if role in overrides:
                     rules[id(parameter)] = overrides[role]

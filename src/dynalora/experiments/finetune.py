@@ -6,6 +6,7 @@ model's weights are loaded.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ import yaml
 from rich.console import Console
 from torch import nn
 
+from dynalora.adapter.layer import AdapterLayer
+from dynalora.adapter.method import Method
 from dynalora.errors import ConfigError, DynaloraError
 from dynalora.experiments import data, plots
 from dynalora.experiments.data import Fields
@@ -551,6 +554,12 @@ def measure_retention(
         return retention(model, own_text(model, tokenizer, progress=progress), progress=progress)
 
 
+def method_of(model: PeftModel) -> Method | None:
+    """The method of a model's active adapter; None if it is not one of dynalora's."""
+    kind = str(model.active_peft_config.peft_type).rpartition(".")[2]
+    return METHODS.get(kind.lower())
+
+
 def decisions(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, held_out: data.TokenizedSet
 ) -> tuple[str, bytes, str] | None:
@@ -562,12 +571,13 @@ def decisions(
         held_out: where gates are recorded, on response tokens only; empty: no gates are.
 
     Returns:
-        File name, PNG and caption: the gates of a DISeL adapter, the rank landscape of any other; None if there is
-        nothing to see.
+        File name, PNG and caption: the gates of an adapter that has any, the rank landscape of any other; None if
+        there is nothing to see.
     """
     collator = data.Collator(tokenizer.pad_token_id or 0)
     try:
-        if model.active_peft_config.peft_type == "DISEL":
+        method = method_of(model)
+        if method is not None and method.gated:
             if len(held_out) == 0:
                 return None
             batches = [
@@ -587,6 +597,17 @@ def decisions(
         plots.rank_heatmap(rows),
         "Singular values above 0.001 of every adapted matrix's update.",
     )
+
+
+def decided_by(model: PeftModel, method: Method) -> list[dict[str, Any]]:
+    """What the active adapter decided, as rows of a table."""
+    adapter = model.active_adapter
+    layers = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, AdapterLayer) and module.has_adapter(adapter)
+    }
+    return method.decided(layers, adapter)
 
 
 def summary_table(
@@ -651,6 +672,12 @@ def _write_results(
     decided = decisions(result.model, ready.tokenizer, ready.held_out)
     if decided is not None:
         name, pictures[name], captions[name] = decided
+    method = method_of(result.model)
+    if method is not None and (drawn := plots.metric_panels(result.records, method.panels)) is not None:
+        pictures["method"] = drawn
+        captions["method"] = f"What {method.title or method.name} weighed and measured in training."
+    if method is not None and (rows := decided_by(result.model, method)):
+        run.write("decisions.json", json.dumps(rows, indent=1))
     for name, content in pictures.items():
         run.write(f"plots/{name}.png", content)
     more: dict[str, list[Cell]] = {}

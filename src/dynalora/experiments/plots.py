@@ -16,25 +16,30 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from dynalora.adapter.method import Panel
+
 # Okabe and Ito, "Color Universal Design" (2008), ordered so that the first few differ in lightness too.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
-def figure(width: float = 6.4, height: float = 3.8, *, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """An empty figure with `columns` plots side by side.
+def figure(
+    width: float = 6.4, height: float = 3.8, *, columns: int = 1, rows: int = 1
+) -> tuple[Figure, list[Axes]]:
+    """An empty figure with plots side by side, row after row.
 
     Args:
         width: in inches, of the whole figure.
         height: in inches.
-        columns: number of plots.
+        columns: number of plots in a row.
+        rows: number of rows.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(made)
-    axes = [made.add_subplot(1, columns, index + 1) for index in range(columns)]
+    axes = [made.add_subplot(rows, columns, index + 1) for index in range(rows * columns)]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(True, alpha=0.25, linewidth=0.6)
@@ -78,6 +83,44 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     axis.set_ylim(bottom=0)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False, fontsize=8)
+    return png(made)
+
+
+def metric_panels(records: Sequence[Mapping[str, Any]], panels: Sequence[Panel]) -> bytes | None:
+    """A method's own metrics against the optimizer step, one plot for each panel.
+
+    Args:
+        records: metric records of a run, with `step` and the metrics.
+        panels: what to draw; panels without any number are left out.
+
+    Returns:
+        A PNG; None if there is nothing to draw.
+    """
+    found = []
+    for panel in panels:
+        curves = {name: _series(records, name) for name in panel.metrics}
+        curves = {name: curve for name, curve in curves.items() if len(curve[0])}
+        if curves:
+            found.append((panel, curves))
+    if not found:
+        return None
+    columns = min(3, len(found))
+    rows = -(-len(found) // columns)
+    made, axes = figure(width=3.4 * columns, height=2.7 * rows, columns=columns, rows=rows)
+    for axis, (panel, curves) in zip(axes, found, strict=False):
+        for index, (name, (steps, values)) in enumerate(curves.items()):
+            axis.plot(
+                steps, values, color=PALETTE[index % len(PALETTE)], linestyle=("-", "--", ":")[index % 3],
+                linewidth=1.4, label=name,
+            )  # fmt: skip
+        if panel.log and any((values > 0).any() for _, values in curves.values()):
+            axis.set_yscale("log", nonpositive="mask")
+        axis.set_title(panel.title, fontsize=10)
+        axis.set_xlabel("optimizer step")
+        if len(curves) > 1:
+            axis.legend(frameon=False, fontsize=8)
+    for axis in axes[len(found) :]:
+        axis.set_visible(False)
     return png(made)
 
 

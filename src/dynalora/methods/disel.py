@@ -123,7 +123,9 @@ class Disel(Method):
     config_class = DiselConfig
     layer_class = DiselLayer
 
-    def optimizer_overrides(self, config: DiselConfig) -> dict[str, OptimizerOverride]:
+    def optimizer_overrides(
+        self, config: DiselConfig, layer: AdapterLayer, adapter: str
+    ) -> dict[str, OptimizerOverride]:
         """Gates step with their multiple of the learning rate and without weight decay."""
         gates = OptimizerOverride(lr_multiplier=config.gate_lr_multiplier, weight_decay=0.0)
         return dict.fromkeys(("gate_weight", "gate_in", "gate_out", "gate_bias"), gates)
