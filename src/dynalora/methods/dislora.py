@@ -18,8 +18,8 @@ U and V are kept near orthonormal by a penalty with weights that follow the loss
 Its gradient has a closed form, 4U(UᵀU − I)/N and likewise for V (eq. 27–28), and is added right before the optimizer's
 step; only r × r matrices are formed.
 
-Three choices are not in the paper. The learning rates of the factors and scalars are matched to LoRA's (``match_step``,
-see :meth:`Dislora.optimizer_overrides`). Weight decay never acts on the factors: it would pull U·S·Vᵀ to zero, and with
+Three choices are not in the paper. The learning rates of the factors are matched to LoRA's (``match_step``, see
+:meth:`Dislora.optimizer_overrides`). Weight decay never acts on the factors: it would pull U·S·Vᵀ to zero, and with
 it a part of the base weight. And L_task counts by its magnitude, since the losses of preference and policy optimization
 can be negative.
 
@@ -52,9 +52,9 @@ TsdInit = Literal["zero", "sigma"]
 
 EPSILON = 1e-6  # ε of eq. 12–13
 
-# With `match_step`: the step of the function through U and V, and through each of S and α, as a part of LoRA's.
-FACTOR_STEP = 0.5
-SCALAR_STEP = 0.25
+# The largest multiple of the optimizer's learning rate that `match_step` gives to U and V: where σ is tiny, no rate
+# could move the function like LoRA's without turning the factors over.
+FASTEST = 4.0
 
 # What the lead's buffer `balance` holds, in this order: the losses and weights of the last step, and moving averages.
 BALANCE = ("task_loss", "ortho_loss", "k", "task_weight", "ortho_weight")
@@ -76,9 +76,9 @@ class DisloraConfig(AdapterConfig):
         tsd_init: Where their weights start: ``"zero"``, so that the model's function does not change when they are
             switched on, or ``"sigma"``, at their singular values, which adds s·σ_i·u_i·v_iᵀ to the function at once.
         ortho_weight: ``"adaptive"`` (eq. 12–15), or a fixed weight of L_ortho beside an unweighted L_task.
-        match_step: Scale the learning rates of the factors and of the scalars, matrix by matrix, so that a step moves
-            the model's function about as far as LoRA's (alpha = 2r) would with the optimizer's learning rate. False
-            takes the optimizer's learning rate for all of them, as in the paper: then choose it for this method.
+        match_step: Scale the learning rate of U and V, matrix by matrix, so that a step moves the model's function
+            about as far as LoRA's (alpha = 2r) would with the optimizer's learning rate. False takes the optimizer's
+            learning rate for all matrices, as in the paper: then choose it for this method.
         loss_smoothing: β in [0, 1) of moving averages of both losses, from which the adaptive weights are then
             computed (App. A.4); 0 takes the losses as they are.
     """
@@ -97,9 +97,7 @@ class DisloraConfig(AdapterConfig):
     )
     match_step: bool = field(
         default=True,
-        metadata={
-            "help": "Scale the learning rates so that a step moves the function about as far as LoRA's."
-        },
+        metadata={"help": "Scale U's and V's learning rates so that a step moves the function like LoRA's."},
     )
     loss_smoothing: float = field(
         default=0.0, metadata={"help": "Moving-average factor of the losses that the weights follow."}
@@ -309,24 +307,22 @@ class Dislora(Method):
     def optimizer_overrides(  # type: ignore[override]
         self, config: DisloraConfig, layer: DisloraLayer, adapter: str
     ) -> dict[str, OptimizerOverride]:
-        """No weight decay, which would pull on the base weight's own directions; and learning rates that match.
+        """No weight decay, which would pull on the base weight's own directions; and steps that match LoRA's.
 
         An optimizer such as Adam moves every entry of a factor by about the learning rate, η. For LoRA (alpha = 2r)
         a component of the function then moves by 2·η·√out·‖down_i‖, with ‖down_i‖ ≈ 1/√3; here by
-        s·η·σ_i·√(out + in) through U and V, and by s·η through S and α. So for large σ_i the same learning rate moves
-        the function many times as far as LoRA's, and for the scalars hardly at all.
+        s·η·σ_i·√(out + in). So where σ_i is large, the same learning rate moves the function many times as far.
         """
-        frozen = OptimizerOverride(weight_decay=0.0)
-        if not config.match_step:
-            return dict.fromkeys(layer.roles, frozen)
-        s, sides = layer.scaling[adapter], layer.out_features + layer.in_features
-        lora = 2 / math.sqrt(3) * math.sqrt(layer.out_features)
-        sigma = float(layer.buffer("start_sigma", adapter).double().square().mean().sqrt())
-        # Never above 1: where σ is tiny, faster factors would only lose their orthogonality.
-        factors = min(1.0, FACTOR_STEP * lora / (s * max(sigma, 1e-12) * math.sqrt(sides)))
-        of_factors = OptimizerOverride(_power_of_two(factors), weight_decay=0.0)
-        of_scalars = OptimizerOverride(_power_of_two(SCALAR_STEP * lora / s), weight_decay=0.0)
-        return {"up": of_factors, "down": of_factors, "sigma": of_scalars, "tsd_weight": of_scalars}
+        rules = dict.fromkeys(layer.roles, OptimizerOverride(weight_decay=0.0))
+        if config.match_step:
+            sigma = float(layer.buffer("start_sigma", adapter).double().square().mean().sqrt())
+            sides = layer.out_features + layer.in_features
+            here = layer.scaling[adapter] * sigma * math.sqrt(sides)
+            lora = 2 / math.sqrt(3) * math.sqrt(layer.out_features)
+            # Powers of two, so that matrices of like size step in one group.
+            multiple = 2.0 ** round(math.log2(lora / here)) if here * FASTEST > lora else FASTEST
+            rules["up"] = rules["down"] = OptimizerOverride(min(multiple, FASTEST), weight_decay=0.0)
+        return rules
 
     # The losses and their weights ------------------------------------------------------------------------------
 
@@ -633,11 +629,6 @@ def _smooth(
     count.add_(usable)
     corrected = averages / (1 - beta ** count.clamp_min(1))
     return corrected[0], corrected[1]
-
-
-def _power_of_two(multiplier: float) -> float:
-    """The nearest power of two: matrices of like size then step in one group."""
-    return float(2.0 ** round(math.log2(multiplier)))
 
 
 def _is_int(value: Any) -> bool:
