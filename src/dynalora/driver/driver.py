@@ -57,6 +57,8 @@ class Moment:
             means all.
         shared: Lives for one training step, for what must be computed from the weights as they were at its start
             although several optimizers step one after the other.
+        found_inf: Set by a gradient scaler for optimizers that unscale in their kernel: whether the step will be
+            skipped, because a gradient is not finite.
     """
 
     layers: Sequence[Any]
@@ -67,6 +69,12 @@ class Moment:
     grad_scale: torch.Tensor | float = 1.0
     awaiting: frozenset[int] | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
+    found_inf: torch.Tensor | None = None
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the step will be skipped, so that nothing may be learnt from its gradients."""
+        return self.found_inf is not None and bool(self.found_inf.item())
 
     def awaits(self, parameter: torch.Tensor) -> bool:
         """Whether a parameter's gradient is to be added to now."""
@@ -181,7 +189,11 @@ class Driver:
         return Moment(layers, self.adapter, self.config, self._step, self.total_steps)
 
     def act(
-        self, layers: Sequence[Any], owned: Sequence[torch.Tensor], grad_scale: torch.Tensor | float
+        self,
+        layers: Sequence[Any],
+        owned: Sequence[torch.Tensor],
+        grad_scale: torch.Tensor | float,
+        found_inf: torch.Tensor | None = None,
     ) -> bool:
         """Let the method add to the gradients of the parameters that an optimizer is about to step.
 
@@ -193,6 +205,7 @@ class Driver:
             layers: The layers they belong to.
             owned: The parameters.
             grad_scale: Factor that their gradients still carry.
+            found_inf: Whether the step will be skipped, where that is known beforehand.
 
         Returns:
             Whether a new training step began, which the clock will count.
@@ -209,6 +222,7 @@ class Driver:
         moment = self.moment(layers)
         moment.step = self._current  # the clock has moved on if the first optimizer has stepped
         moment.grad_scale, moment.shared, moment.awaiting = grad_scale, self._shared, awaiting
+        moment.found_inf = found_inf
         self.method.before_step(moment)
         self._done |= awaiting
         for parameter in owned:
@@ -240,6 +254,17 @@ class Driver:
                 "total_steps=...).",
                 stacklevel=2,
             )
+
+    @property
+    def shared(self) -> dict[Any, Any]:
+        """What lives for one training step; see :class:`Moment`."""
+        return self._shared
+
+    def tell(self, topic: str, message: str) -> None:
+        """Warn, once per adapter and topic."""
+        if topic not in self._told:
+            self._told.add(topic)
+            warnings.warn(message, stacklevel=2)
 
     def advance(self, lead: DrivenLayer | None) -> None:
         """Count one optimizer step."""

@@ -231,7 +231,10 @@ def _act_before(optimizer: Optimizer, plan: _Plan) -> None:
             driver.read(lead)
         with torch.no_grad():
             first = driver.act(
-                binding.live_layers(), plan.untouched(binding), 1.0 if scale is None else scale
+                binding.live_layers(),
+                plan.untouched(binding),
+                1.0 if scale is None else scale,
+                getattr(optimizer, "found_inf", None),
             )
         # A closure may be evaluated several times within one step.
         binding.first = first or (binding in again and binding.first)
@@ -251,7 +254,9 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
         if skipped or not binding.first:
             continue
         with torch.no_grad():
-            binding.driver.method.after_step(binding.driver.moment(binding.live_layers()))
+            moment = binding.driver.moment(binding.live_layers())
+            moment.shared = binding.driver.shared
+            binding.driver.method.after_step(moment)
         binding.driver.advance(binding.lead_layer())
 
 
@@ -351,6 +356,17 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
         {"params": params, "lr": rate, "weight_decay": decay, GROUP_MARK: True}
         for (rate, decay), params in sorted_out.items()
     ]
+
+
+def layers_of(driver: Driver) -> list[Any]:
+    """All layers of an adapter in model order, whichever optimizers own their parameters."""
+    found = [layer for layer in cast(Any, list(_layers)) if driver in layer.drivers.values()]
+    return sorted(found, key=lambda layer: layer.order)
+
+
+def known_optimizers() -> list[Optimizer]:
+    """The living optimizers that have stepped since import."""
+    return list(_plans)
 
 
 def tracked_layers() -> Iterable[nn.Module]:
