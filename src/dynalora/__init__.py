@@ -18,6 +18,7 @@ from dynalora.forgetting.landscape import plot_rank_landscape, rank_landscape
 if TYPE_CHECKING:
     from dynalora.methods.dira import DiraConfig as DiraConfig
     from dynalora.methods.disel import DiselConfig as DiselConfig
+    from dynalora.methods.pedyra import PedyraConfig as PedyraConfig
 
 __version__ = "0.1.0"
 

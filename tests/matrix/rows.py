@@ -48,6 +48,9 @@ ROWS = (
     Row("disel-normalize", dynalora.DiselConfig, static=False, options={"gate_normalize": True}),
     Row("disel-bottleneck", dynalora.DiselConfig, static=False, options={"gate_bottleneck": 2}),
     Row("disel-zeros", dynalora.DiselConfig, static=False, options={"gate_weight_init": "zeros"}),
+    # From step 2 on ranks move at every step, so what the tests train has other ranks than it began with.
+    Row("pedyra", dynalora.PedyraConfig, static=True, options={"adjust_size": 2}),
+    Row("pedyra-reserved", dynalora.PedyraConfig, static=True, options={"adjust_size": 2, "max_rank": 9}),
 )
 
 STATIC = tuple(row for row in ROWS if row.static)
