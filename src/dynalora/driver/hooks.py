@@ -322,18 +322,19 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
 
     For an adapter, training with these groups equals training with ``model.parameters()``, where the same rules are
     applied during each step; groups make them visible and let a scheduler treat them apart. Biases and other
-    one-dimensional parameters, such as those of a trained head, get no weight decay.
+    one-dimensional parameters of the model itself, such as those of a trained head, get no weight decay.
 
     Args:
         model: A model with adapters.
         lr: Learning rate of the adapter's factors; parameters with a multiplier (DISeL's gates) get a multiple.
-        weight_decay: Weight decay of the two-dimensional factors.
+        weight_decay: Weight decay of the adapter, and of other parameters of two dimensions.
 
     Returns:
         Groups with ``params``, ``lr`` and ``weight_decay``, for any ``torch.optim`` optimizer. Frozen parameters
         are left out; no group is empty.
     """
     rules: dict[int, OptimizerOverride] = {}
+    ours: set[int] = set()
     for module in model.modules():
         if not hasattr(module, "adapter_parameters"):
             continue
@@ -341,6 +342,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
         for adapter, driver in layer.drivers.items():
             overrides = driver.method.optimizer_overrides(driver.config)
             for role, parameter in layer.adapter_parameters(adapter).items():
+                ours.add(id(parameter))
                 if role in overrides:
                     rules[id(parameter)] = overrides[role]
     sorted_out: dict[tuple[float, float], list[torch.Tensor]] = {}
@@ -348,7 +350,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
         if not parameter.requires_grad:
             continue
         rule = rules.get(id(parameter), OptimizerOverride())
-        decay = weight_decay if parameter.ndim > 1 else 0.0
+        decay = weight_decay if parameter.ndim > 1 or id(parameter) in ours else 0.0
         if rule.weight_decay is not None:
             decay = rule.weight_decay
         sorted_out.setdefault((lr * rule.lr_multiplier, decay), []).append(parameter)

@@ -824,7 +824,11 @@ def _add_orthogonality(moment: Moment, weight: float) -> None:
         )
         rows = factors if role == "down" else factors.mT  # (L, r, features)
         identity = torch.eye(rank, dtype=dtype, device=device)
-        addition = torch.bmm(rows @ rows.mT - identity, rows) * (4 * weight * moment.grad_scale)
+        deviation = rows @ rows.mT - identity
+        # A new triple is orthonormal to rounding and, with e = 0, has no other gradient: Adam, which knows no size,
+        # would make full steps of what rounding left.
+        deviation = deviation.masked_fill(deviation.abs() < 32 * torch.finfo(dtype).eps, 0.0)
+        addition = torch.bmm(deviation, rows) * (4 * weight * moment.grad_scale)
         if role == "up":
             addition = addition.mT
         for layer, own in zip(layers, addition.unbind(), strict=True):
