@@ -14,6 +14,7 @@ from dynalora.errors import DynaloraError
 from dynalora.export import export_lora
 from dynalora.forgetting.gates import plot_gates, record_gates
 from dynalora.forgetting.landscape import plot_rank_landscape, rank_landscape
+from dynalora.forgetting.trajectory import plot_rank_trajectory, rank_pattern, rank_trajectory
 
 if TYPE_CHECKING:
     from dynalora.methods.dira import DiraConfig as DiraConfig
@@ -37,7 +38,10 @@ __all__ = [
     "param_groups",
     "plot_gates",
     "plot_rank_landscape",
+    "plot_rank_trajectory",
     "rank_landscape",
+    "rank_pattern",
+    "rank_trajectory",
     "record_gates",
     "restart_schedule",
     "state_report",

@@ -75,7 +75,9 @@ class TestFinetune:
         return ask
 
     def test_unknown_method(self, asking: Any) -> None:
-        one_sentence(asking(method="qlora"), "Unknown method 'qlora'; choose one of dira, disel, pedyra, lora.")
+        one_sentence(
+            asking(method="qlora"), "Unknown method 'qlora'; choose one of dira, disel, pedyra, lora."
+        )
 
     def test_rank_0(self, asking: Any) -> None:
         one_sentence(asking(rank="0"), "The rank r is 0; give a whole number of at least 1.")

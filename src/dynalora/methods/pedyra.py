@@ -40,6 +40,7 @@ from torch import distributed, nn
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.layer import AdapterLayer, kaiming
 from dynalora.adapter.method import Method
+from dynalora.adapter.ranks import fit
 from dynalora.adapter.register import register
 from dynalora.driver import Driver, drivers_of, layers_of
 from dynalora.driver.driver import Moment
@@ -831,20 +832,22 @@ def _add_orthogonality(moment: Moment, weight: float) -> None:
         addition = torch.bmm(deviation, rows) * (4 * weight * moment.grad_scale)
         if role == "up":
             addition = addition.mT
+        targets, additions = [], []
         for layer, own in zip(layers, addition.unbind(), strict=True):
-            _add_gradient(layer, role, moment.adapter, own)
+            parameter, dim = layer.parameter(role, moment.adapter), layer.rank_dims[role]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if hasattr(parameter, "full_tensor"):
+                parameter.grad.add_(_like(parameter, fit(own, dim, parameter.shape[dim])))
+            else:
+                targets.append(parameter.grad.narrow(dim, 0, rank))
+                additions.append(own)
+        if targets:
+            torch._foreach_add_(targets, additions)
 
 
-def _add_gradient(layer: PedyraLayer, role: str, adapter: str, addition: torch.Tensor) -> None:
-    parameter, dim = layer.parameter(role, adapter), layer.rank_dims[role]
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    if hasattr(parameter, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
+def _like(sharded: Any, whole: torch.Tensor) -> torch.Tensor:
+    """A tensor spread over processes as FSDP2 has spread another."""
+    from torch.distributed.tensor import distribute_tensor
 
-        whole = torch.zeros(parameter.shape, dtype=addition.dtype, device=addition.device)
-        whole.narrow(dim, 0, addition.shape[dim]).copy_(addition)
-        sharded: Any = parameter
-        parameter.grad.add_(distribute_tensor(whole, sharded.device_mesh, sharded.placements))
-    else:
-        parameter.grad.narrow(dim, 0, addition.shape[dim]).add_(addition)
+    return distribute_tensor(whole, sharded.device_mesh, sharded.placements)
