@@ -19,8 +19,9 @@ from torch import Tensor, nn
 import dynalora
 from dynalora import PedyraConfig
 from dynalora.adapter.layer import AdapterLayer
-from dynalora.errors import ConfigError, ScheduleError
+from dynalora.errors import ConfigError, ScheduleError, UnsupportedError
 from dynalora.methods.pedyra import AdjustmentPlan, PedyraLayer, adjustments, choose
+from tests.matrix.test_precision import forward_on, quantised_mlp
 from tests.reference import pedyra as reference
 from tests.toys import TOYS
 
@@ -650,3 +651,159 @@ def test_state_report() -> None:
     assert report.details["adjustments_planned"] == 4
     assert report.details["next_adjustment"] == 4
     assert report.details["total_rank"] == 9
+
+
+# --- with DoRA -----------------------------------------------------------------------------------------------
+
+
+def dora(toy_name: str = "llama", base: nn.Module | None = None, **options: Any) -> Any:
+    toy = TOYS[toy_name]
+    torch.manual_seed(0)
+    defaults = {
+        "r": 3,
+        "alpha": 5,
+        "target_modules": list(toy.targets),
+        "use_dora": True,
+        "adjust_start": 1,
+        "adjust_interval": 1,
+        "adjust_end": 6,
+        "adjust_size": 2,
+    }
+    return peft.get_peft_model(base or toy.build(), PedyraConfig(**{**defaults, **options})).eval()
+
+
+def fit_dora(model: nn.Module, toy_name: str = "llama", steps: int = 5) -> None:
+    optimizer = adamw(model)
+    for number in range(steps):
+        optimizer.zero_grad()
+        TOYS[toy_name].loss(model.train(), seed=number).backward()
+        optimizer.step()
+    model.eval()
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_dora_starts_at_the_base_and_trains(name: str) -> None:
+    toy = TOYS[name]
+    expected = toy.logits(toy.build())
+    model = dora(name)
+    assert torch.equal(toy.logits(model), expected)
+    before = [layer.parameter("magnitude", "default").detach().clone() for layer in layers_of(model)]
+    fit_dora(model, name)
+    assert len(set(ranks(model))) > 1
+    for layer, old in zip(layers_of(model), before, strict=True):
+        assert not torch.equal(layer.parameter("magnitude", "default"), old)
+    with model.disable_adapter():
+        assert torch.equal(toy.logits(model), expected)
+
+
+@pytest.mark.parametrize("name", ["mlp", "llama", "gpt2"])
+def test_dora_equals_pefts(name: str, tmp_path: Path) -> None:
+    """The export is a DoRA that PEFT computes by itself, from the whole weight."""
+    toy = TOYS[name]
+    model = dora(name, init_weights=False)
+    fit_dora(model, name)
+    expected = toy.logits(model)
+    dynalora.export_lora(model, tmp_path / "dora")
+    loaded = peft.PeftModel.from_pretrained(toy.build(), tmp_path / "dora")
+    assert loaded.peft_config["default"].use_dora
+    torch.testing.assert_close(toy.logits(loaded), expected, atol=1e-4, rtol=1e-4)
+    model.save_pretrained(tmp_path / "own")
+    again = peft.PeftModel.from_pretrained(toy.build(), tmp_path / "own")
+    assert torch.equal(toy.logits(again), expected)
+
+
+def test_dora_gradients_equal_pefts(tmp_path: Path) -> None:
+    toy = TOYS["mlp"]
+    model = dora("mlp", toy.build().double(), init_weights=False)
+    dynalora.export_lora(model, tmp_path / "dora")
+    other = peft.PeftModel.from_pretrained(toy.build().double(), tmp_path / "dora", is_trainable=True)
+    x = toy.batch(1)["x"].double()
+    for net in (model, other):
+        net.eval()(x=x).square().sum().backward()
+    own = model.base_model.model.first
+    theirs = other.base_model.model.first
+    torch.testing.assert_close(
+        own.parameter("magnitude", "default").grad, theirs.lora_magnitude_vector["default"].weight.grad
+    )
+    torch.testing.assert_close(own.parameter("down", "default").grad, theirs.lora_A["default"].weight.grad)
+    torch.testing.assert_close(own.parameter("up", "default").grad, theirs.lora_B["default"].weight.grad)
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt2"])
+def test_dora_merges_and_unmerges(name: str) -> None:
+    toy = TOYS[name]
+    model = dora(name, init_weights=False)
+    expected, weights = toy.logits(model), [layer.get_base_weight().clone() for layer in layers_of(model)]
+    deltas = [layer.get_delta_weight("default").detach() for layer in layers_of(model)]
+    model.merge_adapter()
+    torch.testing.assert_close(toy.logits(model), expected, atol=1e-4, rtol=1e-4)
+    for layer, delta in zip(layers_of(model), deltas, strict=True):
+        torch.testing.assert_close(layer.get_delta_weight("default"), delta, atol=1e-5, rtol=1e-4)
+    model.unmerge_adapter()
+    for layer, weight in zip(layers_of(model), weights, strict=True):
+        torch.testing.assert_close(layer.get_base_weight(), weight, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(toy.logits(model), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(toy.logits(model.merge_and_unload()), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_dora_is_active_and_merged_one_at_a_time() -> None:
+    toy = TOYS["mlp"]
+    model = dora("mlp", init_weights=False)
+    model.add_adapter("second", PedyraConfig(r=2, target_modules=list(toy.targets), init_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(UnsupportedError, match="one at a time"):
+        toy.logits(model)
+    with pytest.raises(UnsupportedError, match="one at a time"):
+        model.merge_adapter(adapter_names=["second", "default"])
+
+
+def test_dora_expansion_leaves_the_function_unchanged() -> None:
+    model = dora(init_weights=False, mode="expand", ortho_weight=0.0)
+    before = TOYS["llama"].logits(model)
+    optimizer = sgd(model, lr=0.0)
+    TOYS["llama"].loss(model.train()).backward()
+    optimizer.step()
+    assert max(ranks(model)) == 4
+    torch.testing.assert_close(TOYS["llama"].logits(model), before, atol=1e-6, rtol=1e-5)
+
+
+# --- on a 4-bit base -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_ranks_move_on_a_4_bit_base(use_dora: bool, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = quantised_mlp(4)
+        x = torch.randn(6, 64, generator=torch.Generator().manual_seed(3))
+        expected = forward_on(base, x)  # packs the weights
+        config = PedyraConfig(
+            r=3,
+            target_modules=["first", "second"],
+            use_dora=use_dora,
+            adjust_start=1,
+            adjust_interval=1,
+            adjust_end=6,
+            adjust_size=2,
+        )
+        model = peft.get_peft_model(base, config)
+        assert torch.equal(forward_on(model, x), expected)
+        optimizer = adamw(model)
+        for _ in range(6):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model.train()(x=x), torch.arange(6) % 3).backward()
+            optimizer.step()
+        assert sum(ranks(model)) == 6
+        assert [one.step for one in adjustments(model)] == [1, 2, 3, 4, 5, 6]
+        trained = forward_on(model, x)
+        assert not torch.equal(trained, expected)
+        with model.disable_adapter():
+            assert torch.equal(forward_on(model, x), expected)
+        model.save_pretrained(tmp_path)
+        loaded = peft.PeftModel.from_pretrained(quantised_mlp(4), tmp_path)
+        assert loaded.rank_pattern == model.rank_pattern
+        saved = peft.get_peft_model_state_dict(model)
+        assert all(torch.equal(t, saved[n]) for n, t in peft.get_peft_model_state_dict(loaded).items())
+        # On a CPU bitsandbytes unpacks its weights to save them and packs them anew, which rounds them again.
+        torch.testing.assert_close(forward_on(loaded, x), trained, atol=0.03, rtol=0)

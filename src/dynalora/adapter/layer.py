@@ -405,6 +405,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         d = self.diagonal(adapter, None)
         return (up if d is None else up * d), down
 
+    def plain_extras(self, adapter: str) -> dict[str, torch.Tensor]:
+        """What a plain LoRA of the factors needs besides them, by the name that PEFT gives it."""
+        return {}
+
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The update ``s·ΔW``, (out, in) whatever the base layer's layout, float32 or the adapter's wider dtype.
 

@@ -98,12 +98,18 @@ def export_lora(
         factors[_plain_name(name)] = up, down, layer.scaling[adapter_name]
     state = {f"{_PREFIX}{name}.lora_A.weight": down for name, (_, down, _) in factors.items()}
     state |= {f"{_PREFIX}{name}.lora_B.weight": up for name, (up, _, _) in factors.items()}
-    for key, tensor in _modules_to_save(model, adapter_name).items():
+    extras = {
+        f"{_PREFIX}{_plain_name(name)}.{key}": tensor
+        for name, layer in layers.items()
+        for key, tensor in layer.plain_extras(adapter_name).items()
+    }
+    for key, tensor in {**extras, **_modules_to_save(model, adapter_name)}.items():
         state[key] = tensor.detach().cpu().contiguous()
 
     lora = _lora_config(
         config, factors, any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())
     )
+    lora.use_dora = any(key.endswith(".lora_magnitude_vector") for key in extras)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

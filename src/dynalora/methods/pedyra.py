@@ -36,6 +36,7 @@ from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import distributed, nn
+from transformers.pytorch_utils import Conv1D
 
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.layer import AdapterLayer, kaiming
@@ -43,8 +44,8 @@ from dynalora.adapter.method import Method
 from dynalora.adapter.ranks import fit
 from dynalora.adapter.register import register
 from dynalora.driver import Driver, drivers_of, layers_of
-from dynalora.driver.driver import Moment
-from dynalora.errors import ScheduleError
+from dynalora.driver.driver import Moment, OptimizerOverride
+from dynalora.errors import ScheduleError, UnsupportedError
 
 Mode = Literal["both", "prune", "expand"]
 Importance = Literal["score", "random"]
@@ -76,6 +77,7 @@ class PedyraConfig(AdapterConfig):
         max_rank: The largest rank that a matrix can reach; None sets no limit. Where shapes must not change
             (distributed training, or whenever this is given) memory for it is reserved.
         seed: Seed of the new directions, and of random importance.
+        use_dora: Train the norms of the adapted weight's rows apart from their directions (DoRA, Liu et al., 2024).
     """
 
     adjust_start: float = field(
@@ -102,6 +104,9 @@ class PedyraConfig(AdapterConfig):
     )
     max_rank: int | None = field(default=None, metadata={"help": "Largest rank that a matrix can reach."})
     seed: int = field(default=0, metadata={"help": "Seed of the new directions."})
+    use_dora: bool = field(
+        default=False, metadata={"help": "Train the norms of the weight's rows apart from their directions."}
+    )
 
     method: ClassVar[str] = "pedyra"
 
@@ -231,7 +236,7 @@ class PedyraLayer(AdapterLayer):
     """The shared form with d = e."""
 
     method_name = "pedyra"
-    roles = ("down", "up", "e")
+    roles = ("down", "up", "e", "magnitude")  # magnitude, (out): the rows' norms, with use_dora only
     rank_dims: ClassVar[dict[str, int]] = {"down": 0, "up": 1, "e": 0}
     # Averages: Ī and Ū of each parameter, and m of the inputs. The first layer also keeps the record.
     running_roles = (
@@ -244,19 +249,25 @@ class PedyraLayer(AdapterLayer):
         # Plain attributes: as buffers, data parallelism would overwrite them with the first process's.
         self.gathering: dict[str, bool] = {}
         self.gathered: dict[str, torch.Tensor] = {}
+        # With use_dora: ‖W0‖² of every row, and by how much a merged adapter has scaled them.
+        self.base_squares: torch.Tensor | None = None
+        self.merged_gains: dict[str, torch.Tensor] = {}
 
     def start(self, config: PedyraConfig, r: int) -> dict[str, torch.Tensor]:
         """Factors drawn from N(0, 0.02²), and e = 0."""
+        more = {"magnitude": self._base_squares().sqrt()} if config.use_dora else {}
         if not config.init_weights:
             return {
                 "down": kaiming(r, self.in_features),
                 "up": kaiming(self.out_features, r),
                 "e": torch.ones(r),
+                **more,
             }
         return {
             "down": 0.02 * torch.randn(r, self.in_features),
             "up": 0.02 * torch.randn(self.out_features, r),
             "e": torch.zeros(r),
+            **more,
         }
 
     def reserve(self, config: PedyraConfig, r: int) -> int:
@@ -293,6 +304,7 @@ class PedyraLayer(AdapterLayer):
         super().delete_adapter(adapter_name)
         self.gathering.pop(adapter_name, None)
         self.gathered.pop(adapter_name, None)
+        self.merged_gains.pop(adapter_name, None)
 
     def diagonal(self, adapter: str, projected: torch.Tensor | None) -> torch.Tensor:
         """e, (r)."""
@@ -318,6 +330,86 @@ class PedyraLayer(AdapterLayer):
                     self.set_running(
                         f"{kind}_{role}", adapter, torch.cat([kept, average.new_zeros(shape)], dim)
                     )
+
+    # DoRA: y = g ⊙ (W0·x + s·ΔW·x) + b with g = magnitude / ‖W0 + s·ΔW‖ by rows, the norms taken as constants.
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The shared form; with ``use_dora`` its rows are given their trained norms."""
+        result = super().forward(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        directed = [a for a in self.active_adapters if a in self.ranks and self.has_parameter("magnitude", a)]
+        if not directed:
+            return result
+        if len(self.active_adapters) > 1:
+            raise UnsupportedError(
+                f"adapter {directed[0]!r} has use_dora=True, which scales the whole weight, and cannot be active "
+                f"together with others ({', '.join(self.active_adapters)}); activate one at a time."
+            )
+        bias = getattr(self.get_base_layer(), "bias", None)
+        more = (self._gain(directed[0]) - 1).to(result.dtype)
+        return result + more * (result if bias is None else result - bias)
+
+    def _gain(self, adapter: str) -> torch.Tensor:
+        """``g``, (out). The norms come from the factors: ‖W0 + U·D‖² = ‖W0‖² + 2⟨W0·Dᵀ, U⟩ + ‖U·D‖², row by row."""
+        with torch.no_grad():
+            up, down = self.static_factors(adapter)
+            up = self.scaling[adapter] * up
+            # The rows of D take the way of an input, so that quantised weights need not be unpacked.
+            base: Any = self.get_base_layer()
+            rows = down.to(base.weight.dtype) if base.weight.is_floating_point() else down
+            with torch.autocast(rows.device.type, enabled=False):
+                cross = base(rows)
+            bias = getattr(base, "bias", None)
+            cross = (cross if bias is None else cross - bias).to(up.dtype)  # (r, out)
+            own = ((up @ (down @ down.t())) * up).sum(1)
+            squares = self._base_squares().to(up.device, up.dtype)
+            norm = (
+                (squares + 2 * (cross.t() * up).sum(1) + own).clamp_min_(torch.finfo(up.dtype).tiny).sqrt_()
+            )
+        gain: torch.Tensor = self.parameter("magnitude", adapter) / norm
+        return gain
+
+    def _base_squares(self) -> torch.Tensor:
+        if self.base_squares is None:
+            weight = self.get_base_weight().detach()
+            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            # transformers' Conv1D holds its weight as (in, out).
+            self.base_squares = wide.square().sum(0 if isinstance(self.get_base_layer(), Conv1D) else 1)
+        return self.base_squares
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """The update (out, in); with ``use_dora``, by what the whole weight changes."""
+        update = super().get_delta_weight(adapter)
+        if not self.has_parameter("magnitude", adapter):
+            return update
+        weight = self.get_base_weight().detach()
+        weight = (weight.t() if isinstance(self.get_base_layer(), Conv1D) else weight).to(update)
+        if adapter in self.merged_gains:  # the weight is g (W0 + s·ΔW) already
+            return weight - (weight / self.merged_gains[adapter][:, None] - update)
+        return self._gain(adapter)[:, None] * (weight + update) - weight
+
+    def _add_to_base(self, adapter: str, sign: float, check: bool) -> None:
+        if not self.has_parameter("magnitude", adapter):
+            super()._add_to_base(adapter, sign, check)
+        elif sign > 0:
+            if self.merged_adapters:
+                raise UnsupportedError(
+                    f"adapter {adapter!r} has use_dora=True, which scales the whole weight, and cannot be merged "
+                    f"where {', '.join(self.merged_adapters)} already is; merge one at a time."
+                )
+            gain = self._gain(adapter).detach()
+            super()._add_to_base(adapter, sign, check)
+            self.merged_gains[adapter] = gain
+        else:
+            super()._add_to_base(adapter, sign, check)
+            del self.merged_gains[adapter]
+
+    def plain_extras(self, adapter: str) -> dict[str, torch.Tensor]:
+        """DoRA's magnitude under the name that PEFT gives it."""
+        if not self.has_parameter("magnitude", adapter):
+            return {}
+        return {"lora_magnitude_vector": self.parameter("magnitude", adapter)}
 
     @torch.no_grad()
     def _gather(self, x: torch.Tensor, adapter: str) -> None:
@@ -373,6 +465,10 @@ class Pedyra(Method):
     title = "PE-DyRA"
     config_class = PedyraConfig
     layer_class = PedyraLayer
+
+    def optimizer_overrides(self, config: PedyraConfig, *_: Any) -> dict[str, OptimizerOverride]:
+        """No weight decay on DoRA's magnitudes, which start at the base weight's."""
+        return {"magnitude": OptimizerOverride(weight_decay=0.0)} if config.use_dora else {}
 
     def needs_total_steps(self, config: PedyraConfig) -> bool:
         """Fractions of the run need its length."""
