@@ -767,6 +767,74 @@ def test_dora_expansion_leaves_the_function_unchanged() -> None:
     torch.testing.assert_close(TOYS["llama"].logits(model), before, atol=1e-6, rtol=1e-5)
 
 
+# --- with PiSSA ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["", "dora"])
+@pytest.mark.parametrize("name", ["mlp", "llama", "gpt2"])
+def test_pissa_starts_at_the_base_from_its_largest_triplets(
+    name: str, use_dora: bool, tmp_path: Path
+) -> None:
+    toy = TOYS[name]
+    base = toy.build()
+    state, expected = {n: t.clone() for n, t in base.state_dict().items()}, toy.logits(toy.build())
+    model = dora(name, base, use_dora=use_dora, init_weights="pissa")
+    torch.testing.assert_close(toy.logits(model), expected, atol=1e-5, rtol=1e-4)
+    for layer in layers_of(model):
+        weight = layer.get_base_weight().detach()
+        weight = weight.t() if type(layer.get_base_layer()).__name__ == "Conv1D" else weight
+        own = layer.scaling["default"] * (layer.used("up", "default") * layer.used("e", "default"))
+        u, sigma, vt = torch.linalg.svd(weight)
+        wanted = (u[:, :3] * sigma[:3]) @ vt[:3]
+        torch.testing.assert_close(
+            (own @ layer.used("down", "default")).detach(), wanted, atol=1e-5, rtol=1e-4
+        )
+    fit_dora(model, name)
+    assert len(set(ranks(model))) > 1
+    trained = toy.logits(model)
+    assert not torch.allclose(trained, expected, atol=1e-3)
+
+    model.save_pretrained(tmp_path / "own")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PedyraLayer, "_start_from_weight", None)  # loading decomposes nothing
+        loaded = peft.PeftModel.from_pretrained(toy.build(), tmp_path / "own")
+    assert torch.equal(toy.logits(loaded), trained)
+    assert loaded.rank_pattern == model.rank_pattern
+    dynalora.export_lora(model, tmp_path / "lora")
+    exported = peft.PeftModel.from_pretrained(toy.build(), tmp_path / "lora")
+    torch.testing.assert_close(toy.logits(exported), trained, atol=1e-4, rtol=1e-4)
+    unloaded = model.unload().state_dict()
+    assert all(torch.equal(unloaded[n], t) for n, t in state.items())
+
+
+def test_pissa_resumes_exactly(tmp_path: Path) -> None:
+    whole = dora(init_weights="pissa", use_dora=False)
+    fit_dora(whole, steps=5)
+    model = dora(init_weights="pissa", use_dora=False)
+    optimizer = adamw(model)
+    for number in range(5):
+        if number == 2:
+            model.save_pretrained(tmp_path)
+            model = peft.PeftModel.from_pretrained(TOYS["llama"].build(), tmp_path, is_trainable=True)
+            saved, optimizer = optimizer.state_dict(), adamw(model)
+            optimizer.load_state_dict(saved)
+        optimizer.zero_grad()
+        TOYS["llama"].loss(model.train(), seed=number).backward()
+        optimizer.step()
+    for name, p in whole.named_parameters():
+        assert torch.equal(p, dict(model.named_parameters())[name]), name
+    assert adjustments(model) == adjustments(whole)
+
+
+def test_pissa_needs_rank_within_the_weight_and_no_dropout() -> None:
+    with pytest.raises(ConfigError, match=r"r must be at most 4.*layers\.1.*got 5"):
+        chain(r=5, init_weights="pissa")
+    with pytest.raises(ConfigError, match="dropout"):
+        PedyraConfig(init_weights="pissa", dropout=0.1)
+    with pytest.raises(ConfigError, match="init_weights"):
+        PedyraConfig(init_weights="olora")
+
+
 # --- on a 4-bit base -----------------------------------------------------------------------------------------
 
 

@@ -155,7 +155,10 @@ class AdapterModel(BaseTuner):
         moved = any(
             layer.rank(adapter_name) != layer.scaling_ranks[adapter_name] for layer in layers.values()
         )
-        config.result = _patterns(config, layers.values(), adapter_name) if moved else None
+        config.result = _patterns(config, layers.values(), adapter_name) if moved else {}
+        if isinstance(config.init_weights, str):
+            # How the weights began: whoever loads them needs no decomposition of the base's.
+            config.result["init_weights"] = True
         return state
 
     @property

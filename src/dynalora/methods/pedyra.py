@@ -39,13 +39,14 @@ from torch import distributed, nn
 from transformers.pytorch_utils import Conv1D
 
 from dynalora.adapter.config import AdapterConfig
+from dynalora.adapter.kernel import add_low_rank
 from dynalora.adapter.layer import AdapterLayer, kaiming
 from dynalora.adapter.method import Method
 from dynalora.adapter.ranks import fit
 from dynalora.adapter.register import register
 from dynalora.driver import Driver, drivers_of, layers_of
 from dynalora.driver.driver import Moment, OptimizerOverride
-from dynalora.errors import ScheduleError, UnsupportedError
+from dynalora.errors import ConfigError, ScheduleError, UnsupportedError
 
 Mode = Literal["both", "prune", "expand"]
 Importance = Literal["score", "random"]
@@ -78,6 +79,8 @@ class PedyraConfig(AdapterConfig):
             (distributed training, or whenever this is given) memory for it is reserved.
         seed: Seed of the new directions, and of random importance.
         use_dora: Train the norms of the adapted weight's rows apart from their directions (DoRA, Liu et al., 2024).
+        init_weights: True starts as the base model with small random factors; ``"pissa"`` starts as the base model with
+            the weight's own largest singular triplets (Meng et al., 2024); False with a random update, for tests.
     """
 
     adjust_start: float = field(
@@ -108,10 +111,18 @@ class PedyraConfig(AdapterConfig):
         default=False, metadata={"help": "Train the norms of the weight's rows apart from their directions."}
     )
 
+    init_weights: bool | Literal["pissa"] = field(  # type: ignore[assignment]
+        default=True, metadata={"help": "True, pissa (largest singular triplets), or False for tests."}
+    )
+
     method: ClassVar[str] = "pedyra"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        start = self.init_weights
+        self._require(start in (True, False, "pissa"), "init_weights", "True, False or 'pissa'")
+        if start == "pissa":
+            self._require(not self.dropout, "dropout", "0 with init_weights='pissa'")
         for name in ("adjust_start", "adjust_interval", "adjust_end"):
             value = getattr(self, name)
             valid = _is_number(value) and (0 < value < 1 or (value >= 1 and value == int(value)))
@@ -241,6 +252,8 @@ class PedyraLayer(AdapterLayer):
     # Averages: Ī and Ū of each parameter, and m of the inputs. The first layer also keeps the record.
     running_roles = (
         *(f"{kind}_{role}" for kind in ("sensitivity", "uncertainty") for role in ("down", "up", "e")),
+        # The triplets that training began with, with init_weights="pissa": the update is what has become of them since.
+        *("frozen_down", "frozen_up"),
         *("inputs", "record"),
     )
 
@@ -272,7 +285,7 @@ class PedyraLayer(AdapterLayer):
 
     def reserve(self, config: PedyraConfig, r: int) -> int:
         """Room for what the rank can become, where shapes must stay as they are."""
-        if config.max_rank is None and not _several_processes():
+        if config.inference_mode or (config.max_rank is None and not _several_processes()):
             return 0
         return max(r, self.limit(config, r))
 
@@ -296,6 +309,8 @@ class PedyraLayer(AdapterLayer):
     def update_layer(self, adapter: str, config: Any, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; see :meth:`AdapterLayer.update_layer`."""
         super().update_layer(adapter, config, *args, **kwargs)
+        if config.init_weights == "pissa" and not self.parameter("e", adapter).is_meta:
+            self._start_from_weight(adapter)
         # Until the first step says what its schedule is, every input may matter.
         self.gathering[adapter] = config.uses_inputs
 
@@ -305,6 +320,32 @@ class PedyraLayer(AdapterLayer):
         self.gathering.pop(adapter_name, None)
         self.gathered.pop(adapter_name, None)
         self.merged_gains.pop(adapter_name, None)
+
+    @torch.no_grad()
+    def _start_from_weight(self, adapter: str) -> None:
+        """W0's largest singular triplets become the triples, and their frozen negative cancels them at the start."""
+        rank, weight = self.rank(adapter), self.get_base_weight().detach()
+        if rank > min(weight.shape):
+            raise ConfigError(
+                f"PedyraConfig: r must be at most {min(weight.shape)} for {self.name!r} of shape {tuple(weight.shape)} "
+                f"with init_weights='pissa', got {rank}."
+            )
+        weight = weight.t() if isinstance(self.get_base_layer(), Conv1D) else weight
+        u, sigma, vt = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), False)
+        u, sigma, vt = u[:, :rank], sigma[:rank] / self.scaling[adapter], vt[:rank]
+        for role, value in (("down", vt), ("up", u), ("e", sigma)):
+            self.used(role, adapter).copy_(value)
+        dtype = self.parameter("e", adapter).dtype
+        self.set_running("frozen_down", adapter, vt.to(dtype).contiguous())
+        self.set_running("frozen_up", adapter, (-u * sigma).to(dtype).contiguous())
+
+    def static_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factors of the update; see :meth:`AdapterLayer.static_factors`."""
+        up, down = super().static_factors(adapter)
+        frozen_up, frozen_down = (self.running(f"frozen_{role}", adapter) for role in ("up", "down"))
+        if frozen_up is None or frozen_down is None:
+            return up, down
+        return torch.cat([up, frozen_up.to(up)], dim=1), torch.cat([down, frozen_down.to(down)])
 
     def diagonal(self, adapter: str, projected: torch.Tensor | None) -> torch.Tensor:
         """e, (r)."""
@@ -338,6 +379,11 @@ class PedyraLayer(AdapterLayer):
         result = super().forward(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
+        for adapter in self.active_adapters:
+            up, down = (self.running(f"frozen_{role}", adapter) for role in ("up", "down"))
+            if up is not None and down is not None:
+                inner = nn.functional.linear(self._cast_input_dtype(x, down.dtype), down)
+                result = add_low_rank(result, inner, up, self.scaling[adapter], in_place=False)
         directed = [a for a in self.active_adapters if a in self.ranks and self.has_parameter("magnitude", a)]
         if not directed:
             return result
@@ -511,7 +557,7 @@ class Pedyra(Method):
         if not AdjustmentPlan.of(config, moment.total_steps).matters(step + 1):
             for layer in layers:
                 for role in layer.running_roles:
-                    if role != "record":
+                    if role.startswith(("sensitivity", "uncertainty", "inputs")):
                         layer.set_running(role, moment.adapter, None)
 
     def metrics(self, moment: Moment) -> dict[str, float]:
