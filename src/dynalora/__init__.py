@@ -11,10 +11,10 @@ from dynalora import methods as _methods
 from dynalora.adapter.state import StateReport, state_report
 from dynalora.driver import accept_undriven, hooks, param_groups, restart_schedule, trainer
 from dynalora.errors import DynaloraError
-from dynalora.export import export_lora
+from dynalora.export import export_lora, rank_pattern
 from dynalora.forgetting.gates import plot_gates, record_gates
 from dynalora.forgetting.landscape import plot_rank_landscape, rank_landscape
-from dynalora.forgetting.trajectory import plot_rank_trajectory, rank_pattern, rank_trajectory
+from dynalora.forgetting.trajectory import plot_rank_trajectory, rank_trajectory
 
 if TYPE_CHECKING:
     from dynalora.methods.dira import DiraConfig as DiraConfig

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import dynalora
 from dynalora import PedyraConfig
 from dynalora.adapter.layer import AdapterLayer
-from dynalora.errors import ConfigError, ScheduleError, UnsupportedError
+from dynalora.errors import ConfigError, DynaloraError, ScheduleError, UnsupportedError
+from dynalora.export import export_adapter_folder, export_ranks
 from dynalora.methods.pedyra import AdjustmentPlan, PedyraLayer, adjustments, choose
 from tests.matrix.test_precision import forward_on, quantised_mlp
 from tests.reference import pedyra as reference
@@ -833,6 +834,32 @@ def test_pissa_needs_rank_within_the_weight_and_no_dropout() -> None:
         PedyraConfig(init_weights="pissa", dropout=0.1)
     with pytest.raises(ConfigError, match="init_weights"):
         PedyraConfig(init_weights="olora")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_dora": True}, {"init_weights": "pissa"}, {"max_rank": 6}], ids=str
+)
+def test_export_from_a_folder_alone(options: dict[str, Any], tmp_path: Path) -> None:
+    """Without the base model: the factors as they are, whatever came with them, and the ranks for a fresh run."""
+    toy = TOYS["llama"]
+    model = dora(**{"use_dora": False, **options})
+    fit_dora(model)
+    model.save_pretrained(tmp_path / "own")
+    export_adapter_folder(str(tmp_path / "own"), str(tmp_path / "lora"))
+    exported = peft.PeftModel.from_pretrained(toy.build(), tmp_path / "lora")
+    torch.testing.assert_close(toy.logits(exported), toy.logits(model), atol=1e-4, rtol=1e-4)
+
+    export_ranks(str(tmp_path / "own"), str(tmp_path / "ranks.json"))
+    config = peft.LoraConfig(**json.loads((tmp_path / "ranks.json").read_text()))
+    fresh = peft.get_peft_model(toy.build(), config)
+    found = {
+        n.removeprefix("base_model.model."): m.r["default"]
+        for n, m in fresh.named_modules()
+        if hasattr(m, "lora_A")
+    }
+    assert found == model.rank_pattern
+    with pytest.raises(DynaloraError, match="already exists"):
+        export_ranks(str(tmp_path / "own"), str(tmp_path / "ranks.json"))
 
 
 # --- on a 4-bit base -----------------------------------------------------------------------------------------

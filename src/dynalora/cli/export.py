@@ -17,6 +17,7 @@ class ExportSpec:
     adapter: str
     output: str
     dtype: str | None = None
+    ranks_only: bool = False
 
 
 def export(
@@ -28,6 +29,14 @@ def export(
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="Of the written factors: float32, bfloat16 or float16. \\[as they are]"),
+    ] = None,
+    ranks_only: Annotated[
+        bool | None,
+        typer.Option(
+            "--ranks-only",
+            help="Write a JSON file with the ranks alone, as LoraConfig(**...) takes them for a fresh run.",
+            show_default=False,
+        ),
     ] = None,
     config: ConfigOption = None,
 ) -> None:
@@ -41,16 +50,23 @@ def export(
 
     [cyan]dynalora export runs/first lora-for-serving[/cyan]
     """
-    flags = {"adapter": adapter, "output": output, "dtype": dtype}
+    flags = {"adapter": adapter, "output": output, "dtype": dtype, "ranks_only": ranks_only}
     spec = settings(ExportSpec, config, flags)
     from dynalora.errors import ConfigError
     from dynalora.experiments.adapters import adapter_folder
     from dynalora.experiments.finetune import resolve_dtype
-    from dynalora.export.lora import export_adapter_folder
+    from dynalora.export.lora import export_adapter_folder, export_ranks
 
     after_imports()
     if spec.dtype not in (None, "float32", "bfloat16", "float16"):
         raise ConfigError(f"dtype is '{spec.dtype}'; choose one of float32, bfloat16, float16.")
+    if spec.ranks_only:
+        settled = export_ranks(adapter_folder(spec.adapter), spec.output)
+        console().print(
+            f"{spec.output}: the ranks of {len(settled['rank_pattern'])} matrices, for LoraConfig.",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+        return
     done = export_adapter_folder(
         adapter_folder(spec.adapter),
         spec.output,

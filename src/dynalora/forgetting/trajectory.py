@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import nn
 
-from dynalora.adapter.layer import AdapterLayer
 from dynalora.errors import DynaloraError
 from dynalora.forgetting.landscape import PAPER_TAU, LandscapeRow, layer_index, rank_landscape
 from dynalora.methods.pedyra import adjustments
@@ -107,29 +105,6 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
     a, b = (np.array(ordered(values)) for values in (one, other))
     spread = float(a.std() * b.std())
     return float(((a - a.mean()) * (b - b.mean())).mean()) / spread if spread else math.nan
-
-
-def rank_pattern(model: nn.Module, adapter: str = "default") -> dict[str, int]:
-    """The ranks an adapter has come to, for a fresh run with fixed ranks: ``LoraConfig(rank_pattern=...)``.
-
-    Args:
-        model: Model with an adapter of dynalora.
-        adapter: The adapter's name.
-
-    Returns:
-        Rank by module, under keys that PEFT reads as that module and no other.
-
-    Raises:
-        DynaloraError: The model has no such adapter.
-    """
-    found = {
-        f"^{re.escape(module.name)}": module.rank(adapter)
-        for module in model.modules()
-        if isinstance(module, AdapterLayer) and module.has_adapter(adapter)
-    }
-    if not found:
-        raise DynaloraError(f"the model has no dynalora adapter named {adapter!r}.")
-    return found
 
 
 def plot_rank_trajectory(trajectory: RankTrajectory, path: str | None = None) -> Figure:

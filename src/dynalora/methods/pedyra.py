@@ -469,7 +469,7 @@ class PedyraLayer(AdapterLayer):
         squares = _squares(x)
         # Out of place, since layers with the same input share the tensor.
         sofar = self.gathered.get(adapter)
-        self.gathered[adapter] = squares if sofar is None else sofar + squares
+        self.gathered[adapter] = squares if sofar is None else sofar + squares.to(sofar.device)
 
 
 # The last input and its sums: q, k and v projections, and those of a gated MLP, have theirs in common.
