@@ -536,7 +536,9 @@ class Pedyra(Method):
                 if plan.matters(step):
                     _update_averages(moment, layers, fresh=not plan.matters(step - 1))
                 if plan.due(step):
-                    moment.shared["scores"] = _shared_with_all(_scores(moment, layers, step), layers)
+                    moment.shared["scores"] = _shared_with_all(
+                        _scores(moment, layers, step), layers[0].parameter("e", moment.adapter).device
+                    )
             for layer in layers:
                 layer.gathered.pop(moment.adapter, None)
                 layer.gathering[moment.adapter] = config.uses_inputs and (
@@ -804,11 +806,11 @@ def _wide(layer: PedyraLayer) -> torch.dtype:
     return torch.float32 if layer.get_base_weight().device.type == "mps" else torch.float64
 
 
-def _shared_with_all(scores: list[torch.Tensor], layers: list[PedyraLayer]) -> list[torch.Tensor]:
+def _shared_with_all(scores: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     """The first process's scores, so that no rounding can make another one decide differently."""
     if not (_several_processes() and distributed.is_initialized()):
         return scores
-    flat = torch.cat(scores).to(layers[0].parameter("e", layers[0].active_adapters[0]).device)
+    flat = torch.cat(scores).to(device)
     distributed.broadcast(flat, 0)
     return list(flat.cpu().split([len(score) for score in scores]))
 
