@@ -18,14 +18,16 @@ from dynalora.driver import (
     trainer,
 )
 from dynalora.errors import DynaloraError
-from dynalora.export import export_lora
+from dynalora.export import export_lora, rank_pattern
 from dynalora.forgetting.gates import plot_gates, record_gates
 from dynalora.forgetting.landscape import plot_rank_landscape, rank_landscape
+from dynalora.forgetting.trajectory import plot_rank_trajectory, rank_trajectory
 
 if TYPE_CHECKING:
     from dynalora.methods.dira import DiraConfig as DiraConfig
     from dynalora.methods.disel import DiselConfig as DiselConfig
     from dynalora.methods.dislora import DisloraConfig as DisloraConfig
+    from dynalora.methods.pedyra import PedyraConfig as PedyraConfig
 
 __version__ = "0.1.0"
 
@@ -44,7 +46,10 @@ __all__ = [
     "param_groups",
     "plot_gates",
     "plot_rank_landscape",
+    "plot_rank_trajectory",
     "rank_landscape",
+    "rank_pattern",
+    "rank_trajectory",
     "record_gates",
     "report_task_loss",
     "restart_schedule",

@@ -18,7 +18,10 @@ from tests.unit import tiny
 
 ROOT = Path(__file__).parents[2]
 NAMED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-PAGES = ["README.md", "docs/index.md", "docs/quickstart.md", "docs/methods/dira.md", "docs/methods/disel.md"]
+PAGES = [
+    *("README.md", "docs/index.md", "docs/quickstart.md"),
+    *("docs/methods/dira.md", "docs/methods/disel.md", "docs/methods/pedyra.md"),
+]
 
 
 def blocks(page: str) -> list[str]:

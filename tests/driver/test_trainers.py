@@ -49,8 +49,9 @@ def trained(folder: Path, config: Any, model: Any = None, resume: Any = None, **
 def bare_loop(config: Any, steps: int = 6, size: int = 2) -> Any:
     """What the Trainer of these tests does, by hand."""
     model = adapted(config)
-    decayed = [p for p in trainable(model) if p.ndim > 1]
-    rest = [p for p in trainable(model) if p.ndim <= 1]
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    decayed = [p for name, p in named.items() if "bias" not in name]
+    rest = [p for name, p in named.items() if "bias" in name]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)

@@ -73,6 +73,9 @@ ROWS = (
         exact_start=False,
         options={"tsd_count": 0, "loss_smoothing": 0.5},
     ),
+    # From step 2 on ranks move at every step, so what the tests train has other ranks than it began with.
+    Row("pedyra", dynalora.PedyraConfig, static=True, options={"adjust_size": 2}),
+    Row("pedyra-reserved", dynalora.PedyraConfig, static=True, options={"adjust_size": 2, "max_rank": 9}),
 )
 
 STATIC = tuple(row for row in ROWS if row.static)

@@ -209,9 +209,8 @@ def test_rank_and_alpha_patterns(row: Row, toy: Toy) -> None:
         divisor = rank**0.5 if row.options.get("use_rslora") else rank
         assert layer.rank("default") == rank
         assert layer.scaling["default"] == pytest.approx(alpha / divisor)
-        prefix = row.name.split("-")[0]
-        assert tuple(getattr(layer, f"{prefix}_down")["default"].shape) == (rank, layer.in_features)
-        assert tuple(getattr(layer, f"{prefix}_up")["default"].shape) == (layer.out_features, rank)
+        assert tuple(layer.used("down", "default").shape) == (rank, layer.in_features)
+        assert tuple(layer.used("up", "default").shape) == (layer.out_features, rank)
 
 
 @every_transformer

@@ -140,6 +140,9 @@ def test_finetune_from_the_command_line(folder: Path, rows: Path, tmp_path: Path
     exported = program("export", str(output), str(tmp_path / "lora"))
     assert exported.code == 0, exported.err
     assert "a plain LoRA of 14 matrices, rank 2" in exported.out
+    ranks = program("export", str(output), str(tmp_path / "ranks.json"), "--ranks-only")
+    assert ranks.code == 0, ranks.err
+    assert "the ranks of 14 matrices" in ranks.out
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     drawn = program("landscape", str(output), "--plot", str(tmp_path / "ranks.png"), "--tau", "0")
     assert drawn.code == 0, drawn.err

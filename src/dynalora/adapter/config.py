@@ -29,6 +29,8 @@ class AdapterConfig(PeftConfig):
         exclude_modules: Names, or a regular expression, of modules to leave out.
         rank_pattern: Ranks that differ from ``r``: module name or regular expression → rank.
         alpha_pattern: Alphas that differ from ``alpha``, likewise.
+        scaling_ranks: Written by training that has moved ranks: the rank that a matrix's scaling still refers to, by
+            module name, where that is not its own.
         layers_to_transform: Indices of the transformer blocks to adapt; None adapts all.
         layers_pattern: Name of the ``nn.ModuleList`` of blocks, needed for uncommon architectures together with
             ``layers_to_transform``.
@@ -61,6 +63,10 @@ class AdapterConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Alphas that differ, by module name or regular expression."}
     )
+    scaling_ranks: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "Written by training that moved ranks: ranks that the scaling refers to."},
+    )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of blocks to adapt."}
     )
@@ -82,6 +88,8 @@ class AdapterConfig(PeftConfig):
 
     #: Name of the method, set by each method's configuration.
     method: ClassVar[str] = ""
+    #: Ranks and scaling that training has come to, for the saved configuration; set when an adapter is saved.
+    result: ClassVar[dict[str, Any] | None] = None
     #: ``alpha`` as a multiple of ``r`` where the user gives none.
     default_alpha_per_rank: ClassVar[float] = 1.0
 
@@ -98,7 +106,7 @@ class AdapterConfig(PeftConfig):
             self.alpha = self.default_alpha_per_rank * self.r
         self._require(_is_number(self.alpha) and self.alpha > 0, "alpha", "a positive number, or left out")
         self._require(_is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "in [0, 1)")
-        for name in ("rank_pattern", "alpha_pattern"):
+        for name in ("rank_pattern", "alpha_pattern", "scaling_ranks"):
             if getattr(self, name) is None:
                 setattr(self, name, {})
         for key, rank in self.rank_pattern.items():
@@ -135,6 +143,10 @@ class AdapterConfig(PeftConfig):
     def scaling(self, rank: int, alpha: float) -> float:
         """The factor ``s`` in front of an update of the given rank."""
         return alpha / (rank**0.5 if self.use_rslora else rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as they are saved: with the ranks that training has come to."""
+        return {**super().to_dict(), **(self.result or {})}
 
     @classmethod
     def own_fields(cls) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -25,7 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.kernel import add_low_rank, may_overwrite, project
-from dynalora.driver import Driver, invalidate, track
+from dynalora.adapter.ranks import fit, shared_rank
+from dynalora.driver import Driver, carry_state, invalidate, track
 from dynalora.errors import UnsupportedError
 
 _order = itertools.count()
@@ -41,6 +42,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         base_layer: The adapted layer, left as it is.
         in_features, out_features: Its sizes.
         scaling: The factor ``s`` by adapter.
+        scaling_ranks: The rank that ``s`` refers to: the one the adapter started with in this layer.
+        ranks: The rank by adapter.
+        reserved: Components that there is room for without a change of shape, by adapter; 0 where parameters have
+            exactly the size they need.
+        name: The layer's name in the model.
         drivers: The driver by adapter; one object per adapter, shared by its layers.
     """
 
@@ -55,22 +61,33 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     lead_roles: ClassVar[tuple[str, ...]] = ("progress",)
     #: Whether the diagonal depends on the input, so that there is no fixed ΔW.
     input_dependent: ClassVar[bool] = False
+    #: The dimension of each parameter along which the rank-1 components lie; what `resize` cuts and extends.
+    rank_dims: ClassVar[Mapping[str, int]] = {"down": 0, "up": 1}
+    #: Buffers that come and go during training (averages, records), saved with the adapter while they are there.
+    running_roles: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if hasattr(cls, "method_name"):
             cls.adapter_layer_names = tuple(f"{cls.method_name}_{role}" for role in cls.roles)
-            buffers = tuple(f"{cls.method_name}_{role}" for role in (*cls.frozen_roles, *cls.lead_roles))
-            cls.other_param_names = ("scaling", "drivers", "adapter_dropout", *buffers)
+            buffers = (*cls.frozen_roles, *cls.lead_roles, "rank", *cls.running_roles)
+            cls.other_param_names = (
+                *("scaling", "scaling_ranks", "ranks", "reserved", "drivers", "adapter_dropout"),
+                *(f"{cls.method_name}_{role}" for role in buffers),
+            )
 
     def __init__(self, base_layer: nn.Module, quantization: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
-        for role in (*self.frozen_roles, *self.lead_roles):
+        for role in (*self.frozen_roles, *self.lead_roles, "rank", *self.running_roles):
             setattr(self, f"{self.method_name}_{role}", BufferDict(persistent=True))
+        self.name = ""
         self.scaling: dict[str, float] = {}
+        self.scaling_ranks: dict[str, int] = {}
+        self.ranks: dict[str, int] = {}
+        self.reserved: dict[str, int] = {}
         self.drivers: dict[str, Driver] = {}
         self.adapter_dropout: dict[str, float] = {}
         self._disable_adapters = False
@@ -106,6 +123,18 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def parameter(self, role: str, adapter: str) -> nn.Parameter:
         """The parameter of a role (``"down"``, ``"up"``, …) of an adapter."""
         return cast(nn.Parameter, getattr(self, f"{self.method_name}_{role}")[adapter])
+
+    def used(self, role: str, adapter: str) -> torch.Tensor:
+        """The part of a parameter that its components fill: all of it, unless room is reserved.
+
+        Compiled code gets all of it, so that a change of rank compiles nothing anew: the places not in use are zero
+        and have zero gradients.
+        """
+        parameter = self.parameter(role, adapter)
+        dim = self.rank_dims.get(role)
+        if torch.compiler.is_compiling() or dim is None or parameter.shape[dim] == self.ranks[adapter]:
+            return parameter
+        return parameter.narrow(dim, 0, self.ranks[adapter])
 
     def has_parameter(self, role: str, adapter: str) -> bool:
         """Whether an adapter has a parameter of this role."""
@@ -153,16 +182,39 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Tensors of the adapter as a whole, by role."""
         return {"progress": torch.zeros(2, dtype=torch.int64)}
 
+    def _buffers_of(self, role: str) -> BufferDict:
+        return cast(BufferDict, getattr(self, f"{self.method_name}_{role}"))
+
+    def running(self, role: str, adapter: str) -> torch.Tensor | None:
+        """A buffer of `running_roles` of an adapter, or None while there is none."""
+        buffers = self._buffers_of(role)
+        return cast(torch.Tensor, buffers[adapter]) if adapter in buffers else None
+
+    def set_running(self, role: str, adapter: str, value: torch.Tensor | None) -> None:
+        """Put a buffer of `running_roles` in place, or take it away with None."""
+        buffers = self._buffers_of(role)
+        if value is not None:
+            buffers[adapter] = value
+        elif adapter in buffers:
+            del buffers[adapter]
+
     def has_adapter(self, adapter: str) -> bool:
         """Whether the adapter adapts this layer."""
         return adapter in self.scaling
 
     def rank(self, adapter: str) -> int:
         """Rank of an adapter in this layer."""
-        return self.parameter("up", adapter).shape[1]
+        return self.ranks[adapter]
 
     def update_layer(
-        self, adapter: str, config: AdapterConfig, r: int, alpha: float, driver: Driver, inference_mode: bool
+        self,
+        adapter: str,
+        config: AdapterConfig,
+        r: int,
+        alpha: float,
+        driver: Driver,
+        inference_mode: bool,
+        scaling_rank: int | None = None,
     ) -> None:
         """Add an adapter to this layer.
 
@@ -173,12 +225,20 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             alpha: Its alpha in this layer.
             driver: Its driver.
             inference_mode: True makes it without gradients.
+            scaling_rank: The rank that the scaling refers to, where that is not ``r``.
         """
+        self.ranks[adapter] = r
+        self.reserved[adapter] = self.reserve(config, r)
         for role, tensor in self.start(config, r).items():
+            if role in self.rank_dims and self.reserved[adapter]:
+                tensor = fit(tensor, self.rank_dims[role], self.reserved[adapter])
             getattr(self, f"{self.method_name}_{role}")[adapter] = (
                 tensor if role in self.frozen_roles else nn.Parameter(tensor)
             )
-        self.scaling[adapter] = config.scaling(r, alpha)
+        if self.reserved[adapter]:
+            self._buffers_of("rank")[adapter] = torch.tensor(r)
+        self.scaling_ranks[adapter] = scaling_rank or r
+        self.scaling[adapter] = config.scaling(self.scaling_ranks[adapter], alpha)
         self.adapter_dropout[adapter] = config.dropout
         self.drivers[adapter] = driver
         self._move_adapter_to_device_of_base_layer(adapter)
@@ -190,7 +250,104 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         invalidate()
 
+    # Ranks that move ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def resize(
+        self, adapter: str, keep: Sequence[int], new: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Keep some components of an adapter, in the given order, and put new ones after them.
+
+        The parameters stay the same objects. Gradients and the state of every optimizer that has stepped them follow:
+        survivors keep theirs, new components begin with zeros.
+
+        Args:
+            adapter: The adapter.
+            keep: Indices of the components that stay.
+            new: Values of the new components by role, as many along the rank's dimension for every role.
+
+        Raises:
+            ValueError: Nothing would be left, or the new components do not fit the room that is reserved while the
+                parameters' shapes must not change.
+        """
+        new = new or {}
+        count = next((t.shape[self.rank_dims[role]] for role, t in new.items()), 0)
+        rank, room = len(keep) + count, self.reserved[adapter]
+        if not rank:
+            raise ValueError(f"{self.name or 'the layer'}: an adapter must keep at least one component")
+        if room and rank > room:
+            raise ValueError(f"{self.name or 'the layer'}: rank {rank} exceeds the {room} places reserved")
+        for role, parameter in self.adapter_parameters(adapter).items():
+            if role in self.rank_dims:
+                carry_state(parameter, self.rank_dims[role], keep, new.get(role), count, max(rank, room))
+        self._set_rank(adapter, rank)
+
+    def _set_rank(self, adapter: str, rank: int) -> None:
+        self.ranks[adapter] = rank
+        if self.reserved[adapter]:
+            self._buffers_of("rank")[adapter] = torch.tensor(rank)
+
+    def expect(self, adapter: str, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Take on the ranks, and make the buffers, of weights that are about to be loaded.
+
+        Args:
+            adapter: The adapter they are for.
+            found: Tensors by their name in this layer, without the adapter's (``"dira_down"``).
+
+        Returns:
+            Those that have to be loaded in another shape than found, because room is reserved.
+        """
+        prefix = f"{self.method_name}_"
+        dims = {role: d for role, d in self.rank_dims.items() if self.has_parameter(role, adapter)}
+        saved = shared_rank({role: found.get(prefix + role) for role in dims}, dims)
+        if saved is None:  # nothing of this adapter, or nothing that fits together: loading will say so
+            return {}
+        rank = int(found[f"{prefix}rank"]) if f"{prefix}rank" in found else saved
+        size = max(rank, self.reserved[adapter])
+        fitted = {}
+        for role, dim in dims.items():
+            parameter = self.parameter(role, adapter)
+            if parameter.shape[dim] != size:
+                carry_state(parameter, dim, (), None, 0, size)
+            value = found[prefix + role]
+            if value.shape[dim] != size:
+                fitted[prefix + role] = fit(value.narrow(dim, 0, rank), dim, size)
+        if self.reserved[adapter]:
+            fitted[f"{prefix}rank"] = torch.tensor(rank)
+        self._set_rank(adapter, rank)
+        device = self.parameter("up", adapter).device
+        for role in self.running_roles:
+            value_or_none = found.get(prefix + role)
+            self.set_running(
+                role,
+                adapter,
+                None if value_or_none is None else torch.zeros_like(value_or_none, device=device),
+            )
+        return fitted
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Every way to load weights comes by here, before the containers of the parameters load theirs.
+        for adapter in self.scaling:
+            tail = f".{adapter}"
+            found = {
+                key.removeprefix(prefix).removesuffix(tail): tensor
+                for key, tensor in state_dict.items()
+                if key.startswith(f"{prefix}{self.method_name}_") and key.endswith(tail)
+            }
+            for name, tensor in self.expect(adapter, found).items():
+                state_dict[f"{prefix}{name}{tail}"] = tensor
+            if not self.reserved[adapter]:
+                state_dict.pop(f"{prefix}{self.method_name}_rank{tail}", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     # What a method says ----------------------------------------------------------------------------------------
+
+    def reserve(self, config: Any, r: int) -> int:
+        """Components to keep room for, so that no shape ever changes; 0 gives parameters the size they need.
+
+        Methods whose ranks move reserve room where shapes are fixed from outside, as in distributed training.
+        """
+        return 0
 
     def start(self, config: Any, r: int) -> dict[str, torch.Tensor]:
         """Tensors of a new adapter by role: LoRA's start, ``down`` Kaiming-uniform(√5) and ``up`` zero."""
@@ -204,7 +361,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Matrices (·, in) that meet the input: ``down`` first, then what the diagonal needs. One GEMM "
         "does all.
         """
-        return (self.parameter("down", adapter),)
+        return (self.used("down", adapter),)
 
     def diagonal(self, adapter: str, projected: torch.Tensor | None) -> torch.Tensor | None:
         """The diagonal ``d``.
@@ -233,7 +390,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         for adapter in self.active_adapters:
             if adapter not in self.scaling:
                 continue
-            m, up = self.narrow(x, adapter), self.parameter("up", adapter)
+            m, up = self.narrow(x, adapter), self.used("up", adapter)
             frozen = self._frozen("frozen_up", adapter)
             result = add_low_rank(result, m, up, self.scaling[adapter], in_place, frozen)
             if self.training and not torch.compiler.is_compiling():
@@ -264,7 +421,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return h if d is None else h * d
 
     def _frozen(self, role: str, adapter: str) -> torch.Tensor | None:
-        return self.buffer(role, adapter) if role in self.frozen_roles else None
+        known = role in self.frozen_roles or role in self.running_roles
+        return self.buffer(role, adapter) if known and self.has_buffer(role, adapter) else None
 
     def base_matrix(self) -> torch.Tensor:
         """The base layer's weight as a matrix (out, in), dequantised if need be."""
@@ -283,12 +441,15 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 "every token), so there is "
                 "no fixed ΔW to merge or export; keep the adapter attached."
             )
-        up: torch.Tensor = self.parameter("up", adapter)
-        down = self.projections(adapter)[0]
+        up, down = self.used("up", adapter), self.projections(adapter)[0]
         if (frozen := self._frozen("frozen_up", adapter)) is not None:
             up, down = torch.cat([up, frozen], dim=1), torch.cat([down, self.buffer("frozen_down", adapter)])
         d = self.diagonal(adapter, None)
         return (up if d is None else up * d), down
+
+    def plain_extras(self, adapter: str) -> dict[str, torch.Tensor]:
+        """What a plain LoRA of the factors needs besides them, by the name that PEFT gives it."""
+        return {}
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The update ``s·ΔW``, (out, in) whatever the base layer's layout, float32 or the adapter's wider dtype.

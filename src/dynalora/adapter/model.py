@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 import sys
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -22,6 +24,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method
+from dynalora.adapter.ranks import fit
 from dynalora.driver import Driver, check_driven
 from dynalora.errors import CheckpointError, ConfigError, UnsupportedError
 
@@ -100,8 +103,15 @@ class AdapterModel(BaseTuner):
             layer = self.method.layer_class(target, get_quantization_kwargs(self.model))
             layer.set_adapter(self.active_adapters)
         assert isinstance(layer, AdapterLayer)
+        layer.name = current_key
         layer.update_layer(
-            adapter_name, config, r, alpha, self._making, inference_mode=bool(config.inference_mode)
+            adapter_name,
+            config,
+            r,
+            alpha,
+            self._making,
+            inference_mode=bool(config.inference_mode),
+            scaling_rank=config.scaling_ranks.get(get_pattern_key(list(config.scaling_ranks), current_key)),
         )
         if adapter_name not in self.active_adapters:  # adding one does not make it train
             for parameter in layer.adapter_parameters(adapter_name).values():
@@ -137,14 +147,56 @@ class AdapterModel(BaseTuner):
     # Saving and loading ----------------------------------------------------------------------------------------
 
     @classmethod
-    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
         check_driven(model, "saving")
-        return super()._get_adapter_state_dict(model, *args, **kwargs)
+        state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, AdapterLayer) and module.has_adapter(adapter_name)
+        }
+        for name, layer in layers.items():
+            if not layer.reserved[adapter_name]:
+                continue
+            # Room that is reserved is this process's own affair: the file holds what is in use.
+            state.pop(f"{name}.{layer.method_name}_rank.{adapter_name}", None)
+            for role, dim in layer.rank_dims.items():
+                key = f"{name}.{layer.method_name}_{role}.{adapter_name}"
+                if key in state:
+                    state[key] = fit(state[key], dim, layer.rank(adapter_name)).contiguous()
+        # The configuration is written next: in memory it stays as the user made it, on disk it has the ranks that are.
+        moved = any(
+            layer.rank(adapter_name) != layer.scaling_ranks[adapter_name] for layer in layers.values()
+        )
+        config.result = _patterns(config, layers.values(), adapter_name) if moved else {}
+        if isinstance(config.init_weights, str):
+            # How the weights began: whoever loads them needs no decomposition of the base's.
+            config.result["init_weights"] = True
+        return state
+
+    @property
+    def rank_pattern(self) -> dict[str, int]:
+        """The rank of every adapted matrix by module name, of the active adapter."""
+        return {
+            module.name: module.rank(self.active_adapters[0])
+            for module in self.model.modules()
+            if isinstance(module, AdapterLayer) and module.has_adapter(self.active_adapters[0])
+        }
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        saved: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in state_dict.items():
+            owner, _, own = key.rpartition(".")
+            saved.setdefault(owner.removeprefix("base_model.model."), {})[own] = tensor
+        for name, module in model.named_modules():
+            if isinstance(module, AdapterLayer) and module.has_adapter(adapter_name):
+                # Names are matched by what the model has: it must have what the file has.
+                module.expect(adapter_name, saved.get(name.removeprefix("base_model.model."), {}))
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
@@ -189,6 +241,20 @@ _LOADERS = frozenset(
     inspect.unwrap(getattr(loader, "__func__", loader)).__code__
     for loader in (PeftModel.from_pretrained, PeftModel.load_adapter, PeftAdapterMixin.load_adapter)
 )
+
+
+def _patterns(config: AdapterConfig, layers: Iterable[AdapterLayer], adapter: str) -> dict[str, Any]:
+    """Settings with which a fresh adapter has the ranks that this one has come to, and its scaling."""
+
+    def ranks(present: Callable[[AdapterLayer], int], usual: Callable[[AdapterLayer], int]) -> dict[str, int]:
+        # PEFT reads the keys as regular expressions for the end of a module's name.
+        return {f"^{re.escape(x.name)}": present(x) for x in layers if present(x) != usual(x)}
+
+    layers = list(layers)
+    return {
+        "rank_pattern": ranks(lambda layer: layer.rank(adapter), lambda layer: config.r),
+        "scaling_ranks": ranks(lambda layer: layer.scaling_ranks[adapter], lambda layer: layer.rank(adapter)),
+    }
 
 
 def describe_linear_layers(model: nn.Module) -> str:

@@ -19,6 +19,7 @@ class ExportSpec:
     dtype: str | None = None
     max_rank: int | None = None
     tolerance: float | None = None
+    ranks_only: bool = False
 
 
 def export(
@@ -41,6 +42,14 @@ def export(
             help=r"Cut each update to the rank that loses at most this share of it, 0 to 1. \[keep all]",
         ),
     ] = None,
+    ranks_only: Annotated[
+        bool | None,
+        typer.Option(
+            "--ranks-only",
+            help="Write a JSON file with the ranks alone, as LoraConfig(**...) takes them for a fresh run.",
+            show_default=False,
+        ),
+    ] = None,
     config: ConfigOption = None,
 ) -> None:
     """Write an adapter as a plain PEFT LoRA, which loads where dynalora is not installed.
@@ -56,17 +65,25 @@ def export(
     [cyan]dynalora export runs/first lora-for-serving[/cyan]
     """
     flags = {
-        "adapter": adapter, "output": output, "dtype": dtype, "max_rank": max_rank, "tolerance": tolerance
+        "adapter": adapter, "output": output, "dtype": dtype, "max_rank": max_rank, "tolerance": tolerance,
+        "ranks_only": ranks_only,
     }  # fmt: skip
     spec = settings(ExportSpec, config, flags)
     from dynalora.errors import ConfigError
     from dynalora.experiments.adapters import adapter_folder
     from dynalora.experiments.finetune import resolve_dtype
-    from dynalora.export.lora import export_adapter_folder
+    from dynalora.export.lora import export_adapter_folder, export_ranks
 
     after_imports()
     if spec.dtype not in (None, "float32", "bfloat16", "float16"):
         raise ConfigError(f"dtype is '{spec.dtype}'; choose one of float32, bfloat16, float16.")
+    if spec.ranks_only:
+        settled = export_ranks(adapter_folder(spec.adapter), spec.output)
+        console().print(
+            f"{spec.output}: the ranks of {len(settled['rank_pattern'])} matrices, for LoraConfig.",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+        return
     done = export_adapter_folder(
         adapter_folder(spec.adapter),
         spec.output,

@@ -2,6 +2,7 @@
 "Trainer.
 """
 
+from dynalora.driver.carry import carry_state
 from dynalora.driver.driver import (
     Driver,
     Moment,
@@ -12,16 +13,18 @@ from dynalora.driver.driver import (
     report_task_loss,
     restart_schedule,
 )
-from dynalora.driver.hooks import invalidate, param_groups, track
+from dynalora.driver.hooks import invalidate, layers_of, param_groups, track
 
 __all__ = [
     "Driver",
     "Moment",
     "OptimizerOverride",
     "accept_undriven",
+    "carry_state",
     "check_driven",
     "drivers_of",
     "invalidate",
+    "layers_of",
     "param_groups",
     "report_task_loss",
     "restart_schedule",

@@ -62,6 +62,8 @@ class Moment:
             scaling; None unless the method asks for it.
         others: Further parameters of the stepping optimizer, which belong to no adapter (a classifier's head), and
             whose gradients nothing was done to yet.
+        found_inf: Set by a gradient scaler for optimizers that unscale in their kernel: whether the step will be
+            skipped, because a gradient is not finite.
     """
 
     layers: Sequence[Any]
@@ -75,6 +77,12 @@ class Moment:
     all_layers: Sequence[Any] = ()
     task_loss: torch.Tensor | None = None
     others: Sequence[torch.Tensor] = ()
+    found_inf: torch.Tensor | None = None
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the step will be skipped, so that nothing may be learnt from its gradients."""
+        return self.found_inf is not None and bool(self.found_inf.item())
 
     def awaits(self, parameter: torch.Tensor) -> bool:
         """Whether a parameter's gradient is to be added to now."""
@@ -213,6 +221,7 @@ class Driver:
         all_layers: Sequence[Any] = (),
         others: Sequence[torch.Tensor] = (),
         loss_scale: torch.Tensor | float = 1.0,
+        found_inf: torch.Tensor | None = None,
     ) -> bool:
         """Let the method add to the gradients of the parameters that an optimizer is about to step.
 
@@ -227,6 +236,7 @@ class Driver:
             all_layers: All layers of the adapter.
             others: Parameters of the optimizer that belong to no adapter.
             loss_scale: Factor that a gradient scaler gave the loss.
+            found_inf: Whether the step will be skipped, where that is known beforehand.
 
         Returns:
             Whether a new training step began, which the clock will count.
@@ -247,6 +257,7 @@ class Driver:
         moment.grad_scale, moment.shared, moment.awaiting = grad_scale, self._shared, awaiting
         moment.task_loss = self._shared.get("task loss")
         moment.others = [p for p in others if p.grad is not None and not _is_marked(p.grad)]
+        moment.found_inf = found_inf
         self.method.before_step(moment)
         self._done |= awaiting
         for parameter in (*owned, *moment.others):
@@ -314,6 +325,17 @@ class Driver:
                 "total_steps=...).",
                 stacklevel=2,
             )
+
+    @property
+    def shared(self) -> dict[Any, Any]:
+        """What lives for one training step; see :class:`Moment`."""
+        return self._shared
+
+    def tell(self, topic: str, message: str) -> None:
+        """Warn, once per adapter and topic."""
+        if topic not in self._told:
+            self._told.add(topic)
+            warnings.warn(message, stacklevel=2)
 
     def advance(self, lead: DrivenLayer | None) -> None:
         """Count one optimizer step."""

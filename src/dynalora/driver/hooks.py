@@ -135,7 +135,8 @@ def _stamp(optimizer: Optimizer) -> object:
     shape = []
     for group in optimizer.param_groups:
         params = group["params"]
-        shape.append((len(params), id(params[0]) if params else 0, id(params[-1]) if params else 0))
+        ends = (id(params[0]), id(params[-1])) if params else ()
+        shape.append((len(params), ends, GROUP_MARK in group))
     return _generation, tuple(shape)
 
 
@@ -289,6 +290,7 @@ def _act_before(optimizer: Optimizer, plan: _Plan) -> None:
                 _alive(binding.all_layers),
                 _alive(binding.others),
                 _loss_scale(optimizer) if driver.needs_task_loss else 1.0,
+                getattr(optimizer, "found_inf", None),
             )
         # A closure may be evaluated several times within one step.
         binding.first = first or (binding in again and binding.first)
@@ -321,9 +323,9 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
         if skipped or not binding.first:
             continue
         with torch.no_grad():
-            binding.driver.method.after_step(
-                binding.driver.moment(binding.live_layers(), _alive(binding.all_layers))
-            )
+            moment = binding.driver.moment(binding.live_layers(), _alive(binding.all_layers))
+            moment.shared = binding.driver.shared
+            binding.driver.method.after_step(moment)
         binding.driver.advance(binding.lead_layer())
 
 
@@ -350,11 +352,13 @@ def _apply_groups(optimizer: Optimizer, plan: _Plan) -> None:
             else:
                 apart.setdefault((override.lr_multiplier, override.weight_decay), []).append(parameter)
         rules = list(apart.items())
-        # The group itself stays wherever it can, since optimizers keep notes in their groups.
-        own = {"params": plain} if plain or not rules else _overridden(group, *rules.pop(0))
-        plan.original.append((group, {key: group[key] for key in own}, own))
-        during.append(group)
         # The mark keeps an optimizer inside this one, stepping the same groups, from doing it again.
+        # The group itself stays wherever it can, since optimizers keep notes in their groups.
+        own: dict[str, Any] = {"params": plain}
+        if rules and not plain:
+            own = {**_overridden(group, *rules.pop(0)), GROUP_MARK: True}
+        plan.original.append((group, {key: group[key] for key in own if key in group}, own))
+        during.append(group)
         during.extend({**group, **_overridden(group, *rule), GROUP_MARK: True} for rule in rules)
     for group, _, own in plan.original:
         group.update(own)
@@ -366,6 +370,8 @@ def _restore_groups(optimizer: Optimizer, plan: _Plan) -> None:
     for group, theirs, ours in plan.original:
         # What the optimizer itself has changed since is its own business.
         group.update({key: value for key, value in theirs.items() if group.get(key) is ours[key]})
+        for key in ours.keys() - theirs.keys():
+            del group[key]
     optimizer.param_groups[:] = [group for group, _, _ in plan.original]
     plan.original = None
 
@@ -389,18 +395,19 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
 
     For an adapter, training with these groups equals training with ``model.parameters()``, where the same rules are
     applied during each step; groups make them visible and let a scheduler treat them apart. Biases and other
-    one-dimensional parameters, such as those of a trained head, get no weight decay.
+    one-dimensional parameters of the model itself, such as those of a trained head, get no weight decay.
 
     Args:
         model: A model with adapters.
         lr: Learning rate of the adapter's factors; parameters with a multiplier (DISeL's gates) get a multiple.
-        weight_decay: Weight decay of the two-dimensional factors.
+        weight_decay: Weight decay of the adapter, and of other parameters of two dimensions.
 
     Returns:
         Groups with ``params``, ``lr`` and ``weight_decay``, for any ``torch.optim`` optimizer. Frozen parameters
         are left out; no group is empty.
     """
     rules: dict[int, OptimizerOverride] = {}
+    ours: set[int] = set()
     for module in model.modules():
         if not hasattr(module, "adapter_parameters"):
             continue
@@ -408,6 +415,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
         for adapter, driver in layer.drivers.items():
             overrides = driver.method.optimizer_overrides(driver.config, layer, adapter)
             for role, parameter in layer.adapter_parameters(adapter).items():
+                ours.add(id(parameter))
                 if role in overrides:
                     rules[id(parameter)] = overrides[role]
     sorted_out: dict[tuple[float, float], list[torch.Tensor]] = {}
@@ -415,7 +423,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
         if not parameter.requires_grad:
             continue
         rule = rules.get(id(parameter), OptimizerOverride())
-        decay = weight_decay if parameter.ndim > 1 else 0.0
+        decay = weight_decay if parameter.ndim > 1 or id(parameter) in ours else 0.0
         if rule.weight_decay is not None:
             decay = rule.weight_decay
         sorted_out.setdefault((lr * rule.lr_multiplier, decay), []).append(parameter)
@@ -423,6 +431,17 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
         {"params": params, "lr": rate, "weight_decay": decay, GROUP_MARK: True}
         for (rate, decay), params in sorted_out.items()
     ]
+
+
+def layers_of(driver: Driver) -> list[Any]:
+    """All layers of an adapter in model order, whichever optimizers own their parameters."""
+    found = [layer for layer in cast(Any, list(_layers)) if driver in layer.drivers.values()]
+    return sorted(found, key=lambda layer: layer.order)
+
+
+def known_optimizers() -> list[Optimizer]:
+    """The living optimizers that have stepped since import."""
+    return list(_plans)
 
 
 def tracked_layers() -> Iterable[nn.Module]:

@@ -1,5 +1,19 @@
 """Handing adapters on: plain LoRA for servers."""
 
-from dynalora.export.lora import ExportReport, export_adapter_folder, export_lora, load_without_base
+from dynalora.export.lora import (
+    ExportReport,
+    export_adapter_folder,
+    export_lora,
+    export_ranks,
+    load_without_base,
+    rank_pattern,
+)
 
-__all__ = ["ExportReport", "export_adapter_folder", "export_lora", "load_without_base"]
+__all__ = [
+    "ExportReport",
+    "export_adapter_folder",
+    "export_lora",
+    "export_ranks",
+    "load_without_base",
+    "rank_pattern",
+]

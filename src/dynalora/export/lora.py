@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -116,12 +117,18 @@ def export_lora(
         factors[_plain_name(name)] = up, down, layer.scaling[adapter_name]
     state = {f"{_PREFIX}{name}.lora_A.weight": down for name, (_, down, _) in factors.items()}
     state |= {f"{_PREFIX}{name}.lora_B.weight": up for name, (up, _, _) in factors.items()}
-    for key, tensor in _modules_to_save(model, adapter_name).items():
+    extras = {
+        f"{_PREFIX}{_plain_name(name)}.{key}": tensor
+        for name, layer in layers.items()
+        for key, tensor in layer.plain_extras(adapter_name).items()
+    }
+    for key, tensor in {**extras, **_modules_to_save(model, adapter_name)}.items():
         state[key] = tensor.detach().cpu().contiguous()
 
     lora = _lora_config(
         config, factors, any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())
     )
+    lora.use_dora = any(key.endswith(".lora_magnitude_vector") for key in extras)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -185,6 +192,56 @@ def export_adapter_folder(
         UnsupportedError: The method's update depends on the input.
     """
     return export_lora(load_without_base(source), path, dtype=dtype, max_rank=max_rank, tolerance=tolerance)
+
+
+def rank_pattern(model: nn.Module, adapter: str = "default") -> dict[str, int]:
+    """The ranks an adapter has come to, for a fresh run with fixed ranks: ``LoraConfig(rank_pattern=...)``.
+
+    Args:
+        model: Model with an adapter of dynalora.
+        adapter: The adapter's name.
+
+    Returns:
+        Rank by module, under keys that PEFT reads as that module and no other.
+
+    Raises:
+        DynaloraError: The model has no such adapter.
+    """
+    found = {
+        f"^{re.escape(module.name)}": module.rank(adapter)
+        for module in model.modules()
+        if isinstance(module, AdapterLayer) and module.has_adapter(adapter)
+    }
+    if not found:
+        raise DynaloraError(f"the model has no dynalora adapter named {adapter!r}.")
+    return found
+
+
+def export_ranks(source: str, path: str) -> dict[str, Any]:
+    """Write the ranks of a saved adapter as a JSON file, for a fresh run: ``LoraConfig(**json.load(file))``.
+
+    Args:
+        source: Folder of the saved adapter.
+        path: File to write.
+
+    Returns:
+        What was written: ``r``, the commonest rank, ``rank_pattern`` and ``target_modules``.
+
+    Raises:
+        CheckpointError: The folder holds no whole adapter of dynalora.
+        DynaloraError: The file exists.
+    """
+    pattern = rank_pattern(load_without_base(source))
+    if os.path.exists(path):
+        raise DynaloraError(f"{path} already exists; choose another file for the ranks.")
+    names = [key.removeprefix("^").replace("\\", "") for key in pattern]
+    settled = {
+        "r": Counter(pattern.values()).most_common(1)[0][0],
+        "rank_pattern": pattern,
+        "target_modules": names,
+    }
+    Path(path).write_text(json.dumps(settled, indent=2) + "\n", encoding="utf-8")
+    return settled
 
 
 def load_without_base(source: str) -> nn.Module:

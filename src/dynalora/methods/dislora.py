@@ -29,6 +29,7 @@ DisLoRA: Task-specific Low-Rank Adaptation via Orthogonal Basis from Singular Va
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -49,6 +50,8 @@ from dynalora.progress import late_progress
 
 TsdScore = Literal["residual", "update"]
 TsdInit = Literal["zero", "sigma"]
+
+logger = logging.getLogger(__name__)
 
 EPSILON = 1e-6  # ε of eq. 12–13
 
@@ -154,6 +157,7 @@ class DisloraLayer(AdapterLayer):
     roles = ("down", "up", "sigma", "tsd_weight")
     frozen_roles = ("frozen_down", "frozen_up", "start_sigma", "tsd_index", "tsd_sigma", "tsd_rate")
     lead_roles = (*AdapterLayer.lead_roles, "balance")
+    rank_dims: ClassVar[dict[str, int]] = {}  # its rank never changes
 
     def start(self, config: DisloraConfig, r: int) -> dict[str, torch.Tensor]:
         """Room for everything; :meth:`Dislora.prepare` fills it in from the base weight."""
@@ -393,6 +397,13 @@ class Dislora(Method):
         layers = [layer for layer in moment.all_layers if not layer.has_directions(moment.adapter)]
         for layer, directions in zip(layers, choose_directions(layers, moment.adapter, config), strict=True):
             layer.point(moment.adapter, directions, config.tsd_init)
+        if layers:
+            rates = torch.cat([layer.buffer("tsd_rate", moment.adapter).cpu() for layer in layers])
+            logger.info(
+                "adapter %r: %d task-specific directions chosen in %d matrices after %d optimizer steps, with change "
+                "rates of %.3g to %.3g",
+                *(moment.adapter, len(rates), len(layers), moment.step + 1, float(rates.min()), float(rates.max())),
+            )
 
     def _warn_of_long_warmup(self, moment: Moment, warmup: int) -> None:
         if moment.step == 0 and moment.total_steps is not None and warmup >= moment.total_steps:

@@ -1,0 +1,126 @@
+"""Changing the size of a parameter in the middle of a run, with everything that training keeps about it.
+
+A parameter stays the same object, since optimizers, schedulers and the driver know it by its identity. What changes is
+its storage, its gradient, and the state that optimizers keep in its shape.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dynalora.driver.hooks import known_optimizers
+
+# State that is no array of the parameter's entries: bitsandbytes' tables (its 8-bit arrays are handled with theirs).
+_TABLES = frozenset(("qmap1", "qmap2", "absmax1", "absmax2", "unorm_vec"))
+# State of factored second moments, by the dimension of a matrix that it runs along.
+_FACTORED = {"exp_avg_sq_row": 0, "row_var": 0, "exp_avg_sq_col": 1, "col_var": 1}
+
+
+def carry_state(
+    parameter: nn.Parameter,
+    dim: int,
+    keep: Sequence[int],
+    new: torch.Tensor | None,
+    count: int,
+    size: int,
+) -> None:
+    """Keep some slices of a parameter, put new ones after them, and let its gradient and optimizer state follow.
+
+    In optimizer state the new slices are zero, as those of a parameter that was never stepped; its count of steps,
+    which is one number for the whole parameter, stays. An optimizer whose state cannot be taken apart starts anew with
+    this parameter, with a warning.
+
+    Args:
+        parameter: The parameter.
+        dim: The dimension along which the slices lie.
+        keep: Indices of the slices that stay, in their new order.
+        new: Values of the new slices, in the parameter's shape but for ``dim``; None makes them zero.
+        count: How many new slices there are.
+        size: Size of the dimension afterwards, at least ``len(keep) + count``; what is left over is zero.
+    """
+
+    def resized(tensor: torch.Tensor, dim: int = dim, values: torch.Tensor | None = None) -> torch.Tensor:
+        if hasattr(tensor, "full_tensor"):  # sharded by FSDP2
+            from torch.distributed.tensor import distribute_tensor
+
+            whole = resized(tensor.full_tensor(), dim, values)
+            return distribute_tensor(whole, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
+        parts = [tensor.index_select(dim, torch.tensor(list(keep), dtype=torch.int64, device=tensor.device))]
+        left = size - len(keep)
+        if values is not None:
+            parts.append(values.to(tensor.device, tensor.dtype))
+            left -= count
+        if left:
+            shape = list(tensor.shape)
+            shape[dim] = left
+            parts.append(tensor.new_zeros(shape))
+        return torch.cat(parts, dim)
+
+    with torch.no_grad():
+        shape = parameter.shape
+        gradient = parameter.grad
+        value = resized(parameter.detach(), values=new)
+        if value.shape == shape:
+            parameter.copy_(value)
+            if gradient is not None:
+                gradient.copy_(resized(gradient))
+        else:
+            parameter.grad = None
+            # A graph that is still alive (a loss somebody holds on to) keeps autograd's note of the old shape alive
+            # with it; only a change of dtype makes autograd drop that note.
+            other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
+            parameter.data = torch.empty(0, dtype=other, device=parameter.device)
+            parameter.data = value
+            if gradient is not None:
+                parameter.grad = resized(gradient)
+        for optimizer in known_optimizers():
+            if parameter in optimizer.state:
+                _carry(optimizer, parameter, shape, dim, resized)
+
+
+def _carry(
+    optimizer: torch.optim.Optimizer,
+    parameter: nn.Parameter,
+    shape: torch.Size,
+    dim: int,
+    resized: Callable[..., torch.Tensor],
+) -> None:
+    state: MutableMapping[str, Any] = optimizer.state[parameter]
+    for key, value in list(state.items()):
+        if not isinstance(value, torch.Tensor) or value.ndim == 0 or key in _TABLES:
+            continue
+        if key in _FACTORED and len(shape) == 2:
+            if _FACTORED[key] == dim:
+                # Either the factor alone, or with a dimension of size 1 for the other.
+                state[key] = resized(value, dim if value.ndim == 2 else 0)
+        elif value.shape == shape:
+            number = key.removeprefix("state")
+            if value.dtype == torch.uint8 and f"absmax{number}" in state:
+                _carry_8bit(state, number, resized)
+            else:
+                state[key] = resized(value)
+        elif value.numel() > 1:
+            del optimizer.state[parameter]
+            warnings.warn(
+                f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a parameter of shape "
+                f"{tuple(shape)}, which cannot follow a change of rank; it starts anew with that parameter at every "
+                "adjustment. Use AdamW, SGD, Adafactor or bitsandbytes' optimizers to keep its state.",
+                stacklevel=2,
+            )
+            return
+
+
+def _carry_8bit(state: MutableMapping[str, Any], number: str, resized: Callable[..., torch.Tensor]) -> None:
+    """Let blockwise 8-bit state follow: blocks run across slices, so it is unpacked and packed again."""
+    from bitsandbytes import functional
+
+    packed, absmax, code = (state[f"{name}{number}"] for name in ("state", "absmax", "qmap"))
+    block = next(size for size in (256, 2048, 4096) if -(-packed.numel() // size) == absmax.numel())
+    values = functional.dequantize_blockwise(packed, absmax=absmax, code=code, blocksize=block)
+    packed, how = functional.quantize_blockwise(resized(values).contiguous(), code=code, blocksize=block)
+    state[f"state{number}"], state[f"absmax{number}"] = packed, how.absmax
