@@ -296,6 +296,15 @@ def test_what_a_method_weighed_and_decided_is_kept(folder: Path, rows: Path, tmp
     assert "weighed and measured" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_the_ranks_that_moved_are_kept(folder: Path, rows: Path, tmp_path: Path) -> None:
+    options = {"adjust_start": 2, "adjust_interval": 2, "adjust_end": 8, "adjust_size": 1}
+    finetune(spec(folder, rows, tmp_path / "run", method="pedyra", log_every=1, method_options=options))
+    decided = json.loads((tmp_path / "run" / "decisions.json").read_text())
+    assert sum(row["rank"] for row in decided) == 2 * len(decided)
+    assert len({row["rank"] for row in decided}) > 1
+    assert (tmp_path / "run" / "plots" / "method.png").exists()
+
+
 def test_held_out_data_from_elsewhere(folder: Path, rows: Path, tmp_path: Path) -> None:
     other = tiny.write_jsonl(tmp_path / "held.jsonl", [*tiny.rows(2), {"prompt": "New?", "response": "Yes."}])
     ready = prepare(spec(folder, rows, tmp_path / "run", eval_data=str(other)))

@@ -402,7 +402,14 @@ class Dislora(Method):
             logger.info(
                 "adapter %r: %d task-specific directions chosen in %d matrices after %d optimizer steps, with change "
                 "rates of %.3g to %.3g",
-                *(moment.adapter, len(rates), len(layers), moment.step + 1, float(rates.min()), float(rates.max())),
+                *(
+                    moment.adapter,
+                    len(rates),
+                    len(layers),
+                    moment.step + 1,
+                    float(rates.min()),
+                    float(rates.max()),
+                ),
             )
 
     def _warn_of_long_warmup(self, moment: Moment, warmup: int) -> None:

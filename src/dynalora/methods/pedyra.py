@@ -41,7 +41,7 @@ from transformers.pytorch_utils import Conv1D
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.decomposition import Triplets, decompose
 from dynalora.adapter.layer import AdapterLayer, kaiming
-from dynalora.adapter.method import Method
+from dynalora.adapter.method import Method, Panel
 from dynalora.adapter.ranks import fit
 from dynalora.adapter.register import register
 from dynalora.driver import Driver, drivers_of, layers_of
@@ -487,6 +487,7 @@ class Pedyra(Method):
     title = "PE-DyRA"
     config_class = PedyraConfig
     layer_class = PedyraLayer
+    panels = (Panel("smallest and largest rank", ("pedyra_rank_min", "pedyra_rank_max")),)
 
     def prepare(self, layers: Mapping[str, PedyraLayer], adapter: str, config: PedyraConfig) -> None:  # type: ignore[override]
         """Start at the largest singular triplets of the base weights, with ``init_weights="pissa"``."""
@@ -577,6 +578,10 @@ class Pedyra(Method):
             "next_adjustment": next((step for step in ahead if plan.due(step)), None),
             "total_rank": sum(layer.rank(moment.adapter) for layer in moment.layers),
         }
+
+    def decided(self, layers: Mapping[str, AdapterLayer], adapter: str) -> list[dict[str, Any]]:
+        """The rank that every matrix has come to."""
+        return [{"module": name, "rank": layer.rank(adapter)} for name, layer in layers.items()]
 
 
 def adjustments(model: nn.Module, adapter: str = "default") -> list[Adjustment]:
