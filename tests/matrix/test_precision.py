@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.matrix.rows import Row, every_method, every_row, every_toy, every_transformer
+from tests.matrix.rows import Row, every_method, every_row, every_static_row, every_toy, every_transformer
 from tests.matrix.test_behaviour import adapted_layers, train
 from tests.toys import MLP, TOYS, Toy, assert_same_state, llama, output_of, snapshot
 
@@ -229,6 +229,23 @@ def test_bitsandbytes_linear(row: Row, bits: int) -> None:
             assert torch.equal(forward_on(model, x), expected)
         assert torch.equal(forward_on(model.unload(), x), expected)
         assert_same_state(base, quantised_state)
+
+
+@every_static_row
+def test_merging_into_4_bits_after_use(row: Row) -> None:
+    """A 4-bit layer that has computed before has its weights in another order; merging must know."""
+    toy = TOYS["mlp"]
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = quantised_mlp(4)
+        plain = forward_on(base, x)
+        model = row.adapt(toy, base, init_weights=False)
+        adapted = forward_on(model, x)
+        model.merge_adapter()
+        merged = forward_on(model, x)
+    # What is merged is quantised again: close, but not equal.
+    assert (merged - adapted).norm() < 0.2 * (adapted - plain).norm() + 0.1 * plain.norm()
 
 
 def forward_on(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

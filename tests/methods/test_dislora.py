@@ -22,6 +22,7 @@ from dynalora.adapter import decomposition
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.errors import ConfigError, TrainingError
 from dynalora.methods import dislora
+from tests.matrix.test_precision import quantised_mlp
 from tests.reference import dislora as reference
 from tests.toys import TOYS
 
@@ -631,3 +632,23 @@ def test_half_precision_base_keeps_factors_in_full() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.isfinite(model(torch.randn(2, 12).bfloat16())).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_weights_are_decomposed_as_they_act(bits: int) -> None:
+    """The triplets are those of the weight that the quantised layer multiplies by, not of its packed numbers."""
+    model = quantised_mlp(bits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        acting = (model.second(torch.eye(64))).detach().t()  # no bias
+        model = peft.get_peft_model(model, DisloraConfig(r=3, target_modules=["second"]))
+    layer = next(module for module in model.modules() if isinstance(module, AdapterLayer))
+    have = tensors(layer)
+    sigma = reference.decompose(acting)[1]
+    size = float(sigma[0])
+    torch.testing.assert_close(have["sigma"].double(), sigma[-3:], atol=2e-2 * size, rtol=0)
+    # The layer multiplies within its own rounding; 8 bits quantise the input as well.
+    moved = (have["up"].t() @ acting @ have["down"].t()).double()
+    torch.testing.assert_close(moved, torch.diag(have["sigma"]).double(), atol=2e-2 * size, rtol=0)
+    full = reference.decompose(layer.base_matrix())[1]
+    torch.testing.assert_close(have["sigma"].double(), full[-3:], atol=1e-5 * size, rtol=0)

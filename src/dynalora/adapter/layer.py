@@ -424,6 +424,19 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         known = role in self.frozen_roles or role in self.running_roles
         return self.buffer(role, adapter) if known and self.has_buffer(role, adapter) else None
 
+    def get_base_weight(self) -> torch.Tensor:
+        """The base layer's weight in its own layout, dequantised if need be."""
+        base = self.get_base_layer()
+        state = getattr(getattr(base, "weight", None), "quant_state", None)
+        if not getattr(state, "packing_format_for_cpu", False):
+            return super().get_base_weight()
+        # For the CPU, bitsandbytes packs 4-bit weights anew at their first call, in an order that its dequantisation
+        # does not know: it would return wrong numbers. What the layer makes of unit vectors is right in any order.
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            columns: torch.Tensor = base(torch.eye(self.in_features))
+            bias = getattr(base, "bias", None)
+            return (columns if bias is None else columns - bias.to(columns)).t().contiguous()
+
     def base_matrix(self) -> torch.Tensor:
         """The base layer's weight as a matrix (out, in), dequantised if need be."""
         weight = self.get_base_weight().detach()
