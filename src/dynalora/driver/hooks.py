@@ -191,13 +191,8 @@ def _make_plan(optimizer: Optimizer, stamp: object) -> _Plan:
 
 def _find_lead(driver: Driver) -> weakref.ref[nn.Module] | None:
     """The layer that carries an adapter's clock, when another optimizer owns its parameters."""
-    for layer in list(_layers):
-        if (
-            cast(Any, layer).drivers.get(driver.adapter) is driver
-            and cast(Any, layer).progress(driver.adapter) is not None
-        ):
-            return weakref.ref(layer)
-    return None
+    carriers = (layer for layer in layers_of(driver) if layer.progress(driver.adapter) is not None)
+    return next(map(weakref.ref, carriers), None)
 
 
 def _plan_for(optimizer: Optimizer) -> _Plan:
@@ -435,8 +430,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
 
 def layers_of(driver: Driver) -> list[Any]:
     """All layers of an adapter in model order, whichever optimizers own their parameters."""
-    found = [layer for layer in cast(Any, list(_layers)) if driver in layer.drivers.values()]
-    return sorted(found, key=lambda layer: layer.order)
+    return next((layers for other, layers in _all_drivers() if other is driver), [])
 
 
 def known_optimizers() -> list[Optimizer]:

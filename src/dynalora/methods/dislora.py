@@ -336,11 +336,13 @@ class Dislora(Method):
         warmup = config.warmup(moment.total_steps)
         if warmup is not None and moment.step < warmup:
             self._warn_of_long_warmup(moment, warmup)
-            for layer in moment.layers:
-                # There are no directions to weigh yet. Zero gradients would leave the optimizer with wrong averages.
-                weight = layer.parameter("tsd_weight", moment.adapter)
-                if moment.awaits(weight) and not layer.has_directions(moment.adapter):
-                    weight.grad = None
+            if not moment.all_layers[0].has_directions(
+                moment.adapter
+            ):  # all layers get theirs at the same time
+                for weight in (layer.parameter("tsd_weight", moment.adapter) for layer in moment.layers):
+                    # There is nothing to weigh yet. Zero gradients would leave the optimizer with wrong averages.
+                    if moment.awaits(weight):
+                        weight.grad = None
         if config.ortho_weight == 0:
             return
         if "weights" not in moment.shared:
