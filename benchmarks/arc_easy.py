@@ -1,7 +1,7 @@
 """Fine-tune SmolLM2-135M-Instruct on ARC-Easy with one adapter after another: what it learns and what it forgets.
 
     python benchmarks/arc_easy.py --data FOLDER --output FOLDER --method lora --lr 5e-4 --seeds 0,1,2
-    python benchmarks/arc_easy.py --data FOLDER --output FOLDER --method disel --set gate_bias=-2 --label disel-b2
+    python benchmarks/arc_easy.py --data FOLDER --output FOLDER --method disel --set gate_bias_init=-2 --label disel-b2
     python benchmarks/arc_easy.py --output FOLDER --table
 
 FOLDER of --data holds commonsense/ARC-Easy.{train,dev}.jsonl.gz (as in LLM-Adapters) and text/wikitext2.valid.txt.gz.
@@ -10,8 +10,10 @@ its own, and leaves OUTPUT/<label>_seed<seed>_lr<lr>.json. A finished cell is no
 stop the others.
 
 The model learns to answer the bare question with the right option's text (loss on the answer and its end-of-turn token)
-and is measured by option likelihood on the dev split. Forgetting is measured on WikiText against the untouched base
-model, loaded afresh: some methods (PiSSA) change the base weights, which switching the adapter off does not undo.
+and is measured by option likelihood on the dev split. There is no system message, and training questions of more than
+64 tokens are left out, since padding to them would cost as much as all others. Forgetting is measured on WikiText
+against the untouched base model, loaded afresh: some methods (PiSSA) change the base weights, which switching the
+adapter off does not undo.
 """
 
 from __future__ import annotations
