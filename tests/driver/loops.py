@@ -67,7 +67,7 @@ def pedyra(**options: Any) -> dynalora.PedyraConfig:
         "adjust_size": 2,
         "init_weights": False,
     }
-    return dynalora.PedyraConfig(**{**defaults, **options})
+    return dynalora.PedyraConfig(**{"match_step": False, **defaults, **options})
 
 
 CONFIGS = {"dira": dira, "disel": disel, "dislora": dislora, "pedyra": pedyra}

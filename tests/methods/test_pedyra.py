@@ -56,7 +56,9 @@ def chain(
         "adjust_size": 2,
         "total_steps": 10,
     }
-    model = peft.get_peft_model(Chain().to(dtype), PedyraConfig(**{**defaults, **options}))
+    model = peft.get_peft_model(
+        Chain().to(dtype), PedyraConfig(**{"match_step": False, **defaults, **options})
+    )
     return model, layers_of(model)
 
 
@@ -671,7 +673,9 @@ def dora(toy_name: str = "llama", base: nn.Module | None = None, **options: Any)
         "adjust_end": 6,
         "adjust_size": 2,
     }
-    return peft.get_peft_model(base or toy.build(), PedyraConfig(**{**defaults, **options})).eval()
+    return peft.get_peft_model(
+        base or toy.build(), PedyraConfig(**{"match_step": False, **defaults, **options})
+    ).eval()
 
 
 def fit_dora(model: nn.Module, toy_name: str = "llama", steps: int = 5) -> None:
@@ -901,3 +905,16 @@ def test_ranks_move_on_a_4_bit_base(use_dora: bool, tmp_path: Path) -> None:
         assert all(torch.equal(t, saved[n]) for n, t in peft.get_peft_model_state_dict(loaded).items())
         # On a CPU bitsandbytes unpacks its weights to save them and packs them anew, which rounds them again.
         torch.testing.assert_close(forward_on(loaded, x), trained, atol=0.03, rtol=0)
+
+
+def test_a_matched_step_gives_e_a_rate_of_its_own() -> None:
+    toy = TOYS["llama"]
+    model = peft.get_peft_model(
+        toy.build(), PedyraConfig(r=4, alpha=8, target_modules=["q_proj", "down_proj"])
+    )
+    groups = dynalora.param_groups(model, lr=1.0)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for layer in layers_of(model):
+        exact = 2 / 3**0.5 * layer.out_features**0.5 / 2.0  # LoRA's step, by s = 2
+        assert 2**-0.5 <= rates[id(layer.parameter("e", "default"))] / exact <= 2**0.5
+        assert rates[id(layer.parameter("up", "default"))] == 1.0

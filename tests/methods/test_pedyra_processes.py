@@ -54,7 +54,7 @@ def config(**options: Any) -> PedyraConfig:
         "adjust_size": 3,
         "total_steps": STEPS,
     }
-    return PedyraConfig(**{**defaults, **options})
+    return PedyraConfig(**{"match_step": False, **defaults, **options})
 
 
 def batch(step: int) -> torch.Tensor:

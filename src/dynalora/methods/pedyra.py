@@ -78,6 +78,9 @@ class PedyraConfig(AdapterConfig):
         max_rank: The largest rank that a matrix can reach; None sets no limit. Where shapes must not change
             (distributed training, or whenever this is given) memory for it is reserved.
         seed: Seed of the new directions, and of random importance.
+        match_step: Multiply e's learning rate, matrix by matrix, so that a step moves the model's function about as far
+            as LoRA's (alpha = 2r) would with the optimizer's learning rate. False takes the optimizer's for all, as in
+            the paper, which needs many more steps.
         use_dora: Train the norms of the adapted weight's rows apart from their directions (DoRA, Liu et al., 2024).
         init_weights: True starts as the base model with small random factors; ``"pissa"`` starts as the base model with
             the weight's own largest singular triplets (Meng et al., 2024); False with a random update, for tests.
@@ -107,6 +110,10 @@ class PedyraConfig(AdapterConfig):
     )
     max_rank: int | None = field(default=None, metadata={"help": "Largest rank that a matrix can reach."})
     seed: int = field(default=0, metadata={"help": "Seed of the new directions."})
+    match_step: bool = field(
+        default=True,
+        metadata={"help": "Scale e's learning rate so that a step moves the function like LoRA's."},
+    )
     use_dora: bool = field(
         default=False, metadata={"help": "Train the norms of the weight's rows apart from their directions."}
     )
@@ -509,9 +516,21 @@ class Pedyra(Method):
         for layer, largest in zip(layers.values(), found, strict=True):
             layer.start_from(adapter, largest)
 
-    def optimizer_overrides(self, config: PedyraConfig, *_: Any) -> dict[str, OptimizerOverride]:
-        """No weight decay on DoRA's magnitudes, which start at the base weight's."""
-        return {"magnitude": OptimizerOverride(weight_decay=0.0)} if config.use_dora else {}
+    def optimizer_overrides(
+        self, config: PedyraConfig, layer: AdapterLayer, adapter: str
+    ) -> dict[str, OptimizerOverride]:
+        """A rate for e that matches LoRA's steps; no weight decay on DoRA's magnitudes, which start at the base's.
+
+        An optimizer such as Adam moves every entry by about the learning rate, η. A component of LoRA's function
+        (alpha = 2r) then moves by 2·η·√out / √3 in its first step; here by s·η through e, once the factors have
+        length 1. The factors themselves move the function by as much as e has grown.
+        """
+        rules = {"magnitude": OptimizerOverride(weight_decay=0.0)} if config.use_dora else {}
+        if config.match_step:
+            multiple = 2 / math.sqrt(3) * math.sqrt(layer.out_features) / layer.scaling[adapter]
+            # Powers of two, so that matrices of like size step in one group.
+            rules["e"] = OptimizerOverride(lr_multiplier=2.0 ** round(math.log2(multiple)))
+        return rules
 
     def needs_total_steps(self, config: PedyraConfig) -> bool:
         """Fractions of the run need its length."""
