@@ -273,6 +273,21 @@ def test_the_loss_of_another_model_is_not_taken() -> None:
     assert model_metrics(model)["dislora_task_loss"] == pytest.approx(float(loss), rel=1e-6)
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_two_models_in_turns_take_their_own_losses(set_to_none: bool) -> None:
+    """Gradients that a step or their clearing has written to were not made by the other model's loss."""
+    models = [model_of([(4, 5)], seed=seed)[0] for seed in (0, 1)]
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in models]
+    x = torch.randn(8, 5, dtype=torch.float64)
+    for _ in range(3):
+        for factor, model, optimizer in zip((1, 1000), models, optimizers, strict=True):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            loss = factor * model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            assert model_metrics(model)["dislora_task_loss"] == pytest.approx(float(loss), rel=1e-6)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_the_loss_is_seen_through_gradient_checkpointing(reentrant: bool) -> None:
     model, _ = model_of([(4, 5), (3, 4)])

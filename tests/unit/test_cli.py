@@ -12,7 +12,7 @@ import yaml
 from dynalora import __version__
 from dynalora.cli.main import app
 from dynalora.experiments import demo, finetune
-from dynalora.experiments.finetune import adapter_config
+from dynalora.experiments.finetune import adapter_config, method_names
 from tests.unit import tiny
 from tests.unit.program import Program
 
@@ -59,6 +59,12 @@ def test_help_of_a_command_teaches_with_an_example(name: str, program: Program) 
     assert f"dynalora {name} " in shown.out.split("Example", 1)[1]
     assert "--config" in shown.out
     assert "\x1b" not in shown.out
+
+
+def test_help_of_finetune_names_every_method(program: Program) -> None:
+    shown = program("finetune", "--help")
+    for name in method_names():
+        assert name in shown.out
 
 
 def test_no_arguments_show_help(program: Program) -> None:

@@ -151,11 +151,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def buffer(self, role: str, adapter: str) -> torch.Tensor:
         """The frozen tensor of a role of an adapter."""
-        return cast(torch.Tensor, getattr(self, f"{self.method_name}_{role}")[adapter])
+        return cast(torch.Tensor, self._buffers_of(role)[adapter])
 
     def has_buffer(self, role: str, adapter: str) -> bool:
         """Whether an adapter has a frozen tensor of this role."""
-        return adapter in getattr(self, f"{self.method_name}_{role}")
+        return adapter in self._buffers_of(role)
 
     def saved_tensors(self, adapter: str) -> dict[str, torch.Tensor]:
         """All tensors of an adapter in this layer by role, trained and frozen, without those of the lead."""
@@ -164,14 +164,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         }
         return {**self.adapter_parameters(adapter), **frozen}
 
-    def lead(self, role: str, adapter: str) -> torch.Tensor | None:
-        """A tensor of the adapter as a whole, if this layer carries it."""
-        carried = getattr(self, f"{self.method_name}_{role}")
-        return cast(torch.Tensor, carried[adapter]) if adapter in carried else None
-
     def progress(self, adapter: str) -> torch.Tensor | None:
         """The adapter's saved clock, int64 ``[step, total_steps]``, if this layer carries it."""
-        return self.lead("progress", adapter)
+        return self.running("progress", adapter)
 
     def become_lead(self, adapter: str) -> None:
         """Let this layer carry what belongs to the adapter as a whole."""
@@ -186,7 +181,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return cast(BufferDict, getattr(self, f"{self.method_name}_{role}"))
 
     def running(self, role: str, adapter: str) -> torch.Tensor | None:
-        """A buffer of `running_roles` of an adapter, or None while there is none."""
+        """A buffer of an adapter that is not always there (`running_roles`, `lead_roles`), or None."""
         buffers = self._buffers_of(role)
         return cast(torch.Tensor, buffers[adapter]) if adapter in buffers else None
 
@@ -243,7 +238,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.drivers[adapter] = driver
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-        invalidate()
+        track(self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from this layer."""
@@ -422,7 +417,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def _frozen(self, role: str, adapter: str) -> torch.Tensor | None:
         known = role in self.frozen_roles or role in self.running_roles
-        return self.buffer(role, adapter) if known and self.has_buffer(role, adapter) else None
+        return self.running(role, adapter) if known else None
 
     def get_base_weight(self) -> torch.Tensor:
         """The base layer's weight in its own layout, dequantised if need be."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dynalora.cli.shared import ConfigOption, after_imports, complain, console, settings
+from dynalora.methods import method_names
 
 _JOB, _DATA, _METHOD, _TRAINING, _RUN = "Model, data, result", "Data in detail", "Method", "Training", "Run"
 
@@ -31,7 +32,7 @@ def finetune(
         str | None, _option("--output", "-o", help="Run folder: new or empty.", panel=_JOB)
     ] = None,
     method: Annotated[
-        str | None, _option("--method", help="dira, disel or lora. \\[disel]", panel=_METHOD)
+        str | None, _option("--method", help=f"{', '.join(method_names())} or lora. \\[disel]", panel=_METHOD)
     ] = None,
     r: Annotated[
         int | None, _option("--rank", "-r", help="Rank of the adapter. \\[16]", panel=_METHOD)

@@ -27,7 +27,7 @@ from torch.optim.optimizer import (
 )
 
 from dynalora.driver.driver import Driver, OptimizerOverride
-from dynalora.driver.losses import listen, made_gradients
+from dynalora.driver.losses import Gradients, watch_backward
 
 # A parameter group with this key already follows the adapter's rules (see `param_groups`), and is left as it is.
 GROUP_MARK = "dynalora"
@@ -35,35 +35,35 @@ GROUP_MARK = "dynalora"
 _layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _plans: weakref.WeakKeyDictionary[Optimizer, _Plan] = weakref.WeakKeyDictionary()
 _generation = 0
-_listening = False
 
 
 def track(layer: nn.Module) -> None:
-    """Make an adapted layer known to the optimizer hooks (weakly)."""
+    """Make an adapted layer, or a change of its adapters, known to the optimizer hooks (weakly)."""
     _layers.add(layer)
+    if any(driver.needs_task_loss for driver in cast(Any, layer).drivers.values()):
+        watch_backward(_note_gradients, _tell_drivers)
     invalidate()
 
 
 def invalidate() -> None:
     """Look all optimizers up anew at their next step, because layers, adapters or parameters have changed."""
-    global _generation, _listening
+    global _generation
     _generation += 1
-    if not _listening and any(
-        driver.needs_task_loss
-        for layer in _layers
-        for driver in cast(Any, layer).__dict__.get("drivers", {}).values()
-    ):
-        _listening = True
-        listen(_tell_drivers)
 
 
-def _tell_drivers(loss: torch.Tensor) -> None:
-    """Tell the drivers that need it of a loss which made gradients of their adapters."""
-    for driver, layers in _all_drivers():
-        if driver.needs_task_loss:
-            made, anew = made_gradients(layers, driver.adapter)
-            if made:
-                driver.saw_loss(loss, anew)
+def _note_gradients() -> list[tuple[Driver, Gradients]]:
+    return [
+        (driver, Gradients(layers, driver.adapter))
+        for driver, layers in _all_drivers()
+        if driver.needs_task_loss
+    ]
+
+
+def _tell_drivers(loss: torch.Tensor, noted: list[tuple[Driver, Gradients]]) -> None:
+    """Tell the drivers whose adapters got gradients from this loss."""
+    for driver, gradients in noted:
+        if gradients.made():
+            driver.saw_loss(loss, anew=not gradients.begun)
 
 
 def _all_drivers() -> list[tuple[Driver, list[Any]]]:

@@ -12,24 +12,27 @@ Only values are read, and no device is waited for.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-_listeners: list[Callable[[torch.Tensor], None]] = []
+_watching = False
 _running = False
 
 
-def listen(listener: Callable[[torch.Tensor], None]) -> None:
-    """Have a function called with every scalar that ``backward`` was called on, after its gradients are there."""
-    if not _listeners:
-        _wrap_backward()
-    _listeners.append(listener)
+def watch_backward(before: Callable[[], Any], after: Callable[[torch.Tensor, Any], None]) -> None:
+    """Have functions called around every ``backward`` on a scalar; the first call counts, others do nothing.
 
-
-def _wrap_backward() -> None:
+    Args:
+        before: Called before the gradients are made.
+        after: Called when they are there, with the scalar and with what ``before`` returned.
+    """
+    global _watching
+    if _watching:
+        return
+    _watching = True
     backward = torch.autograd.backward
 
     @functools.wraps(backward)
@@ -38,6 +41,7 @@ def _wrap_backward() -> None:
         if _running:  # gradient checkpointing calls backward on parts of the graph, from within
             backward(*args, **kwargs)
             return
+        noted = before()
         _running = True
         try:
             backward(*args, **kwargs)
@@ -46,36 +50,33 @@ def _wrap_backward() -> None:
         tensors = args[0] if args else kwargs.get("tensors")
         loss = tensors if isinstance(tensors, torch.Tensor) else next(iter(tensors or ()), None)
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:
-            for listener in _listeners:
-                listener(loss.detach())
+            after(loss.detach(), noted)
 
     torch.autograd.backward = and_tell
 
 
-def made_gradients(layers: list[Any], adapter: str) -> tuple[bool, bool]:
-    """Whether gradients of an adapter's weights were made since the last call, and whether they were begun anew.
+class Gradients:
+    """The gradients of an adapter's weights as they stand, one of each layer, to see whether a call makes any."""
 
-    Args:
-        layers: The adapter's layers.
-        adapter: Its name.
+    def __init__(self, layers: Iterable[Any], adapter: str) -> None:
+        self._parameters = [tuple(layer.adapter_parameters(adapter).values()) for layer in layers]
+        # The tensors are held, so that no new one can be taken for one that is gone.
+        self._before = [_some_gradient(own) for own in self._parameters]
+        self._versions = [None if one is None else one._version for one in self._before]
 
-    Returns:
-        Whether any gradient is new or was added to; and whether none of them is the continuation of one seen before.
-    """
-    made, anew = False, True
-    for layer in layers:
-        gradient = _some_gradient(layer.adapter_parameters(adapter))
-        if gradient is None:
-            continue
-        # A tensor that was written to has another version; one made since has no mark.
-        seen = getattr(gradient, "_dynalora_seen", None)
-        if seen is not None:
-            anew = False
-        if seen != gradient._version:
-            made = True
-            gradient._dynalora_seen = gradient._version  # type: ignore[attr-defined]
-    return made, anew
+    def made(self) -> bool:
+        """Whether any gradient is new or was written to since."""
+        now = (_some_gradient(own) for own in self._parameters)
+        return any(
+            one is not None and (one is not before or one._version != version)
+            for one, before, version in zip(now, self._before, self._versions, strict=True)
+        )
+
+    @property
+    def begun(self) -> bool:
+        """Whether there were gradients already, which a call would add to."""
+        return any(one is not None for one in self._before)
 
 
-def _some_gradient(parameters: dict[str, nn.Parameter]) -> torch.Tensor | None:
-    return next((p.grad for p in parameters.values() if p.grad is not None), None)
+def _some_gradient(parameters: Iterable[nn.Parameter]) -> torch.Tensor | None:
+    return next((p.grad for p in parameters if p.grad is not None), None)

@@ -231,16 +231,20 @@ def export_ranks(source: str, path: str) -> dict[str, Any]:
         CheckpointError: The folder holds no whole adapter of dynalora.
         DynaloraError: The file exists.
     """
-    pattern = rank_pattern(load_without_base(source))
+    model = load_without_base(source)
+    pattern = rank_pattern(model)
     if os.path.exists(path):
         raise DynaloraError(f"{path} already exists; choose another file for the ranks.")
-    names = [key.removeprefix("^").replace("\\", "") for key in pattern]
     settled = {
         "r": Counter(pattern.values()).most_common(1)[0][0],
         "rank_pattern": pattern,
-        "target_modules": names,
+        "target_modules": [layer.name for layer in model.modules() if isinstance(layer, AdapterLayer)],
     }
-    Path(path).write_text(json.dumps(settled, indent=2) + "\n", encoding="utf-8")
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    beside.write_text(json.dumps(settled, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, target)
     return settled
 
 

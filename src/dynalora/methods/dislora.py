@@ -632,7 +632,7 @@ def _scale(gradients: Sequence[torch.Tensor], weight: torch.Tensor | float) -> N
 def _balance(moment: Moment) -> torch.Tensor | None:
     """The lead's note of the losses and their weights."""
     for layer in moment.all_layers or moment.layers:
-        balance: torch.Tensor | None = layer.lead("balance", moment.adapter)
+        balance: torch.Tensor | None = layer.running("balance", moment.adapter)
         if balance is not None:
             return balance
     return None
