@@ -45,10 +45,6 @@ from dynalora.experiments.settings import named_values
 from dynalora.progress import Progress, rich_progress
 
 BASE = "base"  # no adapter and no training: what the others are compared with
-PEFT_METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"alpha_per_rank": 2, "options": {}},
-    "pissa": {"alpha_per_rank": 1, "options": {"init_lora_weights": "pissa"}},
-}
 # ChatML without the model's default system message, which would be a third of all tokens.
 PLAIN_CHAT = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -208,13 +204,7 @@ def _config(cell: Cell) -> Any:
     options = dict(cell.options)
     common: dict[str, Any] = {"r": cell.r, "alpha": cell.alpha}
     common |= {name: options.pop(name) for name in COMMON if name in options}
-    method = cell.method
-    if method in PEFT_METHODS:
-        preset = PEFT_METHODS[method]
-        if common["alpha"] is None:
-            common["alpha"] = preset["alpha_per_rank"] * common["r"]
-        options, method = {**preset["options"], **options}, "lora"
-    return adapter_config(method, **common, options=options)
+    return adapter_config(cell.method, **common, options=options)
 
 
 def _key(question: str) -> str:
@@ -460,7 +450,12 @@ def _arguments() -> argparse.Namespace:
     add("--data", type=Path, help="folder with commonsense/ and text/")
     add("--output", type=Path, required=True, help="folder of the results")
     add("--table", action="store_true", help="print the results as a Markdown table and run nothing")
-    add("--method", action="append", default=[], help="base, lora, pissa or a method of dynalora; repeatable")
+    add(
+        "--method",
+        action="append",
+        default=[],
+        help="base, a method of dynalora, or one of PEFT's (lora, adalora, pissa, …); repeatable",
+    )
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the configuration")
     add("--label", help="name of the variant (default: the method)")
     add("--lr", default="5e-4", help="learning rates, separated by commas")
@@ -471,7 +466,7 @@ def _arguments() -> argparse.Namespace:
     add("--warmup", type=float, default=0.05, help="part of the steps")
     add("--weight-decay", type=float, default=0.0)
     add("--r", type=int, default=16)
-    add("--alpha", type=float, help="default: 2r for lora, r for pissa, else the method's own")
+    add("--alpha", type=float, help="default: the method's own")
     add("--questions", type=int, default=500, help="dev questions to measure on")
     add("--wikitext-tokens", type=int, default=8192)
     add("--window", type=int, default=256, help="tokens of WikiText seen at once")
@@ -494,7 +489,7 @@ def main() -> int:
             write_atomic(arguments.output / cell.file, json.dumps(result, indent=1) + "\n")
             return 0
         if not arguments.method:
-            raise ConfigError("--method is missing; give base, lora, pissa or a method of dynalora.")
+            raise ConfigError("--method is missing; give base, lora, adalora, pissa or a method of dynalora.")
         return 1 if run_cells(_cells(arguments), arguments, console) else 0
     except DynaloraError as error:
         console.print(f"Error: {error}", style="red", highlight=False, markup=False)

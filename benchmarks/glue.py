@@ -28,11 +28,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import dynalora
 from dynalora.errors import DataError
+from dynalora.experiments.baselines import BASELINES, driver_of
 from dynalora.experiments.run_folder import write_atomic
 from dynalora.experiments.settings import named_values
 from dynalora.methods import METHODS, config_class
-
-PEFT_METHODS = ("lora", "adalora")
 
 
 def rows_of(folder: Path, task: str, split: str) -> list[dict[str, Any]]:
@@ -47,20 +46,14 @@ def rows_of(folder: Path, task: str, split: str) -> list[dict[str, Any]]:
 
 def adapter(method: str, given: argparse.Namespace, seed: int) -> Any:
     """The configuration of a method."""
-    common = {"r": given.r, "target_modules": "all-linear", "task_type": "SEQ_CLS"}
+    common: dict[str, Any] = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
     options = named_values(given.set or [])
-    if method == "lora":
-        return peft.LoraConfig(**common, lora_alpha=2 * given.r, **options)
-    if method == "adalora":
-        begin, end = round(0.1 * given.steps), round(0.3 * given.steps)
-        return peft.AdaLoraConfig(
-            **{key: value for key, value in common.items() if key != "r"}, target_r=given.r,
-            init_r=round(1.5 * given.r), tinit=begin, tfinal=end, deltaT=10, total_step=given.steps,
-            lora_alpha=2 * given.r, **options,
-        )  # fmt: skip
+    if method in BASELINES:
+        baseline = BASELINES[method]
+        return baseline.config(**{**common, **baseline.fields(given.r, None, 0.0), **options})
     if method not in METHODS:
-        raise SystemExit(f"--method {method}: choose from {', '.join([*METHODS, *PEFT_METHODS])}.")
-    return config_class(method)(**common, total_steps=given.steps, **options)
+        raise SystemExit(f"--method {method}: choose from {', '.join([*METHODS, *BASELINES])}.")
+    return config_class(method)(**common, r=given.r, total_steps=given.steps, **options)
 
 
 def run(method: str, seed: int, lr: float, given: argparse.Namespace) -> dict[str, Any]:
@@ -78,6 +71,7 @@ def run(method: str, seed: int, lr: float, given: argparse.Namespace) -> dict[st
         )
         return {**made, "labels": torch.tensor([int(row["label"]) for row in rows])}
 
+    driver = driver_of(model, given.steps)
     order = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
     warm = max(1, round(0.06 * given.steps))
@@ -94,8 +88,8 @@ def run(method: str, seed: int, lr: float, given: argparse.Namespace) -> dict[st
         loss = model(**inputs).loss
         loss.backward()
         optimizer.step()
-        if method == "adalora":
-            model.base_model.update_and_allocate(step)
+        if driver is not None:
+            driver(step)
         optimizer.zero_grad()
         schedule.step()
         seconds.append(time.perf_counter() - began)
@@ -172,7 +166,11 @@ def main() -> None:
     parser.add_argument(
         "--task", default="sst2", help="sst2 or cola, or any other two-class file of that form"
     )
-    parser.add_argument("--method", action="append", help="lora, adalora or a method of dynalora; repeatable")
+    parser.add_argument(
+        "--method",
+        action="append",
+        help="a method of dynalora, or one of PEFT's (lora, adalora, …); repeatable",
+    )
     parser.add_argument("--set", action="append", metavar="FIELD=VALUE", help="a field of the configuration")
     parser.add_argument("--label", help="name of the variant (default: the method)")
     parser.add_argument("--lr", type=float, default=1e-3)

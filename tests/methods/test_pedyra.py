@@ -907,14 +907,43 @@ def test_ranks_move_on_a_4_bit_base(use_dora: bool, tmp_path: Path) -> None:
         torch.testing.assert_close(forward_on(loaded, x), trained, atol=0.03, rtol=0)
 
 
-def test_a_matched_step_gives_e_a_rate_of_its_own() -> None:
+@pytest.mark.parametrize("alpha", [4, 8])
+def test_a_matched_step_goes_as_far_as_loras(alpha: int) -> None:
+    """At the start a step of e, and with |e| = 1/4 a step of up, beside a first step of LoRA (alpha = 2r)."""
     toy = TOYS["llama"]
     model = peft.get_peft_model(
-        toy.build(), PedyraConfig(r=4, alpha=8, target_modules=["q_proj", "down_proj"])
+        toy.build(), PedyraConfig(r=4, alpha=alpha, target_modules=["q_proj", "down_proj"])
     )
-    groups = dynalora.param_groups(model, lr=1.0)
+    groups = dynalora.param_groups(model, lr=1e-3)
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     for layer in layers_of(model):
-        exact = 2 / 3**0.5 * layer.out_features**0.5 / 2.0  # LoRA's step, by s = 2
-        assert 2**-0.5 <= rates[id(layer.parameter("e", "default"))] / exact <= 2**0.5
-        assert rates[id(layer.parameter("up", "default"))] == 1.0
+        s = layer.scaling["default"]
+        down, up = (layer.parameter(role, "default").detach() for role in ("down", "up"))
+        # One entry's step of a component of LoRA: up moves by η everywhere, down's rows have length 1/√3.
+        lora = 2 * 1e-3 * layer.out_features**0.5 / 3**0.5
+        by_e = s * rates[id(layer.parameter("e", "default"))] * down.norm(dim=1) * up.norm(dim=0)
+        torch.testing.assert_close(by_e, by_e.mean().expand(4), rtol=1e-5, atol=0)
+        assert 2**-0.5 <= float(by_e[0]) / (4 * lora) <= 2**0.5
+        by_up = s * 0.25 * rates[id(layer.parameter("up", "default"))] * layer.out_features**0.5
+        assert 2**-0.5 <= by_up / (lora * 3**0.5 / 2) <= 2**0.5
+        assert rates[id(layer.parameter("down", "default"))] == 1e-3
+
+
+@pytest.mark.parametrize("r", [3, 9])
+def test_directions_start_orthonormal_or_as_in_the_paper(r: int) -> None:
+    base = torch.nn.Sequential(torch.nn.Linear(400, 7))
+    layer = next(iter(layers_of(peft.get_peft_model(base, PedyraConfig(r=r, target_modules=["0"])))))
+    down, up, e = (layer.parameter(role, "default").detach() for role in ("down", "up", "e"))
+    assert not e.any()
+    torch.testing.assert_close(down @ down.t(), torch.eye(r), atol=1e-5, rtol=0)
+    torch.testing.assert_close(up.norm(dim=0), torch.ones(r))
+    if r <= 7:
+        torch.testing.assert_close(up.t() @ up, torch.eye(r), atol=1e-5, rtol=0)
+    base = torch.nn.Sequential(torch.nn.Linear(400, 300))
+    config = PedyraConfig(r=r, target_modules=["0"], init_weights=True)
+    layer = next(iter(layers_of(peft.get_peft_model(base, config))))
+    for role in ("down", "up"):
+        factor = layer.parameter(role, "default").detach()
+        assert float(factor.std()) == pytest.approx(0.02, rel=0.1)
+        assert abs(float(factor.mean())) < 0.003
+    assert not layer.parameter("e", "default").any()

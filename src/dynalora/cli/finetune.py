@@ -32,7 +32,12 @@ def finetune(
         str | None, _option("--output", "-o", help="Run folder: new or empty.", panel=_JOB)
     ] = None,
     method: Annotated[
-        str | None, _option("--method", help=f"{', '.join(method_names())} or lora. \\[disel]", panel=_METHOD)
+        str | None,
+        _option(
+            "--method",
+            help=f"{', '.join(method_names())}; PEFT's lora, rslora, dora, pissa or adalora. \\[disel]",
+            panel=_METHOD,
+        ),
     ] = None,
     r: Annotated[
         int | None, _option("--rank", "-r", help="Rank of the adapter. \\[16]", panel=_METHOD)

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from dynalora.errors import ConfigError
+from dynalora.experiments.baselines import BASELINES, driver_of
 from dynalora.experiments.finetune import (
     adapter_config,
     check_targets,
@@ -167,12 +168,14 @@ class _Contestant:
 
         self.name, self.method = name, method
         torch.manual_seed(spec.seed)
-        options = {} if method == REFERENCE else {"total_steps": spec.warmup + spec.rounds + 2}
+        steps = spec.warmup + spec.rounds + 2
+        options = {} if method in BASELINES else {"total_steps": steps}
         config = adapter_config(
             method, r=spec.r, alpha=2.0 * spec.r, target_modules=spec.target_modules, options=options
         )
         self.model: PeftModel = peft.get_peft_model(sharing_copy(base), config)
         self.model.train()
+        self.driver, self.taken = driver_of(self.model, steps), 0
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.trainable = sum(parameter.numel() for parameter in trained)
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
@@ -186,6 +189,9 @@ class _Contestant:
         loss.backward()
         marks.append(_now(tokens.device))
         self.optimizer.step()
+        if self.driver is not None:
+            self.driver(self.taken)
+        self.taken += 1
         self.optimizer.zero_grad(set_to_none=True)
         marks.append(_now(tokens.device))
         if record:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 import yaml
+from peft import PeftConfig
 from rich.console import Console
 from torch import nn
 
@@ -24,6 +25,7 @@ from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method
 from dynalora.errors import ConfigError, DynaloraError
 from dynalora.experiments import data, plots
+from dynalora.experiments.baselines import BASELINES
 from dynalora.experiments.data import Fields
 from dynalora.experiments.report import Cell, Figure, Report, Section, Table, rich_table, write_report
 from dynalora.experiments.run_folder import RunFolder
@@ -42,7 +44,7 @@ from dynalora.methods import METHODS
 from dynalora.progress import Progress, rich_progress, silent
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
@@ -80,7 +82,7 @@ class FinetuneSpec(TrainSettings):
         data: id of a data set on the Hub, a file, or a folder; see
             [`load_conversations`][dynalora.experiments.data.load_conversations].
         output: the run folder, new or empty.
-        method: `dira`, `disel`, or `lora` (PEFT's LoRA, to compare with).
+        method: one of [`method_names`][dynalora.experiments.finetune.method_names]; some are PEFT's.
         r: rank of the adapter.
         alpha: the update is scaled by alpha / r; None: the method's default (twice the rank for `lora`).
         dropout: on the adapter's input, in [0, 1).
@@ -185,10 +187,10 @@ def names_or_pattern(targets: list[str] | str) -> list[str] | str:
 
 
 def method_names() -> list[str]:
-    """Methods that can be trained, PEFT's LoRA among them."""
+    """Methods that can be trained: dynalora's, and PEFT's to compare with."""
     from dynalora import methods
 
-    return [*methods.method_names(), BASELINE]
+    return [*methods.method_names(), *BASELINES]
 
 
 def adapter_config(
@@ -205,7 +207,7 @@ def adapter_config(
     Args:
         method: one of [`method_names`][dynalora.experiments.finetune.method_names].
         r: rank.
-        alpha: the update is scaled by alpha / r; None: the method's default, for `lora` twice the rank.
+        alpha: the update is scaled by alpha / r; None: the method's default, for LoRA twice the rank.
         dropout: on the adapter's input.
         target_modules: names, a regular expression, or `all-linear`.
         options: further fields of the method's configuration.
@@ -213,8 +215,6 @@ def adapter_config(
     Raises:
         ConfigError: an unknown method, an unknown option (lists the valid ones), or a value that cannot be.
     """
-    import peft
-
     from dynalora import methods
 
     name = method.lower()
@@ -222,15 +222,18 @@ def adapter_config(
         raise ConfigError(f"Unknown method '{method}'; choose one of {', '.join(method_names())}.")
     if r < 1:
         raise ConfigError(f"The rank r is {r}; give a whole number of at least 1.")
-    targets = names_or_pattern(target_modules)
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": r, "target_modules": targets}
-    if name == BASELINE:
-        kind: Any = peft.LoraConfig
-        common |= {"lora_alpha": alpha if alpha is not None else 2 * r, "lora_dropout": dropout}
-        valid = {item.name for item in fields(kind)} - {item.name for item in fields(peft.PeftConfig)}
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": names_or_pattern(target_modules)}
+    preset: dict[str, Any] = {}
+    if name in BASELINES:
+        baseline = BASELINES[name]
+        kind: Any = baseline.config
+        own = baseline.fields(r, alpha, dropout)
+        preset = {key: own.pop(key) for key in {*baseline.options, *baseline.more(r)}}
+        common |= own
+        valid = {item.name for item in fields(kind)} - {item.name for item in fields(PeftConfig)}
     else:
         kind = methods.config_class(name)
-        common |= {"alpha": alpha, "dropout": dropout}
+        common |= {"r": r, "alpha": alpha, "dropout": dropout}
         valid = set(kind.own_fields())
     valid -= set(common)
     chosen = dict(options or {})
@@ -244,7 +247,7 @@ def adapter_config(
                 f"Method '{name}' has no option '{option}'; {did_you_mean(option, sorted(valid))}."
             )
     try:
-        made: PeftConfig = kind(**common, **_typed(kind, chosen))
+        made: PeftConfig = kind(**common, **{**preset, **_typed(kind, chosen)})
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
@@ -534,7 +537,17 @@ def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResu
         )
         if main:
             save_adapter(result.model, ready.tokenizer, run)
-            kept = measure_retention(result.model, ready.tokenizer, console=say) if spec.retention else None
+            kept = None
+            baseline = BASELINES.get(spec.method.lower())
+            if spec.retention and baseline is not None and baseline.edits_base:
+                if say is not None:
+                    say.print(
+                        f"{baseline.title} changes the base weights, so disabling it does not tell what was forgotten; "
+                        "retention is left out.",
+                        highlight=False,
+                    )
+            elif spec.retention:
+                kept = measure_retention(result.model, ready.tokenizer, console=say)
             if kept is not None:
                 run.log({"run": result.label, "step": result.steps, "retention": asdict(kept)})
             _write_results(spec, ready, result, kept, run, say)
@@ -650,7 +663,8 @@ def summary_table(
 
 def _titled(method: str) -> str:
     """A method's name as its paper writes it."""
-    titles = {BASELINE: "LoRA", **{name: known.title for name, known in METHODS.items()}}
+    titles = {name: known.title for name, known in BASELINES.items()}
+    titles |= {name: known.title for name, known in METHODS.items()}
     return titles.get(method) or method
 
 

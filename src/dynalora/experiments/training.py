@@ -31,6 +31,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from dynalora.errors import CheckpointError, ConfigError, DataError, TrainingError
 from dynalora.experiments import data
+from dynalora.experiments.baselines import DriveBaseline
 from dynalora.experiments.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -426,7 +427,8 @@ def train_adapter(
         train_dataset=train_dataset,
         data_collator=collator,
         processing_class=tokenizer,
-        callbacks=[recorder],
+        # Called before the recorder, so that a step's time contains what the method does in it.
+        callbacks=[DriveBaseline(), recorder],
     )
     trainer.remove_callback(PrinterCallback)
     # The trainer has put the model on its device by now.

@@ -52,6 +52,8 @@ Mode = Literal["both", "prune", "expand"]
 Importance = Literal["score", "random"]
 
 _ROLES = ("down", "e", "up")
+# With match_step: e's steps as a multiple of LoRA's, and up's learning rate at s = 1 (found in benchmarks/glue.md).
+_E_STEPS, _UP_RATE = 4.0, 4.0
 # What an average has forgotten: older steps weigh less than this.
 _FORGOTTEN = 1e-9
 
@@ -82,8 +84,10 @@ class PedyraConfig(AdapterConfig):
             as LoRA's (alpha = 2r) would with the optimizer's learning rate. False takes the optimizer's for all, as in
             the paper, which needs many more steps.
         use_dora: Train the norms of the adapted weight's rows apart from their directions (DoRA, Liu et al., 2024).
-        init_weights: True starts as the base model with small random factors; ``"pissa"`` starts as the base model with
-            the weight's own largest singular triplets (Meng et al., 2024); False with a random update, for tests.
+        init_weights: All but False start as the base model: ``"orthogonal"`` with random orthonormal directions and
+            e = 0, as new triples do; True with factors drawn from N(0, 0.02²) and e = 0, as in the paper, which the
+            penalty has to bring to length 1 first; ``"pissa"`` with the weight's own largest singular triplets (Meng et
+            al., 2024). False starts with a random update, for tests.
     """
 
     adjust_start: float = field(
@@ -118,8 +122,11 @@ class PedyraConfig(AdapterConfig):
         default=False, metadata={"help": "Train the norms of the weight's rows apart from their directions."}
     )
 
-    init_weights: bool | Literal["pissa"] = field(  # type: ignore[assignment]
-        default=True, metadata={"help": "True, pissa (largest singular triplets), or False for tests."}
+    init_weights: bool | Literal["orthogonal", "pissa"] = field(  # type: ignore[assignment]
+        default="orthogonal",
+        metadata={
+            "help": "orthogonal, True (the paper's small factors), pissa (singular triplets), or False for tests."
+        },
     )
 
     method: ClassVar[str] = "pedyra"
@@ -127,7 +134,8 @@ class PedyraConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         start = self.init_weights
-        self._require(start in (True, False, "pissa"), "init_weights", "True, False or 'pissa'")
+        known = (True, False, "orthogonal", "pissa")
+        self._require(start in known, "init_weights", "'orthogonal', True, 'pissa' or False")
         for name in ("adjust_start", "adjust_interval", "adjust_end"):
             value = getattr(self, name)
             valid = _is_number(value) and (0 < value < 1 or (value >= 1 and value == int(value)))
@@ -272,7 +280,7 @@ class PedyraLayer(AdapterLayer):
         self.merged_gains: dict[str, torch.Tensor] = {}
 
     def start(self, config: PedyraConfig, r: int) -> dict[str, torch.Tensor]:
-        """Factors drawn from N(0, 0.02²), and e = 0."""
+        """Orthonormal directions, or factors drawn from N(0, 0.02²), and e = 0."""
         more = {"magnitude": self._base_squares().sqrt()} if config.use_dora else {}
         if not config.init_weights:
             return {
@@ -281,6 +289,9 @@ class PedyraLayer(AdapterLayer):
                 "e": torch.ones(r),
                 **more,
             }
+        if config.init_weights == "orthogonal":
+            down, up = _directions(r, self.in_features), _directions(r, self.out_features).t().contiguous()
+            return {"down": down, "up": up, "e": torch.zeros(r), **more}
         return {
             "down": 0.02 * torch.randn(r, self.in_features),
             "up": 0.02 * torch.randn(self.out_features, r),
@@ -455,6 +466,14 @@ class PedyraLayer(AdapterLayer):
         self.gathered[adapter] = squares if sofar is None else sofar + squares.to(sofar.device)
 
 
+def _directions(count: int, features: int) -> torch.Tensor:
+    """Random unit rows (count, features), orthogonal to each other as long as there are no more than features."""
+    rows = torch.randn(count, features)
+    unit: torch.Tensor = rows / rows.norm(dim=1, keepdim=True)
+    basis: torch.Tensor = torch.linalg.qr(rows.t()).Q.t()
+    return unit if count > features else basis.contiguous()
+
+
 # The last input and its sums: q, k and v projections, and those of a gated MLP, have theirs in common.
 _last: tuple[weakref.ref[torch.Tensor], int, torch.Tensor] | None = None
 
@@ -519,17 +538,21 @@ class Pedyra(Method):
     def optimizer_overrides(
         self, config: PedyraConfig, layer: AdapterLayer, adapter: str
     ) -> dict[str, OptimizerOverride]:
-        """A rate for e that matches LoRA's steps; no weight decay on DoRA's magnitudes, which start at the base's.
+        """Rates that match LoRA's steps; no weight decay on DoRA's magnitudes, which start at the base's.
 
         An optimizer such as Adam moves every entry by about the learning rate, η. A component of LoRA's function
-        (alpha = 2r) then moves by 2·η·√out / √3 in its first step; here by s·η through e, once the factors have
-        length 1. The factors themselves move the function by as much as e has grown.
+        (alpha = 2r) then moves by 2·η·√out / √3 in a step, in any direction of the output. Here a triple with
+        directions of length 1 moves by s·η through e, in one direction, and by s·|e|·η·√out through up, in all others.
+        So e's rate is a multiple of 2·√out / (√3·s), since it has a single direction to make up for all of LoRA's,
+        and up's is such that its steps are as long as LoRA's once |e| is about a quarter.
         """
         rules = {"magnitude": OptimizerOverride(weight_decay=0.0)} if config.use_dora else {}
         if config.match_step:
-            multiple = 2 / math.sqrt(3) * math.sqrt(layer.out_features) / layer.scaling[adapter]
+            scaling = layer.scaling[adapter]
+            lora = 2 / math.sqrt(3) * math.sqrt(layer.out_features)
             # Powers of two, so that matrices of like size step in one group.
-            rules["e"] = OptimizerOverride(lr_multiplier=2.0 ** round(math.log2(multiple)))
+            for role, multiple in (("e", _E_STEPS * lora / scaling), ("up", _UP_RATE / scaling)):
+                rules[role] = OptimizerOverride(lr_multiplier=2.0 ** round(math.log2(multiple)))
         return rules
 
     def needs_total_steps(self, config: PedyraConfig) -> bool:
