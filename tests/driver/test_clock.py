@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import dynalora
 from dynalora.errors import ScheduleError
@@ -184,6 +185,26 @@ def test_loaded_for_training_the_clock_goes_on(name: str, tmp_path: Path) -> Non
     loop(second, sgd(second), data[4:])
     assert_same_weights(weights(second), weights(straight))
     assert clock(second) == (8, 8)
+
+
+@every_config
+def test_loading_an_optimizers_state_as_fsdp_does_is_no_step(name: str, tmp_path: Path) -> None:
+    """To load a state into a fresh optimizer, torch's distributed checkpoints let it step on zero gradients first."""
+    data = batches(8)
+    straight = adapted(CONFIGS[name](total_steps=8))
+    loop(straight, adamw(straight), data)
+    model = adapted(CONFIGS[name](total_steps=8))
+    optimizer = adamw(model)
+    loop(model, optimizer, data[:4])
+    model.save_pretrained(tmp_path)
+    state = get_optimizer_state_dict(model, optimizer)
+    resumed = peft.PeftModel.from_pretrained(TOYS["llama"].build(), tmp_path, is_trainable=True)
+    optimizer = adamw(resumed)
+    set_optimizer_state_dict(resumed, optimizer, state)
+    assert clock(resumed) == (4, 8)
+    loop(resumed, optimizer, data[4:])
+    assert clock(resumed) == (8, 8)
+    assert_same_weights(weights(resumed), weights(straight))
 
 
 @pytest.mark.parametrize("lean", [False, True], ids=["", "low_cpu_mem_usage"])

@@ -14,6 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from dynalora import PedyraConfig
@@ -96,10 +101,16 @@ def fully_sharded(model: Any) -> Any:
     return fully_shard(model)
 
 
+def gathered(model: Any, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sharded weights and optimizer state in full, on the first process, as trainers gather them to save."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_state_dict(model, optimizer, options=options)
+
+
 def work(rank: int, folder: str, kind: str) -> None:
     """What each process does."""
     model = adapted(config(max_rank=5) if kind == "limited" else config())
-    called = fully_sharded(model) if kind == "sharded" else DistributedDataParallel(model)
+    called = fully_sharded(model) if kind.startswith("sharded") else DistributedDataParallel(model)
     optimizer = optimizer_of(model)
     rows = slice(2 * rank, 2 * rank + 2)
     if kind == "resumed":
@@ -114,6 +125,24 @@ def work(rank: int, folder: str, kind: str) -> None:
         optimizer = optimizer_of(model)
         optimizer.load_state_dict(state)
         train(model, called, optimizer, rows, range(4, STEPS))
+    elif kind == "sharded resumed":
+        train(model, called, optimizer, rows, range(4))
+        whole, state = gathered(model, optimizer)
+        if rank == 0:
+            model.save_pretrained(f"{folder}/middle", state_dict=whole)
+            torch.save(state, f"{folder}/middle.pt")
+        torch.distributed.barrier()
+        model = adapted(config())
+        model.load_adapter(f"{folder}/middle", "default", is_trainable=True)
+        called = fully_sharded(model)
+        optimizer = optimizer_of(model)
+        set_optimizer_state_dict(
+            model,
+            optimizer,
+            torch.load(f"{folder}/middle.pt"),
+            options=StateDictOptions(full_state_dict=True),
+        )
+        train(model, called, optimizer, rows, range(4, STEPS))
     else:
         train(model, called, optimizer, rows, range(STEPS))
     torch.save(used(model), f"{folder}/{rank}.pt")
@@ -121,11 +150,12 @@ def work(rank: int, folder: str, kind: str) -> None:
     Path(f"{folder}/{rank}.json").write_text(json.dumps(record))
     shapes = {n: list(p.shape) for n, p in model.named_parameters() if "pedyra" in n}
     Path(f"{folder}/{rank}.shapes.json").write_text(json.dumps(shapes))
-    if rank == 0 and kind != "sharded":  # gathering sharded weights is the trainer's part
-        model.save_pretrained(f"{folder}/end")
+    whole = gathered(model, optimizer)[0] if kind.startswith("sharded") else None
+    if rank == 0:
+        model.save_pretrained(f"{folder}/end", state_dict=whole)
 
 
-@pytest.mark.parametrize("kind", ["plain", "resumed", "limited", "sharded"])
+@pytest.mark.parametrize("kind", ["plain", "resumed", "limited", "sharded", "sharded resumed"])
 def test_two_processes_decide_as_one(kind: str, tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     with socket.socket() as probe:
@@ -175,8 +205,6 @@ def test_two_processes_decide_as_one(kind: str, tmp_path: Path) -> None:
 
     shapes = [json.loads((tmp_path / f"{rank}.shapes.json").read_text()) for rank in range(2)]
     assert {shape[0] for name, shape in shapes[0].items() if "_e." in name} == {5 if kind == "limited" else 7}
-    if kind == "sharded":
-        return
     saved = load_file(tmp_path / "end" / "adapter_model.safetensors")
     for name, rank in expected[-1].ranks.items():
         assert saved[f"base_model.model.{name}.pedyra_e"].shape == (rank,)

@@ -244,6 +244,8 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     if not plan.bindings:
         return None
     plan.acting = []
+    if _only_makes_state(optimizer):
+        return None
     plan.around = [outer_plan for outer in around if (outer_plan := _plans.get(outer)) is not None]
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if not callable(closure):  # a few optimizers take something else first
@@ -266,6 +268,18 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     if "closure" in kwargs:
         return args, {**kwargs, "closure": then_act}
     return (args[0], then_act, *args[2:]), kwargs
+
+
+def _only_makes_state(optimizer: Optimizer) -> bool:
+    """Whether this step is none of training: nothing moves, and no gradient is other than zero.
+
+    ``torch.distributed.checkpoint`` (FSDP, Accelerate) takes such a step to have an optimizer make its state, into
+    which it then loads the saved one. A schedule that begins at a learning rate of 0 has gradients.
+    """
+    if optimizer.state or any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
+        return False
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return not any(bool(getattr(one, "_local_tensor", one).any()) for one in gradients)
 
 
 def _act_before(optimizer: Optimizer, plan: _Plan) -> None:
