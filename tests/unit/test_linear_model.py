@@ -50,7 +50,9 @@ def problem(request: pytest.FixtureRequest) -> LinearModel:
     return found
 
 
-def sampled(problem: LinearModel, correction: torch.Tensor, sample: linear_model.Sample) -> list[torch.Tensor]:
+def sampled(
+    problem: LinearModel, correction: torch.Tensor, sample: linear_model.Sample
+) -> list[torch.Tensor]:
     """Per-input losses of each population, straight from the definition."""
     wanted = sample.y - sample.x @ problem.base_weight.T
     loss = (correction - wanted).square().sum(1)
@@ -77,7 +79,9 @@ class TestClosedForms:
         for low in (0.1, 0.3, 0.5, 0.7):
             chosen = (posterior >= low) & (posterior < low + 0.2)
             share = float(sample.fine_tuning[chosen].double().mean())
-            assert share == pytest.approx(float(posterior[chosen].mean()), abs=4 * 0.5 / int(chosen.sum()) ** 0.5)
+            assert share == pytest.approx(
+                float(posterior[chosen].mean()), abs=4 * 0.5 / int(chosen.sum()) ** 0.5
+            )
 
     def test_posterior_equals_the_ratio_of_the_densities(self) -> None:
         problem = skewed()
@@ -92,7 +96,9 @@ class TestClosedForms:
         problem = PROBLEMS["symmetric"]
         torch.testing.assert_close(problem.best_fixed(), problem.update / 2)
         weight, bias = problem.posterior_parameters
-        torch.testing.assert_close(weight, 2 * torch.linalg.solve(problem.covariance, problem.fine_tuning_mean))
+        torch.testing.assert_close(
+            weight, 2 * torch.linalg.solve(problem.covariance, problem.fine_tuning_mean)
+        )
         assert abs(float(bias)) < 1e-12
         losses = problem.fixed_losses(problem.best_fixed())
         assert losses.fine_tuning == pytest.approx(losses.pre_training)
@@ -114,19 +120,21 @@ class TestClosedForms:
         assert int(torch.linalg.matrix_rank(best)) == rank
         least = problem.fixed_losses(best).mixture
         assert least > problem.fixed_losses(problem.best_fixed()).mixture + 1e-6
+        first, second = problem.second_moments
         # Descent from random starts, over the factors, never gets below.
         for seed in range(4):
             generator = torch.Generator().manual_seed(seed)
             up = torch.randn(3, rank, generator=generator).double().requires_grad_()
             down = torch.randn(rank, 5, generator=generator).double().requires_grad_()
             optimizer = torch.optim.LBFGS([up, down], max_iter=300, line_search_fn="strong_wolfe")
-            first, second = problem.second_moments
 
-            def closure() -> torch.Tensor:
+            def closure(
+                up: torch.Tensor = up, down: torch.Tensor = down, optimizer: torch.optim.Optimizer = optimizer
+            ) -> torch.Tensor:
                 optimizer.zero_grad()
-                product = up @ down  # noqa: B023 (called at once)
+                product = up @ down
                 wrong = product - problem.update
-                loss = (wrong @ first * wrong).sum() + (product @ second * product).sum()  # noqa: B023
+                loss = (wrong @ first * wrong).sum() + (product @ second * product).sum()
                 loss.backward()
                 return loss
 
@@ -154,9 +162,7 @@ class TestClosedForms:
         shares = []
         for separation in (0.5, 1.0, 2.0, 4.0):
             problem = random_linear_model(6, 5, 2, separation, seed=4)
-            shares.append(
-                problem.bayes_losses().mixture / problem.fixed_losses(problem.best_fixed()).mixture
-            )
+            shares.append(problem.bayes_losses().mixture / problem.fixed_losses(problem.best_fixed()).mixture)
         assert shares == sorted(shares, reverse=True)
         assert shares[0] < 1
         assert shares[-1] < 1e-3

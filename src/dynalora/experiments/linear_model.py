@@ -13,14 +13,15 @@ and the loss is the squared error ‖ŷ − y‖². Known in closed form are
 * the Bayes-optimal correction p(x)·ΔW* with the posterior p(x) = σ(wᵀx + c), w = Σ⁻¹(μ_F − μ_P) and
   c = ½(μ_Pᵀ Σ⁻¹ μ_P − μ_Fᵀ Σ⁻¹ μ_F) (eq. 28–30), and its loss, the least that any correction can have (eq. 25).
 
-[`run_linear_model`][dynalora.experiments.linear_model.run_linear_model] trains full fine-tuning, PEFT's LoRA and DISeL on
-samples of the mixture, and compares where they end with the two closed forms.
+[`run_linear_model`][dynalora.experiments.linear_model.run_linear_model] trains full fine-tuning, PEFT's LoRA and
+DISeL on samples of the mixture, and compares where they end with the two closed forms.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import time
@@ -193,7 +194,7 @@ class LinearModel:
         return torch.linalg.solve(root, (u[:, :rank] * sigma[:rank] @ vt[:rank]).mT).mT
 
     def fixed_losses(self, correction: torch.Tensor) -> PopulationLosses:
-        """The exact losses of a fixed correction C, (out, in): tr((C − ΔW*) M_F (C − ΔW*)ᵀ) and tr(C M_P Cᵀ) (eq. 14)."""
+        """The exact losses of a fixed C, (out, in): tr((C − ΔW*) M_F (C − ΔW*)ᵀ) and tr(C M_P Cᵀ) (eq. 14)."""
         first, second = self.second_moments
         correction = correction.double()
         wrong = correction - self.update
@@ -525,9 +526,7 @@ def _build(method: str, problem: LinearModel, how: LinearModelSpec) -> nn.Module
     if method == LORA:
         config: peft.PeftConfig = peft.LoraConfig(r=how.r, lora_alpha=2 * how.r, target_modules=["linear"])
     else:
-        config = config_class(method)(
-            r=how.r, target_modules=["linear"], gate_bias_init=how.gate_bias_init
-        )
+        config = config_class(method)(r=how.r, target_modules=["linear"], gate_bias_init=how.gate_bias_init)
     return peft.get_peft_model(model, config)  # type: ignore[arg-type]  # any module will do
 
 
@@ -586,9 +585,7 @@ def _train(
             curve.append((step, measured(small)))
             progress(what, step, how.steps)
     parameters = sum(parameter.numel() for parameter in trained)
-    return LinearModelRow(
-        method, measured(how.samples), optimum, tolerance, parameters, spent, tuple(curve)
-    )
+    return LinearModelRow(method, measured(how.samples), optimum, tolerance, parameters, spent, tuple(curve))
 
 
 @torch.no_grad()
@@ -608,11 +605,11 @@ def gate_curve(model: nn.Module, problem: LinearModel, *, samples: int = 50_000,
     gates = layer.gates(x.float(), layer.active_adapters[0]).double()
     edges = torch.linspace(-6, 6, 25, dtype=torch.float64)
     rows = []
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges.tolist()):
         chosen = gates[(logit >= low) & (logit < high)].flatten()
         if len(chosen) >= 20:
             quantiles = torch.quantile(chosen[:1_000_000], torch.tensor([0.1, 0.9], dtype=torch.float64))
-            rows.append((float((low + high) / 2), float(chosen.mean()), *quantiles.tolist()))
+            rows.append(((low + high) / 2, float(chosen.mean()), *quantiles.tolist()))
     return GateCurve(*(tuple(column) for column in zip(*rows, strict=True)))
 
 
@@ -645,7 +642,10 @@ def run_linear_model(
         run.write("losses.json", json.dumps(_plain(result), indent=2) + "\n")
         drawn = {
             "losses": (plot_losses(result), "Loss on each population; closed forms are hatched."),
-            "training": (plot_training(result), "Loss on the mixture during training, with the closed forms."),
+            "training": (
+                plot_training(result),
+                "Loss on the mixture during training, with the closed forms.",
+            ),
             "gates": (plot_gate_curve(result), "What the gates have learned, against the Bayes posterior."),
         }
         pictures = []
@@ -699,9 +699,9 @@ def losses_table(result: LinearModelResult) -> Table:
 
 def _reading(result: LinearModelResult) -> str:
     return (
-        "Half of the inputs need the update, the other half must stay as they were. A fixed update has to settle between "
-        "them, and applies about half of what is needed everywhere; a gate can tell the inputs apart as well as their "
-        "overlap allows."
+        "Half of the inputs need the update, the other half must stay as they were. A fixed update has to settle "
+        "between them, and applies about half of what is needed everywhere; a gate can tell the inputs apart as well "
+        "as their overlap allows."
     )
 
 
@@ -825,7 +825,13 @@ def plot_gate_curve(result: LinearModelResult) -> Figure:
         curve.logit, curve.low, curve.high, color="0.8", label="gates, 10 % to 90 %", linewidth=0
     )
     axis.plot(
-        curve.logit, curve.gate, color=plots.PALETTE[0], marker="o", markersize=4, linewidth=1, label="mean gate"
+        curve.logit,
+        curve.gate,
+        color=plots.PALETTE[0],
+        marker="o",
+        markersize=4,
+        linewidth=1,
+        label="mean gate",
     )
     axis.set_ylim(-0.02, 1.02)
     axis.set_xlabel("log-odds that the input belongs to the fine-tuning population")
