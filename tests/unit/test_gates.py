@@ -12,6 +12,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from tokenizers import processors
 from torch import nn
 
 import dynalora
@@ -408,7 +409,7 @@ def by_hand_masked(model: Any, ids: torch.Tensor, counted: torch.Tensor, suffix:
 def test_of_plain_text_all_tokens_but_the_special_ones_count() -> None:
     made, words = words_model()
     words.bos_token = "<|im_start|>"
-    words._tokenizer.post_processor = __import__("tokenizers").processors.TemplateProcessing(
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", words.bos_token_id)]
     )
     passages = ["Some text.", "A longer passage, in the same batch."]

@@ -306,7 +306,7 @@ class _Recorder:
                 if by_token:
                     for group in (self.depths[name], ALL):
                         if group in self.depth_histograms:
-                            total, layers = by_depth.get(group, (0.0, 0))
+                            total, layers = by_depth.get(group, (torch.zeros(()), 0))
                             by_depth[group] = (total + score.double().to(counted.device), layers + 1)
 
             return listen
