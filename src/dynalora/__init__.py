@@ -19,7 +19,8 @@ from dynalora.driver import (
 )
 from dynalora.errors import DynaloraError
 from dynalora.export import export_lora, rank_pattern
-from dynalora.forgetting.gates import plot_gates, record_gates
+from dynalora.forgetting.gate_plots import plot_gates
+from dynalora.forgetting.gates import record_gates
 from dynalora.forgetting.landscape import plot_rank_landscape, rank_landscape
 from dynalora.forgetting.trajectory import plot_rank_trajectory, rank_trajectory
 

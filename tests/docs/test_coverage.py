@@ -60,16 +60,16 @@ def test_commands_and_flags_in_the_documentation_exist() -> None:
         for name, command in program.commands.items()
     }
     guide = (DOCS / "cli.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^## (\w+)$", guide, re.MULTILINE)) == set(known)
+    assert set(re.findall(r"^## ([\w-]+)$", guide, re.MULTILINE)) == set(known)
     text = (DOCS.parent / "README.md").read_text(encoding="utf-8") + guide
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     fenced = "".join(block for language, block in blocks if language in ("", "bash"))
-    lines = re.findall(r"^dynalora (\w+)\b(.*)$", fenced, re.MULTILINE)
+    lines = re.findall(r"^dynalora ([\w-]+)(.*)$", fenced, re.MULTILINE)
     assert {command for command, _ in lines} == set(known)
     for command, rest in lines:
         assert set(re.findall(r"--[a-z][a-z-]*", rest.split("#")[0])) <= known[command], (
             f"dynalora {command}{rest}"
         )
-    for heading, section in re.findall(r"^## (\w+)$(.*?)(?=^## |\Z)", guide, re.MULTILINE | re.DOTALL):
+    for heading, section in re.findall(r"^## ([\w-]+)$(.*?)(?=^## |\Z)", guide, re.MULTILINE | re.DOTALL):
         flags = set(re.findall(r"`(--[a-z][a-z-]*)", section))
         assert flags <= known[heading], f"{heading}: {flags - known[heading]}"

@@ -45,6 +45,9 @@ def test_examples_run_as_printed(page: str, tmp_path: Path, monkeypatch: pytest.
     # What the text around the examples takes as given.
     names = {
         "batches": [{"input_ids": ids, "labels": ids}] * 4,
+        "tokenizer": words,
+        "math_texts": ["1 + 1 = 2", "2 + 3 = 5"],
+        "general_texts": ["A passage.", "Another one."],
         "model": peft.get_peft_model(
             tiny.model(len(words)), dynalora.DiselConfig(target_modules="all-linear")
         ),

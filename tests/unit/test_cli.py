@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import peft
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from dynalora import __version__
 from dynalora.cli.main import app
@@ -16,7 +18,7 @@ from dynalora.experiments.finetune import adapter_config, method_names
 from tests.unit import tiny
 from tests.unit.program import Program
 
-COMMANDS = ("demo", "finetune", "bench", "landscape", "gates", "export")
+COMMANDS = ("demo", "finetune", "bench", "landscape", "gates", "linear-model", "export")
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +190,67 @@ def test_gates_of_an_adapter(folder: Path, rows: Path, tmp_path: Path, program: 
     }
     assert 0 < float(table["q_proj"][-1]) < 1
     assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_gates_over_several_domains(folder: Path, rows: Path, tmp_path: Path, program: Program) -> None:
+    adapter = saved_adapter("disel", folder, tmp_path / "adapter")
+    (tmp_path / "wiki.txt").write_text("One passage.\nIts second line.\n\n\nAnother <b>passage</b>.\n")
+    run = tmp_path / "run"
+    shown = program(
+        "gates", str(adapter), "--domain", f"math={rows}", "--domain", f"general={tmp_path / 'wiki.txt'}",
+        "--limit", "5", "-o", str(run), "-b", "2",
+    )  # fmt: skip
+    assert shown.code == 0, shown.err
+    assert "A token of math opens the gates further than a token of general with probability 0." in shown.out
+    content = json.loads((run / "gates.json").read_text())
+    general = content["domains"]["general"]
+    assert (general["documents"], general["counted"]) == (2, "all tokens")
+    assert general["tokens"] == len("One passage.\nIts second line.\n") + len("Another <b>passage</b>.\n")
+    assert content["domains"]["math"]["counted"] == "response tokens"
+    assert content["domains"]["math"]["documents"] == 5
+    (layer, *_) = content["domains"]["math"]["layers"]
+    assert layer["mean"] == pytest.approx(sum(layer["mean_per_rank"]) / 3)
+    assert sum(layer["histogram"]) == 3 * layer["tokens"]
+    with open(run / "layers.csv", newline="") as file:
+        assert float(next(csv.DictReader(file))["mean"]) == layer["mean"]
+    with open(run / "ranks.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 2 * 4 * 3
+    with open(run / "separation.csv", newline="") as file:
+        pairs = list(csv.DictReader(file))
+    assert {row["pair"] for row in pairs} == {"math / general"}
+    assert all(0 <= float(row["auc"]) <= 1 for row in pairs)
+    tensors = load_file(run / "histograms.safetensors")
+    (name,) = [name for name in tensors if name.startswith("math") and "0.self_attn.q_proj/rank" in name]
+    assert tensors[name].sum(0).tolist() == layer["histogram"]
+    drawn = {entry.name for entry in (run / "plots").iterdir()}
+    names = ("gates", "means", "separation", "kinds-math", "kinds-general", "ranks-math", "ranks-general")
+    assert drawn == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/png") == len(names)
+    # The folder's own settings file repeats the run.
+    again = program("gates", "-c", str(run / "config.yaml"), "-o", str(tmp_path / "again"))
+    assert again.code == 0, again.err
+    assert json.loads((tmp_path / "again" / "gates.json").read_text()) == content
+
+
+def test_gates_tells_what_is_wrong_with_the_domains(
+    folder: Path, rows: Path, tmp_path: Path, program: Program
+) -> None:
+    adapter = str(saved_adapter("disel", folder, tmp_path / "adapter"))
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "job.yaml").write_text(f"adapter: {adapter}\ndomains:\n  a: {{data: x.jsonl, fields: y}}\n")
+    for flags, words in (
+        ([], "(neither is given): --domain NAME=SOURCE"),
+        (["--data", str(rows), "--domain", f"a={rows}"], "(both are given)"),
+        (["--domain", str(rows)], "is not of the form NAME=SOURCE"),
+        (["--domain", f"a={rows}", "--domain", f"a={rows}"], "The domain 'a' is given twice"),
+        (["--domain", f"a={tmp_path}/none.txt"], "There is no file or folder"),
+        (["--domain", f"a={tmp_path}/empty.txt"], "holds no text"),
+        (["--domain", f"a={rows}", "--max-length", "1"], "max_length is 1"),
+        (["-c", str(tmp_path / "job.yaml")], "Unknown setting 'fields' in the domain 'a'"),
+    ):
+        shown = program("gates", adapter, *flags)
+        assert (shown.code, words in shown.err) == (2, True), (flags, shown.err)
 
 
 def test_landscape_of_a_plain_lora(folder: Path, tmp_path: Path, program: Program) -> None:

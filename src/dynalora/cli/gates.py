@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -19,39 +17,42 @@ from dynalora.cli.shared import (
     settings,
 )
 
-if TYPE_CHECKING:
-    from dynalora.experiments.report import Cell, Table
-    from dynalora.forgetting.gates import GateStatistics
-
-
-@dataclass(frozen=True, kw_only=True)
-class GatesSpec:
-    """Which adapter, on which text."""
-
-    adapter: str
-    data: str
-    model: str | None = None
-    split: str = "train"
-    limit: int = 64
-    max_length: int = 512
-    plot: str | None = None
-
 
 def gates(
     adapter: AdapterArgument = None,
+    domain: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--domain",
+            metavar="NAME=SOURCE",
+            help="Text of a domain; the first is compared with the others. May be given again.",
+            show_default=False,
+        ),
+    ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", "-d", help="Conversations, as for finetune.", show_default=False)
+        str | None,
+        typer.Option("--data", "-d", help="A single domain, without a name.", show_default=False),
     ] = None,
     model: ModelOption = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", help="Folder for tables, plots and a report: new or empty.", show_default=False
+        ),
+    ] = None,
     split: Annotated[
         str | None, typer.Option("--split", help="Which split. \\[train]", show_default=False)
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", help="Use the first rows. \\[64]", show_default=False)
+        int | None,
+        typer.Option("--limit", help="Use the first rows or passages. \\[64]", show_default=False),
     ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option("--max-length", help="Longest sequence, in tokens. \\[512]", show_default=False),
+        typer.Option("--max-length", help="Longest document, in tokens. \\[512]", show_default=False),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-b", help="Documents at once. \\[8]", show_default=False)
     ] = None,
     plot: Annotated[
         str | None,
@@ -59,73 +60,77 @@ def gates(
     ] = None,
     config: ConfigOption = None,
 ) -> None:
-    """Show how far a DISeL adapter's gates open on a data set's responses.
+    """Show on which text a DISeL adapter's gates open, and where.
 
-    Mean gates by depth and kind of module; 0 is closed, 1 is open.
+    Mean gates by domain, depth and kind of module (0 is closed, 1 is open), and
+    how well they tell the first domain from the others: the area under the ROC
+    curve. Of instruction data only response tokens count; of plain text (any
+    text file, or rows with a text field) all do.
 
     [bold]Example[/bold]
 
-    [cyan]dynalora gates runs/first --data held-out.jsonl --plot gates.png[/cyan]
+    [cyan]dynalora gates runs/first --domain math=held-out.jsonl --domain general=wiki.txt -o runs/first-gates[/cyan]
     """
-    flags = {"adapter": adapter, "data": data, "model": model, "split": split, "limit": limit}
-    spec = settings(GatesSpec, config, {**flags, "max_length": max_length, "plot": plot})
-    from dynalora.errors import UnsupportedError
-    from dynalora.experiments import data as sets
-    from dynalora.experiments.adapters import read_config
-    from dynalora.experiments.finetune import load_tokenizer
+    flags = {
+        "adapter": adapter,
+        "data": data,
+        "model": model,
+        "output": output,
+        "split": split,
+        "limit": limit,
+    }
+    flags |= {"max_length": max_length, "batch_size": batch_size, "plot": plot}
+    from dynalora.experiments.gates import (
+        GatesSpec,
+        compare_gates,
+        domains_table,
+        kinds_table,
+        separation_table,
+        summary,
+        write_gates,
+    )
     from dynalora.experiments.plots import png
     from dynalora.experiments.report import rich_table
-    from dynalora.experiments.run_folder import write_atomic
-    from dynalora.forgetting.gates import plot_gates, record_gates
-    from dynalora.methods import METHODS
+    from dynalora.experiments.run_folder import RunFolder, write_atomic
+    from dynalora.forgetting.gate_plots import plot_gates
     from dynalora.progress import rich_progress
 
+    spec = settings(GatesSpec, config, {**flags, "domains": _named(domain)})
     after_imports()
-    saved = read_config(spec.adapter)
-    method = str(saved.peft_type).rpartition(".")[2].lower()
-    gated = [name for name, known in METHODS.items() if known.gated]
-    if method not in gated:
-        raise UnsupportedError(
-            f"The adapter '{spec.adapter}' was made by {method}, which has no gates; "
-            f"give a {' or '.join(gated)} adapter."
-        )
-    conversations = sets.load_conversations(spec.data, split=spec.split, limit=spec.limit)
-    adapted = load_adapted(spec.adapter, spec.model)
-    tokenizer = load_tokenizer(spec.model or str(saved.base_model_name_or_path))
-    tokens = sets.tokenize(conversations, tokenizer, max_length=spec.max_length)
-    collator = sets.Collator(tokenizer.pad_token_id or 0)
-    batches = [collator(tokens.rows[start : start + 8]) for start in range(0, len(tokens), 8)]
+    if spec.output is not None:
+        RunFolder.check(spec.output, spec.settings())
     screen = console()
     with rich_progress(screen) as progress:
-        found = record_gates(
-            adapted, batches, progress=lambda done, total: progress("Recording gates", done, total or None)
-        )
-    screen.print(rich_table(_table(found)))
+        result = compare_gates(spec, progress=progress, load=load_adapted)
+    if len(result.records) == 1:
+        ((name, record),) = result.records.items()
+        note = f"Over {record.tokens:,} {result.counted[name].removeprefix('all ')}"
+        note += "; early, middle and late are thirds of the layers."
+        screen.print(rich_table(kinds_table(record, note=note)))
+    else:
+        screen.print(rich_table(domains_table(result)))
+        screen.print(rich_table(separation_table(result)))
+        screen.print(summary(result), highlight=False, markup=False)
     if spec.plot is not None:
-        write_atomic(Path(spec.plot), png(plot_gates({Path(spec.data).name: found})))
+        write_atomic(Path(spec.plot), png(plot_gates(result.records)))
         screen.print(f"Written: {spec.plot}", highlight=False, markup=False)
+    if spec.output is not None:
+        with RunFolder.create(spec.output, spec.settings()) as run:
+            write_gates(result, run)
+            run.finish()
+        screen.print(f"Report: {run.report}", highlight=False, markup=False)
 
 
-def _table(found: list[GateStatistics]) -> Table:
-    from dynalora.experiments.report import Table
-    from dynalora.forgetting.gates import depth_group
+def _named(pairs: list[str] | None) -> dict[str, str] | None:
+    """`["math=file.jsonl"]` as a mapping; None if there is none."""
+    from dynalora.errors import ConfigError
 
-    layers = max((item.layer for item in found if item.layer is not None), default=-1) + 1
-    groups = ("early", "middle", "late")
-    kinds: dict[str, list[GateStatistics]] = defaultdict(list)
-    for item in found:
-        kinds[item.kind].append(item)
-    rows: list[list[Cell]] = []
-    for kind, members in [*kinds.items(), ("all", found)]:
-        cells: list[Cell] = [kind]
-        for group in (*groups, None):
-            some = [
-                item.openness for item in members if group is None or depth_group(item.layer, layers) == group
-            ]
-            cells.append(f"{sum(some) / len(some):.4f}" if some else None)
-        rows.append(cells)
-    tokens = max(item.tokens for item in found)
-    return Table(
-        ["module", *groups, "all layers"], rows, title="Mean gate, 0 closed to 1 open",
-        note=f"Over {tokens:,} response tokens; early, middle and late are thirds of the layers.",
-    )  # fmt: skip
+    named: dict[str, str] = {}
+    for pair in pairs or ():
+        name, sign, source = (part.strip() for part in pair.partition("="))
+        if not (name and sign and source):
+            raise ConfigError(f"The domain '{pair}' is not of the form NAME=SOURCE.")
+        if name in named:
+            raise ConfigError(f"The domain '{name}' is given twice; give each name once.")
+        named[name] = source
+    return named or None

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dynalora import __version__
-from dynalora.cli import bench, demo, export, finetune, gates, landscape
+from dynalora.cli import bench, demo, export, finetune, gates, landscape, linear_model
 from dynalora.cli.shared import complain, quiet
 from dynalora.errors import DynaloraError
 
@@ -22,9 +22,10 @@ app = typer.Typer(
     epilog="Every command takes --config FILE.yaml; flags override the file.",
 )
 
-for command in (demo, finetune, bench, landscape, gates, export):
+for command in (demo, finetune, bench, landscape, gates, linear_model, export):
     name = command.__name__.rsplit(".", 1)[-1]
-    app.command(name, no_args_is_help=name not in ("demo", "bench"))(getattr(command, name))
+    title = name.replace("_", "-")
+    app.command(title, no_args_is_help=title not in ("demo", "bench", "linear-model"))(getattr(command, name))
 
 
 def _show_version(wanted: bool) -> None:

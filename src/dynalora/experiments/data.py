@@ -185,8 +185,27 @@ def load_conversations(
         DataError: the source does not exist, cannot be read (with the line number), is empty, lacks the fields,
             or has no row with a response.
     """
-    rows, name = _rows(source, split, subset)
+    rows, name = read_rows(source, split=split, subset=subset)
     return to_conversations(rows, fields=fields, source=name, limit=limit)
+
+
+def read_rows(
+    source: str | Path, *, split: str = "train", subset: str | None = None
+) -> tuple[Iterator[tuple[str, Mapping[str, Any]]], str]:
+    """The rows of a data set as they are, one after the other.
+
+    Args:
+        source: as in [`load_conversations`][dynalora.experiments.data.load_conversations].
+        split: as there.
+        subset: as there.
+
+    Returns:
+        Pairs of where a row lies (such as `"line 3"`) and the row; and how to call the source in errors.
+
+    Raises:
+        DataError: the source does not exist or cannot be read; of files, while the rows are taken.
+    """
+    return _rows(source, split, subset)
 
 
 def to_conversations(

@@ -329,7 +329,8 @@ class _Demo:
 
     def _gates(self, model: PeftModel, held_out: data.TokenizedSet, text: OwnText) -> bytes:
         """Histograms of DISeL's gates on the task and on the base model's own text."""
-        from dynalora.forgetting.gates import plot_gates, record_gates
+        from dynalora.forgetting.gate_plots import plot_gates
+        from dynalora.forgetting.gates import record_gates
 
         collator = data.Collator(self.tokenizer.pad_token_id or 0)
         own: list[data.Tokens] = [

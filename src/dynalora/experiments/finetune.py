@@ -37,7 +37,8 @@ from dynalora.experiments.training import (
     save_adapter,
     train_adapter,
 )
-from dynalora.forgetting.gates import plot_gates, record_gates
+from dynalora.forgetting.gate_plots import plot_gates
+from dynalora.forgetting.gates import record_gates
 from dynalora.forgetting.landscape import rank_landscape
 from dynalora.forgetting.retention import Retention, own_text, retention
 from dynalora.methods import METHODS

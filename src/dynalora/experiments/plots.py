@@ -54,6 +54,16 @@ def png(made: Figure, *, dpi: int = 144) -> bytes:
     return buffer.getvalue()
 
 
+def svg(made: Figure) -> bytes:
+    """A figure as the bytes of an SVG file, without the date, so that equal figures give equal files."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "dynalora"}):
+        made.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
 def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     """Training loss (thin, with a running mean) and held-out loss (markers) against the optimizer step.
 
