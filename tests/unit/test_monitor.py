@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -483,3 +488,76 @@ def test_curves_are_drawn(words: Any, own: Any, tmp_path: Path) -> None:
 
 def test_it_is_an_everyday_name() -> None:
     assert dynalora.RetentionMonitor is RetentionMonitor
+
+
+# --- several processes ------------------------------------------------------------------------------------
+
+BUDGET = 0.1
+
+WORKER = """
+import dataclasses, json, os, sys
+from pathlib import Path
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+from dynalora import RetentionMonitor
+from dynalora.forgetting import monitor as watched
+from dynalora.forgetting.retention import OwnText
+from tests.unit import test_monitor as this
+from tests.unit import tiny
+
+rank, port, folder, budget = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), float(sys.argv[4])
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE="2")
+torch.set_num_threads(1)
+distributed.init_process_group("gloo", rank=rank, world_size=2)
+words = tiny.tokenizer()
+text = OwnText(**{**json.loads((folder / "own.json").read_text())})
+own = OwnText(tuple(map(tuple, text.rows)), tuple(text.starts), text.fingerprint, text.seed)
+if rank == 1:  # a process that sees no forgetting must stop all the same
+    real = watched.retention
+    watched.retention = lambda *a, **k: dataclasses.replace(real(*a, **k), kl=0.0)
+model = this.adapted(words)
+called = DistributedDataParallel(model)
+optimizer = this.optimizer_of(model)
+monitor = RetentionMonitor(own=own, every=1, max_forgetting=budget, path=folder / "curves.jsonl")
+monitor.begin(model)
+done = 0
+for number in range(this.STEPS):
+    called(**this.batch(words, 2 * number + rank)).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    done += 1
+    if monitor.step(model):
+        break
+monitor.end(model)
+print(json.dumps([done, [point.retention.kl for point in monitor.points]]))
+distributed.destroy_process_group()
+"""
+
+
+def test_all_processes_follow_the_first(words: Any, own: Any, tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text(json.dumps(dataclasses.asdict(own)))
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    root = Path(__file__).resolve().parents[2]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(root / "src"), str(root)]), OMP_NUM_THREADS="1")
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), port, str(tmp_path), str(BUDGET)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    told = []
+    for process in started:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-3000:]
+        told.append(json.loads(out.splitlines()[-1]))
+    assert told[0] == told[1]
+    steps, curve = told[0]
+    assert 1 < steps < STEPS
+    assert curve[-1] > BUDGET
+    assert max(curve[:-1]) <= BUDGET
+    assert len(read_retention(tmp_path / "curves.jsonl")["run"]) == steps + 1, "one process writes"
