@@ -82,7 +82,9 @@ def test_what_the_harness_does_not_have_is_named(adapted: tuple[Any, Any], folde
     with pytest.raises(ConfigError, match="no task 'made_there'"):
         run_harness(*adapted, ["made_there"], include_path=folder)
     with pytest.raises(ConfigError, match="'made_here' has no metric 'bleu'; it has acc"):
-        run_harness(*adapted, ["made_here"], metrics={"made_here": "bleu"}, num_fewshot=0, include_path=folder)
+        run_harness(
+            *adapted, ["made_here"], metrics={"made_here": "bleu"}, num_fewshot=0, include_path=folder
+        )
     for given, message in (({"limit": 0}, "limit is 0"), ({"num_fewshot": -1}, "num_fewshot is -1")):
         with pytest.raises(ConfigError, match=message):
             run_harness(*adapted, ["made_here"], include_path=folder, **given)

@@ -15,7 +15,13 @@ from dynalora.errors import ConfigError, DataError
 from dynalora.forgetting.masked_lm import mask_text, masked_lm_perplexity
 from tests.unit import tiny
 
-TEXTS = ["The quick brown fox jumps over the lazy dog.", "", "a", "ab", "It rained all day, and nobody minded."]
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "",
+    "a",
+    "ab",
+    "It rained all day, and nobody minded.",
+]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from dynalora import RetentionMonitor, given_text, own_text, plot_retention_curv
 from dynalora.errors import CheckpointError, ConfigError, DataError
 from dynalora.experiments import data
 from dynalora.experiments.finetune import adapter_config, method_names
-from dynalora.forgetting.monitor import OWN
+from dynalora.forgetting.monitor import OWN, checkpoint_retention
 from dynalora.forgetting.retention import MeasuredText, adapter_tensors, base_predictions, retention
 from tests.unit import tiny
 
@@ -222,7 +222,12 @@ def trainer_of(
         **{"save_strategy": "no", **more},
     )  # fmt: skip
     return transformers.Trainer(
-        model, arguments, train_dataset=rows, eval_dataset=rows[:4], processing_class=words, callbacks=callbacks
+        model,
+        arguments,
+        train_dataset=rows,
+        eval_dataset=rows[:4],
+        processing_class=words,
+        callbacks=callbacks,
     )
 
 
@@ -292,6 +297,14 @@ def test_a_trainer_stops_there_too(words: Any, own: Any, tmp_path: Path) -> None
     assert stopping.exceeded.retention.kl == curve[4]
 
 
+def test_a_fraction_is_of_a_trainers_run(words: Any, own: Any, tmp_path: Path) -> None:
+    monitor = RetentionMonitor(own=own, every=0.4)
+    trainer_of(adapted(words), words, tmp_path, [monitor]).train()
+    assert [point.step for point in monitor.points] == [0, 4, 8, 9]
+    with pytest.raises(ConfigError, match="give a number of steps here"):
+        RetentionMonitor(own=own, every=0.4).begin(adapted(words))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_best_state_under_the_budget_is_put_back(method: str, words: Any, own: Any) -> None:
     curve = forgetting_by_step(words, own, method)
@@ -330,11 +343,11 @@ def test_a_trainers_evaluations_are_the_scores(words: Any, own: Any, tmp_path: P
 
 
 @pytest.mark.parametrize("method", ["lora", "pedyra"])
-def test_a_resumed_run_knows_its_best_state_and_its_curve(method: str, words: Any, own: Any, tmp_path: Path) -> None:
+def test_a_resumed_run_knows_its_best_state_and_its_curve(
+    method: str, words: Any, own: Any, tmp_path: Path
+) -> None:
     def monitor(file: str) -> RetentionMonitor:
-        return RetentionMonitor(
-            own=own, every=1, max_forgetting=budget, keep_best=True, path=tmp_path / file
-        )
+        return RetentionMonitor(own=own, every=1, max_forgetting=budget, keep_best=True, path=tmp_path / file)
 
     every = RetentionMonitor(own=own, every=1)
     trainer_of(adapted(words, method), words, tmp_path / "0", [every]).train()
@@ -352,7 +365,9 @@ def test_a_resumed_run_knows_its_best_state_and_its_curve(method: str, words: An
                 raise Killed
 
     with pytest.raises(Killed):
-        trainer_of(adapted(words, method), words, tmp_path / "2", [monitor("cut.jsonl"), Kill()], **saves).train()
+        trainer_of(
+            adapted(words, method), words, tmp_path / "2", [monitor("cut.jsonl"), Kill()], **saves
+        ).train()
     resumed, again = adapted(words, method), monitor("cut.jsonl")
     trainer_of(resumed, words, tmp_path / "2", [again], **saves).train(resume_from_checkpoint=True)
     assert whole_monitor.best is not None
@@ -376,6 +391,25 @@ def test_a_damaged_kept_state_is_one_clear_sentence(words: Any, own: Any, tmp_pa
         )
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpoints_give_the_same_curve(method: str, words: Any, own: Any, tmp_path: Path) -> None:
+    monitor = RetentionMonitor({"named": ["Some text."]}, own=own, every=3)
+    saves = {"save_strategy": "steps", "save_steps": 3}
+    trainer_of(adapted(words, method), words, tmp_path, [monitor], **saves).train()
+    base = tiny.model(len(words))
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    texts = {OWN: own, "named": given_text(["Some text."], words)}
+    found = checkpoint_retention(base, tmp_path, texts)
+    watched = [point for point in monitor.points if point.step > 0]
+    assert [(point.step, point.text) for point in found] == [(point.step, point.text) for point in watched]
+    assert [p.step for p in found] == [3, 3, 6, 6, 9, 9]
+    for point, seen in zip(found, watched, strict=True):
+        assert point.retention.kl == pytest.approx(seen.retention.kl, rel=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    with pytest.raises(CheckpointError, match="holds no checkpoint-N"):
+        checkpoint_retention(base, tmp_path / "elsewhere", texts)
+
+
 # --- what it refuses --------------------------------------------------------------------------------------
 
 
@@ -383,6 +417,7 @@ def test_a_damaged_kept_state_is_one_clear_sentence(words: Any, own: Any, tmp_pa
     ("given", "message"),
     [
         ({"every": 0}, "every is 0"),
+        ({"every": 2.5}, r"every is 2\.5"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"cache_bytes": -1}, "cache_bytes is -1"),
         ({"max_forgetting": 0.0}, r"max_forgetting is 0\.0"),
@@ -402,7 +437,9 @@ def test_what_cannot_be_monitored_is_said_before_training(words: Any, own: Any, 
         RetentionMonitor().begin(adapted(words))
     torch.manual_seed(0)
     biased = peft.get_peft_model(
-        transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(words), n_embd=8, n_layer=1, n_head=1)),
+        transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=len(words), n_embd=8, n_layer=1, n_head=1)
+        ),
         peft.LoraConfig(r=2, bias="all", task_type="CAUSAL_LM"),
     )
     with pytest.raises(ConfigError, match=r"weight '.*bias' is trained too"):
@@ -435,10 +472,14 @@ def test_files_that_hold_something_else(tmp_path: Path, words: Any, own: Any) ->
     file.write_text("\n".join([*lines, lines[0][:20]]))
     assert len(read_retention(file)["run"]) == 3
     file.write_text("\n".join([lines[0][:20], *lines]))
-    with pytest.raises(DataError, match="Line 1 of .* is no measurement"):
+    with pytest.raises(DataError, match=r"Line 1 of .* is no measurement"):
         read_retention(file)
     with pytest.raises(DataError, match="cannot be read"):
         read_retention(tmp_path / "missing.jsonl")
+    # A line cut short by a kill is not continued by the next run's first.
+    file.write_text("\n".join([*lines, lines[0][:20]]))
+    train(adapted(words), words, RetentionMonitor(own=own, every=5, name="next", path=file))
+    assert {name: len(points) for name, points in read_retention(file).items()} == {"run": 3, "next": 3}
 
 
 def test_the_state_kept_is_all_of_the_adapter_and_nothing_else(words: Any) -> None:
@@ -458,7 +499,9 @@ def test_the_state_kept_is_all_of_the_adapter_and_nothing_else(words: Any) -> No
 def test_curves_are_drawn(words: Any, own: Any, tmp_path: Path) -> None:
     file = tmp_path / "curves.jsonl"
     for name, method in (("LoRA", "lora"), ("DISeL", "disel")):
-        monitor = RetentionMonitor({"named": ["Some text."]}, own=own, tokenizer=words, every=3, name=name, path=file)
+        monitor = RetentionMonitor(
+            {"named": ["Some text."]}, own=own, tokenizer=words, every=3, name=name, path=file
+        )
         train(adapted(words, method), words, monitor)
     curves = read_retention(file)
     figure = plot_retention_curves(curves, tmp_path / "curves.png", max_forgetting=0.5, title="Both")
@@ -481,7 +524,11 @@ def test_curves_are_drawn(words: Any, own: Any, tmp_path: Path) -> None:
     assert kl.get_ylim()[0] == 0
     styles = {(line.get_marker(), line.get_linestyle()) for line in lines.values()}
     assert len(styles) == 2, "runs must differ without colour"
-    assert {text.get_text() for text in figure.axes[0].get_legend().get_texts()} == {"LoRA", "DISeL", "budget"}
+    assert {text.get_text() for text in figure.axes[0].get_legend().get_texts()} == {
+        "LoRA",
+        "DISeL",
+        "budget",
+    }
     with pytest.raises(ConfigError, match="no measurements to draw"):
         plot_retention_curves({})
 
@@ -542,7 +589,9 @@ def test_all_processes_follow_the_first(words: Any, own: Any, tmp_path: Path) ->
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
     root = Path(__file__).resolve().parents[2]
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(root / "src"), str(root)]), OMP_NUM_THREADS="1")
+    environment = dict(
+        os.environ, PYTHONPATH=os.pathsep.join([str(root / "src"), str(root)]), OMP_NUM_THREADS="1"
+    )
     started = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(rank), port, str(tmp_path), str(BUDGET)],

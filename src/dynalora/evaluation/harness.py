@@ -100,7 +100,9 @@ def run_harness(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ConfigError("Harness tasks need lm-evaluation-harness: pip install 'dynalora[eval]'.") from error
+        raise ConfigError(
+            "Harness tasks need lm-evaluation-harness: pip install 'dynalora[eval]'."
+        ) from error
     from dynalora.evaluation.generation import evaluating
 
     for what, value in (("batch_size", batch_size), ("limit", limit), ("max_length", max_length)):
@@ -108,16 +110,27 @@ def run_harness(
             raise ConfigError(f"{what} is {value}; give 1 or more.")
     if num_fewshot is not None and num_fewshot < 0:
         raise ConfigError(f"num_fewshot is {num_fewshot}; give 0 or more.")
-    names = list(dict.fromkeys(name for task in tasks for name in (FORGETTING_SUITE if task == SUITE else [task])))
+    names = list(
+        dict.fromkeys(name for task in tasks for name in (FORGETTING_SUITE if task == SUITE else [task]))
+    )
     if not names:
         raise ConfigError(f"No task is named; give names of harness tasks, or '{SUITE}'.")
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    manager: Any = None
+    if include_path is not None:
+        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+    if manager is None or any(not manager.match_tasks([name]) for name in names):
+        # Reading its thousands of task files takes the harness several seconds.
+        manager = TaskManager(include_path=None if include_path is None else str(include_path))
     for name in names:
         if not manager.match_tasks([name]):
             raise ConfigError(f"lm-evaluation-harness has no task '{name}'; see `lm_eval ls tasks`.")
     with evaluating(model):
         wrapped = HFLM(
-            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, backend="causal"
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            max_length=max_length,
+            backend="causal",
         )
         found: Any = simple_evaluate(
             model=wrapped,

@@ -28,7 +28,9 @@ def style(index: int) -> dict[str, Any]:
     }
 
 
-def panels(count: int, *, width: float = 3.2, height: float = 2.4, columns: int = 4) -> tuple[Figure, list[Axes]]:
+def panels(
+    count: int, *, width: float = 3.2, height: float = 2.4, columns: int = 4, share_y: bool = False
+) -> tuple[Figure, list[Axes]]:
     """A figure with this many plots, row after row, on a canvas of its own.
 
     Args:
@@ -36,6 +38,7 @@ def panels(count: int, *, width: float = 3.2, height: float = 2.4, columns: int 
         width: of a plot, in inches.
         height: of a plot, in inches.
         columns: plots in a row at most.
+        share_y: whether all have the same vertical axis.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -44,13 +47,22 @@ def panels(count: int, *, width: float = 3.2, height: float = 2.4, columns: int 
     rows = max(1, -(-count // columns))
     made = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(made)
-    axes = [made.add_subplot(rows, columns, index + 1) for index in range(count)]
+    axes: list[Axes] = []
+    for index in range(count):
+        axes.append(made.add_subplot(rows, columns, index + 1, sharey=axes[0] if axes and share_y else None))
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(True, alpha=0.25, linewidth=0.6)
         axis.set_axisbelow(True)
         axis.tick_params(labelsize=8)
     return made, axes
+
+
+def rendered(made: Figure, kind: str, *, dpi: int = 150) -> bytes:
+    """A figure as the bytes of a file of this kind, `png` or `svg`."""
+    buffer = io.BytesIO()
+    made.savefig(buffer, format=kind, dpi=dpi)
+    return buffer.getvalue()
 
 
 def save(made: Figure, path: str | os.PathLike[str] | None, *, dpi: int = 150) -> None:
@@ -66,11 +78,9 @@ def save(made: Figure, path: str | os.PathLike[str] | None, *, dpi: int = 150) -
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     for ending in ("png", "svg"):
-        buffer = io.BytesIO()
-        made.savefig(buffer, format=ending, dpi=dpi)
         beside = target.with_name(f".{target.stem}.{os.getpid()}.{ending}.tmp")
         try:
-            beside.write_bytes(buffer.getvalue())
+            beside.write_bytes(rendered(made, ending, dpi=dpi))
             os.replace(beside, target.with_suffix(f".{ending}"))
         finally:
             beside.unlink(missing_ok=True)

@@ -5,8 +5,8 @@ With M the masked positions of a text x, and x' the text with the mask token in 
     perplexity = exp( (1/|M|) Σ_{t in M} −log p(x_t | x') )
 
 over all masked positions of all texts. An adapter that was trained with a classifier on the encoder is measured on the
-encoder with its original masked-LM head: `PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained(base), folder)`
-puts the same encoder weights under that head.
+encoder with its original masked-LM head: the model that `AutoModelForMaskedLM.from_pretrained(base)` gives, with the
+adapter put on it by `PeftModel.from_pretrained`.
 """
 
 from __future__ import annotations

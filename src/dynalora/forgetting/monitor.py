@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -45,7 +46,7 @@ from dynalora.progress import Progress, silent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OWN = "own text"
 """Name of the text that the base model wrote itself."""
@@ -96,7 +97,9 @@ class RetentionPoint:
         """The point that `as_record` wrote; raises KeyError, TypeError or ValueError for anything else."""
         numbers = [_number(record[name]) for name in ("kl", "loss_shift", "base_loss")]
         found = Retention(*numbers, int(record["tokens"]), _number(record["kl_error"]))
-        return cls(str(record["run"]), int(record["step"]), str(record["text"]), found, _number(record["seconds"]))
+        return cls(
+            str(record["run"]), int(record["step"]), str(record["text"]), found, _number(record["seconds"])
+        )
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,8 @@ class RetentionMonitor(TrainerCallback):
         own: text that the base model wrote itself, from `own_text`; True lets it write when training begins (32 texts
             of up to 48 tokens; kept in the user's cache), False does without.
         tokenizer: the model's, for writing and for `texts`. A Trainer's own `processing_class` is used if None.
-        every: optimizer steps between measurements; there is one at the start and one at the end besides.
+        every: optimizer steps between measurements, or below 1 the fraction of a Trainer's run; there is one at the
+            start and one at the end besides.
         max_forgetting: KL in nats per token that no text may exceed; None only watches.
         keep_best: False stops the run at the first measurement above `max_forgetting`, with the weights as they are
             then. True lets the run go to its end and then puts back the best weights among those measured under the
@@ -175,7 +179,7 @@ class RetentionMonitor(TrainerCallback):
         *,
         own: OwnText | bool = True,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        every: int = 50,
+        every: float = 50,
         max_forgetting: float | None = None,
         keep_best: bool = False,
         score: Callable[[nn.Module], float] | None = None,
@@ -185,9 +189,13 @@ class RetentionMonitor(TrainerCallback):
         cache_bytes: int = 2**30,
         progress: Progress = silent,
     ) -> None:
-        for what, value, least in (("every", every, 1), ("batch_size", batch_size, 1), ("cache_bytes", cache_bytes, 0)):
+        for what, value, least in (("batch_size", batch_size, 1), ("cache_bytes", cache_bytes, 0)):
             if value < least:
                 raise ConfigError(f"{what} is {value}; give {least} or more.")
+        if not every > 0 or (every > 1 and every != int(every)):
+            raise ConfigError(
+                f"every is {every}; give a whole number of steps, or a fraction of the run below 1."
+            )
         if max_forgetting is not None and not (math.isfinite(max_forgetting) and max_forgetting > 0):
             raise ConfigError(f"max_forgetting is {max_forgetting}; give nats per token, above 0.")
         if keep_best and max_forgetting is None:
@@ -213,6 +221,7 @@ class RetentionMonitor(TrainerCallback):
         self.best: KeptState | None = None
         self._kept: dict[str, BasePredictions] = {}
         self._step = 0
+        self._every = int(every)  # 0: a fraction of a run whose length is not known yet
         self._begun = False
 
     @property
@@ -239,6 +248,10 @@ class RetentionMonitor(TrainerCallback):
             UnsupportedError: the adapters are merged or cannot be switched off, or weights are sharded and `keep_best`
                 is set.
         """
+        if self._every < 1:
+            raise ConfigError(
+                f"every={self.every} is a fraction of a Trainer's run; give a number of steps here."
+            )
         trained = next((name for name, value in base_weights(model) if value.requires_grad), None)
         if trained is not None:
             raise ConfigError(
@@ -284,7 +297,7 @@ class RetentionMonitor(TrainerCallback):
         if not self._begun:
             self.begin(model)
         self._step += 1
-        if self._step % self.every == 0:
+        if self._step % self._every == 0:
             self._measure(model)
         return self.stopping
 
@@ -345,12 +358,12 @@ class RetentionMonitor(TrainerCallback):
             texts[name] = text
         return texts
 
-    def _measure(self, model: nn.Module, *, consider: bool = True) -> None:
+    def _measure(self, model: nn.Module) -> None:
         device = next(model.parameters()).device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            self._measure_here(model, consider)
+            self._measure_here(model)
 
-    def _measure_here(self, model: nn.Module, consider: bool) -> None:
+    def _measure_here(self, model: nn.Module) -> None:
         """Measure on all texts, write it down, and see whether it is too much."""
         found: list[tuple[str, Retention, float]] = []
         for name, kept in self._kept.items():
@@ -368,17 +381,19 @@ class RetentionMonitor(TrainerCallback):
         if not self.forgetting <= self.max_forgetting:  # not-a-number is no either
             if self.exceeded is None:
                 self.exceeded = max(new, key=lambda point: _order(point.retention.kl))
-        elif self.keep_best and consider:
+        elif self.keep_best:
             self._consider(model, None if self.score is None else float(self.score(model)))
 
     def _consider(self, model: nn.Module, score: float | None) -> None:
-        """Keep the model's present state if it is better than the one kept."""
+        """Keep the model's present state if it is better than the one kept; any score is better than none."""
         score = _from_first(score)
         better = self.best is None or (
             self.best.score is None if score is None else self.best.score is None or score < self.best.score
         )
         if better:
-            tensors = {name: value.detach().to("cpu", copy=True) for name, value in adapter_tensors(model).items()}
+            tensors = {
+                name: value.detach().to("cpu", copy=True) for name, value in adapter_tensors(model).items()
+            }
             self.best = KeptState(self._step, self.forgetting, score, tensors)
 
     # --- files --------------------------------------------------------------------------------------------
@@ -399,7 +414,9 @@ class RetentionMonitor(TrainerCallback):
             if not self.points:
                 self.points = [point for point in before if point.run == self.name and point.step < step]
             stays = [point for point in before if point.run != self.name or point.step < step]
-            if len(stays) < len(before):
+            # A line that a kill cut short must not be continued by the next one.
+            cut = bool(before) and not self.path.read_bytes().endswith(b"\n")
+            if cut or len(stays) < len(before):
                 _write_lines(self.path, stays)
         self.points = _from_first(self.points)
 
@@ -445,6 +462,8 @@ class RetentionMonitor(TrainerCallback):
             return
         if self.tokenizer is None:
             self.tokenizer = processing_class
+        if self.every < 1:
+            self._every = max(1, math.ceil(self.every * state.max_steps))
         if self.keep_best and state.global_step > 0:
             self._load_best(_checkpoint(args, state))
         self.begin(model, step=state.global_step)
@@ -460,9 +479,8 @@ class RetentionMonitor(TrainerCallback):
         if model is None:
             return
         self._step = state.global_step
-        if self._step % self.every == 0 or self._step == state.max_steps:
-            # A trainer that evaluates says at each evaluation how good the weights are.
-            self._measure(model, consider=_strategy(args) == "no" or self.score is not None)
+        if self._step % self._every == 0 or self._step == state.max_steps:
+            self._measure(model)
         if self.stopping:
             control.should_training_stop = True
 
@@ -479,7 +497,7 @@ class RetentionMonitor(TrainerCallback):
             return
         loss = (metrics or {}).get("eval_loss")
         if self.points[-1].step != self._step:
-            self._measure(model, consider=False)
+            self._measure(model)
         assert self.max_forgetting is not None
         if self.forgetting <= self.max_forgetting:
             self._consider(model, None if loss is None else float(loss))
@@ -504,10 +522,6 @@ class RetentionMonitor(TrainerCallback):
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-
-
-def _strategy(args: TrainingArguments) -> str:
-    return str(getattr(args.eval_strategy, "value", args.eval_strategy))
 
 
 def _worst(values: Iterable[float]) -> float:
@@ -541,6 +555,62 @@ def _from_first(value: Any) -> Any:
 
 
 # --- curves -------------------------------------------------------------------------------------------------
+
+
+def checkpoint_retention(
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    texts: Mapping[str, MeasuredText],
+    *,
+    name: str = "run",
+    batch_size: int = 8,
+    cache_bytes: int = 2**30,
+    progress: Progress = silent,
+) -> list[RetentionPoint]:
+    """The retention curve of a run that was trained without a monitor, from its checkpoints.
+
+    Args:
+        model: the base model, without adapters; it is left as it was.
+        folder: what the Trainer's `output_dir` was: each `checkpoint-N` in it is an adapter after N steps.
+        texts: what to measure on, by name, from `own_text` and `given_text`.
+        name: of the run.
+        batch_size: texts per forward pass.
+        cache_bytes: memory for the base model's predictions; what does not fit is computed anew for every checkpoint.
+        progress: called with the number of checkpoints done.
+
+    Returns:
+        Points by step.
+
+    Raises:
+        CheckpointError: there is no checkpoint.
+    """
+    found = sorted(
+        (int(entry.name.rpartition("-")[2]), entry)
+        for entry in Path(folder).glob("checkpoint-*")
+        if entry.name.rpartition("-")[2].isdigit() and (entry / "adapter_config.json").exists()
+    )
+    if not found:
+        raise CheckpointError(
+            f"'{folder}' holds no checkpoint-N with an adapter; give a Trainer's output_dir."
+        )
+    kept = {}
+    for text_name, text in texts.items():
+        kept[text_name] = base_predictions(
+            model, text, batch_size=batch_size, dtype=None, max_bytes=cache_bytes
+        )
+        cache_bytes -= kept[text_name].bytes
+    points = []
+    what = f"Retention of checkpoints: {name}"
+    progress(what, 0, len(found))
+    for number, (step, checkpoint) in enumerate(found, start=1):
+        adapted = PeftModel.from_pretrained(model, str(checkpoint))
+        for text_name, base in kept.items():
+            began = time.perf_counter()
+            measured = retention(adapted, base.text, base=base, batch_size=batch_size)
+            points.append(RetentionPoint(name, step, text_name, measured, time.perf_counter() - began))
+        adapted.unload()
+        progress(what, number, len(found))
+    return points
 
 
 def read_retention(*paths: str | os.PathLike[str]) -> dict[str, list[RetentionPoint]]:
@@ -619,7 +689,13 @@ def plot_retention_curves(
     Raises:
         ConfigError: there is no point to draw.
     """
-    named = dict(runs) if isinstance(runs, Mapping) else {point.run: runs for point in runs[:1]}
+    named: dict[str, list[RetentionPoint]] = {}
+    for name, point in (
+        ((point.run, point) for point in runs)
+        if not isinstance(runs, Mapping)
+        else ((name, point) for name, points in runs.items() for point in points)
+    ):
+        named.setdefault(name, []).append(point)
     texts = list(dict.fromkeys(point.text for points in named.values() for point in points))
     if not texts:
         raise ConfigError("There are no measurements to draw; train with a RetentionMonitor first.")

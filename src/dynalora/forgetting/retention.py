@@ -1,7 +1,7 @@
 """How much of the base model an adapted model still is, measured without any data.
 
-The yardstick is text that the base model itself wrote; other text can be named too. With p the base model, q the adapted model and x a text drawn
-from p, token by token at temperature 1 after a short opening:
+The yardstick is text that the base model itself wrote; other text can be named too. With p the base model, q the
+adapted model and x a text drawn from p, token by token at temperature 1 after a short opening:
 
     KL          (1/N) Σ_t Σ_v p(v | x_<t) · (log p(v | x_<t) − log q(v | x_<t))
     loss shift  (1/N) Σ_t (log p(x_t | x_<t) − log q(x_t | x_<t))
@@ -326,7 +326,7 @@ def _sample(
     rows: list[tuple[int, ...]] = []
     progress(what, 0, len(prompts))
     devices = [device] if device.type == "cuda" else []
-    with adapters_off(model), evaluating(model), torch.random.fork_rng(devices), torch.inference_mode():
+    with adapters_off(model), evaluating(model), torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
@@ -530,7 +530,9 @@ def _batches(text: MeasuredText, batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _written(model: torch.nn.Module, text: MeasuredText, batch: Sequence[int], *, off: bool) -> list[torch.Tensor]:
+def _written(
+    model: torch.nn.Module, text: MeasuredText, batch: Sequence[int], *, off: bool
+) -> list[torch.Tensor]:
     """For each text of a batch the logits (tokens written, V) that predict the tokens the model wrote."""
     device = next(model.parameters()).device
     tokens, mask = pad_left([text.rows[index] for index in batch], 0)
