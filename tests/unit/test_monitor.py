@@ -435,6 +435,8 @@ def test_settings_that_cannot_work(given: dict[str, Any], message: str) -> None:
 def test_what_cannot_be_monitored_is_said_before_training(words: Any, own: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="have to be tokenised"):
         RetentionMonitor().begin(adapted(words))
+    with pytest.raises(ConfigError, match=r"call begin\(model\) before"):
+        RetentionMonitor(own=own).step(adapted(words))
     torch.manual_seed(0)
     biased = peft.get_peft_model(
         transformers.GPT2LMHeadModel(

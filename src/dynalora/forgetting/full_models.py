@@ -87,7 +87,8 @@ def model_landscape(
 
             def difference(rows: slice, columns: slice, one: Any = one, other: Any = other) -> torch.Tensor:
                 # Subtracted in float64: weights of one size nearly cancel.
-                return one[rows, columns].to(device).double() - other[rows, columns].to(device).double()
+                minuend: torch.Tensor = one[rows, columns].to(device).double()
+                return minuend - other[rows, columns].to(device).double()
 
             shape = _shape(one)
             sigma = matrix_spectrum((shape[0], shape[1]), difference, device)

@@ -252,6 +252,8 @@ def plot_rank_landscape(
     """
     if quantity not in QUANTITIES:
         raise ConfigError(f"quantity is {quantity!r}; choose one of {', '.join(QUANTITIES)}.")
+    from matplotlib.ticker import MaxNLocator
+
     runs = landscape if isinstance(landscape, Mapping) else {"": landscape}
     kinds = list(dict.fromkeys(row.kind for rows in runs.values() for row in rows))
     if not kinds:
@@ -271,7 +273,7 @@ def plot_rank_landscape(
         axis.set_ylim(bottom=-0.5 if ranked else 0)
         axis.set_xlabel("layer", fontsize=8)
         axis.set_ylabel(_LABELS[quantity], fontsize=8)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # half layers there are none
     figure.suptitle(title or f"{_LABELS[quantity].capitalize()} of the weight updates, by layer", fontsize=10)
     if any(runs):
         axes[0].legend(fontsize=7, frameon=False)

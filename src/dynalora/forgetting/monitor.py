@@ -95,8 +95,13 @@ class RetentionPoint:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> RetentionPoint:
         """The point that `as_record` wrote; raises KeyError, TypeError or ValueError for anything else."""
-        numbers = [_number(record[name]) for name in ("kl", "loss_shift", "base_loss")]
-        found = Retention(*numbers, int(record["tokens"]), _number(record["kl_error"]))
+        found = Retention(
+            kl=_number(record["kl"]),
+            loss_shift=_number(record["loss_shift"]),
+            base_loss=_number(record["base_loss"]),
+            tokens=int(record["tokens"]),
+            kl_error=_number(record["kl_error"]),
+        )
         return cls(
             str(record["run"]), int(record["step"]), str(record["text"]), found, _number(record["seconds"])
         )
@@ -128,7 +133,7 @@ class RetentionMonitor(TrainerCallback):
     Trainer(model, arguments, callbacks=[RetentionMonitor(max_forgetting=0.1)], processing_class=tokenizer, ...)
     ```
 
-    In a loop of your own, `step` is called after every optimizer step:
+    In a loop of your own, `begin` is called before it, and `step` after every optimizer step:
 
     ```python
     monitor = RetentionMonitor(tokenizer=tokenizer, every=100, max_forgetting=0.1)
@@ -138,6 +143,7 @@ class RetentionMonitor(TrainerCallback):
         optimizer.step()
         if monitor.step(model):
             break
+    monitor.end(model)
     ```
 
     It works with every adapter of a `PeftModel` that can be switched off. On several processes all of them measure
@@ -235,8 +241,6 @@ class RetentionMonitor(TrainerCallback):
     def begin(self, model: nn.Module, *, step: int = 0) -> None:
         """Take up a run: write or tokenise the texts, keep the base model's predictions, and measure.
 
-        `step` calls it by itself at its first call, which is one optimizer step too late for a point at 0.
-
         Args:
             model: the PEFT model that is going to be trained.
             step: optimizer steps done, if the run is being continued. Measurements from that step on are taken again.
@@ -263,10 +267,7 @@ class RetentionMonitor(TrainerCallback):
                 "keep_best cannot keep weights that are sharded over processes; use keep_best=False."
             )
         self._take_file(step)
-        self.exceeded = None
-        if step == 0:
-            self.best = None
-        self._step = step
+        self._reset(step)
         texts = self._prepare(model)
         left = self.cache_bytes
         self._kept = {}
@@ -293,9 +294,12 @@ class RetentionMonitor(TrainerCallback):
 
         Returns:
             Whether to stop, because more was forgotten than `max_forgetting`; never with `keep_best`.
+
+        Raises:
+            ConfigError: `begin` was not called.
         """
         if not self._begun:
-            self.begin(model)
+            raise ConfigError("The monitor has not begun; call begin(model) before the first optimizer step.")
         self._step += 1
         if self._step % self._every == 0:
             self._measure(model)
@@ -337,6 +341,12 @@ class RetentionMonitor(TrainerCallback):
             device = next(model.parameters()).device
             # load_state_dict is what every adapter can take on ranks and buffers by, also where they changed since.
             model.load_state_dict({k: v.to(device) for k, v in self.best.tensors.items()}, strict=False)
+
+    def _reset(self, step: int) -> None:
+        self.exceeded = None
+        if step == 0:
+            self.best = None
+        self._step = step
 
     def _prepare(self, model: nn.Module) -> dict[str, MeasuredText]:
         texts: dict[str, MeasuredText] = {}
@@ -415,7 +425,8 @@ class RetentionMonitor(TrainerCallback):
                 self.points = [point for point in before if point.run == self.name and point.step < step]
             stays = [point for point in before if point.run != self.name or point.step < step]
             # A line that a kill cut short must not be continued by the next one.
-            cut = bool(before) and not self.path.read_bytes().endswith(b"\n")
+            content = self.path.read_bytes() if self.path.exists() else b""
+            cut = bool(content) and not content.endswith(b"\n")
             if cut or len(stays) < len(before):
                 _write_lines(self.path, stays)
         self.points = _from_first(self.points)
