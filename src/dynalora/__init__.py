@@ -22,6 +22,8 @@ from dynalora.export import export_lora, rank_pattern
 from dynalora.forgetting.gate_plots import plot_gates
 from dynalora.forgetting.gates import record_gates
 from dynalora.forgetting.landscape import plot_rank_landscape, rank_landscape
+from dynalora.forgetting.monitor import RetentionMonitor, plot_retention_curves, read_retention
+from dynalora.forgetting.retention import given_text, own_text
 from dynalora.forgetting.trajectory import plot_rank_trajectory, rank_trajectory
 
 if TYPE_CHECKING:
@@ -41,16 +43,21 @@ trainer.install()
 
 __all__ = [
     "DynaloraError",
+    "RetentionMonitor",
     "StateReport",
     "accept_undriven",
     "export_lora",
+    "given_text",
+    "own_text",
     "param_groups",
     "plot_gates",
     "plot_rank_landscape",
     "plot_rank_trajectory",
+    "plot_retention_curves",
     "rank_landscape",
     "rank_pattern",
     "rank_trajectory",
+    "read_retention",
     "record_gates",
     "report_task_loss",
     "restart_schedule",

@@ -260,6 +260,72 @@ def test_landscape_of_a_plain_lora(folder: Path, tmp_path: Path, program: Progra
     assert kinds["v_proj"][:5] == ["2", "3.00", "3", "3", "3.0"]
 
 
+def test_landscapes_side_by_side(folder: Path, rows: Path, tmp_path: Path, program: Program) -> None:
+    gated = saved_adapter("disel", folder, tmp_path / "one" / "adapter")
+    plain = saved_adapter("lora", folder, tmp_path / "two" / "adapter")
+    shown = program(
+        "landscape", str(gated), str(plain), "--taus", "0.1,0.01", "--data", str(rows), "--limit", "4",
+        "--plot", str(tmp_path / "drawn.png"), "--csv", str(tmp_path / "l.csv"), "--json", str(tmp_path / "l.json"),
+    )  # fmt: skip
+    assert shown.code == 0, shown.err
+    assert "one/adapter: with mean gates on rows.jsonl" in shown.out
+    records = json.loads((tmp_path / "l.json").read_text())
+    assert [record["run"] for record in records] == ["one/adapter"] * 4 + ["two/adapter"] * 4
+    assert len(records[0]["singular_values"]) == 3
+    with open(tmp_path / "l.csv", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["nuclear_norm"]) for line in lines] == [record["nuclear_norm"] for record in records]
+    made = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("drawn"))
+    assert made == [
+        "drawn-energy.png", "drawn-energy.svg", "drawn-nuclear_norm.png", "drawn-nuclear_norm.svg",
+        "drawn.png", "drawn.svg",
+    ]  # fmt: skip
+    # With its mean gates a DISeL adapter is less than with all of them open.
+    whole = program("landscape", str(gated), "--json", str(tmp_path / "open.json"))
+    assert "with all gates open, the most that the update can be" in whole.out
+    opened = json.loads((tmp_path / "open.json").read_text())
+    assert opened[0]["nuclear_norm"] > records[0]["nuclear_norm"] > 0
+
+
+def test_landscape_of_two_full_models(folder: Path, tmp_path: Path, program: Program) -> None:
+    import transformers
+
+    tuned = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        tuned.model.layers[0].self_attn.q_proj.weight[0, 0] += 0.5
+    tuned.save_pretrained(tmp_path / "tuned")
+    shown = program(
+        "landscape", str(tmp_path / "tuned"), "--against", str(folder), "--modules", "q_proj",
+        "--json", str(tmp_path / "l.json"),
+    )  # fmt: skip
+    assert shown.code == 0, shown.err
+    records = json.loads((tmp_path / "l.json").read_text())
+    assert [(record["layer"], record["effective_rank"]) for record in records] == [(0, 1), (1, 0)]
+    assert records[0]["nuclear_norm"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--modules", "q_proj"], "--modules chooses matrices of full models"),
+        (["--against", "base", "--data", "rows.jsonl"], "--data and --model belong to adapters"),
+        (["--tau", "-1"], r"tau must be at least 0, got -1"),
+        (["--taus", "0.1,x"], "taus must be numbers"),
+        (["--against", "./nowhere"], "There is no model './nowhere'"),
+    ],
+)
+def test_landscapes_that_cannot_be(flags: list[str], message: str, program: Program) -> None:
+    shown = program("landscape", "runs/first", *flags)
+    assert shown.code == 2
+    assert message in shown.err
+
+
+def test_data_without_gates_is_refused(folder: Path, rows: Path, tmp_path: Path, program: Program) -> None:
+    plain = saved_adapter("lora", folder, tmp_path / "adapter")
+    shown = program("landscape", str(plain), "--data", str(rows))
+    assert (shown.code, "has gates" in shown.err) == (2, True)
+
+
 def test_bench_from_the_command_line(folder: Path, tmp_path: Path, program: Program) -> None:
     shown = program(
         "bench", "-m", str(folder), "--methods", "lora,disel", "--dtypes", "float32", "-r", "2", "-b", "1", "-l", "8",

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dynalora.errors import DataError
+from dynalora.experiments import data
 from dynalora.experiments.data import (
     IGNORED,
     Collator,
@@ -334,3 +335,19 @@ def test_collator_pads_to_the_longest_without_loss_or_attention() -> None:
     assert batch["labels"].tolist() == [[5, IGNORED, IGNORED], [IGNORED, 7, 8]]
     assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
     assert Collator(0, pad_to_multiple_of=8)([long])["labels"].shape == torch.Size([1, 8])
+
+
+def test_texts_are_paragraphs_or_the_field_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("One\nof two lines.\n \n\nAnother.\n", encoding="utf-8")
+    assert data.load_texts(tmp_path / "a.txt") == ["One\nof two lines.", "Another."]
+    assert data.load_texts(str(tmp_path / "a.txt"), limit=1) == ["One\nof two lines."]
+    rows = tmp_path / "a.jsonl"
+    rows.write_text('{"text": ""}\n{"text": " b "}\n{"text": "c"}\n{"txt": "d"}\n', encoding="utf-8")
+    assert data.load_texts(rows, limit=2) == ["b", "c"]
+    with pytest.raises(DataError, match="line 4 has no field 'text'; its fields are txt"):
+        data.load_texts(rows)
+    (tmp_path / "empty.txt").write_text("\n\n")
+    with pytest.raises(DataError, match="holds no text"):
+        data.load_texts(tmp_path / "empty.txt")
+    with pytest.raises(DataError, match="There is no file or folder"):
+        data.load_texts(tmp_path / "none.txt")

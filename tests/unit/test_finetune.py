@@ -33,6 +33,7 @@ from dynalora.experiments.finetune import (
 )
 from dynalora.experiments.run_folder import read_metrics
 from dynalora.experiments.training import TrainSettings, held_out_loss, last_checkpoint, train_adapter
+from dynalora.forgetting.monitor import read_retention
 from tests.unit import tiny
 
 
@@ -117,6 +118,12 @@ def test_wrong_configuration_is_named(given: dict[str, Any], message: str) -> No
         ({"quantization": "2bit"}, "quantization is '2bit'; choose one of 4bit, 8bit"),
         ({"max_length": 1}, "max_length is 1"),
         ({"limit": 0}, "limit is 0"),
+        ({"monitor_every": -1}, "monitor_every is -1"),
+        ({"max_forgetting": 0.0}, "max_forgetting is 0.0"),
+        ({"max_forgetting": 0.1, "retention": False}, "max_forgetting needs measurements"),
+        ({"max_forgetting": 0.1, "monitor_every": 0}, "max_forgetting needs measurements"),
+        ({"keep_best": True}, "keep_best needs a budget"),
+        ({"monitor_text": ["wiki.txt"]}, "monitor_text is 'wiki.txt'; write it as NAME=SOURCE"),
     ],
 )
 def test_wrong_settings_are_named(changed: dict[str, Any], message: str) -> None:
@@ -247,8 +254,12 @@ def test_whole_job(folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest
     run = tmp_path / "run"
     result = finetune(spec(folder, rows, run, retention=True), console=Console(file=screen, width=200))
     made = sorted(entry.name for entry in run.iterdir() if entry.name != "run.lock")
-    assert made == ["adapter", "config.yaml", "metrics.jsonl", "plots", "report.html", "run.json"]
-    assert sorted(entry.name for entry in (run / "plots").iterdir()) == ["gates.png", "loss.png"]
+    assert made == [
+        "adapter", "config.yaml", "metrics.jsonl", "plots", "report.html", "retention.jsonl", "run.json"
+    ]  # fmt: skip
+    assert sorted(entry.name for entry in (run / "plots").iterdir()) == [
+        "gates.png", "loss.png", "retention.png", "retention.svg"
+    ]  # fmt: skip
     assert json.loads((run / "run.json").read_text())["finished"]
     records = list(read_metrics(run))
     assert {record["run"] for record in records} == {"disel"}
@@ -279,6 +290,44 @@ def test_whole_job(folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest
         finetune(FinetuneSpec(**again))
     with pytest.raises(RunFolderError, match="has finished; there is nothing to resume"):
         finetune(FinetuneSpec(**again, resume=True))
+
+
+def test_forgetting_is_followed_and_kept_within_its_budget(
+    folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DYNALORA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "plain.txt").write_text("One paragraph\nof two lines.\n\nAnother one.\n")
+    given = {"retention": True, "monitor_every": 3, "monitor_text": [f"plain={tmp_path / 'plain.txt'}"]}
+
+    def job(name: str, **more: Any) -> tuple[Any, dict[int, float], str]:
+        screen = io.StringIO()
+        asked = spec(folder, rows, tmp_path / name, method="lora", **given, **more)
+        result = finetune(asked, console=Console(file=screen, width=200))
+        (points,) = read_retention(tmp_path / name / "retention.jsonl").values()
+        assert {point.text for point in points} == {"own text", "plain"}
+        worst: dict[int, float] = {}
+        for point in points:
+            worst[point.step] = max(worst.get(point.step, 0.0), point.retention.kl)
+        return result, worst, " ".join(screen.getvalue().split())
+
+    whole, curve, _ = job("whole")
+    assert list(curve) == [0, 3, 6, 9, 12]
+    budget = (curve[3] + curve[6]) / 2
+    stopped, seen, told = job("stopped", max_forgetting=budget)
+    assert stopped.steps == 6
+    assert seen[6] == pytest.approx(curve[6])
+    assert "At step 6 KL on" in told
+    assert "the run was stopped" in told
+    assert "the run was stopped" in (tmp_path / "stopped" / "report.html").read_text(encoding="utf-8")
+    kept, _, told = job("kept", max_forgetting=budget, keep_best=True)
+    assert kept.steps == 12
+    assert "the weights are those of step 3" in told
+    assert kept.held_out_after != whole.held_out_after
+    saved = load_file(tmp_path / "kept" / "adapter" / "adapter_model.safetensors")
+    state = peft.get_peft_model_state_dict(kept.model)
+    assert all(torch.equal(saved[name], state[name]) for name in saved)
+    record = next(record for record in read_metrics(tmp_path / "kept") if "retention" in record)
+    assert record["retention"]["kl"] <= budget
 
 
 def test_what_a_method_weighed_and_decided_is_kept(folder: Path, rows: Path, tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import torch
 import dynalora
 from dynalora import DiraConfig, DiselConfig
 from dynalora.errors import CheckpointError, ConfigError, DynaloraError, UnsupportedError
+from dynalora.experiments.finetune import adapter_config
 from dynalora.export import export_adapter_folder, load_without_base
+from dynalora.forgetting.landscape import QUANTITIES, TAUS, energy_table
 from tests.toys import TOYS
 
 LLAMA = TOYS["llama"]
@@ -49,6 +51,97 @@ def test_landscape_without_an_adapter_says_so() -> None:
         dynalora.rank_landscape(LLAMA.build())
     with pytest.raises(ConfigError, match=r"tau must be at least 0, got -1"):
         dynalora.rank_landscape(LLAMA.build(), tau=-1)
+
+
+METHODS = ("dira", "disel", "dislora", "pedyra", "lora")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_statistic_is_that_of_a_full_decomposition(method: str) -> None:
+    torch.manual_seed(3)
+    model = peft.get_peft_model(LLAMA.build(), adapter_config(method, r=3, options={}))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    tau = 0.3
+    rows = dynalora.rank_landscape(model, tau=tau)
+    assert len(rows) == 14
+    for row in rows:
+        layer = model.get_submodule("base_model.model." + row.module)
+        if method == "disel":
+            up, down = layer.parameter("up", "default"), layer.parameter("down", "default")
+            delta = layer.scaling["default"] * up.double() @ down.double()
+        else:
+            delta = layer.get_delta_weight("default").double()
+        sigma = torch.linalg.svdvals(delta.detach())
+        assert row.effective_rank == int((sigma > tau).sum())
+        assert row.nuclear_norm == pytest.approx(float(sigma.sum()), rel=1e-5)
+        above = float(sigma[sigma > tau].square().sum())
+        assert row.energy == pytest.approx(above / float(sigma.square().sum()), rel=1e-5)
+    assert any(0 < row.effective_rank < len(row.singular_values) for row in rows), "tau must cut through"
+    everything = torch.tensor([value for row in rows for value in row.singular_values]).double()
+    (energy,) = energy_table(rows, [tau])
+    share = float(everything[everything > tau].square().sum() / everything.square().sum())
+    assert energy.energy == pytest.approx(share)
+    assert energy.effective_rank == pytest.approx(sum(row.effective_rank for row in rows) / 14)
+    assert (energy.tau, energy.matrices) == (tau, 14)
+
+
+def test_mean_gates_count_each_component_as_far_as_it_opens() -> None:
+    torch.manual_seed(0)
+    config = DiselConfig(r=3, alpha=6, target_modules=["q_proj", "down_proj"], init_weights=False)
+    model = peft.get_peft_model(LLAMA.build(), config)
+    gates = dynalora.record_gates(model, [{"input_ids": torch.arange(3, 20)[None]}])
+    rows = dynalora.rank_landscape(model, gates=gates)
+    for row, found in zip(rows, gates, strict=True):
+        layer = model.get_submodule("base_model.model." + row.module)
+        up, down = layer.parameter("up", "default").double(), layer.parameter("down", "default").double()
+        sigma = torch.linalg.svdvals((2 * up @ torch.diag(found.mean) @ down).detach())[:3]
+        torch.testing.assert_close(torch.tensor(row.singular_values, dtype=torch.float64), sigma)
+    with pytest.raises(ConfigError, match=r"gates has none for '.*down_proj', which has rank 3"):
+        dynalora.rank_landscape(model, gates=gates[:1])
+
+
+def test_energies_need_matrices_and_thresholds() -> None:
+    model = peft.get_peft_model(LLAMA.build(), DiraConfig(target_modules=["q_proj"]))
+    rows = dynalora.rank_landscape(model)
+    assert [row.energy for row in energy_table(rows)] == [0.0] * len(TAUS)
+    with pytest.raises(ConfigError, match="no matrices"):
+        energy_table([])
+    with pytest.raises(ConfigError, match="tau must be at least 0, got -1"):
+        energy_table(rows, [-1])
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_every_quantity_is_drawn_with_runs_told_apart(quantity: str, tmp_path: Path) -> None:
+    runs = {}
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        config = DiraConfig(target_modules=["q_proj", "v_proj"], init_weights=False, r=seed + 2)
+        runs[f"run {seed}"] = dynalora.rank_landscape(peft.get_peft_model(LLAMA.build(), config), tau=0.2)
+    figure = dynalora.plot_rank_landscape(runs, tmp_path / "drawn.png", quantity=quantity)
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "drawn.svg").read_text()
+    words = quantity.replace("_", " ").split()[0]
+    assert words in figure.get_suptitle().lower()
+    assert [axis.get_title() for axis in figure.axes] == ["q_proj", "v_proj"]
+    for axis in figure.axes:
+        assert axis.get_xlabel() == "layer"
+        assert words in axis.get_ylabel()
+        lines = {line.get_label(): line for line in axis.lines if str(line.get_label()).startswith("run")}
+        for name, rows in runs.items():
+            chosen = [row for row in rows if row.kind == axis.get_title()]
+            assert list(lines[name].get_xdata()) == [row.layer for row in chosen]
+            assert list(lines[name].get_ydata()) == [getattr(row, quantity) for row in chosen]
+        assert len({(line.get_marker(), line.get_linestyle()) for line in lines.values()}) == 2
+        ceilings = [line.get_ydata()[0] for line in axis.lines if line not in lines.values()]
+        assert ceilings == ([3] if quantity == "effective_rank" else [])
+        assert axis.get_ylim()[0] == (-0.5 if quantity == "effective_rank" else 0)
+    assert {text.get_text() for text in figure.axes[0].get_legend().get_texts()} == set(runs)
+    with pytest.raises(ConfigError, match="quantity is 'rank'; choose one of effective_rank"):
+        dynalora.plot_rank_landscape(runs, quantity="rank")
+    with pytest.raises(ConfigError, match="no matrices to draw"):
+        dynalora.plot_rank_landscape([])
 
 
 def test_landscape_is_drawn(tmp_path: Path) -> None:

@@ -162,6 +162,29 @@ def finetune(
         bool | None,
         _option("--retention/--no-retention", help="Measure what the model forgot. \\[yes]", panel=_RUN),
     ] = None,
+    monitor_every: Annotated[
+        int | None,
+        _option(
+            "--monitor-every", help="Steps between measures of retention; 0: none. \\[a tenth]", panel=_RUN
+        ),
+    ] = None,
+    monitor_text: Annotated[
+        list[str] | None,
+        _option(
+            "--monitor-text",
+            metavar="NAME=SOURCE",
+            help="Further text to measure it on; repeatable.",
+            panel=_RUN,
+        ),
+    ] = None,
+    max_forgetting: Annotated[
+        float | None,
+        _option("--max-forgetting", help="Stop above this KL from the base, nats per token.", panel=_RUN),
+    ] = None,
+    keep_best: Annotated[
+        bool | None,
+        _option("--keep-best/--no-keep-best", help="Keep the best within it, and do not stop.", panel=_RUN),
+    ] = None,
     trust_remote_code: Annotated[
         bool | None, _option("--trust-remote-code", help="Run code that comes with the model.", panel=_RUN)
     ] = None,

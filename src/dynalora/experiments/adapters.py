@@ -41,6 +41,28 @@ def adapter_folder(source: str | os.PathLike[str]) -> str:
     return str(folder)
 
 
+def model_folder(source: str | os.PathLike[str]) -> str:
+    """The local folder of a full model: the folder itself, or what is fetched from the Hub, in safetensors only.
+
+    Raises:
+        CheckpointError: there is no such folder, and nothing of that name on the Hub.
+    """
+    if Path(source).is_dir():
+        return str(source)
+    if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+        raise CheckpointError(f"There is no model '{source}'; give the folder or the Hub id of a full model.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return str(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:  # the hub client's, the network's and the file system's errors
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"There is no folder '{source}', and it cannot be fetched from the Hub "
+            f"({reason[0].rstrip('.') if reason else type(error).__name__}); give the folder or the Hub id of a model."
+        ) from error
+
+
 def _fetched(name: str) -> str:
     from huggingface_hub import snapshot_download
 

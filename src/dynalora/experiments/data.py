@@ -208,6 +208,46 @@ def read_rows(
     return _rows(source, split, subset)
 
 
+def load_texts(source: str | Path, *, split: str = "train", limit: int | None = None) -> list[str]:
+    """Plain texts to measure on.
+
+    Args:
+        source: a `.txt` or `.md` file, whose paragraphs, parted by empty lines, are the texts; or whatever
+            [`load_conversations`][dynalora.experiments.data.load_conversations] reads, with a field `text`.
+        split: which split of a Hub data set or folder.
+        limit: keep only the first texts; None: all.
+
+    Raises:
+        DataError: the source does not exist, cannot be read, has no field `text`, or holds no text.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix.lower() in (".txt", ".md"):
+        try:
+            content = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"'{path}' is not UTF-8 text (byte {error.start}); convert it to UTF-8."
+            ) from error
+        except OSError as error:
+            raise DataError(f"'{path}' cannot be read ({error.strerror or error}).") from error
+        found = [part.strip() for part in re.split(r"\n\s*\n", content)]
+    else:
+        rows, name = _rows(source, split, None)
+        found = []
+        for where, row in rows:
+            if "text" not in row:
+                raise DataError(
+                    f"{name}, {where} has no field 'text'; its fields are {', '.join(map(str, row))}."
+                )
+            found.append(_text(row["text"], "text", f"{name}, {where}").strip())
+            if limit is not None and len([text for text in found if text]) >= limit:
+                break
+    texts = [text for text in found if text][:limit]
+    if not texts:
+        raise DataError(f"'{source}' holds no text; give other text to measure on.")
+    return texts
+
+
 def to_conversations(
     rows: Iterable[tuple[str, Mapping[str, Any]]],
     *,

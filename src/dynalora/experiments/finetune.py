@@ -7,6 +7,7 @@ model's weights are loaded.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -37,10 +38,12 @@ from dynalora.experiments.training import (
     save_adapter,
     train_adapter,
 )
+from dynalora.forgetting.drawing import rendered
 from dynalora.forgetting.gate_plots import plot_gates
 from dynalora.forgetting.gates import record_gates
 from dynalora.forgetting.landscape import rank_landscape
-from dynalora.forgetting.retention import Retention, own_text, retention
+from dynalora.forgetting.monitor import RetentionMonitor, plot_retention_curves
+from dynalora.forgetting.retention import MeasuredText, Retention, given_text, own_text, retention
 from dynalora.methods import METHODS
 from dynalora.progress import Progress, rich_progress, silent
 
@@ -72,6 +75,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("4bit", "8bit")
 BASELINE = "lora"
 DEMO_ALIAS = "smollm2"
+MONITORED_TEXTS = 32
+MONITORED_LENGTH = 128
+"""Of text that is named for monitoring: enough for a curve, and cheap at every measurement."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +112,14 @@ class FinetuneSpec(TrainSettings):
             it, else float32). Adapter weights are float32.
         quantization: `4bit` (NF4) or `8bit` base weights, with bitsandbytes; None: neither.
         retention: measure what the model forgot, on text that the base model writes itself.
+        monitor_every: optimizer steps between measurements of retention during training; None: a tenth of the run; 0:
+            only when it is over.
+        monitor_text: further text to measure retention on during training, each as `NAME=SOURCE`; see
+            [`load_texts`][dynalora.experiments.data.load_texts]. The first 32 texts count, up to 128 tokens of each.
+        max_forgetting: KL(base ‖ tuned) in nats per token that none of these texts may exceed: the run stops at the
+            first measurement above it; None: no limit.
+        keep_best: instead of stopping, go to the end, and keep the weights of the lowest held-out loss (without
+            held-out data the latest) among those measured within `max_forgetting`.
         trust_remote_code: run code that comes with the model.
         resume: continue the killed run in `output`.
     """
@@ -133,6 +147,10 @@ class FinetuneSpec(TrainSettings):
     dtype: str = "auto"
     quantization: str | None = None
     retention: bool = True
+    monitor_every: int | None = None
+    monitor_text: list[str] = field(default_factory=list)
+    max_forgetting: float | None = None
+    keep_best: bool = False
     trust_remote_code: bool = False
     resume: bool = False
 
@@ -147,6 +165,24 @@ class FinetuneSpec(TrainSettings):
             )
         if self.max_length < 2:
             raise ConfigError(f"max_length is {self.max_length}; give at least 2 tokens.")
+        if self.monitor_every is not None and self.monitor_every < 0:
+            raise ConfigError(
+                f"monitor_every is {self.monitor_every}; give a number of steps, or 0 for only at the end."
+            )
+        if self.max_forgetting is not None and not (
+            self.max_forgetting > 0 and math.isfinite(self.max_forgetting)
+        ):
+            raise ConfigError(f"max_forgetting is {self.max_forgetting}; give nats per token, above 0.")
+        if self.max_forgetting is not None and not self.monitored:
+            raise ConfigError(
+                "max_forgetting needs measurements during training; leave retention on and monitor_every above 0."
+            )
+        if self.keep_best and self.max_forgetting is None:
+            raise ConfigError("keep_best needs a budget; give max_forgetting in nats per token.")
+        for text in self.monitor_text:
+            name, sign, source = text.partition("=")
+            if not (sign and name.strip() and source.strip()):
+                raise ConfigError(f"monitor_text is '{text}'; write it as NAME=SOURCE.")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is '{self.dtype}'; choose one of {', '.join(DTYPES)}.")
         if self.dtype == "float16" and not torch.cuda.is_available():
@@ -155,6 +191,11 @@ class FinetuneSpec(TrainSettings):
             raise ConfigError(
                 f"quantization is '{self.quantization}'; choose one of {', '.join(QUANTIZATIONS)}."
             )
+
+    @property
+    def monitored(self) -> bool:
+        """Whether retention is followed during training."""
+        return self.retention and self.monitor_every != 0
 
     @property
     def fields(self) -> Fields:
@@ -434,6 +475,7 @@ class Prepared:
         training: the training set, tokenised.
         held_out: the held-out set, tokenised; may be empty.
         modules: number of modules that get an adapter.
+        texts: what retention is measured on during training besides the base model's own text, by name.
     """
 
     spec: FinetuneSpec
@@ -443,6 +485,7 @@ class Prepared:
     training: data.TokenizedSet
     held_out: data.TokenizedSet
     modules: int
+    texts: dict[str, MeasuredText] = field(default_factory=dict)
 
 
 def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
@@ -480,6 +523,10 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
         training, held_out = conversations, data.without_repeats(elsewhere, conversations)
     else:
         training, held_out = data.split(conversations, spec.eval_fraction, seed=spec.seed)
+    named = {}
+    for text in spec.monitor_text if spec.monitored else ():
+        called, _, source = text.partition("=")
+        named[called.strip()] = data.load_texts(source.strip(), limit=MONITORED_TEXTS)
     name = local_model_name(spec.model)
     modules = check_targets(empty_model(name, trust_remote_code=spec.trust_remote_code), config)
     tokenizer = load_tokenizer(name, trust_remote_code=spec.trust_remote_code)
@@ -491,6 +538,10 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
         training=data.tokenize(training, tokenizer, max_length=spec.max_length),
         held_out=data.tokenize(held_out, tokenizer, max_length=spec.max_length),
         modules=len(modules),
+        texts={
+            called: given_text(texts, tokenizer, max_length=MONITORED_LENGTH)
+            for called, texts in named.items()
+        },
     )
 
 
@@ -535,6 +586,7 @@ def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResu
             run=run,
             label=spec.method.lower(),
             console=say,
+            monitor=(watcher := _monitor(spec, ready, run)),
         )
         if main:
             save_adapter(result.model, ready.tokenizer, run)
@@ -551,11 +603,25 @@ def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResu
                 kept = measure_retention(result.model, ready.tokenizer, console=say)
             if kept is not None:
                 run.log({"run": result.label, "step": result.steps, "retention": asdict(kept)})
-            _write_results(spec, ready, result, kept, run, say)
+            _write_results(spec, ready, result, kept, run, say, watcher)
             run.finish()
             # The adapter is saved; optimizer states are of no more use and larger than everything else.
             shutil.rmtree(run.checkpoints, ignore_errors=True)
     return result
+
+
+def _monitor(spec: FinetuneSpec, ready: Prepared, run: RunFolder) -> RetentionMonitor | None:
+    if not spec.monitored:
+        return None
+    return RetentionMonitor(
+        ready.texts,
+        tokenizer=ready.tokenizer,
+        every=spec.monitor_every or 0.1,
+        max_forgetting=spec.max_forgetting,
+        keep_best=spec.keep_best,
+        name=spec.method.lower(),
+        path=run.path / "retention.jsonl",
+    )
 
 
 def measure_retention(
@@ -669,6 +735,22 @@ def _titled(method: str) -> str:
     return titles.get(method) or method
 
 
+def _forgetting_told(monitor: RetentionMonitor | None) -> str:
+    """What became of the budget of forgetting, as the end of a summary; nothing if it was kept without more ado."""
+    if monitor is None or monitor.exceeded is None:
+        return ""
+    point = monitor.exceeded
+    told = (
+        f" At step {point.step:,} KL on '{point.text}' was {point.retention.kl:.4f} nats per token, above the budget "
+        f"of {monitor.max_forgetting:g}"
+    )
+    if not monitor.keep_best:
+        return f"{told}, and the run was stopped."
+    if monitor.best is None:
+        return f"{told}, and no weights within it were measured."
+    return f"{told}; the weights are those of step {monitor.best.step:,}, at {monitor.best.forgetting:.4f}."
+
+
 def _short(source: str) -> str:
     """A Hub id as it is, a path by its last part."""
     return Path(source).resolve().name if Path(source).exists() else source
@@ -681,6 +763,7 @@ def _write_results(
     kept: Retention | None,
     run: RunFolder,
     console: Console | None,
+    monitor: RetentionMonitor | None = None,
 ) -> None:
     pictures = {"loss": plots.loss_curves({result.label: result.records})}
     captions = {"loss": "Training loss (thin: each logged step; thick: running mean) and held-out loss."}
@@ -693,6 +776,13 @@ def _write_results(
         captions["method"] = f"What {method.title or method.name} weighed and measured in training."
     if method is not None and (rows := decided_by(result.model, method)):
         run.write("decisions.json", json.dumps(rows, indent=1))
+    if monitor is not None and monitor.points:
+        curves = plot_retention_curves(monitor.points, max_forgetting=spec.max_forgetting)
+        pictures["retention"] = plots.png(curves)
+        captions["retention"] = (
+            "KL from the base model, with its standard error, and loss shift during training."
+        )
+        run.write("plots/retention.svg", rendered(curves, "svg"))
     for name, content in pictures.items():
         run.write(f"plots/{name}.png", content)
     more: dict[str, list[Cell]] = {}
@@ -709,6 +799,7 @@ def _write_results(
     summary = (
         f"{result.steps:,} optimizer steps{change or ' were taken'}, training "
         f"{result.trainable_parameters:,} parameters ({share:.2f} % of the model) in {ready.modules} modules."
+        f"{_forgetting_told(monitor)}"
     )
     counts = Table(
         ["", "conversations", "tokens to learn from", "truncated", "left out"],
@@ -727,4 +818,6 @@ def _write_results(
     write_report(Report(title, summary, sections), run.report)
     if console is not None:
         console.print(rich_table(table))
+        if told := _forgetting_told(monitor):
+            console.print(told.strip(), highlight=False, markup=False)
         console.print(f"Adapter: {run.adapter}\nReport:  {run.report}", highlight=False, markup=False)

@@ -33,6 +33,7 @@ from dynalora.errors import CheckpointError, ConfigError, DataError, TrainingErr
 from dynalora.experiments import data
 from dynalora.experiments.baselines import DriveBaseline
 from dynalora.experiments.run_folder import RunFolder
+from dynalora.forgetting.monitor import RetentionMonitor
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -336,6 +337,7 @@ def train_adapter(
     run: RunFolder | None = None,
     label: str | None = None,
     console: Console | None = None,
+    monitor: RetentionMonitor | None = None,
 ) -> TrainResult:
     """Attach an adapter to a base model and train it.
 
@@ -349,6 +351,8 @@ def train_adapter(
         run: where metrics and checkpoints go; if it was opened to resume, the last whole checkpoint is continued.
         label: name of the run in metrics and progress; None: the method's name.
         console: where progress is shown; None: nowhere.
+        monitor: follows how much is left of the base model. If it keeps the best state and has no score, the held-out
+            loss is what it goes by.
 
     Returns:
         The trained model with its measurements.
@@ -382,6 +386,8 @@ def train_adapter(
         done = int(checkpoint.name.rsplit("-", 1)[-1]) if checkpoint is not None else -1
         run.forget_metrics_after(done)
         records = [record for record in run.metrics() if record.get("run") == name]
+        if monitor is not None and monitor.path is not None and checkpoint is None and run.writable:
+            monitor.path.unlink(missing_ok=True)  # the run begins anew
     saves = run is not None and how.save_every != 0
     # The trainer makes its output folder even if it saves nothing.
     scratch = tempfile.TemporaryDirectory(prefix="dynalora-")
@@ -421,6 +427,8 @@ def train_adapter(
     )
     show = _Show(name, console)
     recorder = _Recorder(name, run, show, measure if has_eval else None, how.eval_every, records)
+    if monitor is not None and monitor.keep_best and monitor.score is None and has_eval:
+        monitor.score = lambda _: measure()
     trainer = Trainer(
         model=adapted,
         args=arguments,
@@ -428,7 +436,7 @@ def train_adapter(
         data_collator=collator,
         processing_class=tokenizer,
         # Called before the recorder, so that a step's time contains what the method does in it.
-        callbacks=[DriveBaseline(), recorder],
+        callbacks=[DriveBaseline(), recorder, *([monitor] if monitor is not None else [])],
     )
     trainer.remove_callback(PrinterCallback)
     # The trainer has put the model on its device by now.
@@ -452,6 +460,8 @@ def train_adapter(
     after = recorder.held_out
     if has_eval and after is None:  # nothing left to train after a resume
         after = next((r["held_out_loss"] for r in reversed(records) if "held_out_loss" in r), None)
+    if monitor is not None and monitor.best is not None and monitor.best.step != trainer.state.global_step:
+        after = measure() if has_eval else None  # of the weights that were put back
     return TrainResult(
         model=adapted,
         label=name,

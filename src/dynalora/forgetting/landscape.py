@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -13,22 +13,33 @@ from torch import nn
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.spectrum import factor_spectrum
 from dynalora.errors import ConfigError, DynaloraError
+from dynalora.forgetting.drawing import panels, save, style
 
 if TYPE_CHECKING:
+    import os
+
     from matplotlib.figure import Figure
 
+    from dynalora.forgetting.gates import GateStatistics
+
 PAPER_TAU = 1e-3
+TAUS = (0.01, 0.005, 0.001, 0.0005, 0.0001)
+"""Thresholds of the energy table; DiRA's Table 3 has the second and the third."""
+
+Quantity = Literal["effective_rank", "nuclear_norm", "energy"]
+QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
+_LARGEST_CEILING = 512  # ranks of whole weights would press the curves onto the axis
 
 
 @dataclass(frozen=True)
 class LandscapeRow:
-    """One adapted matrix in the landscape. All of it is measured on s·ΔW.
+    """One matrix in the landscape. All of it is measured on s·ΔW, or on the difference of two models' weights.
 
     Attributes:
         module: Full module name.
         layer: Index of its transformer block, None outside of blocks.
         kind: Last part of the name (``q_proj``, …).
-        rank: Rank the adapter has there.
+        rank: Rank the adapter has there; for whole weights the shorter side.
         effective_rank: k(τ) = #{σ_i > τ}.
         nuclear_norm: Σ σ_i.
         energy: E(τ) = Σ_{σ_i > τ} σ_i² / Σ σ_i²; 0 for a zero update.
@@ -47,37 +58,60 @@ class LandscapeRow:
 
 @torch.no_grad()
 def rank_landscape(
-    model: nn.Module, tau: float = PAPER_TAU, adapter_name: str | None = None
+    model: nn.Module,
+    tau: float = PAPER_TAU,
+    adapter_name: str | None = None,
+    gates: Sequence[GateStatistics] | None = None,
 ) -> list[LandscapeRow]:
     """The landscape of an adapter, exact from its factors.
 
     Args:
         model: Model with an adapter of dynalora or a plain PEFT LoRA. Of a DISeL adapter, the ungated factors count
-            (all gates open), the most its update can be.
+            (all gates open), the most its update can be, unless ``gates`` are given.
         tau: Threshold τ on singular values; the paper's 0.001 by default.
         adapter_name: Which adapter; None takes the active one.
+        gates: Of a DISeL adapter, what :func:`dynalora.record_gates` found on some text: each component then counts
+            with its mean gate there, s·up·diag(ḡ)·down.
 
     Returns:
         One row per adapted matrix, in model order.
 
     Raises:
-        ConfigError: ``tau`` is negative.
+        ConfigError: ``tau`` is negative, or a gated matrix is missing from ``gates`` or has another rank there.
         DynaloraError: No adapter with low-rank factors is found.
     """
-    if not tau >= 0:
-        raise ConfigError(f"tau must be at least 0, got {tau}.")
+    check_tau(tau)
+    means = None if gates is None else {row.module: row.mean for row in gates}
     rows = []
     for name, module in model.named_modules():
         factors = _factors(module, adapter_name)
         if factors is None:
             continue
         up, down, scaling = factors
+        if means is not None:
+            up = _gated(up, means, plain_name(name))
         sigma = abs(scaling) * factor_spectrum(up, down)
-        rows.append(_row(_plain_name(name), up.shape[1], sigma, tau))
+        rows.append(landscape_row(plain_name(name), up.shape[1], sigma, tau))
     if not rows:
         which = "active adapter" if adapter_name is None else f"adapter {adapter_name!r}"
         raise DynaloraError(f"the model has no {which} with low-rank factors to take a landscape of.")
     return rows
+
+
+def check_tau(tau: float) -> None:
+    """Raise ConfigError for a threshold that is none."""
+    if not tau >= 0:
+        raise ConfigError(f"tau must be at least 0, got {tau}.")
+
+
+def _gated(up: torch.Tensor, means: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    mean = means.get(name)
+    if mean is None or len(mean) != up.shape[1]:
+        found = "none" if mean is None else f"{len(mean)}"
+        raise ConfigError(
+            f"gates has {found} for '{name}', which has rank {up.shape[1]}; record the gates of this very adapter."
+        )
+    return up.double() * mean.to(up.device)
 
 
 def _factors(module: nn.Module, adapter_name: str | None) -> tuple[torch.Tensor, torch.Tensor, float] | None:
@@ -100,7 +134,8 @@ def _factors(module: nn.Module, adapter_name: str | None) -> tuple[torch.Tensor,
     return None
 
 
-def _row(name: str, rank: int, sigma: torch.Tensor, tau: float) -> LandscapeRow:
+def landscape_row(name: str, rank: int, sigma: torch.Tensor, tau: float) -> LandscapeRow:
+    """The row of a matrix with these singular values (descending, float64)."""
     kept = sigma > tau
     energy = sigma.square()
     total = float(energy.sum())
@@ -122,52 +157,125 @@ def layer_index(module_name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A module's name without what PEFT puts before it."""
     return name.removeprefix("base_model.model.")
 
 
+@dataclass(frozen=True)
+class EnergyRow:
+    """What is left of all updates together above a threshold (DiRA Table 3).
+
+    Attributes:
+        tau: The threshold.
+        energy: Σ_l Σ_{σ > τ} σ² / Σ_l Σ σ², over all matrices l; 0 if all updates are zero.
+        effective_rank: Mean of k_l(τ) over the matrices.
+        matrices: Number of matrices.
+    """
+
+    tau: float
+    energy: float
+    effective_rank: float
+    matrices: int
+
+
+def energy_table(rows: Sequence[LandscapeRow], taus: Sequence[float] = TAUS) -> list[EnergyRow]:
+    """Spectral energy and effective rank above each of several thresholds, over all matrices.
+
+    Args:
+        rows: Result of :func:`rank_landscape` or of
+            :func:`model_landscape <dynalora.forgetting.full_models.model_landscape>`.
+        taus: The thresholds.
+
+    Raises:
+        ConfigError: A threshold is negative, or there are no rows.
+    """
+    if not rows:
+        raise ConfigError("There are no matrices to tabulate; take a landscape first.")
+    values = torch.tensor([value for row in rows for value in row.singular_values], dtype=torch.float64)
+    total = float(values.square().sum())
+    table = []
+    for tau in taus:
+        check_tau(tau)
+        above = values[values > tau]
+        share = float(above.square().sum()) / total if total else 0.0
+        table.append(EnergyRow(tau, share, len(above) / len(rows), len(rows)))
+    return table
+
+
+def landscape_records(
+    runs: Mapping[str, Sequence[LandscapeRow]], *, spectra: bool = False
+) -> list[dict[str, Any]]:
+    """Landscapes as flat mappings, one per run and matrix, for CSV or JSON.
+
+    Args:
+        runs: Rows by the name of their run.
+        spectra: Whether to include the singular values.
+    """
+    records = []
+    for run, rows in runs.items():
+        for row in rows:
+            record = {"run": run, **asdict(row)}
+            if not spectra:
+                del record["singular_values"]
+            records.append(record)
+    return records
+
+
+_LABELS: dict[Quantity, str] = {
+    "effective_rank": "effective rank",
+    "nuclear_norm": "nuclear norm",
+    "energy": "energy above τ",
+}
+
+
 def plot_rank_landscape(
-    landscape: Sequence[LandscapeRow] | dict[str, Sequence[LandscapeRow]], path: str | None = None
+    landscape: Sequence[LandscapeRow] | Mapping[str, Sequence[LandscapeRow]],
+    path: str | os.PathLike[str] | None = None,
+    quantity: Quantity = "effective_rank",
+    title: str = "",
 ) -> Figure:
-    """Draw effective rank over the layers, one panel per module kind, runs overlaid (DiRA Figures 1, 4).
+    """Draw the landscape over the layers, one panel per module kind, runs overlaid (DiRA Figures 1, 2, 4–10).
 
     Args:
         landscape: Result of :func:`rank_landscape`, or several by name.
-        path: File to write; None only returns the figure.
+        path: PNG file to write, and beside it the SVG; None only returns the figure.
+        quantity: What to draw: ``effective_rank``, ``nuclear_norm`` or ``energy``. A dotted line in the first is the
+            rank that the adapters have.
+        title: Of the figure; by default it says what is drawn.
 
     Returns:
         The matplotlib figure.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    runs = landscape if isinstance(landscape, dict) else {"": landscape}
+    Raises:
+        ConfigError: The quantity is unknown, or there is nothing to draw.
+    """
+    if quantity not in QUANTITIES:
+        raise ConfigError(f"quantity is {quantity!r}; choose one of {', '.join(QUANTITIES)}.")
+    from matplotlib.ticker import MaxNLocator
+
+    runs = landscape if isinstance(landscape, Mapping) else {"": landscape}
     kinds = list(dict.fromkeys(row.kind for rows in runs.values() for row in rows))
-    columns = min(4, len(kinds))
-    lines = -(-len(kinds) // columns)
-    figure = Figure(figsize=(3.2 * columns, 2.4 * lines), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
-    for axis in axes.flat[len(kinds) :]:
-        axis.set_visible(False)
-    for axis, kind in zip(axes.flat, kinds, strict=False):
+    if not kinds:
+        raise ConfigError("There are no matrices to draw; take a landscape first.")
+    figure, axes = panels(len(kinds), share_y=quantity != "nuclear_norm")
+    ranked = quantity == "effective_rank"
+    for axis, kind in zip(axes, kinds, strict=True):
         ceiling = 0
-        for name, rows in runs.items():
+        for index, (name, rows) in enumerate(runs.items()):
             chosen = [row for row in rows if row.kind == kind]
             x = [row.layer if row.layer is not None else i for i, row in enumerate(chosen)]
-            axis.plot(
-                x, [row.effective_rank for row in chosen], marker="o", markersize=3, linewidth=1.2, label=name
-            )
+            axis.plot(x, [getattr(row, quantity) for row in chosen], label=name, **style(index))
             ceiling = max(ceiling, *(row.rank for row in chosen), 0)
-        axis.axhline(ceiling, color="0.6", linestyle=":", linewidth=1)
+        if ranked and ceiling <= _LARGEST_CEILING:
+            axis.axhline(ceiling, color="0.6", linestyle=":", linewidth=1)
         axis.set_title(kind, fontsize=9)
-        axis.set_ylim(bottom=-0.5)
+        axis.set_ylim(bottom=-0.5 if ranked else 0)
         axis.set_xlabel("layer", fontsize=8)
-        axis.tick_params(labelsize=8)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("effective rank", fontsize=8)
+        axis.set_ylabel(_LABELS[quantity], fontsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # half layers there are none
+    figure.suptitle(title or f"{_LABELS[quantity].capitalize()} of the weight updates, by layer", fontsize=10)
     if any(runs):
-        axes.flat[0].legend(fontsize=7)
-    if path is not None:
-        figure.savefig(path, dpi=150)
+        axes[0].legend(fontsize=7, frameon=False)
+    save(figure, path)
     return figure

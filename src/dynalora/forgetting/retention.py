@@ -1,7 +1,7 @@
 """How much of the base model an adapted model still is, measured without any data.
 
-The yardstick is text that the base model itself wrote. With p the base model, q the adapted model and x a text drawn
-from p, token by token at temperature 1 after a short opening:
+The yardstick is text that the base model itself wrote; other text can be named too. With p the base model, q the
+adapted model and x a text drawn from p, token by token at temperature 1 after a short opening:
 
     KL          (1/N) Σ_t Σ_v p(v | x_<t) · (log p(v | x_<t) − log q(v | x_<t))
     loss shift  (1/N) Σ_t (log p(x_t | x_<t) − log q(x_t | x_<t))
@@ -82,35 +82,44 @@ CHATS = (
 
 
 @dataclass(frozen=True)
-class OwnText:
-    """Texts that a model wrote.
+class MeasuredText:
+    """Texts to measure on.
 
     Attributes:
-        rows: token ids of each text, opening included.
-        starts: for each text the index of the first token that the model wrote.
-        fingerprint: of the model that wrote them, as `fingerprint` gives it.
-        seed: of the sampling.
+        rows: token ids of each text, context included.
+        starts: for each text the index, at least 1, of the first token that counts; those before it are context.
     """
 
     rows: tuple[tuple[int, ...], ...]
     starts: tuple[int, ...]
-    fingerprint: str
-    seed: int
 
     @property
     def tokens(self) -> int:
-        """Number of tokens the model wrote."""
+        """Number of tokens that count."""
         return sum(len(row) - start for row, start in zip(self.rows, self.starts, strict=True))
 
 
 @dataclass(frozen=True)
+class OwnText(MeasuredText):
+    """Texts that a model wrote: what counts is what it wrote, the openings are context.
+
+    Attributes:
+        fingerprint: of the model that wrote them, as `fingerprint` gives it.
+        seed: of the sampling.
+    """
+
+    fingerprint: str
+    seed: int
+
+
+@dataclass(frozen=True)
 class Retention:
-    """Distance of an adapted model from its base model, on the base model's own text. All in nats per token.
+    """Distance of an adapted model from its base model on a text. All in nats per token.
 
     Attributes:
         kl: KL(base ‖ tuned), mean over the tokens.
         loss_shift: loss of the tuned model minus loss of the base model.
-        base_loss: loss of the base model on its own text.
+        base_loss: loss of the base model on the text.
         tokens: number of tokens the means are over.
         kl_error: standard error of `kl` over the texts (0 for a single text).
     """
@@ -123,7 +132,7 @@ class Retention:
 
     @property
     def tuned_loss(self) -> float:
-        """Loss of the adapted model on the base model's text."""
+        """Loss of the adapted model on the text."""
         return self.base_loss + self.loss_shift
 
 
@@ -133,11 +142,17 @@ class BasePredictions:
 
     Attributes:
         text: the text they belong to.
-        log_probs: one tensor per text, (tokens written, V), on the CPU.
+        log_probs: one tensor per text, (tokens that count, V), on the CPU: log-probabilities, or logits, which differ
+            from them by a constant per token; None for a text whose predictions were not kept and are made anew.
     """
 
-    text: OwnText
-    log_probs: tuple[torch.Tensor, ...]
+    text: MeasuredText
+    log_probs: tuple[torch.Tensor | None, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Memory that they take."""
+        return sum(part.numel() * part.element_size() for part in self.log_probs if part is not None)
 
 
 # --- the text ---------------------------------------------------------------------------------------------
@@ -198,6 +213,30 @@ def own_text(
     return text
 
 
+def given_text(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512
+) -> MeasuredText:
+    """Texts of the user's choice, to measure on; every token but the first of each text counts.
+
+    Args:
+        texts: the texts; those of fewer than two tokens are left out.
+        tokenizer: the model's; special tokens are added as it does by default.
+        max_length: tokens at which a text is cut.
+
+    Raises:
+        ConfigError: one string instead of a list, max_length below 2, or no text with two tokens.
+    """
+    if isinstance(texts, str):
+        raise ConfigError("texts must be a list of texts, got one string; put it into a list.")
+    if max_length < 2:
+        raise ConfigError(f"max_length is {max_length}; give at least 2 tokens.")
+    rows = [tuple(tokenizer(text)["input_ids"][:max_length]) for text in texts]
+    rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise ConfigError(f"None of the {len(texts)} texts has two tokens; give text to measure on.")
+    return MeasuredText(tuple(rows), (1,) * len(rows))
+
+
 def fingerprint(model: torch.nn.Module) -> str:
     """A short mark of a model's base weights: equal for the same weights, whatever adapters are attached.
 
@@ -205,7 +244,7 @@ def fingerprint(model: torch.nn.Module) -> str:
     fine-tuning changes.
     """
     digest = hashlib.sha256()
-    for name, value in sorted(_base_weights(model), key=lambda pair: pair[0]):
+    for name, value in sorted(base_weights(model), key=lambda pair: pair[0]):
         flat = value.detach().reshape(-1)
         step = max(1, flat.numel() // 1024)
         part = flat[::step][:1024].to("cpu")
@@ -214,8 +253,28 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-def _base_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name, as in the model without adapters, and value of every weight that is not an adapter's."""
+def base_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name, as in the model without adapters, and value of every weight and buffer that is not an adapter's."""
+    adapters = _adapter_ids(model)
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name, value in itertools.chain(inner.named_parameters(), inner.named_buffers()):
+        if id(value) in adapters or _is_copy(name):
+            continue
+        yield name.replace(".base_layer.", ".").replace(".original_module.", "."), value
+
+
+def adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What is saved of a model's adapters, by its name in the model's state dict: all that is not the base model's."""
+    adapters = _adapter_ids(model)
+    state: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    return {
+        name: value
+        for name, value in state.items()
+        if id(value) in adapters or _is_copy(name) or value.requires_grad
+    }
+
+
+def _adapter_ids(model: torch.nn.Module) -> set[int]:
     adapters: set[int] = set()
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
@@ -223,11 +282,12 @@ def _base_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 part = getattr(module, name, None)
                 if isinstance(part, torch.nn.Module):
                     adapters.update(id(value) for value in itertools.chain(part.parameters(), part.buffers()))
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    for name, value in itertools.chain(inner.named_parameters(), inner.named_buffers()):
-        if id(value) in adapters or ".modules_to_save." in name or ".token_adapter." in name:
-            continue
-        yield name.replace(".base_layer.", ".").replace(".original_module.", "."), value
+    return adapters
+
+
+def _is_copy(name: str) -> bool:
+    """Whether a weight belongs to a copy of a module that is trained in full."""
+    return ".modules_to_save." in name or ".token_adapter." in name
 
 
 def _refuse_merged(model: torch.nn.Module) -> None:
@@ -266,7 +326,7 @@ def _sample(
     rows: list[tuple[int, ...]] = []
     progress(what, 0, len(prompts))
     devices = [device] if device.type == "cuda" else []
-    with adapters_off(model), evaluating(model), torch.random.fork_rng(devices), torch.inference_mode():
+    with adapters_off(model), evaluating(model), torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
@@ -321,7 +381,7 @@ def _write(file: Path, text: OwnText) -> None:
 
 def retention(
     model: torch.nn.Module,
-    text: OwnText,
+    text: MeasuredText,
     *,
     base: BasePredictions | None = None,
     batch_size: int = 8,
@@ -331,12 +391,15 @@ def retention(
 ) -> Retention:
     """KL(base ‖ tuned) and loss shift on the base model's own text, as defined at the top of this module.
 
+    On other text than the base model's own the two are different things: KL still says how far the predictions moved,
+    and the loss shift is negative where the tuned model has become better at that text.
+
     The base model is the same model with its adapters switched off; no second copy is needed. Memory: the logits of
     `batch_size` texts, once for each model, and four float32 blocks of `chunk` × V.
 
     Args:
         model: a PEFT model; its active adapters are what is measured. Without any, all distances are 0.
-        text: from `own_text`, written by this very base model.
+        text: from `own_text`, written by this very base model, or from `given_text`.
         base: from `base_predictions`, to leave the base model's pass out.
         batch_size: texts per batch.
         chunk: positions of which all V probabilities are held in float32 at a time.
@@ -359,11 +422,13 @@ def retention(
     totals = [torch.zeros(3, dtype=torch.float64) for _ in text.rows]  # Σ KL, Σ base loss, Σ tuned loss
     done = 0
     progress(what, 0, len(text.rows))
-    with evaluating(model), torch.inference_mode():
+    # Not inference_mode: a model in training may keep what it computes here, such as rotary frequencies.
+    with evaluating(model), torch.no_grad():
         for batch in _batches(text, batch_size):
-            reference = (
-                [base.log_probs[index] for index in batch] if base else _written(model, text, batch, off=True)
-            )
+            kept = [base.log_probs[index] for index in batch] if base else []
+            reference = [part for part in kept if part is not None]
+            if len(reference) < len(batch):
+                reference = _written(model, text, batch, off=True)
             tuned = _written(model, text, batch, off=False)
             for index, first, second in zip(batch, reference, tuned, strict=True):
                 totals[index] = _distances(first, second, _targets(text, index, second.device), chunk)
@@ -377,37 +442,53 @@ def retention(
 
 def base_predictions(
     model: torch.nn.Module,
-    text: OwnText,
+    text: MeasuredText,
     *,
     batch_size: int = 8,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
+    max_bytes: int | None = None,
     progress: Progress = silent,
 ) -> BasePredictions:
-    """The base model's log-probabilities on its own text, to be used for many adapters or checkpoints.
+    """The base model's log-probabilities on a text, to be used for many adapters or checkpoints.
 
     Takes `text.tokens` × V numbers of memory: 300 MB for 1500 tokens and a vocabulary of 50,000 in float32.
 
     Args:
         model: the base model, with or without adapters.
-        text: from `own_text`, written by this very base model.
-        batch_size: texts per batch.
-        dtype: what to keep them in. Half precision halves the memory and costs accuracy below about 1e-3 nats.
+        text: from `own_text`, written by this very base model, or from `given_text`.
+        batch_size: texts per batch. With the same one, `retention` gives bit for bit what it would give without.
+        dtype: what to keep them in. Half precision halves the memory and costs accuracy below about 1e-3 nats. None
+            keeps the model's logits as they are: exact, and half the size for a model in half precision.
+        max_bytes: keep no more than this, in whole batches, those of long texts first; `retention` makes the rest
+            anew each time. None keeps all.
         progress: called with the number of texts done.
 
     Raises:
-        ConfigError: batch_size below 1, or the text was written by another model.
+        ConfigError: batch_size below 1, max_bytes below 0, or the text was written by another model.
         UnsupportedError: an adapter is merged into the weights.
     """
     _check(model, text, batch_size, 1)
+    if max_bytes is not None and max_bytes < 0:
+        raise ConfigError(f"max_bytes is {max_bytes}; give 0 or more.")
     what = "Predictions of the base model"
-    kept: dict[int, torch.Tensor] = {}
+    kept: dict[int, torch.Tensor | None] = {}
+    used = 0
     progress(what, 0, len(text.rows))
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.no_grad():
         for batch in _batches(text, batch_size):
-            for index, logits in zip(batch, _written(model, text, batch, off=True), strict=True):
-                kept[index] = F.log_softmax(logits.float(), dim=-1).to("cpu", dtype)
+            parts = _written(model, text, batch, off=True)
+            size = dtype.itemsize if dtype is not None else parts[0].element_size()
+            used += size * sum(part.numel() for part in parts)
+            if max_bytes is not None and used > max_bytes:
+                break  # what follows would fit only in part
+            for index, logits in zip(batch, parts, strict=True):
+                if dtype is not None:
+                    kept[index] = F.log_softmax(logits.float(), dim=-1).to("cpu", dtype)
+                else:
+                    kept[index] = logits.to("cpu", copy=True)  # a view would keep the whole batch alive
             progress(what, len(kept), len(text.rows))
-    return BasePredictions(text, tuple(kept[index] for index in range(len(text.rows))))
+    progress(what, len(text.rows), len(text.rows))
+    return BasePredictions(text, tuple(kept.get(index) for index in range(len(text.rows))))
 
 
 @contextmanager
@@ -424,25 +505,34 @@ def adapters_off(model: torch.nn.Module) -> Iterator[None]:
         context = model.disable_adapter()
     elif isinstance(model, PeftModel) and not layers:
         context = model.disable_adapter()  # prompt learning has no layers to switch
-    with context:
-        yield
+    # PEFT makes every parameter of the active adapters trainable when it switches them on again.
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with context:
+            yield
+    finally:
+        for parameter, trained in trains:
+            if parameter.requires_grad != trained:
+                parameter.requires_grad_(trained)
 
 
-def _check(model: torch.nn.Module, text: OwnText, batch_size: int, chunk: int) -> None:
+def _check(model: torch.nn.Module, text: MeasuredText, batch_size: int, chunk: int) -> None:
     for what, value in (("batch_size", batch_size), ("chunk", chunk)):
         if value < 1:
             raise ConfigError(f"{what} is {value}; give 1 or more.")
     _refuse_merged(model)
-    if fingerprint(model) != text.fingerprint:
+    if isinstance(text, OwnText) and fingerprint(model) != text.fingerprint:
         raise ConfigError("The text was written by another base model; write it anew with own_text().")
 
 
-def _batches(text: OwnText, batch_size: int) -> list[list[int]]:
+def _batches(text: MeasuredText, batch_size: int) -> list[list[int]]:
     order = sorted(range(len(text.rows)), key=lambda index: -len(text.rows[index]))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _written(model: torch.nn.Module, text: OwnText, batch: Sequence[int], *, off: bool) -> list[torch.Tensor]:
+def _written(
+    model: torch.nn.Module, text: MeasuredText, batch: Sequence[int], *, off: bool
+) -> list[torch.Tensor]:
     """For each text of a batch the logits (tokens written, V) that predict the tokens the model wrote."""
     device = next(model.parameters()).device
     tokens, mask = pad_left([text.rows[index] for index in batch], 0)
@@ -452,7 +542,7 @@ def _written(model: torch.nn.Module, text: OwnText, batch: Sequence[int], *, off
     return [row[-count - 1 : -1] for row, count in zip(logits, counts, strict=True)]
 
 
-def _targets(text: OwnText, index: int, device: torch.device) -> torch.Tensor:
+def _targets(text: MeasuredText, index: int, device: torch.device) -> torch.Tensor:
     return torch.tensor(text.rows[index][text.starts[index] :], device=device)
 
 
@@ -478,7 +568,7 @@ def _distances(base: torch.Tensor, tuned: torch.Tensor, targets: torch.Tensor, c
     return sums
 
 
-def _ratio_error(sums: torch.Tensor, text: OwnText, mean: float) -> float:
+def _ratio_error(sums: torch.Tensor, text: MeasuredText, mean: float) -> float:
     """Standard error of a mean per token over texts of different lengths (that of a ratio estimate)."""
     number = len(text.rows)
     if number < 2:

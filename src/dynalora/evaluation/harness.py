@@ -1,0 +1,185 @@
+"""Tasks of lm-evaluation-harness by name, on a model that is already loaded (extra `eval`).
+
+The harness's own command line loads adapters without importing dynalora and so knows its methods only as exported
+plain LoRA; here the model is handed over as it is, with whatever adapters are active.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dynalora.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+FORGETTING_SUITE: Mapping[str, str] = {
+    "hellaswag": "acc_norm",
+    "winogrande": "acc",
+    "arc_challenge": "acc_norm",
+    "arc_easy": "acc_norm",
+    "lambada_openai": "acc",
+    "boolq": "acc",
+    "piqa": "acc_norm",
+    "triviaqa": "exact_match",
+    "openbookqa": "acc_norm",
+    "sciq": "acc",
+    "mmlu": "acc",
+    "medqa_4options": "acc",
+    "commonsense_qa": "acc",
+    "nq_open": "exact_match",
+}
+"""The 14 benchmarks whose unweighted mean is the retention score of DISeL (App. III.6, Table 10), each with its metric.
+The paper calls the metric of TriviaQA and NaturalQuestions accuracy; the harness's name for it is `exact_match`."""
+
+SUITE = "forgetting"
+"""The name that stands for all of them."""
+
+_PREFERRED = ("acc_norm", "acc", "exact_match", "f1", "perplexity", "word_perplexity")
+
+
+@dataclass(frozen=True)
+class HarnessResult:
+    """One task's result.
+
+    Attributes:
+        task: its name in the harness.
+        metric: the metric's name in the harness.
+        value: the metric.
+        error: its standard error as the harness gives it; None where it gives none.
+        samples: number of questions; None where the harness does not say.
+    """
+
+    task: str
+    metric: str
+    value: float
+    error: float | None
+    samples: int | None
+
+
+def run_harness(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str] = (SUITE,),
+    *,
+    metrics: Mapping[str, str] | None = None,
+    num_fewshot: int | None = 5,
+    limit: int | None = None,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    seed: int = 1234,
+    include_path: str | os.PathLike[str] | None = None,
+) -> list[HarnessResult]:
+    """Measure a model on tasks of lm-evaluation-harness.
+
+    Args:
+        model: a causal language model, with or without adapters; it is left in the mode it was in.
+        tokenizer: the model's.
+        tasks: names of tasks or groups; `forgetting` stands for the 14 of `FORGETTING_SUITE`.
+        metrics: task → metric to report, where it is to be another one than `FORGETTING_SUITE` says, or for other
+            tasks than the first there is of acc_norm, acc, exact_match, f1 and perplexity.
+        num_fewshot: examples before each question, 5 in the authors' script; None: each task's own default.
+        limit: only the first questions of each task, for a quick look.
+        batch_size: requests per forward pass.
+        max_length: longest input in tokens (512 in the paper); None: what the model takes.
+        seed: of the choice of examples.
+        include_path: folder with task files of your own.
+
+    Returns:
+        A result for each task in order.
+
+    Raises:
+        ConfigError: lm-evaluation-harness is not installed, a task is unknown to it, or a task has no such metric.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError(
+            "Harness tasks need lm-evaluation-harness: pip install 'dynalora[eval]'."
+        ) from error
+    from dynalora.evaluation.generation import evaluating
+
+    for what, value in (("batch_size", batch_size), ("limit", limit), ("max_length", max_length)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{what} is {value}; give 1 or more.")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise ConfigError(f"num_fewshot is {num_fewshot}; give 0 or more.")
+    names = list(
+        dict.fromkeys(name for task in tasks for name in (FORGETTING_SUITE if task == SUITE else [task]))
+    )
+    if not names:
+        raise ConfigError(f"No task is named; give names of harness tasks, or '{SUITE}'.")
+    manager: Any = None
+    if include_path is not None:
+        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+    if manager is None or any(not manager.match_tasks([name]) for name in names):
+        # Reading its thousands of task files takes the harness several seconds.
+        manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    for name in names:
+        if not manager.match_tasks([name]):
+            raise ConfigError(f"lm-evaluation-harness has no task '{name}'; see `lm_eval ls tasks`.")
+    with evaluating(model):
+        wrapped = HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            max_length=max_length,
+            backend="causal",
+        )
+        found: Any = simple_evaluate(
+            model=wrapped,
+            tasks=names,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    wanted = {**FORGETTING_SUITE, **(metrics or {})}
+    return [_result(name, found, wanted.get(name)) for name in names]
+
+
+def harness_mean(results: Sequence[HarnessResult]) -> float:
+    """Unweighted mean over the tasks: with all of `FORGETTING_SUITE`, the retention score of DISeL.
+
+    Raises:
+        ConfigError: there is no result.
+    """
+    if not results:
+        raise ConfigError("There are no results to take the mean of; run at least one task.")
+    return sum(result.value for result in results) / len(results)
+
+
+def _result(name: str, found: Mapping[str, Any], metric: str | None) -> HarnessResult:
+    numbers: Mapping[str, Any] = found["results"].get(name) or found.get("groups", {}).get(name) or {}
+    # The harness writes "metric,filter"; the first filter is the task's strictest.
+    keys: dict[str, str] = {}
+    for key, value in numbers.items():
+        measured, comma, _ = key.partition(",")
+        if comma and isinstance(value, (int, float)) and not measured.endswith("_stderr"):
+            keys.setdefault(measured, key)
+    if metric is None:
+        metric = next((known for known in (*_PREFERRED, *keys) if known in keys), "")
+    if metric not in keys:
+        raise ConfigError(
+            f"Task '{name}' has no metric '{metric}'; it has {', '.join(keys) or 'none'}. Name one in metrics."
+        )
+    key = keys[metric]
+    error = numbers.get(f"{metric}_stderr,{key.partition(',')[2]}")
+    samples = found.get("n-samples", {}).get(name, {}).get("effective")
+    return HarnessResult(
+        name,
+        metric,
+        float(numbers[key]),
+        float(error) if isinstance(error, (int, float)) else None,
+        None if samples is None else int(samples),
+    )

@@ -1,0 +1,191 @@
+"""Masked-LM perplexity: what an encoder has kept of its pre-training (DISeL §4, App. II).
+
+With M the masked positions of a text x, and x' the text with the mask token in all of them,
+
+    perplexity = exp( (1/|M|) Σ_{t in M} −log p(x_t | x') )
+
+over all masked positions of all texts. An adapter that was trained with a classifier on the encoder is measured on the
+encoder with its original masked-LM head: the model that `AutoModelForMaskedLM.from_pretrained(base)` gives, with the
+adapter put on it by `PeftModel.from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from dynalora.errors import ConfigError, DataError
+from dynalora.evaluation.generation import evaluating
+from dynalora.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class MaskedText:
+    """Texts with some tokens masked.
+
+    Attributes:
+        rows: token ids of each text, special tokens included, unmasked.
+        masked: for each text the masked positions, ascending.
+        mask_id: the token that stands in the masked positions.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    masked: tuple[tuple[int, ...], ...]
+    mask_id: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of masked tokens."""
+        return sum(map(len, self.masked))
+
+
+@dataclass(frozen=True)
+class MaskedPerplexity:
+    """Masked-LM perplexity of a model on a text.
+
+    Attributes:
+        perplexity: exp of the loss.
+        loss: mean negative log-likelihood of the masked tokens, nats per token.
+        error: standard error of the loss over the texts; 0 for a single text.
+        tokens: number of masked tokens.
+    """
+
+    perplexity: float
+    loss: float
+    error: float
+    tokens: int
+
+
+def mask_text(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    share: float = 0.15,
+    seed: int = 0,
+    max_length: int = 128,
+) -> MaskedText:
+    """Mask tokens of texts, the same ones for every model with this tokenizer.
+
+    Every masked position holds the mask token: the 80/10/10 rule of BERT's training has no place in a measurement.
+    Which positions are masked depends on the seed, the text and its place in the list, and on nothing else.
+
+    Args:
+        texts: the texts, such as the lines of WikiText-2 that are no headings. Texts without two ordinary tokens are
+            left out.
+        tokenizer: the model's; it must have a mask token.
+        share: part of a text's ordinary tokens to mask, rounded; at least one, special tokens never.
+        seed: of the choice. The global random state is neither used nor changed.
+        max_length: tokens at which a text is cut, special tokens included.
+
+    Raises:
+        ConfigError: the tokenizer has no mask token, `share` is not in (0, 1), `max_length` is below 4, one string
+            instead of a list.
+        DataError: no text is left.
+    """
+    if isinstance(texts, str):
+        raise ConfigError("texts must be a list of texts, got one string; put it into a list.")
+    if not 0 < share < 1:
+        raise ConfigError(f"share is {share}; give a part of the tokens between 0 and 1, such as 0.15.")
+    if max_length < 4:
+        raise ConfigError(f"max_length is {max_length}; give at least 4 tokens.")
+    mask_id = tokenizer.mask_token_id
+    if mask_id is None:
+        raise ConfigError(
+            f"The tokenizer ({type(tokenizer).__name__}) has no mask token; give that of a masked language model."
+        )
+    rows, masked = [], []
+    special = set(tokenizer.all_special_ids)
+    for index, text in enumerate(texts):
+        ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+        ordinary = [place for place, token in enumerate(ids) if token not in special]
+        if len(ordinary) < 2:
+            continue
+        # Its own generator for every text: no text's mask depends on those before it.
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        chosen = torch.randperm(len(ordinary), generator=generator)[: max(1, round(share * len(ordinary)))]
+        rows.append(tuple(int(token) for token in ids))
+        masked.append(tuple(sorted(ordinary[place] for place in chosen.tolist())))
+    if not rows:
+        raise DataError(f"None of the {len(texts)} texts has two ordinary tokens; give text to measure on.")
+    return MaskedText(tuple(rows), tuple(masked), int(mask_id))
+
+
+def masked_lm_perplexity(
+    model: torch.nn.Module,
+    text: MaskedText,
+    *,
+    batch_size: int = 32,
+    name: str = "the model",
+    progress: Progress = silent,
+) -> MaskedPerplexity:
+    """Perplexity of a masked language model on masked tokens, as defined at the top of this module.
+
+    Args:
+        model: a masked language model, with or without adapters; it is left in the mode it was in.
+        text: from `mask_text`, with the model's tokenizer.
+        batch_size: texts per batch; it changes the result by rounding only.
+        name: of the model, for `progress`.
+        progress: called with the number of texts done.
+
+    Raises:
+        ConfigError: batch_size below 1.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; give 1 or more.")
+    what = f"Masked-LM perplexity: {name}"
+    device = next(model.parameters()).device
+    sums = torch.zeros(len(text.rows), dtype=torch.float64)
+    order = sorted(range(len(text.rows)), key=lambda index: -len(text.rows[index]))
+    done = 0
+    progress(what, 0, len(order))
+    with evaluating(model), torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            longest = max(len(text.rows[index]) for index in batch)
+            ids = torch.zeros(len(batch), longest, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            labels = torch.full_like(ids, -1)
+            # Padded on the right: encoders count their positions from the left, some from the first token that is no
+            # padding, which is the same here.
+            for row, index in enumerate(batch):
+                tokens = torch.tensor(text.rows[index])
+                places = torch.tensor(text.masked[index])
+                ids[row, : len(tokens)] = tokens.index_fill(0, places, text.mask_id)
+                ids[row, len(tokens) :] = _padding(model)
+                mask[row, : len(tokens)] = 1
+                labels[row, places] = tokens[places]
+            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+            scored = labels >= 0
+            losses = F.cross_entropy(
+                logits[scored.to(device)].float(), labels[scored].to(device), reduction="none"
+            )
+            parts = losses.double().cpu().split([len(text.masked[index]) for index in batch])
+            for index, part in zip(batch, parts, strict=True):
+                sums[index] = part.sum()
+            done += len(batch)
+            progress(what, done, len(order))
+    loss = float(sums.sum()) / text.tokens
+    return MaskedPerplexity(math.exp(loss), loss, _error(sums, text, loss), text.tokens)
+
+
+def _padding(model: torch.nn.Module) -> int:
+    value = getattr(getattr(model, "config", None), "pad_token_id", None)
+    return int(value) if value is not None else 0
+
+
+def _error(sums: torch.Tensor, text: MaskedText, mean: float) -> float:
+    """Standard error of a mean per token over texts of different lengths (that of a ratio estimate)."""
+    number = len(text.rows)
+    if number < 2:
+        return 0.0
+    counts = torch.tensor([len(places) for places in text.masked], dtype=torch.float64)
+    residual = float(((sums - mean * counts) ** 2).sum()) / (number - 1)
+    return math.sqrt(residual / number) / (text.tokens / number)

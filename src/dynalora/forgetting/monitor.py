@@ -1,0 +1,741 @@
+"""Watching during training how much of the base model is left, and stopping before too much is lost.
+
+At every measurement KL(base ‖ tuned) and the loss shift are taken on text that the base model wrote itself, and on any
+other text that is named (see :mod:`dynalora.forgetting.retention` for their definitions). The base model is the model
+in training with its adapters switched off; what it predicts is kept, so that a measurement costs one forward pass over
+the text. Measuring changes nothing that training depends on: weights, gradients, random states, modes and which
+parameters train are afterwards what they were, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from dynalora.errors import CheckpointError, ConfigError, DataError, UnsupportedError
+from dynalora.forgetting.drawing import panels, save, style
+from dynalora.forgetting.retention import (
+    BasePredictions,
+    MeasuredText,
+    OwnText,
+    Retention,
+    adapter_tensors,
+    base_predictions,
+    base_weights,
+    given_text,
+    own_text,
+    retention,
+)
+from dynalora.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+OWN = "own text"
+"""Name of the text that the base model wrote itself."""
+
+_KEPT = "retention_best.safetensors"
+
+
+@dataclass(frozen=True)
+class RetentionPoint:
+    """One measurement.
+
+    Attributes:
+        run: name of the run.
+        step: optimizer steps done.
+        text: name of the text.
+        retention: what was measured on it.
+        seconds: time that it took.
+    """
+
+    run: str
+    step: int
+    text: str
+    retention: Retention
+    seconds: float
+
+    def as_record(self) -> dict[str, Any]:
+        """The point as one flat mapping, for a line of JSON."""
+        found = self.retention
+        record = {
+            "run": self.run,
+            "step": self.step,
+            "text": self.text,
+            "kl": found.kl,
+            "kl_error": found.kl_error,
+            "loss_shift": found.loss_shift,
+            "base_loss": found.base_loss,
+            "tokens": found.tokens,
+            "seconds": self.seconds,
+        }
+        # JSON has no word for what is not a number.
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> RetentionPoint:
+        """The point that `as_record` wrote; raises KeyError, TypeError or ValueError for anything else."""
+        found = Retention(
+            kl=_number(record["kl"]),
+            loss_shift=_number(record["loss_shift"]),
+            base_loss=_number(record["base_loss"]),
+            tokens=int(record["tokens"]),
+            kl_error=_number(record["kl_error"]),
+        )
+        return cls(
+            str(record["run"]), int(record["step"]), str(record["text"]), found, _number(record["seconds"])
+        )
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """The best state under the budget so far.
+
+    Attributes:
+        step: optimizer steps done.
+        forgetting: the largest KL over the texts there, in nats per token.
+        score: what `score`, or the trainer's evaluation, gave there; None where nothing was scored.
+        tensors: the adapter's weights and state by their names in the model, on the CPU.
+    """
+
+    step: int
+    forgetting: float
+    score: float | None
+    tensors: dict[str, torch.Tensor]
+
+
+class RetentionMonitor(TrainerCallback):
+    """Follows KL(base ‖ tuned) and loss shift during training, and keeps forgetting within a budget.
+
+    With transformers' Trainer it is a callback:
+
+    ```python
+    Trainer(model, arguments, callbacks=[RetentionMonitor(max_forgetting=0.1)], processing_class=tokenizer, ...)
+    ```
+
+    In a loop of your own, `begin` is called before it, and `step` after every optimizer step:
+
+    ```python
+    monitor = RetentionMonitor(tokenizer=tokenizer, every=100, max_forgetting=0.1)
+    monitor.begin(model)
+    for batch in batches:
+        ...
+        optimizer.step()
+        if monitor.step(model):
+            break
+    monitor.end(model)
+    ```
+
+    It works with every adapter of a `PeftModel` that can be switched off. On several processes all of them measure
+    the same texts, and the first one's numbers count everywhere, so all stop at the same step.
+
+    Args:
+        texts: further texts by name, as lists of strings or from `given_text`; all of their tokens but the first count.
+        own: text that the base model wrote itself, from `own_text`; True lets it write when training begins (32 texts
+            of up to 48 tokens; kept in the user's cache), False does without.
+        tokenizer: the model's, for writing and for `texts`. A Trainer's own `processing_class` is used if None.
+        every: optimizer steps between measurements, or below 1 the fraction of a Trainer's run; there is one at the
+            start and one at the end besides.
+        max_forgetting: KL in nats per token that no text may exceed; None only watches.
+        keep_best: False stops the run at the first measurement above `max_forgetting`, with the weights as they are
+            then. True lets the run go to its end and then puts back the best weights among those measured under the
+            budget: those of the lowest score, or without scores those of the latest step.
+        score: called with the model at measurements under the budget if `keep_best`; lower is better. A Trainer that
+            evaluates needs none: its `eval_loss` is taken, at the steps at which it evaluates.
+        name: of the run, in files and plots.
+        path: file to which every measurement is appended as a line of JSON; several runs may share one.
+        batch_size: texts per forward pass.
+        cache_bytes: memory for the base model's predictions; what does not fit is computed anew at every measurement.
+            They are kept as the model gives them, so that the cache changes no bit of the result: number of tokens ×
+            vocabulary × 4 bytes, or 2 for a model in half precision; 300 MB for 1500 tokens and 50,000 words. 1 GiB.
+        progress: told of the base model's first passes.
+
+    Attributes:
+        points: all measurements of the run, in order.
+        exceeded: the first measurement above `max_forgetting` (the text that forgot most); None if there was none.
+        best: the state that is kept with `keep_best`; None before the start.
+
+    Raises:
+        ConfigError: a setting has a value that cannot work, or there is no text at all.
+    """
+
+    def __init__(
+        self,
+        texts: Mapping[str, Sequence[str] | MeasuredText] | None = None,
+        *,
+        own: OwnText | bool = True,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        every: float = 50,
+        max_forgetting: float | None = None,
+        keep_best: bool = False,
+        score: Callable[[nn.Module], float] | None = None,
+        name: str = "run",
+        path: str | os.PathLike[str] | None = None,
+        batch_size: int = 8,
+        cache_bytes: int = 2**30,
+        progress: Progress = silent,
+    ) -> None:
+        for what, value, least in (("batch_size", batch_size, 1), ("cache_bytes", cache_bytes, 0)):
+            if value < least:
+                raise ConfigError(f"{what} is {value}; give {least} or more.")
+        if not every > 0 or (every > 1 and every != int(every)):
+            raise ConfigError(
+                f"every is {every}; give a whole number of steps, or a fraction of the run below 1."
+            )
+        if max_forgetting is not None and not (math.isfinite(max_forgetting) and max_forgetting > 0):
+            raise ConfigError(f"max_forgetting is {max_forgetting}; give nats per token, above 0.")
+        if keep_best and max_forgetting is None:
+            raise ConfigError("keep_best needs a budget; give max_forgetting in nats per token.")
+        if own is False and not texts:
+            raise ConfigError("There is no text to monitor; leave own=True, or name texts.")
+        if OWN in (texts or {}):
+            raise ConfigError(f"'{OWN}' is the name of the base model's own text; name yours otherwise.")
+        self.texts: dict[str, Sequence[str] | MeasuredText] = dict(texts or {})
+        self.own = own
+        self.tokenizer = tokenizer
+        self.every = every
+        self.max_forgetting = max_forgetting
+        self.keep_best = keep_best
+        self.score = score
+        self.name = name
+        self.path = None if path is None else Path(path)
+        self.batch_size = batch_size
+        self.cache_bytes = cache_bytes
+        self.progress = progress
+        self.points: list[RetentionPoint] = []
+        self.exceeded: RetentionPoint | None = None
+        self.best: KeptState | None = None
+        self._kept: dict[str, BasePredictions] = {}
+        self._step = 0
+        self._every = int(every)  # 0: a fraction of a run whose length is not known yet
+        self._begun = False
+
+    @property
+    def forgetting(self) -> float:
+        """The largest KL over the texts at the last measurement, in nats per token; 0 before the first."""
+        last = [point.retention.kl for point in self.points if point.step == self.points[-1].step]
+        return _worst(last)
+
+    # --- the work -----------------------------------------------------------------------------------------
+
+    def begin(self, model: nn.Module, *, step: int = 0) -> None:
+        """Take up a run: write or tokenise the texts, keep the base model's predictions, and measure.
+
+        Args:
+            model: the PEFT model that is going to be trained.
+            step: optimizer steps done, if the run is being continued. Measurements from that step on are taken again.
+
+        Raises:
+            ConfigError: there is no tokenizer to make the texts with; weights of the base model are trained too, so
+                that there is nothing to compare with; the model has already forgotten more than it may; or the file
+                holds another run of this name.
+            UnsupportedError: the adapters are merged or cannot be switched off, or weights are sharded and `keep_best`
+                is set.
+        """
+        if self._every < 1:
+            raise ConfigError(
+                f"every={self.every} is a fraction of a Trainer's run; give a number of steps here."
+            )
+        trained = next((name for name, value in base_weights(model) if value.requires_grad), None)
+        if trained is not None:
+            raise ConfigError(
+                f"The base model's weight '{trained}' is trained too, so what the base model says will be lost; "
+                "train adapters only, or do without the monitor."
+            )
+        if self.keep_best and any(hasattr(value, "to_local") for value in adapter_tensors(model).values()):
+            raise UnsupportedError(
+                "keep_best cannot keep weights that are sharded over processes; use keep_best=False."
+            )
+        self._take_file(step)
+        self._reset(step)
+        texts = self._prepare(model)
+        left = self.cache_bytes
+        self._kept = {}
+        for name, text in texts.items():
+            kept = base_predictions(
+                model, text, batch_size=self.batch_size, dtype=None, max_bytes=left, progress=self.progress
+            )
+            left -= kept.bytes
+            self._kept[name] = kept
+        self._begun = True
+        self._measure(model)
+        if self.exceeded is not None and step == 0:
+            raise ConfigError(
+                f"The model is at {self.exceeded.retention.kl:.4g} nats per token from its base on "
+                f"'{self.exceeded.text}' before training, above max_forgetting ({self.max_forgetting:g}); raise it, or "
+                "begin with a fresh adapter."
+            )
+
+    def step(self, model: nn.Module) -> bool:
+        """Count one optimizer step of a loop of your own, and measure when it is time to.
+
+        Args:
+            model: the model in training.
+
+        Returns:
+            Whether to stop, because more was forgotten than `max_forgetting`; never with `keep_best`.
+
+        Raises:
+            ConfigError: `begin` was not called.
+        """
+        if not self._begun:
+            raise ConfigError("The monitor has not begun; call begin(model) before the first optimizer step.")
+        self._step += 1
+        if self._step % self._every == 0:
+            self._measure(model)
+        return self.stopping
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run is to end, because more was forgotten than it may."""
+        return self.exceeded is not None and not self.keep_best
+
+    def end(self, model: nn.Module) -> None:
+        """Close a run: measure unless that was just done, and with `keep_best` put the best weights back.
+
+        Args:
+            model: the model that was trained.
+        """
+        if not self._begun:
+            return
+        if not self.points or self.points[-1].step != self._step:
+            self._measure(model)
+        if self.keep_best:
+            self.restore_best(model)
+        self._begun = False
+        self._kept = {}
+
+    def restore_best(self, model: nn.Module) -> None:
+        """Put the best weights under the budget back into the model; without any, the model stays as it is.
+
+        Args:
+            model: the model that they came from, with the same adapters.
+        """
+        if self.best is None:
+            warnings.warn(
+                f"no state within max_forgetting ({self.max_forgetting}) was kept, so the weights stay as they are.",
+                stacklevel=2,
+            )
+            return
+        if self.best.step != self._step:
+            device = next(model.parameters()).device
+            # load_state_dict is what every adapter can take on ranks and buffers by, also where they changed since.
+            model.load_state_dict({k: v.to(device) for k, v in self.best.tensors.items()}, strict=False)
+
+    def _reset(self, step: int) -> None:
+        self.exceeded = None
+        if step == 0:
+            self.best = None
+        self._step = step
+
+    def _prepare(self, model: nn.Module) -> dict[str, MeasuredText]:
+        texts: dict[str, MeasuredText] = {}
+        needs = self.own is True or any(not isinstance(text, MeasuredText) for text in self.texts.values())
+        if needs and self.tokenizer is None:
+            raise ConfigError(
+                "The monitor's texts have to be tokenised; pass RetentionMonitor(tokenizer=...), or the Trainer's "
+                "processing_class."
+            )
+        if isinstance(self.own, OwnText):
+            texts[OWN] = self.own
+        elif self.own:
+            assert self.tokenizer is not None
+            texts[OWN] = _from_first(own_text(model, self.tokenizer, progress=self.progress))
+        for name, text in self.texts.items():
+            if not isinstance(text, MeasuredText):
+                assert self.tokenizer is not None
+                text = given_text(text, self.tokenizer)
+            texts[name] = text
+        return texts
+
+    def _measure(self, model: nn.Module) -> None:
+        device = next(model.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            self._measure_here(model)
+
+    def _measure_here(self, model: nn.Module) -> None:
+        """Measure on all texts, write it down, and see whether it is too much."""
+        found: list[tuple[str, Retention, float]] = []
+        for name, kept in self._kept.items():
+            began = time.perf_counter()
+            measured = retention(model, kept.text, base=kept, batch_size=self.batch_size)
+            found.append((name, measured, time.perf_counter() - began))
+        found = _from_first(found)
+        new = [RetentionPoint(self.name, self._step, name, value, seconds) for name, value, seconds in found]
+        self.points.extend(new)
+        if self.path is not None and _is_first():
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(point.as_record()) + "\n" for point in new)
+        if self.max_forgetting is None:
+            return
+        if not self.forgetting <= self.max_forgetting:  # not-a-number is no either
+            if self.exceeded is None:
+                self.exceeded = max(new, key=lambda point: _order(point.retention.kl))
+        elif self.keep_best:
+            self._consider(model, None if self.score is None else float(self.score(model)))
+
+    def _consider(self, model: nn.Module, score: float | None) -> None:
+        """Keep the model's present state if it is better than the one kept; any score is better than none."""
+        score = _from_first(score)
+        better = self.best is None or (
+            self.best.score is None if score is None else self.best.score is None or score < self.best.score
+        )
+        if better:
+            tensors = {
+                name: value.detach().to("cpu", copy=True) for name, value in adapter_tensors(model).items()
+            }
+            self.best = KeptState(self._step, self.forgetting, score, tensors)
+
+    # --- files --------------------------------------------------------------------------------------------
+
+    def _take_file(self, step: int) -> None:
+        """Make the file ready: what this run is going to measure again goes, other runs stay."""
+        own = bool(self.points)
+        self.points = [point for point in self.points if point.step < step]
+        if self.path is None:
+            return
+        if _is_first():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            before = _read(self.path) if self.path.exists() else []
+            if step == 0 and not own and any(point.run == self.name for point in before):
+                raise ConfigError(
+                    f"'{self.path}' holds a run named '{self.name}' already; give the monitor another name or path."
+                )
+            if not self.points:
+                self.points = [point for point in before if point.run == self.name and point.step < step]
+            stays = [point for point in before if point.run != self.name or point.step < step]
+            # A line that a kill cut short must not be continued by the next one.
+            content = self.path.read_bytes() if self.path.exists() else b""
+            cut = bool(content) and not content.endswith(b"\n")
+            if cut or len(stays) < len(before):
+                _write_lines(self.path, stays)
+        self.points = _from_first(self.points)
+
+    def _save_best(self, folder: Path) -> None:
+        if self.best is None or not folder.is_dir():
+            return
+        about = {"step": self.best.step, "forgetting": self.best.forgetting, "score": self.best.score}
+        beside = folder / f".{_KEPT}.tmp"
+        save_file(
+            {name: value.contiguous() for name, value in self.best.tensors.items()},
+            beside,
+            metadata={"format": "pt", "kept": json.dumps(about)},
+        )
+        os.replace(beside, folder / _KEPT)
+
+    def _load_best(self, folder: Path) -> None:
+        file = folder / _KEPT
+        if not file.exists():
+            return
+        try:
+            with safe_open(file, framework="pt") as content:
+                about = json.loads(content.metadata()["kept"])
+                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
+            self.best = KeptState(int(about["step"]), float(about["forgetting"]), about["score"], tensors)
+        except Exception as error:  # safetensors raises a type of its own
+            raise CheckpointError(
+                f"The weights kept in '{file}' cannot be read ({str(error).splitlines()[0]}); continue from an earlier "
+                "checkpoint."
+            ) from error
+
+    # --- transformers' Trainer ----------------------------------------------------------------------------
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        processing_class: Any = None,
+        **_: Any,
+    ) -> None:
+        if model is None:
+            return
+        if self.tokenizer is None:
+            self.tokenizer = processing_class
+        if self.every < 1:
+            self._every = max(1, math.ceil(self.every * state.max_steps))
+        if self.keep_best and state.global_step > 0:
+            self._load_best(_checkpoint(args, state))
+        self.begin(model, step=state.global_step)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        if model is None:
+            return
+        self._step = state.global_step
+        if self._step % self._every == 0 or self._step == state.max_steps:
+            self._measure(model)
+        if self.stopping:
+            control.should_training_stop = True
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        metrics: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if model is None or not self._begun or not self.keep_best or self.score is not None:
+            return
+        loss = (metrics or {}).get("eval_loss")
+        if self.points[-1].step != self._step:
+            self._measure(model)
+        assert self.max_forgetting is not None
+        if self.forgetting <= self.max_forgetting:
+            self._consider(model, None if loss is None else float(loss))
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.keep_best and _is_first():
+            self._save_best(_checkpoint(args, state))
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        if model is not None:
+            self.end(model)
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def _worst(values: Iterable[float]) -> float:
+    """The largest, not-a-number being larger than everything; 0 of none."""
+    return max(values, key=_order, default=0.0)
+
+
+def _order(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _is_first() -> bool:
+    return not _distributed() or torch.distributed.get_rank() == 0
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _from_first(value: Any) -> Any:
+    """The first process's value, on all of them."""
+    if not _distributed() or torch.distributed.get_world_size() == 1:
+        return value
+    shared = [value]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+# --- curves -------------------------------------------------------------------------------------------------
+
+
+def checkpoint_retention(
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    texts: Mapping[str, MeasuredText],
+    *,
+    name: str = "run",
+    batch_size: int = 8,
+    cache_bytes: int = 2**30,
+    progress: Progress = silent,
+) -> list[RetentionPoint]:
+    """The retention curve of a run that was trained without a monitor, from its checkpoints.
+
+    Args:
+        model: the base model, without adapters; it is left as it was.
+        folder: what the Trainer's `output_dir` was: each `checkpoint-N` in it is an adapter after N steps.
+        texts: what to measure on, by name, from `own_text` and `given_text`.
+        name: of the run.
+        batch_size: texts per forward pass.
+        cache_bytes: memory for the base model's predictions; what does not fit is computed anew for every checkpoint.
+        progress: called with the number of checkpoints done.
+
+    Returns:
+        Points by step.
+
+    Raises:
+        CheckpointError: there is no checkpoint.
+    """
+    found = sorted(
+        (int(entry.name.rpartition("-")[2]), entry)
+        for entry in Path(folder).glob("checkpoint-*")
+        if entry.name.rpartition("-")[2].isdigit() and (entry / "adapter_config.json").exists()
+    )
+    if not found:
+        raise CheckpointError(
+            f"'{folder}' holds no checkpoint-N with an adapter; give a Trainer's output_dir."
+        )
+    kept = {}
+    for text_name, text in texts.items():
+        kept[text_name] = base_predictions(
+            model, text, batch_size=batch_size, dtype=None, max_bytes=cache_bytes
+        )
+        cache_bytes -= kept[text_name].bytes
+    points = []
+    what = f"Retention of checkpoints: {name}"
+    progress(what, 0, len(found))
+    for number, (step, checkpoint) in enumerate(found, start=1):
+        adapted = PeftModel.from_pretrained(model, str(checkpoint))
+        for text_name, base in kept.items():
+            began = time.perf_counter()
+            measured = retention(adapted, base.text, base=base, batch_size=batch_size)
+            points.append(RetentionPoint(name, step, text_name, measured, time.perf_counter() - began))
+        adapted.unload()
+        progress(what, number, len(found))
+    return points
+
+
+def read_retention(*paths: str | os.PathLike[str]) -> dict[str, list[RetentionPoint]]:
+    """The measurements in files that monitors wrote.
+
+    Args:
+        paths: the files. A last line that a kill cut short is left out.
+
+    Returns:
+        Points by the name of their run, by step. Runs of the same name in different files get the file's folder's name
+        before theirs.
+
+    Raises:
+        DataError: a file cannot be read, or a line in it is no measurement.
+    """
+    found: dict[str, list[RetentionPoint]] = {}
+    for path in map(Path, paths):
+        runs: dict[str, list[RetentionPoint]] = {}
+        for point in _read(path):
+            runs.setdefault(point.run, []).append(point)
+        for run, points in runs.items():
+            name = run if run not in found else f"{path.resolve().parent.name}: {run}"
+            while name in found:
+                name += "'"
+            found[name] = sorted(points, key=lambda point: point.step)
+    return found
+
+
+def _read(path: Path) -> list[RetentionPoint]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The measurements in '{path}' cannot be read ({error}).") from error
+    points = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            points.append(RetentionPoint.from_record(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise DataError(f"Line {number} of '{path}' is no measurement of a RetentionMonitor.") from error
+    return points
+
+
+def _write_lines(path: Path, points: Iterable[RetentionPoint]) -> None:
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(point.as_record()) + "\n" for point in points)
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+
+
+def plot_retention_curves(
+    runs: Sequence[RetentionPoint] | Mapping[str, Sequence[RetentionPoint]],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    max_forgetting: float | None = None,
+    title: str = "Distance from the base model during training",
+) -> Figure:
+    """Draw KL(base ‖ tuned) and loss shift against the optimizer step, runs overlaid, a row for each text.
+
+    Args:
+        runs: points of one run, or of several by name.
+        path: PNG file to write, and beside it the SVG; None only returns the figure.
+        max_forgetting: the budget, drawn as a dotted line into the plots of KL.
+        title: of the figure.
+
+    Returns:
+        The matplotlib figure. Bars on KL are its standard error over the texts.
+
+    Raises:
+        ConfigError: there is no point to draw.
+    """
+    named: dict[str, list[RetentionPoint]] = {}
+    for name, point in (
+        ((point.run, point) for point in runs)
+        if not isinstance(runs, Mapping)
+        else ((name, point) for name, points in runs.items() for point in points)
+    ):
+        named.setdefault(name, []).append(point)
+    texts = list(dict.fromkeys(point.text for points in named.values() for point in points))
+    if not texts:
+        raise ConfigError("There are no measurements to draw; train with a RetentionMonitor first.")
+    made, axes = panels(2 * len(texts), width=4.2, height=2.9, columns=2)
+    for row, text in enumerate(texts):
+        kl, shift = axes[2 * row], axes[2 * row + 1]
+        for index, (name, points) in enumerate(named.items()):
+            chosen = sorted((point for point in points if point.text == text), key=lambda point: point.step)
+            steps = [point.step for point in chosen]
+            kl.errorbar(
+                steps,
+                [point.retention.kl for point in chosen],
+                yerr=[point.retention.kl_error for point in chosen],
+                capsize=2,
+                elinewidth=0.7,
+                label=name,
+                **style(index),
+            )
+            shift.plot(steps, [point.retention.loss_shift for point in chosen], label=name, **style(index))
+        if max_forgetting is not None:
+            kl.axhline(max_forgetting, color="black", linestyle=":", linewidth=1, label="budget")
+        shift.axhline(0, color="0.5", linewidth=0.8)
+        kl.set_ylim(bottom=0)
+        kl.set_ylabel("KL(base ‖ tuned) (nats per token)", fontsize=8)
+        shift.set_ylabel("loss shift (nats per token)", fontsize=8)
+        for axis in (kl, shift):
+            axis.set_title(text, fontsize=9)
+            axis.set_xlabel("optimizer step", fontsize=8)
+    axes[0].legend(fontsize=7, frameon=False)
+    made.suptitle(title, fontsize=10)
+    save(made, path)
+    return made

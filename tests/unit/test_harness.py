@@ -1,0 +1,115 @@
+"""Harness tasks on a loaded adapter, against the harness's real interface and a task file made on the spot."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from dynalora import DiselConfig
+from dynalora.errors import ConfigError
+from dynalora.evaluation.harness import FORGETTING_SUITE, HarnessResult, harness_mean, run_harness
+from tests.unit import tiny
+
+TASK = """
+task: made_here
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: "{file}"}}}}
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+doc_to_choice: "{{{{choices}}}}"
+target_delimiter: ""
+metric_list:
+  - {{metric: acc}}
+"""
+QUESTIONS = [
+    {"question": f"Is {number} it?", "choices": [" yes", " no!", f" {number}"], "answer": number % 3}
+    for number in range(12)
+]
+
+
+@pytest.fixture(scope="module")
+def adapted() -> tuple[Any, Any]:
+    words = tiny.tokenizer()
+    torch.manual_seed(1)
+    config = DiselConfig(r=2, target_modules=["q_proj", "down_proj"], init_weights=False, gate_bias_init=1.0)
+    return peft.get_peft_model(tiny.model(len(words)), config).train(), words
+
+
+@torch.no_grad()
+def by_hand(model: Any, words: Any) -> float:
+    right = 0
+    model.eval()
+    for question in QUESTIONS:
+        scores = []
+        for choice in question["choices"]:
+            context, answer = words(question["question"])["input_ids"], words(choice)["input_ids"]
+            log_p = model(input_ids=torch.tensor([context + answer])).logits[0].double().log_softmax(-1)
+            scores.append(sum(float(log_p[len(context) + i - 1, token]) for i, token in enumerate(answer)))
+        right += int(max(range(3), key=lambda i: scores[i]) == question["answer"])
+    return right / len(QUESTIONS)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    file = tiny.write_jsonl(tmp_path / "questions.jsonl", QUESTIONS)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "made_here.yaml").write_text(TASK.format(file=file))
+    return tmp_path / "tasks"
+
+
+def test_accuracy_is_that_of_the_adapted_model(adapted: tuple[Any, Any], folder: Path) -> None:
+    model, words = adapted
+    (found,) = run_harness(model, words, ["made_here"], num_fewshot=0, include_path=folder, batch_size=4)
+    assert model.training
+    assert (found.task, found.metric, found.samples) == ("made_here", "acc", 12)
+    assert found.value == pytest.approx(by_hand(model, words))
+    assert found.error is not None
+    (some,) = run_harness(model, words, ["made_here"], num_fewshot=0, include_path=folder, limit=5)
+    assert some.samples == 5
+
+
+def test_what_the_harness_does_not_have_is_named(adapted: tuple[Any, Any], folder: Path) -> None:
+    with pytest.raises(ConfigError, match="no task 'made_there'"):
+        run_harness(*adapted, ["made_there"], include_path=folder)
+    with pytest.raises(ConfigError, match="'made_here' has no metric 'bleu'; it has acc"):
+        run_harness(
+            *adapted, ["made_here"], metrics={"made_here": "bleu"}, num_fewshot=0, include_path=folder
+        )
+    for given, message in (({"limit": 0}, "limit is 0"), ({"num_fewshot": -1}, "num_fewshot is -1")):
+        with pytest.raises(ConfigError, match=message):
+            run_harness(*adapted, ["made_here"], include_path=folder, **given)
+    with pytest.raises(ConfigError, match="No task is named"):
+        run_harness(*adapted, [], include_path=folder)
+
+
+def test_the_suite_is_known_to_the_harness() -> None:
+    tasks = pytest.importorskip("lm_eval.tasks")
+    assert len(FORGETTING_SUITE) == 14
+    manager = tasks.TaskManager()
+    assert [name for name in FORGETTING_SUITE if not manager.match_tasks([name])] == []
+
+
+def test_without_the_harness_the_extra_is_named(
+    adapted: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ConfigError, match=r"pip install 'dynalora\[eval\]'"):
+        run_harness(*adapted, ["made_here"])
+
+
+def test_the_mean_is_unweighted() -> None:
+    results = [HarnessResult("a", "acc", 0.5, None, 10), HarnessResult("b", "acc", 0.7, None, 1000)]
+    assert harness_mean(results) == pytest.approx(0.6)
+    with pytest.raises(ConfigError, match="no results"):
+        harness_mean([])
+    assert json.loads(json.dumps(results[0].__dict__))["value"] == 0.5
