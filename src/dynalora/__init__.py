@@ -21,6 +21,7 @@ from dynalora.errors import DynaloraError
 from dynalora.export import export_lora, rank_pattern
 from dynalora.forgetting.gates import plot_gates, record_gates
 from dynalora.forgetting.landscape import plot_rank_landscape, rank_landscape
+from dynalora.forgetting.recovery import ablated, recover
 from dynalora.forgetting.trajectory import plot_rank_trajectory, rank_trajectory
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ trainer.install()
 __all__ = [
     "DynaloraError",
     "StateReport",
+    "ablated",
     "accept_undriven",
     "export_lora",
     "param_groups",
@@ -51,6 +53,7 @@ __all__ = [
     "rank_pattern",
     "rank_trajectory",
     "record_gates",
+    "recover",
     "report_task_loss",
     "restart_schedule",
     "state_report",
