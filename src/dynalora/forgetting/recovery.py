@@ -1,8 +1,8 @@
 """Bring a forgotten task back from a few examples (RLGR, DiRA §5.1–5.2), and switch parts of an adapter off (App. B.3).
 
-An adapter was trained on Task A and then on Task B, which made it forget A. Recovery looks at the rank landscape that it
-had after A. Matrices whose effective rank was 0 or 1 there mattered little to A; what B has written into them is taken
-out again, and then the whole adapter is trained on a few examples of A:
+An adapter was trained on Task A and then on Task B, which made it forget A. Recovery looks at the rank landscape that
+it had after A. Matrices whose effective rank was 0 or 1 there mattered little to A; what B has written into them is
+taken out again, and then the whole adapter is trained on a few examples of A:
 
     rlgr      ΔW_l ← 0 for every l with k_l(τ) ∈ {0, 1} after Task A, then train
     random    ΔW_l ← 0 for as many l, drawn with a seed, then train
