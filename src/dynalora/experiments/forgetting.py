@@ -30,6 +30,7 @@ from dynalora.experiments.forgetting_plots import plot_bars, plot_stages, save_f
 from dynalora.experiments.lab import (
     ADAPTER,
     RESULT,
+    UNUSED,
     Lab,
     LabSettings,
     as_json,
@@ -39,6 +40,7 @@ from dynalora.experiments.lab import (
     percent,
     read_landscape,
     read_result,
+    refuse_unused,
     shown_accuracy,
     shown_loss,
     train_settings,
@@ -112,6 +114,7 @@ class ForgettingSpec(LabSettings, TrainSettings):
     def _check(self) -> None:
         super()._check()
         self._check_lab()
+        refuse_unused(self)
         for name in ("steps_b", "steps_recovered"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -127,7 +130,7 @@ class ForgettingSpec(LabSettings, TrainSettings):
 
     def settings(self) -> dict[str, Any]:
         """What `config.yaml` holds: everything but `resume`, which does not change the result."""
-        names = [item.name for item in fields(self) if item.name != "resume"]
+        names = [item.name for item in fields(self) if item.name not in ("resume", *UNUSED)]
         own = [name for name in ForgettingSpec.__annotations__ if name in names]
         return {name: getattr(self, name) for name in [*own, *(n for n in names if n not in own)]}
 

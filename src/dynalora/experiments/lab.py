@@ -226,6 +226,25 @@ def train_settings(spec: TrainSettings, *, steps: int | None = None) -> TrainSet
     return TrainSettings(**{**own, "steps": steps if steps is not None else spec.steps})
 
 
+UNUSED = ("epochs", "eval_every", "save_every")
+"""Fields of [`TrainSettings`][dynalora.experiments.training.TrainSettings] that staged experiments do not have."""
+
+
+def refuse_unused(spec: TrainSettings) -> None:
+    """Do not let a setting be given that nothing looks at.
+
+    Raises:
+        ConfigError: one of [`UNUSED`][dynalora.experiments.lab.UNUSED] is given.
+    """
+    for name in UNUSED:
+        value = getattr(spec, name)
+        if value != TrainSettings.__dataclass_fields__[name].default:
+            raise ConfigError(
+                f"{name} is {value}, and this experiment does not use it: runs are as long as steps says, and are "
+                "measured and kept at their end; leave it out."
+            )
+
+
 # --- what is kept -----------------------------------------------------------------------------------------------
 
 

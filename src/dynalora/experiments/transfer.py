@@ -23,6 +23,7 @@ from dynalora.errors import ConfigError
 from dynalora.experiments.finetune import adapter_config
 from dynalora.experiments.forgetting_plots import plot_transfer, save_figure
 from dynalora.experiments.lab import (
+    UNUSED,
     Lab,
     LabSettings,
     as_json,
@@ -31,6 +32,7 @@ from dynalora.experiments.lab import (
     mean_loss,
     percent,
     read_result,
+    refuse_unused,
     shown_accuracy,
     shown_loss,
     train_settings,
@@ -78,6 +80,7 @@ class TransferSpec(LabSettings, TrainSettings):
     def _check(self) -> None:
         super()._check()
         self._check_lab()
+        refuse_unused(self)
         for name, least in (("tasks", 2), ("methods", 1)):
             given = getattr(self, name)
             if len(set(given)) < max(least, len(given)):
@@ -97,7 +100,7 @@ class TransferSpec(LabSettings, TrainSettings):
 
     def settings(self) -> dict[str, Any]:
         """What `config.yaml` holds: everything but `resume`, which does not change the result."""
-        names = [item.name for item in fields(self) if item.name != "resume"]
+        names = [item.name for item in fields(self) if item.name not in ("resume", *UNUSED)]
         own = [name for name in TransferSpec.__annotations__ if name in names]
         return {name: getattr(self, name) for name in [*own, *(n for n in names if n not in own)]}
 
