@@ -23,6 +23,7 @@ from dynalora.forgetting.gate_plots import plot_gates
 from dynalora.forgetting.gates import record_gates
 from dynalora.forgetting.landscape import plot_rank_landscape, rank_landscape
 from dynalora.forgetting.monitor import RetentionMonitor, plot_retention_curves, read_retention
+from dynalora.forgetting.recovery import ablated, recover
 from dynalora.forgetting.retention import given_text, own_text
 from dynalora.forgetting.trajectory import plot_rank_trajectory, rank_trajectory
 
@@ -45,6 +46,7 @@ __all__ = [
     "DynaloraError",
     "RetentionMonitor",
     "StateReport",
+    "ablated",
     "accept_undriven",
     "export_lora",
     "given_text",
@@ -59,6 +61,7 @@ __all__ = [
     "rank_trajectory",
     "read_retention",
     "record_gates",
+    "recover",
     "report_task_loss",
     "restart_schedule",
     "state_report",

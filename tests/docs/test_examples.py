@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 NAMED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PAGES = [
     *("README.md", "docs/index.md", "docs/quickstart.md"),
-    *("docs/methods/dira.md", "docs/methods/disel.md", "docs/methods/pedyra.md"),
+    *("docs/methods/dira.md", "docs/methods/disel.md", "docs/methods/pedyra.md", "docs/forgetting.md"),
 ]
 
 

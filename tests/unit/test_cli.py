@@ -18,7 +18,18 @@ from dynalora.experiments.finetune import adapter_config, method_names
 from tests.unit import tiny
 from tests.unit.program import Program
 
-COMMANDS = ("demo", "finetune", "bench", "landscape", "gates", "linear-model", "export")
+COMMANDS = (
+    "demo",
+    "finetune",
+    "bench",
+    "landscape",
+    "gates",
+    "forgetting",
+    "recover",
+    "transfer",
+    "linear-model",
+    "export",
+)
 
 
 @pytest.fixture(scope="module")

@@ -337,6 +337,15 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     # What a method says ----------------------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def zero_update(self, adapter: str) -> None:
+        """Make the update zero and leave the adapter able to train again: ``up`` becomes zero, as at LoRA's start.
+
+        Args:
+            adapter: The adapter.
+        """
+        self.parameter("up", adapter).zero_()
+
     def reserve(self, config: Any, r: int) -> int:
         """Components to keep room for, so that no shape ever changes; 0 gives parameters the size they need.
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dynalora.cli.shared import ConfigOption, after_imports, complain, console, settings
+from dynalora.cli.shared import ConfigOption, after_imports, console, or_resume, settings
 from dynalora.methods import method_names
 
 _JOB, _DATA, _METHOD, _TRAINING, _RUN = "Model, data, result", "Data in detail", "Method", "Training", "Run"
@@ -217,12 +216,5 @@ def finetune(
         kept = (read_yaml(config).get("method_options") or {}) if config is not None else {}
         flags["method_options"] = {**kept, **named_values(option)}
     spec = settings(FinetuneSpec, config, flags)
-    try:
+    with or_resume("finetune", spec.output):
         run(spec, console=console())
-    except KeyboardInterrupt:
-        folder = Path(spec.output)
-        if (folder / "config.yaml").exists():
-            complain(
-                f"Interrupted; continue with: dynalora finetune --config {folder / 'config.yaml'} --resume"
-            )
-        raise typer.Exit(130) from None

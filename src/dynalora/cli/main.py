@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from dynalora import __version__
-from dynalora.cli import bench, demo, export, finetune, gates, landscape, linear_model
+from dynalora.cli import (
+    bench,
+    demo,
+    export,
+    finetune,
+    forgetting,
+    gates,
+    landscape,
+    linear_model,
+    recover,
+    transfer,
+)
 from dynalora.cli.shared import complain, quiet
 from dynalora.errors import DynaloraError
 
@@ -22,7 +33,19 @@ app = typer.Typer(
     epilog="Every command takes --config FILE.yaml; flags override the file.",
 )
 
-for command in (demo, finetune, bench, landscape, gates, linear_model, export):
+COMMANDS = (
+    demo,
+    finetune,
+    bench,
+    landscape,
+    gates,
+    forgetting,
+    recover,
+    transfer,
+    linear_model,
+    export,
+)
+for command in COMMANDS:
     name = command.__name__.rsplit(".", 1)[-1]
     title = name.replace("_", "-")
     app.command(title, no_args_is_help=title not in ("demo", "bench", "linear-model"))(getattr(command, name))

@@ -9,7 +9,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
 
@@ -157,3 +158,20 @@ def load_adapted(adapter: str | None, model: str | None, *, dtype: str = "auto")
 
     after_imports()
     return load_adapter(adapter, model, dtype=dtype)
+
+
+@contextmanager
+def or_resume(command: str, output: str) -> Iterator[None]:
+    """Say, when the user interrupts a run, how it is continued.
+
+    Args:
+        command: the command's name.
+        output: its run folder.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        file = Path(output) / "config.yaml"
+        if file.exists():
+            complain(f"Interrupted; continue with: dynalora {command} --config {file} --resume")
+        raise typer.Exit(130) from None

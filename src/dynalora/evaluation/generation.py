@@ -15,15 +15,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str, system: str = "") -> list[int]:
     """Token ids of a question in the model's chat format, up to where the answer begins.
 
     Without a chat template the question itself is encoded, with the tokenizer's own special tokens.
+
+    Args:
+        tokenizer: the model's.
+        question: the user's message.
+        system: a system message before it; empty: none, so that a chat template may add its own.
     """
     if not tokenizer.chat_template:
         return list(tokenizer(question)["input_ids"])
+    first = [{"role": "system", "content": system}] if system else []
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        [*first, {"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
     )
     # The template writes the special tokens itself.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -135,12 +135,12 @@ class OptionScores:
     @property
     def right_loss(self) -> Estimate:
         """Mean negative log-likelihood of the right option, in nats per question."""
-        return _ratio(self.right_losses, [1] * len(self.right))
+        return ratio(self.right_losses, [1] * len(self.right))
 
     @property
     def right_loss_per_token(self) -> Estimate:
         """The same in nats per token, every token counting the same."""
-        return _ratio(self.right_losses, self.right_counts)
+        return ratio(self.right_losses, self.right_counts)
 
 
 def option_scores(
@@ -149,6 +149,7 @@ def option_scores(
     choices: Sequence[Choice],
     *,
     share_prompt: bool = True,
+    system: str = "",
     batch_size: int = 8,
     name: str = "the model",
     progress: Progress = silent,
@@ -164,6 +165,7 @@ def option_scores(
         choices: the questions.
         share_prompt: False computes the prompt again with every option, which takes longer and needs no cache of keys
             and values.
+        system: a system message before every question; empty: none, so that a chat template may add its own.
         batch_size: questions per batch (options, if `share_prompt` is False).
         name: of the model, for `progress`.
         progress: called with the number of questions done (options, if `share_prompt` is False).
@@ -180,7 +182,7 @@ def option_scores(
         raise ConfigError(f"batch_size is {batch_size}; give 1 or more.")
     if not choices:
         raise DataError("There are no questions to measure on; give at least one.")
-    prompts = [chat_prompt(tokenizer, choice.question) for choice in choices]
+    prompts = [chat_prompt(tokenizer, choice.question, system) for choice in choices]
     options = [
         [list(tokenizer(option, add_special_tokens=False)["input_ids"]) for option in choice.options]
         for choice in choices
@@ -324,8 +326,13 @@ def _first_largest(values: Sequence[float]) -> int:
     return max(range(len(values)), key=lambda place: values[place])
 
 
-def _ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
-    """Σ sums / Σ counts with the standard error of a ratio estimate; with equal counts, that of a mean."""
+def ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
+    """Σ sums / Σ counts with the standard error of a ratio estimate; with equal counts, that of a mean.
+
+    Args:
+        sums: one per item, such as negative log-likelihoods.
+        counts: one per item, such as numbers of tokens; not all 0.
+    """
     number, whole = len(sums), sum(counts)
     value = math.fsum(sums) / whole
     if number < 2:

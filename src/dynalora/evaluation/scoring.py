@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -294,3 +295,56 @@ def _quantile(confidence: float) -> float:
     if not 0 < confidence < 1:
         raise ConfigError(f"confidence is {confidence}; give a number between 0 and 1.")
     return NormalDist().inv_cdf(0.5 + confidence / 2)
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """A mean with Student's t interval, for a number measured in several independent runs.
+
+    Args:
+        values: one per run. Of a single run the spread is unknown, and the interval is that value alone.
+        confidence: coverage, between 0 and 1.
+
+    Raises:
+        DataError: no values.
+        ConfigError: confidence outside (0, 1).
+    """
+    if not values:
+        raise DataError("There are no values to average; give at least one.")
+    _quantile(confidence)
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return Interval(mean, mean, mean)
+    half = (
+        t_quantile(0.5 + confidence / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    )
+    return Interval(mean, mean - half, mean + half)
+
+
+def t_quantile(probability: float, degrees: int) -> float:
+    """The quantile of Student's t distribution, by bisection on its distribution function.
+
+    Args:
+        probability: in [0.5, 1).
+        degrees: degrees of freedom, at least 1.
+    """
+    low, high = 0.0, 1.0
+    while _t_central(high, degrees) < 2 * probability - 1:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_central(middle, degrees) < 2 * probability - 1 else (low, middle)
+    return (low + high) / 2
+
+
+def _t_central(t: float, degrees: int) -> float:
+    """P(|T| < t) for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan2(t, math.sqrt(degrees))
+    cosine, sine = math.cos(angle), math.sin(angle)
+    odd = degrees % 2
+    term = cosine if odd else 1.0
+    total = 0.0
+    # 1 + cos²/2·(1 + 3/4·cos²·(…)) for even, cos·(1 + 2/3·cos²·(…)) for odd degrees.
+    for step in range(odd, degrees - 1, 2):
+        total += term
+        term *= cosine * cosine * (step + 1) / (step + 2)
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total

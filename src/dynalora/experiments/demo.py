@@ -27,7 +27,7 @@ from dynalora.experiments.finetune import BASELINE, adapter_config, check_target
 from dynalora.experiments.models import demo_model
 from dynalora.experiments.report import Cell, Figure, Report, Section, Table, rich_table, write_report
 from dynalora.experiments.run_folder import RunFolder
-from dynalora.experiments.training import TrainResult, TrainSettings, save_adapter, train_adapter
+from dynalora.experiments.training import TrainResult, TrainSettings, save_adapter, take_off, train_adapter
 from dynalora.forgetting.retention import (
     BasePredictions,
     OwnText,
@@ -314,7 +314,7 @@ class _Demo:
             if name.lower() in METHODS and METHODS[name.lower()].gated:
                 gates = self._gates(trained.model, held_out, text)
             # Gives the base model back; without the result nothing holds the adapter's weights any more.
-            self.model = _take_off(trained.model)
+            self.model = take_off(trained.model)
             del trained
             gc.collect()
         result = DemoResult(rows, scores, self.task, self.origin, time.perf_counter() - began, _peak_memory())
@@ -381,15 +381,6 @@ class _Demo:
         ]
         title = f"Demo: {' and '.join(row.method for row in result.rows)} on {task.name}"
         write_report(Report(title, _summary(result), sections), self.run_folder.report)
-
-
-def _take_off(model: PeftModel) -> PreTrainedModel:
-    """The base model without its adapter and without PEFT's traces of one."""
-    base: PreTrainedModel = model.unload()
-    for name in ("peft_config", "_hf_peft_config_loaded"):
-        if name in base.__dict__:
-            delattr(base, name)
-    return base
 
 
 def _row(trained: TrainResult, base: Score, score: Score, kept: Retention) -> DemoRow:

@@ -327,9 +327,9 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def train_adapter(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    config: PeftConfig,
+    config: PeftConfig | None,
     train_dataset: data.TokenizedSet,
     eval_dataset: data.TokenizedSet | None = None,
     *,
@@ -339,12 +339,13 @@ def train_adapter(
     console: Console | None = None,
     monitor: RetentionMonitor | None = None,
 ) -> TrainResult:
-    """Attach an adapter to a base model and train it.
+    """Attach an adapter to a base model and train it, or train one that is attached already.
 
     Args:
         model: the base model, without adapters. It is wrapped; `result.model.unload()` gives it back unchanged.
+            Without `config`, a model with an adapter, which is trained on with an optimizer and a schedule of its own.
         tokenizer: for padding.
-        config: the adapter's configuration, PEFT's own included.
+        config: the adapter's configuration, PEFT's own included; None: the model has its adapter.
         train_dataset: what [`tokenize`][dynalora.experiments.data.tokenize] returns.
         eval_dataset: held-out set; None or empty: not measured.
         settings: how to train; None: the defaults.
@@ -366,10 +367,11 @@ def train_adapter(
     how = settings or TrainSettings()
     if len(train_dataset) == 0:
         raise DataError("The training set is empty; give at least one row.")
-    name = label or str(getattr(config.peft_type, "value", config.peft_type)).lower()
     set_seed(how.seed)
     caching = model.config.use_cache
-    adapted: PeftModel = peft.get_peft_model(model, config)
+    adapted: PeftModel = model if config is None else peft.get_peft_model(model, config)  # type: ignore[assignment]
+    kind = adapted.active_peft_config.peft_type
+    name = label or str(getattr(kind, "value", kind)).lower()
     trainable, parameters = adapted.get_nb_trainable_parameters()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     device_is_cuda = torch.cuda.is_available()
@@ -485,3 +487,12 @@ def save_adapter(
         model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
     return run.path / name
+
+
+def take_off(model: PeftModel) -> PreTrainedModel:
+    """The base model without its adapter and without PEFT's traces of one."""
+    base: PreTrainedModel = model.unload()
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        if name in base.__dict__:
+            delattr(base, name)
+    return base

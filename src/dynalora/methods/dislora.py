@@ -227,6 +227,16 @@ class DisloraLayer(AdapterLayer):
         self.buffer("frozen_down", adapter)[:r] = self.parameter("down", adapter)
         self.buffer("start_sigma", adapter).copy_(self.parameter("sigma", adapter))
 
+    @torch.no_grad()
+    def zero_update(self, adapter: str) -> None:
+        """Make the update zero, to rounding: the triplets go back to their start, the directions' weights to 0."""
+        r = self.rank(adapter)
+        self.parameter("up", adapter).copy_(self.buffer("frozen_up", adapter)[:, :r])
+        self.parameter("down", adapter).copy_(self.buffer("frozen_down", adapter)[:r])
+        self.parameter("sigma", adapter).copy_(self.buffer("start_sigma", adapter))
+        if self.has_parameter("tsd_weight", adapter):
+            self.parameter("tsd_weight", adapter).zero_()
+
     def has_directions(self, adapter: str) -> bool:
         """Whether the task-specific directions have been chosen."""
         return self.has_buffer("tsd_index", adapter) and bool((self.buffer("tsd_index", adapter) >= 0).any())

@@ -345,6 +345,16 @@ class PedyraLayer(AdapterLayer):
         self.set_running("frozen_down", adapter, vt.to(dtype).contiguous())
         self.set_running("frozen_up", adapter, (-u * sigma).to(dtype).contiguous())
 
+    @torch.no_grad()
+    def zero_update(self, adapter: str) -> None:
+        """Make the update zero: ``up`` is, and what else changes the function goes back to where it changes nothing."""
+        super().zero_update(adapter)
+        # They cancel PiSSA's start, of which nothing is left.
+        self.set_running("frozen_down", adapter, None)
+        self.set_running("frozen_up", adapter, None)
+        if self.has_parameter("magnitude", adapter):
+            self.parameter("magnitude", adapter).copy_(self._base_squares().sqrt())
+
     def diagonal(self, adapter: str, projected: torch.Tensor | None) -> torch.Tensor:
         """e, (r); with the frozen triplets of PiSSA's start (e, 1), since theirs is in their up factor."""
         e, frozen = self.used("e", adapter), self.running("frozen_up", adapter)
