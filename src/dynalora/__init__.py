@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dynalora import methods as _methods
+from dynalora.adapter.compaction import Compaction, compact
 from dynalora.adapter.state import StateReport, state_report
 from dynalora.driver import (
     accept_undriven,
@@ -39,9 +40,11 @@ hooks.install()
 trainer.install()
 
 __all__ = [
+    "Compaction",
     "DynaloraError",
     "StateReport",
     "accept_undriven",
+    "compact",
     "export_lora",
     "param_groups",
     "plot_gates",

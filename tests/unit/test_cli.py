@@ -16,7 +16,7 @@ from dynalora.experiments.finetune import adapter_config
 from tests.unit import tiny
 from tests.unit.program import Program
 
-COMMANDS = ("demo", "finetune", "bench", "landscape", "gates", "export")
+COMMANDS = ("demo", "finetune", "bench", "landscape", "gates", "compact", "export")
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +199,17 @@ def test_bench_from_the_command_line(folder: Path, tmp_path: Path, program: Prog
     assert shown.code == 0, shown.err
     assert "step / lora" in shown.out
     assert len(json.loads((tmp_path / "bench.json").read_text())["results"]) == 2
+
+
+def test_compaction_from_the_command_line(folder: Path, tmp_path: Path, program: Program) -> None:
+    adapter = saved_adapter("dira", folder, tmp_path / "adapter")
+    shown = program("compact", str(adapter), str(tmp_path / "small"), "--threshold", "0.9", "--no-rewrite")
+    assert shown.code == 0, shown.err
+    kinds = {line.split()[0]: line.split()[1:] for line in shown.out.splitlines() if line.strip()}
+    assert kinds["q_proj"][:2] == ["2", "3.00"]
+    assert float(kinds["all"][2]) < 3
+    ranks = json.loads((tmp_path / "small" / "adapter_config.json").read_text())["rank_pattern"]
+    assert f"{4 * 3 - sum(ranks.values()) - 3 * (4 - len(ranks))} components removed" in shown.out
+    refused = program("compact", str(saved_adapter("lora", folder, tmp_path / "lora")), str(tmp_path / "x"))
+    assert refused.code == 2
+    assert "none of dynalora's methods" in refused.err

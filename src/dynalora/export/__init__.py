@@ -1,5 +1,6 @@
 """Handing adapters on: plain LoRA for servers."""
 
+from dynalora.export.compaction import compact_adapter_folder
 from dynalora.export.lora import (
     ExportReport,
     export_adapter_folder,
@@ -11,6 +12,7 @@ from dynalora.export.lora import (
 
 __all__ = [
     "ExportReport",
+    "compact_adapter_folder",
     "export_adapter_folder",
     "export_lora",
     "export_ranks",

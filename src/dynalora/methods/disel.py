@@ -78,6 +78,12 @@ class DiselLayer(AdapterLayer):
     # gate_weight is W_g; with a bottleneck it is gate_out (r, width) · gate_in (width, in) instead.
     roles = ("down", "up", "gate_weight", "gate_in", "gate_out", "gate_bias")
     input_dependent = True
+    rank_dims: ClassVar[dict[str, int]] = {
+        **AdapterLayer.rank_dims,
+        "gate_weight": 0,
+        "gate_out": 0,
+        "gate_bias": 0,
+    }
 
     def start(self, config: DiselConfig, r: int) -> dict[str, torch.Tensor]:
         """LoRA's start, and almost closed gates."""
