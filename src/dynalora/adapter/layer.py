@@ -453,7 +453,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             raise UnsupportedError(
                 f"{self.method_name.upper()}'s update depends on the input (its gates are computed for "
                 "every token), so there is "
-                "no fixed ΔW to merge or export; keep the adapter attached."
+                "no fixed ΔW to merge or export; keep the adapter attached, or export a snapshot with held gates "
+                "(export_lora(gates=record_gates(...)), dynalora export --calibrate)."
             )
         up, down = self.used("up", adapter), self.projections(adapter)[0]
         if (frozen := self._frozen("frozen_up", adapter)) is not None:
