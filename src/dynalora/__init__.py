@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dynalora import methods as _methods
+from dynalora.adapter.compaction import Compaction, compact
 from dynalora.adapter.state import StateReport, state_report
 from dynalora.driver import (
     accept_undriven,
@@ -43,11 +44,13 @@ hooks.install()
 trainer.install()
 
 __all__ = [
+    "Compaction",
     "DynaloraError",
     "RetentionMonitor",
     "StateReport",
     "ablated",
     "accept_undriven",
+    "compact",
     "export_lora",
     "given_text",
     "own_text",

@@ -28,6 +28,7 @@ COMMANDS = (
     "recover",
     "transfer",
     "linear-model",
+    "compact",
     "export",
 )
 
@@ -345,3 +346,65 @@ def test_bench_from_the_command_line(folder: Path, tmp_path: Path, program: Prog
     assert shown.code == 0, shown.err
     assert "step / lora" in shown.out
     assert len(json.loads((tmp_path / "bench.json").read_text())["results"]) == 2
+
+
+def test_compaction_from_the_command_line(folder: Path, tmp_path: Path, program: Program) -> None:
+    adapter = saved_adapter("dira", folder, tmp_path / "adapter")
+    shown = program("compact", str(adapter), str(tmp_path / "small"), "--threshold", "0.9", "--no-rewrite")
+    assert shown.code == 0, shown.err
+    kinds = {line.split()[0]: line.split()[1:] for line in shown.out.splitlines() if line.strip()}
+    assert kinds["q_proj"][:2] == ["2", "3.00"]
+    assert float(kinds["all"][2]) < 3
+    ranks = json.loads((tmp_path / "small" / "adapter_config.json").read_text())["rank_pattern"]
+    assert f"{4 * 3 - sum(ranks.values()) - 3 * (4 - len(ranks))} components removed" in shown.out
+    refused = program("compact", str(saved_adapter("lora", folder, tmp_path / "lora")), str(tmp_path / "x"))
+    assert refused.code == 2
+    assert "none of dynalora's methods" in refused.err
+
+
+def test_ranks_only_refuses_what_it_would_ignore(folder: Path, tmp_path: Path, program: Program) -> None:
+    adapter = str(saved_adapter("dira", folder, tmp_path / "adapter"))
+    for flags in (
+        ["--max-rank", "2"],
+        ["--tolerance", "0.1"],
+        ["--uniform-rank", "0"],
+        ["--dtype", "float16"],
+    ):
+        shown = program("export", adapter, str(tmp_path / "ranks.json"), "--ranks-only", *flags)
+        assert shown.code == 2
+        assert flags[0].strip("-").replace("-", "_") in shown.err
+    assert not (tmp_path / "ranks.json").exists()
+
+
+def test_export_says_who_can_serve_it(folder: Path, tmp_path: Path, program: Program) -> None:
+    adapter = str(saved_adapter("dira", folder, tmp_path / "adapter"))
+    shown = program("export", adapter, str(tmp_path / "lora"), "--uniform-rank", "8", "--dtype", "bfloat16")
+    assert shown.code == 0, shown.err
+    assert "rank 8" in shown.out
+    assert shown.out.splitlines()[-2:] == ["vLLM: yes (--max-lora-rank 8)", "llama.cpp: yes"]
+
+
+def test_snapshot_of_gates_from_the_command_line(
+    folder: Path, rows: Path, tmp_path: Path, program: Program
+) -> None:
+    adapter = str(saved_adapter("disel", folder, tmp_path / "adapter"))
+    refused = program("export", adapter, str(tmp_path / "lora"))
+    assert refused.code == 2
+    assert "--calibrate" in refused.err
+    shown = program("export", adapter, str(tmp_path / "lora"), "--calibrate", str(rows), "--limit", "6")
+    assert shown.code == 0, shown.err
+    assert "gated ‖ snapshot" in shown.out
+    assert "other rows" in shown.out
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    other = tiny.write_jsonl(tmp_path / "other.jsonl", tiny.rows(4))
+    shown = program(
+        "export", adapter, str(tmp_path / "again"), "--calibrate", str(rows), "--measure", str(other), "--measure",
+        str(rows),
+    )  # fmt: skip
+    assert shown.code == 0, shown.err
+    measured = [line.split()[0] for line in shown.out.splitlines() if ".jsonl" in line]
+    assert measured[:2] == ["other.jsonl", "rows.jsonl"]
+    alone = program("export", adapter, str(tmp_path / "third"), "--measure", str(other))
+    assert "needs calibrate" in alone.err
+    static = str(saved_adapter("dira", folder, tmp_path / "static"))
+    assert "no adapter with gates" in program("export", static, "x", "--calibrate", str(rows)).err

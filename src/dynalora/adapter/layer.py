@@ -275,9 +275,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         for role, parameter in self.adapter_parameters(adapter).items():
             if role in self.rank_dims:
                 carry_state(parameter, self.rank_dims[role], keep, new.get(role), count, max(rank, room))
-        self._set_rank(adapter, rank)
+        self.take_rank(adapter, rank)
 
-    def _set_rank(self, adapter: str, rank: int) -> None:
+    def take_rank(self, adapter: str, rank: int) -> None:
+        """Note the rank that an adapter's parameters have been given."""
         self.ranks[adapter] = rank
         if self.reserved[adapter]:
             self._buffers_of("rank")[adapter] = torch.tensor(rank)
@@ -309,7 +310,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 fitted[prefix + role] = fit(value.narrow(dim, 0, rank), dim, size)
         if self.reserved[adapter]:
             fitted[f"{prefix}rank"] = torch.tensor(rank)
-        self._set_rank(adapter, rank)
+        self.take_rank(adapter, rank)
         device = self.parameter("up", adapter).device
         for role in self.running_roles:
             value_or_none = found.get(prefix + role)
@@ -452,17 +453,38 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         Raises:
             UnsupportedError: The update depends on the input, so there is no ΔW.
         """
-        if self.input_dependent:
+        if self.depends_on_input(adapter):
             raise UnsupportedError(
                 f"{self.method_name.upper()}'s update depends on the input (its gates are computed for "
                 "every token), so there is "
-                "no fixed ΔW to merge or export; keep the adapter attached."
+                "no fixed ΔW to merge or export; keep the adapter attached, or export a snapshot with held gates "
+                "(export_lora(gates=record_gates(...)), dynalora export --calibrate)."
             )
         up, down = self.used("up", adapter), self.projections(adapter)[0]
         if (frozen := self._frozen("frozen_up", adapter)) is not None:
             up, down = torch.cat([up, frozen], dim=1), torch.cat([down, self.buffer("frozen_down", adapter)])
         d = self.diagonal(adapter, None)
         return (up if d is None else up * d), down
+
+    def depends_on_input(self, adapter: str) -> bool:
+        """Whether an adapter's diagonal depends on the input, so that it has no fixed ΔW."""
+        return self.input_dependent
+
+    def open_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factors of the most that the update can be: :meth:`static_factors`, or those with all gates open."""
+        if self.depends_on_input(adapter):
+            return self.used("up", adapter), self.used("down", adapter)
+        return self.static_factors(adapter)
+
+    def plain(self, adapter: str) -> bool:
+        """Whether the update is ``s·up·down`` and nothing else, so that other factors of it would do as well."""
+        carriers = self.adapter_parameters(adapter).keys() & self.rank_dims.keys()
+        return (
+            carriers == {"down", "up"}
+            and not self.depends_on_input(adapter)
+            and self._frozen("frozen_up", adapter) is None
+            and self.diagonal(adapter, None) is None
+        )
 
     def plain_extras(self, adapter: str) -> dict[str, torch.Tensor]:
         """What a plain LoRA of the factors needs besides them, by the name that PEFT gives it."""

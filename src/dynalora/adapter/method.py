@@ -84,6 +84,15 @@ class Method:
     def after_step(self, moment: Moment) -> None:
         """Act right after a step that was taken (under ``no_grad``)."""
 
+    def keeps_components(self, moment: Moment, trains: bool) -> str:
+        """Why components may not be removed from an adapter now, as the end of a sentence; empty if they may.
+
+        Args:
+            moment: The present moment.
+            trains: Whether the adapter has parameters that train.
+        """
+        return ""
+
     def metrics(self, moment: Moment) -> dict[str, float]:
         """Numbers for the trainer's log; must be cheap."""
         return {}

@@ -10,6 +10,7 @@ import typer
 from dynalora import __version__
 from dynalora.cli import (
     bench,
+    compact,
     demo,
     export,
     finetune,
@@ -43,6 +44,7 @@ COMMANDS = (
     recover,
     transfer,
     linear_model,
+    compact,
     export,
 )
 for command in COMMANDS:

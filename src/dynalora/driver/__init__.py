@@ -2,7 +2,7 @@
 "Trainer.
 """
 
-from dynalora.driver.carry import carry_state
+from dynalora.driver.carry import carry_state, mix_state
 from dynalora.driver.driver import (
     Driver,
     Moment,
@@ -25,6 +25,7 @@ __all__ = [
     "drivers_of",
     "invalidate",
     "layers_of",
+    "mix_state",
     "param_groups",
     "report_task_loss",
     "restart_schedule",

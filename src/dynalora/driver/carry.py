@@ -20,6 +20,9 @@ _TABLES = frozenset(("qmap1", "qmap2", "absmax1", "absmax2", "unorm_vec"))
 # State of factored second moments, by the dimension of a matrix that it runs along.
 _FACTORED = {"exp_avg_sq_row": 0, "row_var": 0, "exp_avg_sq_col": 1, "col_var": 1}
 
+# State in the parameter's shape that is a sum of gradients (1) or of their squares (2).
+_MOMENTS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2}
+
 
 def carry_state(
     parameter: nn.Parameter,
@@ -63,24 +66,67 @@ def carry_state(
 
     with torch.no_grad():
         shape = parameter.shape
-        gradient = parameter.grad
-        value = resized(parameter.detach(), values=new)
-        if value.shape == shape:
-            parameter.copy_(value)
-            if gradient is not None:
-                gradient.copy_(resized(gradient))
-        else:
-            parameter.grad = None
-            # A graph that is still alive (a loss somebody holds on to) keeps autograd's note of the old shape alive
-            # with it; only a change of dtype makes autograd drop that note.
-            other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
-            parameter.data = torch.empty(0, dtype=other, device=parameter.device)
-            parameter.data = value
-            if gradient is not None:
-                parameter.grad = resized(gradient)
+        gradient = None if parameter.grad is None else resized(parameter.grad)
+        _put(parameter, resized(parameter.detach(), values=new), gradient)
         for optimizer in known_optimizers():
             if parameter in optimizer.state:
                 _carry(optimizer, parameter, shape, dim, resized)
+
+
+def mix_state(parameter: nn.Parameter, dim: int, value: torch.Tensor, mix: torch.Tensor, size: int) -> None:
+    """Give a parameter new slices, of whose gradients it is known what they are of the old ones': ``mix`` times them.
+
+    The gradient and the optimizers' first moments, which are sums of gradients, follow exactly. Second moments follow
+    by the squares of ``mix``, as if the entries of a gradient were uncorrelated. What is kept in any other form starts
+    anew, with a warning.
+
+    Args:
+        parameter: The parameter.
+        dim: The dimension along which the slices lie.
+        value: The new slices, k of them.
+        mix: (k, old slices in use).
+        size: Size of the dimension afterwards, at least k; what is left over is zero.
+    """
+
+    def mixed(tensor: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+        slices = tensor.narrow(dim, 0, mix.shape[1]).movedim(dim, 0)
+        product = torch.tensordot(by, slices.to(by.dtype), dims=1).movedim(0, dim)
+        return fitted(product).to(tensor.dtype)
+
+    def fitted(tensor: torch.Tensor) -> torch.Tensor:
+        shape = list(tensor.shape)
+        shape[dim] = size - tensor.shape[dim]
+        return torch.cat([tensor, tensor.new_zeros(shape)], dim).contiguous()
+
+    with torch.no_grad():
+        shape = parameter.shape
+        gradient = None if parameter.grad is None else mixed(parameter.grad, mix)
+        _put(parameter, fitted(value.to(parameter.device, parameter.dtype)), gradient)
+        for optimizer in known_optimizers():
+            state: MutableMapping[str, Any] = optimizer.state.get(parameter, {})
+            arrays = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.numel() > 1}
+            odd = [key for key, array in arrays.items() if key not in _MOMENTS or array.shape != shape]
+            if odd:
+                _start_anew(optimizer, parameter, odd[0], arrays[odd[0]].shape, shape)
+                continue
+            for key, array in arrays.items():
+                state[key] = mixed(array, mix if _MOMENTS[key] == 1 else mix.square())
+
+
+def _put(parameter: nn.Parameter, value: torch.Tensor, gradient: torch.Tensor | None) -> None:
+    """Give a parameter another value and gradient, of any shape; the object stays."""
+    if value.shape == parameter.shape:
+        parameter.copy_(value)
+        if parameter.grad is not None and gradient is not None:
+            parameter.grad.copy_(gradient)
+        return
+    parameter.grad = None
+    # A graph that is still alive (a loss somebody holds on to) keeps autograd's note of the old shape alive
+    # with it; only a change of dtype makes autograd drop that note.
+    other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
+    parameter.data = torch.empty(0, dtype=other, device=parameter.device)
+    parameter.data = value
+    parameter.grad = gradient
 
 
 def _carry(
@@ -105,14 +151,20 @@ def _carry(
             else:
                 state[key] = resized(value)
         elif value.numel() > 1:
-            del optimizer.state[parameter]
-            warnings.warn(
-                f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a parameter of shape "
-                f"{tuple(shape)}, which cannot follow a change of rank; it starts anew with that parameter at every "
-                "adjustment. Use AdamW, SGD, Adafactor or bitsandbytes' optimizers to keep its state.",
-                stacklevel=2,
-            )
+            _start_anew(optimizer, parameter, key, value.shape, shape)
             return
+
+
+def _start_anew(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str, found: torch.Size, shape: torch.Size
+) -> None:
+    del optimizer.state[parameter]
+    warnings.warn(
+        f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(found)} for a parameter of shape "
+        f"{tuple(shape)}, which cannot follow a change of rank; it starts anew with that parameter at every "
+        "adjustment. Use AdamW, SGD, Adafactor or bitsandbytes' optimizers to keep its state.",
+        stacklevel=3,
+    )
 
 
 def _carry_8bit(state: MutableMapping[str, Any], number: str, resized: Callable[..., torch.Tensor]) -> None:

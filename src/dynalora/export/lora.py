@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,17 @@ from transformers.pytorch_utils import Conv1D
 
 from dynalora.adapter.config import check_adapter_folder
 from dynalora.adapter.layer import AdapterLayer
+from dynalora.adapter.ranks import fit
 from dynalora.adapter.register import METHODS
 from dynalora.adapter.spectrum import factor_svd
 from dynalora.errors import CheckpointError, ConfigError, DynaloraError, UnsupportedError
+from dynalora.export.serving import Serving, check_serving
+from dynalora.export.snapshot import GateMeans, held_gates
 
 _PREFIX = "base_model.model."
+
+# up (out, r), down (r, in) and the scaling.
+_Factors = tuple[torch.Tensor, torch.Tensor, float]
 
 
 @dataclass
@@ -40,6 +47,7 @@ class ExportReport:
         max_error: Largest difference between the adapter's update and the exported one on a random input, relative
             to the largest entry of the update's result; 0 for an update that is zero.
         lost: Largest share of an update that was cut off, ‖ΔW − ΔW_cut‖_F / ‖ΔW‖_F; 0 unless it was asked for.
+        serving: Which servers take it as it is, by their rules.
     """
 
     path: str
@@ -48,6 +56,7 @@ class ExportReport:
     parameters: int
     max_error: float
     lost: float = 0.0
+    serving: tuple[Serving, ...] = ()
 
 
 @torch.no_grad()
@@ -58,6 +67,8 @@ def export_lora(
     dtype: torch.dtype | None = None,
     max_rank: int | None = None,
     tolerance: float | None = None,
+    uniform_rank: int | None = None,
+    gates: Iterable[GateMeans] | None = None,
 ) -> ExportReport:
     """Write an adapter as a plain PEFT LoRA: ``adapter_config.json`` and safetensors.
 
@@ -73,19 +84,33 @@ def export_lora(
             decomposition).
         tolerance: Write each update with the smallest rank that loses at most this share of its Frobenius norm, in
             [0, 1); 0 drops only what is nothing but rounding.
+        uniform_rank: Write all matrices with this rank, filled up with zeros, and with one alpha, for servers that
+            read no patterns; 0 takes the largest rank there is. Nothing is cut: combine it with ``max_rank`` for that.
+        gates: For an adapter with gates, their record on the text that the export is for
+            (:func:`dynalora.record_gates`). They are held at their means, a snapshot whose price
+            :func:`dynalora.export.snapshot_price` measures.
 
     Returns:
-        What was written, with the largest error found and the largest share that was cut off.
+        What was written, with the largest error found, the largest share that was cut off, and who can serve it.
 
     Raises:
-        UnsupportedError: The method's update depends on the input (DISeL), or biases were trained.
-        ConfigError: ``max_rank`` or ``tolerance`` is out of range.
+        UnsupportedError: The method's update depends on the input and no ``gates`` are given, there are none to hold,
+            or biases were trained.
+        ConfigError: ``max_rank``, ``tolerance`` or ``uniform_rank`` is out of range, or ``gates`` are not this
+            adapter's.
         DynaloraError: The folder is not empty, or the model has no such adapter.
     """
     if max_rank is not None and max_rank < 1:
         raise ConfigError(f"max_rank={max_rank}: give a rank of at least 1, or leave it out.")
     if tolerance is not None and not 0 <= tolerance < 1:
         raise ConfigError(f"tolerance={tolerance}: give a share of the update in [0, 1), or leave it out.")
+    if uniform_rank is not None and uniform_rank < 0:
+        raise ConfigError(
+            f"uniform_rank={uniform_rank}: give a rank, 0 for the largest there is, or leave it out."
+        )
+    if gates is not None:
+        with held_gates(model, gates, adapter_name):
+            return export_lora(model, path, adapter_name, dtype, max_rank, tolerance, uniform_rank)
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -106,15 +131,20 @@ def export_lora(
             "biases. Merge it into the base model instead."
         )
 
-    factors: dict[str, tuple[torch.Tensor, torch.Tensor, float]] = {}
+    factors: dict[str, _Factors] = {}
     lost = 0.0
     for name, layer in layers.items():
         up, down = layer.static_factors(adapter_name)
         if max_rank is not None or tolerance is not None:
             up, down, share = _recompress(up, down, max_rank, tolerance)
             lost = max(lost, share)
-        up, down = (t.detach().to("cpu", dtype or t.dtype).contiguous() for t in (up, down))
-        factors[_plain_name(name)] = up, down, layer.scaling[adapter_name]
+        factors[_plain_name(name)] = up.detach().cpu(), down.detach().cpu(), layer.scaling[adapter_name]
+    if uniform_rank is not None:
+        factors = _uniform(factors, uniform_rank)
+    factors = {
+        name: (up.to(dtype or up.dtype).contiguous(), down.to(dtype or down.dtype).contiguous(), s)
+        for name, (up, down, s) in factors.items()
+    }
     state = {f"{_PREFIX}{name}.lora_A.weight": down for name, (_, down, _) in factors.items()}
     state |= {f"{_PREFIX}{name}.lora_B.weight": up for name, (up, _, _) in factors.items()}
     extras = {
@@ -126,7 +156,11 @@ def export_lora(
         state[key] = tensor.detach().cpu().contiguous()
 
     lora = _lora_config(
-        config, factors, any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())
+        config,
+        factors,
+        conv1d=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
+        # Of one rank it is only another way to write alpha, which not every server reads.
+        rslora=bool(config.use_rslora) and uniform_rank is None,
     )
     lora.use_dora = any(key.endswith(".lora_magnitude_vector") for key in extras)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -135,6 +169,7 @@ def export_lora(
         lora.save_pretrained(str(beside))
         save_file(state, beside / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         error = _verify(beside, layers, adapter_name)
+        serving = check_serving(beside)
         beside.chmod(0o755)  # mkdtemp makes it private
         if target.exists():
             target.rmdir()
@@ -149,7 +184,24 @@ def export_lora(
         parameters=sum(up.numel() + down.numel() for up, down, _ in factors.values()),
         max_error=error,
         lost=lost,
+        serving=serving,
     )
+
+
+def _uniform(factors: dict[str, _Factors], rank: int) -> dict[str, _Factors]:
+    """Factors of one rank, filled up with zeros, and of one scaling."""
+    largest = max(down.shape[0] for _, down, _ in factors.values())
+    if rank and rank < largest:
+        raise ConfigError(
+            f"uniform_rank={rank} is below the largest rank, {largest}; cut the updates with max_rank={rank}, or give "
+            "at least that."
+        )
+    rank = rank or largest
+    common = Counter(s for _, _, s in factors.values()).most_common(1)[0][0]
+    return {
+        name: (fit(up if s == common else up * (s / common), 1, rank), fit(down, 0, rank), common)
+        for name, (up, down, s) in factors.items()
+    }
 
 
 def _recompress(
@@ -176,6 +228,7 @@ def export_adapter_folder(
     dtype: torch.dtype | None = None,
     max_rank: int | None = None,
     tolerance: float | None = None,
+    uniform_rank: int | None = None,
 ) -> ExportReport:
     """Export a saved adapter without its base model; see :func:`export_lora`.
 
@@ -185,13 +238,21 @@ def export_adapter_folder(
         dtype: Type of the written factors; None keeps the adapter's.
         max_rank: Largest rank to write.
         tolerance: Share of each update that may be cut off.
+        uniform_rank: One rank to fill all matrices up to; 0 takes the largest.
 
     Raises:
         CheckpointError: The folder holds no whole adapter of dynalora.
-        ConfigError: ``max_rank`` or ``tolerance`` is out of range.
+        ConfigError: ``max_rank``, ``tolerance`` or ``uniform_rank`` is out of range.
         UnsupportedError: The method's update depends on the input.
     """
-    return export_lora(load_without_base(source), path, dtype=dtype, max_rank=max_rank, tolerance=tolerance)
+    return export_lora(
+        load_without_base(source),
+        path,
+        dtype=dtype,
+        max_rank=max_rank,
+        tolerance=tolerance,
+        uniform_rank=uniform_rank,
+    )
 
 
 def rank_pattern(model: nn.Module, adapter: str = "default") -> dict[str, int]:
@@ -325,18 +386,20 @@ def _modules_to_save(model: nn.Module, adapter_name: str) -> dict[str, torch.Ten
     }
 
 
-def _lora_config(
-    config: Any, factors: dict[str, tuple[torch.Tensor, torch.Tensor, float]], conv1d: bool
-) -> LoraConfig:
-    """PEFT's configuration with the same scaling s for every matrix: α_i = s·r_i, or s·√r_i with rsLoRA."""
-    rslora = bool(config.use_rslora)
+def _lora_config(config: Any, factors: dict[str, _Factors], *, conv1d: bool, rslora: bool) -> LoraConfig:
+    """PEFT's configuration with the same scaling s for every matrix: α_i = s·r_i, or s·√r_i with rsLoRA.
+
+    ``r`` is the largest rank and ``lora_alpha`` the one that goes with it and the commonest scaling: servers that read
+    no patterns make room for ``r`` and scale by the two.
+    """
     ranks = {name: up.shape[1] for name, (up, _, _) in factors.items()}
     alphas = {
         name: s * (ranks[name] ** 0.5 if rslora else ranks[name]) for name, (_, _, s) in factors.items()
     }
     alphas = {name: _integral(alpha) for name, alpha in alphas.items()}
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    r = max(ranks.values())
+    common = Counter(s for _, _, s in factors.values()).most_common(1)[0][0]
+    alpha = _integral(common * (r**0.5 if rslora else r))
     # PEFT reads pattern keys as regular expressions that must match the end of a module's name.
     lora = LoraConfig(
         r=r,

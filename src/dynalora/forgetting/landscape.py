@@ -121,10 +121,7 @@ def _factors(module: nn.Module, adapter_name: str | None) -> tuple[torch.Tensor,
     if isinstance(module, AdapterLayer):
         for adapter in active:
             if module.has_adapter(adapter):
-                scaling = module.scaling[adapter]
-                if module.input_dependent:
-                    return module.parameter("up", adapter), module.parameter("down", adapter), scaling
-                return *module.static_factors(adapter), scaling
+                return *module.open_factors(adapter), module.scaling[adapter]
         return None
     lora: Any = module
     if hasattr(module, "lora_A") and hasattr(module, "lora_B"):

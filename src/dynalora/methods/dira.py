@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
+from dynalora.adapter.compaction import THRESHOLD, compact_layers, require_free_shapes
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method
@@ -41,6 +42,10 @@ class DiraConfig(AdapterConfig):
         penalty: ``"product"`` (eq. 5) or ``"variational"`` (App. B.2).
         penalty_weight: λ at the first step. 0 makes DiRA a plain LoRA.
         penalty_schedule: How λ decays to 0 over the run: ``"linear"`` (the paper's), ``"cosine"`` or ``"constant"``.
+        compact_every: Remove dead components after every so many optimizer steps, so that later steps are faster; None
+            leaves them where they are (see :func:`dynalora.compact`). On one process only.
+        compact_threshold: What is removed then: components of at most this share of the adapter's largest singular
+            value, in [0, 1).
     """
 
     penalty: Penalty = field(
@@ -48,6 +53,14 @@ class DiraConfig(AdapterConfig):
     )
     penalty_weight: float = field(default=1e-4, metadata={"help": "Weight of the penalty at the first step."})
     penalty_schedule: Schedule = field(default="linear", metadata={"help": "linear, cosine or constant."})
+
+    compact_every: int | None = field(
+        default=None, metadata={"help": "Remove dead components after every so many steps."}
+    )
+    compact_threshold: float = field(
+        default=THRESHOLD,
+        metadata={"help": "Components of at most this share of the largest singular value are dead."},
+    )
 
     method: ClassVar[str] = "dira"
 
@@ -63,6 +76,11 @@ class DiraConfig(AdapterConfig):
             "penalty_schedule",
             f"one of {', '.join(map(repr, SCHEDULES))}",
         )
+        every = self.compact_every
+        counted = every is None or (isinstance(every, int) and not isinstance(every, bool) and every > 0)
+        self._require(counted, "compact_every", "a positive number of steps, or None")
+        share = isinstance(self.compact_threshold, (int, float)) and 0 <= self.compact_threshold < 1
+        self._require(share, "compact_threshold", "in [0, 1)")
 
 
 class DiraLayer(AdapterLayer):
@@ -85,8 +103,8 @@ class Dira(Method):
         return config.penalty_weight > 0 and config.penalty_schedule != "constant"
 
     def needs_driving(self, config: DiraConfig) -> bool:
-        """Without the penalty DiRA is a plain LoRA."""
-        return config.penalty_weight > 0
+        """Without the penalty and compaction DiRA is a plain LoRA."""
+        return config.penalty_weight > 0 or config.compact_every is not None
 
     def penalty_weight(self, moment: Moment) -> float:
         """λ at this step."""
@@ -97,6 +115,8 @@ class Dira(Method):
 
     def before_step(self, moment: Moment) -> None:
         """Add the penalty's gradient."""
+        if moment.config.compact_every:
+            require_free_shapes(moment.all_layers, moment.adapter)
         weight = self.penalty_weight(moment)
         if not weight:
             return
@@ -105,6 +125,13 @@ class Dira(Method):
                 _add_product_gradient(moment, layers, weight)
             else:
                 _add_variational_gradient(moment, layers, weight)
+
+    def after_step(self, moment: Moment) -> None:
+        """Remove dead components if it is time; the others stay exactly what they are."""
+        every, threshold = moment.config.compact_every, moment.config.compact_threshold
+        if every and (moment.step + 1) % every == 0:
+            driver = moment.layers[0].drivers[moment.adapter]
+            compact_layers(driver, moment.all_layers, threshold, rewrite=False)
 
     def metrics(self, moment: Moment) -> dict[str, float]:
         """λ, for the trainer's log."""

@@ -13,20 +13,17 @@ gate learning rate 5 × the factors'; alpha = 2r.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
-from torch import nn
 
 from dynalora.adapter.config import AdapterConfig
-from dynalora.adapter.layer import AdapterLayer, kaiming
+from dynalora.adapter.gates import GatedLayer, GateSettings, GateWeightInit
+from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method
 from dynalora.adapter.register import register
 from dynalora.driver.driver import Moment, OptimizerOverride
-
-GateWeightInit = Literal["kaiming", "zeros"]
 
 
 @dataclass
@@ -70,48 +67,27 @@ class DiselConfig(AdapterConfig):
         ) and 0 < self.gate_lr_multiplier < float("inf")
         self._require(multiplier, "gate_lr_multiplier", "a positive number")
 
+    @property
+    def gates(self) -> GateSettings:
+        """What the layers' gates need to know."""
+        return GateSettings(
+            bias_init=self.gate_bias_init,
+            weight_init=self.gate_weight_init,
+            normalize=self.gate_normalize,
+            bottleneck=self.gate_bottleneck,
+            lr_multiplier=self.gate_lr_multiplier,
+        )
 
-class DiselLayer(AdapterLayer):
+
+class DiselLayer(GatedLayer):
     """The shared form with d = g(x)."""
 
     method_name = "disel"
-    # gate_weight is W_g; with a bottleneck it is gate_out (r, width) · gate_in (width, in) instead.
-    roles = ("down", "up", "gate_weight", "gate_in", "gate_out", "gate_bias")
     input_dependent = True
 
-    def start(self, config: DiselConfig, r: int) -> dict[str, torch.Tensor]:
-        """LoRA's start, and almost closed gates."""
-        tensors = super().start(config, r)
-        draw = kaiming if config.gate_weight_init == "kaiming" else torch.zeros
-        if config.gate_bottleneck is None:
-            tensors["gate_weight"] = draw(r, self.in_features)
-        else:
-            # With zeros only the outer layer is zero, or neither would ever get a gradient.
-            tensors["gate_in"] = kaiming(config.gate_bottleneck, self.in_features)
-            tensors["gate_out"] = draw(r, config.gate_bottleneck)
-        tensors["gate_bias"] = torch.full((r,), float(config.gate_bias_init))
-        return tensors
-
-    def projections(self, adapter: str) -> Sequence[torch.Tensor]:
-        """Down and W_g (or the bottleneck's inner layer): one GEMM over the input does both."""
-        gate = "gate_in" if self.has_parameter("gate_in", adapter) else "gate_weight"
-        return self.parameter("down", adapter), self.parameter(gate, adapter)
-
-    def diagonal(self, adapter: str, projected: torch.Tensor | None) -> torch.Tensor | None:
-        """g(x) = σ(W_g·x + b_g), (…, r)."""
-        assert projected is not None  # input_dependent: nobody asks for a static one
-        logits = projected
-        if self.has_parameter("gate_out", adapter):
-            logits = nn.functional.linear(logits, self.parameter("gate_out", adapter).to(logits.dtype))
-        if self.drivers[adapter].config.gate_normalize:  # type: ignore[attr-defined]
-            logits = logits * self.in_features**-0.5
-        return torch.sigmoid(logits + self.parameter("gate_bias", adapter))
-
-    @torch.no_grad()
-    def gates(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        """The gates for given inputs, without gradients: x (…, in) → (…, r) in (0, 1)."""
-        _, *rest = self.projections(adapter)
-        return self.diagonal(adapter, nn.functional.linear(x.to(rest[0].dtype), torch.cat(rest)))  # type: ignore[return-value]
+    def gate_settings(self, config: DiselConfig) -> GateSettings:
+        """The configuration's gates."""
+        return config.gates
 
 
 @register
@@ -127,8 +103,7 @@ class Disel(Method):
         self, config: DiselConfig, layer: AdapterLayer, adapter: str
     ) -> dict[str, OptimizerOverride]:
         """Gates step with their multiple of the learning rate and without weight decay."""
-        gates = OptimizerOverride(lr_multiplier=config.gate_lr_multiplier, weight_decay=0.0)
-        return dict.fromkeys(("gate_weight", "gate_in", "gate_out", "gate_bias"), gates)
+        return config.gates.overrides()
 
     def report(self, moment: Moment) -> dict[str, Any]:
         """How far the gates' biases have moved: the mean of σ(b_g), the openness for an input of zero."""

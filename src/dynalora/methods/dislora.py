@@ -306,6 +306,13 @@ class Dislora(Method):
         for layer, pairs in zip(fresh, _smallest_pairs(fresh, adapter), strict=True):
             layer.begin_at(adapter, _last(pairs, layer.rank(adapter)))
 
+    def keeps_components(self, moment: Moment, trains: bool) -> str:
+        """Each trained component stands beside the frozen one that it started from."""
+        return (
+            "DisLoRA's components start as directions of the base weight, each with a frozen counterpart to cancel "
+            "it, so none is without effect; export it with max_rank or tolerance to make it smaller."
+        )
+
     def needs_total_steps(self, config: DisloraConfig) -> bool:
         """A warm-up that is a fraction of the run needs its length."""
         return config.tsd_count > 0 and config.warmup_steps is None

@@ -569,6 +569,16 @@ class Pedyra(Method):
         """Fractions of the run need its length."""
         return min(config.adjust_start, config.adjust_interval, config.adjust_end) < 1
 
+    def keeps_components(self, moment: Moment, trains: bool) -> str:
+        """While ranks still move, a new triple has e = 0 and is not dead."""
+        try:
+            plan = AdjustmentPlan.of(moment.config, moment.total_steps)
+        except ValueError:
+            return ""
+        if not trains or moment.step >= plan.end:
+            return ""
+        return f"PE-DyRA moves its ranks until step {plan.end}, and is at step {moment.step}; compact it after that."
+
     def before_step(self, moment: Moment) -> None:
         """Learn from the task's gradients, score the triples if it is time, then add the orthogonality gradient."""
         config: PedyraConfig = moment.config

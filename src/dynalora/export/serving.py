@@ -1,0 +1,135 @@
+"""Where an exported LoRA can be served: the rules of vLLM and llama.cpp, checked on the written files.
+
+Both read less of ``adapter_config.json`` than PEFT does, and where they do not refuse an adapter they may compute
+something else from it:
+
+* vLLM (``vllm.lora.peft_helper.PEFTHelper``) takes ``r``, ``lora_alpha``, ``use_rslora`` and not the patterns, so one
+  scaling must hold for all matrices and ``r`` must be the largest rank, which ``--max-lora-rank`` must allow for. It
+  refuses trained biases (unless enabled), ``modules_to_save``, DoRA and other tensors than ``lora_A`` and ``lora_B``.
+* llama.cpp (``convert_lora_to_gguf.py``) keeps ``lora_alpha`` only, and divides it by each tensor's own rank, so all
+  matrices must have one rank, and rsLoRA is not known. It refuses other tensors than ``lora_A`` and ``lora_B``, and
+  transposes the matrices of GPT-2's ``Conv1D`` as if they were its weights.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
+
+#: Values that vLLM's --max-lora-rank takes.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Whether a server takes an adapter as it is.
+
+    Attributes:
+        server: ``"vLLM"`` or ``"llama.cpp"``.
+        problems: What it refuses, or would compute wrongly; empty if nothing.
+        needs: What it has to be told, such as a flag.
+    """
+
+    server: str
+    problems: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One line: the server, and what keeps it from serving the adapter or what it needs."""
+        if self.problems:
+            return f"{self.server}: no ({'; '.join(self.problems)})"
+        return f"{self.server}: yes" + (f" ({'; '.join(self.needs)})" if self.needs else "")
+
+
+def check_serving(folder: str | os.PathLike[str], max_lora_rank: int | None = None) -> tuple[Serving, ...]:
+    """Check a plain LoRA's files against the servers' rules.
+
+    Args:
+        folder: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        max_lora_rank: What vLLM was started with; None says what it has to be.
+
+    Returns:
+        One entry for vLLM and one for llama.cpp.
+    """
+    config: Any = LoraConfig.from_pretrained(str(folder))
+    with safe_open(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
+        names = list(file.keys())
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    matrices, others = {}, []
+    for name, shape in shapes.items():
+        module, _, part = name.rpartition(".lora_")
+        if name.startswith(_PREFIX) and part == "A.weight":
+            matrices[module.removeprefix(_PREFIX)] = shape[0]
+        elif not (name.startswith(_PREFIX) and part == "B.weight"):
+            others.append(name)
+    scalings = {module: _scaling(config, module) for module in matrices}
+    common = []
+    if config.use_dora:
+        common.append("it knows no DoRA; merge the adapter into the base model instead")
+    if config.modules_to_save:
+        common.append(f"it takes no modules_to_save ({', '.join(sorted(config.modules_to_save))})")
+    rest = [] if config.use_dora or config.modules_to_save else others
+    if rest:
+        common.append(f"it takes no tensors besides lora_A and lora_B, and there is {rest[0]!r}")
+    if config.bias != "none":
+        common.append(f"it takes no trained biases (bias={config.bias!r})")
+    return (
+        Serving("vLLM", *_for_vllm(config, matrices, scalings, common, max_lora_rank)),
+        Serving("llama.cpp", *_for_llama_cpp(config, matrices, scalings, common)),
+    )
+
+
+def _for_vllm(
+    config: Any,
+    matrices: dict[str, int],
+    scalings: dict[str, float],
+    common: list[str],
+    max_lora_rank: int | None,
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    problems, needs = list(common), []
+    one = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    if any(not _close(s, one) for s in scalings.values()):
+        problems.append("it scales all matrices alike, and these differ; export with a uniform rank")
+    rank = max(matrices.values(), default=0)
+    if rank > config.r:
+        problems.append(f"it takes r={config.r} for the largest rank, which is {rank}")
+    flag = next((size for size in VLLM_RANKS if size >= max(rank, config.r)), None)
+    if flag is None:
+        problems.append(f"rank {rank} is above its largest, {VLLM_RANKS[-1]}; export with max_rank")
+    elif max_lora_rank is not None and max(rank, config.r) > max_lora_rank:
+        problems.append(f"rank {max(rank, config.r)} is above max_lora_rank={max_lora_rank}")
+    elif max_lora_rank is None:
+        needs.append(f"--max-lora-rank {flag}")
+    return tuple(problems), tuple(needs)
+
+
+def _for_llama_cpp(
+    config: Any, matrices: dict[str, int], scalings: dict[str, float], common: list[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    problems = list(common)
+    if any(not _close(s, config.lora_alpha / matrices[m]) for m, s in scalings.items()):
+        reason = "has no rsLoRA" if config.use_rslora else "divides one alpha by each matrix's rank"
+        problems.append(f"it {reason}, which would scale wrongly; export with a uniform rank")
+    if config.fan_in_fan_out:
+        problems.append("it transposes the matrices of GPT-2's Conv1D; merge the adapter instead")
+    needs = () if config.base_model_name_or_path else ("convert_lora_to_gguf.py --base FOLDER",)
+    return tuple(problems), needs
+
+
+def _scaling(config: Any, module: str) -> float:
+    """The scaling of a matrix as PEFT reads the configuration."""
+    rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), module), config.lora_alpha)
+    return float(alpha / (rank**0.5 if config.use_rslora else rank))
+
+
+def _close(one: float, other: float) -> bool:
+    return abs(one - other) <= 1e-6 * max(abs(one), abs(other))
