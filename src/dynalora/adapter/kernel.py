@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 
 class _AddLowRankInPlace(torch.autograd.Function):
@@ -29,23 +28,19 @@ class _AddLowRankInPlace(torch.autograd.Function):
         frozen: torch.Tensor | None,
         scaling: float,
     ) -> torch.Tensor:
-        ctx.trained = up.shape[1]
-        if frozen is not None:
-            up = torch.cat([up, frozen], dim=1)
-        out, r = up.shape
-        # The wide side runs in the result's dtype (as under autocast): no copy of it in another.
-        narrow = m.reshape(-1, r).to(result.dtype)
-        up_cast = up.to(result.dtype)
-        result.view(-1, out).addmm_(narrow, up_cast.t(), alpha=scaling)
+        narrow, up_cast = _cast_sides(m, up, frozen, result.dtype)
+        result.view(-1, up.shape[0]).addmm_(narrow, up_cast.t(), alpha=scaling)
         ctx.mark_dirty(result)
-        ctx.save_for_backward(narrow, up_cast)
-        ctx.scaling, ctx.m_shape, ctx.m_dtype, ctx.up_dtype = scaling, m.shape, m.dtype, up.dtype
+        ctx.save_for_backward(narrow, up_cast, m, up, frozen)
+        ctx.trained, ctx.scaling = up.shape[1], scaling
+        ctx.m_shape, ctx.m_dtype, ctx.up_dtype = m.shape, m.dtype, up.dtype
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        narrow, up = ctx.saved_tensors
+        narrow, up, m, trained_up, frozen = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: what is saved must lead on to the inputs
+            narrow, up = _cast_sides(m, trained_up, frozen, grad.dtype)
         flat = grad.reshape(-1, up.shape[0])
         grad_m = grad_up = None
         if ctx.needs_input_grad[1]:
@@ -61,20 +56,30 @@ class _AddLowRankInPlace(torch.autograd.Function):
         return grad, grad_m, grad_up, None, None
 
 
+def _cast_sides(
+    m: torch.Tensor, up: torch.Tensor, frozen: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``m`` as a matrix, and ``[up, frozen]``, in the result's dtype: the wide side has no copy in another."""
+    if frozen is not None:
+        up = torch.cat([up, frozen], dim=1)
+    return m.reshape(-1, up.shape[1]).to(dtype), up.to(dtype)
+
+
 class _Project(torch.autograd.Function):
     """``x @ [down; frozen].T``, where ``frozen`` gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, down: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
         matrix = torch.cat([down, frozen])
-        ctx.save_for_backward(x, matrix)
+        ctx.save_for_backward(x, matrix, down, frozen)
         ctx.trained = down.shape[0]
         return nn.functional.linear(x, matrix)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, matrix = ctx.saved_tensors
+        x, matrix, down, frozen = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            matrix = torch.cat([down, frozen])
         grad_x = grad @ matrix if ctx.needs_input_grad[0] else None
         grad_down = None
         if ctx.needs_input_grad[1]:

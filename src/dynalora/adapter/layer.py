@@ -27,7 +27,7 @@ from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.kernel import add_low_rank, may_overwrite, project
 from dynalora.adapter.ranks import fit, shared_rank
 from dynalora.driver import Driver, carry_state, invalidate, track
-from dynalora.errors import UnsupportedError
+from dynalora.errors import ConfigError, UnsupportedError
 
 _order = itertools.count()
 
@@ -382,26 +382,81 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     # The shared form -------------------------------------------------------------------------------------------
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """``W0·x + s·up(d ⊙ down(x))`` for every active adapter; x (…, in) → (…, out)."""
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """``W0·x + s·up(d ⊙ down(x))`` for every active adapter; x (…, in) → (…, out).
+
+        Args:
+            x: The input, (…, in).
+            *args: Passed on to the base layer.
+            adapter_names: For mixed batches, the adapter of every row of ``x`` (its first dimension), ``"__base__"``
+                for none; None applies the active adapters to all rows.
+            **kwargs: Passed on to the base layer.
+
+        Raises:
+            ConfigError: ``adapter_names`` of another length than ``x``, or while an adapter is merged.
+        """
         if self._disable_adapters:
             if self.merged:
                 self.unmerge()
             return cast(torch.Tensor, self.base_layer(x, *args, **kwargs))
+        if adapter_names is not None:
+            self._check_mixed_batch(x, adapter_names)
         result: torch.Tensor = self.base_layer(x, *args, **kwargs)
         if self.merged_adapters:
             return result
         in_place = may_overwrite(self.base_layer)
+        if adapter_names is not None:
+            return self._add_by_row(result if in_place else result.clone(), x, adapter_names)
         for adapter in self.active_adapters:
             if adapter not in self.scaling:
                 continue
-            m, up = self.narrow(x, adapter), self.used("up", adapter)
-            frozen = self._frozen("frozen_up", adapter)
-            result = add_low_rank(result, m, up, self.scaling[adapter], in_place, frozen)
+            result = self.add_update(result, x, adapter, in_place)
             if self.training and not torch.compiler.is_compiling():
                 driver = self.drivers[adapter]
                 if driver.watching:
                     driver.watch(self, result)
+        return result
+
+    def add_update(
+        self, result: torch.Tensor, x: torch.Tensor, adapter: str, in_place: bool = False
+    ) -> torch.Tensor:
+        """Add an adapter's update to the base layer's result.
+
+        Args:
+            result: What the base layer made of ``x``, (…, out).
+            x: The layer's input, (…, in).
+            adapter: The adapter.
+            in_place: Whether ``result`` may be overwritten.
+
+        Returns:
+            ``result + s·up(d ⊙ down(x))``, (…, out).
+        """
+        m, up = self.narrow(x, adapter), self.used("up", adapter)
+        frozen = self._frozen("frozen_up", adapter)
+        return add_low_rank(result, m, up, self.scaling[adapter], in_place, frozen)
+
+    def _check_mixed_batch(self, x: torch.Tensor, adapter_names: Sequence[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ConfigError(
+                f"adapter_names has {len(adapter_names)} names for a batch of {len(x)} rows in {self.name!r}; "
+                "give one for each row, '__base__' for the base model."
+            )
+        if self.merged_adapters:
+            raise ConfigError(
+                f"adapter_names cannot be used while {', '.join(self.merged_adapters)} is merged; "
+                "call unmerge_adapter() first."
+            )
+
+    def _add_by_row(
+        self, result: torch.Tensor, x: torch.Tensor, adapter_names: Sequence[str]
+    ) -> torch.Tensor:
+        """Add to every row of a mixed batch the update of its own adapter; ``result`` is overwritten."""
+        for adapter in dict.fromkeys(adapter_names):
+            if adapter in self.scaling:  # it may be the base model, or adapt other layers only
+                rows = [row for row, name in enumerate(adapter_names) if name == adapter]
+                result[rows] = self.add_update(result[rows], x[rows], adapter, in_place=True)
         return result
 
     def narrow(self, x: torch.Tensor, adapter: str) -> torch.Tensor:

@@ -6,7 +6,9 @@ import inspect
 import itertools
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -17,7 +19,7 @@ from peft.utils import (
     get_quantization_kwargs,
 )
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -119,6 +121,13 @@ class AdapterModel(BaseTuner):
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # PEFT's reads ``child.weight``, which a classification head that is trained in full need not have. What else
+        # it does is done: layers bring their adapters to the base layer's device by themselves.
+        setattr(parent, child_name, new_module)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT's cast makes new parameters, all of them trainable: put back which ones were.
         layers = [module for module in self.model.modules() if isinstance(module, AdapterLayer)]
@@ -143,6 +152,104 @@ class AdapterModel(BaseTuner):
                 for adapter in module.active_adapters:
                     if module.has_adapter(adapter):
                         module.static_factors(adapter)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights, to be unmerged again. Parameters as PEFT's.
+
+        Raises:
+            UnsupportedError: The update depends on the input, or a weight is shared with a module that is not adapted.
+        """
+        for layer, others in self._tied(adapter_names):
+            raise UnsupportedError(
+                f"cannot merge into {layer.name!r}, whose weight is also that of {', '.join(map(repr, others))}, "
+                "which would change with it; use merge_and_unload(), which gives it a weight of its own, or load "
+                "the base model with tie_word_embeddings=False."
+            )
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_merge_allowed()
+            for layer, _ in self._tied(adapter_names):
+                base = layer.get_base_layer()
+                weight = cast(nn.Parameter, base.weight)
+                base.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        return super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+    def _tied(self, adapter_names: Sequence[str] | None) -> list[tuple[AdapterLayer, list[str]]]:
+        """Layers of these adapters (None: the active ones) whose weight other modules have too, with their names."""
+        owners: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+        found = []
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, AdapterLayer):
+                if not any(map(layer.has_adapter, adapter_names or layer.active_adapters)):
+                    continue
+                own = owners.get(id(getattr(layer.get_base_layer(), "weight", None)), [])
+                others = [owner for owner in own if owner != f"{name}.base_layer"]
+                if others:
+                    found.append((layer, others))
+        return found
+
+    # Mixed batches -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        num_beams: int | None = None,
+        **kwargs: Any,
+    ) -> Iterator[None]:
+        # PEFT calls this around forward and generate, with what the user passed to them.
+        if adapter_names is None:
+            yield
+            return
+        names = self._check_adapter_names(adapter_names)
+        # Beam search repeats every row; the encoder runs before that.
+        repeated = [name for name in names for _ in range(num_beams or 1)]
+        config = getattr(self.model, "config", None)
+        encoder = self.model.get_encoder() if getattr(config, "is_encoder_decoder", False) else None
+        unrepeated = set(encoder.modules()) if isinstance(encoder, nn.Module) else set()
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_with_adapter_names, names=names if module in unrepeated else repeated),
+                with_kwargs=True,
+            )
+            for module in self.modules()
+            if isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, adapter_names: Sequence[str]) -> list[str]:
+        if self.training:
+            raise ConfigError(
+                "adapter_names cannot be used in training, where active adapters train; call model.eval() first."
+            )
+        if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
+            raise ConfigError(
+                f"adapter_names must be a list with one adapter name for each row, got {adapter_names!r}."
+            )
+        unknown = sorted(set(adapter_names) - {"__base__", *self.peft_config})
+        if unknown:
+            raise ConfigError(
+                f"adapter_names names {', '.join(map(repr, unknown))}, but the model's adapters are "
+                f"{', '.join(map(repr, self.peft_config))} (and '__base__', the base model)."
+            )
+        return list(adapter_names)
 
     # Saving and loading ----------------------------------------------------------------------------------------
 
@@ -225,6 +332,13 @@ class AdapterModel(BaseTuner):
                 "it."
             )
         return remapped
+
+
+def _with_adapter_names(
+    module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]
+) -> tuple[Any, dict[str, Any]]:
+    """A pre-forward hook that tells a layer the adapter of every row."""
+    return args, {**kwargs, "adapter_names": names}
 
 
 def _weights_will_follow() -> bool:

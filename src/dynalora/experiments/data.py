@@ -366,19 +366,6 @@ def _kind(value: Any) -> str:
 _Rows = Iterator[tuple[str, Mapping[str, Any]]]
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows of one file, as they are, each with where it lies (such as `"line 3"`).
-
-    Args:
-        path: a file of one of the kinds that
-            [`load_conversations`][dynalora.experiments.data.load_conversations] reads.
-
-    Raises:
-        DataError: the file is of no known kind or cannot be read.
-    """
-    return _file_rows(Path(path))
-
-
 def _rows(source: str | Path, split: str, subset: str | None) -> tuple[_Rows, str]:
     path = Path(source).expanduser()
     if path.is_file():

@@ -324,7 +324,7 @@ def _from_files(path: Path, held_out: int, train_limit: int | None) -> Experimen
             "give a folder or the beginning of the names of its files."
         )
     name = path.resolve().name
-    train_rows, held_rows = list(data.read_rows(train_file)), list(data.read_rows(held_file))
+    train_rows, held_rows = list(data.read_rows(train_file)[0]), list(data.read_rows(held_file)[0])
     for file, rows in ((train_file, train_rows), (held_file, held_rows)):
         if not rows:
             raise DataError(f"'{file}' holds no row; give a file with at least one.")

@@ -384,20 +384,30 @@ class PedyraLayer(AdapterLayer):
     # DoRA: y = g ⊙ (W0·x + s·ΔW·x) + b with g = magnitude / ‖W0 + s·ΔW‖ by rows, the norms taken as constants.
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The shared form; with ``use_dora`` its rows are given their trained norms."""
-        result = super().forward(x, *args, **kwargs)
+        """The shared form; an adapter with ``use_dora`` must be the only one that acts on an input."""
+        if kwargs.get("adapter_names") is None and len(self.active_adapters) > 1:
+            self._check_alone()
+        return super().forward(x, *args, **kwargs)
+
+    def _check_alone(self) -> None:
         if self.disable_adapters or self.merged:
+            return
+        for adapter in self.active_adapters:
+            if self.has_parameter("magnitude", adapter):
+                raise UnsupportedError(
+                    f"adapter {adapter!r} has use_dora=True, which scales the whole weight, and cannot be active "
+                    f"together with others ({', '.join(self.active_adapters)}); activate one at a time."
+                )
+
+    def add_update(
+        self, result: torch.Tensor, x: torch.Tensor, adapter: str, in_place: bool = False
+    ) -> torch.Tensor:
+        """Add an adapter's update; with ``use_dora`` the rows are given their trained norms."""
+        result = super().add_update(result, x, adapter, in_place)
+        if not self.has_parameter("magnitude", adapter):
             return result
-        directed = [a for a in self.active_adapters if a in self.ranks and self.has_parameter("magnitude", a)]
-        if not directed:
-            return result
-        if len(self.active_adapters) > 1:
-            raise UnsupportedError(
-                f"adapter {directed[0]!r} has use_dora=True, which scales the whole weight, and cannot be active "
-                f"together with others ({', '.join(self.active_adapters)}); activate one at a time."
-            )
         bias = getattr(self.get_base_layer(), "bias", None)
-        more = (self._gain(directed[0]) - 1).to(result.dtype)
+        more = (self._gain(adapter) - 1).to(result.dtype)
         return result + more * (result if bias is None else result - bias)
 
     def _gain(self, adapter: str) -> torch.Tensor:
