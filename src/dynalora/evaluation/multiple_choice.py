@@ -135,12 +135,12 @@ class OptionScores:
     @property
     def right_loss(self) -> Estimate:
         """Mean negative log-likelihood of the right option, in nats per question."""
-        return _ratio(self.right_losses, [1] * len(self.right))
+        return ratio(self.right_losses, [1] * len(self.right))
 
     @property
     def right_loss_per_token(self) -> Estimate:
         """The same in nats per token, every token counting the same."""
-        return _ratio(self.right_losses, self.right_counts)
+        return ratio(self.right_losses, self.right_counts)
 
 
 def option_scores(
@@ -324,7 +324,7 @@ def _first_largest(values: Sequence[float]) -> int:
     return max(range(len(values)), key=lambda place: values[place])
 
 
-def _ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
+def ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
     """Σ sums / Σ counts with the standard error of a ratio estimate; with equal counts, that of a mean."""
     number, whole = len(sums), sum(counts)
     value = math.fsum(sums) / whole
