@@ -16,7 +16,7 @@ from dynalora.experiments.finetune import adapter_config
 from tests.unit import tiny
 from tests.unit.program import Program
 
-COMMANDS = ("demo", "finetune", "bench", "landscape", "gates", "export")
+COMMANDS = ("demo", "finetune", "evaluate", "bench", "landscape", "gates", "export")
 
 
 @pytest.fixture(scope="module")

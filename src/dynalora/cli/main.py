@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dynalora import __version__
-from dynalora.cli import bench, demo, export, finetune, gates, landscape
+from dynalora.cli import bench, demo, evaluate, export, finetune, gates, landscape
 from dynalora.cli.shared import complain, quiet
 from dynalora.errors import DynaloraError
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     epilog="Every command takes --config FILE.yaml; flags override the file.",
 )
 
-for command in (demo, finetune, bench, landscape, gates, export):
+for command in (demo, finetune, evaluate, bench, landscape, gates, export):
     name = command.__name__.rsplit(".", 1)[-1]
     app.command(name, no_args_is_help=name not in ("demo", "bench"))(getattr(command, name))
 

@@ -2,7 +2,7 @@
 
 Each program runs in a process of its own, an isolated Python interpreter in an empty temporary directory, with
 
-- a limit on wall-clock and processor time, after which it is killed with its whole process group;
+- a limit on processor time, and a longer one on wall-clock time, after which it is killed with its process group;
 - a limit on memory (its address space), on the size of each file and of all files together;
 - no network, no further process or thread, no signal to any other process: a filter on system calls (seccomp) knows
   only what a calculation needs;
@@ -40,7 +40,7 @@ _CHILD = Path(__file__).with_name("sandbox_child.py")
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
 _DEVICES = ("/dev/null", "/dev/urandom")
 _LOOK_EVERY = 0.05  # seconds
-_START_UP = 10.0  # seconds that an interpreter may take to start, before its time counts
+_START_UP = 60.0  # seconds that an interpreter may take to start, before its time counts
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Limits:
     """What a program may use.
 
     Attributes:
-        seconds: wall-clock time, and processor time.
+        seconds: processor time, in steps of a second.
+        patience: wall-clock time, as a multiple of `seconds`; above 1, so that a busy machine fails no program.
         memory: address space in bytes, the interpreter's own ~30 MB included.
         file_size: bytes of one file.
         disk: bytes of all its files together, looked at 20 times a second.
@@ -58,6 +59,7 @@ class Limits:
     """
 
     seconds: float = 5.0
+    patience: float = 4.0
     memory: int = 512 << 20
     file_size: int = 1 << 20
     disk: int = 16 << 20
@@ -65,6 +67,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value, least in (
             ("seconds", self.seconds, 0.05),
+            ("patience", self.patience, 1),
             ("memory", self.memory, 64 << 20),
             ("file_size", self.file_size, 0),
             ("disk", self.disk, 0),
@@ -127,7 +130,7 @@ def check_sandbox(*, weak: bool = False) -> None:
     Raises:
         UnsupportedError: they cannot; says why.
     """
-    outcome = run_program("pass", Limits(seconds=5), weak=weak)
+    outcome = run_program("pass", Limits(seconds=10), weak=weak)
     if not outcome.passed:
         raise UnsupportedError(
             f"Generated code cannot be executed here: even an empty program fails in the sandbox ({outcome.reason})."
@@ -182,7 +185,7 @@ def _follow(
         seconds = time.monotonic() - began
         if ended:
             return _verdict(said, token, process.returncode, ready, seconds)
-        if seconds > (limits.seconds if ready else _START_UP):
+        if seconds > (limits.seconds * limits.patience if ready else _START_UP):
             return Outcome(False, "timed out", seconds)
         if ready and _used(work) > limits.disk:
             return Outcome(False, "too much disk", seconds)
@@ -205,6 +208,8 @@ def _verdict(said: bytes, token: str, code: int, ready: bool, seconds: float) ->
             return Outcome(False, str(message["error"]), seconds)
     if not ready:
         return f"its interpreter ended with code {code} before the walls were up"
+    if code == -signal.SIGXCPU:
+        return Outcome(False, "timed out", seconds)
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
         return Outcome(False, f"killed by {name}", seconds)

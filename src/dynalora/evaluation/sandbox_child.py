@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import platform
 import resource
 import struct
 import sys
+import time
 from typing import Any
 
 # --- system call filter (seccomp) -----------------------------------------------------------------------------
@@ -198,12 +200,16 @@ def limit(seconds: float, memory: int, file_size: int) -> None:
     """Resource limits of this process, which the program cannot raise."""
     limits = [
         (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_CPU, int(seconds) + 1),
         (resource.RLIMIT_FSIZE, file_size),
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_STACK, 8 << 20),
         (resource.RLIMIT_AS, memory),
     ]
+    # What the interpreter itself has used by now counts, too.
+    used = math.ceil(time.process_time() + seconds)
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    if most == resource.RLIM_INFINITY or most > used:
+        resource.setrlimit(resource.RLIMIT_CPU, (used, used + 1))
     for which, value in limits:
         _, most = resource.getrlimit(which)
         value = value if most == resource.RLIM_INFINITY else min(value, most)
