@@ -40,10 +40,12 @@ def run(program: str) -> Outcome:
 
 @needs_walls
 def test_programs_that_behave() -> None:
-    assert run("import math, re, heapq, collections, itertools, typing\nassert math.gcd(4, 6) == 2") == Outcome(
-        True, "", pytest.approx(0, abs=10)
+    assert run(
+        "import math, re, heapq, collections, itertools, typing\nassert math.gcd(4, 6) == 2"
+    ) == Outcome(True, "", pytest.approx(0, abs=10))
+    own_files = (
+        "open('a', 'w').write('hi')\nimport os\nassert open('a').read() == 'hi' and os.listdir() == ['a']"
     )
-    own_files = "open('a', 'w').write('hi')\nimport os\nassert open('a').read() == 'hi' and os.listdir() == ['a']"
     assert run(own_files).passed
     assert run("print('x' * 10**6)").passed  # nobody reads it
     assert not run("assert 1 == 2").passed
@@ -145,7 +147,9 @@ def test_the_home_and_the_environment_are_out_of_reach(
         "os.listdir('/')",
     ):
         assert "PermissionError" in run(f"import os\n{attack}").reason, attack
-    assert run("import os\nassert 'SECRET_TOKEN' not in os.environ and os.environ['HOME'] == os.getcwd()").passed
+    assert run(
+        "import os\nassert 'SECRET_TOKEN' not in os.environ and os.environ['HOME'] == os.getcwd()"
+    ).passed
     # Whatever files the caller has open stay its own.
     with open(secret) as held:
         os.set_inheritable(held.fileno(), True)
@@ -202,7 +206,7 @@ def test_crashes_are_told_and_nothing_is_left_behind() -> None:
     assert run("import ctypes\nctypes.string_at(0)").reason == "killed by SIGSEGV"
     flood = "import os\nfor i in range(3, 60):\n  try:\n    while True: os.write(i, b'a' * 4096)\n  except OSError: pass"
     assert not run_program(flood, Limits(seconds=1, patience=2)).passed
-    forged = "import os\nfor i in range(3, 60):\n  try: os.write(i, b'{\"token\": \"guess\"}\\n')\n  except OSError: pass"
+    forged = 'import os\nfor i in range(3, 60):\n  try: os.write(i, b\'{"token": "guess"}\\n\')\n  except OSError: pass'
     assert not run(f"{forged}\nos._exit(0)").passed
     assert set(Path(tempfile.gettempdir()).glob("dynalora-sandbox-*")) <= before
 
@@ -230,7 +234,9 @@ def test_where_nothing_can_be_guaranteed_it_refuses() -> None:
 
 def test_the_refusal_says_why_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "_run", lambda *args, **options: "Landlock is not available")
-    with pytest.raises(UnsupportedError, match=r"cannot contain it \(Landlock is not available\).*--weak-sandbox"):
+    with pytest.raises(
+        UnsupportedError, match=r"cannot contain it \(Landlock is not available\).*--weak-sandbox"
+    ):
         run_program("pass")
 
 

@@ -380,10 +380,9 @@ def _entries() -> Iterator[Benchmark]:
         "precalculus",
     )  # fmt: skip
     learned = {"train": "train", "test": "test"}
-    math = {"max_new_tokens": 512}
     yield Benchmark(
         "gsm8k", "GSM8K", Source("math/gsm8k", "openai/gsm8k", ("main",), learned), _gsm8k,
-        (metrics.STRICT, metrics.FLEXIBLE), **math,
+        (metrics.STRICT, metrics.FLEXIBLE), max_new_tokens=512,
     )  # fmt: skip
     yield Benchmark(
         "math", "MATH", Source("math/math", "EleutherAI/hendrycks_math", subjects, learned), _math,
@@ -391,7 +390,7 @@ def _entries() -> Iterator[Benchmark]:
     )  # fmt: skip
     yield Benchmark(
         "aqua", "AQUA-RAT", Source("math/AQuA", "deepmind/aqua_rat", ("raw",), all_three), _aqua,
-        (metrics.LETTER,), **math,
+        (metrics.LETTER,), max_new_tokens=512,
     )  # fmt: skip
     for name, title, hub in (
         ("svamp", "SVAMP", "ChilleD/SVAMP"),

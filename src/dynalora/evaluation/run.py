@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 
 from dynalora.errors import ConfigError, DataError, UnsupportedError
 from dynalora.evaluation.benchmarks import GROUPS, Benchmark, Example, benchmark
@@ -463,7 +464,7 @@ def _scored(result: TaskResult, prepared: Prepared, answers: Sequence[Any]) -> T
 
 
 def _need_head(model: torch.nn.Module, task: Benchmark, head: str) -> None:
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     kind = type(base).__name__
     has = {
         "classes": "SequenceClassification" in kind,

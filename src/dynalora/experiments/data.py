@@ -755,9 +755,10 @@ def _render(
 ) -> str:
     if not conversation:
         return ""
+    turns: list[Any] = [dict(message) for message in conversation]
     try:
         text = tokenizer.apply_chat_template(
-            [dict(message) for message in conversation],
+            turns,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )

@@ -251,7 +251,7 @@ def is_adapter(source: str) -> bool:
         return any((path / name).exists() for name in ("adapter_config.json", "adapter", "run.json"))
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         return False
-    from transformers.utils import find_adapter_config_file
+    from transformers.utils.peft_utils import find_adapter_config_file
 
     try:
         return find_adapter_config_file(source) is not None
