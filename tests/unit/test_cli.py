@@ -21,6 +21,7 @@ from tests.unit.program import Program
 COMMANDS = (
     "demo",
     "finetune",
+    "evaluate",
     "bench",
     "landscape",
     "gates",

@@ -99,6 +99,10 @@ def finetune(
     max_grad_norm: Annotated[
         float | None, _option("--max-grad-norm", help="Gradient clipping; 0: none. \\[1]", panel=_TRAINING)
     ] = None,
+    template: Annotated[
+        str | None,
+        _option("--template", help="chat, alpaca, llm-adapters, magicoder or none. \\[chat]", panel=_DATA),
+    ] = None,
     max_length: Annotated[
         int | None, _option("--max-length", help="Longest sequence, in tokens. \\[512]", panel=_TRAINING)
     ] = None,

@@ -12,6 +12,7 @@ from dynalora.cli import (
     bench,
     compact,
     demo,
+    evaluate,
     export,
     finetune,
     forgetting,
@@ -37,6 +38,7 @@ app = typer.Typer(
 COMMANDS = (
     demo,
     finetune,
+    evaluate,
     bench,
     landscape,
     gates,

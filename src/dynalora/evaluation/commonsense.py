@@ -15,17 +15,15 @@ learn to say an option but not to name its number.
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 import re
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dynalora.errors import DataError
 from dynalora.evaluation.multiple_choice import Choice
+from dynalora.evaluation.sources import json_rows
 
 _FORMAT = re.compile(r"\s*Answer format:\s*(\S+)\s*$")
 _LEAD = re.compile(r"^Please [^:\n]*:\s*")
@@ -45,7 +43,7 @@ def load_choices(path: str | os.PathLike[str]) -> list[Choice]:
         DataError: the file cannot be read or is empty, or a row is malformed; file, row and remedy are named.
     """
     file = Path(path)
-    choices = [choice_from(row, f"'{file}', row {number}") for number, row in _rows(file)]
+    choices = [choice_from(row, where) for where, row in json_rows(file)]
     if not choices:
         raise DataError(f"'{file}' holds no row; give a file with at least one.")
     return choices
@@ -91,36 +89,3 @@ def choice_from(row: Mapping[str, Any], where: str = "the row") -> Choice:
         raise DataError(
             f"{where}: {str(error)[0].lower()}{str(error)[1:].rstrip('.')}, or leave it out."
         ) from error
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number, from 1, and content of each row."""
-    try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8")
-            if path.suffix == ".gz"
-            else open(path, encoding="utf-8") as file
-        ):
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, _object(line, f"'{path}', row {number}")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"'{path}' is not a complete gzip file ({error}); fetch it again.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"'{path}' is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from error
-    except OSError as error:
-        raise DataError(
-            f"'{path}' cannot be read ({error.strerror or error}); give the path of a .jsonl or .jsonl.gz file."
-        ) from error
-
-
-def _object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where} is not valid JSON ({error.msg} at column {error.colno}); write one JSON object per line."
-        ) from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where} is a {type(row).__name__}; write one JSON object per line.")
-    return row

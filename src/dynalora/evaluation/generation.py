@@ -42,6 +42,8 @@ def generate(
     *,
     max_new_tokens: int = 32,
     batch_size: int = 32,
+    stop: Sequence[str] = (),
+    strip: bool = True,
     what: str = "Generating answers",
     progress: Progress = silent,
 ) -> list[str]:
@@ -57,11 +59,13 @@ def generate(
         prompts: questions, put into the chat format with `chat_prompt`, or token ids to be used as they are.
         max_new_tokens: generation stops here, or at the end-of-turn token.
         batch_size: prompts per batch.
+        stop: texts that end an answer; an answer is cut before the first of them.
+        strip: whether white space around an answer is removed.
         what: description given to `progress`.
         progress: called with the number of prompts answered.
 
     Returns:
-        One answer per prompt, in the prompts' order, without special tokens and without surrounding white space.
+        One answer per prompt, in the prompts' order, without special tokens.
 
     Raises:
         ConfigError: max_new_tokens or batch_size below 1, or an empty prompt.
@@ -75,6 +79,7 @@ def generate(
             raise ConfigError(f"Prompt {index} is empty; every prompt needs at least one token.")
     padding = padding_id(model, tokenizer)
     device = next(model.parameters()).device
+    stopping = {"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}
     answers = [""] * len(ids)
     done = 0
     progress(what, 0, len(ids))
@@ -84,13 +89,14 @@ def generate(
             output = model.generate(  # type: ignore[operator]
                 input_ids=tokens.to(device), attention_mask=mask.to(device), do_sample=False, num_beams=1,
                 max_new_tokens=max_new_tokens, pad_token_id=padding, use_cache=True,
-                eos_token_id=sorted(end_ids(model, tokenizer)) or None,
+                eos_token_id=sorted(end_ids(model, tokenizer)) or None, **stopping,
                 # Sampling settings that a checkpoint ships would only cause warnings here.
                 temperature=None, top_p=None, top_k=None,
             )  # fmt: skip
             texts = tokenizer.batch_decode(output[:, tokens.shape[1] :], skip_special_tokens=True)
             for index, text in zip(batch, texts, strict=True):
-                answers[index] = text.strip()
+                cut = min((place for end in stop if (place := text.find(end)) >= 0), default=len(text))
+                answers[index] = text[:cut].strip() if strip else text[:cut]
             done += len(batch)
             progress(what, done, len(ids))
     return answers

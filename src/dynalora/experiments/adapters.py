@@ -101,7 +101,12 @@ def read_config(source: str | os.PathLike[str]) -> PeftConfig:
 
 
 def load_adapter(
-    source: str | os.PathLike[str] | None, model: str | None = None, *, dtype: str = "auto"
+    source: str | os.PathLike[str] | None,
+    model: str | None = None,
+    *,
+    dtype: str = "auto",
+    head: str = "lm",
+    labels: int = 2,
 ) -> PeftModel:
     """A saved adapter on its base model, for inference.
 
@@ -110,6 +115,8 @@ def load_adapter(
         model: the base model; None: the one the adapter names.
         dtype: of the base model's weights, as in
             [`FinetuneSpec`][dynalora.experiments.finetune.FinetuneSpec].
+        head: of the base model, as in [`load_model`][dynalora.experiments.finetune.load_model].
+        labels: for a classifier, number of classes; 1: a value.
 
     Raises:
         CheckpointError: there is no adapter, it is damaged, or it does not fit the base model.
@@ -125,7 +132,7 @@ def load_adapter(
         raise ConfigError(
             f"The adapter '{source}' does not say which base model it belongs to; name it with --model."
         )
-    base = load_model(name, dtype=dtype)
+    base = load_model(name, dtype=dtype, head=head, labels=labels)
     folder = adapter_folder(source)
     try:
         adapted = PeftModel.from_pretrained(base, folder)

@@ -52,11 +52,20 @@ PLAIN_CHAT_TEMPLATE = (
 )
 
 
-class Message(TypedDict):
-    """One turn of a conversation."""
-
+class _Message(TypedDict):
     role: str
     content: str
+
+
+class Message(_Message, total=False):
+    """One turn of a conversation: `role` and `content`.
+
+    Where the content was put together from an instruction and an input, both are there, too, for prompt templates that
+    set them apart (Alpaca's).
+    """
+
+    instruction: str
+    input: str
 
 
 Conversation = list[Message]
@@ -308,9 +317,10 @@ def _conversation(row: Mapping[str, Any], fields: Fields, where: str) -> Convers
     extra = _text(row.get(fields.input), fields.input, where) if fields.input else ""
     if not response.strip():
         return None
+    asked: Message = {"role": "user", "content": prompt}
     if extra.strip():
-        prompt = f"{prompt}\n\n{extra}"
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        asked = {"role": "user", "content": f"{prompt}\n\n{extra}", "instruction": prompt, "input": extra}
+    return [asked, {"role": "assistant", "content": response}]
 
 
 def _text(value: Any, name: str, where: str) -> str:
@@ -804,9 +814,10 @@ def _render(
 ) -> str:
     if not conversation:
         return ""
+    turns: list[Any] = [dict(message) for message in conversation]
     try:
         text = tokenizer.apply_chat_template(
-            [{"role": message["role"], "content": message["content"]} for message in conversation],
+            turns,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )

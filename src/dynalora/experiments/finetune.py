@@ -25,6 +25,7 @@ from torch import nn
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method
 from dynalora.errors import ConfigError, DynaloraError
+from dynalora.evaluation.prompts import use_template
 from dynalora.experiments import data, plots
 from dynalora.experiments.baselines import BASELINES
 from dynalora.experiments.data import Fields
@@ -107,6 +108,8 @@ class FinetuneSpec(TrainSettings):
         eval_split: which split of `eval_data` (or of `data`, if `eval_data` is None) to measure on; None: a part of
             the training data is held out.
         eval_fraction: the part of `data` to hold out where no other held-out data is named; 0: none.
+        template: prompts are written in the model's own format (`chat`) or in a paper's: `alpaca`, `llm-adapters`,
+            `magicoder`, `none`; see [`prompts`][dynalora.evaluation.prompts].
         max_length: longest sequence in tokens; longer ones lose their end.
         dtype: of the base model's weights: `float32`, `bfloat16`, `float16`, or `auto` (bfloat16 on GPUs that have
             it, else float32). Adapter weights are float32.
@@ -143,6 +146,7 @@ class FinetuneSpec(TrainSettings):
     eval_data: str | None = None
     eval_split: str | None = None
     eval_fraction: float = 0.05
+    template: str = "chat"
     max_length: int = 512
     dtype: str = "auto"
     quantization: str | None = None
@@ -393,11 +397,19 @@ def empty_model(name: str, *, trust_remote_code: bool = False) -> nn.Module:
     return model
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, *, trust_remote_code: bool = False, template: str = "chat"
+) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a chat template and a padding token.
 
+    Args:
+        name: of the model.
+        trust_remote_code: run code that comes with the model.
+        template: `chat` for the model's own chat template, or a paper's prompt format, see
+            [`prompts`][dynalora.evaluation.prompts].
+
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or no such template.
     """
     from transformers import AutoTokenizer
 
@@ -407,6 +419,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"The tokenizer of '{name}' cannot be loaded ({_first_line(error)}).") from error
+    use_template(tokenizer, template)
     data.ensure_chat_template(tokenizer)
     data.ensure_pad_token(tokenizer)
     return tokenizer
@@ -422,14 +435,31 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 
 def load_model(
-    name: str, *, dtype: str = "auto", quantization: str | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    trust_remote_code: bool = False,
+    head: str = "lm",
+    labels: int = 2,
 ) -> PreTrainedModel:
     """The model with its weights.
+
+    Args:
+        name: Hub id or folder.
+        dtype: of the weights.
+        quantization: `4bit`, `8bit` or None.
+        trust_remote_code: run code that comes with the model.
+        head: `lm` for a causal language model, `masked` for a masked one, `classes` for a sequence classifier.
+        labels: for `classes`, number of classes; 1: a value.
 
     Raises:
         ConfigError: the weights cannot be loaded, or quantization is asked for without bitsandbytes.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    import transformers
+    from transformers import BitsAndBytesConfig
+
+    auto = {"lm": "CausalLM", "masked": "MaskedLM", "classes": "SequenceClassification"}[head]
 
     options: dict[str, Any] = {
         "dtype": resolve_dtype(dtype),
@@ -444,8 +474,10 @@ def load_model(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=options["dtype"],
         )
+    if head == "classes":
+        options["num_labels"] = labels
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **options)
+        model: PreTrainedModel = getattr(transformers, f"AutoModelFor{auto}").from_pretrained(name, **options)
     except ImportError as error:
         raise ConfigError(
             f"quantization '{quantization}' needs bitsandbytes: pip install 'dynalora[quant]'."
@@ -529,7 +561,7 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
         named[called.strip()] = data.load_texts(source.strip(), limit=MONITORED_TEXTS)
     name = local_model_name(spec.model)
     modules = check_targets(empty_model(name, trust_remote_code=spec.trust_remote_code), config)
-    tokenizer = load_tokenizer(name, trust_remote_code=spec.trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code=spec.trust_remote_code, template=spec.template)
     return Prepared(
         spec=spec,
         model=name,

@@ -1,0 +1,555 @@
+"""Benchmarks by name: one entry says where the rows are, how a row becomes a question, and how answers are scored.
+
+Names are looked up without regard to case and with `-` for `_`. Besides those in
+[`BENCHMARKS`][dynalora.evaluation.benchmarks.BENCHMARKS] there are groups
+([`GROUPS`][dynalora.evaluation.benchmarks.GROUPS]), `reasoning_gym:NAME` for a generated task and `lm_eval:NAME` for
+any task of lm-evaluation-harness.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dynalora.errors import ConfigError, DataError
+from dynalora.evaluation import metrics
+from dynalora.evaluation.commonsense import choice_from
+from dynalora.evaluation.metrics import Metric
+from dynalora.evaluation.multiple_choice import Choice
+from dynalora.evaluation.sources import Source
+
+How = Literal["generate", "code", "classify", "perplexity", "masked perplexity"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One item of a task.
+
+    Attributes:
+        prompt: the question as it is put to the model.
+        reference: what the answer is compared with; its kind is the metrics' affair.
+        response: the text to learn, for training; empty where the task has none.
+        second: for classification, the second text of a pair; else the instruction's input.
+        prefix: the beginning of the answer, given to the model; part of the generated code.
+        choice: the same question with its options, for scoring by likelihood.
+        program: for code, (answer) → the program to run.
+        where: where its row lies, for errors.
+    """
+
+    prompt: str
+    reference: Any
+    response: str = ""
+    second: str = ""
+    prefix: str = ""
+    choice: Choice | None = None
+    program: Callable[[str], str] | None = None
+    where: str = ""
+
+    def conversation(self) -> list[dict[str, str]]:
+        """Question and response as chat messages, for training."""
+        content = f"{self.prompt}\n\n{self.second}" if self.second else self.prompt
+        asked = {"role": "user", "content": content}
+        if self.second:
+            asked |= {"instruction": self.prompt, "input": self.second}
+        return [asked, {"role": "assistant", "content": self.response}]
+
+
+Reader = Callable[[Mapping[str, Any], str], Sequence[Example]]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A task.
+
+    Attributes:
+        name: how it is asked for.
+        title: as its paper writes it.
+        source: where its rows are.
+        read: (row, where it lies) → its items; most rows are one, a dialogue is one per turn.
+        metrics: how answers are scored; the first metric's first name stands for the task.
+        how: what the model does: generate, classify, ….
+        max_new_tokens: longest answer.
+        stop: texts that end an answer.
+        labels: for classification, number of classes; 1: a value.
+    """
+
+    name: str
+    title: str
+    source: Source
+    read: Reader
+    metrics: tuple[Metric, ...]
+    how: How = "generate"
+    max_new_tokens: int = 32
+    stop: tuple[str, ...] = ()
+    labels: int = 2
+
+    @property
+    def main(self) -> str:
+        """The number that stands for the task."""
+        return {"perplexity": "perplexity", "masked perplexity": "perplexity"}.get(
+            self.how, self.metrics[0].names[0] if self.metrics else ""
+        )
+
+
+# --- reading rows ---------------------------------------------------------------------------------------------
+
+
+def _field(row: Mapping[str, Any], where: str, *names: str) -> Any:
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    wanted = " or ".join(f"'{name}'" for name in names)
+    raise DataError(f"{where} has no field {wanted}; its fields are {', '.join(map(repr, row)) or 'none'}.")
+
+
+def _text(row: Mapping[str, Any], where: str, *names: str) -> str:
+    value = _field(row, where, *names)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where} has no text in the field '{names[0]}'; give one, or leave the row out.")
+    return value
+
+
+def _index(row: Mapping[str, Any], where: str, *names: str) -> int:
+    value = _field(row, where, *names)
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise DataError(f"{where} has '{value}' in the field '{names[0]}'; give a whole number.") from None
+
+
+def _commonsense(word: str, written: Callable[[Mapping[str, Any], str], tuple[str, int]]) -> Reader:
+    """Rows of LLM-Adapters' files as they are, or rows of the original data set, `written` in the same way.
+
+    `written` gives the instruction and the number of the right option, from 1.
+    """
+
+    def read(row: Mapping[str, Any], where: str) -> list[Example]:
+        if "instruction" not in row:
+            instruction, right = written(row, where)
+            label = ("false", "true")[right - 1] if word == "true" else f"{word}{right}"
+            row = {
+                "instruction": instruction,
+                "answer": label,
+                "output": f"the correct answer is {label}",
+            }
+        prompt, answer = _text(row, where, "instruction"), _text(row, where, "answer").strip()
+        if word == "true":
+            if answer not in ("true", "false"):
+                raise DataError(f"{where} has the answer '{answer}'; it must be true or false.")
+            question = re.sub(r"\s*Answer format:.*$", "", prompt, flags=re.DOTALL)
+            choice = Choice(question, ("false", "true"), int(answer == "true"))
+        else:
+            choice = choice_from(row, where)
+        return [Example(prompt, answer, str(row.get("output") or ""), choice=choice, where=where)]
+
+    return read
+
+
+def _listed(
+    lead: str, question: str, word: str, options: Sequence[str], *, between: str = " ", last: str = "\n\n"
+) -> str:
+    shown = between.join(f"{word.title()}{n}: {option}" for n, option in enumerate(options, start=1))
+    labels = "/".join(f"{word}{n}" for n in range(1, len(options) + 1))
+    return f"{lead}: {question}\n\n{shown}{last}Answer format: {labels}"
+
+
+_CHOOSE = "Please choose the correct answer to the question"
+
+
+def _boolq(row: Mapping[str, Any], where: str) -> tuple[str, int]:
+    question = _text(row, where, "question").rstrip("?")
+    return (
+        f"Please answer the following question with true or false, question: {question}?\n\nAnswer format: true/false",
+        1 + bool(_field(row, where, "answer")),
+    )
+
+
+def _piqa(row: Mapping[str, Any], where: str) -> tuple[str, int]:
+    options = [_text(row, where, "sol1"), _text(row, where, "sol2")]
+    lead = "Please choose the correct solution to the question"
+    return (
+        _listed(lead, _text(row, where, "goal"), "solution", options, between="\n\n"),
+        1 + _index(row, where, "label"),
+    )
+
+
+def _siqa(row: Mapping[str, Any], where: str) -> tuple[str, int]:
+    question = f"{_text(row, where, 'context')} {_text(row, where, 'question')}"
+    options = [_text(row, where, f"answer{name}") for name in "ABC"]
+    return _listed(_CHOOSE, question, "answer", options), _index(row, where, "label")
+
+
+def _hellaswag(row: Mapping[str, Any], where: str) -> tuple[str, int]:
+    lead = "Please choose the correct ending to complete the given sentence"
+    question = f"{_text(row, where, 'activity_label')}: {_text(row, where, 'ctx')}"
+    return _listed(lead, question, "ending", list(_field(row, where, "endings"))), 1 + _index(
+        row, where, "label"
+    )
+
+
+def _winogrande(row: Mapping[str, Any], where: str) -> tuple[str, int]:
+    lead = "Please choose the correct answer to fill in the blank to complete the given sentence"
+    options = [_text(row, where, "option1"), _text(row, where, "option2")]
+    return _listed(lead, _text(row, where, "sentence"), "option", options, last=" "), _index(
+        row, where, "answer"
+    )
+
+
+def _arc(row: Mapping[str, Any], where: str) -> tuple[str, int]:
+    choices = _field(row, where, "choices")
+    labels, key = list(choices["label"]), _text(row, where, "answerKey")
+    if key not in labels:
+        raise DataError(f"{where} has the answer '{key}', which is none of {', '.join(labels)}.")
+    question = _text(row, where, "question", "question_stem")
+    return _listed(_CHOOSE, question, "answer", list(choices["text"])), 1 + labels.index(key)
+
+
+def _gsm8k(row: Mapping[str, Any], where: str) -> list[Example]:
+    answer = _text(row, where, "answer")
+    final = re.search(r"####\s*(\S+)", answer)
+    if final is None:
+        raise DataError(f"{where} has no '#### number' in its answer; give GSM8K's own rows.")
+    response = re.sub(r"<<[^>]*>>", "", answer)  # the calculator's notes
+    return [Example(_text(row, where, "question"), final[1], response, where=where)]
+
+
+def _math(row: Mapping[str, Any], where: str) -> list[Example]:
+    solution = _text(row, where, "solution")
+    wanted = metrics.boxed(solution) or row.get("answer")
+    if not wanted:
+        raise DataError(rf"{where} has no \boxed{{…}} in its solution; give MATH's own rows.")
+    return [Example(_text(row, where, "problem"), str(wanted), solution, where=where)]
+
+
+def _arithmetic(row: Mapping[str, Any], where: str) -> list[Example]:
+    if "Body" in row:  # SVAMP
+        question = f"{_text(row, where, 'Body').rstrip('.')}. {_text(row, where, 'Question')}"
+    else:
+        question = _text(row, where, "instruction", "question")
+    wanted = _text(row, where, "answer", "Answer", "final_ans", "result")
+    if metrics.number(wanted) is None:
+        raise DataError(f"{where} has the answer '{wanted}', which is no number.")
+    return [Example(question.strip(), wanted, str(row.get("output") or "").strip(), where=where)]
+
+
+def _aqua(row: Mapping[str, Any], where: str) -> list[Example]:
+    if "instruction" in row:
+        question, wanted = _text(row, where, "instruction"), _text(row, where, "answer").strip()
+    else:
+        options = [str(option).replace(")", ") ", 1) for option in _field(row, where, "options")]
+        question = (
+            f"{_text(row, where, 'question')} Answer Choices: {' '.join(f'({option}' for option in options)}"
+        )
+        wanted = _text(row, where, "correct").strip()
+    if wanted not in "ABCDE" or len(wanted) != 1:
+        raise DataError(f"{where} has the answer '{wanted}'; it must be a letter from A to E.")
+    response = str(row.get("output") or row.get("rationale") or "").strip()
+    return [Example(question, wanted, response, where=where)]
+
+
+def _code_of(answer: str) -> str:
+    """The code in an answer: its first fenced block, if it has one."""
+    found = re.search(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", answer, re.DOTALL)
+    return found[1] if found else answer.split("```")[0]
+
+
+_SOLVE = "Write a solution to the following problem:\n```python\n{}\n```"
+
+
+def _humaneval(row: Mapping[str, Any], where: str) -> list[Example]:
+    start, test = _text(row, where, "prompt"), _text(row, where, "test")
+    entry = _text(row, where, "entry_point")
+
+    def program(answer: str) -> str:
+        code = _code_of(answer)
+        # A body continues the prompt; a whole function stands behind it and replaces it.
+        return f"{start}{code}\n\n{test}\n\ncheck({entry})\n"
+
+    body = str(row.get("canonical_solution") or "")
+    response = f"```python\n{start}{body}```" if body else ""
+    return [
+        Example(
+            _SOLVE.format(start.strip()), entry, response, prefix=f"```python\n{start}", program=program, where=where
+        )
+    ]  # fmt: skip
+
+
+def _mbpp(row: Mapping[str, Any], where: str) -> list[Example]:
+    tests = [str(test) for test in _field(row, where, "test_list")]
+    if not tests:
+        raise DataError(f"{where} has no test in the field 'test_list'; leave the row out.")
+    before = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
+    asked = _text(row, where, "text", "prompt").strip()
+    task = f"{asked} Your code should satisfy the following assertion:\n{tests[0]}"
+    prefix = "```python\n"
+
+    def program(answer: str) -> str:
+        return "\n".join([str(before), _code_of(answer), *tests]) + "\n"
+
+    code = str(row.get("code") or "")
+    return [
+        Example(
+            _SOLVE.format(f'"""\n{task}\n"""'), row.get("task_id"), f"{prefix}{code}\n```" if code else "",
+            prefix=prefix, program=program, where=where,
+        )
+    ]  # fmt: skip
+
+
+def _pairs(first: Sequence[str], second: Sequence[str] = (), *, value: bool = False) -> Reader:
+    def read(row: Mapping[str, Any], where: str) -> list[Example]:
+        label = _field(row, where, "label")
+        wanted = float(label) if value else int(label)
+        if wanted == -1 and not value:
+            raise DataError(f"{where} has no label (GLUE keeps those of its test sets); take the split dev.")
+        both = _text(row, where, *second) if second else ""
+        return [Example(_text(row, where, *first), wanted, second=both, where=where)]
+
+    return read
+
+
+def _convai2(row: Mapping[str, Any], where: str) -> list[Example]:
+    persona = "\n".join(str(line) for line in _field(row, where, "personality"))
+    examples = []
+    for number, turn in enumerate(_field(row, where, "utterances"), start=1):
+        place = f"{where}, utterance {number}"
+        # The last candidate is the one that was said.
+        said = str(list(_field(turn, place, "candidates"))[-1]).strip()
+        if not said:
+            raise DataError(f"{place} has an empty response; leave it out.")
+        history = "\n".join(
+            f"{('User', 'You')[at % 2]}: {line}" for at, line in enumerate(_field(turn, place, "history"))
+        )
+        prompt = f"Your persona:\n{persona}\n\nContinue the dialogue with your next sentence.\n{history}"
+        examples.append(Example(prompt, said, said, where=place))
+    return examples
+
+
+def _xsum(row: Mapping[str, Any], where: str) -> list[Example]:
+    summary = _text(row, where, "summary")
+    prompt = f"Summarize the following article in one sentence.\n\n{_text(row, where, 'document')}"
+    return [Example(prompt, summary, summary, where=where)]
+
+
+def _squad(row: Mapping[str, Any], where: str) -> list[Example]:
+    answers = [str(text) for text in _field(row, where, "answers")["text"]]
+    prompt = (
+        "Answer the question with words of the passage, or with 'unanswerable' if the passage does not say.\n\n"
+        f"Passage: {_text(row, where, 'context')}\n\nQuestion: {_text(row, where, 'question').strip()}"
+    )
+    return [Example(prompt, answers, answers[0] if answers else "unanswerable", where=where)]
+
+
+def _line(row: Mapping[str, Any], where: str) -> list[Example]:
+    return [Example(str(_field(row, where, "text")), None, where=where)]
+
+
+# --- the entries ----------------------------------------------------------------------------------------------
+
+
+def _keywords(word: str, count: int) -> Metric:
+    return metrics.keyword_accuracy(
+        ["true", "false"] if word == "true" else [f"{word}{n}" for n in range(1, count + 1)]
+    )
+
+
+def _entries() -> Iterator[Benchmark]:
+    parquet = "refs/convert/parquet"
+    validated = {"train": "train", "test": "validation"}
+    all_three = {"train": "train", "dev": "validation", "test": "test"}
+    # name, title, file, Hub, subset, splits, keyword, count, rows written alike, branch
+    for name, title, file, hub, subset, splits, word, count, written, branch in (
+        ("boolq", "BoolQ", "boolq", "google/boolq", None, validated, "true", 2, _boolq, None),
+        ("piqa", "PIQA", "piqa", "ybisk/piqa", None, validated, "solution", 2, _piqa, parquet),
+        ("social_i_qa", "SIQA", "social_i_qa", "allenai/social_i_qa", None, validated, "answer", 3, _siqa, parquet),
+        ("hellaswag", "HellaSwag", "hellaswag", "Rowan/hellaswag", None, validated, "ending", 4, _hellaswag, None),
+        ("winogrande", "WinoGrande", "winogrande", "allenai/winogrande", "winogrande_xl", validated, "option", 2,
+         _winogrande, None),
+        ("arc_easy", "ARC-Easy", "ARC-Easy", "allenai/ai2_arc", "ARC-Easy", all_three, "answer", 5, _arc, None),
+        ("arc_challenge", "ARC-Challenge", "ARC-Challenge", "allenai/ai2_arc", "ARC-Challenge", all_three, "answer", 5,
+         _arc, None),
+        ("openbookqa", "OpenBookQA", "openbookqa", "allenai/openbookqa", "main", all_three, "answer", 4, _arc, None),
+    ):  # fmt: skip
+        source = Source(f"commonsense/{file}", hub, (subset,), splits, branch)
+        yield Benchmark(name, title, source, _commonsense(word, written), (_keywords(word, count),))
+    subjects = (
+        "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
+        "precalculus",
+    )  # fmt: skip
+    learned = {"train": "train", "test": "test"}
+    yield Benchmark(
+        "gsm8k", "GSM8K", Source("math/gsm8k", "openai/gsm8k", ("main",), learned), _gsm8k,
+        (metrics.STRICT, metrics.FLEXIBLE), max_new_tokens=512,
+    )  # fmt: skip
+    yield Benchmark(
+        "math", "MATH", Source("math/math", "EleutherAI/hendrycks_math", subjects, learned), _math,
+        (metrics.MATH,), max_new_tokens=1024,
+    )  # fmt: skip
+    yield Benchmark(
+        "aqua", "AQUA-RAT", Source("math/AQuA", "deepmind/aqua_rat", ("raw",), all_three), _aqua,
+        (metrics.LETTER,), max_new_tokens=512,
+    )  # fmt: skip
+    for name, title, hub in (
+        ("svamp", "SVAMP", "ChilleD/SVAMP"),
+        ("multiarith", "MultiArith", "ChilleD/MultiArith"),
+        ("addsub", "AddSub", ""),
+        ("singleeq", "SingleEq", ""),
+        ("mawps", "mawps", "MU-NLPC/Calc-mawps"),
+    ):
+        source = Source(f"math/{title}", hub, splits=learned)
+        yield Benchmark(name, title, source, _arithmetic, (metrics.NUMBER,), max_new_tokens=256)
+    yield Benchmark(
+        "humaneval", "HumanEval", Source("code/humaneval", "openai/openai_humaneval", splits={"test": "test"}),
+        _humaneval, (metrics.PASS_AT_1,), "code", 512, ("```", "\nclass ", "\nif __name__", "\nprint("),
+    )  # fmt: skip
+    yield Benchmark(
+        "mbpp", "MBPP", Source("code/mbpp", "google-research-datasets/mbpp", ("full",), all_three),
+        _mbpp, (metrics.PASS_AT_1,), "code", 512, ("```", "\nif __name__", "\nprint(", "\nassert "),
+    )  # fmt: skip
+    dev = {"train": "train", "dev": "validation", "test": "validation"}
+    f1, accuracy = metrics.F1, metrics.ACCURACY
+    sentence = ("sentence", "text")
+    for name, title, reader, scored, labels, splits in (
+        ("cola", "CoLA", _pairs(sentence), (metrics.MATTHEWS, accuracy), 2, dev),
+        ("sst2", "SST-2", _pairs(sentence), (accuracy,), 2, dev),
+        ("mrpc", "MRPC", _pairs(["sentence1"], ["sentence2"]), (accuracy, f1), 2, dev),
+        ("qqp", "QQP", _pairs(["question1"], ["question2"]), (accuracy, f1), 2, dev),
+        ("stsb", "STS-B", _pairs(["sentence1"], ["sentence2"], value=True), (metrics.PEARSON,), 1, dev),
+        ("mnli", "MNLI (matched)", _pairs(["premise"], ["hypothesis"]), (accuracy,), 3,
+         {"train": "train", "dev": "validation_matched", "test": "validation_matched"}),
+        ("qnli", "QNLI", _pairs(["question"], ["sentence"]), (accuracy,), 2, dev),
+        ("rte", "RTE", _pairs(["sentence1"], ["sentence2"]), (accuracy,), 2, dev),
+        ("wnli", "WNLI", _pairs(["sentence1"], ["sentence2"]), (accuracy,), 2, dev),
+    ):  # fmt: skip
+        yield Benchmark(
+            name, title, Source(f"glue/{name}", "nyu-mll/glue", (name,), splits), reader, scored, "classify",
+            labels=labels,
+        )  # fmt: skip
+    yield Benchmark(
+        "convai2", "ConvAI2 (self persona)",
+        Source("dialogue/convai2", "AlekseyKorshuk/persona-chat", splits={"train": "train", "dev": "validation"}),
+        _convai2,
+        (metrics.BLEU, metrics.ROUGE_L, metrics.METEOR, metrics.BERTSCORE), max_new_tokens=48, stop=("\n",),
+    )  # fmt: skip
+    yield Benchmark(
+        "xsum", "XSum", Source("summarization/xsum", "EdinburghNLP/xsum", splits=all_three, revision=parquet), _xsum,
+        (metrics.ROUGE,), max_new_tokens=64, stop=("\n",),
+    )  # fmt: skip
+    squad = {"train": "train", "dev": "validation", "test": "validation"}
+    yield Benchmark(
+        "squad_v2", "SQuAD v2", Source("qa/squad_v2", "rajpurkar/squad_v2", splits=squad), _squad, (metrics.SQUAD,),
+        stop=("\n",),
+    )  # fmt: skip
+    wikitext = Source("text/wikitext2", "Salesforce/wikitext", ("wikitext-2-raw-v1",), all_three, text=True)
+    yield Benchmark("wikitext2", "WikiText-2", wikitext, _line, (), "perplexity")
+    yield Benchmark("wikitext2_masked", "WikiText-2, masked", wikitext, _line, (), "masked perplexity")
+
+
+BENCHMARKS = {entry.name: entry for entry in _entries()}
+"""The benchmarks by name."""
+
+GROUPS = {
+    "commonsense": (
+        "boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa",
+    ),
+    "arithmetic": ("multiarith", "gsm8k", "addsub", "aqua", "singleeq", "svamp", "mawps"),
+    "code": ("humaneval", "mbpp"),
+    "glue": ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"),
+}  # fmt: skip
+"""Groups of benchmarks, whose unweighted mean is given, too."""
+
+_ALIASES = {
+    "arc_c": "arc_challenge", "arc_e": "arc_easy", "siqa": "social_i_qa", "obqa": "openbookqa", "aqua_rat": "aqua",
+    "sst_2": "sst2", "sts_b": "stsb", "wikitext": "wikitext2", "squadv2": "squad_v2",
+}  # fmt: skip
+
+
+def benchmark(name: str) -> Benchmark:
+    """A benchmark by its name.
+
+    Raises:
+        ConfigError: there is none of this name; lists those there are.
+    """
+    key = re.sub(r"[-\s]", "_", name.strip().lower())
+    found = BENCHMARKS.get(_ALIASES.get(key, key))
+    if found is None:
+        raise ConfigError(
+            f"There is no task '{name}'; choose one of {', '.join(BENCHMARKS)}, a group ({', '.join(GROUPS)}), "
+            "reasoning_gym:NAME or lm_eval:NAME."
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A task's items, read.
+
+    Attributes:
+        split: the one that was read.
+        items: the items.
+        skipped: how many rows had no usable response and were left out.
+    """
+
+    split: str
+    items: tuple[Example, ...] = field(repr=False)
+    skipped: int = 0
+
+
+# --- the commonsense union ------------------------------------------------------------------------------------
+
+UNION = Source("commonsense/commonsense_170k", "zwhe99/commonsense_170k", splits={"train": "train"})
+UNION_VALIDATION = 120
+
+
+def commonsense_union(
+    folder: Any = None, *, validation: int = UNION_VALIDATION, seed: int = 42
+) -> tuple[list[Example], list[Example]]:
+    """The training rows of all eight commonsense tasks together, and the rows held out of them for validation.
+
+    As in LLM-Adapters' training script: shuffled with `datasets`' `train_test_split` at seed 42, 120 rows for
+    validation.
+
+    Args:
+        folder: with `commonsense/commonsense_170k.train.jsonl[.gz]`, or with the single tasks' training files, which
+            are then put together in the order of the group, those that are there; None: the union from the Hub.
+        validation: rows to hold out.
+        seed: fixes which.
+
+    Returns:
+        Training and validation items; prompt and response are as the rows have them.
+
+    Raises:
+        DataError: there are no rows, or not more than `validation` of them.
+    """
+    import datasets
+
+    rows: list[tuple[str, Mapping[str, Any]]] = []
+    try:
+        rows = UNION.rows("train", folder=folder)[1]
+    except DataError:
+        if folder is None:
+            raise
+        for name in GROUPS["commonsense"]:
+            try:
+                rows += BENCHMARKS[name].source.rows("train", folder=folder)[1]
+            except DataError as error:
+                if "has no split" not in str(error):
+                    raise
+    if len(rows) <= validation:
+        raise DataError(
+            f"The commonsense union has {len(rows)} training rows, too few to hold {validation} out; "
+            "give a folder with commonsense/*.train.jsonl.gz, or a smaller validation."
+        )
+    examples = [
+        Example(_text(row, where, "instruction"), row.get("answer"), _text(row, where, "output"), where=where)
+        for where, row in rows
+    ]
+    parts = datasets.Dataset.from_dict({"place": list(range(len(examples)))}).train_test_split(
+        test_size=validation, shuffle=True, seed=seed
+    )
+    return [examples[place] for place in parts["train"]["place"]], [
+        examples[place] for place in parts["test"]["place"]
+    ]

@@ -1,0 +1,571 @@
+"""Measuring a model on a benchmark: everything that can fail is tried before the model computes anything.
+
+```python
+prepared = prepare("gsm8k", data="benchmarks", limit=200)
+result = measure(model, tokenizer, prepared)
+print(result.scores["strict"])
+```
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+
+from dynalora.errors import ConfigError, DataError, UnsupportedError
+from dynalora.evaluation.benchmarks import GROUPS, Benchmark, Example, benchmark
+from dynalora.evaluation.generation import batches_by_length, chat_prompt, evaluating, generate
+from dynalora.evaluation.metrics import EXACT, Metric
+from dynalora.evaluation.multiple_choice import Choice, option_scores
+from dynalora.evaluation.perplexity import masked_perplexity, perplexity, windows
+from dynalora.evaluation.sandbox import Limits, check_sandbox, run_program
+from dynalora.evaluation.scoring import Interval
+from dynalora.evaluation.sources import Source
+from dynalora.evaluation.tasks import load_task
+from dynalora.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_GENERATED = "reasoning_gym:"
+_HARNESS = "lm_eval:"
+_GENERATED_ITEMS = 200
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task that is ready to be measured.
+
+    Attributes:
+        task: the benchmark.
+        split: the split that was read.
+        items: its items.
+        metrics: those to compute.
+        likelihood: score options by likelihood instead of generating.
+        run_code: generated code may be executed.
+        weak_sandbox: even where it cannot be contained.
+        limits: of generated code.
+        harness: name of the lm-evaluation-harness task; empty: none.
+        limit: of the harness's items.
+    """
+
+    task: Benchmark
+    split: str
+    items: tuple[Example, ...] = field(repr=False)
+    metrics: tuple[Metric, ...] = ()
+    likelihood: bool = False
+    run_code: bool = False
+    weak_sandbox: bool = False
+    limits: Limits = field(default_factory=Limits)
+    harness: str = ""
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a model achieved on a task.
+
+    Attributes:
+        task: its name.
+        title: as its paper writes it.
+        split: that was measured on.
+        items: number of items.
+        main: the name of the number that stands for the task.
+        scores: by name, each with its 95 % interval; shares are between 0 and 1.
+        percent: names that are shares.
+        values: by name, one value per item, for comparisons on the same items; None where an item does not count.
+        answers: what the model said, one per item; empty for tasks in which it says nothing.
+        too_long: items that do not fit into the model's window; they count as wrong.
+        seconds: wall-clock time.
+    """
+
+    task: str
+    title: str
+    split: str
+    items: int
+    main: str
+    scores: dict[str, Interval]
+    percent: tuple[str, ...]
+    values: dict[str, tuple[float | None, ...]] = field(default_factory=dict, repr=False)
+    answers: tuple[str, ...] = field(default=(), repr=False)
+    too_long: int = 0
+    seconds: float = 0.0
+
+    def record(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        return asdict(self)
+
+
+def task_list(names: Sequence[str]) -> list[str]:
+    """Names with groups replaced by their members, none twice.
+
+    Raises:
+        ConfigError: there is no name, or one is unknown.
+    """
+    if not names:
+        raise ConfigError("No task is named; give at least one.")
+    found: dict[str, None] = {}
+    for name in names:
+        for own in GROUPS.get(name.strip().lower(), (name,)):
+            known = own if own.startswith((_GENERATED, _HARNESS)) else benchmark(own).name
+            found[known] = None
+    return list(found)
+
+
+def prepare(
+    name: str,
+    *,
+    data: str | os.PathLike[str] | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    likelihood: bool = False,
+    metrics: Sequence[str] | None = None,
+    run_code: bool = False,
+    weak_sandbox: bool = False,
+    limits: Limits | None = None,
+) -> Prepared:
+    """Read a task's items and make sure that everything is there to score them.
+
+    Args:
+        name: of the task, see [`benchmarks`][dynalora.evaluation.benchmarks].
+        data: a folder laid out as [`sources`][dynalora.evaluation.sources] says; None: the Hub.
+        split: None: test, or dev where there is no test.
+        limit: the first items only; None: all (200 of a generated task).
+        seed: of a generated task.
+        likelihood: for multiple choice, take the likeliest option (log-likelihood per token) instead of generating.
+        metrics: names of those to compute; None: all of the task's.
+        run_code: execute generated code, in a sandbox; tasks that need it are refused without.
+        weak_sandbox: execute it even where the system cannot contain it.
+        limits: of generated code; None: the defaults.
+
+    Raises:
+        ConfigError: there is no such task, metric or way to score it, or generated code is not to be executed.
+        DataError: the split is missing, cannot be read or is malformed.
+        UnsupportedError: a package is missing, or generated code cannot be contained.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}; give 1 or more, or leave it out.")
+    limits = limits or Limits()
+    if name.startswith(_HARNESS):
+        return _harness_task(name, limit, run_code)
+    if name.startswith(_GENERATED):
+        return _generated_task(name, limit or _GENERATED_ITEMS, seed)
+    task = benchmark(name)
+    if likelihood and not (task.how == "generate" and task.source.file.startswith("commonsense/")):
+        raise ConfigError(f"The task {task.name} has no options to compare; leave out likelihood.")
+    chosen = _metrics(task, metrics)
+    if likelihood:
+        chosen = ()
+    for metric in chosen:
+        metric.check()
+    if task.how == "code":
+        if not run_code:
+            raise ConfigError(
+                f"The task {task.name} executes code that the model writes; allow it with run_code=True "
+                "(--run-code). It runs in a sandbox, without network and without your files."
+            )
+        check_sandbox(weak=weak_sandbox)
+    split, rows = task.source.rows(split, folder=data, limit=None if task.source.text else limit)
+    items: list[Example] = []
+    for where, row in rows:
+        items += task.read(row, where)
+    if not task.source.text:
+        items = items[:limit]
+    return Prepared(
+        task, split, tuple(items), chosen, likelihood, run_code, weak_sandbox, limits, limit=limit
+    )
+
+
+def measure(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared,
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    window: int = 512,
+    name: str = "the model",
+    progress: Progress = silent,
+) -> TaskResult:
+    """Measure a model on a prepared task.
+
+    Args:
+        model: with or without adapter; left in the mode it was in. Classification needs a model with a classification
+            head, masked perplexity one with a masked-language-modelling head, all else a causal language model.
+        tokenizer: the model's; its chat template writes the prompts.
+        prepared: as [`prepare`][dynalora.evaluation.run.prepare] returns it.
+        batch_size: items per batch.
+        max_new_tokens: longest answer; None: the task's.
+        window: tokens per window, for perplexity.
+        name: of the model, for `progress`.
+        progress: called with the number of items done.
+
+    Raises:
+        ConfigError: the model is of the wrong kind, or the tokenizer lacks what the task needs.
+        DataError: every item is longer than the model's window.
+    """
+    began = time.perf_counter()
+    task, items = prepared.task, prepared.items
+    what = f"{task.title}: {name}"
+    result = TaskResult(task.name, task.title, prepared.split, len(items), task.main, {}, ())
+    if prepared.harness:
+        result = _harness(model, tokenizer, prepared, batch_size, result)
+    elif task.how in ("perplexity", "masked perplexity"):
+        _need_head(model, task, "lm" if task.how == "perplexity" else "masked")
+        text = "".join(item.prompt for item in items)
+        rows = windows(tokenizer, text, min(window, model_window(model, tokenizer) - 2), prepared.limit)
+        if task.how == "perplexity":
+            score = perplexity(model, rows, batch_size=batch_size, what=what, progress=progress)
+        else:
+            score = masked_perplexity(
+                model, tokenizer, rows, batch_size=batch_size, what=what, progress=progress
+            )
+        result = replace(result, items=len(rows), scores={"perplexity": score})
+    elif task.how == "classify":
+        _need_head(model, task, "classes")
+        predicted, cut = classify(
+            model, tokenizer, items, batch_size=batch_size, what=what, progress=progress
+        )
+        result = _scored(replace(result, too_long=cut), prepared, predicted)
+    elif prepared.likelihood:
+        _need_head(model, task, "lm")
+        result = _likelihood(model, tokenizer, items, batch_size, what, progress, result)
+    else:
+        _need_head(model, task, "lm")
+        longest = task.max_new_tokens if max_new_tokens is None else max_new_tokens
+        answers, cut = _answers(model, tokenizer, task, items, longest, batch_size, what, progress)
+        result = replace(result, answers=tuple(answers), too_long=cut)
+        if task.how == "code":
+            passed = _execute(prepared, answers, f"{task.title}: running what {name} wrote", progress)
+            result = _scored(result, prepared, passed)
+        else:
+            result = _scored(result, prepared, answers)
+    return replace(result, seconds=time.perf_counter() - began)
+
+
+def group_mean(results: Sequence[TaskResult]) -> Interval:
+    """The unweighted mean of the tasks' main numbers; its interval takes the tasks as independent.
+
+    Raises:
+        DataError: there are no results.
+    """
+    if not results:
+        raise DataError("There are no results to average; give at least one.")
+    scores = [result.scores[result.main] for result in results]
+    value = sum(score.value for score in scores) / len(scores)
+    below = math.sqrt(sum((score.value - score.low) ** 2 for score in scores)) / len(scores)
+    above = math.sqrt(sum((score.high - score.value) ** 2 for score in scores)) / len(scores)
+    return Interval(value, value - below, value + above)
+
+
+def model_window(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens a model can take: the smaller of what its configuration and its tokenizer say."""
+    config = getattr(model, "config", None)
+    said = [
+        getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "seq_length")
+    ] + [getattr(tokenizer, "model_max_length", None)]
+    return min(
+        [int(value) for value in said if isinstance(value, (int, float)) and 0 < value < 10**9] or [10**9]
+    )
+
+
+# --- the ways to measure ------------------------------------------------------------------------------------------
+
+
+def _fitting(lengths: Sequence[int], room: int, what: str) -> list[int]:
+    """Indices of items that fit into the window; says how many do not.
+
+    Raises:
+        DataError: none does.
+    """
+    fits = [index for index, length in enumerate(lengths) if length <= room]
+    if not fits:
+        raise DataError(
+            f"All {len(lengths)} prompts of {what} are longer than the model's window (the shortest has {min(lengths)} "
+            f"tokens, {max(0, room)} fit); allow fewer new tokens, or take a model with a longer window."
+        )
+    if len(fits) < len(lengths):
+        logger.warning(
+            "%d of %d prompts of %s are longer than the model's window and count as wrong.",
+            len(lengths) - len(fits), len(lengths), what,
+        )  # fmt: skip
+    return fits
+
+
+def _answers(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Benchmark,
+    items: Sequence[Example],
+    longest: int,
+    batch_size: int,
+    what: str,
+    progress: Progress,
+) -> tuple[list[str], int]:
+    """What the model says to each item, and how many items were too long to be asked."""
+    prompts = []
+    for item in items:
+        ids = chat_prompt(tokenizer, item.prompt)
+        if item.prefix:
+            ids += list(tokenizer(item.prefix, add_special_tokens=False)["input_ids"])
+        prompts.append(ids)
+    room = model_window(model, tokenizer) - longest
+    fits = _fitting([len(ids) for ids in prompts], room, task.title)
+    said = generate(
+        model, tokenizer, [prompts[index] for index in fits], max_new_tokens=longest, batch_size=batch_size,
+        stop=task.stop, strip=task.how != "code", what=what, progress=progress,
+    )  # fmt: skip
+    answers = [""] * len(items)
+    for index, text in zip(fits, said, strict=True):
+        answers[index] = text
+    return answers, len(items) - len(fits)
+
+
+def _likelihood(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Example],
+    batch_size: int,
+    what: str,
+    progress: Progress,
+    result: TaskResult,
+) -> TaskResult:
+    choices: list[Choice] = []
+    for item in items:
+        if item.choice is None:
+            raise DataError(f"{item.where} has no options to compare; leave out likelihood.")
+        choices.append(item.choice)
+    lengths = [
+        len(chat_prompt(tokenizer, choice.question))
+        + max(len(tokenizer(option, add_special_tokens=False)["input_ids"]) for option in choice.options)
+        for choice in choices
+    ]
+    fits = _fitting(lengths, model_window(model, tokenizer), result.title)
+    scores = option_scores(
+        model,
+        tokenizer,
+        [choices[index] for index in fits],
+        batch_size=batch_size,
+        name=what,
+        progress=progress,
+    )
+    found: dict[str, list[float | None]] = {
+        "accuracy": [0.0] * len(items), "accuracy_raw": [0.0] * len(items), "right_loss": [None] * len(items),
+    }  # fmt: skip
+    for name, values in (
+        ("accuracy", scores.correct()),
+        ("accuracy_raw", scores.correct(normalised=False)),
+        ("right_loss", scores.right_losses),
+    ):
+        for index, value in zip(fits, values, strict=True):
+            found[name][index] = float(value)
+    metric = Metric(tuple(found), items=lambda answers, references: found)
+    intervals, values_by_name = metric.score(items, items)
+    return replace(
+        result, scores=intervals, values=values_by_name, percent=("accuracy", "accuracy_raw"), main="accuracy",
+        too_long=len(items) - len(fits),
+    )  # fmt: skip
+
+
+def classify(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    what: str = "Classifying",
+    progress: Progress = silent,
+) -> tuple[list[int | float], int]:
+    """The class that a model with a classification head finds likeliest, or the value it gives if it has one output.
+
+    Texts longer than the model's window lose their end.
+
+    Args:
+        model: left in the mode it was in.
+        tokenizer: the model's.
+        items: with one text or two.
+        batch_size: items per batch.
+        what: description given to `progress`.
+        progress: called with the number of items done.
+
+    Returns:
+        One prediction per item, and how many texts were cut.
+
+    Raises:
+        ConfigError: the tokenizer has no padding token and batches have more than one item.
+    """
+    if tokenizer.pad_token_id is None and batch_size > 1:
+        raise ConfigError(
+            "The tokenizer has no padding token, which classification in batches needs; set tokenizer.pad_token and "
+            "the model's config.pad_token_id, or take batch_size 1."
+        )
+    room = min(model_window(model, tokenizer), 512)
+    plain = [tokenizer(item.prompt, item.second or None)["input_ids"] for item in items]
+    cut = sum(len(ids) > room for ids in plain)
+    if cut:
+        logger.warning("%d of %d texts are longer than %d tokens and lose their end.", cut, len(items), room)
+    device = next(model.parameters()).device
+    predicted: list[int | float] = [0] * len(items)
+    done = 0
+    progress(what, 0, len(items))
+    with evaluating(model), torch.inference_mode():
+        for batch in batches_by_length([len(ids) for ids in plain], batch_size):
+            pairs: Any = [[items[i].prompt for i in batch]]
+            if items[batch[0]].second:
+                pairs.append([items[i].second for i in batch])
+            made = tokenizer(
+                *pairs, truncation=True, max_length=room, padding=len(batch) > 1, return_tensors="pt"
+            ).to(device)
+            logits = model(**made).logits
+            values = logits[:, 0].tolist() if logits.shape[-1] == 1 else logits.argmax(-1).tolist()
+            for index, value in zip(batch, values, strict=True):
+                predicted[index] = value
+            done += len(batch)
+            progress(what, done, len(items))
+    return predicted, cut
+
+
+def _execute(prepared: Prepared, answers: Sequence[str], what: str, progress: Progress) -> list[bool]:
+    passed = []
+    progress(what, 0, len(answers))
+    for done, (item, answer) in enumerate(zip(prepared.items, answers, strict=True), start=1):
+        assert item.program is not None
+        outcome = run_program(item.program(answer), prepared.limits, weak=prepared.weak_sandbox)
+        passed.append(outcome.passed)
+        progress(what, done, len(answers))
+    return passed
+
+
+def _scored(result: TaskResult, prepared: Prepared, answers: Sequence[Any]) -> TaskResult:
+    scores: dict[str, Interval] = {}
+    values: dict[str, tuple[float | None, ...]] = {}
+    references = [item.reference for item in prepared.items]
+    for metric in prepared.metrics:
+        intervals, each = metric.score(answers, references)
+        scores |= intervals
+        values |= each
+    percent = tuple(
+        name for metric in prepared.metrics if metric.percent for name in metric.names if name in scores
+    )
+    main = result.main if result.main in scores else next(iter(scores))
+    return replace(result, scores=scores, values=values, percent=percent, main=main)
+
+
+def _need_head(model: torch.nn.Module, task: Benchmark, head: str) -> None:
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    kind = type(base).__name__
+    has = {
+        "classes": "SequenceClassification" in kind,
+        "masked": "MaskedLM" in kind,
+        "lm": "SequenceClassification" not in kind and "MaskedLM" not in kind,
+    }
+    if not has[head]:
+        wanted = {
+            "classes": "a model with a classification head (AutoModelForSequenceClassification)",
+            "masked": "a masked language model (AutoModelForMaskedLM)",
+            "lm": "a causal language model (AutoModelForCausalLM)",
+        }[head]
+        raise ConfigError(f"The task {task.name} needs {wanted}, and the model is a {kind}.")
+    if head == "classes":
+        outputs = int(getattr(base.config, "num_labels", task.labels))
+        if outputs != task.labels:
+            raise ConfigError(
+                f"The task {task.name} has {task.labels} classes, and the model's head has {outputs}; "
+                f"load it with num_labels={task.labels}."
+            )
+
+
+def _metrics(task: Benchmark, names: Sequence[str] | None) -> tuple[Metric, ...]:
+    if names is None:
+        return task.metrics
+    known = {name: metric for metric in task.metrics for name in metric.names}
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"The task {task.name} has no metric '{name}'; its metrics are {', '.join(known) or task.main}."
+            )
+    chosen = {id(known[name]): known[name] for name in names}
+    return tuple(chosen.values())
+
+
+# --- tasks from elsewhere -----------------------------------------------------------------------------------------
+
+
+def _nothing(row: Any, where: str) -> list[Example]:
+    return []
+
+
+def _generated_task(name: str, size: int, seed: int) -> Prepared:
+    own = name.removeprefix(_GENERATED)
+    made = load_task(own, train_size=1, held_out_size=size, seed=seed)
+    items = tuple(Example(item.question, item.answer, item.answer) for item in made.held_out)
+    task = Benchmark(name, own.replace("_", " "), Source(name), _nothing, (EXACT,), max_new_tokens=64)
+    return Prepared(task, f"held out, seed {seed}", items, task.metrics)
+
+
+def _harness_task(name: str, limit: int | None, run_code: bool) -> Prepared:
+    own = name.removeprefix(_HARNESS)
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UnsupportedError(
+            f"The task {name} needs lm-evaluation-harness, which is not installed; run: pip install 'dynalora[eval]'"
+        )
+    from lm_eval.tasks import TaskManager
+
+    if own not in TaskManager().all_tasks:
+        raise ConfigError(
+            f"lm-evaluation-harness has no task '{own}'; `lm-eval ls tasks` lists those it has."
+        )
+    if any(word in own for word in ("humaneval", "mbpp")):
+        raise ConfigError(
+            f"lm-evaluation-harness would execute the code of '{own}' without a sandbox; take humaneval or mbpp."
+        )
+    task = Benchmark(name, own, Source(name), _nothing, ())
+    return Prepared(task, "the harness's", (), harness=own, limit=limit)
+
+
+def _harness(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared,
+    batch_size: int,
+    result: TaskResult,
+) -> TaskResult:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    with evaluating(model):
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        found = lm_eval.simple_evaluate(
+            model=wrapped, tasks=[prepared.harness], limit=prepared.limit, log_samples=False
+        )
+    numbers = found["results"][prepared.harness]
+    scores: dict[str, Interval] = {}
+    for key, value in numbers.items():
+        metric, comma, variant = str(key).partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        error = numbers.get(f"{metric}_stderr,{variant}")
+        half = 1.959963984540054 * error if isinstance(error, (int, float)) else 0.0
+        name = metric if variant == "none" else f"{metric} ({variant})"
+        scores[name] = Interval(float(value), float(value) - half, float(value) + half)
+    if not scores:
+        raise UnsupportedError(
+            f"lm-evaluation-harness gives no number for '{prepared.harness}'; name its subtasks instead."
+        )
+    items = found.get("n-samples", {}).get(prepared.harness, {}).get("effective", 0)
+    percent = tuple(
+        name for name in scores if name.split(" ")[0] in ("acc", "acc_norm", "exact_match", "f1", "em")
+    )
+    return replace(result, items=int(items), scores=scores, percent=percent, main=next(iter(scores)))

@@ -1,0 +1,245 @@
+"""Running generated programs where they can do no harm.
+
+Each program runs in a process of its own, an isolated Python interpreter in an empty temporary directory, with
+
+- a limit on processor time, and a longer one on wall-clock time, after which it is killed with its process group;
+- a limit on memory (its address space), on the size of each file and of all files together;
+- no network, no further process or thread, no signal to any other process: a filter on system calls (seccomp) knows
+  only what a calculation needs;
+- no file outside its directory but the Python library, read-only (Landlock): no home, no data, no devices;
+- no privilege, not even root's, no environment variables, no open files of the caller's.
+
+The kernel enforces all of it; it takes Linux 5.13 or newer, on x86-64 or ARM64, with Landlock switched on (it is, in
+the usual distributions), and no privileges. Where that is missing, nothing runs, unless the caller asks for
+`weak=True`: then time, memory and file size are limited all the same, but files, processes and network are guarded by
+hooks inside Python only, which keep out accidents and not attacks. What is not guarded against either way: errors of
+the kernel itself, that other processes' existence and load can be felt (timing), and that names and sizes of files
+can be asked for (`os.stat`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dynalora.errors import ConfigError, UnsupportedError
+
+_CHILD = Path(__file__).with_name("sandbox_child.py")
+_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
+_DEVICES = ("/dev/null", "/dev/urandom")
+_LOOK_EVERY = 0.05  # seconds
+_START_UP = 60.0  # seconds that an interpreter may take to start, before its time counts
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use.
+
+    Attributes:
+        seconds: processor time, in steps of a second.
+        patience: wall-clock time, as a multiple of `seconds`; above 1, so that a busy machine fails no program.
+        memory: address space in bytes, the interpreter's own ~30 MB included.
+        file_size: bytes of one file.
+        disk: bytes of all its files together, looked at 20 times a second.
+
+    Raises:
+        ConfigError: a limit is too small to run anything.
+    """
+
+    seconds: float = 5.0
+    patience: float = 4.0
+    memory: int = 512 << 20
+    file_size: int = 1 << 20
+    disk: int = 16 << 20
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("seconds", self.seconds, 0.05),
+            ("patience", self.patience, 1),
+            ("memory", self.memory, 64 << 20),
+            ("file_size", self.file_size, 0),
+            ("disk", self.disk, 0),
+        ):
+            if not value >= least:
+                raise ConfigError(f"The sandbox's limit {name} is {value}; give at least {least}.")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program ended.
+
+    Attributes:
+        passed: whether it ran to its end without an exception and without ending the process itself.
+        reason: why not, in a few words: the exception, `"timed out"`, `"too much disk"`, or how the process died.
+        seconds: wall-clock time from the start of the program.
+    """
+
+    passed: bool
+    reason: str
+    seconds: float
+
+
+def run_program(
+    program: str, limits: Limits | None = None, *, weak: bool = False, packages: Sequence[str] = ()
+) -> Outcome:
+    """Run a Python program in the sandbox.
+
+    Args:
+        program: its source.
+        limits: what it may use; None: the defaults.
+        weak: run it even where the kernel cannot guarantee the walls.
+        packages: folders with further packages that it may import, such as site-packages; they can be read as a
+            whole.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        UnsupportedError: the walls cannot be guaranteed here and `weak` is False.
+    """
+    if os.name != "posix":
+        raise UnsupportedError(
+            f"Generated code is not executed on {sys.platform}; run it on Linux, in a container or virtual machine."
+        )
+    limits = limits or Limits()
+    outcome = _run(program, limits, weak=weak, packages=packages)
+    if isinstance(outcome, Outcome):
+        return outcome
+    raise UnsupportedError(
+        f"Generated code is not executed, because this system cannot contain it ({outcome}); run it on Linux 5.13 or "
+        "newer with Landlock, in a container or virtual machine of its own, or accept weaker protection with weak=True "
+        "(--weak-sandbox)."
+    )
+
+
+def check_sandbox(*, weak: bool = False) -> None:
+    """Make sure that programs can run here, with an empty one.
+
+    Raises:
+        UnsupportedError: they cannot; says why.
+    """
+    outcome = run_program("pass", Limits(seconds=10), weak=weak)
+    if not outcome.passed:
+        raise UnsupportedError(
+            f"Generated code cannot be executed here: even an empty program fails in the sandbox ({outcome.reason})."
+        )
+
+
+def _run(
+    program: str, limits: Limits, *, weak: bool, packages: Sequence[str], pretend_weak: bool = False
+) -> Outcome | str:
+    """The outcome, or in words why nothing was run."""
+    library = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
+    shared = os.path.join(sys.base_prefix, "lib")
+    path = [entry for entry in _isolated_path() if entry]
+    token = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory(prefix="dynalora-sandbox-", ignore_cleanup_errors=True) as work:
+        job: dict[str, Any] = {
+            "program": program, "token": token, "work": work, "seconds": limits.seconds, "memory": limits.memory,
+            "file_size": limits.file_size, "allow_weak": weak, "pretend_weak": pretend_weak,
+            "readable": sorted({*library, shared, *path, *_LIBRARIES, *_DEVICES, *map(str, packages)}),
+            "path": [*path, *map(str, packages)],
+        }  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", str(_CHILD)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=work, env={},
+            start_new_session=True, close_fds=True,
+        )  # fmt: skip
+        try:
+            return _follow(process, json.dumps(job).encode(), token, limits, work)
+        finally:
+            _kill(process)
+
+
+def _follow(
+    process: subprocess.Popen[bytes], job: bytes, token: str, limits: Limits, work: str
+) -> Outcome | str:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(job)
+        process.stdin.close()
+    os.set_blocking(process.stdout.fileno(), False)
+    said = b""
+    began = time.monotonic()
+    ready = False
+    while True:
+        ended = process.poll() is not None
+        # One small message at most comes from the launcher; anything longer is not its own.
+        while len(said) < 65536 and (piece := process.stdout.read(4096)):
+            said += piece
+        if not ready and b'{"ready": true}\n' in said:
+            ready, began = True, time.monotonic()
+        seconds = time.monotonic() - began
+        if ended:
+            return _verdict(said, token, process.returncode, ready, seconds)
+        if seconds > (limits.seconds * limits.patience if ready else _START_UP):
+            return Outcome(False, "timed out", seconds)
+        if ready and _used(work) > limits.disk:
+            return Outcome(False, "too much disk", seconds)
+        time.sleep(min(_LOOK_EVERY, 0.002 + seconds / 4))
+
+
+def _verdict(said: bytes, token: str, code: int, ready: bool, seconds: float) -> Outcome | str:
+    messages: list[dict[str, Any]] = []
+    for line in said.splitlines():
+        with contextlib.suppress(ValueError):
+            message = json.loads(line)
+            messages += [message] if isinstance(message, dict) else []
+    for message in messages:
+        if "refused" in message:
+            return str(message["refused"])
+    if any(message.get("token") == token for message in messages) and code == 0:
+        return Outcome(True, "", seconds)
+    for message in messages:
+        if "error" in message:
+            return Outcome(False, str(message["error"]), seconds)
+    if not ready:
+        return f"its interpreter ended with code {code} before the walls were up"
+    if code == -signal.SIGXCPU:
+        return Outcome(False, "timed out", seconds)
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
+        return Outcome(False, f"killed by {name}", seconds)
+    return Outcome(False, f"ended its process with code {code}", seconds)
+
+
+def _isolated_path() -> list[str]:
+    """Where an interpreter without site-packages looks for its library."""
+    folders = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+    folders |= {os.path.join(folder, "lib-dynload") for folder in folders}
+    return sorted(folder for folder in folders if os.path.isdir(folder))
+
+
+def _used(folder: str) -> int:
+    """Bytes in a folder without folders in it; an empty file takes room, too."""
+    total = 0
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                total += 4096 + entry.stat(follow_symlinks=False).st_size
+    return total
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """The process and everything in its session's group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()

@@ -1,0 +1,172 @@
+"""Where a benchmark's rows come from: the Hugging Face Hub, or a folder of files.
+
+A folder holds one file per split, `<group>/<name>.<split>.jsonl` (or `.txt` for running text), with or without `.gz`:
+`commonsense/boolq.train.jsonl.gz`, `math/gsm8k.dev.jsonl`, `text/wikitext2.valid.txt.gz`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dynalora.errors import DataError
+
+Row = tuple[str, Mapping[str, Any]]
+"""Where a row lies, for errors, and its fields."""
+
+_MEASURED_ON = ("test", "dev")  # in order of preference
+_SAME = {"valid": "dev", "validation": "dev", "eval": "dev"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task's rows are.
+
+    Attributes:
+        file: group and name in a folder, such as `"commonsense/boolq"`.
+        hub: id on the Hub; empty: it has no usual place there.
+        subsets: the Hub configurations to read, one after the other.
+        splits: the Hub's name of each split.
+        revision: the Hub's branch; for data sets that the Hub converts to Parquet itself.
+        text: whether the files hold running text, one row per line, read into the field `text`.
+    """
+
+    file: str
+    hub: str = ""
+    subsets: tuple[str | None, ...] = (None,)
+    splits: Mapping[str, str] = field(default_factory=dict)
+    revision: str | None = None
+    text: bool = False
+
+    def rows(
+        self,
+        split: str | None = None,
+        *,
+        folder: str | os.PathLike[str] | None = None,
+        limit: int | None = None,
+    ) -> tuple[str, list[Row]]:
+        """The rows of a split.
+
+        Args:
+            split: `train`, `dev` or `test`; None: the first of test and dev that there is.
+            folder: read from this folder; None: from the Hub.
+            limit: the first rows only; None: all.
+
+        Returns:
+            The split that was read, and its rows.
+
+        Raises:
+            DataError: there is no such split, or it cannot be read, or it is empty.
+        """
+        if split is not None:
+            split = _SAME.get(split, split)
+        name, rows = self._folder(split, Path(folder)) if folder is not None else self._hub(split)
+        found = list(islice(rows, limit))
+        if not found:
+            raise DataError(f"The split '{name}' of '{self.file}' holds no row; give data with at least one.")
+        return name, found
+
+    def _folder(self, split: str | None, folder: Path) -> tuple[str, Iterator[Row]]:
+        if not folder.is_dir():
+            raise DataError(f"There is no folder '{folder}'; give the one that holds '{self.file}.*'.")
+        endings = (".txt", ".txt.gz") if self.text else (".jsonl", ".jsonl.gz")
+        files: dict[str, Path] = {}
+        for path in sorted((folder / self.file).parent.glob(f"{Path(self.file).name}.*")):
+            rest = path.name[len(Path(self.file).name) + 1 :]
+            for ending in endings:
+                if rest.endswith(ending) and "." not in rest[: -len(ending)]:
+                    own = rest[: -len(ending)]
+                    files.setdefault(_SAME.get(own, own), path)
+        chosen = split or next((name for name in _MEASURED_ON if name in files), None)
+        if chosen is None or chosen not in files:
+            wanted = f"split '{chosen}'" if chosen else "split test or dev"
+            there = f"there is {', '.join(sorted(files))}" if files else "there is none of its files"
+            raise DataError(
+                f"'{self.file}' has no {wanted} in '{folder}' ({there}); name another split, or put "
+                f"'{self.file}.{chosen or 'test'}{endings[0]}' there."
+            )
+        path = files[chosen]
+        return chosen, _text_rows(path) if self.text else json_rows(path)
+
+    def _hub(self, split: str | None) -> tuple[str, Iterator[Row]]:
+        if not self.hub:
+            raise DataError(
+                f"'{self.file}' has no usual place on the Hub; give a folder that holds '{self.file}.test.jsonl'."
+            )
+        chosen = split or next((name for name in _MEASURED_ON if name in self.splits), None)
+        if chosen is None or chosen not in self.splits:
+            raise DataError(
+                f"'{self.hub}' has no split '{chosen or 'test'}'; its splits are {', '.join(self.splits)}."
+            )
+        return chosen, self._hub_rows(self.splits[chosen])
+
+    def _hub_rows(self, split: str) -> Iterator[Row]:
+        import datasets
+
+        for subset in self.subsets:
+            told = f"'{self.hub}'" + (f" ({subset})" if subset else "")
+            try:
+                loaded = datasets.load_dataset(self.hub, name=subset, split=split, revision=self.revision)
+            except Exception as error:  # the library's, the hub client's, the network's and pyarrow's
+                reason = str(error).strip().splitlines()
+                raise DataError(
+                    f"The data set {told}, split '{split}', cannot be loaded "
+                    f"({reason[0].rstrip('.') if reason else type(error).__name__}); "
+                    f"connect to the Hub, or give a folder that holds '{self.file}.*'."
+                ) from error
+            for number, row in enumerate(loaded, start=1):
+                yield f"{told}, row {number}", row
+
+
+def json_rows(path: Path) -> Iterator[Row]:
+    """Where each row lies, and its content, of a file of JSON objects, one per line, with or without gzip.
+
+    Raises:
+        DataError: the file cannot be read or a row is malformed; file, row and remedy are named.
+    """
+    for number, line in _lines(path):
+        if line.strip():
+            where = f"'{path}', row {number}"
+            yield where, _object(line, where)
+
+
+def _text_rows(path: Path) -> Iterator[Row]:
+    for number, line in _lines(path):
+        yield f"'{path}', line {number}", {"text": line}
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with (
+            gzip.open(path, "rt", encoding="utf-8")
+            if path.suffix == ".gz"
+            else open(path, encoding="utf-8") as file
+        ):
+            yield from enumerate(file, start=1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"'{path}' is not a complete gzip file ({error}); fetch it again.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"'{path}' is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from error
+    except OSError as error:
+        raise DataError(
+            f"'{path}' cannot be read ({error.strerror or error}); give the path of a .jsonl or .jsonl.gz file."
+        ) from error
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where} is not valid JSON ({error.msg} at column {error.colno}); write one JSON object per line."
+        ) from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is a {type(row).__name__}; write one JSON object per line.")
+    return row

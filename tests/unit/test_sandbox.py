@@ -1,0 +1,249 @@
+"""Attacks on the sandbox: each is contained, soon, and leaves everything around it as it was."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from dynalora.errors import ConfigError, UnsupportedError
+from dynalora.evaluation import sandbox
+from dynalora.evaluation.sandbox import Limits, Outcome, check_sandbox, run_program
+
+SMALL = Limits(seconds=1.0, patience=20, memory=128 << 20, file_size=1 << 20, disk=4 << 20)
+
+
+def _contained() -> bool:
+    try:
+        check_sandbox()
+    except UnsupportedError:
+        return False
+    return True
+
+
+needs_walls = pytest.mark.skipif(not _contained(), reason="this system cannot contain programs")
+
+
+def run(program: str) -> Outcome:
+    began = time.monotonic()
+    outcome = run_program(program, SMALL)
+    # One second of processor time, with generous room for a busy machine.
+    assert time.monotonic() - began < 60
+    return outcome
+
+
+@needs_walls
+def test_programs_that_behave() -> None:
+    assert run(
+        "import math, re, heapq, collections, itertools, typing\nassert math.gcd(4, 6) == 2"
+    ) == Outcome(True, "", pytest.approx(0, abs=10))
+    own_files = (
+        "open('a', 'w').write('hi')\nimport os\nassert open('a').read() == 'hi' and os.listdir() == ['a']"
+    )
+    assert run(own_files).passed
+    assert run("print('x' * 10**6)").passed  # nobody reads it
+    assert not run("assert 1 == 2").passed
+    assert run("def f(:").reason.startswith("SyntaxError")
+
+
+@needs_walls
+@pytest.mark.parametrize(
+    "end", ["import os; os._exit(0)", "raise SystemExit(0)", "import sys; sys.exit()", "quit_ = exit"]
+)
+def test_leaving_early_is_not_passing(end: str) -> None:
+    assert not run(f"{end}\nassert False").passed
+
+
+@needs_walls
+def test_an_endless_loop_and_a_long_sleep_end() -> None:
+    assert run("while True: pass").reason == "timed out"
+    deaf = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
+    assert run(deaf).reason in ("killed by SIGKILL", "timed out")
+    began = time.monotonic()
+    slept = run_program("import time\ntime.sleep(600)", Limits(seconds=1, patience=1.5))
+    assert slept.reason == "timed out"
+    assert 1.5 <= slept.seconds < time.monotonic() - began < 60
+
+
+@needs_walls
+def test_a_fork_bomb_does_not_get_to_its_first_fork() -> None:
+    mark = f"sandboxed-{os.getpid()}-{time.monotonic_ns()}"
+    outcome = run(f"import os\nname = '{mark}'\nwhile True: os.fork()")
+    assert outcome.reason.startswith("PermissionError")
+    threads = run("import threading\nwhile True: threading.Thread(target=lambda: None).start()")
+    assert threads.reason.startswith("RuntimeError: can't start new thread")
+    for call in ("os.posix_spawn('/bin/true', ['true'], {})", "os.execv('/bin/true', ['true'])"):
+        assert "PermissionError" in run(f"import os\n{call}").reason
+    assert "PermissionError" in run("import subprocess\nsubprocess.run(['/bin/true'])").reason
+
+
+@needs_walls
+def test_a_memory_bomb_bursts_inside() -> None:
+    assert run("x = []\nwhile True: x.append(bytearray(10**7))").reason == "MemoryError"
+    assert run("import mmap\nmmap.mmap(-1, 10**9)").reason.startswith("OSError")
+    assert not run("import os\nos.memfd_create('a')").passed
+    raised = "import resource\nresource.setrlimit(resource.RLIMIT_AS, (10**12, 10**12))"
+    assert not run(raised).passed
+
+
+@needs_walls
+def test_large_and_many_files_are_stopped() -> None:
+    assert run("open('a', 'wb').write(b'a' * (2 << 20))").reason.startswith("OSError")
+    assert run("i = 0\nwhile True:\n  open(str(i), 'wb').write(b'a' * (1 << 20)); i += 1").reason == (
+        "too much disk"
+    )
+    assert run("i = 0\nwhile True:\n  open(str(i), 'w').close(); i += 1").reason in (
+        "too much disk",
+        "timed out",
+    )
+
+
+@needs_walls
+def test_nothing_outside_is_written(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("whole")
+    victim.chmod(0o640)
+    for attack in (
+        f"open({str(victim)!r}, 'w')",
+        f"open({str(victim)!r}, 'a').write('x')",
+        f"os.open({str(victim)!r}, os.O_RDONLY | os.O_TRUNC)",
+        f"os.truncate({str(victim)!r}, 0)",
+        f"os.remove({str(victim)!r})",
+        f"os.rename({str(victim)!r}, 'mine')",
+        f"os.link({str(victim)!r}, 'mine')",
+        f"os.symlink({str(victim)!r}, 'mine')",
+        f"os.chmod({str(victim)!r}, 0o777)",
+        f"os.utime({str(victim)!r}, (0, 0))",
+        f"open({str(tmp_path / 'new')!r}, 'w')",
+        "open('../new', 'w')",
+    ):
+        assert "Error" in run(f"import os\n{attack}").reason, attack
+        assert victim.read_text() == "whole", attack
+    assert victim.stat().st_mode & 0o777 == 0o640
+    assert victim.stat().st_mtime > 1e9
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["victim"]
+
+
+@needs_walls
+def test_the_home_and_the_environment_are_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "token"
+    secret.write_text("hidden")
+    monkeypatch.setenv("SECRET_TOKEN", "hidden")
+    for attack in (
+        f"open({str(secret)!r}).read()",
+        f"os.listdir({str(Path.home())!r})",
+        f"os.listdir({str(tmp_path)!r})",
+        "open('/etc/passwd').read()",
+        "open('/proc/self/environ').read()",
+        f"open('/proc/{os.getpid()}/environ').read()",
+        "os.listdir('/')",
+    ):
+        assert "PermissionError" in run(f"import os\n{attack}").reason, attack
+    assert run(
+        "import os\nassert 'SECRET_TOKEN' not in os.environ and os.environ['HOME'] == os.getcwd()"
+    ).passed
+    # Whatever files the caller has open stay its own.
+    with open(secret) as held:
+        os.set_inheritable(held.fileno(), True)
+        peek = f"import os\nassert os.read({held.fileno()}, 6) != b'hidden'"
+        assert run(peek).reason != ""
+
+
+@needs_walls
+def test_no_socket_is_opened() -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        server.settimeout(0.2)
+        port = server.getsockname()[1]
+        attack = f"import socket\nsocket.create_connection(('127.0.0.1', {port}))"
+        assert "PermissionError" in run(attack).reason
+        with pytest.raises(TimeoutError):
+            server.accept()
+    for family in ("AF_UNIX", "AF_INET6"):
+        assert "Error" in run(f"import socket\nsocket.socket(socket.{family})").reason
+
+
+@needs_walls
+def test_no_other_process_is_signalled() -> None:
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        for attack in (
+            f"os.kill({other.pid}, 9)",
+            f"os.kill({os.getpid()}, 15)",
+            "os.kill(-1, 9)",
+            "os.kill(0, 9)",
+            f"import fcntl\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, {other.pid})",
+        ):
+            assert "PermissionError" in run(f"import os\n{attack}").reason, attack
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+@needs_walls
+def test_raw_system_calls_meet_the_same_walls() -> None:
+    # fork, socket, unshare, ptrace, mount, io_uring_setup, clone and clone3.
+    if platform.machine() != "x86_64":
+        pytest.skip("numbers of x86-64")
+    for call in (57, 41, 272, 101, 165, 425, 56, 435):
+        program = f"import ctypes\nassert ctypes.CDLL(None).syscall({call}, 0, 0, 0, 0) == -1"
+        assert run(program).passed, call
+
+
+@needs_walls
+def test_crashes_are_told_and_nothing_is_left_behind() -> None:
+    before = set(Path(tempfile.gettempdir()).glob("dynalora-sandbox-*"))
+    assert run("import os\nos.abort()").reason == "killed by SIGABRT"
+    assert run("import ctypes\nctypes.string_at(0)").reason == "killed by SIGSEGV"
+    every = "import os\nfor i in range(3, 60):\n  try:\n    {}\n  except OSError: pass"
+    flood = every.format("while True: os.write(i, b'a' * 4096)")
+    assert not run_program(flood, Limits(seconds=1, patience=2)).passed
+    forged = every.replace("{}", """os.write(i, b'{"token": "guess"}\\n')""")
+    assert not run(f"{forged}\nos._exit(0)").passed
+    assert set(Path(tempfile.gettempdir()).glob("dynalora-sandbox-*")) <= before
+
+
+def test_where_nothing_can_be_guaranteed_it_refuses() -> None:
+    refused = sandbox._run("pass", SMALL, weak=False, packages=(), pretend_weak=True)
+    assert isinstance(refused, str)
+    for attack, kind in (
+        ("import socket\nsocket.socket()", "PermissionError"),
+        ("open('/etc/passwd')", "PermissionError"),
+        ("import os\nos.fork()", "PermissionError"),
+        ("import os\nos.listdir('/')", "PermissionError"),
+        ("import subprocess\nsubprocess.run(['true'])", "PermissionError"),
+        ("while True: pass", "timed out"),
+        ("x = [0] * 10**9", "MemoryError"),
+        ("open('a', 'wb').write(b'a' * (2 << 20))", "OSError"),
+    ):
+        outcome = sandbox._run(attack, SMALL, weak=True, packages=(), pretend_weak=True)
+        assert isinstance(outcome, Outcome)
+        assert outcome.reason.startswith(kind), attack
+    fine = sandbox._run("import math", SMALL, weak=True, packages=(), pretend_weak=True)
+    assert isinstance(fine, Outcome)
+    assert fine.passed
+
+
+def test_the_refusal_says_why_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_run", lambda *args, **options: "Landlock is not available")
+    with pytest.raises(
+        UnsupportedError, match=r"cannot contain it \(Landlock is not available\).*--weak-sandbox"
+    ):
+        run_program("pass")
+
+
+@pytest.mark.parametrize("bad", [{"seconds": 0}, {"memory": 1000}, {"disk": -1}, {"file_size": -1}])
+def test_limits_are_checked(bad: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=f"limit {next(iter(bad))} is"):
+        Limits(**bad)
