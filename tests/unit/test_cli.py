@@ -281,7 +281,7 @@ def test_landscapes_side_by_side(folder: Path, rows: Path, tmp_path: Path, progr
         "--plot", str(tmp_path / "drawn.png"), "--csv", str(tmp_path / "l.csv"), "--json", str(tmp_path / "l.json"),
     )  # fmt: skip
     assert shown.code == 0, shown.err
-    assert "one/adapter: with mean gates on rows.jsonl" in shown.out
+    assert "one/adapter: with mean gates on rows.jsonl" in " ".join(shown.out.split())
     records = json.loads((tmp_path / "l.json").read_text())
     assert [record["run"] for record in records] == ["one/adapter"] * 4 + ["two/adapter"] * 4
     assert len(records[0]["singular_values"]) == 3
@@ -295,7 +295,7 @@ def test_landscapes_side_by_side(folder: Path, rows: Path, tmp_path: Path, progr
     ]  # fmt: skip
     # With its mean gates a DISeL adapter is less than with all of them open.
     whole = program("landscape", str(gated), "--json", str(tmp_path / "open.json"))
-    assert "with all gates open, the most that the update can be" in whole.out
+    assert "with all gates open, the most that the update can be" in " ".join(whole.out.split())
     opened = json.loads((tmp_path / "open.json").read_text())
     assert opened[0]["nuclear_norm"] > records[0]["nuclear_norm"] > 0
 

@@ -63,7 +63,9 @@ def test_every_statistic_is_that_of_a_full_decomposition(method: str) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)
-    tau = 0.3
+    values = sorted(value for row in dynalora.rank_landscape(model) for value in row.singular_values)
+    values = [value for value in values if value > 1e-3]
+    tau = sum(values[len(values) // 2 - 1 :][:2]) / 2  # between two values, so that rounding decides nothing
     rows = dynalora.rank_landscape(model, tau=tau)
     assert len(rows) == 14
     for row in rows:

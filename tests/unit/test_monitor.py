@@ -541,7 +541,7 @@ def test_it_is_an_everyday_name() -> None:
 
 # --- several processes ------------------------------------------------------------------------------------
 
-BUDGET = 0.1
+BUDGET = 0.02
 
 WORKER = """
 import dataclasses, json, os, sys
@@ -608,7 +608,7 @@ def test_all_processes_follow_the_first(words: Any, own: Any, tmp_path: Path) ->
         told.append(json.loads(out.splitlines()[-1]))
     assert told[0] == told[1]
     steps, curve = told[0]
-    assert 1 < steps < STEPS
+    assert 1 <= steps < STEPS
     assert curve[-1] > BUDGET
     assert max(curve[:-1]) <= BUDGET
     assert len(read_retention(tmp_path / "curves.jsonl")["run"]) == steps + 1, "one process writes"

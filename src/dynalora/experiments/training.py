@@ -462,8 +462,13 @@ def train_adapter(
     after = recorder.held_out
     if has_eval and after is None:  # nothing left to train after a resume
         after = next((r["held_out_loss"] for r in reversed(records) if "held_out_loss" in r), None)
-    if monitor is not None and monitor.best is not None and monitor.best.step != trainer.state.global_step:
-        after = measure() if has_eval else None  # of the weights that were put back
+    if has_eval and monitor is not None:
+        done = int(trainer.state.global_step)
+        if monitor.best is not None and monitor.best.step != done:
+            after = measure()  # of the weights that were put back
+        elif monitor.stopping:
+            after = measure()
+            recorder.record({"step": done, "held_out_loss": after})
     return TrainResult(
         model=adapted,
         label=name,

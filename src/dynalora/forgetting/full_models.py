@@ -88,7 +88,8 @@ def model_landscape(
             def difference(rows: slice, columns: slice, one: Any = one, other: Any = other) -> torch.Tensor:
                 # Subtracted in float64: weights of one size nearly cancel.
                 minuend: torch.Tensor = one[rows, columns].to(device).double()
-                return minuend - other[rows, columns].to(device).double()
+                subtrahend: torch.Tensor = other[rows, columns].to(device).double()
+                return minuend - subtrahend
 
             shape = _shape(one)
             sigma = matrix_spectrum((shape[0], shape[1]), difference, device)
@@ -105,7 +106,7 @@ def _matrices(folder: Path, stack: ExitStack) -> dict[str, Callable[[], Any]]:
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         else:
             files = [file.name for file in sorted(folder.glob("*.safetensors"))]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"'{index}' cannot be read ({error}); fetch the model again.") from error
     if not files or (folder / "adapter_config.json").exists():
         raise CheckpointError(
