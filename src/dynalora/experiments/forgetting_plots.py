@@ -80,6 +80,7 @@ def plot_stages(stages: Landscapes, value: str, *, label: str, title: str) -> Fi
         axis.set_title(kind, fontsize=9)
         axis.set_ylim(bottom=0)
         axis.set_xlabel("layer", fontsize=8)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.tick_params(labelsize=8)
         if place % columns == 0:
             axis.set_ylabel(label, fontsize=8)
