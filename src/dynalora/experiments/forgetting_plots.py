@@ -57,6 +57,8 @@ def plot_stages(stages: Landscapes, value: str, *, label: str, title: str) -> Fi
         label: what it is, with its unit, for the axis.
         title: heading.
     """
+    from matplotlib.ticker import MaxNLocator
+
     rows = [row for landscapes in stages.values() for landscape in landscapes for row in landscape]
     kinds = list(dict.fromkeys(row.kind for row in rows))
     columns = min(4, len(kinds))
@@ -80,6 +82,7 @@ def plot_stages(stages: Landscapes, value: str, *, label: str, title: str) -> Fi
         axis.set_title(kind, fontsize=9)
         axis.set_ylim(bottom=0)
         axis.set_xlabel("layer", fontsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.tick_params(labelsize=8)
         if place % columns == 0:
             axis.set_ylabel(label, fontsize=8)

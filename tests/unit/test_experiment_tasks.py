@@ -1,0 +1,221 @@
+"""Tasks out of files and generators, and their scores against direct computation."""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dynalora.errors import ConfigError, DataError
+from dynalora.evaluation.final_number import final_number, same_number, solution_from
+from dynalora.experiments import tasks
+from dynalora.experiments.tasks import (
+    AnswerTask,
+    ChoiceTask,
+    Measuring,
+    NumberTask,
+    TaskScore,
+    load_experiment_task,
+)
+
+from . import tiny
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("It is so.\n#### 72", "72"),
+        ("#### 1,234.", "1234"),
+        ("#### $-3.50 dollars", "-3.50"),
+        ("####18\n#### 20", "18"),
+        ("The answer is 72", None),
+        ("#### none", None),
+        ("#### ,.", None),
+    ],
+)
+def test_the_number_behind_the_mark_is_found(text: str, number: str | None) -> None:
+    assert final_number(text) == (None if number is None else Decimal(number))
+
+
+def test_numbers_are_compared_as_numbers() -> None:
+    assert same_number("#### 18.00", "so #### 18")
+    assert not same_number("#### 18.5", "#### 18")
+    assert not same_number("18", "#### 18")
+    assert not same_number("no", "no")
+
+
+def test_solutions_lose_their_notes_and_keep_their_number() -> None:
+    item = solution_from({"question": " How many? ", "answer": "48/2 = <<48/2=24>>24 clips.\n#### 24"})
+    assert (item.question, item.answer) == ("How many?", "48/2 = 24 clips.\n#### 24")
+    with pytest.raises(DataError, match="line 3 has an answer without a number"):
+        solution_from({"question": "q", "answer": "none"}, "line 3")
+    with pytest.raises(DataError, match="field 'question'"):
+        solution_from({"answer": "#### 1"})
+
+
+def problems(first: int, count: int) -> list[dict[str, str]]:
+    return [{"question": f"{n} + 1?", "answer": f"It is\n#### {n + 1}"} for n in range(first, first + count)]
+
+
+def choices(first: int, count: int) -> list[dict[str, str]]:
+    return [
+        {
+            "instruction": f"Please choose: Number {n}?\n\nAnswer1: even Answer2: odd\n\n"
+            "Answer format: answer1/answer2",
+            "answer": f"answer{n % 2 + 1}",
+        }
+        for n in range(first, first + count)
+    ]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    tiny.write_jsonl(tmp_path / "sums.train.jsonl", problems(0, 6))
+    tiny.write_jsonl(tmp_path / "sums.dev.jsonl", problems(4, 5))  # two of them are training questions, too
+    (tmp_path / "parity").mkdir()
+    (tmp_path / "parity" / "train.json").write_text(json.dumps(choices(0, 6)), encoding="utf-8")
+    tiny.write_jsonl(tmp_path / "parity" / "test.jsonl", choices(5, 4))
+    return tmp_path
+
+
+def test_tasks_are_found_by_the_beginning_of_their_files_and_by_folder(files: Path) -> None:
+    sums = load_experiment_task(str(files / "sums"))
+    assert isinstance(sums, NumberTask)
+    assert (sums.name, len(sums.held_out)) == ("sums", 5)
+    assert [item.question for item in sums.items] == [f"{n} + 1?" for n in range(4)], (
+        "held out and trained on"
+    )
+    parity = load_experiment_task(str(files / "parity"), held_out=2, train_limit=3)
+    assert isinstance(parity, ChoiceTask)
+    assert (len(parity.train), len(parity.held_out)) == (3, 2)
+    assert [item.answer for item in parity.items] == ["even", "odd", "even"]
+
+
+def test_generated_tasks_take_options_behind_a_colon() -> None:
+    pytest.importorskip("reasoning_gym")
+    task = load_experiment_task("spell_backward:min_word_len=3,max_word_len=3", held_out=3, train_limit=4)
+    assert isinstance(task, AnswerTask)
+    assert (len(task.items), len(task.held_out)) == (4, 3)
+    assert all(len(item.answer) == 3 for item in task.items)
+    with pytest.raises(ConfigError, match="There is no task 'spel_backward'"):
+        load_experiment_task("spel_backward")
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "error", "message"),
+    [
+        ("nowhere/x", {}, DataError, "has no file 'nowhere/x.train.jsonl'"),
+        ("", {}, ConfigError, "has no name"),
+        ("sums", {"held_out": 0}, ConfigError, "held_out is 0"),
+        ("sums", {"train_limit": 0}, ConfigError, "train_limit is 0"),
+    ],
+)
+def test_what_is_no_task_is_refused(source: str, options: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        load_experiment_task(source, **options)
+
+
+def test_rows_of_another_kind_are_refused(tmp_path: Path) -> None:
+    for split in ("train", "dev"):
+        tiny.write_jsonl(tmp_path / f"odd.{split}.jsonl", [{"text": "x", "label": 1}])
+    with pytest.raises(DataError, match="fields 'text', 'label'; give multiple choice"):
+        load_experiment_task(str(tmp_path / "odd"))
+
+
+def test_training_leaves_out_what_is_too_long(files: Path) -> None:
+    words = tiny.tokenizer()
+    task = load_experiment_task(str(files / "sums"))
+    whole = task.training(words, max_length=1000)
+    lengths = sorted(len(row["input_ids"]) for row in whole.rows)
+    assert (len(whole), whole.dropped) == (4, 0)
+    longer = task.training(words, system="A longer message than the template's own.", max_length=1000)
+    assert min(len(row["input_ids"]) for row in longer.rows) > lengths[-1]
+    with pytest.raises(DataError, match=f"longer than max_length 5; the shortest has {lengths[0]} tokens"):
+        task.training(words, max_length=5)
+
+
+def prompt_of(system: str, question: str) -> str:
+    turns = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
+    return f"{turns}<|im_start|>assistant\n"
+
+
+def losses_of(model: Any, words: Any, rows: Any) -> tuple[float, int, list[bool]]:
+    """Sum of the answers' losses, number of their tokens, and whether each is the likeliest, one row at a time."""
+    total, count, right = 0.0, 0, []
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, :-1]
+        own = labels != -100
+        picked = logits.double().log_softmax(-1)[own].gather(1, labels[own][:, None])
+        total, count = total - float(picked.sum()), count + int(own.sum())
+        right.append(bool((logits[own].argmax(-1) == labels[own]).all()))
+    return total, count, right
+
+
+def test_a_word_problem_is_scored_by_its_solution_and_by_its_number(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = tiny.tokenizer()
+    model = tiny.model(len(words))
+    task = load_experiment_task(str(files / "sums"))
+    assert isinstance(task, NumberTask)
+    asked: list[Any] = []
+
+    def said(model: Any, tokenizer: Any, prompts: Any, **_: Any) -> list[str]:
+        asked.extend(tokenizer.decode(prompt) for prompt in prompts)
+        return ["It is #### 5", "#### 7", "6"][: len(prompts)]
+
+    monkeypatch.setattr(tasks, "generate", said)
+    score = task.measure(model, words, Measuring(generated=3, batch_size=2, system="Count."))
+    assert score.correct == (True, False, False)  # 4 + 1, 5 + 1, 6 + 1
+    assert (
+        asked[0]
+        == "<|im_start|>system\nCount.<|im_end|>\n<|im_start|>user\n4 + 1?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    rows = tasks._tokens(task.held_out, words, "Count.").rows
+    total, count, _ = losses_of(model, words, rows)
+    assert score.loss.value == pytest.approx(total / count, rel=1e-5)
+    assert score.questions == 5
+    silent = task.measure(model, words, Measuring(generated=0))
+    assert silent.accuracy is None
+    assert silent.record()["accuracy"] is None
+    again = TaskScore.from_record(json.loads(json.dumps(score.record())))
+    assert again == score
+
+
+def test_answers_are_scored_by_agreement_and_loss(files: Path) -> None:
+    words = tiny.tokenizer()
+    model = tiny.model(len(words))
+    items = load_experiment_task(str(files / "sums")).items
+    task = AnswerTask("sums", "", tuple(items), tuple(items))
+    total, count, right = losses_of(model, words, tasks._tokens(items, words, "").rows)
+    score = task.measure(model, words)
+    assert score.loss.value == pytest.approx(total / count, rel=1e-5)
+    assert score.correct == tuple(right)
+
+
+def test_options_are_scored_behind_the_system_message(files: Path) -> None:
+    words = tiny.tokenizer()
+    model = tiny.model(len(words))
+    task = load_experiment_task(str(files / "parity"))
+    assert isinstance(task, ChoiceTask)
+    score = task.measure(model, words, Measuring(system="Choose."))
+    wanted, total, count = [], 0.0, 0
+    for choice in task.held_out:
+        head = prompt_of("Choose.", choice.question)
+        per_token = []
+        for place, option in enumerate(choice.options):
+            prompt, answer = (words(text, add_special_tokens=False)["input_ids"] for text in (head, option))
+            row = {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+            loss, tokens, _ = losses_of(model, words, [row])
+            per_token.append(loss / tokens)
+            if place == choice.right:
+                total, count = total + loss, count + tokens
+        wanted.append(per_token.index(min(per_token)) == choice.right)
+    assert score.correct == tuple(wanted)
+    assert score.loss.value == pytest.approx(total / count, rel=1e-5)
