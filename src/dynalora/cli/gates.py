@@ -82,12 +82,12 @@ def gates(
 
     after_imports()
     saved = read_config(spec.adapter)
-    method = str(saved.peft_type).rpartition(".")[2].lower()
-    gated = [name for name, known in METHODS.items() if known.gated]
-    if method not in gated:
+    if not getattr(saved, "gated", False):
+        method = str(saved.peft_type).rpartition(".")[2].lower()
+        gated = [name for name, known in METHODS.items() if known.gated]
         raise UnsupportedError(
             f"The adapter '{spec.adapter}' was made by {method}, which has no gates; "
-            f"give a {' or '.join(gated)} adapter."
+            f"give a {' or '.join(gated)} adapter, or one that was trained with gates=True."
         )
     conversations = sets.load_conversations(spec.data, split=spec.split, limit=spec.limit)
     adapted = load_adapted(spec.adapter, spec.model)

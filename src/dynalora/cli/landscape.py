@@ -66,14 +66,15 @@ def landscape(
     from dynalora.methods import METHODS
 
     after_imports()
-    method = str(read_config(spec.adapter).peft_type).rpartition(".")[2].lower()
+    saved = read_config(spec.adapter)
+    method = str(saved.peft_type).rpartition(".")[2].lower()
     if method in METHODS:
         adapted = load_without_base(adapter_folder(spec.adapter))
     else:
         adapted = load_adapted(spec.adapter, spec.model)
     rows = rank_landscape(adapted, tau=spec.tau)
     screen = console()
-    screen.print(rich_table(_table(rows, spec.tau, gated=method in METHODS and METHODS[method].gated)))
+    screen.print(rich_table(_table(rows, spec.tau, gated=getattr(saved, "gated", False))))
     if spec.plot is not None:
         write_atomic(Path(spec.plot), png(plot_rank_landscape(rows)))
         screen.print(f"Written: {spec.plot}", highlight=False, markup=False)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dynalora.adapter.layer import AdapterLayer
+from dynalora.adapter.gates import GatedLayer
 from dynalora.errors import ConfigError, DynaloraError
 from dynalora.forgetting.landscape import layer_index
 
@@ -80,9 +80,9 @@ def record_gates(
     layers = {
         name: (module, adapter)
         for name, module in model.named_modules()
-        if isinstance(module, AdapterLayer) and hasattr(module, "gates")
+        if isinstance(module, GatedLayer)
         for adapter in ([adapter_name] if adapter_name else module.active_adapters)
-        if module.has_adapter(adapter)
+        if module.has_adapter(adapter) and module.gated(adapter)
     }
     if not layers:
         raise DynaloraError("the model has no adapter with gates (a DISeL adapter) to record.")
@@ -143,7 +143,7 @@ class _Collector:
 
 @contextmanager
 def _listening(
-    layers: dict[str, tuple[AdapterLayer, str]], collectors: dict[str, _Collector], counted: torch.Tensor
+    layers: dict[str, tuple[GatedLayer, str]], collectors: dict[str, _Collector], counted: torch.Tensor
 ) -> Iterator[None]:
     def listen(name: str, adapter: str) -> Callable[..., None]:
         def hook(layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
