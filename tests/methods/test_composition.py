@@ -111,7 +111,7 @@ def test_gates_move_with_the_ranks(bottleneck: int | None, room: int | None, tmp
         group["lr"] = 0.0
     role = "gate_out" if bottleneck else "gate_weight"
     before = [
-        {name: layer.used(name, "default").detach().clone() for name in ("e", role, "gate_bias")}
+        {name: layer.used(name, "default").detach().clone() for name in ("down", "e", role, "gate_bias")}
         for layer in layers_of(model)
     ]
     step(model, optimizer, 5)
@@ -121,8 +121,8 @@ def test_gates_move_with_the_ranks(bottleneck: int | None, room: int | None, tmp
     for layer, old in zip(layers_of(model), before, strict=True):
         now = {name: layer.used(name, "default").detach() for name in old}
         assert {len(tensor) for tensor in now.values()} == {layer.rank("default")}
-        places = {bias: index for index, bias in enumerate(old["gate_bias"].tolist())}
-        stayed = [places[bias] for bias in now["gate_bias"].tolist() if bias in places]
+        places = {tuple(row): index for index, row in enumerate(old["down"].tolist())}
+        stayed = [places[tuple(row)] for row in now["down"].tolist() if tuple(row) in places]
         new = layer.rank("default") - len(stayed)
         for name, tensor in now.items():
             assert tensor[: len(stayed)].equal(old[name][stayed]), name
