@@ -191,7 +191,8 @@ class TestAdapters:
         shown = program("gates", str(adapters / "dira"), "--data", str(rows))
         one_sentence(
             shown,
-            f"The adapter '{adapters}/dira' was made by dira, which has no gates; give a disel adapter.",
+            f"The adapter '{adapters}/dira' was made by dira, which has no gates; give a disel adapter, "
+            "or one that was trained with gates=True.",
         )
 
     def test_export_of_an_adapter_whose_update_depends_on_the_input(

@@ -162,27 +162,22 @@ def test_the_error_of_a_narrow_type_is_reported(dtype: torch.dtype, tmp_path: Pa
     assert eps / 10 < report.max_error < 4 * eps
 
 
-@pytest.mark.parametrize(
-    ("config", "options"),
-    [
-        (DiraConfig, UNEVEN),
-        (PedyraConfig, UNEVEN),
-        (PedyraConfig, {"use_dora": True}),
-        (DisloraConfig, {"tsd_count": 2, "r": 4}),
-        (DiselConfig, {"gate_bias_init": 0.0}),
-    ],
-    ids=["dira", "pedyra", "pedyra-dora", "dislora", "disel"],
-)
-def test_an_export_loads_where_dynalora_cannot_be_imported(
-    config: type, options: Any, tmp_path: Path
-) -> None:
-    model = adapted(config, **options)
-    gates = None
-    if config is DiselConfig:
-        gates = dynalora.record_gates(model, [LLAMA.batch(1)])
-    dynalora.export_lora(model, tmp_path / "lora", gates=gates)
-    with held_gates(model, gates) if gates else torch.no_grad():
-        save_file({"logits": LLAMA.logits(model)}, tmp_path / "expected.safetensors")
+EVERYONE: dict[str, tuple[type, dict[str, Any]]] = {
+    "dira": (DiraConfig, UNEVEN),
+    "pedyra": (PedyraConfig, UNEVEN),
+    "pedyra-dora": (PedyraConfig, {"use_dora": True}),
+    "dislora": (DisloraConfig, {"tsd_count": 2, "r": 4}),
+    "disel": (DiselConfig, {"gate_bias_init": 0.0}),
+}
+
+
+def test_exports_load_where_dynalora_cannot_be_imported(tmp_path: Path) -> None:
+    for name, (config, options) in EVERYONE.items():
+        model = adapted(config, **options)
+        gates = dynalora.record_gates(model, [LLAMA.batch(1)]) if config is DiselConfig else None
+        dynalora.export_lora(model, tmp_path / name, gates=gates)
+        with held_gates(model, gates) if gates else torch.no_grad():
+            save_file({"logits": LLAMA.logits(model)}, tmp_path / f"{name}.safetensors")
     script = """
         import sys
 
@@ -203,14 +198,17 @@ def test_an_export_loads_where_dynalora_cannot_be_imported(
         from safetensors.torch import load_file
         from tests.toys import TOYS
 
-        toy, folder = TOYS["llama"], sys.argv[1]
-        loaded = PeftModel.from_pretrained(toy.build(), folder + "/lora")
-        assert isinstance(loaded.base_model, LoraModel)
+        toy, folder, *names = TOYS["llama"], *sys.argv[1:]
+        assert len(names) == 5
+        for name in names:
+            loaded = PeftModel.from_pretrained(toy.build(), f"{folder}/{name}")
+            assert isinstance(loaded.base_model, LoraModel)
+            expected = load_file(f"{folder}/{name}.safetensors")["logits"]
+            torch.testing.assert_close(toy.logits(loaded), expected, atol=2e-5, rtol=2e-5)
         assert "dynalora" not in sys.modules
-        expected = load_file(folder + "/expected.safetensors")["logits"]
-        torch.testing.assert_close(toy.logits(loaded), expected, atol=2e-5, rtol=2e-5)
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], check=True, timeout=300)
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), *EVERYONE]
+    subprocess.run(command, check=True, timeout=900)
 
 
 # Snapshots of gates --------------------------------------------------------------------------------------------

@@ -140,6 +140,11 @@ class AdapterConfig(PeftConfig):
             found = getattr(self, name) if value is MISSING else value
             raise ConfigError(f"{type(self).__name__}: {name} must be {expected}, got {found!r}.")
 
+    @property
+    def gated(self) -> bool:
+        """Whether the adapter has gates per token, so that its update depends on the input."""
+        return False
+
     def scaling(self, rank: int, alpha: float) -> float:
         """The factor ``s`` in front of an update of the given rank."""
         return alpha / (rank**0.5 if self.use_rslora else rank)

@@ -8,12 +8,13 @@ with d the method's own diagonal. W_g meets the input in the same product as ``d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
 
+from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.layer import AdapterLayer, kaiming
 from dynalora.driver import OptimizerOverride
 
@@ -23,21 +24,56 @@ GateWeightInit = Literal["kaiming", "zeros"]
 GATE_ROLES = ("gate_weight", "gate_in", "gate_out", "gate_bias")
 
 
-@dataclass(frozen=True)
-class GateSettings:
-    """How gates begin and train; see :class:`dynalora.methods.disel.DiselConfig`."""
+@dataclass
+class GatedConfig(AdapterConfig):
+    """Settings of methods whose adapters can have gates. The shared ones are those of :class:`AdapterConfig`.
 
-    bias_init: float = -3.0
-    weight_init: GateWeightInit = "kaiming"
-    normalize: bool = False
-    bottleneck: int | None = None
-    lr_multiplier: float = 5.0
+    Args:
+        gates: Whether the adapter has gates per token; then its update depends on the input.
+        gate_bias_init: Start of b_g; −3 opens the gates to σ(−3) ≈ 0.05.
+        gate_weight_init: Start of W_g: ``"kaiming"`` (uniform, a = √5) or ``"zeros"`` (all tokens alike at first).
+        gate_normalize: Divide W_g·x by √in, for inputs with large norms. b_g is not divided.
+        gate_bottleneck: Width of a narrow layer in the gates, W_g = gate_out·gate_in; None for a full W_g.
+        gate_lr_multiplier: Learning rate of the gates as a multiple of the optimizer's.
+    """
 
-    def overrides(self) -> dict[str, OptimizerOverride]:
-        """Gates step with their multiple of the learning rate and without weight decay."""
-        return dict.fromkeys(
-            GATE_ROLES, OptimizerOverride(lr_multiplier=self.lr_multiplier, weight_decay=0.0)
+    gates: bool = field(default=False, metadata={"help": "Gates per token on every component."})
+    gate_bias_init: float = field(default=-3.0, metadata={"help": "Start of the gates' bias."})
+    gate_weight_init: GateWeightInit = field(default="kaiming", metadata={"help": "kaiming or zeros."})
+    gate_normalize: bool = field(default=False, metadata={"help": "Divide the gates' logits by sqrt(in)."})
+    gate_bottleneck: int | None = field(
+        default=None, metadata={"help": "Width of a narrow layer in the gates."}
+    )
+    gate_lr_multiplier: float = field(default=5.0, metadata={"help": "Gates' learning rate as a multiple."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(isinstance(self.gates, bool), "gates", "True or False")
+        finite = isinstance(self.gate_bias_init, (int, float)) and abs(self.gate_bias_init) < float("inf")
+        self._require(finite, "gate_bias_init", "a finite number")
+        choices = get_args(GateWeightInit)
+        self._require(
+            self.gate_weight_init in choices, "gate_weight_init", f"one of {', '.join(map(repr, choices))}"
         )
+        width = self.gate_bottleneck
+        valid_width = width is None or (isinstance(width, int) and not isinstance(width, bool) and width > 0)
+        self._require(valid_width, "gate_bottleneck", "a positive integer, or None")
+        multiplier = isinstance(
+            self.gate_lr_multiplier, (int, float)
+        ) and 0 < self.gate_lr_multiplier < float("inf")
+        self._require(multiplier, "gate_lr_multiplier", "a positive number")
+
+    @property
+    def gated(self) -> bool:
+        """Whether the adapter has gates."""
+        return self.gates
+
+    def gate_overrides(self) -> dict[str, OptimizerOverride]:
+        """Gates step with their multiple of the learning rate and without weight decay."""
+        if not self.gates:
+            return {}
+        rule = OptimizerOverride(lr_multiplier=self.gate_lr_multiplier, weight_decay=0.0)
+        return dict.fromkeys(GATE_ROLES, rule)
 
 
 class GatedLayer(AdapterLayer):
@@ -58,36 +94,42 @@ class GatedLayer(AdapterLayer):
         #: Gates that are held where they are, (r) by adapter; then the update is static.
         self.held_gates: dict[str, torch.Tensor] = {}
 
-    def gate_settings(self, config: Any) -> GateSettings | None:
-        """The gates that a configuration asks for; None for none."""
-        return None
-
     def start(self, config: Any, r: int) -> dict[str, torch.Tensor]:
-        """The method's start, and almost closed gates."""
-        tensors = super().start(config, r)
-        if (settings := self.gate_settings(config)) is not None:
-            tensors |= self._start_gates(settings, r)
-        return tensors
+        """LoRA's start, and almost closed gates."""
+        return {**super().start(config, r), **self.start_gates(config, r)}
 
-    def _start_gates(self, settings: GateSettings, r: int) -> dict[str, torch.Tensor]:
-        draw = kaiming if settings.weight_init == "kaiming" else torch.zeros
+    def start_gates(self, config: GatedConfig, r: int) -> dict[str, torch.Tensor]:
+        """Tensors of a new adapter's gates by role; none without gates."""
+        if not config.gates:
+            return {}
+        draw = kaiming if config.gate_weight_init == "kaiming" else torch.zeros
         tensors = {}
-        if settings.bottleneck is None:
+        if config.gate_bottleneck is None:
             tensors["gate_weight"] = draw(r, self.in_features)
         else:
             # With zeros only the outer layer is zero, or neither would ever get a gradient.
-            tensors["gate_in"] = kaiming(settings.bottleneck, self.in_features)
-            tensors["gate_out"] = draw(r, settings.bottleneck)
-        tensors["gate_bias"] = torch.full((r,), float(settings.bias_init))
+            tensors["gate_in"] = kaiming(config.gate_bottleneck, self.in_features)
+            tensors["gate_out"] = draw(r, config.gate_bottleneck)
+        tensors["gate_bias"] = torch.full((r,), float(config.gate_bias_init))
         return tensors
+
+    def new_gate(
+        self, config: GatedConfig, adapter: str, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Tensors of the gate of one more component by role, drawn as at the start; none without gates."""
+        if not self.gated(adapter):
+            return {}
+        role = "gate_out" if self.has_parameter("gate_out", adapter) else "gate_weight"
+        width = self.parameter(role, adapter).shape[1]
+        row = torch.zeros(1, width)
+        if config.gate_weight_init == "kaiming":  # uniform with a = √5
+            row = (2 * torch.rand(1, width, generator=generator) - 1) / width**0.5
+        return {role: row, "gate_bias": torch.full((1,), float(config.gate_bias_init))}
 
     def update_layer(self, adapter: str, config: Any, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; see :meth:`AdapterLayer.update_layer`."""
         super().update_layer(adapter, config, *args, **kwargs)
-        settings = self.gate_settings(config)
-        self.gate_scale[adapter] = (
-            self.in_features**-0.5 if settings is not None and settings.normalize else 1.0
-        )
+        self.gate_scale[adapter] = self.in_features**-0.5 if config.gate_normalize else 1.0
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from this layer."""
@@ -103,10 +145,6 @@ class GatedLayer(AdapterLayer):
         """Whether an adapter has gates that are not held."""
         return self.gated(adapter) and adapter not in self.held_gates
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT may convert the update to a LoRA."""
-        return not self.depends_on_input(adapter_name)
-
     def projections(self, adapter: str) -> Sequence[torch.Tensor]:
         """Down and W_g (or the bottleneck's inner layer): one GEMM over the input does both."""
         if not self.depends_on_input(adapter):
@@ -115,11 +153,11 @@ class GatedLayer(AdapterLayer):
         return *super().projections(adapter), self.used(gate, adapter)
 
     def own_diagonal(self, adapter: str) -> torch.Tensor | None:
-        """The method's own diagonal, (r + k), which gates multiply; None for all ones."""
+        """The method's own diagonal, which gates multiply, (r) for gated adapters; None for all ones."""
         return None
 
     def diagonal(self, adapter: str, projected: torch.Tensor | None) -> torch.Tensor | None:
-        """g(x) ⊙ d, (…, r + k); components that never train have no gate."""
+        """g(x) ⊙ d, (…, r); the method's own diagonal without gates."""
         own = self.own_diagonal(adapter)
         if not self.gated(adapter):
             return own
@@ -128,12 +166,7 @@ class GatedLayer(AdapterLayer):
             gates = self.held_gates[adapter].to(up.device, up.dtype)
         else:
             gates = self._gates(adapter, projected)
-        if own is None:
-            return gates
-        ungated = own.shape[-1] - gates.shape[-1]
-        if ungated:
-            gates = torch.cat([gates, gates.new_ones((*gates.shape[:-1], ungated))], -1)
-        return gates * own
+        return gates if own is None else gates * own
 
     def _gates(self, adapter: str, logits: torch.Tensor) -> torch.Tensor:
         if self.has_parameter("gate_out", adapter):

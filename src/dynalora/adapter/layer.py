@@ -59,8 +59,6 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     frozen_roles: ClassVar[tuple[str, ...]] = ()
     #: Roles of tensors of the adapter as a whole, carried by its first layer: its clock, and what a method adds.
     lead_roles: ClassVar[tuple[str, ...]] = ("progress",)
-    #: Whether the diagonal depends on the input, so that there is no fixed ΔW.
-    input_dependent: ClassVar[bool] = False
     #: The dimension of each parameter along which the rank-1 components lie; what `resize` cuts and extends.
     rank_dims: ClassVar[Mapping[str, int]] = {"down": 0, "up": 1}
     #: Buffers that come and go during training (averages, records), saved with the adapter while they are there.
@@ -523,7 +521,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def depends_on_input(self, adapter: str) -> bool:
         """Whether an adapter's diagonal depends on the input, so that it has no fixed ΔW."""
-        return self.input_dependent
+        return False
 
     def open_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors of the most that the update can be: :meth:`static_factors`, or those with all gates open."""
@@ -608,7 +606,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may convert the update to a LoRA."""
-        return not self.input_dependent
+        return not self.depends_on_input(adapter_name)
 
     def extra_repr(self) -> str:
         """Method, ranks and quantisation, for ``print(model)``."""

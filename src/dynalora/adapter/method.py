@@ -48,8 +48,8 @@ class Method:
 
     @property
     def gated(self) -> bool:
-        """Whether the layers have gates that can be recorded on text (a method ``gates``)."""
-        return hasattr(self.layer_class, "gates")
+        """Whether the method's adapters have gates that can be recorded on text, unless they are told otherwise."""
+        return self.config_class().gated
 
     def prepare(self, layers: Mapping[str, AdapterLayer], adapter: str, config: Any) -> None:
         """Finish the start of a new adapter, once all its layers are there; not called when one is loaded.

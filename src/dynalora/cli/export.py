@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -182,7 +183,7 @@ def export(
         screen.print(str(server), highlight=False, markup=False, soft_wrap=True)
 
 
-def _snapshot(spec: ExportSpec, calibrate: str) -> tuple[PeftModel, list[GateStatistics], Table]:
+def _snapshot(spec: ExportSpec, calibrate: str) -> tuple[PeftModel, Sequence[GateStatistics], Table]:
     """The adapter on its base model, its gates over the calibration text, and what holding them there costs."""
     from dynalora.errors import ConfigError
     from dynalora.experiments import data as sets

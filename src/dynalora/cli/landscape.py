@@ -247,14 +247,9 @@ def _of_adapters(
     from dynalora.forgetting.landscape import rank_landscape
     from dynalora.methods import METHODS
 
-    methods = {
-        name: str(read_config(source).peft_type).rpartition(".")[2].lower() for name, source in names.items()
-    }
-    gated = {
-        name: "all gates open"
-        for name, method in methods.items()
-        if method in METHODS and METHODS[method].gated
-    }
+    configs = {name: read_config(source) for name, source in names.items()}
+    methods = {name: str(saved.peft_type).rpartition(".")[2].lower() for name, saved in configs.items()}
+    gated = {name: "all gates open" for name, saved in configs.items() if getattr(saved, "gated", False)}
     if spec.data is not None and not gated:
         raise UnsupportedError("None of the adapters has gates, so --data has no use; leave it out.")
     runs: dict[str, list[LandscapeRow]] = {}

@@ -36,7 +36,6 @@ from dynalora.forgetting.retention import (
     own_text,
     retention,
 )
-from dynalora.methods import METHODS
 from dynalora.progress import Progress, rich_progress
 
 if TYPE_CHECKING:
@@ -311,7 +310,7 @@ class _Demo:
                     **_cost(rows[-1]),
                 }
             )
-            if name.lower() in METHODS and METHODS[name.lower()].gated:
+            if getattr(trained.model.active_peft_config, "gated", False):
                 gates = self._gates(trained.model, held_out, text)
             # Gives the base model back; without the result nothing holds the adapter's weights any more.
             self.model = take_off(trained.model)

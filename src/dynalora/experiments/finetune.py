@@ -688,8 +688,7 @@ def decisions(
     """
     collator = data.Collator(tokenizer.pad_token_id or 0)
     try:
-        method = method_of(model)
-        if method is not None and method.gated:
+        if getattr(getattr(model, "active_peft_config", None), "gated", False):
             if len(held_out) == 0:
                 return None
             batches = [

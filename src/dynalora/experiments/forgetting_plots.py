@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dynalora.evaluation.scoring import Interval
-from dynalora.experiments.plots import MARKERS, PALETTE, figure, png
+from dynalora.experiments.plots import figure, png
 from dynalora.experiments.run_folder import RunFolder
+from dynalora.forgetting.drawing import MARKERS, PALETTE
 from dynalora.forgetting.landscape import LandscapeRow
 
 if TYPE_CHECKING:

@@ -311,11 +311,11 @@ def compare_gates(
     """
     saved = read_config(spec.adapter)
     method = str(saved.peft_type).rpartition(".")[2].lower()
-    gated = [name for name, known in METHODS.items() if known.gated]
-    if method not in gated:
+    if not getattr(saved, "gated", False):
+        gated = [name for name, known in METHODS.items() if known.gated]
         raise UnsupportedError(
             f"The adapter '{spec.adapter}' was made by {method}, which has no gates; "
-            f"give a {' or '.join(gated)} adapter."
+            f"give a {' or '.join(gated)} adapter, or one that was trained with gates=True."
         )
     domains = {name: read_domain(source) for name, source in spec.sources().items()}
     model = load(spec.adapter, spec.model)

@@ -38,6 +38,7 @@ from dynalora.experiments import plots
 from dynalora.experiments.report import Cell, Report, Section, Table, rich_table, write_report
 from dynalora.experiments.report import Figure as Picture
 from dynalora.experiments.run_folder import RunFolder
+from dynalora.forgetting import drawing
 from dynalora.methods import METHODS, config_class
 from dynalora.progress import Progress, rich_progress, silent
 
@@ -183,7 +184,7 @@ class LinearModel:
             ConfigError: the rank is below 1.
         """
         first, second = self.second_moments
-        best = torch.linalg.solve(first + second, first @ self.update.mT).mT
+        best: torch.Tensor = torch.linalg.solve(first + second, first @ self.update.mT).mT
         if rank is None:
             return best
         if rank < 1:
@@ -191,7 +192,8 @@ class LinearModel:
         values, vectors = torch.linalg.eigh((first + second) / 2)
         root = vectors * values.sqrt() @ vectors.mT
         u, sigma, vt = torch.linalg.svd(best @ root, full_matrices=False)
-        return torch.linalg.solve(root, (u[:, :rank] * sigma[:rank] @ vt[:rank]).mT).mT
+        nearest: torch.Tensor = torch.linalg.solve(root, (u[:, :rank] * sigma[:rank] @ vt[:rank]).mT).mT
+        return nearest
 
     def fixed_losses(self, correction: torch.Tensor) -> PopulationLosses:
         """The exact losses of a fixed C, (out, in): tr((C − ΔW*) M_F (C − ΔW*)ᵀ) and tr(C M_P Cᵀ) (eq. 14)."""
@@ -526,8 +528,10 @@ def _build(method: str, problem: LinearModel, how: LinearModelSpec) -> nn.Module
     if method == LORA:
         config: peft.PeftConfig = peft.LoraConfig(r=how.r, lora_alpha=2 * how.r, target_modules=["linear"])
     else:
-        config = config_class(method)(r=how.r, target_modules=["linear"], gate_bias_init=how.gate_bias_init)
-    return peft.get_peft_model(model, config)  # type: ignore[arg-type]  # any module will do
+        made: Any = config_class(method)
+        config = made(r=how.r, target_modules=["linear"], gate_bias_init=how.gate_bias_init)
+    whole: Any = model  # any module will do
+    return peft.get_peft_model(whole, config)
 
 
 def _train(
@@ -573,7 +577,7 @@ def _train(
         sample = problem.sample(how.batch_size, generator)
         optimizer.zero_grad()
         loss = (model(sample.x.float()) - sample.y.float()).square().sum(1).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
         spent += time.perf_counter() - began
@@ -796,7 +800,7 @@ def plot_training(result: LinearModelResult) -> Figure:
     for index, row in enumerate(result.rows):
         axis.plot(
             [step for step, _ in row.curve], [losses.mixture for _, losses in row.curve], label=NAMES[row.method],
-            color=plots.PALETTE[index], marker=plots.MARKERS[index], markersize=3.5, linewidth=1.3,
+            color=drawing.PALETTE[index], marker=drawing.MARKERS[index], markersize=3.5, linewidth=1.3,
         )  # fmt: skip
     axis.axhline(
         result.fixed.mixture, color="black", linestyle="--", linewidth=1, label="best fixed correction"
@@ -827,7 +831,7 @@ def plot_gate_curve(result: LinearModelResult) -> Figure:
     axis.plot(
         curve.logit,
         curve.gate,
-        color=plots.PALETTE[0],
+        color=drawing.PALETTE[0],
         marker="o",
         markersize=4,
         linewidth=1,

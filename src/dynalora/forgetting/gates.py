@@ -21,7 +21,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from dynalora.adapter.layer import AdapterLayer
+from dynalora.adapter.gates import GatedLayer
 from dynalora.errors import ConfigError, DynaloraError
 from dynalora.evaluation.generation import evaluating
 from dynalora.forgetting.landscape import layer_index
@@ -214,9 +214,9 @@ def record_gates(
     layers = {
         name: (module, adapter)
         for name, module in model.named_modules()
-        if isinstance(module, AdapterLayer) and hasattr(module, "gates")
+        if isinstance(module, GatedLayer)
         for adapter in ([adapter_name] if adapter_name else module.active_adapters)
-        if module.has_adapter(adapter)
+        if module.has_adapter(adapter) and module.gated(adapter)
     }
     if not layers:
         raise DynaloraError("the model has no adapter with gates (a DISeL adapter) to record.")
@@ -252,7 +252,7 @@ def _counted(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return counted
 
 
-def _forward_options(model: nn.Module, layers: dict[str, tuple[AdapterLayer, str]]) -> dict[str, Any]:
+def _forward_options(model: nn.Module, layers: dict[str, tuple[GatedLayer, str]]) -> dict[str, Any]:
     """Spare what nobody looks at: the key-value cache, and (B, T, V) logits unless the head's own gates are wanted."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     accepted = inspect.signature(base.forward).parameters
@@ -268,7 +268,7 @@ def _forward_options(model: nn.Module, layers: dict[str, tuple[AdapterLayer, str
 class _Recorder:
     """Running sums and histograms of all layers."""
 
-    def __init__(self, layers: dict[str, tuple[AdapterLayer, str]]) -> None:
+    def __init__(self, layers: dict[str, tuple[GatedLayer, str]]) -> None:
         self.layers = layers
         self.documents = 0
         self.collectors = {name: _Collector(layer.rank(adapter)) for name, (layer, adapter) in layers.items()}

@@ -22,19 +22,20 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from dynalora.adapter.compaction import THRESHOLD, compact_layers, require_free_shapes
-from dynalora.adapter.config import AdapterConfig
+from dynalora.adapter.gates import GatedConfig, GatedLayer
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method
 from dynalora.adapter.register import register
-from dynalora.driver.driver import Moment
+from dynalora.driver.driver import Moment, OptimizerOverride
 from dynalora.driver.schedule import SCHEDULES, Schedule, scheduled
 
 Penalty = Literal["product", "variational"]
 
 
 @dataclass
-class DiraConfig(AdapterConfig):
-    """Configuration of DiRA. The shared settings are those of :class:`dynalora.adapter.config.AdapterConfig`.
+class DiraConfig(GatedConfig):
+    """Configuration of DiRA. The shared settings are those of :class:`dynalora.adapter.config.AdapterConfig`, and with
+    ``gates=True`` those of :class:`dynalora.adapter.gates.GatedConfig`; the penalty is on the factors, gates left out.
 
     ``alpha`` defaults to ``r``, so that ΔW = up·down as the paper writes it.
 
@@ -83,8 +84,8 @@ class DiraConfig(AdapterConfig):
         self._require(share, "compact_threshold", "in [0, 1)")
 
 
-class DiraLayer(AdapterLayer):
-    """LoRA's layer: the diagonal is all ones; what DiRA adds happens in the gradient."""
+class DiraLayer(GatedLayer):
+    """LoRA's layer: the diagonal is all ones, or gates; what DiRA adds happens in the gradient."""
 
     method_name = "dira"
 
@@ -97,6 +98,12 @@ class Dira(Method):
     title = "DiRA"
     config_class = DiraConfig
     layer_class = DiraLayer
+
+    def optimizer_overrides(
+        self, config: DiraConfig, layer: AdapterLayer, adapter: str
+    ) -> dict[str, OptimizerOverride]:
+        """The gates' own rules, where there are any."""
+        return config.gate_overrides()
 
     def needs_total_steps(self, config: DiraConfig) -> bool:
         """A decaying weight needs the length of the run."""

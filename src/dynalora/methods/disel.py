@@ -14,12 +14,11 @@ gate learning rate 5 × the factors'; alpha = 2r.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 
-from dynalora.adapter.config import AdapterConfig
-from dynalora.adapter.gates import GatedLayer, GateSettings, GateWeightInit
+from dynalora.adapter.gates import GatedConfig, GatedLayer
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method
 from dynalora.adapter.register import register
@@ -27,67 +26,29 @@ from dynalora.driver.driver import Moment, OptimizerOverride
 
 
 @dataclass
-class DiselConfig(AdapterConfig):
-    """Configuration of DISeL. The shared settings are those of :class:`dynalora.adapter.config.AdapterConfig`.
+class DiselConfig(GatedConfig):
+    """Configuration of DISeL: the gates' settings (:class:`dynalora.adapter.gates.GatedConfig`) and the shared ones.
 
     ``alpha`` defaults to ``2r``, as in the paper's runs.
 
     Args:
-        gate_bias_init: Start of b_g; −3 opens the gates to σ(−3) ≈ 0.05.
-        gate_weight_init: Start of W_g: ``"kaiming"`` (uniform, a = √5) or ``"zeros"`` (all tokens alike at first).
-        gate_normalize: Divide W_g·x by √in, for inputs with large norms. b_g is not divided.
-        gate_bottleneck: Width of a narrow layer in the gates, W_g = gate_out·gate_in; None for a full W_g.
-        gate_lr_multiplier: Learning rate of the gates as a multiple of the optimizer's.
+        gates: Always True: without gates DISeL is a plain LoRA.
     """
 
-    gate_bias_init: float = field(default=-3.0, metadata={"help": "Start of the gates' bias."})
-    gate_weight_init: GateWeightInit = field(default="kaiming", metadata={"help": "kaiming or zeros."})
-    gate_normalize: bool = field(default=False, metadata={"help": "Divide the gates' logits by sqrt(in)."})
-    gate_bottleneck: int | None = field(
-        default=None, metadata={"help": "Width of a narrow layer in the gates."}
-    )
-    gate_lr_multiplier: float = field(default=5.0, metadata={"help": "Gates' learning rate as a multiple."})
+    gates: bool = field(default=True, metadata={"help": "Always true."})
 
     method: ClassVar[str] = "disel"
     default_alpha_per_rank: ClassVar[float] = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        finite = isinstance(self.gate_bias_init, (int, float)) and abs(self.gate_bias_init) < float("inf")
-        self._require(finite, "gate_bias_init", "a finite number")
-        choices = get_args(GateWeightInit)
-        self._require(
-            self.gate_weight_init in choices, "gate_weight_init", f"one of {', '.join(map(repr, choices))}"
-        )
-        width = self.gate_bottleneck
-        valid_width = width is None or (isinstance(width, int) and not isinstance(width, bool) and width > 0)
-        self._require(valid_width, "gate_bottleneck", "a positive integer, or None")
-        multiplier = isinstance(
-            self.gate_lr_multiplier, (int, float)
-        ) and 0 < self.gate_lr_multiplier < float("inf")
-        self._require(multiplier, "gate_lr_multiplier", "a positive number")
-
-    @property
-    def gates(self) -> GateSettings:
-        """What the layers' gates need to know."""
-        return GateSettings(
-            bias_init=self.gate_bias_init,
-            weight_init=self.gate_weight_init,
-            normalize=self.gate_normalize,
-            bottleneck=self.gate_bottleneck,
-            lr_multiplier=self.gate_lr_multiplier,
-        )
+        self._require(self.gates is True, "gates", "True (without gates it would be a plain LoRA)")
 
 
 class DiselLayer(GatedLayer):
     """The shared form with d = g(x)."""
 
     method_name = "disel"
-    input_dependent = True
-
-    def gate_settings(self, config: DiselConfig) -> GateSettings:
-        """The configuration's gates."""
-        return config.gates
 
 
 @register
@@ -103,7 +64,7 @@ class Disel(Method):
         self, config: DiselConfig, layer: AdapterLayer, adapter: str
     ) -> dict[str, OptimizerOverride]:
         """Gates step with their multiple of the learning rate and without weight decay."""
-        return config.gates.overrides()
+        return config.gate_overrides()
 
     def report(self, moment: Moment) -> dict[str, Any]:
         """How far the gates' biases have moved: the mean of σ(b_g), the openness for an input of zero."""

@@ -38,8 +38,8 @@ import torch
 from torch import distributed, nn
 from transformers.pytorch_utils import Conv1D
 
-from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.decomposition import Triplets, decompose
+from dynalora.adapter.gates import GATE_ROLES, GatedConfig, GatedLayer
 from dynalora.adapter.layer import AdapterLayer, kaiming
 from dynalora.adapter.method import Method, Panel
 from dynalora.adapter.ranks import fit
@@ -59,8 +59,11 @@ _FORGOTTEN = 1e-9
 
 
 @dataclass
-class PedyraConfig(AdapterConfig):
+class PedyraConfig(GatedConfig):
     """Configuration of PE-DyRA. The shared settings are those of :class:`dynalora.adapter.config.AdapterConfig`.
+
+    With ``gates=True`` there are those of :class:`dynalora.adapter.gates.GatedConfig` too: d = e ⊙ g(x), and a new
+    triple brings its gate along.
 
     ``alpha`` defaults to ``r``. The scaling s = alpha / r stays what it is while ranks move.
 
@@ -136,6 +139,13 @@ class PedyraConfig(AdapterConfig):
         start = self.init_weights
         known = (True, False, "orthogonal", "pissa")
         self._require(start in known, "init_weights", "'orthogonal', True, 'pissa' or False")
+        # Gates would not let the start cancel, and DoRA needs the norms of one fixed weight.
+        self._require(
+            not (self.gates and start == "pissa"),
+            "init_weights",
+            "'orthogonal', True or False with gates=True",
+        )
+        self._require(not (self.gates and self.use_dora), "use_dora", "False with gates=True")
         for name in ("adjust_start", "adjust_interval", "adjust_end"):
             value = getattr(self, name)
             valid = _is_number(value) and (0 < value < 1 or (value >= 1 and value == int(value)))
@@ -256,12 +266,13 @@ class Adjustment:
 # The layer ---------------------------------------------------------------------------------------------------------
 
 
-class PedyraLayer(AdapterLayer):
-    """The shared form with d = e."""
+class PedyraLayer(GatedLayer):
+    """The shared form with d = e, times gates where they are wanted."""
 
     method_name = "pedyra"
-    roles = ("down", "up", "e", "magnitude")  # magnitude, (out): the rows' norms, with use_dora only
-    rank_dims: ClassVar[dict[str, int]] = {"down": 0, "up": 1, "e": 0}
+    # magnitude, (out): the rows' norms, with use_dora only
+    roles = ("down", "up", "e", "magnitude", *GATE_ROLES)
+    rank_dims: ClassVar[dict[str, int]] = {**GatedLayer.rank_dims, "e": 0}
     # Averages: Ī and Ū of each parameter, and m of the inputs. The first layer also keeps the record.
     running_roles = (
         *(f"{kind}_{role}" for kind in ("sensitivity", "uncertainty") for role in ("down", "up", "e")),
@@ -281,7 +292,9 @@ class PedyraLayer(AdapterLayer):
 
     def start(self, config: PedyraConfig, r: int) -> dict[str, torch.Tensor]:
         """Orthonormal directions, or factors drawn from N(0, 0.02²), and e = 0."""
-        more = {"magnitude": self._base_squares().sqrt()} if config.use_dora else {}
+        more = self.start_gates(config, r)
+        if config.use_dora:
+            more["magnitude"] = self._base_squares().sqrt()
         if not config.init_weights:
             return {
                 "down": kaiming(r, self.in_features),
@@ -355,7 +368,7 @@ class PedyraLayer(AdapterLayer):
         if self.has_parameter("magnitude", adapter):
             self.parameter("magnitude", adapter).copy_(self._base_squares().sqrt())
 
-    def diagonal(self, adapter: str, projected: torch.Tensor | None) -> torch.Tensor:
+    def own_diagonal(self, adapter: str) -> torch.Tensor:
         """e, (r); with the frozen triplets of PiSSA's start (e, 1), since theirs is in their up factor."""
         e, frozen = self.used("e", adapter), self.running("frozen_up", adapter)
         return e if frozen is None else torch.cat([e, e.new_ones(frozen.shape[1])])
@@ -369,7 +382,8 @@ class PedyraLayer(AdapterLayer):
     def resize(self, adapter: str, keep: Sequence[int], new: Any = None) -> None:
         """Keep some triples and add new ones; survivors keep their averages, newcomers have none."""
         super().resize(adapter, keep, new)
-        for role, dim in self.rank_dims.items():
+        for role in _ROLES:
+            dim = self.rank_dims[role]
             for kind in ("sensitivity", "uncertainty"):
                 average = self.running(f"{kind}_{role}", adapter)
                 if average is not None:
@@ -566,7 +580,9 @@ class Pedyra(Method):
         So e's rate is a multiple of 2·√out / (√3·s), since it has a single direction to make up for all of LoRA's,
         and up's is such that its steps are as long as LoRA's once |e| is about a quarter.
         """
-        rules = {"magnitude": OptimizerOverride(weight_decay=0.0)} if config.use_dora else {}
+        rules = config.gate_overrides()
+        if config.use_dora:
+            rules["magnitude"] = OptimizerOverride(weight_decay=0.0)
         if config.match_step:
             scaling = layer.scaling[adapter]
             lora = 2 / math.sqrt(3) * math.sqrt(layer.out_features)
@@ -964,7 +980,8 @@ def _new_triple(
     layer: PedyraLayer, adapter: str, keep: list[int], generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
     """E = 0, and random unit directions orthogonal to those of the triples that stay."""
-    new = {"e": torch.zeros(1)}
+    config: Any = layer.drivers[adapter].config
+    new = {"e": torch.zeros(1), **layer.new_gate(config, adapter, generator)}
     for role in ("down", "up"):
         dim = layer.rank_dims[role]
         factor = _in_use(layer, role, adapter, layer.parameter(role, adapter).detach())
