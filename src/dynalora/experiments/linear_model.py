@@ -183,7 +183,7 @@ class LinearModel:
             ConfigError: the rank is below 1.
         """
         first, second = self.second_moments
-        best = torch.linalg.solve(first + second, first @ self.update.mT).mT
+        best: torch.Tensor = torch.linalg.solve(first + second, first @ self.update.mT).mT
         if rank is None:
             return best
         if rank < 1:
@@ -191,7 +191,8 @@ class LinearModel:
         values, vectors = torch.linalg.eigh((first + second) / 2)
         root = vectors * values.sqrt() @ vectors.mT
         u, sigma, vt = torch.linalg.svd(best @ root, full_matrices=False)
-        return torch.linalg.solve(root, (u[:, :rank] * sigma[:rank] @ vt[:rank]).mT).mT
+        cut: torch.Tensor = torch.linalg.solve(root, (u[:, :rank] * sigma[:rank] @ vt[:rank]).mT).mT
+        return cut
 
     def fixed_losses(self, correction: torch.Tensor) -> PopulationLosses:
         """The exact losses of a fixed C, (out, in): tr((C − ΔW*) M_F (C − ΔW*)ᵀ) and tr(C M_P Cᵀ) (eq. 14)."""
@@ -526,8 +527,9 @@ def _build(method: str, problem: LinearModel, how: LinearModelSpec) -> nn.Module
     if method == LORA:
         config: peft.PeftConfig = peft.LoraConfig(r=how.r, lora_alpha=2 * how.r, target_modules=["linear"])
     else:
-        config = config_class(method)(r=how.r, target_modules=["linear"], gate_bias_init=how.gate_bias_init)
-    return peft.get_peft_model(model, config)  # type: ignore[arg-type]  # any module will do
+        kind: Any = config_class(method)
+        config = kind(r=how.r, target_modules=["linear"], gate_bias_init=how.gate_bias_init)
+    return peft.get_peft_model(model, config)
 
 
 def _train(
@@ -573,7 +575,7 @@ def _train(
         sample = problem.sample(how.batch_size, generator)
         optimizer.zero_grad()
         loss = (model(sample.x.float()) - sample.y.float()).square().sum(1).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
         spent += time.perf_counter() - began

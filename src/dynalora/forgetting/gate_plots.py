@@ -181,7 +181,7 @@ def _over_depth(
             axis.axhline(line, color="0.5", linewidth=0.8)
         axis.set_title(kind, fontsize=9)
         axis.set_xlabel("layer", fontsize=8)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # a MaxNLocator
     for index in range(0, len(kinds), columns):
         axes[index].set_ylabel(label, fontsize=8)
     axes[0].legend(fontsize=7, frameon=False)
@@ -221,7 +221,7 @@ def plot_gate_heatmap(
             range(0, len(chosen), every),
             ["–" if row.layer is None else str(row.layer) for row in chosen[::every]],
         )
-        axis.yaxis.get_major_locator().set_params(integer=True)
+        axis.yaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # a MaxNLocator
         axis.set_title(kind, fontsize=9)
         axis.set_xlabel("layer", fontsize=8)
     for index in range(0, len(kinds), columns):
