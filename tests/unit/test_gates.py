@@ -312,7 +312,7 @@ def test_separation_is_the_area_between_the_tokens_of_two_domains(
 
     for item in found:
         exact = without(-1, 0, item.name)
-        assert item.bin_error < 0.005
+        assert item.bin_error < 0.02  # real ties too: in the first layer equal tokens have equal gates
         assert abs(item.auc - exact) <= item.bin_error + 1e-3  # rounding may move a token to the next bin
         variance = 0.0
         for which in (0, 1):

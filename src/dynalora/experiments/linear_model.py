@@ -192,8 +192,8 @@ class LinearModel:
         values, vectors = torch.linalg.eigh((first + second) / 2)
         root = vectors * values.sqrt() @ vectors.mT
         u, sigma, vt = torch.linalg.svd(best @ root, full_matrices=False)
-        nearest: torch.Tensor = torch.linalg.solve(root, (u[:, :rank] * sigma[:rank] @ vt[:rank]).mT).mT
-        return nearest
+        cut: torch.Tensor = torch.linalg.solve(root, (u[:, :rank] * sigma[:rank] @ vt[:rank]).mT).mT
+        return cut
 
     def fixed_losses(self, correction: torch.Tensor) -> PopulationLosses:
         """The exact losses of a fixed C, (out, in): tr((C − ΔW*) M_F (C − ΔW*)ᵀ) and tr(C M_P Cᵀ) (eq. 14)."""
@@ -528,10 +528,9 @@ def _build(method: str, problem: LinearModel, how: LinearModelSpec) -> nn.Module
     if method == LORA:
         config: peft.PeftConfig = peft.LoraConfig(r=how.r, lora_alpha=2 * how.r, target_modules=["linear"])
     else:
-        made: Any = config_class(method)
-        config = made(r=how.r, target_modules=["linear"], gate_bias_init=how.gate_bias_init)
-    whole: Any = model  # any module will do
-    return peft.get_peft_model(whole, config)
+        kind: Any = config_class(method)
+        config = kind(r=how.r, target_modules=["linear"], gate_bias_init=how.gate_bias_init)
+    return peft.get_peft_model(model, config)
 
 
 def _train(

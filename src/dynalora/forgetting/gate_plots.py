@@ -7,7 +7,7 @@ returns a matplotlib figure, made without pyplot, and also writes it if a path i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -181,7 +181,7 @@ def _over_depth(
             axis.axhline(line, color="0.5", linewidth=0.8)
         axis.set_title(kind, fontsize=9)
         axis.set_xlabel("layer", fontsize=8)
-        axis.xaxis.set_major_locator(_whole_numbers())
+        axis.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # a MaxNLocator
     for index in range(0, len(kinds), columns):
         axes[index].set_ylabel(label, fontsize=8)
     axes[0].legend(fontsize=7, frameon=False)
@@ -221,7 +221,7 @@ def plot_gate_heatmap(
             range(0, len(chosen), every),
             ["–" if row.layer is None else str(row.layer) for row in chosen[::every]],
         )
-        axis.yaxis.set_major_locator(_whole_numbers())
+        axis.yaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # a MaxNLocator
         axis.set_title(kind, fontsize=9)
         axis.set_xlabel("layer", fontsize=8)
     for index in range(0, len(kinds), columns):
@@ -229,12 +229,6 @@ def plot_gate_heatmap(
     assert image is not None  # there is at least one kind
     made.colorbar(image, ax=axes[: len(kinds)], label="mean gate")
     return _done(made, title or "Mean gate per rank component", path)
-
-
-def _whole_numbers() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(integer=True)
 
 
 def _kinds(statistics: Sequence[GateStatistics]) -> list[str]:
