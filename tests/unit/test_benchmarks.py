@@ -426,7 +426,7 @@ def test_bad_rows_are_told_with_their_place(
 def test_the_hub_out_of_reach_is_told() -> None:
     source = Source("x/y", "no-such-owner/no-such-data", splits={"test": "test"})
     with pytest.raises(
-        DataError, match=r"'no-such-owner/no-such-data', split 'test', cannot be loaded .* x/y"
+        DataError, match=r"'no-such-owner/no-such-data', split 'test', cannot be loaded .*'x/y"
     ):
         source.rows()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from dynalora.errors import ConfigError, DataError
@@ -409,7 +409,7 @@ def _entries() -> Iterator[Benchmark]:
         "mbpp", "MBPP", Source("code/mbpp", "google-research-datasets/mbpp", ("full",), all_three),
         _mbpp, (metrics.PASS_AT_1,), "code", 512, ("```", "\nif __name__", "\nprint(", "\nassert "),
     )  # fmt: skip
-    dev = {"train": "train", "dev": "validation", "test": "validation"}
+    dev = {"train": "train", "dev": "validation"}
     f1, accuracy = metrics.F1, metrics.ACCURACY
     sentence = ("sentence", "text")
     for name, title, reader, scored, labels, splits in (
@@ -419,7 +419,7 @@ def _entries() -> Iterator[Benchmark]:
         ("qqp", "QQP", _pairs(["question1"], ["question2"]), (accuracy, f1), 2, dev),
         ("stsb", "STS-B", _pairs(["sentence1"], ["sentence2"], value=True), (metrics.PEARSON,), 1, dev),
         ("mnli", "MNLI (matched)", _pairs(["premise"], ["hypothesis"]), (accuracy,), 3,
-         {"train": "train", "dev": "validation_matched", "test": "validation_matched"}),
+         {"train": "train", "dev": "validation_matched"}),
         ("qnli", "QNLI", _pairs(["question"], ["sentence"]), (accuracy,), 2, dev),
         ("rte", "RTE", _pairs(["sentence1"], ["sentence2"]), (accuracy,), 2, dev),
         ("wnli", "WNLI", _pairs(["sentence1"], ["sentence2"]), (accuracy,), 2, dev),
@@ -438,9 +438,8 @@ def _entries() -> Iterator[Benchmark]:
         "xsum", "XSum", Source("summarization/xsum", "EdinburghNLP/xsum", splits=all_three, revision=parquet), _xsum,
         (metrics.ROUGE,), max_new_tokens=64, stop=("\n",),
     )  # fmt: skip
-    squad = {"train": "train", "dev": "validation", "test": "validation"}
     yield Benchmark(
-        "squad_v2", "SQuAD v2", Source("qa/squad_v2", "rajpurkar/squad_v2", splits=squad), _squad, (metrics.SQUAD,),
+        "squad_v2", "SQuAD v2", Source("qa/squad_v2", "rajpurkar/squad_v2", splits=dev), _squad, (metrics.SQUAD,),
         stop=("\n",),
     )  # fmt: skip
     wikitext = Source("text/wikitext2", "Salesforce/wikitext", ("wikitext-2-raw-v1",), all_three, text=True)
@@ -481,21 +480,6 @@ def benchmark(name: str) -> Benchmark:
             "reasoning_gym:NAME or lm_eval:NAME."
         )
     return found
-
-
-@dataclass(frozen=True)
-class Examples:
-    """A task's items, read.
-
-    Attributes:
-        split: the one that was read.
-        items: the items.
-        skipped: how many rows had no usable response and were left out.
-    """
-
-    split: str
-    items: tuple[Example, ...] = field(repr=False)
-    skipped: int = 0
 
 
 # --- the commonsense union ------------------------------------------------------------------------------------

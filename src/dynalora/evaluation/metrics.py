@@ -357,6 +357,8 @@ def _f1(predicted: Sequence[int], wanted: Sequence[int]) -> float:
 def _matthews(predicted: Sequence[int], wanted: Sequence[int]) -> float:
     from sklearn.metrics import matthews_corrcoef
 
+    if len({*predicted, *wanted}) < 2:
+        return 0.0  # undefined, which scikit-learn warns of
     return float(matthews_corrcoef(wanted, predicted))
 
 

@@ -53,8 +53,7 @@ class Prepared:
         items: its items.
         metrics: those to compute.
         likelihood: score options by likelihood instead of generating.
-        run_code: generated code may be executed.
-        weak_sandbox: even where it cannot be contained.
+        weak_sandbox: generated code is executed even where it cannot be contained.
         limits: of generated code.
         harness: name of the lm-evaluation-harness task; empty: none.
         limit: of the harness's items.
@@ -65,7 +64,6 @@ class Prepared:
     items: tuple[Example, ...] = field(repr=False)
     metrics: tuple[Metric, ...] = ()
     likelihood: bool = False
-    run_code: bool = False
     weak_sandbox: bool = False
     limits: Limits = field(default_factory=Limits)
     harness: str = ""
@@ -159,7 +157,7 @@ def prepare(
         raise ConfigError(f"limit is {limit}; give 1 or more, or leave it out.")
     limits = limits or Limits()
     if name.startswith(_HARNESS):
-        return _harness_task(name, limit, run_code)
+        return _harness_task(name, limit)
     if name.startswith(_GENERATED):
         return _generated_task(name, limit or _GENERATED_ITEMS, seed)
     task = benchmark(name)
@@ -183,9 +181,7 @@ def prepare(
         items += task.read(row, where)
     if not task.source.text:
         items = items[:limit]
-    return Prepared(
-        task, split, tuple(items), chosen, likelihood, run_code, weak_sandbox, limits, limit=limit
-    )
+    return Prepared(task, split, tuple(items), chosen, likelihood, weak_sandbox, limits, limit=limit)
 
 
 def measure(
@@ -515,7 +511,7 @@ def _generated_task(name: str, size: int, seed: int) -> Prepared:
     return Prepared(task, f"held out, seed {seed}", items, task.metrics)
 
 
-def _harness_task(name: str, limit: int | None, run_code: bool) -> Prepared:
+def _harness_task(name: str, limit: int | None) -> Prepared:
     own = name.removeprefix(_HARNESS)
     if importlib.util.find_spec("lm_eval") is None:
         raise UnsupportedError(
