@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dynalora import hub as _hub
 from dynalora import methods as _methods
 from dynalora.adapter.compaction import Compaction, compact
 from dynalora.adapter.state import StateReport, state_report
@@ -42,6 +43,7 @@ globals().update(_configs)
 
 hooks.install()
 trainer.install()
+_hub.install()
 
 __all__ = [
     "Compaction",
