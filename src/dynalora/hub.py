@@ -126,7 +126,7 @@ def _how_to_load(model: PeftModel, config: AdapterConfig) -> str:
         f"Without that import PEFT does not know the method and stops with `KeyError: '{name}'`."
         + (
             ""
-            if METHODS[config.method].layer_class.input_dependent
+            if config.gated
             else " Where it cannot be installed, `dynalora.export_lora` makes a plain LoRA of it elsewhere."
         )
     )
