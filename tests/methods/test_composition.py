@@ -28,8 +28,9 @@ def adapted(config: type, **options: Any) -> Any:
         "alpha": 8,
         "target_modules": list(TOY.targets),
         "total_steps": 12,
-        "gate_bias_init": 0.0,
     }
+    if options.get("gates") or config is DiselConfig:
+        settings["gate_bias_init"] = 0.0
     return peft.get_peft_model(TOY.build(), config(**{**settings, **options}))
 
 
@@ -182,9 +183,13 @@ def test_a_method_without_gates_is_what_it_was() -> None:
 def test_what_cannot_have_gates_says_so() -> None:
     with pytest.raises(ConfigError, match="use_dora must be False with gates=True"):
         PedyraConfig(gates=True, use_dora=True)
-    with pytest.raises(ConfigError, match="init_weights must be True or False with gates=True"):
+    with pytest.raises(ConfigError, match="init_weights must be 'orthogonal', True or False with gates=True"):
         PedyraConfig(gates=True, init_weights="pissa")
     with pytest.raises(ConfigError, match="gates must be True"):
         DiselConfig(gates=False)
+    with pytest.raises(
+        ConfigError, match=r"gate_bias_init must be -3.0 \(its default\) without gates=True, got -1"
+    ):
+        DiraConfig(gate_bias_init=-1)
     with pytest.raises(ConfigError, match="gates must be True or False, got 'yes'"):
         DiraConfig(gates="yes")

@@ -86,6 +86,8 @@ def used(model: nn.Module) -> dict[str, torch.Tensor]:
     for layer in model.modules():
         if isinstance(layer, AdapterLayer):
             for role, dim in layer.rank_dims.items():
+                if not layer.has_parameter(role, "default"):
+                    continue
                 p: Any = layer.parameter(role, "default").detach()
                 whole = p.full_tensor() if hasattr(p, "full_tensor") else p
                 found[f"{layer.name}.{role}"] = whole.narrow(dim, 0, layer.rank("default")).clone()

@@ -148,8 +148,8 @@ class TestFinetune:
 
     def test_unknown_option_of_a_method(self, asking: Any) -> None:
         one_sentence(
-            asking(method="dira", option="gate_bias_init=-1"),
-            "Method 'dira' has no option 'gate_bias_init'",
+            asking(method="dira", option="warmup_steps=1"),
+            "Method 'dira' has no option 'warmup_steps'",
             "penalty_weight",
         )
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dynalora.errors import ConfigError, RunFolderError
-from dynalora.experiments import demo
+from dynalora.experiments import demo, training
 from dynalora.experiments.demo import DemoSpec, run_demo
 from dynalora.experiments.run_folder import read_metrics
 
@@ -101,7 +101,7 @@ def test_the_saved_adapters_give_the_measured_loss_again(ran: Any) -> None:
     for row, name in zip(result.rows, ("adapter", "adapter-lora"), strict=True):
         loaded = peft.PeftModel.from_pretrained(model, folder / name)
         assert answer_loss(loaded, rows).mean == pytest.approx(row.answer_loss_after, rel=1e-5)
-        demo._take_off(loaded)
+        training.take_off(loaded)
 
 
 def test_the_table_shows_base_and_methods(ran: Any) -> None:

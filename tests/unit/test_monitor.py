@@ -20,12 +20,13 @@ import dynalora
 from dynalora import RetentionMonitor, given_text, own_text, plot_retention_curves, read_retention
 from dynalora.errors import CheckpointError, ConfigError, DataError
 from dynalora.experiments import data
-from dynalora.experiments.finetune import adapter_config, method_names
+from dynalora.experiments.finetune import adapter_config
 from dynalora.forgetting.monitor import OWN, checkpoint_retention
 from dynalora.forgetting.retention import MeasuredText, adapter_tensors, base_predictions, retention
+from dynalora.methods import method_names
 from tests.unit import tiny
 
-METHODS = method_names()
+METHODS = [*method_names(), "lora"]
 STEPS = 9
 
 

@@ -8,7 +8,7 @@ with d the method's own diagonal. W_g meets the input in the same product as ``d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -62,6 +62,10 @@ class GatedConfig(AdapterConfig):
             self.gate_lr_multiplier, (int, float)
         ) and 0 < self.gate_lr_multiplier < float("inf")
         self._require(multiplier, "gate_lr_multiplier", "a positive number")
+        if not self.gates:
+            for own in fields(GatedConfig):
+                if own.name.startswith("gate_") and getattr(self, own.name) != own.default:
+                    self._require(False, own.name, f"{own.default!r} (its default) without gates=True")
 
     @property
     def gated(self) -> bool:
