@@ -17,9 +17,10 @@ from dynalora.errors import ConfigError, DataError, UnsupportedError
 from dynalora.evaluation import metrics
 from dynalora.evaluation.benchmarks import BENCHMARKS, GROUPS, benchmark, commonsense_union
 from dynalora.evaluation.generation import chat_prompt, generate
+from dynalora.evaluation.masked_lm import mask_windows
 from dynalora.evaluation.metrics import boxed, first_keyword, last_number, letter, math_form, strict_number
 from dynalora.evaluation.multiple_choice import option_scores
-from dynalora.evaluation.perplexity import masked_perplexity, perplexity, windows
+from dynalora.evaluation.perplexity import perplexity, windows
 from dynalora.evaluation.run import (
     TaskResult,
     _execute,
@@ -560,25 +561,22 @@ def encoder(labels: int | None = None) -> tuple[Any, Any]:
     return kind(config).eval(), tokenizer
 
 
-def test_masked_perplexity_by_hand() -> None:
+def test_masked_perplexity_by_hand(folder: Path) -> None:
     model, tokenizer = encoder()
-    rows = [list(range(10, 30)), list(range(40, 60))]
-    found = masked_perplexity(model, tokenizer, rows, share=0.1, seed=5)
-    import random
-
-    chance, losses = random.Random(5), []
-    for row in rows:
-        hidden = sorted(chance.sample(range(20), 2))
+    prepared = prepare("wikitext2_masked", data=folder)
+    text = "".join(item.prompt for item in prepared.items)
+    masked = mask_windows(windows(tokenizer, text, 32), tokenizer)
+    losses = []
+    for row, hidden in zip(masked.rows, masked.masked, strict=True):
         ids = torch.tensor([[tokenizer.mask_token_id if i in hidden else t for i, t in enumerate(row)]])
         with torch.no_grad():
             logs = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].log_softmax(-1)
         losses += [-float(logs[i, row[i]]) for i in hidden]
-    assert found.value == pytest.approx(math.exp(sum(losses) / 4), rel=1e-4)
-    assert masked_perplexity(model, tokenizer, rows, share=0.1, seed=5, batch_size=1).value == pytest.approx(
-        found.value, rel=1e-4
-    )
-    with pytest.raises(ConfigError, match="no mask token"):
-        masked_perplexity(model, tiny.tokenizer(), rows)
+    result = measure(model, tokenizer, prepared, window=32, batch_size=3)
+    assert result.items == len(masked.rows)
+    assert result.scores["perplexity"].value == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    assert result.scores["perplexity"].low < result.scores["perplexity"].value
+    assert result.percent == ()
 
 
 def test_classification(folder: Path) -> None:

@@ -24,9 +24,10 @@ from peft import PeftModel
 from dynalora.errors import ConfigError, DataError, UnsupportedError
 from dynalora.evaluation.benchmarks import GROUPS, Benchmark, Example, benchmark
 from dynalora.evaluation.generation import batches_by_length, chat_prompt, evaluating, generate
+from dynalora.evaluation.masked_lm import mask_windows, masked_lm_perplexity
 from dynalora.evaluation.metrics import EXACT, Metric
 from dynalora.evaluation.multiple_choice import Choice, option_scores
-from dynalora.evaluation.perplexity import masked_perplexity, perplexity, windows
+from dynalora.evaluation.perplexity import perplexity, windows
 from dynalora.evaluation.sandbox import Limits, check_sandbox, run_program
 from dynalora.evaluation.scoring import Interval
 from dynalora.evaluation.sources import Source
@@ -225,9 +226,9 @@ def measure(
         if task.how == "perplexity":
             score = perplexity(model, rows, batch_size=batch_size, what=what, progress=progress)
         else:
-            score = masked_perplexity(
-                model, tokenizer, rows, batch_size=batch_size, what=what, progress=progress
-            )
+            score = masked_lm_perplexity(
+                model, mask_windows(rows, tokenizer), batch_size=batch_size, name=name, progress=progress
+            ).interval
         result = replace(result, items=len(rows), scores={"perplexity": score})
     elif task.how == "classify":
         _need_head(model, task, "classes")
