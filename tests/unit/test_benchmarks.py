@@ -17,6 +17,7 @@ from dynalora.errors import ConfigError, DataError, UnsupportedError
 from dynalora.evaluation import metrics
 from dynalora.evaluation.benchmarks import BENCHMARKS, GROUPS, benchmark, commonsense_union
 from dynalora.evaluation.generation import chat_prompt, generate
+from dynalora.evaluation.harness import FORGETTING_SUITE
 from dynalora.evaluation.masked_lm import mask_windows
 from dynalora.evaluation.metrics import boxed, first_keyword, last_number, letter, math_form, strict_number
 from dynalora.evaluation.multiple_choice import option_scores
@@ -305,7 +306,7 @@ def test_a_missing_package_is_told_before_anything_runs(
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"rouge1 needs the package rouge-score.*dynalora\[eval\]"):
         prepare("xsum", data=folder)
-    with pytest.raises(UnsupportedError, match=r"lm_eval:sciq needs lm-evaluation-harness.*dynalora\[eval\]"):
+    with pytest.raises(UnsupportedError, match=r"task sciq needs lm-evaluation-harness.*dynalora\[eval\]"):
         prepare("lm_eval:sciq")
     chosen = prepare("squad_v2", data=folder, metrics=["f1"])
     assert chosen.metrics == (metrics.SQUAD,)
@@ -646,7 +647,7 @@ def test_harness_tasks_by_name(small: tuple[Any, Any], monkeypatch: pytest.Monke
     package.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     package.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
     tasks, models, hf = (types.ModuleType(name) for name in ("tasks", "models", "huggingface"))
-    tasks.TaskManager = lambda: types.SimpleNamespace(all_tasks=["sciq", "humaneval"])  # type: ignore[attr-defined]
+    tasks.TaskManager = lambda include_path: types.SimpleNamespace(all_tasks=["sciq", "humaneval"])  # type: ignore[attr-defined]
     hf.HFLM = lambda **options: options  # type: ignore[attr-defined]
     for name, module in (
         ("lm_eval", package), ("lm_eval.tasks", tasks), ("lm_eval.models", models), ("lm_eval.models.huggingface", hf),
@@ -655,7 +656,10 @@ def test_harness_tasks_by_name(small: tuple[Any, Any], monkeypatch: pytest.Monke
     model, tokenizer = small
     result = measure(model, tokenizer, prepare("lm_eval:sciq", limit=25), batch_size=4)
     assert (asked["tasks"], asked["limit"]) == (["sciq"], 25)
-    assert asked["model"] == {"pretrained": model, "tokenizer": tokenizer, "batch_size": 4}
+    assert asked["num_fewshot"] is None
+    assert asked["model"] == {
+        "pretrained": model, "tokenizer": tokenizer, "batch_size": 4, "max_length": None, "backend": "causal",
+    }  # fmt: skip
     assert result.scores["acc"] == Interval(
         0.5, pytest.approx(0.304, abs=1e-3), pytest.approx(0.696, abs=1e-3)
     )
@@ -665,6 +669,7 @@ def test_harness_tasks_by_name(small: tuple[Any, Any], monkeypatch: pytest.Monke
         prepare("lm_eval:sciqq")
     with pytest.raises(ConfigError, match="would execute the code of 'humaneval' without a sandbox"):
         prepare("lm_eval:humaneval", run_code=True)
+    assert task_list(["lm_eval:forgetting"]) == [f"lm_eval:{name}" for name in FORGETTING_SUITE]
 
 
 def test_the_mean_of_a_group() -> None:
