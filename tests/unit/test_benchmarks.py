@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import types
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from dynalora.evaluation.benchmarks import BENCHMARKS, GROUPS, benchmark, common
 from dynalora.evaluation.generation import chat_prompt, generate
 from dynalora.evaluation.harness import FORGETTING_SUITE
 from dynalora.evaluation.masked_lm import mask_windows
-from dynalora.evaluation.metrics import boxed, first_keyword, last_number, letter, math_form, strict_number
+from dynalora.evaluation.metrics import boxed, first_keyword, letter, math_form
 from dynalora.evaluation.multiple_choice import option_scores
+from dynalora.evaluation.numbers import final_number, last_number, number, same_number
 from dynalora.evaluation.perplexity import perplexity, windows
 from dynalora.evaluation.run import (
     TaskResult,
@@ -182,22 +184,38 @@ def test_the_first_keyword_decides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "strict", "last"),
+    ("text", "final", "last"),
     [
-        ("2+2=4\n#### 4", 4, 4),
-        ("#### 1,234.", 1234, 1234),
-        ("#### -3.50 apples", -3.5, -3.5),
-        ("#### $18", 18, 18),
-        ("So 3 and then 7.", None, 7),
-        ("The answer is: 0.5", None, 0.5),
-        ("#### none, of 12", None, 12),
+        ("2+2=4\n#### 4", "4", "4"),
+        ("It is so.\n#### 72", "72", "72"),
+        ("#### 1,234.", "1234", "1234"),
+        ("#### -3.50 apples", "-3.50", "-3.50"),
+        ("#### $18", "18", "18"),
+        ("#### $-3.50 dollars", "-3.50", "-3.50"),
+        ("#### -$3.50 dollars", "-3.50", "3.50"),
+        ("####18\n#### 20", "18", "20"),
+        ("So 3 and then 7.", None, "7"),
+        ("The answer is: 0.5", None, "0.5"),
+        ("#### none, of 12", None, "12"),
+        ("#### ,.", None, None),
         ("nothing", None, None),
-        ("1,000 and 2,500,000", None, 2500000),
+        ("1,000 and 2,500,000", None, "2500000"),
     ],
 )
-def test_numbers(text: str, strict: float | None, last: float | None) -> None:
-    assert strict_number(text) == strict
-    assert last_number(text) == last
+def test_numbers(text: str, final: str | None, last: str | None) -> None:
+    assert final_number(text) == (None if final is None else Decimal(final))
+    assert last_number(text) == (None if last is None else Decimal(last))
+
+
+def test_numbers_are_compared_as_numbers() -> None:
+    assert same_number(number("18.00"), number(" $18 "))
+    assert same_number(number("0.333"), number("0.3339"))
+    assert not same_number(number("0.333"), number("0.3341"))
+    assert not same_number(number("no"), number("no"))
+    assert number(None) is None
+    assert number("nan") is None
+    assert metrics.STRICT.score(["so #### 18", "18"], ["18.00", "18"])[1] == {"strict": (1.0, 0.0)}
+    assert metrics.FLEXIBLE.score(["#### 4, no 5", "18"], ["4", "18"])[1] == {"flexible": (0.0, 1.0)}
 
 
 @pytest.mark.parametrize(
@@ -401,7 +419,7 @@ def test_bad_data_is_told_in_one_sentence(folder: Path, tmp_path: Path) -> None:
     ("name", "row", "told"),
     [
         ("gsm8k", {"question": "1?", "answer": ""}, "row 1 has no text in the field 'answer'"),
-        ("gsm8k", {"question": "1?", "answer": "one"}, "row 1 has no '#### number' in its answer"),
+        ("gsm8k", {"question": "1?", "answer": "one"}, "row 1 has an answer without a number after '####'"),
         ("gsm8k", {"answer": "#### 1"}, "row 1 has no field 'question'; its fields are 'answer'"),
         ("math", {"problem": "1?", "solution": "one"}, r"row 1 has no .boxed"),
         ("aqua", {"instruction": "1?", "answer": "F"}, "row 1 has the answer 'F'; it must be a letter"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from dynalora.errors import ConfigError, DataError
-from dynalora.evaluation.final_number import final_number, same_number, solution_from
+from dynalora.evaluation.numbers import solution_from
 from dynalora.experiments import tasks
 from dynalora.experiments.tasks import (
     AnswerTask,
@@ -23,29 +22,6 @@ from dynalora.experiments.tasks import (
 )
 
 from . import tiny
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("It is so.\n#### 72", "72"),
-        ("#### 1,234.", "1234"),
-        ("#### $-3.50 dollars", "-3.50"),
-        ("####18\n#### 20", "18"),
-        ("The answer is 72", None),
-        ("#### none", None),
-        ("#### ,.", None),
-    ],
-)
-def test_the_number_behind_the_mark_is_found(text: str, number: str | None) -> None:
-    assert final_number(text) == (None if number is None else Decimal(number))
-
-
-def test_numbers_are_compared_as_numbers() -> None:
-    assert same_number("#### 18.00", "so #### 18")
-    assert not same_number("#### 18.5", "#### 18")
-    assert not same_number("18", "#### 18")
-    assert not same_number("no", "no")
 
 
 def test_solutions_lose_their_notes_and_keep_their_number() -> None:

@@ -22,6 +22,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from dynalora.errors import DataError, UnsupportedError
+from dynalora.evaluation.numbers import final_number, last_number, number, same_number
 from dynalora.evaluation.scoring import Interval, wilson
 
 Items = Mapping[str, Sequence[float | None]]
@@ -129,32 +130,6 @@ def first_keyword(text: str, keywords: Sequence[str]) -> str | None:
     return found[0] if found else None
 
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
-_STRICT = re.compile(r"#### *(-?\$?[\d.,]+)")
-
-
-def number(text: str | None) -> float | None:
-    """A number out of its usual spellings (`1,234`, `$5`, `3.`); None where it is none."""
-    if text is None:
-        return None
-    try:
-        return float(text.replace(",", "").replace("$", "").rstrip("."))
-    except ValueError:
-        return None
-
-
-def strict_number(text: str) -> float | None:
-    """The number behind `####`, GSM8K's own way to end a solution; None where there is none."""
-    found = _STRICT.search(text)
-    return number(found[1]) if found else None
-
-
-def last_number(text: str) -> float | None:
-    """The last number in a text; None where there is none."""
-    found = _NUMBER.findall(text)
-    return number(found[-1]) if found else None
-
-
 def letter(text: str, letters: str = "ABCDE") -> str | None:
     """The option a text decides for: the letter behind the last "answer is", else the first that stands alone."""
     decided = re.findall(rf"(?i:answer(?: is|:))\s*\(?([{letters}])\b", text)
@@ -220,14 +195,9 @@ def keyword_accuracy(keywords: Sequence[str]) -> Metric:
     return _each("accuracy", lambda text, reference: first_keyword(text, keywords) == reference)
 
 
-def _close(found: float | None, wanted: str) -> bool:
-    right = number(wanted)
-    return found is not None and right is not None and abs(found - right) <= 1e-3
-
-
-STRICT = _each("strict", lambda text, wanted: _close(strict_number(text), wanted))
-FLEXIBLE = _each("flexible", lambda text, wanted: _close(last_number(text), wanted))
-NUMBER = _each("accuracy", lambda text, wanted: _close(last_number(text), wanted))
+STRICT = _each("strict", lambda text, wanted: same_number(final_number(text), number(wanted)))
+FLEXIBLE = _each("flexible", lambda text, wanted: same_number(last_number(text), number(wanted)))
+NUMBER = _each("accuracy", lambda text, wanted: same_number(last_number(text), number(wanted)))
 LETTER = _each("accuracy", lambda text, wanted: letter(text) == wanted)
 EXACT = _each("accuracy", lambda text, wanted: text.strip() == wanted.strip())
 MATH = _each(

@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 
 from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.commonsense import choice_from
-from dynalora.evaluation.final_number import MARK, same_number, solution_from
 from dynalora.evaluation.generation import generate
 from dynalora.evaluation.multiple_choice import Choice, Estimate, option_scores, ratio
+from dynalora.evaluation.numbers import MARK, final_number, same_number, solution_from
 from dynalora.evaluation.scoring import Interval, answer_loss, wilson
 from dynalora.evaluation.tasks import Item, load_task
 from dynalora.experiments import data
@@ -259,7 +259,10 @@ class NumberTask(ExperimentTask):
             max_new_tokens=how.generated_tokens, batch_size=how.batch_size,
             what=f"Solving {self.name}: {name}", progress=progress,
         ) if asked else []  # fmt: skip
-        right = tuple(same_number(own, item.answer) for own, item in zip(said, asked, strict=True))
+        right = tuple(
+            same_number(final_number(own), final_number(item.answer))
+            for own, item in zip(said, asked, strict=True)
+        )
         return TaskScore(right, ratio(found.sums, found.counts), len(rows))
 
 
