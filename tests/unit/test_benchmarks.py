@@ -34,8 +34,8 @@ from dynalora.evaluation.run import (
     prepare,
     task_list,
 )
-from dynalora.evaluation.scoring import Interval
 from dynalora.evaluation.sources import Source
+from dynalora.evaluation.statistics import Interval, bootstrap, item_interval
 
 from . import benchmark_files, tiny
 
@@ -280,15 +280,15 @@ def test_squad_by_hand() -> None:
 
 
 def test_intervals() -> None:
-    shares = metrics.mean_interval([1.0, 0.0, 1.0, 1.0])
+    shares = item_interval([1.0, 0.0, 1.0, 1.0])
     assert shares.value == 0.75
     assert 0.3 < shares.low < 0.31  # Wilson's
-    mean = metrics.mean_interval([1.0, 2.0, 3.0])
-    assert (mean.value, mean.high) == (2.0, pytest.approx(2 + 1.96 / math.sqrt(3), abs=1e-3))
-    drawn = metrics.bootstrap(lambda a, r: sum(a) / len(a), list(range(100)), [0] * 100)
+    mean = item_interval([1.0, 2.0, 3.0])
+    assert (mean.value, mean.high) == (2.0, pytest.approx(2 + 4.3026527 / math.sqrt(3)))
+    drawn = bootstrap(lambda a, r: sum(a) / len(a), list(range(100)), [0] * 100)
     assert drawn.value == 49.5
     assert drawn.high - drawn.low == pytest.approx(2 * 1.96 * 28.87 / 10, rel=0.15)
-    assert metrics.bootstrap(lambda a, r: sum(a), [1, 2, 3], [0] * 3) == metrics.bootstrap(
+    assert bootstrap(lambda a, r: sum(a), [1, 2, 3], [0] * 3) == bootstrap(
         lambda a, r: sum(a), [1, 2, 3], [0] * 3
     )
 

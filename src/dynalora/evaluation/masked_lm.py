@@ -21,9 +21,8 @@ import torch.nn.functional as F
 
 from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.generation import batches_by_length, evaluating, padding_id
-from dynalora.evaluation.multiple_choice import Estimate, ratio
 from dynalora.evaluation.perplexity import exponential
-from dynalora.evaluation.scoring import Interval
+from dynalora.evaluation.statistics import Estimate, Interval, ratio
 from dynalora.progress import Progress, silent
 
 if TYPE_CHECKING:

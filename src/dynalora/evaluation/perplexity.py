@@ -17,15 +17,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from dynalora.errors import ConfigError, DataError
-from dynalora.evaluation.multiple_choice import Estimate, ratio
-from dynalora.evaluation.scoring import Interval, answer_loss
+from dynalora.evaluation.scoring import answer_loss
+from dynalora.evaluation.statistics import Estimate, Interval, ratio
 from dynalora.progress import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _IGNORED = -100
-_Z = 1.959963984540054
 
 
 def windows(
@@ -78,8 +77,5 @@ def perplexity(
 
 def exponential(loss: Estimate) -> Interval:
     """The perplexity of a loss in nats per token, with its 95 % interval."""
-    return Interval(
-        math.exp(loss.value),
-        math.exp(loss.value - _Z * loss.error),
-        math.exp(loss.value + _Z * loss.error),
-    )
+    inside = loss.interval
+    return Interval(math.exp(inside.value), math.exp(inside.low), math.exp(inside.high))

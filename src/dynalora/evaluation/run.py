@@ -29,8 +29,8 @@ from dynalora.evaluation.metrics import EXACT, Metric
 from dynalora.evaluation.multiple_choice import Choice, option_scores
 from dynalora.evaluation.perplexity import perplexity, windows
 from dynalora.evaluation.sandbox import Limits, check_sandbox, run_program
-from dynalora.evaluation.scoring import Interval
 from dynalora.evaluation.sources import Source
+from dynalora.evaluation.statistics import Estimate, Interval
 from dynalora.evaluation.tasks import load_task
 from dynalora.progress import Progress, silent
 
@@ -521,10 +521,6 @@ def _harness_task(name: str, limit: int | None) -> Prepared:
     return Prepared(task, "the harness's", (), harness=own, limit=limit)
 
 
-def _normal(value: float, error: float) -> Interval:
-    return Interval(value, value - 1.959963984540054 * error, value + 1.959963984540054 * error)
-
-
 def _harness(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -535,7 +531,7 @@ def _harness(
     (found,) = run_harness(
         model, tokenizer, [prepared.harness], num_fewshot=None, limit=prepared.limit, batch_size=batch_size
     )
-    scores = {name: _normal(value, error or 0.0) for name, (value, error) in found.numbers.items()}
+    scores = {name: Estimate(value, error or 0.0).interval for name, (value, error) in found.numbers.items()}
     main = next(name for name in scores if name.split(" ")[0] == found.metric)
     percent = tuple(
         name for name in scores if name.split(" ")[0] in ("acc", "acc_norm", "exact_match", "f1", "em")

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dynalora.errors import ConfigError
-from dynalora.evaluation.scoring import Interval, Score, evaluate, mcnemar, paired_difference
+from dynalora.evaluation.scoring import Score, evaluate
+from dynalora.evaluation.statistics import Interval, mcnemar, paired_difference
 from dynalora.evaluation.tasks import Task, load_task
 from dynalora.experiments import data, plots
 from dynalora.experiments.finetune import BASELINE, adapter_config, check_targets, load_model, load_tokenizer

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynalora.errors import ConfigError
-from dynalora.evaluation.scoring import Interval, mean_interval
+from dynalora.evaluation.statistics import Interval, mean_interval
 from dynalora.experiments.finetune import adapter_config
 from dynalora.experiments.forgetting_plots import plot_bars, plot_stages, save_figure
 from dynalora.experiments.lab import (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dynalora.evaluation.scoring import Interval
+from dynalora.evaluation.statistics import Interval
 from dynalora.experiments.plots import figure, png
 from dynalora.experiments.run_folder import RunFolder
 from dynalora.forgetting.drawing import MARKERS, PALETTE

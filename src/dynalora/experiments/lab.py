@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from dynalora.errors import CheckpointError, ConfigError, RunFolderError
-from dynalora.evaluation.scoring import Interval, mean_interval, wilson
+from dynalora.evaluation.statistics import Estimate, Interval, mean_interval, wilson
 from dynalora.experiments import data
 from dynalora.experiments.finetune import (
     DTYPES,
@@ -316,8 +316,7 @@ def mean_accuracy(records: Sequence[Mapping[str, Any]]) -> Interval | None:
 def mean_loss(records: Sequence[Mapping[str, Any]]) -> Interval:
     """Mean loss over runs with its 95 % interval: Student's t; of a single run normal, over its questions."""
     if len(records) == 1:
-        value, half = records[0]["loss"], 1.96 * records[0]["loss_error"]
-        return Interval(value, value - half, value + half)
+        return Estimate(records[0]["loss"], records[0]["loss_error"]).interval
     return mean_interval([record["loss"] for record in records])
 
 

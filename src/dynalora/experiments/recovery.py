@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynalora.errors import CheckpointError, ConfigError
-from dynalora.evaluation.scoring import Interval, mean_interval
+from dynalora.evaluation.statistics import Interval, mean_interval
 from dynalora.experiments.adapters import adapter_folder, read_config
 from dynalora.experiments.forgetting import stage_folder
 from dynalora.experiments.forgetting_plots import plot_bars, save_figure

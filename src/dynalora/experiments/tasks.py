@@ -30,9 +30,10 @@ from typing import TYPE_CHECKING, Any
 from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.commonsense import choice_from
 from dynalora.evaluation.generation import generate
-from dynalora.evaluation.multiple_choice import Choice, Estimate, option_scores, ratio
+from dynalora.evaluation.multiple_choice import Choice, option_scores
 from dynalora.evaluation.numbers import MARK, final_number, same_number, solution_from
-from dynalora.evaluation.scoring import Interval, answer_loss, wilson
+from dynalora.evaluation.scoring import answer_loss
+from dynalora.evaluation.statistics import Estimate, Interval, ratio, wilson
 from dynalora.evaluation.tasks import Item, load_task
 from dynalora.experiments import data
 from dynalora.experiments.settings import named_values
