@@ -329,6 +329,7 @@ class _Demo:
 
     def _gates(self, model: PeftModel, held_out: data.TokenizedSet, text: OwnText) -> bytes:
         """Histograms of DISeL's gates on the task and on the base model's own text."""
+        from dynalora.forgetting.drawing import rendered
         from dynalora.forgetting.gate_plots import plot_gates
         from dynalora.forgetting.gates import record_gates
 
@@ -344,7 +345,7 @@ class _Demo:
             listen = functools.partial(self.progress, f"Recording the gates on {name}")
             listen(0, len(batches))
             found[name] = record_gates(model, batches, progress=listen)
-        return plots.png(plot_gates(found))
+        return rendered(plot_gates(found))
 
     def _report(
         self,

@@ -462,10 +462,7 @@ def write_gates(result: GatesResult, run: RunFolder) -> None:
     for heading, text, tables, drawn in _sections(result):
         pictures = []
         for name, made, caption in drawn:
-            image = plots.png(made)
-            run.write(f"plots/{name}.png", image)
-            run.write(f"plots/{name}.svg", plots.svg(made))
-            pictures.append(Picture(image, caption))
+            pictures.append(Picture(plots.save_figure(run, name, made), caption))
         sections.append(Section(heading, text, tables=tables, figures=pictures))
     run.write("report.html", render_html(Report(f"Gates of {result.adapter}", summary(result), sections)))
 

@@ -28,7 +28,7 @@ from dynalora.errors import CheckpointError, ConfigError
 from dynalora.evaluation.statistics import Interval, mean_interval
 from dynalora.experiments.adapters import adapter_folder, read_config
 from dynalora.experiments.forgetting import stage_folder
-from dynalora.experiments.forgetting_plots import plot_bars, save_figure
+from dynalora.experiments.forgetting_plots import plot_bars
 from dynalora.experiments.lab import (
     ADAPTER,
     RESULT,
@@ -44,6 +44,7 @@ from dynalora.experiments.lab import (
     shown_accuracy,
     shown_loss,
 )
+from dynalora.experiments.plots import save_figure
 from dynalora.experiments.report import Cell, Figure, Report, Section, Table, rich_table, write_report
 from dynalora.experiments.run_folder import CONFIG, RunFolder
 from dynalora.experiments.settings import read_yaml, settings_from
