@@ -418,17 +418,17 @@ def test_bad_data_is_told_in_one_sentence(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "row", "told"),
     [
-        ("gsm8k", {"question": "1?", "answer": ""}, "row 1 has no text in the field 'answer'"),
-        ("gsm8k", {"question": "1?", "answer": "one"}, "row 1 has an answer without a number after '####'"),
-        ("gsm8k", {"answer": "#### 1"}, "row 1 has no field 'question'; its fields are 'answer'"),
-        ("math", {"problem": "1?", "solution": "one"}, r"row 1 has no .boxed"),
-        ("aqua", {"instruction": "1?", "answer": "F"}, "row 1 has the answer 'F'; it must be a letter"),
-        ("svamp", {"instruction": "1?", "answer": "one"}, "row 1 has the answer 'one', which is no number"),
-        ("boolq", {"instruction": "1?", "answer": "maybe"}, "row 1 has the answer 'maybe'"),
-        ("cola", {"text": "a", "label": -1}, "row 1 has no label"),
-        ("xsum", {"document": "a", "summary": " "}, "row 1 has no text in the field 'summary'"),
+        ("gsm8k", {"question": "1?", "answer": ""}, "line 1 has no text in the field 'answer'"),
+        ("gsm8k", {"question": "1?", "answer": "one"}, "line 1 has an answer without a number after '####'"),
+        ("gsm8k", {"answer": "#### 1"}, "line 1 has no field 'question'; its fields are 'answer'"),
+        ("math", {"problem": "1?", "solution": "one"}, r"line 1 has no .boxed"),
+        ("aqua", {"instruction": "1?", "answer": "F"}, "line 1 has the answer 'F'; it must be a letter"),
+        ("svamp", {"instruction": "1?", "answer": "one"}, "line 1 has the answer 'one', which is no number"),
+        ("boolq", {"instruction": "1?", "answer": "maybe"}, "line 1 has the answer 'maybe'"),
+        ("cola", {"text": "a", "label": -1}, "line 1 has no label"),
+        ("xsum", {"document": "a", "summary": " "}, "line 1 has no text in the field 'summary'"),
         ("convai2", {"personality": [], "utterances": [{"candidates": [""], "history": []}]}, "empty response"),
-        ("mbpp", {"text": "a", "test_list": []}, "row 1 has no test"),
+        ("mbpp", {"text": "a", "test_list": []}, "line 1 has no test"),
     ],
 )  # fmt: skip
 def test_bad_rows_are_told_with_their_place(

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.commonsense import choice_from
+from dynalora.evaluation.files import file_rows
 from dynalora.evaluation.generation import generate
 from dynalora.evaluation.multiple_choice import Choice, option_scores
 from dynalora.evaluation.numbers import MARK, final_number, same_number, solution_from
@@ -328,7 +329,7 @@ def _from_files(path: Path, held_out: int, train_limit: int | None) -> Experimen
             "give a folder or the beginning of the names of its files."
         )
     name = path.resolve().name
-    train_rows, held_rows = list(data.read_rows(train_file)[0]), list(data.read_rows(held_file)[0])
+    train_rows, held_rows = list(file_rows(train_file)), list(file_rows(held_file))
     for file, rows in ((train_file, train_rows), (held_file, held_rows)):
         if not rows:
             raise DataError(f"'{file}' holds no row; give a file with at least one.")
