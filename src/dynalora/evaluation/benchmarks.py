@@ -463,14 +463,19 @@ _ALIASES = {
 }  # fmt: skip
 
 
+def find_benchmark(name: str) -> Benchmark | None:
+    """The benchmark of that name; None if there is none."""
+    key = re.sub(r"[-\s]", "_", name.strip().lower())
+    return BENCHMARKS.get(_ALIASES.get(key, key))
+
+
 def benchmark(name: str) -> Benchmark:
     """A benchmark by its name.
 
     Raises:
         ConfigError: there is none of this name; lists those there are.
     """
-    key = re.sub(r"[-\s]", "_", name.strip().lower())
-    found = BENCHMARKS.get(_ALIASES.get(key, key))
+    found = find_benchmark(name)
     if found is None:
         raise ConfigError(
             f"There is no task '{name}'; choose one of {', '.join(BENCHMARKS)}, a group ({', '.join(GROUPS)}), "

@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import IO, Any
 from dynalora.errors import DataError
 
 FILE_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+SAME_SPLIT = {"valid": "dev", "validation": "dev", "eval": "dev"}
 TEXT_FIELDS = ("text", "content", "document")
 
 Rows = Iterator[tuple[str, Mapping[str, Any]]]
@@ -89,6 +90,29 @@ def file_rows(path: Path) -> Rows:
             yield from _json_rows(path, file)
         else:
             yield from _json_lines(path, file)
+
+
+def split_files(stem: Path, kinds: Sequence[str] = FILE_KINDS) -> dict[str, Path]:
+    """The files of a data set's splits: `<stem>.<split>.jsonl`, or `<split>.jsonl` inside a folder, gzipped or not.
+
+    Args:
+        stem: the folder, or the beginning of the files' names.
+        kinds: endings of files that count, without `.gz`.
+
+    Returns:
+        Split → file; `valid`, `validation` and `eval` are called `dev`.
+    """
+    folder, lead = (stem, "") if stem.is_dir() else (stem.parent, f"{stem.name}.")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        name = path.name.removesuffix(".gz")
+        kind = next((kind for kind in kinds if name.endswith(kind)), None)
+        if kind is None or not name.startswith(lead) or not path.is_file():
+            continue
+        own = name[len(lead) : -len(kind)]
+        if own and "." not in own:
+            found.setdefault(SAME_SPLIT.get(own, own), path)
+    return found
 
 
 def is_text(path: Path) -> bool:

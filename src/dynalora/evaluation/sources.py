@@ -15,13 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from dynalora.errors import DataError
-from dynalora.evaluation.files import FILE_KINDS, file_rows, first_line, text_lines
+from dynalora.evaluation.files import (
+    FILE_KINDS,
+    SAME_SPLIT,
+    file_rows,
+    first_line,
+    split_files,
+    text_lines,
+)
 
 Row = tuple[str, Mapping[str, Any]]
 """Where a row lies, for errors, and its fields."""
 
 _MEASURED_ON = ("test", "dev")  # in order of preference
-_SAME = {"valid": "dev", "validation": "dev", "eval": "dev"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Source:
             DataError: there is no such split, or it cannot be read, or it is empty.
         """
         if split is not None:
-            split = _SAME.get(split, split)
+            split = SAME_SPLIT.get(split, split)
         name, rows = self._folder(split, Path(folder)) if folder is not None else self._hub(split)
         found = list(islice(rows, limit))
         if not found:
@@ -76,21 +82,14 @@ class Source:
         if not folder.is_dir():
             raise DataError(f"There is no folder '{folder}'; give the one that holds '{self.file}.*'.")
         kinds = (".txt",) if self.text else FILE_KINDS
-        endings = [kind + packed for kind in kinds for packed in ("", ".gz")]
-        files: dict[str, Path] = {}
-        for path in sorted((folder / self.file).parent.glob(f"{Path(self.file).name}.*")):
-            rest = path.name[len(Path(self.file).name) + 1 :]
-            for ending in endings:
-                if rest.endswith(ending) and "." not in rest[: -len(ending)]:
-                    own = rest[: -len(ending)]
-                    files.setdefault(_SAME.get(own, own), path)
+        files = split_files(folder / self.file, kinds)
         chosen = split or next((name for name in _MEASURED_ON if name in files), None)
         if chosen is None or chosen not in files:
             wanted = f"split '{chosen}'" if chosen else "split test or dev"
             there = f"there is {', '.join(sorted(files))}" if files else "there is none of its files"
             raise DataError(
                 f"'{self.file}' has no {wanted} in '{folder}' ({there}); name another split, or put "
-                f"'{self.file}.{chosen or 'test'}{endings[0]}' there."
+                f"'{self.file}.{chosen or 'test'}{kinds[0]}' there."
             )
         path = files[chosen]
         rows = text_lines(path) if self.text else file_rows(path)

@@ -43,6 +43,7 @@ class LabSettings:
 
     Attributes:
         model: id of a causal language model on the Hugging Face Hub, a folder that holds one, or `smollm2`, the demo's.
+        data: folder with the files of benchmarks, as for `dynalora evaluate`; None: the Hub.
         held_out: number of held-out questions per task; a file that has fewer gives all of its.
         train_limit: number of training questions per task; None: all of a file, 1000 of a generated task.
         generated: number of word problems that are solved by generation, which is slow; 0: none.
@@ -56,6 +57,7 @@ class LabSettings:
     """
 
     model: str = "smollm2"
+    data: str | None = None
     held_out: int = 200
     train_limit: int | None = None
     generated: int = 64
@@ -93,7 +95,11 @@ class LabSettings:
     def load_task(self, source: str) -> ExperimentTask:
         """A task with as many questions as the settings say."""
         return load_experiment_task(
-            source, held_out=self.held_out, train_limit=self.train_limit, seed=self.data_seed
+            source,
+            data=self.data,
+            held_out=self.held_out,
+            train_limit=self.train_limit,
+            seed=self.data_seed,
         )
 
 

@@ -83,6 +83,7 @@ class RecoverSpec:
         seeds: recoveries per strategy and checkpoint; their seeds are `seed`, `seed` + 1, …
         checkpoints: use only the first so many seeds of the source run; None: all that have finished Task B.
         model: as in [`LabSettings`][dynalora.experiments.lab.LabSettings], as all that follow.
+        data: folder with the files of benchmarks.
         held_out: number of held-out questions per task.
         train_limit: number of training questions to draw examples from.
         generated: number of word problems that are solved by generation.
@@ -113,6 +114,7 @@ class RecoverSpec:
     seeds: int = 5
     checkpoints: int | None = None
     model: str | None = None
+    data: str | None = None
     held_out: int | None = None
     train_limit: int | None = None
     generated: int | None = None
@@ -235,7 +237,9 @@ def resolve(spec: RecoverSpec) -> tuple[RecoverSpec, list[Checkpoint]]:
 
 
 def _same_questions(spec: RecoverSpec, told: Mapping[str, Any]) -> bool:
-    names = ("task_a", "task_b", "model", "held_out", "generated", "generated_tokens", "system", "data_seed")
+    names = (
+        "task_a", "task_b", "model", "data", "held_out", "generated", "generated_tokens", "system", "data_seed"
+    )  # fmt: skip
     return all(getattr(spec, name) == told.get(name) for name in names)
 
 
