@@ -50,7 +50,7 @@ def read_rows(source: str | Path, *, split: str = "train", subset: str | None = 
         raise DataError(
             f"There is no file or folder '{source}'; give a file, a folder or a data set id of the Hub."
         )
-    return _hub_rows(str(source), split, subset), f"'{source}'"
+    return hub_rows(str(source), split, subset), f"'{source}'"
 
 
 def kind_of(value: Any) -> str:
@@ -331,18 +331,36 @@ def _folder_rows(folder: Path, split: str) -> Rows:
             yield f"{file.name} {where}", row
 
 
-def _hub_rows(name: str, split: str, subset: str | None) -> Rows:
+def hub_rows(
+    name: str,
+    split: str,
+    subset: str | None = None,
+    *,
+    revision: str | None = None,
+    remedy: str = "check its name, or give a file or folder",
+) -> Rows:
+    """The rows of a data set on the Hugging Face Hub.
+
+    Args:
+        name: its id.
+        split: the Hub's name of the split.
+        subset: which configuration, for those that have several.
+        revision: the Hub's branch; None: its main one.
+        remedy: what to do where it cannot be loaded, for the error.
+
+    Raises:
+        DataError: when the first row is taken, if it cannot be loaded.
+    """
     import datasets
 
     told = f"'{name}'" + (f" ({subset})" if subset else "")
     try:
-        loaded = datasets.load_dataset(name, name=subset, split=split)
+        loaded = datasets.load_dataset(name, name=subset, split=split, revision=revision)
     except Exception as error:
         # datasets raises its own, the hub client's, the network's and pyarrow's errors here; their first line says
         # what happened and often lists the configurations or splits that exist.
         raise DataError(
-            f"The data set {told}, split '{split}', cannot be loaded ({first_line(error)}); "
-            "check its name, or give a file or folder."
+            f"The data set {told}, split '{split}', cannot be loaded ({first_line(error)}); {remedy}."
         ) from error
     for number, row in enumerate(loaded, start=1):
         yield f"row {number}", row

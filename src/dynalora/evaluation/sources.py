@@ -19,7 +19,7 @@ from dynalora.evaluation.files import (
     FILE_KINDS,
     SAME_SPLIT,
     file_rows,
-    first_line,
+    hub_rows,
     split_files,
     text_lines,
 )
@@ -108,17 +108,8 @@ class Source:
         return chosen, self._hub_rows(self.splits[chosen])
 
     def _hub_rows(self, split: str) -> Iterator[Row]:
-        import datasets
-
+        remedy = f"connect to the Hub, or give a folder that holds '{self.file}.*'"
         for subset in self.subsets:
             told = f"'{self.hub}'" + (f" ({subset})" if subset else "")
-            try:
-                loaded = datasets.load_dataset(self.hub, name=subset, split=split, revision=self.revision)
-            except Exception as error:  # the library's, the hub client's, the network's and pyarrow's
-                raise DataError(
-                    f"The data set {told}, split '{split}', cannot be loaded "
-                    f"({first_line(error)}); "
-                    f"connect to the Hub, or give a folder that holds '{self.file}.*'."
-                ) from error
-            for number, row in enumerate(loaded, start=1):
-                yield f"{told}, row {number}", row
+            for where, row in hub_rows(self.hub, split, subset, revision=self.revision, remedy=remedy):
+                yield f"{told}, {where}", row

@@ -325,7 +325,9 @@ def load_experiment_task(
     if train_limit is not None and train_limit < 1:
         raise ConfigError(f"train_limit is {train_limit}; give a whole number of at least 1.")
     if not source.strip():
-        raise ConfigError("A task has no name; give a task of reasoning-gym or the place of its files.")
+        raise ConfigError(
+            "A task has no name; give a benchmark, a task of reasoning-gym, or the place of its files."
+        )
     path = Path(source).expanduser()
     if path.is_dir() or "/" in source or "\\" in source or "train" in split_files(path):
         return _from_files(path, held_out, train_limit)
@@ -370,8 +372,8 @@ def _from_files(path: Path, held_out: int, train_limit: int | None) -> Experimen
             f"problems (question, and an answer that ends in '{MARK} 72'), or name a benchmark."
         )
     name = path.resolve().name
-    about = f"{name}: {{:,}} training questions of '{train_file.name}', {{:,}} held out of '{held_file.name}'"
-    return _task(name, about, benchmark(written_as), train, held, held_out, train_limit)
+    places = f"'{train_file.name}'", f"'{held_file.name}'"
+    return _task(name, places, benchmark(written_as), train, held, held_out, train_limit)
 
 
 def _from_benchmark(
@@ -385,13 +387,12 @@ def _from_benchmark(
     train = known.source.rows("train", folder=data)[1]
     split, held = known.source.rows(folder=data, limit=held_out)
     place = f"'{known.source.hub}'" if data is None else f"'{os.fspath(data)}'"
-    about = f"{known.title} of {place}: {{:,}} training questions, {{:,}} held out of its {split} split"
-    return _task(known.name, about, known, train, held, held_out, train_limit)
+    return _task(known.name, (place, f"its {split} split"), known, train, held, held_out, train_limit)
 
 
 def _task(
     name: str,
-    about: str,
+    places: tuple[str, str],
     known: Benchmark,
     train: Sequence[Row],
     held: Sequence[Row],
@@ -405,7 +406,7 @@ def _task(
     kept = [example for example in every if _key(example) not in seen][:train_limit]
     if not kept:
         raise DataError(f"Every training question of {name} is also held out; give other files.")
-    about = about.format(len(kept), len(aside))
+    about = f"{name}: {len(kept):,} training questions of {places[0]}, {len(aside):,} held out of {places[1]}"
     choices, later = ([own.choice for own in part if own.choice is not None] for part in (kept, aside))
     if len(choices) == len(kept) and len(later) == len(aside):
         return ChoiceTask(name, about, tuple(choices), tuple(later))
