@@ -143,5 +143,5 @@ def test_a_missing_or_cut_off_file_is_refused(tmp_path: Path) -> None:
 def test_blank_lines_count_as_rows_but_hold_none(tmp_path: Path) -> None:
     file = tmp_path / "some.jsonl"
     file.write_text(json.dumps(row("a", "b")) + "\n\n{}\n", encoding="utf-8")
-    with pytest.raises(DataError, match="row 3 has no text"):
+    with pytest.raises(DataError, match="line 3 has no text"):
         load_choices(file)
