@@ -349,6 +349,18 @@ def test_bench_from_the_command_line(folder: Path, tmp_path: Path, program: Prog
     assert len(json.loads((tmp_path / "bench.json").read_text())["results"]) == 2
 
 
+def test_generation_bench_from_the_command_line(folder: Path, tmp_path: Path, program: Program) -> None:
+    shown = program(
+        "bench", "--generate", "-m", str(folder), "--methods", "lora,disel", "--dtypes", "float32", "-r", "2", "-b", "1",
+        "-l", "8", "--new-tokens", "3", "--rounds", "2", "--warmup", "1", "--device", "cpu", "--json",
+        str(tmp_path / "generation.json"),
+    )  # fmt: skip
+    assert shown.code == 0, shown.err
+    assert "token / lora" in shown.out
+    results = json.loads((tmp_path / "generation.json").read_text())["results"]
+    assert [len(result["token_seconds"]) for result in results] == [2, 2]
+
+
 def test_compaction_from_the_command_line(folder: Path, tmp_path: Path, program: Program) -> None:
     adapter = saved_adapter("dira", folder, tmp_path / "adapter")
     shown = program("compact", str(adapter), str(tmp_path / "small"), "--threshold", "0.9", "--no-rewrite")
