@@ -351,8 +351,8 @@ def test_bench_from_the_command_line(folder: Path, tmp_path: Path, program: Prog
 
 def test_generation_bench_from_the_command_line(folder: Path, tmp_path: Path, program: Program) -> None:
     shown = program(
-        "bench", "--generate", "-m", str(folder), "--methods", "lora,disel", "--dtypes", "float32", "-r", "2", "-b", "1",
-        "-l", "8", "--new-tokens", "3", "--rounds", "2", "--warmup", "1", "--device", "cpu", "--json",
+        "bench", "--generate", "-m", str(folder), "--methods", "lora,disel", "--dtypes", "float32", "-r", "2",
+        "-b", "1", "-l", "8", "--new-tokens", "3", "--rounds", "2", "--warmup", "1", "--device", "cpu", "--json",
         str(tmp_path / "generation.json"),
     )  # fmt: skip
     assert shown.code == 0, shown.err

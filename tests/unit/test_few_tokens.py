@@ -16,7 +16,18 @@ from tests.matrix.rows import ROWS, Row
 from tests.toys import TOYS
 
 LLAMA = next(toy for toy in TOYS if toy.name == "llama")
-VIEWS = ("view", "_unsafe_view", "t", "transpose", "slice", "detach", "alias", "unsqueeze", "reshape", "permute")
+VIEWS = (
+    "view",
+    "_unsafe_view",
+    "t",
+    "transpose",
+    "slice",
+    "detach",
+    "alias",
+    "unsqueeze",
+    "reshape",
+    "permute",
+)
 
 
 class Operations(TorchDispatchMode):
@@ -94,9 +105,7 @@ def test_the_short_way_reads_the_weights_as_they_are_now() -> None:
         model(x)
     for role in ("disel_gate_weight", "disel_gate_bias", "disel_down", "disel_up"):
         getattr(layer, role)["default"].data.mul_(-1.5)
-        gates = torch.sigmoid(
-            x @ layer.disel_gate_weight["default"].t() + layer.disel_gate_bias["default"]
-        )
+        gates = torch.sigmoid(x @ layer.disel_gate_weight["default"].t() + layer.disel_gate_bias["default"])
         m = gates * (x @ layer.disel_down["default"].t())
         expected = layer.base_layer(x) + layer.scaling["default"] * m @ layer.disel_up["default"].t()
         with torch.no_grad():

@@ -76,9 +76,7 @@ def bench(
     ] = None,
     new_tokens: Annotated[
         int | None,
-        typer.Option(
-            "--new-tokens", help="With --generate: tokens per prompt. \\[32]", show_default=False
-        ),
+        typer.Option("--new-tokens", help="With --generate: tokens per prompt. \\[32]", show_default=False),
     ] = None,
     output: Annotated[
         Path | None,

@@ -1,8 +1,8 @@
 """Time of greedy generation, method against method, in one process and in turns, as in `dynalora.experiments.bench`.
 
-Per round and method one batch: the prompts (prefill), then token after token with a key-value cache. Nothing ends early,
-so that all methods do the same work, and what is timed is the model and the choice of the next token alone: no tokenizer, no
-stopping criteria, no streaming.
+Per round and method one batch: the prompts (prefill), then token after token with a key-value cache. Nothing ends
+early, so that all methods do the same work, and what is timed is the model and the choice of the next token alone: no
+tokenizer, no stopping criteria, no streaming.
 """
 
 from __future__ import annotations
