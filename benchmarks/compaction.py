@@ -4,8 +4,8 @@
     python benchmarks/compaction.py --output FOLDER --table
 
 FOLDER of --data holds commonsense/ARC-Easy.{train,dev}.jsonl.gz (as in LLM-Adapters); the model is
-SmolLM2-135M-Instruct unless --model names another. A cell is one training, with one penalty weight and one seed, and leaves
-OUTPUT/compaction_weight<weight>_seed<seed>.json with all thresholds. A finished cell is not run again.
+SmolLM2-135M-Instruct unless --model names another. A cell is one training, with one penalty weight and one seed, and
+leaves OUTPUT/compaction_weight<weight>_seed<seed>.json with all thresholds. A finished cell is not run again.
 
 Every threshold starts from the same saved adapter. Held-out loss is per token of the right answer, KL(base ‖ tuned) on
 text that the base model wrote, both in nats per token. Steps are timed in turns, one per adapter and round, on shared
@@ -303,8 +303,8 @@ def _note(result: Mapping[str, Any]) -> str:
         f"{result['model']}, float32, r = {cell['r']}, {result['matrices']} matrices, {cell['steps']} steps of batch "
         f"{cell['batch_size']} at {cell['lr']:g}, λ {cell['penalty_schedule']}; {result['held_out_tokens']} held-out "
         f"tokens, KL on {result['kl_tokens']} tokens of the base model's own text, ± its standard error over texts. "
-        f"Steps: medians of {cell['rounds']} rounds in turns, {cell['batch_size']} × {cell['length']} tokens; ratio with quartiles. "
-        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}."
+        f"Steps: medians of {cell['rounds']} rounds in turns, {cell['batch_size']} × {cell['length']} tokens; ratio "
+        f"with quartiles. {machine['device']}, {machine['threads']} threads, torch {machine['torch']}."
     )
 
 

@@ -33,10 +33,10 @@ def small(folder: Path, **more: object) -> BenchSpec:
 def test_the_tokens_are_those_of_transformers_generate() -> None:
     model = tiny.model(64).eval()
     prompts = torch.randint(0, 64, (3, 7), generator=torch.Generator().manual_seed(2))
+    model.generation_config.eos_token_id = None  # nothing ends early
     made, first, each = generate_greedily(model, prompts, 9)
     expected = model.generate(
-        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=9, do_sample=False, eos_token_id=None,
-        pad_token_id=0,
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=9, do_sample=False, pad_token_id=0
     )  # fmt: skip
     assert torch.equal(made, expected[:, 7:])
     assert min(first, each) > 0

@@ -475,7 +475,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             projected, h = z.split([width, z.shape[-1] - width], dim=-1)
         else:
             h = project(x, down, frozen)
-            projected = torch.cat([nn.functional.linear(x, matrix) for matrix in rest], -1) if rest else None
+            parts = [nn.functional.linear(x, matrix) for matrix in rest]
+            projected = torch.cat(parts, dim=-1) if len(parts) > 1 else next(iter(parts), None)
         d = self.diagonal(adapter, projected)
         return h if d is None else h * d
 
