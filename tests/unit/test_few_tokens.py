@@ -15,7 +15,7 @@ from dynalora.adapter import kernel
 from tests.matrix.rows import ROWS, Row
 from tests.toys import TOYS
 
-LLAMA = next(toy for toy in TOYS if toy.name == "llama")
+LLAMA = TOYS["llama"]
 VIEWS = (
     "view",
     "_unsafe_view",
