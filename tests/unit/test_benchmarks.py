@@ -420,7 +420,7 @@ def test_bad_data_is_told_in_one_sentence(folder: Path, tmp_path: Path) -> None:
     [
         ("gsm8k", {"question": "1?", "answer": ""}, "line 1 has no text in the field 'answer'"),
         ("gsm8k", {"question": "1?", "answer": "one"}, "line 1 has an answer without a number after '####'"),
-        ("gsm8k", {"answer": "#### 1"}, "line 1 has no field 'question'; its fields are 'answer'"),
+        ("gsm8k", {"answer": "#### 1"}, "line 1 has no text in the field 'question'"),
         ("math", {"problem": "1?", "solution": "one"}, r"line 1 has no .boxed"),
         ("aqua", {"instruction": "1?", "answer": "F"}, "line 1 has the answer 'F'; it must be a letter"),
         ("svamp", {"instruction": "1?", "answer": "one"}, "line 1 has the answer 'one', which is no number"),

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -297,7 +297,7 @@ def adapted(method: str, base: nn.Module, spec: BenchSpec, total_steps: int) -> 
         method, r=spec.r, alpha=2.0 * spec.r, target_modules=spec.target_modules, options=options
     )
     shared: Any = sharing_copy(base)
-    return cast(PeftModel, peft.get_peft_model(shared, config))
+    return cast("PeftModel", peft.get_peft_model(shared, config))
 
 
 def ratios(own: Sequence[float], reference: Sequence[float]) -> tuple[float, tuple[float, float]]:
