@@ -23,7 +23,6 @@ import contextlib
 import copy
 import gzip
 import json
-import math
 import os
 import platform
 import resource
@@ -40,6 +39,7 @@ from typing import Any
 from rich.console import Console
 
 from dynalora.errors import ConfigError, DataError, DynaloraError
+from dynalora.evaluation.statistics import standard_error
 from dynalora.experiments.run_folder import write_atomic
 from dynalora.experiments.settings import named_values
 from dynalora.progress import Progress, rich_progress
@@ -189,11 +189,11 @@ def wikitext(
         progress(what, number, len(windows))
     return {
         "kl": statistics.fmean(one.kl for one in found),
-        "kl_error": _error([one.kl for one in found]),
+        "kl_error": standard_error([one.kl for one in found]),
         "base_loss": statistics.fmean(one.base_loss for one in found),
         "tuned_loss": statistics.fmean(one.tuned_loss for one in found),
         "loss_change": statistics.fmean(one.loss_shift for one in found),
-        "loss_change_error": _error([one.loss_shift for one in found]),
+        "loss_change_error": standard_error([one.loss_shift for one in found]),
         "tokens": sum(one.tokens for one in found),
     }
 
@@ -238,11 +238,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def _error(values: Sequence[float]) -> float | None:
-    """Standard error of a mean; None for a single value."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 # --- all cells --------------------------------------------------------------------------------------------
@@ -335,14 +330,14 @@ def _row(
     if len(group) == 1:
         low, high = group[0]["accuracy"]["low"], group[0]["accuracy"]["high"]
     else:
-        half = 1.96 * (_error(correct) or 0.0)
+        half = 1.96 * (standard_error(correct) or 0.0)
         low, high = max(0.0, value - half), min(1.0, value + half)
     difference, ratio = "–", "–"
     if reference is not None and group is not reference:
         other = _per_question(reference, "correct")
         if len(other) == len(correct):
             apart = [own - their for own, their in zip(correct, other, strict=True)]
-            difference = f"{100 * statistics.fmean(apart):+.1f} ± {196 * (_error(apart) or 0.0):.1f}"
+            difference = f"{100 * statistics.fmean(apart):+.1f} ± {196 * (standard_error(apart) or 0.0):.1f}"
     steps = [result["step_seconds"] for result in group if result.get("step_seconds")]
     cpu = [
         result["train_cpu_seconds"] / result["cell"]["steps"]
@@ -403,7 +398,7 @@ def _mean(group: Sequence[Mapping[str, Any]], *path: str) -> float:
 
 
 def _spread(values: Sequence[float], shape: str, unit: str = "") -> str:
-    error = _error(values)
+    error = standard_error(values)
     told = shape.format(statistics.fmean(values))
     return told + (f" ± {shape.replace('+', '').format(error)}" if error is not None else "") + unit
 

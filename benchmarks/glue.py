@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import dynalora
 from dynalora.errors import DataError
+from dynalora.evaluation.statistics import standard_error
 from dynalora.experiments.baselines import BASELINES, driver_of
 from dynalora.experiments.run_folder import write_atomic
 from dynalora.experiments.settings import named_values
@@ -141,8 +142,8 @@ def table(folder: Path) -> str:
 
         def mean(key: str, cells: list[dict[str, Any]] = cells) -> str:
             values = [cell["after"][key] for cell in cells]
-            spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
-            return f"{statistics.fmean(values):.3f} ± {spread:.3f}"
+            error = standard_error(values)
+            return f"{statistics.fmean(values):.3f} ± {float('nan') if error is None else error:.3f}"
 
         step = 1000 * statistics.median(cell["step_seconds"] for cell in cells)
         lines.append(

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import types
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from dynalora.errors import ConfigError, DataError, UnsupportedError
 from dynalora.evaluation import metrics
 from dynalora.evaluation.benchmarks import BENCHMARKS, GROUPS, benchmark, commonsense_union
 from dynalora.evaluation.generation import chat_prompt, generate
-from dynalora.evaluation.metrics import boxed, first_keyword, last_number, letter, math_form, strict_number
+from dynalora.evaluation.harness import FORGETTING_SUITE
+from dynalora.evaluation.masked_lm import mask_windows
+from dynalora.evaluation.metrics import boxed, first_keyword, letter, math_form
 from dynalora.evaluation.multiple_choice import option_scores
-from dynalora.evaluation.perplexity import masked_perplexity, perplexity, windows
+from dynalora.evaluation.numbers import final_number, last_number, number, same_number
+from dynalora.evaluation.perplexity import perplexity, windows
 from dynalora.evaluation.run import (
     TaskResult,
     _execute,
@@ -30,8 +34,8 @@ from dynalora.evaluation.run import (
     prepare,
     task_list,
 )
-from dynalora.evaluation.scoring import Interval
 from dynalora.evaluation.sources import Source
+from dynalora.evaluation.statistics import Interval, bootstrap, item_interval
 
 from . import benchmark_files, tiny
 
@@ -180,22 +184,38 @@ def test_the_first_keyword_decides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "strict", "last"),
+    ("text", "final", "last"),
     [
-        ("2+2=4\n#### 4", 4, 4),
-        ("#### 1,234.", 1234, 1234),
-        ("#### -3.50 apples", -3.5, -3.5),
-        ("#### $18", 18, 18),
-        ("So 3 and then 7.", None, 7),
-        ("The answer is: 0.5", None, 0.5),
-        ("#### none, of 12", None, 12),
+        ("2+2=4\n#### 4", "4", "4"),
+        ("It is so.\n#### 72", "72", "72"),
+        ("#### 1,234.", "1234", "1234"),
+        ("#### -3.50 apples", "-3.50", "-3.50"),
+        ("#### $18", "18", "18"),
+        ("#### $-3.50 dollars", "-3.50", "-3.50"),
+        ("#### -$3.50 dollars", "-3.50", "3.50"),
+        ("####18\n#### 20", "18", "20"),
+        ("So 3 and then 7.", None, "7"),
+        ("The answer is: 0.5", None, "0.5"),
+        ("#### none, of 12", None, "12"),
+        ("#### ,.", None, None),
         ("nothing", None, None),
-        ("1,000 and 2,500,000", None, 2500000),
+        ("1,000 and 2,500,000", None, "2500000"),
     ],
 )
-def test_numbers(text: str, strict: float | None, last: float | None) -> None:
-    assert strict_number(text) == strict
-    assert last_number(text) == last
+def test_numbers(text: str, final: str | None, last: str | None) -> None:
+    assert final_number(text) == (None if final is None else Decimal(final))
+    assert last_number(text) == (None if last is None else Decimal(last))
+
+
+def test_numbers_are_compared_as_numbers() -> None:
+    assert same_number(number("18.00"), number(" $18 "))
+    assert same_number(number("0.333"), number("0.3339"))
+    assert not same_number(number("0.333"), number("0.3341"))
+    assert not same_number(number("no"), number("no"))
+    assert number(None) is None
+    assert number("nan") is None
+    assert metrics.STRICT.score(["so #### 18", "18"], ["18.00", "18"])[1] == {"strict": (1.0, 0.0)}
+    assert metrics.FLEXIBLE.score(["#### 4, no 5", "18"], ["4", "18"])[1] == {"flexible": (0.0, 1.0)}
 
 
 @pytest.mark.parametrize(
@@ -260,15 +280,15 @@ def test_squad_by_hand() -> None:
 
 
 def test_intervals() -> None:
-    shares = metrics.mean_interval([1.0, 0.0, 1.0, 1.0])
+    shares = item_interval([1.0, 0.0, 1.0, 1.0])
     assert shares.value == 0.75
     assert 0.3 < shares.low < 0.31  # Wilson's
-    mean = metrics.mean_interval([1.0, 2.0, 3.0])
-    assert (mean.value, mean.high) == (2.0, pytest.approx(2 + 1.96 / math.sqrt(3), abs=1e-3))
-    drawn = metrics.bootstrap(lambda a, r: sum(a) / len(a), list(range(100)), [0] * 100)
+    mean = item_interval([1.0, 2.0, 3.0])
+    assert (mean.value, mean.high) == (2.0, pytest.approx(2 + 4.3026527 / math.sqrt(3)))
+    drawn = bootstrap(lambda a, r: sum(a) / len(a), list(range(100)), [0] * 100)
     assert drawn.value == 49.5
     assert drawn.high - drawn.low == pytest.approx(2 * 1.96 * 28.87 / 10, rel=0.15)
-    assert metrics.bootstrap(lambda a, r: sum(a), [1, 2, 3], [0] * 3) == metrics.bootstrap(
+    assert bootstrap(lambda a, r: sum(a), [1, 2, 3], [0] * 3) == bootstrap(
         lambda a, r: sum(a), [1, 2, 3], [0] * 3
     )
 
@@ -304,7 +324,7 @@ def test_a_missing_package_is_told_before_anything_runs(
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"rouge1 needs the package rouge-score.*dynalora\[eval\]"):
         prepare("xsum", data=folder)
-    with pytest.raises(UnsupportedError, match=r"lm_eval:sciq needs lm-evaluation-harness.*dynalora\[eval\]"):
+    with pytest.raises(UnsupportedError, match=r"task sciq needs lm-evaluation-harness.*dynalora\[eval\]"):
         prepare("lm_eval:sciq")
     chosen = prepare("squad_v2", data=folder, metrics=["f1"])
     assert chosen.metrics == (metrics.SQUAD,)
@@ -398,17 +418,17 @@ def test_bad_data_is_told_in_one_sentence(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "row", "told"),
     [
-        ("gsm8k", {"question": "1?", "answer": ""}, "row 1 has no text in the field 'answer'"),
-        ("gsm8k", {"question": "1?", "answer": "one"}, "row 1 has no '#### number' in its answer"),
-        ("gsm8k", {"answer": "#### 1"}, "row 1 has no field 'question'; its fields are 'answer'"),
-        ("math", {"problem": "1?", "solution": "one"}, r"row 1 has no .boxed"),
-        ("aqua", {"instruction": "1?", "answer": "F"}, "row 1 has the answer 'F'; it must be a letter"),
-        ("svamp", {"instruction": "1?", "answer": "one"}, "row 1 has the answer 'one', which is no number"),
-        ("boolq", {"instruction": "1?", "answer": "maybe"}, "row 1 has the answer 'maybe'"),
-        ("cola", {"text": "a", "label": -1}, "row 1 has no label"),
-        ("xsum", {"document": "a", "summary": " "}, "row 1 has no text in the field 'summary'"),
+        ("gsm8k", {"question": "1?", "answer": ""}, "line 1 has no text in the field 'answer'"),
+        ("gsm8k", {"question": "1?", "answer": "one"}, "line 1 has an answer without a number after '####'"),
+        ("gsm8k", {"answer": "#### 1"}, "line 1 has no text in the field 'question'"),
+        ("math", {"problem": "1?", "solution": "one"}, r"line 1 has no .boxed"),
+        ("aqua", {"instruction": "1?", "answer": "F"}, "line 1 has the answer 'F'; it must be a letter"),
+        ("svamp", {"instruction": "1?", "answer": "one"}, "line 1 has the answer 'one', which is no number"),
+        ("boolq", {"instruction": "1?", "answer": "maybe"}, "line 1 has the answer 'maybe'"),
+        ("cola", {"text": "a", "label": -1}, "line 1 has no label"),
+        ("xsum", {"document": "a", "summary": " "}, "line 1 has no text in the field 'summary'"),
         ("convai2", {"personality": [], "utterances": [{"candidates": [""], "history": []}]}, "empty response"),
-        ("mbpp", {"text": "a", "test_list": []}, "row 1 has no test"),
+        ("mbpp", {"text": "a", "test_list": []}, "line 1 has no test"),
     ],
 )  # fmt: skip
 def test_bad_rows_are_told_with_their_place(
@@ -560,25 +580,22 @@ def encoder(labels: int | None = None) -> tuple[Any, Any]:
     return kind(config).eval(), tokenizer
 
 
-def test_masked_perplexity_by_hand() -> None:
+def test_masked_perplexity_by_hand(folder: Path) -> None:
     model, tokenizer = encoder()
-    rows = [list(range(10, 30)), list(range(40, 60))]
-    found = masked_perplexity(model, tokenizer, rows, share=0.1, seed=5)
-    import random
-
-    chance, losses = random.Random(5), []
-    for row in rows:
-        hidden = sorted(chance.sample(range(20), 2))
+    prepared = prepare("wikitext2_masked", data=folder)
+    text = "".join(item.prompt for item in prepared.items)
+    masked = mask_windows(windows(tokenizer, text, 32), tokenizer)
+    losses = []
+    for row, hidden in zip(masked.rows, masked.masked, strict=True):
         ids = torch.tensor([[tokenizer.mask_token_id if i in hidden else t for i, t in enumerate(row)]])
         with torch.no_grad():
             logs = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].log_softmax(-1)
         losses += [-float(logs[i, row[i]]) for i in hidden]
-    assert found.value == pytest.approx(math.exp(sum(losses) / 4), rel=1e-4)
-    assert masked_perplexity(model, tokenizer, rows, share=0.1, seed=5, batch_size=1).value == pytest.approx(
-        found.value, rel=1e-4
-    )
-    with pytest.raises(ConfigError, match="no mask token"):
-        masked_perplexity(model, tiny.tokenizer(), rows)
+    result = measure(model, tokenizer, prepared, window=32, batch_size=3)
+    assert result.items == len(masked.rows)
+    assert result.scores["perplexity"].value == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    assert result.scores["perplexity"].low < result.scores["perplexity"].value
+    assert result.percent == ()
 
 
 def test_classification(folder: Path) -> None:
@@ -648,7 +665,7 @@ def test_harness_tasks_by_name(small: tuple[Any, Any], monkeypatch: pytest.Monke
     package.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     package.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
     tasks, models, hf = (types.ModuleType(name) for name in ("tasks", "models", "huggingface"))
-    tasks.TaskManager = lambda: types.SimpleNamespace(all_tasks=["sciq", "humaneval"])  # type: ignore[attr-defined]
+    tasks.TaskManager = lambda include_path: types.SimpleNamespace(all_tasks=["sciq", "humaneval"])  # type: ignore[attr-defined]
     hf.HFLM = lambda **options: options  # type: ignore[attr-defined]
     for name, module in (
         ("lm_eval", package), ("lm_eval.tasks", tasks), ("lm_eval.models", models), ("lm_eval.models.huggingface", hf),
@@ -657,7 +674,10 @@ def test_harness_tasks_by_name(small: tuple[Any, Any], monkeypatch: pytest.Monke
     model, tokenizer = small
     result = measure(model, tokenizer, prepare("lm_eval:sciq", limit=25), batch_size=4)
     assert (asked["tasks"], asked["limit"]) == (["sciq"], 25)
-    assert asked["model"] == {"pretrained": model, "tokenizer": tokenizer, "batch_size": 4}
+    assert asked["num_fewshot"] is None
+    assert asked["model"] == {
+        "pretrained": model, "tokenizer": tokenizer, "batch_size": 4, "max_length": None, "backend": "causal",
+    }  # fmt: skip
     assert result.scores["acc"] == Interval(
         0.5, pytest.approx(0.304, abs=1e-3), pytest.approx(0.696, abs=1e-3)
     )
@@ -667,6 +687,7 @@ def test_harness_tasks_by_name(small: tuple[Any, Any], monkeypatch: pytest.Monke
         prepare("lm_eval:sciqq")
     with pytest.raises(ConfigError, match="would execute the code of 'humaneval' without a sandbox"):
         prepare("lm_eval:humaneval", run_code=True)
+    assert task_list(["lm_eval:forgetting"]) == [f"lm_eval:{name}" for name in FORGETTING_SUITE]
 
 
 def test_the_mean_of_a_group() -> None:

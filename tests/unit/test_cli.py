@@ -218,7 +218,7 @@ def test_gates_over_several_domains(folder: Path, rows: Path, tmp_path: Path, pr
     content = json.loads((run / "gates.json").read_text())
     general = content["domains"]["general"]
     assert (general["documents"], general["counted"]) == (2, "all tokens")
-    assert general["tokens"] == len("One passage.\nIts second line.\n") + len("Another <b>passage</b>.\n")
+    assert general["tokens"] == len("One passage.\nIts second line.") + len("Another <b>passage</b>.")
     assert content["domains"]["math"]["counted"] == "response tokens"
     assert content["domains"]["math"]["documents"] == 5
     (layer, *_) = content["domains"]["math"]["layers"]
@@ -347,6 +347,18 @@ def test_bench_from_the_command_line(folder: Path, tmp_path: Path, program: Prog
     assert shown.code == 0, shown.err
     assert "step / lora" in shown.out
     assert len(json.loads((tmp_path / "bench.json").read_text())["results"]) == 2
+
+
+def test_generation_bench_from_the_command_line(folder: Path, tmp_path: Path, program: Program) -> None:
+    shown = program(
+        "bench", "--generate", "-m", str(folder), "--methods", "lora,disel", "--dtypes", "float32", "-r", "2",
+        "-b", "1", "-l", "8", "--new-tokens", "3", "--rounds", "2", "--warmup", "1", "--device", "cpu", "--json",
+        str(tmp_path / "generation.json"),
+    )  # fmt: skip
+    assert shown.code == 0, shown.err
+    assert "token / lora" in shown.out
+    results = json.loads((tmp_path / "generation.json").read_text())["results"]
+    assert [len(result["token_seconds"]) for result in results] == [2, 2]
 
 
 def test_compaction_from_the_command_line(folder: Path, tmp_path: Path, program: Program) -> None:

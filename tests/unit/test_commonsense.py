@@ -108,7 +108,7 @@ def test_a_malformed_row_is_named_with_file_row_and_remedy(
     file = tiny.write_jsonl(tmp_path / "some.jsonl", [row("a", "b"), bad])
     with pytest.raises(DataError, match=r"leave (it|this one) out") as caught:
         load_choices(file)
-    assert f"'{file}', row 2" in str(caught.value)
+    assert f"'{file}', line 2" in str(caught.value)
     assert message in str(caught.value)
 
 
@@ -117,8 +117,8 @@ def test_a_malformed_row_is_named_with_file_row_and_remedy(
     [
         (b"", "holds no row"),
         (b"\n\n", "holds no row"),
-        (b'{"instruction": ', r"row 1 is not valid JSON .*one JSON object per line"),
-        (b"[1, 2]\n", r"row 1 is a list; write one JSON object per line"),
+        (b'{"instruction": ', r"line 1: not valid JSON .* must be one JSON object"),
+        (b"[1, 2]\n", r"line 1: holds a list; each line must be one JSON object"),
         (b"\xff\xfe", r"not UTF-8 text \(byte 0\)"),
     ],
 )
@@ -143,5 +143,5 @@ def test_a_missing_or_cut_off_file_is_refused(tmp_path: Path) -> None:
 def test_blank_lines_count_as_rows_but_hold_none(tmp_path: Path) -> None:
     file = tmp_path / "some.jsonl"
     file.write_text(json.dumps(row("a", "b")) + "\n\n{}\n", encoding="utf-8")
-    with pytest.raises(DataError, match="row 3 has no text"):
+    with pytest.raises(DataError, match="line 3 has no text"):
         load_choices(file)

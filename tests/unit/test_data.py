@@ -344,7 +344,7 @@ def test_texts_are_paragraphs_or_the_field_text(tmp_path: Path) -> None:
     rows = tmp_path / "a.jsonl"
     rows.write_text('{"text": ""}\n{"text": " b "}\n{"text": "c"}\n{"txt": "d"}\n', encoding="utf-8")
     assert data.load_texts(rows, limit=2) == ["b", "c"]
-    with pytest.raises(DataError, match="line 4 has no field 'text'; its fields are txt"):
+    with pytest.raises(DataError, match="line 4: there is no text in the field 'text'; its fields are 'txt'"):
         data.load_texts(rows)
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(DataError, match="holds no text"):

@@ -14,7 +14,7 @@ import transformers
 from dynalora import DiraConfig
 from dynalora.evaluation.prompts import TEMPLATES, use_template
 from dynalora.evaluation.run import TaskResult
-from dynalora.evaluation.scoring import Interval
+from dynalora.evaluation.statistics import Interval
 from dynalora.experiments.evaluate import is_adapter, results_table
 
 from . import benchmark_files, tiny

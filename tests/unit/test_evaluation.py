@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from dynalora.errors import ConfigError, DataError, UnsupportedError
-from dynalora.evaluation import generation, scoring, tasks
+from dynalora.evaluation import generation, scoring, statistics, tasks
 from dynalora.evaluation.tasks import Item, check_disjoint, load_task
 from dynalora.experiments import data
 from dynalora.progress import rich_progress
@@ -253,7 +253,7 @@ def test_evaluate_gives_accuracy_loss_and_samples(model: Any, words: Any, rows: 
     longest = max(sum(label != -100 for label in row["labels"]) for row in rows)
     assert list(score.samples) == generation.generate(model, words, QUESTIONS[:2], max_new_tokens=longest)
     assert score.answer_loss == scoring.answer_loss(model, rows).mean
-    assert score.accuracy == scoring.wilson(sum(score.correct), len(rows))
+    assert score.accuracy == statistics.wilson(sum(score.correct), len(rows))
 
 
 @pytest.mark.parametrize(
@@ -279,14 +279,14 @@ def test_no_rows_are_refused(model: Any, words: Any) -> None:
     [(0, 10, 0.0, 0.2775328), (5, 10, 0.2365931, 0.7634069), (95, 100, 0.8882475, 0.9784560)],
 )
 def test_wilson(correct: int, total: int, low: float, high: float) -> None:
-    found = scoring.wilson(correct, total)
+    found = statistics.wilson(correct, total)
     assert (found.low, found.high) == (pytest.approx(low, abs=1e-5), pytest.approx(high, abs=1e-5))
 
 
 @given(total=st.integers(1, 500), data_=st.data())
 def test_wilson_stays_inside_and_solves_its_equation(total: int, data_: Any) -> None:
     correct = data_.draw(st.integers(0, total))
-    found = scoring.wilson(correct, total)
+    found = statistics.wilson(correct, total)
     assert 0 <= found.low <= found.value <= found.high <= 1
     z = 1.959963984540054
     for end in (found.low, found.high):
@@ -297,7 +297,7 @@ def test_wilson_stays_inside_and_solves_its_equation(total: int, data_: Any) -> 
 @pytest.mark.parametrize(("correct", "total"), [(1, 0), (-1, 3), (4, 3)])
 def test_wilson_refuses_what_is_no_share(correct: int, total: int) -> None:
     with pytest.raises(ConfigError, match="is no share"):
-        scoring.wilson(correct, total)
+        statistics.wilson(correct, total)
 
 
 def flags(both: int, lost: int, gained: int, neither: int) -> tuple[list[bool], list[bool]]:
@@ -313,24 +313,24 @@ def flags(both: int, lost: int, gained: int, neither: int) -> tuple[list[bool], 
 )
 def test_mcnemar(lost: int, gained: int, p: float) -> None:
     first, second = flags(7, lost, gained, 3)
-    assert scoring.mcnemar(first, second) == pytest.approx(p, rel=1e-6)
-    assert scoring.mcnemar(second, first) == pytest.approx(p, rel=1e-6)
+    assert statistics.mcnemar(first, second) == pytest.approx(p, rel=1e-6)
+    assert statistics.mcnemar(second, first) == pytest.approx(p, rel=1e-6)
 
 
 def test_paired_difference_has_its_sign_and_covers() -> None:
     first, second = flags(30, 4, 20, 46)
-    found = scoring.paired_difference(first, second)
+    found = statistics.paired_difference(first, second)
     assert found.value == pytest.approx(0.16)
     plus, minus, n = 21 / 102, 5 / 102, 102
     half = 1.959963984540054 * math.sqrt((plus + minus - (plus - minus) ** 2) / n)
     assert (found.low, found.high) == (pytest.approx(plus - minus - half), pytest.approx(plus - minus + half))
-    turned = scoring.paired_difference(second, first)
+    turned = statistics.paired_difference(second, first)
     assert (turned.low, turned.high) == (pytest.approx(-found.high), pytest.approx(-found.low))
 
 
 def test_pairs_of_different_length_are_refused() -> None:
     with pytest.raises(DataError, match="2 and 1 items"):
-        scoring.mcnemar([True, False], [True])
+        statistics.mcnemar([True, False], [True])
 
 
 # --- progress ---------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -11,41 +10,18 @@ import pytest
 import torch
 
 from dynalora.errors import ConfigError, DataError
-from dynalora.evaluation.final_number import final_number, same_number, solution_from
+from dynalora.evaluation.numbers import solution_from
 from dynalora.experiments import tasks
 from dynalora.experiments.tasks import (
     AnswerTask,
     ChoiceTask,
+    GenerationTask,
     Measuring,
-    NumberTask,
     TaskScore,
     load_experiment_task,
 )
 
 from . import tiny
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("It is so.\n#### 72", "72"),
-        ("#### 1,234.", "1234"),
-        ("#### $-3.50 dollars", "-3.50"),
-        ("####18\n#### 20", "18"),
-        ("The answer is 72", None),
-        ("#### none", None),
-        ("#### ,.", None),
-    ],
-)
-def test_the_number_behind_the_mark_is_found(text: str, number: str | None) -> None:
-    assert final_number(text) == (None if number is None else Decimal(number))
-
-
-def test_numbers_are_compared_as_numbers() -> None:
-    assert same_number("#### 18.00", "so #### 18")
-    assert not same_number("#### 18.5", "#### 18")
-    assert not same_number("18", "#### 18")
-    assert not same_number("no", "no")
 
 
 def test_solutions_lose_their_notes_and_keep_their_number() -> None:
@@ -84,7 +60,7 @@ def files(tmp_path: Path) -> Path:
 
 def test_tasks_are_found_by_the_beginning_of_their_files_and_by_folder(files: Path) -> None:
     sums = load_experiment_task(str(files / "sums"))
-    assert isinstance(sums, NumberTask)
+    assert isinstance(sums, GenerationTask)
     assert (sums.name, len(sums.held_out)) == ("sums", 5)
     assert [item.question for item in sums.items] == [f"{n} + 1?" for n in range(4)], (
         "held out and trained on"
@@ -117,6 +93,53 @@ def test_generated_tasks_take_options_behind_a_colon() -> None:
 def test_what_is_no_task_is_refused(source: str, options: Any, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         load_experiment_task(source, **options)
+
+
+def test_a_benchmark_by_name_is_the_task_of_its_files(files: Path, tmp_path: Path) -> None:
+    for name, rows in (("commonsense/ARC-Easy", choices), ("math/gsm8k", problems)):
+        (tmp_path / name).parent.mkdir()
+        tiny.write_jsonl(tmp_path / f"{name}.train.jsonl", rows(0, 6))
+        tiny.write_jsonl(tmp_path / f"{name}.dev.jsonl", rows(4, 5))
+    for name, stem in (("ARC-Easy", "commonsense/ARC-Easy"), ("gsm8k", "math/gsm8k")):
+        named = load_experiment_task(name, data=tmp_path, held_out=3, train_limit=2)
+        placed = load_experiment_task(str(tmp_path / stem), held_out=3, train_limit=2)
+        assert type(named) is type(placed)
+        assert len(named.items) == 2
+        assert named.items == placed.items
+        one, other = (
+            [vars(item) if isinstance(task, ChoiceTask) else (item.prompt, item.reference) for item in task.held_out]
+            for task in (named, placed)
+            if isinstance(task, (ChoiceTask, GenerationTask))
+        )  # fmt: skip
+        assert len(one) == 3
+        assert one == other
+    with pytest.raises(DataError, match="has no split 'train'"):
+        load_experiment_task("openbookqa", data=tmp_path)
+    with pytest.raises(ConfigError, match="answers to xsum are not simply right or wrong"):
+        load_experiment_task("xsum", data=tmp_path)
+    with pytest.raises(ConfigError, match="answers to humaneval are not"):
+        load_experiment_task("humaneval", data=tmp_path)
+
+
+def test_a_benchmark_is_scored_by_its_own_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"instruction": f"{n} and 1?", "answer": float(n + 1)} for n in range(4)]
+    (tmp_path / "math").mkdir()
+    for split, own in (("train", rows[:2]), ("test", rows[2:])):
+        tiny.write_jsonl(tmp_path / f"math/AddSub.{split}.jsonl", own)
+    words = tiny.tokenizer()
+    model = tiny.model(len(words))
+    task = load_experiment_task("addsub", data=tmp_path)
+    assert isinstance(task, GenerationTask)
+    assert [item.answer for item in task.items] == [
+        "1.0",
+        "2.0",
+    ]  # where there is no solution, the answer is learned
+    monkeypatch.setattr(tasks, "generate", lambda *_, **__: ["It is 3, so 3.0005", "4 or 5"])
+    score = task.measure(model, words)
+    assert score.correct == (True, False)
+    held = tasks._tokens([tasks._item(own) for own in task.held_out], words, "").rows
+    total, count, _ = losses_of(model, words, held)
+    assert score.loss.value == pytest.approx(total / count, rel=1e-5)
 
 
 def test_rows_of_another_kind_are_refused(tmp_path: Path) -> None:
@@ -163,7 +186,7 @@ def test_a_word_problem_is_scored_by_its_solution_and_by_its_number(
     words = tiny.tokenizer()
     model = tiny.model(len(words))
     task = load_experiment_task(str(files / "sums"))
-    assert isinstance(task, NumberTask)
+    assert isinstance(task, GenerationTask)
     asked: list[Any] = []
 
     def said(model: Any, tokenizer: Any, prompts: Any, **_: Any) -> list[str]:
@@ -177,7 +200,7 @@ def test_a_word_problem_is_scored_by_its_solution_and_by_its_number(
         asked[0]
         == "<|im_start|>system\nCount.<|im_end|>\n<|im_start|>user\n4 + 1?<|im_end|>\n<|im_start|>assistant\n"
     )
-    rows = tasks._tokens(task.held_out, words, "Count.").rows
+    rows = tasks._tokens([tasks._item(own) for own in task.held_out], words, "Count.").rows
     total, count, _ = losses_of(model, words, rows)
     assert score.loss.value == pytest.approx(total / count, rel=1e-5)
     assert score.questions == 5

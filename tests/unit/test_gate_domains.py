@@ -15,7 +15,7 @@ from tests.unit import tiny
 def test_a_text_file_is_read_passage_by_passage(tmp_path: Path) -> None:
     content = "\n\nFirst\nof two lines\n \nSecond\n\n\nThird, without an end"
     (tmp_path / "a.txt").write_text(content, encoding="utf-8")
-    expected = ("First\nof two lines\n", "Second\n", "Third, without an end")
+    expected = ("First\nof two lines", "Second", "Third, without an end")
     found = read_domain(DomainSpec(data=str(tmp_path / "a.txt")))
     assert (found.texts, found.conversations, found.counted) == (expected, (), "all tokens")
     with gzip.open(tmp_path / "b.py.gz", "wt", encoding="utf-8") as file:

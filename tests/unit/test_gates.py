@@ -465,6 +465,7 @@ def test_layers_that_see_something_else_than_the_tokens(caplog: pytest.LogCaptur
 def test_histograms_are_drawn(record: GateRecord, tmp_path: Path) -> None:
     figure = dynalora.plot_gates({"math": record, "code": record[:2]}, str(tmp_path / "gates.svg"))
     assert (tmp_path / "gates.svg").read_bytes().startswith(b"<?xml")
+    assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
     assert [axis.get_title() for axis in figure.axes] == ["early layers", "middle layers"]
     shares = [patch.get_data().values for axis in figure.axes for patch in axis.patches]
     assert len(shares) == 3  # code has no middle layers

@@ -12,8 +12,14 @@ import pytest
 import torch
 
 from dynalora import DiselConfig
-from dynalora.errors import ConfigError
-from dynalora.evaluation.harness import FORGETTING_SUITE, HarnessResult, harness_mean, run_harness
+from dynalora.errors import ConfigError, UnsupportedError
+from dynalora.evaluation.harness import (
+    FORGETTING_SUITE,
+    HarnessResult,
+    _result,
+    harness_mean,
+    run_harness,
+)
 from tests.unit import tiny
 
 TASK = """
@@ -73,6 +79,7 @@ def test_accuracy_is_that_of_the_adapted_model(adapted: tuple[Any, Any], folder:
     assert model.training
     assert (found.task, found.metric, found.samples) == ("made_here", "acc", 12)
     assert found.value == pytest.approx(by_hand(model, words))
+    assert found.numbers == {"acc": (found.value, found.error)}
     assert found.error is not None
     (some,) = run_harness(model, words, ["made_here"], num_fewshot=0, include_path=folder, limit=5)
     assert some.samples == 5
@@ -90,21 +97,43 @@ def test_what_the_harness_does_not_have_is_named(adapted: tuple[Any, Any], folde
             run_harness(*adapted, ["made_here"], include_path=folder, **given)
     with pytest.raises(ConfigError, match="No task is named"):
         run_harness(*adapted, [], include_path=folder)
+    with pytest.raises(ConfigError, match="no task 'made_\\*'"):
+        run_harness(*adapted, ["made_*"], include_path=folder)
 
 
 def test_the_suite_is_known_to_the_harness() -> None:
     tasks = pytest.importorskip("lm_eval.tasks")
     assert len(FORGETTING_SUITE) == 14
     manager = tasks.TaskManager()
-    assert [name for name in FORGETTING_SUITE if not manager.match_tasks([name])] == []
+    assert [name for name in FORGETTING_SUITE if name not in manager.all_tasks] == []
 
 
 def test_without_the_harness_the_extra_is_named(
     adapted: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ConfigError, match=r"pip install 'dynalora\[eval\]'"):
+    with pytest.raises(UnsupportedError, match=r"pip install 'dynalora\[eval\]'"):
         run_harness(*adapted, ["made_here"])
+
+
+def test_filters_and_missing_errors_are_kept() -> None:
+    found = {
+        "results": {
+            "t": {
+                "alias": "t", "exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.1,
+                "exact_match,flexible-extract": 0.5, "exact_match_stderr,flexible-extract": "N/A", "ppl,none": 3.0,
+            },
+            "empty": {"alias": "empty"},
+        },
+        "n-samples": {"t": {"effective": 7}},
+    }  # fmt: skip
+    assert _result("t", found, None) == HarnessResult(
+        "t", "exact_match", 0.25, 0.1, 7,
+        {"exact_match (strict-match)": (0.25, 0.1), "exact_match (flexible-extract)": (0.5, None), "ppl": (3.0, None)},
+    )  # fmt: skip
+    assert _result("t", found, "ppl").value == 3.0
+    with pytest.raises(ConfigError, match="no number for 'empty'"):
+        _result("empty", found, None)
 
 
 def test_the_mean_is_unweighted() -> None:

@@ -12,7 +12,7 @@ import transformers
 
 from dynalora import DiselConfig
 from dynalora.errors import ConfigError, DataError
-from dynalora.forgetting.masked_lm import mask_text, masked_lm_perplexity
+from dynalora.evaluation.masked_lm import mask_text, mask_windows, masked_lm_perplexity
 from tests.unit import tiny
 
 TEXTS = [
@@ -95,6 +95,25 @@ def test_shares_are_of_the_ordinary_tokens(words: Any) -> None:
     assert [len(row) for row in mask_text(TEXTS, words, max_length=5).rows] == [5, 2, 5]
 
 
+def test_windows_are_masked_alike_and_get_the_special_tokens(words: Any) -> None:
+    rows = [list(range(10, 30)), list(range(40, 70)), [5]]
+    plain = mask_windows(rows, words, seed=1)
+    assert plain.rows == tuple(map(tuple, rows[:2]))
+    assert [len(places) for places in plain.masked] == [3, round(0.15 * 30)]
+    ended = tiny.tokenizer(chat=False)
+    ended.add_special_tokens({"mask_token": "<mask>", "cls_token": "<s>", "sep_token": "</s>"})
+    found = mask_windows(rows, ended, seed=1)
+    assert found.rows == tuple((ended.cls_token_id, *row, ended.sep_token_id) for row in rows[:2])
+    # The same ordinary tokens, one place to the right.
+    assert found.masked == tuple(tuple(place + 1 for place in places) for places in plain.masked)
+    model = encoder(words, "bert")
+    loss, _ = naive(model, plain)
+    score = masked_lm_perplexity(model, plain)
+    assert score.interval.value == pytest.approx(math.exp(loss), rel=1e-4)
+    assert math.log(score.interval.high / score.interval.value) == pytest.approx(1.96 * score.error, rel=1e-3)
+    assert math.log(score.interval.value / score.interval.low) == pytest.approx(1.96 * score.error, rel=1e-3)
+
+
 def test_what_cannot_be_masked_is_named(words: Any) -> None:
     for given, message in (
         ({"share": 0.0}, r"share is 0\.0"),
@@ -107,6 +126,12 @@ def test_what_cannot_be_masked_is_named(words: Any) -> None:
         mask_text("text", words)
     with pytest.raises(ConfigError, match="has no mask token"):
         mask_text(TEXTS, tiny.tokenizer())
+    with pytest.raises(ConfigError, match="has no mask token"):
+        mask_windows([[5, 6]], tiny.tokenizer())
+    with pytest.raises(ConfigError, match=r"share is 1\.0"):
+        mask_windows([[5, 6]], words, share=1.0)
+    with pytest.raises(DataError, match="None of the 1 windows"):
+        mask_windows([[5]], words)
     with pytest.raises(DataError, match="None of the 2 texts"):
         mask_text(["", "a"], words)
     with pytest.raises(ConfigError, match="batch_size is 0"):

@@ -57,6 +57,7 @@ def test_trajectory_follows_the_record(tmp_path: Path) -> None:
     figure = dynalora.plot_rank_trajectory(trajectory, str(tmp_path / "ranks.png"))
     assert len(figure.axes) == 7
     assert (tmp_path / "ranks.png").stat().st_size > 10_000
+    assert "<svg" in (tmp_path / "ranks.svg").read_text()
 
     model.save_pretrained(tmp_path / "adapter")
     loaded = peft.PeftModel.from_pretrained(TOYS["llama"].build(), tmp_path / "adapter")

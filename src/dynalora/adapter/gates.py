@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dynalora.adapter.config import AdapterConfig
+from dynalora.adapter.kernel import apart
 from dynalora.adapter.layer import AdapterLayer, kaiming
 from dynalora.driver import OptimizerOverride
 
@@ -155,6 +156,29 @@ class GatedLayer(AdapterLayer):
             return super().projections(adapter)
         gate = "gate_in" if self.has_parameter("gate_in", adapter) else "gate_weight"
         return *super().projections(adapter), self.used(gate, adapter)
+
+    def narrow(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
+        """``g(x) ⊙ d ⊙ down(x)``; see :meth:`AdapterLayer.narrow`."""
+        if torch.is_grad_enabled() or not self._short_form(x, adapter):
+            return super().narrow(x, adapter)
+        # Generation: for a few tokens what counts is the number of operations, here three.
+        down, weight = self.projections(adapter)
+        x = self._cast_input_dtype(x, down.dtype)
+        gates = nn.functional.linear(x, weight, self.used("gate_bias", adapter)).sigmoid_()
+        own = self.own_diagonal(adapter)
+        return nn.functional.linear(x, down).mul_(gates if own is None else gates * own)
+
+    def _short_form(self, x: torch.Tensor, adapter: str) -> bool:
+        """Whether there are few tokens and nothing but ``g(x) = σ(W_g·x + b_g)`` and the method's own diagonal."""
+        return (
+            not self.training  # dropout
+            and self.depends_on_input(adapter)
+            and self.gate_scale[adapter] == 1.0
+            and self.has_parameter("gate_weight", adapter)
+            and self._frozen("frozen_down", adapter) is None
+            and apart(x, 2 * self.ranks[adapter])
+            and not torch.is_autocast_enabled(x.device.type)
+        )
 
     def own_diagonal(self, adapter: str) -> torch.Tensor | None:
         """The method's own diagonal, which gates multiply, (r) for gated adapters; None for all ones."""

@@ -88,6 +88,43 @@ class _Project(torch.autograd.Function):
         return grad_x, grad_down, None
 
 
+def _add_without_graph(
+    result: torch.Tensor, m: torch.Tensor, up: torch.Tensor, scaling: float, frozen: torch.Tensor | None
+) -> torch.Tensor:
+    """What :class:`_AddLowRankInPlace` does, where nothing is to be differentiated."""
+    flat = result.view(-1, up.shape[0])
+    m = m.reshape(-1, m.shape[-1])
+    if len(flat) > up.shape[1]:
+        narrow, up = _cast_sides(m, up, frozen, result.dtype)
+        flat.addmm_(narrow, up.t(), alpha=scaling)
+        return result
+    # Fewer tokens than components, as in generation: a stacked or cast `up` would cost more than the product.
+    parts = [(m, up)] if frozen is None else [(m[:, : up.shape[1]], up), (m[:, up.shape[1] :], frozen)]
+    for narrow, matrix in parts:
+        if matrix.dtype == result.dtype:
+            flat.addmm_(narrow.to(result.dtype), matrix.t(), alpha=scaling)
+        else:
+            with torch.autocast(result.device.type, enabled=False):
+                flat.add_(narrow.to(matrix.dtype) @ matrix.t(), alpha=scaling)
+    return result
+
+
+def apart(x: torch.Tensor, rows: int) -> bool:
+    """Whether the products of one input with several matrices had better be done one by one than stacked.
+
+    Stacking writes and reads ``rows · in`` numbers anew, and saves reading the ``tokens · in`` of the input again. In
+    generation there are few tokens, and the copy would cost more than the products. With gradients stacking stays:
+    it saves as much again in the backward pass.
+
+    Args:
+        x: Input, (..., in).
+        rows: Rows of all the matrices together.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return x.numel() < 2 * rows * x.shape[-1]
+
+
 def project(x: torch.Tensor, down: torch.Tensor, frozen: torch.Tensor | None) -> torch.Tensor:
     """Multiply the input with the down factor.
 
@@ -101,6 +138,8 @@ def project(x: torch.Tensor, down: torch.Tensor, frozen: torch.Tensor | None) ->
     """
     if frozen is None:
         return nn.functional.linear(x, down)
+    if apart(x, down.shape[0] + frozen.shape[0]):
+        return torch.cat([nn.functional.linear(x, down), nn.functional.linear(x, frozen)], dim=-1)
     if torch.is_autocast_enabled(x.device.type):  # which knows the dtypes of torch's own functions only
         return nn.functional.linear(x, torch.cat([down, frozen]))
     projected: torch.Tensor = _Project.apply(x, down, frozen)  # type: ignore[no-untyped-call]
@@ -130,6 +169,8 @@ def add_low_rank(
     """
     out = up.shape[0]
     if in_place and type(result) is torch.Tensor and result.is_contiguous():
+        if not torch.is_grad_enabled():
+            return _add_without_graph(result, m, up, scaling, frozen)
         # Linear layers with a bias return a view of the matrix they computed: update that matrix, and view it again.
         # (Autograd handles in-place updates of views by copying their gradient.)
         whole = result._base if result._is_view() else result

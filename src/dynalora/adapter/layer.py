@@ -24,7 +24,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from dynalora.adapter.config import AdapterConfig
-from dynalora.adapter.kernel import add_low_rank, may_overwrite, project
+from dynalora.adapter.kernel import add_low_rank, apart, may_overwrite, project
 from dynalora.adapter.ranks import fit, shared_rank
 from dynalora.driver import Driver, carry_state, invalidate, track
 from dynalora.errors import ConfigError, UnsupportedError
@@ -468,13 +468,15 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             # Dropout is on what the update is made of; what chooses it (gates) sees the input as it is.
             h = project(nn.functional.dropout(x, p), down, frozen)
             projected = nn.functional.linear(x, torch.cat(rest)) if rest else None
-        elif rest:
+        elif rest and not apart(x, sum(matrix.shape[0] for matrix in rest) + down.shape[0]):
             z = project(x, torch.cat([*rest, down]), frozen)
             # split, not two slices: its backward is one concatenation
             width = sum(matrix.shape[0] for matrix in rest)
             projected, h = z.split([width, z.shape[-1] - width], dim=-1)
         else:
-            h, projected = project(x, down, frozen), None
+            h = project(x, down, frozen)
+            parts = [nn.functional.linear(x, matrix) for matrix in rest]
+            projected = torch.cat(parts, dim=-1) if len(parts) > 1 else next(iter(parts), None)
         d = self.diagonal(adapter, projected)
         return h if d is None else h * d
 

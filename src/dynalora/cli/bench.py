@@ -64,22 +64,36 @@ def bench(
     ] = None,
     memory: Annotated[
         bool | None,
-        typer.Option("--memory/--no-memory", help="Measure memory too. \\[yes]", show_default=False),
+        typer.Option(
+            "--memory/--no-memory", help="Measure memory of training steps too. \\[yes]", show_default=False
+        ),
+    ] = None,
+    generate: Annotated[
+        bool | None,
+        typer.Option(
+            "--generate", help="Time greedy generation instead of training steps.", show_default=False
+        ),
+    ] = None,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option("--new-tokens", help="With --generate: tokens per prompt. \\[32]", show_default=False),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE.json", help="Also write everything measured to a file."),
     ] = None,
 ) -> None:
-    """Time training steps of the methods against PEFT's LoRA, in turns in one process.
+    """Time training steps, or generation, of the methods against PEFT's LoRA, in turns in one process.
 
     Forward, backward and optimizer (with the driver) apart; medians,
-    ratios within a round, and peak memory.
+    ratios within a round, and peak memory. With --generate prefill and
+    time per further token, with a key-value cache.
 
     [bold]Examples[/bold]
 
     [cyan]dynalora bench[/cyan]
     [cyan]dynalora bench -m ./model --methods lora,disel --dtypes bfloat16 --json bench.json[/cyan]
+    [cyan]dynalora bench --generate --length 64 --new-tokens 64[/cyan]
     """
     flags = dict(locals())
     for name in ("config", "output"):
@@ -89,6 +103,7 @@ def bench(
             flags[name] = [item.strip() for item in flags[name].split(",") if item.strip()]
     from dynalora.errors import ConfigError
     from dynalora.experiments import bench as benchmark
+    from dynalora.experiments import generation_bench as generation
     from dynalora.experiments.report import rich_table
     from dynalora.experiments.run_folder import write_atomic
     from dynalora.progress import rich_progress
@@ -99,9 +114,15 @@ def bench(
         raise ConfigError(f"'{output}' is a folder; give --json the name of a file.")
     screen = console()
     with rich_progress(screen) as progress:
-        results = benchmark.bench(spec, progress=progress)
-    for table in benchmark.tables(spec, results):
+        if spec.generate:
+            generated = generation.bench_generation(spec, progress=progress)
+            shown = generation.generation_tables(spec, generated)
+            written = generation.generation_json(spec, generated)
+        else:
+            results = benchmark.bench(spec, progress=progress)
+            shown, written = benchmark.tables(spec, results), benchmark.as_json(spec, results)
+    for table in shown:
         screen.print(rich_table(table))
     if output is not None:
-        write_atomic(output, benchmark.as_json(spec, results))
+        write_atomic(output, written)
         screen.print(f"Written: {output}", highlight=False, markup=False)

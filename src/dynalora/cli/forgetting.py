@@ -50,6 +50,7 @@ def forgetting(
     max_grad_norm: shared.MaxGradNorm = None,
     gradient_checkpointing: shared.GradientCheckpointing = None,
     model: shared.Model = None,
+    data: shared.Data = None,
     train_limit: shared.TrainLimit = None,
     max_length: shared.MaxLength = None,
     system: shared.System = None,

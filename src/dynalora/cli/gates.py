@@ -89,9 +89,9 @@ def gates(
         summary,
         write_gates,
     )
-    from dynalora.experiments.plots import png
     from dynalora.experiments.report import rich_table
     from dynalora.experiments.run_folder import RunFolder, write_atomic
+    from dynalora.forgetting.drawing import rendered
     from dynalora.forgetting.gate_plots import plot_gates
     from dynalora.progress import rich_progress
 
@@ -112,7 +112,7 @@ def gates(
         screen.print(rich_table(separation_table(result)))
         screen.print(summary(result), highlight=False, markup=False)
     if spec.plot is not None:
-        write_atomic(Path(spec.plot), png(plot_gates(result.records)))
+        write_atomic(Path(spec.plot), rendered(plot_gates(result.records)))
         screen.print(f"Written: {spec.plot}", highlight=False, markup=False)
     if spec.output is not None:
         with RunFolder.create(spec.output, spec.settings()) as run:

@@ -18,6 +18,10 @@ Output = Annotated[str | None, option("--output", "-o", help="Run folder: new or
 Model = Annotated[
     str | None, option("--model", "-m", help="Hub id, folder, or smollm2. \\[smollm2]", panel=_DATA)
 ]
+Data = Annotated[
+    str | None,
+    option("--data", help="Folder with benchmarks' files, as for evaluate. \\[the Hub]", panel=_DATA),
+]
 TrainLimit = Annotated[
     int | None,
     option("--train-limit", help="Training questions per task. \\[all; 1000 generated]", panel=_DATA),

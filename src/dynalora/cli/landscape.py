@@ -140,7 +140,6 @@ def landscape(
     flags |= {"taus": None if taus is None else taus.split(","), "plot": plot, "csv": csv, "json": json}
     spec = settings(LandscapeSpec, config, flags)
     from dynalora.errors import ConfigError
-    from dynalora.experiments.plots import png
     from dynalora.experiments.report import rich_table
     from dynalora.experiments.run_folder import write_atomic
     from dynalora.forgetting.drawing import rendered
@@ -186,7 +185,7 @@ def landscape(
             place = Path(spec.plot)
             if quantity != QUANTITIES[0]:
                 place = place.with_name(f"{place.stem}-{quantity}{place.suffix}")
-            written.append(write_atomic(place, png(made)))
+            written.append(write_atomic(place, rendered(made)))
             written.append(write_atomic(place.with_suffix(".svg"), rendered(made, "svg")))
     if written:
         screen.print(

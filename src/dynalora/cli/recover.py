@@ -57,6 +57,7 @@ def recover(
         int | None, option("--checkpoints", help="Only SOURCE's first seeds. \\[all]", panel="Recovery")
     ] = None,
     model: shared.Model = None,
+    data: shared.Data = None,
     train_limit: shared.TrainLimit = None,
     max_length: shared.MaxLength = None,
     system: shared.System = None,

@@ -18,6 +18,7 @@ from dynalora.evaluation import metrics
 from dynalora.evaluation.commonsense import choice_from
 from dynalora.evaluation.metrics import Metric
 from dynalora.evaluation.multiple_choice import Choice
+from dynalora.evaluation.numbers import final_number, number, solution_from
 from dynalora.evaluation.sources import Source
 
 How = Literal["generate", "code", "classify", "perplexity", "masked perplexity"]
@@ -209,12 +210,8 @@ def _arc(row: Mapping[str, Any], where: str) -> tuple[str, int]:
 
 
 def _gsm8k(row: Mapping[str, Any], where: str) -> list[Example]:
-    answer = _text(row, where, "answer")
-    final = re.search(r"####\s*(\S+)", answer)
-    if final is None:
-        raise DataError(f"{where} has no '#### number' in its answer; give GSM8K's own rows.")
-    response = re.sub(r"<<[^>]*>>", "", answer)  # the calculator's notes
-    return [Example(_text(row, where, "question"), final[1], response, where=where)]
+    item = solution_from(row, where)
+    return [Example(item.question, str(final_number(item.answer)), item.answer, where=where)]
 
 
 def _math(row: Mapping[str, Any], where: str) -> list[Example]:
@@ -231,7 +228,7 @@ def _arithmetic(row: Mapping[str, Any], where: str) -> list[Example]:
     else:
         question = _text(row, where, "instruction", "question")
     wanted = _text(row, where, "answer", "Answer", "final_ans", "result")
-    if metrics.number(wanted) is None:
+    if number(wanted) is None:
         raise DataError(f"{where} has the answer '{wanted}', which is no number.")
     return [Example(question.strip(), wanted, str(row.get("output") or "").strip(), where=where)]
 
@@ -314,8 +311,8 @@ def _pairs(first: Sequence[str], second: Sequence[str] = (), *, value: bool = Fa
 def _convai2(row: Mapping[str, Any], where: str) -> list[Example]:
     persona = "\n".join(str(line) for line in _field(row, where, "personality"))
     examples = []
-    for number, turn in enumerate(_field(row, where, "utterances"), start=1):
-        place = f"{where}, utterance {number}"
+    for count, turn in enumerate(_field(row, where, "utterances"), start=1):
+        place = f"{where}, utterance {count}"
         # The last candidate is the one that was said.
         said = str(list(_field(turn, place, "candidates"))[-1]).strip()
         if not said:
@@ -466,14 +463,19 @@ _ALIASES = {
 }  # fmt: skip
 
 
+def find_benchmark(name: str) -> Benchmark | None:
+    """The benchmark of that name; None if there is none."""
+    key = re.sub(r"[-\s]", "_", name.strip().lower())
+    return BENCHMARKS.get(_ALIASES.get(key, key))
+
+
 def benchmark(name: str) -> Benchmark:
     """A benchmark by its name.
 
     Raises:
         ConfigError: there is none of this name; lists those there are.
     """
-    key = re.sub(r"[-\s]", "_", name.strip().lower())
-    found = BENCHMARKS.get(_ALIASES.get(key, key))
+    found = find_benchmark(name)
     if found is None:
         raise ConfigError(
             f"There is no task '{name}'; choose one of {', '.join(BENCHMARKS)}, a group ({', '.join(GROUPS)}), "

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from dynalora.errors import DataError
+from dynalora.evaluation.files import file_rows
 from dynalora.evaluation.multiple_choice import Choice
-from dynalora.evaluation.sources import json_rows
 
 _FORMAT = re.compile(r"\s*Answer format:\s*(\S+)\s*$")
 _LEAD = re.compile(r"^Please [^:\n]*:\s*")
@@ -43,7 +43,7 @@ def load_choices(path: str | os.PathLike[str]) -> list[Choice]:
         DataError: the file cannot be read or is empty, or a row is malformed; file, row and remedy are named.
     """
     file = Path(path)
-    choices = [choice_from(row, where) for where, row in json_rows(file)]
+    choices = [choice_from(row, f"'{file}', {where}") for where, row in file_rows(file)]
     if not choices:
         raise DataError(f"'{file}' holds no row; give a file with at least one.")
     return choices

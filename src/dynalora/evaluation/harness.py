@@ -6,12 +6,14 @@ plain LoRA; here the model is handed over as it is, with whatever adapters are a
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dynalora.errors import ConfigError
+from dynalora.errors import ConfigError, UnsupportedError
+from dynalora.evaluation.generation import evaluating
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +54,8 @@ class HarnessResult:
         value: the metric.
         error: its standard error as the harness gives it; None where it gives none.
         samples: number of questions; None where the harness does not say.
+        numbers: every metric of the task by name, with its standard error or None; the harness's filters stand in
+            brackets behind the name, as in `exact_match (strict-match)`.
     """
 
     task: str
@@ -59,6 +63,53 @@ class HarnessResult:
     value: float
     error: float | None
     samples: int | None
+    numbers: Mapping[str, tuple[float, float | None]] = field(default_factory=dict)
+
+
+def find_tasks(
+    tasks: Sequence[str], *, include_path: str | os.PathLike[str] | None = None
+) -> tuple[list[str], Any]:
+    """Make sure that the harness has these tasks, before a model is loaded.
+
+    Args:
+        tasks: names of tasks or groups; `forgetting` stands for the 14 of `FORGETTING_SUITE`.
+        include_path: folder with task files of your own.
+
+    Returns:
+        The names, none twice, and the harness's task manager that knows them.
+
+    Raises:
+        ConfigError: no task is named, one is unknown, or one would execute the code that a model writes: the harness
+            has no sandbox.
+        UnsupportedError: lm-evaluation-harness is not installed.
+    """
+    names = list(
+        dict.fromkeys(name for task in tasks for name in (FORGETTING_SUITE if task == SUITE else [task]))
+    )
+    if not names:
+        raise ConfigError(f"No task is named; give names of harness tasks, or '{SUITE}'.")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UnsupportedError(
+            f"The harness task {names[0]} needs lm-evaluation-harness, which is not installed; run: "
+            "pip install 'dynalora[eval]'."
+        )
+    from lm_eval.tasks import TaskManager
+
+    manager: Any = None
+    if include_path is not None:
+        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+    if manager is None or any(name not in manager.all_tasks for name in names):
+        # Reading its thousands of task files takes the harness several seconds.
+        manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    for name in names:
+        if name not in manager.all_tasks:
+            raise ConfigError(f"lm-evaluation-harness has no task '{name}'; see `lm_eval ls tasks`.")
+        if any(word in name for word in ("humaneval", "mbpp")):
+            raise ConfigError(
+                f"lm-evaluation-harness would execute the code of '{name}' without a sandbox; take "
+                "humaneval or mbpp, which have one."
+            )
+    return names, manager
 
 
 def run_harness(
@@ -93,37 +144,19 @@ def run_harness(
         A result for each task in order.
 
     Raises:
-        ConfigError: lm-evaluation-harness is not installed, a task is unknown to it, or a task has no such metric.
+        ConfigError: a number is out of range, a task is unknown to the harness, would execute generated code, or has no
+            such metric.
+        UnsupportedError: lm-evaluation-harness is not installed.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ConfigError(
-            "Harness tasks need lm-evaluation-harness: pip install 'dynalora[eval]'."
-        ) from error
-    from dynalora.evaluation.generation import evaluating
-
     for what, value in (("batch_size", batch_size), ("limit", limit), ("max_length", max_length)):
         if value is not None and value < 1:
             raise ConfigError(f"{what} is {value}; give 1 or more.")
     if num_fewshot is not None and num_fewshot < 0:
         raise ConfigError(f"num_fewshot is {num_fewshot}; give 0 or more.")
-    names = list(
-        dict.fromkeys(name for task in tasks for name in (FORGETTING_SUITE if task == SUITE else [task]))
-    )
-    if not names:
-        raise ConfigError(f"No task is named; give names of harness tasks, or '{SUITE}'.")
-    manager: Any = None
-    if include_path is not None:
-        manager = TaskManager(include_path=str(include_path), include_defaults=False)
-    if manager is None or any(not manager.match_tasks([name]) for name in names):
-        # Reading its thousands of task files takes the harness several seconds.
-        manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    for name in names:
-        if not manager.match_tasks([name]):
-            raise ConfigError(f"lm-evaluation-harness has no task '{name}'; see `lm_eval ls tasks`.")
+    names, manager = find_tasks(tasks, include_path=include_path)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     with evaluating(model):
         wrapped = HFLM(
             pretrained=model,
@@ -161,25 +194,26 @@ def harness_mean(results: Sequence[HarnessResult]) -> float:
 
 def _result(name: str, found: Mapping[str, Any], metric: str | None) -> HarnessResult:
     numbers: Mapping[str, Any] = found["results"].get(name) or found.get("groups", {}).get(name) or {}
+    every: dict[str, tuple[float, float | None]] = {}
     # The harness writes "metric,filter"; the first filter is the task's strictest.
-    keys: dict[str, str] = {}
+    first: dict[str, str] = {}
     for key, value in numbers.items():
-        measured, comma, _ = key.partition(",")
-        if comma and isinstance(value, (int, float)) and not measured.endswith("_stderr"):
-            keys.setdefault(measured, key)
+        measured, comma, kind = key.partition(",")
+        if not comma or measured.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        error = numbers.get(f"{measured}_stderr,{kind}")
+        called = measured if kind == "none" else f"{measured} ({kind})"
+        every[called] = (float(value), float(error) if isinstance(error, (int, float)) else None)
+        first.setdefault(measured, called)
+    if not every:
+        raise ConfigError(f"lm-evaluation-harness gives no number for '{name}'; name its subtasks instead.")
     if metric is None:
-        metric = next((known for known in (*_PREFERRED, *keys) if known in keys), "")
-    if metric not in keys:
+        metric = next(known for known in (*_PREFERRED, *first) if known in first)
+    if metric not in first:
         raise ConfigError(
-            f"Task '{name}' has no metric '{metric}'; it has {', '.join(keys) or 'none'}. Name one in metrics."
+            f"Task '{name}' has no metric '{metric}'; it has {', '.join(first)}. Name one in metrics."
         )
-    key = keys[metric]
-    error = numbers.get(f"{metric}_stderr,{key.partition(',')[2]}")
     samples = found.get("n-samples", {}).get(name, {}).get("effective")
     return HarnessResult(
-        name,
-        metric,
-        float(numbers[key]),
-        float(error) if isinstance(error, (int, float)) else None,
-        None if samples is None else int(samples),
+        name, metric, *every[first[metric]], None if samples is None else int(samples), every
     )

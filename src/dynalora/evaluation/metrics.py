@@ -1,7 +1,7 @@
 """Metrics by name, each with its interval: what a task's answers are compared with, and how.
 
 A metric is either a mean over items, or one number over all of them (F1, BLEU). Means over yes and no get Wilson's
-interval, other means the normal one, and numbers over all items the percentile bootstrap (B. Efron, Ann. Statist. 7,
+interval, other means Student's t, and numbers over all items the percentile bootstrap (B. Efron, Ann. Statist. 7,
 1979) with a fixed seed. All intervals are 95 %.
 
 Where a kept library has a metric, it is that library's: sacrebleu (BLEU), rouge-score (ROUGE), bert-score
@@ -11,23 +11,19 @@ Where a kept library has a metric, it is that library's: sacrebleu (BLEU), rouge
 from __future__ import annotations
 
 import importlib.util
-import math
-import random
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
 from typing import Any
 
 from dynalora.errors import DataError, UnsupportedError
-from dynalora.evaluation.scoring import Interval, wilson
+from dynalora.evaluation.numbers import final_number, last_number, number, same_number
+from dynalora.evaluation.statistics import Interval, bootstrap, item_interval
 
 Items = Mapping[str, Sequence[float | None]]
 """By name, one value per item; None where an item does not count for that name."""
-
-_Z = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -81,40 +77,12 @@ class Metric:
         if self.items is not None:
             found = {name: tuple(values) for name, values in self.items(answers, references).items()}
             return {
-                name: mean_interval([v for v in values if v is not None])
+                name: item_interval([v for v in values if v is not None])
                 for name, values in found.items()
                 if any(value is not None for value in values)
             }, found
         assert self.whole is not None
         return {self.names[0]: bootstrap(self.whole, answers, references, self.resamples)}, {}
-
-
-def mean_interval(values: Sequence[float]) -> Interval:
-    """A mean: Wilson's interval if all values are 0 or 1, else the normal one."""
-    if all(value in (0, 1) for value in values):
-        return wilson(round(sum(values)), len(values))
-    mean = fmean(values)
-    half = _Z * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return Interval(mean, mean - half, mean + half)
-
-
-def bootstrap(
-    whole: Callable[[Sequence[Any], Sequence[Any]], float],
-    answers: Sequence[Any],
-    references: Sequence[Any],
-    resamples: int = 1000,
-    seed: int = 0,
-) -> Interval:
-    """A number over all items with its percentile bootstrap interval; items are drawn with their references."""
-    value = whole(answers, references)
-    chance = random.Random(seed)
-    drawn = []
-    for _ in range(resamples):
-        picked = chance.choices(range(len(answers)), k=len(answers))
-        drawn.append(whole([answers[i] for i in picked], [references[i] for i in picked]))
-    drawn.sort()
-    low, high = drawn[int(0.025 * resamples)], drawn[min(resamples - 1, int(0.975 * resamples))]
-    return Interval(value, min(low, value), max(high, value))
 
 
 # --- answers out of texts -------------------------------------------------------------------------------------
@@ -127,32 +95,6 @@ def first_keyword(text: str, keywords: Sequence[str]) -> str | None:
     """
     found = re.search("|".join(map(re.escape, keywords)), text.lower())
     return found[0] if found else None
-
-
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
-_STRICT = re.compile(r"#### *(-?\$?[\d.,]+)")
-
-
-def number(text: str | None) -> float | None:
-    """A number out of its usual spellings (`1,234`, `$5`, `3.`); None where it is none."""
-    if text is None:
-        return None
-    try:
-        return float(text.replace(",", "").replace("$", "").rstrip("."))
-    except ValueError:
-        return None
-
-
-def strict_number(text: str) -> float | None:
-    """The number behind `####`, GSM8K's own way to end a solution; None where there is none."""
-    found = _STRICT.search(text)
-    return number(found[1]) if found else None
-
-
-def last_number(text: str) -> float | None:
-    """The last number in a text; None where there is none."""
-    found = _NUMBER.findall(text)
-    return number(found[-1]) if found else None
 
 
 def letter(text: str, letters: str = "ABCDE") -> str | None:
@@ -220,14 +162,9 @@ def keyword_accuracy(keywords: Sequence[str]) -> Metric:
     return _each("accuracy", lambda text, reference: first_keyword(text, keywords) == reference)
 
 
-def _close(found: float | None, wanted: str) -> bool:
-    right = number(wanted)
-    return found is not None and right is not None and abs(found - right) <= 1e-3
-
-
-STRICT = _each("strict", lambda text, wanted: _close(strict_number(text), wanted))
-FLEXIBLE = _each("flexible", lambda text, wanted: _close(last_number(text), wanted))
-NUMBER = _each("accuracy", lambda text, wanted: _close(last_number(text), wanted))
+STRICT = _each("strict", lambda text, wanted: same_number(final_number(text), number(wanted)))
+FLEXIBLE = _each("flexible", lambda text, wanted: same_number(last_number(text), number(wanted)))
+NUMBER = _each("accuracy", lambda text, wanted: same_number(last_number(text), number(wanted)))
 LETTER = _each("accuracy", lambda text, wanted: letter(text) == wanted)
 EXACT = _each("accuracy", lambda text, wanted: text.strip() == wanted.strip())
 MATH = _each(

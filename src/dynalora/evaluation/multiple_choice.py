@@ -15,7 +15,6 @@ Small models can be measured so that cannot follow "answer with the letter", and
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,8 @@ from dynalora.evaluation.generation import (
     pad_left,
     padding_id,
 )
-from dynalora.evaluation.scoring import Interval, answer_loss, wilson
+from dynalora.evaluation.scoring import answer_loss
+from dynalora.evaluation.statistics import Estimate, Interval, ratio, wilson
 from dynalora.evaluation.tasks import Item
 from dynalora.progress import Progress, silent
 
@@ -76,14 +76,6 @@ class Choice:
     def item(self) -> Item:
         """The question with the right option's text as its answer, for training."""
         return Item(self.question, self.options[self.right])
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its standard error over the questions (0 for a single question)."""
-
-    value: float
-    error: float
 
 
 @dataclass(frozen=True)
@@ -324,18 +316,3 @@ def _pass(
 
 def _first_largest(values: Sequence[float]) -> int:
     return max(range(len(values)), key=lambda place: values[place])
-
-
-def ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
-    """Σ sums / Σ counts with the standard error of a ratio estimate; with equal counts, that of a mean.
-
-    Args:
-        sums: one per item, such as negative log-likelihoods.
-        counts: one per item, such as numbers of tokens; not all 0.
-    """
-    number, whole = len(sums), sum(counts)
-    value = math.fsum(sums) / whole
-    if number < 2:
-        return Estimate(value, 0.0)
-    spread = math.fsum((own - value * count) ** 2 for own, count in zip(sums, counts, strict=True))
-    return Estimate(value, math.sqrt(spread / (number - 1) / number) / (whole / number))

@@ -9,7 +9,6 @@ print(result.scores["strict"])
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 import os
@@ -21,15 +20,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 
-from dynalora.errors import ConfigError, DataError, UnsupportedError
+from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.benchmarks import GROUPS, Benchmark, Example, benchmark
 from dynalora.evaluation.generation import batches_by_length, chat_prompt, evaluating, generate
+from dynalora.evaluation.harness import FORGETTING_SUITE, SUITE, find_tasks, run_harness
+from dynalora.evaluation.masked_lm import mask_windows, masked_lm_perplexity
 from dynalora.evaluation.metrics import EXACT, Metric
 from dynalora.evaluation.multiple_choice import Choice, option_scores
-from dynalora.evaluation.perplexity import masked_perplexity, perplexity, windows
+from dynalora.evaluation.perplexity import perplexity, windows
 from dynalora.evaluation.sandbox import Limits, check_sandbox, run_program
-from dynalora.evaluation.scoring import Interval
 from dynalora.evaluation.sources import Source
+from dynalora.evaluation.statistics import Estimate, Interval
 from dynalora.evaluation.tasks import load_task
 from dynalora.progress import Progress, silent
 
@@ -114,8 +115,9 @@ def task_list(names: Sequence[str]) -> list[str]:
     if not names:
         raise ConfigError("No task is named; give at least one.")
     found: dict[str, None] = {}
+    groups = {**GROUPS, f"{_HARNESS}{SUITE}": tuple(f"{_HARNESS}{own}" for own in FORGETTING_SUITE)}
     for name in names:
-        for own in GROUPS.get(name.strip().lower(), (name,)):
+        for own in groups.get(name.strip().lower(), (name,)):
             known = own if own.startswith((_GENERATED, _HARNESS)) else benchmark(own).name
             found[known] = None
     return list(found)
@@ -225,9 +227,9 @@ def measure(
         if task.how == "perplexity":
             score = perplexity(model, rows, batch_size=batch_size, what=what, progress=progress)
         else:
-            score = masked_perplexity(
-                model, tokenizer, rows, batch_size=batch_size, what=what, progress=progress
-            )
+            score = masked_lm_perplexity(
+                model, mask_windows(rows, tokenizer), batch_size=batch_size, name=name, progress=progress
+            ).interval
         result = replace(result, items=len(rows), scores={"perplexity": score})
     elif task.how == "classify":
         _need_head(model, task, "classes")
@@ -513,20 +515,8 @@ def _generated_task(name: str, size: int, seed: int) -> Prepared:
 
 def _harness_task(name: str, limit: int | None) -> Prepared:
     own = name.removeprefix(_HARNESS)
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UnsupportedError(
-            f"The task {name} needs lm-evaluation-harness, which is not installed; run: pip install 'dynalora[eval]'"
-        )
-    from lm_eval.tasks import TaskManager
-
-    if own not in TaskManager().all_tasks:
-        raise ConfigError(
-            f"lm-evaluation-harness has no task '{own}'; `lm-eval ls tasks` lists those it has."
-        )
-    if any(word in own for word in ("humaneval", "mbpp")):
-        raise ConfigError(
-            f"lm-evaluation-harness would execute the code of '{own}' without a sandbox; take humaneval or mbpp."
-        )
+    if len(find_tasks([own])[0]) > 1:
+        raise ConfigError(f"{name} stands for several tasks; name them one by one.")
     task = Benchmark(name, own, Source(name), _nothing, ())
     return Prepared(task, "the harness's", (), harness=own, limit=limit)
 
@@ -538,30 +528,12 @@ def _harness(
     batch_size: int,
     result: TaskResult,
 ) -> TaskResult:
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-
-    with evaluating(model):
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        found = lm_eval.simple_evaluate(
-            model=wrapped, tasks=[prepared.harness], limit=prepared.limit, log_samples=False
-        )
-    numbers = found["results"][prepared.harness]
-    scores: dict[str, Interval] = {}
-    for key, value in numbers.items():
-        metric, comma, variant = str(key).partition(",")
-        if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
-            continue
-        error = numbers.get(f"{metric}_stderr,{variant}")
-        half = 1.959963984540054 * error if isinstance(error, (int, float)) else 0.0
-        name = metric if variant == "none" else f"{metric} ({variant})"
-        scores[name] = Interval(float(value), float(value) - half, float(value) + half)
-    if not scores:
-        raise UnsupportedError(
-            f"lm-evaluation-harness gives no number for '{prepared.harness}'; name its subtasks instead."
-        )
-    items = found.get("n-samples", {}).get(prepared.harness, {}).get("effective", 0)
+    (found,) = run_harness(
+        model, tokenizer, [prepared.harness], num_fewshot=None, limit=prepared.limit, batch_size=batch_size
+    )
+    scores = {name: Estimate(value, error or 0.0).interval for name, (value, error) in found.numbers.items()}
+    main = next(name for name in scores if name.split(" ")[0] == found.metric)
     percent = tuple(
         name for name in scores if name.split(" ")[0] in ("acc", "acc_norm", "exact_match", "f1", "em")
     )
-    return replace(result, items=int(items), scores=scores, percent=percent, main=next(iter(scores)))
+    return replace(result, items=found.samples or 0, scores=scores, percent=percent, main=main)

@@ -1,13 +1,11 @@
-"""Scores with their intervals: accuracy, the loss of the right answers, and comparisons on the same items."""
+"""Scores on questions with one right answer each: accuracy, and the loss of the right answers."""
 
 from __future__ import annotations
 
 import inspect
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,27 +14,13 @@ from peft import PeftModel
 
 from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.generation import batches_by_length, evaluating, generate, pad_left, padding_id
+from dynalora.evaluation.statistics import Interval, wilson
 from dynalora.progress import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _IGNORED = -100
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A number with its interval.
-
-    Attributes:
-        value: the estimate.
-        low: lower end.
-        high: upper end.
-    """
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -222,129 +206,3 @@ def _prompt(row: Mapping[str, Sequence[int]], index: int) -> list[int]:
             f"Row {index} has no prompt before its answer, or no answer; the first label must be −100."
         )
     return list(row["input_ids"][:start])
-
-
-# --- statistics -------------------------------------------------------------------------------------------
-
-
-def wilson(correct: int, total: int, confidence: float = 0.95) -> Interval:
-    """A proportion with Wilson's score interval (E. B. Wilson, JASA 22, 1927), which stays inside [0, 1].
-
-    Args:
-        correct: number of successes.
-        total: number of trials.
-        confidence: coverage, between 0 and 1.
-
-    Raises:
-        ConfigError: total below 1, correct outside 0 … total, or confidence outside (0, 1).
-    """
-    if total < 1 or not 0 <= correct <= total:
-        raise ConfigError(f"{correct} of {total} is no share; give 0 ≤ correct ≤ total and total ≥ 1.")
-    z = _quantile(confidence)
-    share = correct / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-    # The exact ends at 0 and at `total` are 0 and 1; rounding must not put the estimate outside its interval.
-    return Interval(share, 0.0 if correct == 0 else centre - half, 1.0 if correct == total else centre + half)
-
-
-def paired_difference(first: Sequence[bool], second: Sequence[bool], confidence: float = 0.95) -> Interval:
-    """Accuracy of `second` minus accuracy of `first` on the same items, with its interval.
-
-    The interval is the adjusted Wald interval of D. G. Bonett and R. M. Price, J. Educ. Behav. Stat. 37 (2012): one
-    observation is added to each of the two cells in which the models differ, which keeps the coverage near nominal
-    for small samples and extreme proportions. The estimate itself is the plain difference.
-
-    Raises:
-        DataError: no items, or different numbers of them.
-    """
-    gained, lost = _discordant(first, second)
-    total = len(first)
-    plus, minus = (gained + 1) / (total + 2), (lost + 1) / (total + 2)
-    half = _quantile(confidence) * math.sqrt((plus + minus - (plus - minus) ** 2) / (total + 2))
-    return Interval((gained - lost) / total, max(-1.0, plus - minus - half), min(1.0, plus - minus + half))
-
-
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
-    """Two-sided p-value of the exact McNemar test: do two models differ in accuracy on the same items?
-
-    The items on which exactly one of them is right are fair coin tosses if they do not (Q. McNemar, Psychometrika 12,
-    1947; the binomial form).
-
-    Raises:
-        DataError: no items, or different numbers of them.
-    """
-    gained, lost = _discordant(first, second)
-    tosses = gained + lost
-    tail = sum(math.comb(tosses, k) for k in range(min(gained, lost) + 1))
-    return float(min(1.0, 2 * tail / 2**tosses))
-
-
-def _discordant(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int]:
-    """How many items only `second` has right, and how many only `first`."""
-    if not first or len(first) != len(second):
-        raise DataError(
-            f"Paired comparison of {len(first)} and {len(second)} items; give both on the same items."
-        )
-    gained = sum(b and not a for a, b in zip(first, second, strict=True))
-    lost = sum(a and not b for a, b in zip(first, second, strict=True))
-    return gained, lost
-
-
-def _quantile(confidence: float) -> float:
-    if not 0 < confidence < 1:
-        raise ConfigError(f"confidence is {confidence}; give a number between 0 and 1.")
-    return NormalDist().inv_cdf(0.5 + confidence / 2)
-
-
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """A mean with Student's t interval, for a number measured in several independent runs.
-
-    Args:
-        values: one per run. Of a single run the spread is unknown, and the interval is that value alone.
-        confidence: coverage, between 0 and 1.
-
-    Raises:
-        DataError: no values.
-        ConfigError: confidence outside (0, 1).
-    """
-    if not values:
-        raise DataError("There are no values to average; give at least one.")
-    _quantile(confidence)
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return Interval(mean, mean, mean)
-    half = (
-        t_quantile(0.5 + confidence / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    )
-    return Interval(mean, mean - half, mean + half)
-
-
-def t_quantile(probability: float, degrees: int) -> float:
-    """The quantile of Student's t distribution, by bisection on its distribution function.
-
-    Args:
-        probability: in [0.5, 1).
-        degrees: degrees of freedom, at least 1.
-    """
-    low, high = 0.0, 1.0
-    while _t_central(high, degrees) < 2 * probability - 1:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_central(middle, degrees) < 2 * probability - 1 else (low, middle)
-    return (low + high) / 2
-
-
-def _t_central(t: float, degrees: int) -> float:
-    """P(|T| < t) for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    angle = math.atan2(t, math.sqrt(degrees))
-    cosine, sine = math.cos(angle), math.sin(angle)
-    odd = degrees % 2
-    term = cosine if odd else 1.0
-    total = 0.0
-    # 1 + cos²/2·(1 + 3/4·cos²·(…)) for even, cos·(1 + 2/3·cos²·(…)) for odd degrees.
-    for step in range(odd, degrees - 1, 2):
-        total += term
-        term *= cosine * cosine * (step + 1) / (step + 2)
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total

@@ -1,15 +1,13 @@
 """Where a benchmark's rows come from: the Hugging Face Hub, or a folder of files.
 
-A folder holds one file per split, `<group>/<name>.<split>.jsonl` (or `.txt` for running text), with or without `.gz`:
+A folder holds one file per split, `<group>/<name>.<split>.jsonl` (or another kind of data file, or
+`.txt` for running text), with or without `.gz`:
 `commonsense/boolq.train.jsonl.gz`, `math/gsm8k.dev.jsonl`, `text/wikitext2.valid.txt.gz`.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,12 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from dynalora.errors import DataError
+from dynalora.evaluation.files import (
+    FILE_KINDS,
+    SAME_SPLIT,
+    file_rows,
+    hub_rows,
+    split_files,
+    text_lines,
+)
 
 Row = tuple[str, Mapping[str, Any]]
 """Where a row lies, for errors, and its fields."""
 
 _MEASURED_ON = ("test", "dev")  # in order of preference
-_SAME = {"valid": "dev", "validation": "dev", "eval": "dev"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Source:
             DataError: there is no such split, or it cannot be read, or it is empty.
         """
         if split is not None:
-            split = _SAME.get(split, split)
+            split = SAME_SPLIT.get(split, split)
         name, rows = self._folder(split, Path(folder)) if folder is not None else self._hub(split)
         found = list(islice(rows, limit))
         if not found:
@@ -76,24 +81,19 @@ class Source:
     def _folder(self, split: str | None, folder: Path) -> tuple[str, Iterator[Row]]:
         if not folder.is_dir():
             raise DataError(f"There is no folder '{folder}'; give the one that holds '{self.file}.*'.")
-        endings = (".txt", ".txt.gz") if self.text else (".jsonl", ".jsonl.gz")
-        files: dict[str, Path] = {}
-        for path in sorted((folder / self.file).parent.glob(f"{Path(self.file).name}.*")):
-            rest = path.name[len(Path(self.file).name) + 1 :]
-            for ending in endings:
-                if rest.endswith(ending) and "." not in rest[: -len(ending)]:
-                    own = rest[: -len(ending)]
-                    files.setdefault(_SAME.get(own, own), path)
+        kinds = (".txt",) if self.text else FILE_KINDS
+        files = split_files(folder / self.file, kinds)
         chosen = split or next((name for name in _MEASURED_ON if name in files), None)
         if chosen is None or chosen not in files:
             wanted = f"split '{chosen}'" if chosen else "split test or dev"
             there = f"there is {', '.join(sorted(files))}" if files else "there is none of its files"
             raise DataError(
                 f"'{self.file}' has no {wanted} in '{folder}' ({there}); name another split, or put "
-                f"'{self.file}.{chosen or 'test'}{endings[0]}' there."
+                f"'{self.file}.{chosen or 'test'}{kinds[0]}' there."
             )
         path = files[chosen]
-        return chosen, _text_rows(path) if self.text else json_rows(path)
+        rows = text_lines(path) if self.text else file_rows(path)
+        return chosen, ((f"'{path}', {where}", row) for where, row in rows)
 
     def _hub(self, split: str | None) -> tuple[str, Iterator[Row]]:
         if not self.hub:
@@ -108,65 +108,8 @@ class Source:
         return chosen, self._hub_rows(self.splits[chosen])
 
     def _hub_rows(self, split: str) -> Iterator[Row]:
-        import datasets
-
+        remedy = f"connect to the Hub, or give a folder that holds '{self.file}.*'"
         for subset in self.subsets:
             told = f"'{self.hub}'" + (f" ({subset})" if subset else "")
-            try:
-                loaded = datasets.load_dataset(self.hub, name=subset, split=split, revision=self.revision)
-            except Exception as error:  # the library's, the hub client's, the network's and pyarrow's
-                reason = str(error).strip().splitlines()
-                raise DataError(
-                    f"The data set {told}, split '{split}', cannot be loaded "
-                    f"({reason[0].rstrip('.') if reason else type(error).__name__}); "
-                    f"connect to the Hub, or give a folder that holds '{self.file}.*'."
-                ) from error
-            for number, row in enumerate(loaded, start=1):
-                yield f"{told}, row {number}", row
-
-
-def json_rows(path: Path) -> Iterator[Row]:
-    """Where each row lies, and its content, of a file of JSON objects, one per line, with or without gzip.
-
-    Raises:
-        DataError: the file cannot be read or a row is malformed; file, row and remedy are named.
-    """
-    for number, line in _lines(path):
-        if line.strip():
-            where = f"'{path}', row {number}"
-            yield where, _object(line, where)
-
-
-def _text_rows(path: Path) -> Iterator[Row]:
-    for number, line in _lines(path):
-        yield f"'{path}', line {number}", {"text": line}
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8")
-            if path.suffix == ".gz"
-            else open(path, encoding="utf-8") as file
-        ):
-            yield from enumerate(file, start=1)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"'{path}' is not a complete gzip file ({error}); fetch it again.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"'{path}' is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from error
-    except OSError as error:
-        raise DataError(
-            f"'{path}' cannot be read ({error.strerror or error}); give the path of a .jsonl or .jsonl.gz file."
-        ) from error
-
-
-def _object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where} is not valid JSON ({error.msg} at column {error.colno}); write one JSON object per line."
-        ) from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where} is a {type(row).__name__}; write one JSON object per line.")
-    return row
+            for where, row in hub_rows(self.hub, split, subset, revision=self.revision, remedy=remedy):
+                yield f"{told}, {where}", row

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -66,7 +66,9 @@ class BenchSpec:
         threads: of the CPU; None: torch's choice.
         device: `cpu`, `cuda`, or `auto`.
         control: run the reference twice, as if it were two methods: their ratio shows the noise of the measurement.
-        memory: measure memory too.
+        memory: measure memory too (training steps only).
+        generate: measure greedy generation instead of training steps; `length` is then the prompt's.
+        new_tokens: tokens generated per sequence and round, at least 2: the first comes with the prompt.
     """
 
     model: str = "smollm2"
@@ -83,6 +85,8 @@ class BenchSpec:
     device: str = "auto"
     control: bool = False
     memory: bool = True
+    generate: bool = False
+    new_tokens: int = 32
 
     def __post_init__(self) -> None:
         for name in ("r", "batch_size", "rounds", "warmup"):
@@ -90,6 +94,8 @@ class BenchSpec:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give a whole number of at least 1.")
         if self.length < 2:
             raise ConfigError(f"length is {self.length}; give at least 2 tokens.")
+        if self.new_tokens < 2:
+            raise ConfigError(f"new_tokens is {self.new_tokens}; give at least 2.")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads is {self.threads}; give a whole number of at least 1.")
         if not self.methods:
@@ -164,16 +170,9 @@ class _Contestant:
     """One method: its model on the shared base weights, and its optimizer."""
 
     def __init__(self, name: str, method: str, base: nn.Module, spec: BenchSpec) -> None:
-        import peft
-
         self.name, self.method = name, method
-        torch.manual_seed(spec.seed)
         steps = spec.warmup + spec.rounds + 2
-        options = {} if method in BASELINES else {"total_steps": steps}
-        config = adapter_config(
-            method, r=spec.r, alpha=2.0 * spec.r, target_modules=spec.target_modules, options=options
-        )
-        self.model: PeftModel = peft.get_peft_model(sharing_copy(base), config)
+        self.model = adapted(method, base, spec, steps)
         self.model.train()
         self.driver, self.taken = driver_of(self.model, steps), 0
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -183,23 +182,24 @@ class _Contestant:
 
     def step(self, tokens: torch.Tensor, *, record: bool = True) -> None:
         """One training step, timed phase by phase."""
-        marks = [_now(tokens.device)]
+        marks = [now(tokens.device)]
         loss = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        marks.append(_now(tokens.device))
+        marks.append(now(tokens.device))
         loss.backward()
-        marks.append(_now(tokens.device))
+        marks.append(now(tokens.device))
         self.optimizer.step()
         if self.driver is not None:
             self.driver(self.taken)
         self.taken += 1
         self.optimizer.zero_grad(set_to_none=True)
-        marks.append(_now(tokens.device))
+        marks.append(now(tokens.device))
         if record:
             for phase, begin, end in zip(PHASES, marks, marks[1:], strict=False):
                 self.seconds[phase].append(end - begin)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """The time in seconds once a device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -243,7 +243,7 @@ def random_tokens(vocabulary: int, spec: BenchSpec, round_number: int) -> torch.
 
 
 def bench(spec: BenchSpec, *, progress: Progress = silent) -> list[Measured]:
-    """Measure.
+    """Measure training steps.
 
     Args:
         spec: what to measure.
@@ -256,26 +256,60 @@ def bench(spec: BenchSpec, *, progress: Progress = silent) -> list[Measured]:
     Raises:
         ConfigError: the model or the target modules.
     """
-    if spec.threads is not None:
-        torch.set_num_threads(spec.threads)
-    name = local_model_name(spec.model, progress=progress)
-    skeleton = empty_model(name)
-    check_targets(skeleton, adapter_config(spec.reference, r=spec.r, target_modules=spec.target_modules))
+    name = start(spec, progress)
     results: list[Measured] = []
     for dtype in spec.dtypes:
         results += _bench_dtype(spec, name, dtype, progress)
     return results
 
 
-def _bench_dtype(spec: BenchSpec, name: str, dtype: str, progress: Progress) -> list[Measured]:
-    device = spec.torch_device
-    base = load_model(name, dtype=dtype).to(device)  # type: ignore[arg-type]
+def start(spec: BenchSpec, progress: Progress) -> str:
+    """Set the threads, and find the model and check the target modules before weights are loaded; the model's name."""
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    name = local_model_name(spec.model, progress=progress)
+    skeleton = empty_model(name)
+    check_targets(skeleton, adapter_config(spec.reference, r=spec.r, target_modules=spec.target_modules))
+    return name
+
+
+def frozen_base(spec: BenchSpec, name: str, dtype: str) -> Any:
+    """The base model that all methods share."""
+    base: Any = load_model(name, dtype=dtype).to(spec.torch_device)  # type: ignore[arg-type]
     for parameter in base.parameters():
         parameter.requires_grad_(False)
-    entries = [(method, method) for method in spec.methods] + (
-        [(CONTROL, spec.reference)] if spec.control else []
+    return base
+
+
+def entries(spec: BenchSpec) -> list[tuple[str, str]]:
+    """Label and method of every contender; with `control` the reference stands last once more."""
+    control = [(CONTROL, spec.reference)] if spec.control else []
+    return [(method, method) for method in spec.methods] + control
+
+
+def adapted(method: str, base: nn.Module, spec: BenchSpec, total_steps: int) -> PeftModel:
+    """A method's model on the shared base weights."""
+    import peft
+
+    torch.manual_seed(spec.seed)
+    options = {} if method in BASELINES else {"total_steps": total_steps}
+    config = adapter_config(
+        method, r=spec.r, alpha=2.0 * spec.r, target_modules=spec.target_modules, options=options
     )
-    contestants = [_Contestant(label, method, base, spec) for label, method in entries]
+    shared: Any = sharing_copy(base)
+    return cast("PeftModel", peft.get_peft_model(shared, config))
+
+
+def ratios(own: Sequence[float], reference: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Median and quartiles over the rounds of one time over another, within each round."""
+    found = [one / other for one, other in zip(own, reference, strict=True)]
+    low, _, high = statistics.quantiles(found, n=4) if len(found) > 1 else (found[0],) * 3
+    return statistics.median(found), (low, high)
+
+
+def _bench_dtype(spec: BenchSpec, name: str, dtype: str, progress: Progress) -> list[Measured]:
+    device, base = spec.torch_device, frozen_base(spec, name, dtype)
+    contestants = [_Contestant(label, method, base, spec) for label, method in entries(spec)]
     vocabulary = int(base.config.vocab_size)
     what = f"Training steps, {dtype}"
     total = spec.warmup + spec.rounds
@@ -301,16 +335,15 @@ def _bench_dtype(spec: BenchSpec, name: str, dtype: str, progress: Progress) -> 
         memory = _cpu_memory(spec, name, dtype, [item[1] for item in measured[: len(spec.methods)]], progress)
     for label, _, seconds, trainable in measured:
         steps = [sum(times) for times in zip(*seconds.values(), strict=True)]
-        ratios = [own / other for own, other in zip(steps, reference_steps, strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+        ratio, quartiles = ratios(steps, reference_steps)
         step_bytes, peak_bytes = memory.get(label, (None, None))
         results.append(
             Measured(
                 method=label,
                 dtype=dtype,
                 seconds=seconds,
-                ratio=statistics.median(ratios),
-                ratio_quartiles=(low, high),
+                ratio=ratio,
+                ratio_quartiles=quartiles,
                 trainable_parameters=trainable,
                 saved_bytes=saved[label],
                 step_bytes=step_bytes,
@@ -445,14 +478,11 @@ def tables(spec: BenchSpec, results: Sequence[Measured]) -> list[Table]:
             "method", "forward (ms)", "backward", "optimizer", "step", f"step / {spec.reference}",
             "parameters", "saved (MiB)", "step peak (MiB)", "peak (MiB)",
         ]  # fmt: skip
-        targets = (
-            spec.target_modules if isinstance(spec.target_modules, str) else ", ".join(spec.target_modules)
-        )
         made.append(
             Table(
                 columns,
                 rows,
-                title=f"{spec.model}, {dtype}, r = {spec.r}, {targets}, {spec.batch_size} × {spec.length} tokens",
+                title=f"{setting(spec, dtype)}, {spec.batch_size} × {spec.length} tokens",
                 note=(
                     f"Medians of {spec.rounds} rounds in turns on shared base weights; ratio: median of the rounds' "
                     "ratios, with quartiles. optimizer: step, driver and clearing the gradients. saved: kept from "
@@ -463,8 +493,28 @@ def tables(spec: BenchSpec, results: Sequence[Measured]) -> list[Table]:
     return made
 
 
+def setting(spec: BenchSpec, dtype: str) -> str:
+    """Model, dtype, rank and target modules, for titles."""
+    targets = spec.target_modules if isinstance(spec.target_modules, str) else ", ".join(spec.target_modules)
+    return f"{spec.model}, {dtype}, r = {spec.r}, {targets}"
+
+
 def as_json(spec: BenchSpec, results: Sequence[Measured]) -> str:
     """Everything measured, round by round, with the settings and the machine."""
+    return with_machine(
+        spec,
+        [
+            {
+                **asdict(item),
+                "median_seconds": {**{phase: item.median(phase) for phase in PHASES}, "step": item.median()},
+            }
+            for item in results
+        ],
+    )
+
+
+def with_machine(spec: BenchSpec, rows: list[dict[str, Any]]) -> str:
+    """Results as JSON, with the settings and the machine."""
     machine = {
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
@@ -474,13 +524,6 @@ def as_json(spec: BenchSpec, results: Sequence[Measured]) -> str:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    rows = [
-        {
-            **asdict(item),
-            "median_seconds": {**{phase: item.median(phase) for phase in PHASES}, "step": item.median()},
-        }
-        for item in results
-    ]
     return json.dumps({"settings": asdict(spec), "machine": machine, "results": rows}, indent=2) + "\n"
 
 

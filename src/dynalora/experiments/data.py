@@ -13,20 +13,24 @@ Whatever is wrong with the data is found in step 1, before a model is loaded.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import json
 import logging
 import random
-import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from dynalora.errors import DataError
+from dynalora.evaluation.files import (
+    first_line,
+    is_text,
+    kind_of,
+    passages,
+    read_rows,
+    some_texts,
+    texts_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +42,6 @@ IGNORED = -100
 """The label of tokens that carry no loss, as torch's cross entropy and transformers have it."""
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
-FILE_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 # Used for models that come without a chat template (base models), and saved with the adapter's tokenizer, so that
 # generation later sees the very format of training.
@@ -198,63 +201,33 @@ def load_conversations(
     return to_conversations(rows, fields=fields, source=name, limit=limit)
 
 
-def read_rows(
-    source: str | Path, *, split: str = "train", subset: str | None = None
-) -> tuple[Iterator[tuple[str, Mapping[str, Any]]], str]:
-    """The rows of a data set as they are, one after the other.
-
-    Args:
-        source: as in [`load_conversations`][dynalora.experiments.data.load_conversations].
-        split: as there.
-        subset: as there.
-
-    Returns:
-        Pairs of where a row lies (such as `"line 3"`) and the row; and how to call the source in errors.
-
-    Raises:
-        DataError: the source does not exist or cannot be read; of files, while the rows are taken.
-    """
-    return _rows(source, split, subset)
-
-
-def load_texts(source: str | Path, *, split: str = "train", limit: int | None = None) -> list[str]:
+def load_texts(
+    source: str | Path,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    limit: int | None = None,
+    text_field: str | None = None,
+) -> list[str]:
     """Plain texts to measure on.
 
     Args:
-        source: a `.txt` or `.md` file, whose paragraphs, parted by empty lines, are the texts; or whatever
-            [`load_conversations`][dynalora.experiments.data.load_conversations] reads, with a field `text`.
+        source: a plain text file, whose passages, parted by empty lines, are the texts; or whatever
+            [`load_conversations`][dynalora.experiments.data.load_conversations] reads.
         split: which split of a Hub data set or folder.
+        subset: which configuration of a Hub data set.
         limit: keep only the first texts; None: all.
+        text_field: the field of a row that is the text; None: the first there is of
+            [`TEXT_FIELDS`][dynalora.evaluation.files.TEXT_FIELDS].
 
     Raises:
-        DataError: the source does not exist, cannot be read, has no field `text`, or holds no text.
+        DataError: the source does not exist, cannot be read, has no such field, or holds no text.
     """
     path = Path(source).expanduser()
-    if path.is_file() and path.suffix.lower() in (".txt", ".md"):
-        try:
-            content = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"'{path}' is not UTF-8 text (byte {error.start}); convert it to UTF-8."
-            ) from error
-        except OSError as error:
-            raise DataError(f"'{path}' cannot be read ({error.strerror or error}).") from error
-        found = [part.strip() for part in re.split(r"\n\s*\n", content)]
-    else:
-        rows, name = _rows(source, split, None)
-        found = []
-        for where, row in rows:
-            if "text" not in row:
-                raise DataError(
-                    f"{name}, {where} has no field 'text'; its fields are {', '.join(map(str, row))}."
-                )
-            found.append(_text(row["text"], "text", f"{name}, {where}").strip())
-            if limit is not None and len([text for text in found if text]) >= limit:
-                break
-    texts = [text for text in found if text][:limit]
-    if not texts:
-        raise DataError(f"'{source}' holds no text; give other text to measure on.")
-    return texts
+    if is_text(path):
+        return some_texts(passages(path), limit, f"'{source}'")
+    rows, name = read_rows(source, split=split, subset=subset)
+    return some_texts(texts_of(rows, text_field, name), limit, f"'{source}'")
 
 
 def to_conversations(
@@ -330,7 +303,7 @@ def _text(value: Any, name: str, where: str) -> str:
         return value
     if isinstance(value, (bool, int, float)):
         return str(value)
-    raise DataError(f"{where}: field '{name}' holds a {_kind(value)}, not text; name a field with text.")
+    raise DataError(f"{where}: field '{name}' holds a {kind_of(value)}, not text; name a field with text.")
 
 
 # ShareGPT's names beside the usual ones.
@@ -344,7 +317,7 @@ def _chat(value: Any, name: str, where: str) -> Conversation | None:
         except ValueError:
             raise DataError(f"{where}: field '{name}' holds text, not a list of messages.") from None
     if not isinstance(value, Sequence) or not all(isinstance(turn, Mapping) for turn in value):
-        raise DataError(f"{where}: field '{name}' holds a {_kind(value)}, not a list of messages.")
+        raise DataError(f"{where}: field '{name}' holds a {kind_of(value)}, not a list of messages.")
     chat: Conversation = []
     for number, turn in enumerate(value, start=1):
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
@@ -367,212 +340,6 @@ def _chat(value: Any, name: str, where: str) -> Conversation | None:
     while chat and (chat[-1]["role"] != "assistant" or not chat[-1]["content"].strip()):
         chat.pop()
     return chat or None
-
-
-def _kind(value: Any) -> str:
-    return {dict: "JSON object", list: "list", type(None): "null"}.get(type(value), type(value).__name__)
-
-
-_Rows = Iterator[tuple[str, Mapping[str, Any]]]
-
-
-def _rows(source: str | Path, split: str, subset: str | None) -> tuple[_Rows, str]:
-    path = Path(source).expanduser()
-    if path.is_file():
-        return _file_rows(path), f"'{path}'"
-    if path.is_dir():
-        return _folder_rows(path, split), f"'{path}'"
-    if isinstance(source, Path) or _looks_like_a_path(str(source)):
-        raise DataError(
-            f"There is no file or folder '{source}'; give a file, a folder or a data set id of the Hub."
-        )
-    return _hub_rows(str(source), split, subset), f"'{source}'"
-
-
-def _looks_like_a_path(source: str) -> bool:
-    stem = source[:-3] if source.endswith(".gz") else source
-    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None
-    return stem.lower().endswith(FILE_KINDS) or source.startswith((".", "/", "~")) or not is_id
-
-
-def _file_kind(path: Path) -> str:
-    name = path.name.lower()
-    return Path(name[:-3] if name.endswith(".gz") else name).suffix
-
-
-def _file_rows(path: Path) -> _Rows:
-    kind = _file_kind(path)
-    if kind not in FILE_KINDS:
-        raise DataError(
-            f"'{path}' is of no known kind ('{kind}'); known are {', '.join(FILE_KINDS)}, with or without .gz."
-        )
-    if kind == ".parquet":
-        yield from _parquet_rows(path)
-        return
-    try:
-        with _open(path) as file:
-            if kind in (".csv", ".tsv"):
-                yield from _csv_rows(path, file, "\t" if kind == ".tsv" else None)
-            elif kind == ".json":
-                yield from _json_rows(path, file)
-            else:
-                yield from _json_lines(path, file)
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise DataError(f"'{path}' is not a complete gzip file ({error}); fetch it again.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"'{path}' is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from error
-    except OSError as error:
-        raise DataError(f"'{path}' cannot be read ({error.strerror or error}).") from error
-
-
-def _open(path: Path) -> IO[str]:
-    # utf-8-sig reads files with and without the byte-order mark that Excel writes.
-    if path.name.lower().endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return open(path, encoding="utf-8-sig", newline="")
-
-
-def _json_lines(path: Path, file: Iterable[str]) -> _Rows:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"'{path}', line {number}: not valid JSON ({error.msg} at column {error.colno}); "
-                "each line must be one JSON object."
-            ) from None
-        if not isinstance(row, dict):
-            raise DataError(
-                f"'{path}', line {number}: holds a {_kind(row)}; each line must be one JSON object with named fields."
-            )
-        yield f"line {number}", row
-
-
-def _json_rows(path: Path, file: IO[str]) -> _Rows:
-    text = file.read()
-    if not text.strip():
-        return
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        # Many files called .json hold JSON lines: told by a first line that is an object of its own.
-        first_line = text.lstrip().split("\n", 1)[0]
-        if first_line.startswith("{") and first_line.rstrip().endswith("}"):
-            yield from _json_lines(path, io.StringIO(text))
-            return
-        raise DataError(f"'{path}', line {error.lineno}: not valid JSON ({error.msg}).") from None
-    if isinstance(content, dict):
-        lists = {name: value for name, value in content.items() if isinstance(value, list)}
-        if len(lists) != 1:
-            if not lists:
-                yield "the only row", content
-                return
-            raise DataError(
-                f"'{path}' holds several lists ({', '.join(lists)}); keep one, or write one JSON object per line."
-            )
-        # A lone chat is a row, not a list of rows.
-        (name, content_list), *_ = lists.items()
-        if name in ("messages", "conversations"):
-            yield "the only row", content
-            return
-        content = content_list
-    if not isinstance(content, list):
-        raise DataError(f"'{path}' holds a {_kind(content)}, not a list of JSON objects.")
-    for number, row in enumerate(content, start=1):
-        if not isinstance(row, dict):
-            raise DataError(
-                f"'{path}', row {number}: holds a {_kind(row)}, not a JSON object with named fields."
-            )
-        yield f"row {number}", row
-
-
-def _csv_rows(path: Path, file: IO[str], delimiter: str | None) -> _Rows:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default, 128 KiB, is less than one long document
-    if delimiter is None:
-        first = file.readline()
-        # Comma is the standard; semicolons are what spreadsheets write in countries with a decimal comma.
-        delimiter = ";" if first.count(";") > first.count(",") else ","
-        lines: Iterable[str] = _chain(first, file)
-    else:
-        lines = file
-    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
-    try:
-        for row in reader:
-            if None in row:
-                header = ", ".join(repr(name) for name in reader.fieldnames or [])
-                raise DataError(
-                    f"'{path}', line {reader.line_num}: more cells than the header has fields ({header}); "
-                    f"quote cells that hold a '{delimiter}'."
-                )
-            yield f"line {reader.line_num}", row
-    except csv.Error as error:
-        raise DataError(f"'{path}', line {reader.line_num}: not valid CSV ({error}).") from None
-
-
-def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
-    if first:
-        yield first
-    yield from rest
-
-
-def _parquet_rows(path: Path) -> _Rows:
-    import datasets
-
-    try:
-        table = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
-    except Exception as error:  # pyarrow's errors share no base class with datasets'
-        raise DataError(f"'{path}' is not a readable Parquet file ({_first_line(error)}).") from error
-    for number, row in enumerate(table, start=1):
-        yield f"row {number}", row
-
-
-def _folder_rows(folder: Path, split: str) -> _Rows:
-    if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
-        import datasets
-
-        try:
-            loaded = datasets.load_from_disk(str(folder))
-        except Exception as error:
-            raise DataError(f"'{folder}' is not a readable saved data set ({_first_line(error)}).") from error
-        if isinstance(loaded, datasets.DatasetDict):
-            if split not in loaded:
-                raise DataError(f"'{folder}' has no split '{split}'; its splits are {', '.join(loaded)}.")
-            loaded = loaded[split]
-        for number, row in enumerate(loaded, start=1):
-            yield f"row {number}", row
-        return
-    files = sorted(entry for entry in folder.iterdir() if entry.is_file() and _file_kind(entry) in FILE_KINDS)
-    if not files:
-        raise DataError(
-            f"The folder '{folder}' holds no data file ({', '.join(FILE_KINDS)}, with or without .gz)."
-        )
-    for file in [entry for entry in files if entry.name.lower().startswith(split.lower())] or files:
-        for where, row in _file_rows(file):
-            yield f"{file.name} {where}", row
-
-
-def _hub_rows(name: str, split: str, subset: str | None) -> _Rows:
-    import datasets
-
-    told = f"'{name}'" + (f" ({subset})" if subset else "")
-    try:
-        loaded = datasets.load_dataset(name, name=subset, split=split)
-    except Exception as error:
-        # datasets raises its own, the hub client's, the network's and pyarrow's errors here; their first line says
-        # what happened and often lists the configurations or splits that exist.
-        raise DataError(
-            f"The data set {told}, split '{split}', cannot be loaded ({_first_line(error)}); "
-            "check its name, or give a file or folder."
-        ) from error
-    for number, row in enumerate(loaded, start=1):
-        yield f"row {number}", row
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0].rstrip(".") if text else type(error).__name__
 
 
 # --- splitting --------------------------------------------------------------------------------------------
@@ -824,7 +591,7 @@ def _render(
     except Exception as error:  # templates raise jinja2's errors with the template author's words
         roles = " → ".join(message["role"] for message in conversation)
         raise DataError(
-            f"The model's chat template rejects a conversation with the roles {roles} ({_first_line(error)})."
+            f"The model's chat template rejects a conversation with the roles {roles} ({first_line(error)})."
         ) from error
     return str(text)
 

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dynalora.errors import ConfigError
-from dynalora.evaluation.scoring import Interval, Score, evaluate, mcnemar, paired_difference
+from dynalora.evaluation.scoring import Score, evaluate
+from dynalora.evaluation.statistics import Interval, mcnemar, paired_difference
 from dynalora.evaluation.tasks import Task, load_task
 from dynalora.experiments import data, plots
 from dynalora.experiments.finetune import BASELINE, adapter_config, check_targets, load_model, load_tokenizer
@@ -328,6 +329,7 @@ class _Demo:
 
     def _gates(self, model: PeftModel, held_out: data.TokenizedSet, text: OwnText) -> bytes:
         """Histograms of DISeL's gates on the task and on the base model's own text."""
+        from dynalora.forgetting.drawing import rendered
         from dynalora.forgetting.gate_plots import plot_gates
         from dynalora.forgetting.gates import record_gates
 
@@ -343,7 +345,7 @@ class _Demo:
             listen = functools.partial(self.progress, f"Recording the gates on {name}")
             listen(0, len(batches))
             found[name] = record_gates(model, batches, progress=listen)
-        return plots.png(plot_gates(found))
+        return rendered(plot_gates(found))
 
     def _report(
         self,

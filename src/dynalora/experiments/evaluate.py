@@ -173,7 +173,7 @@ def results_table(results: Sequence[TaskResult]) -> Table:
             ]
         )  # fmt: skip
     cut = {result.title: result.too_long for result in results if result.too_long}
-    note = "95 % intervals: Wilson's for shares, bootstrap or normal for others."
+    note = "95 % intervals: Wilson's for shares, Student's for other means, bootstrap or normal for the rest."
     if cut:
         told = ", ".join(f"{title} {count}" for title, count in cut.items())
         note += (

@@ -697,7 +697,7 @@ def decisions(
             drawn = plot_gates({"held-out responses": record_gates(model, batches)})
             return (
                 "gates",
-                plots.png(drawn),
+                rendered(drawn),
                 "How far the gates open on the tokens of held-out responses, by depth.",
             )
         rows = rank_landscape(model)
@@ -809,11 +809,10 @@ def _write_results(
         run.write("decisions.json", json.dumps(rows, indent=1))
     if monitor is not None and monitor.points:
         curves = plot_retention_curves(monitor.points, max_forgetting=spec.max_forgetting)
-        pictures["retention"] = plots.png(curves)
+        pictures["retention"] = plots.save_figure(run, "retention", curves)
         captions["retention"] = (
             "KL from the base model, with its standard error, and loss shift during training."
         )
-        run.write("plots/retention.svg", rendered(curves, "svg"))
     for name, content in pictures.items():
         run.write(f"plots/{name}.png", content)
     more: dict[str, list[Cell]] = {}

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynalora.errors import ConfigError
-from dynalora.evaluation.scoring import Interval, mean_interval
+from dynalora.evaluation.statistics import Interval, mean_interval
 from dynalora.experiments.finetune import adapter_config
-from dynalora.experiments.forgetting_plots import plot_bars, plot_stages, save_figure
+from dynalora.experiments.forgetting_plots import plot_bars, plot_stages
 from dynalora.experiments.lab import (
     ADAPTER,
     RESULT,
@@ -46,6 +46,7 @@ from dynalora.experiments.lab import (
     train_settings,
     write_landscape,
 )
+from dynalora.experiments.plots import save_figure
 from dynalora.experiments.report import Cell, Figure, Report, Section, Table, rich_table, write_report
 from dynalora.experiments.run_folder import RunFolder
 from dynalora.experiments.training import TrainResult, TrainSettings

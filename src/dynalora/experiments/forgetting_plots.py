@@ -1,50 +1,26 @@
 """Plots of the experiments on forgetting, readable in black and white: markers, line styles, hatches and numbers.
 
-Every function returns a matplotlib figure, which [`save_figure`][dynalora.experiments.forgetting_plots.save_figure]
-writes as PNG and SVG.
+Every function returns a matplotlib figure, which [`save_figure`][dynalora.experiments.plots.save_figure] writes
+as PNG and SVG.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dynalora.evaluation.scoring import Interval
-from dynalora.experiments.plots import figure, png
-from dynalora.experiments.run_folder import RunFolder
-from dynalora.forgetting.drawing import MARKERS, PALETTE
+from dynalora.evaluation.statistics import Interval
+from dynalora.forgetting.drawing import HATCHES, LINES, PALETTE, figure, style
 from dynalora.forgetting.landscape import LandscapeRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LINES = ("-", "--", ":", "-.")
-HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++")
-
 Landscapes = Mapping[str, Sequence[Sequence[LandscapeRow]]]
 """Name of a stage → one landscape per seed."""
-
-
-def svg(made: Figure) -> bytes:
-    """A figure as the bytes of an SVG file, the same for the same figure."""
-    import matplotlib
-
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "dynalora", "svg.fonttype": "none"}):
-        made.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
-
-
-def save_figure(run: RunFolder, name: str, made: Figure) -> bytes:
-    """Write a figure into a run's `plots/` as PNG and SVG; returns the PNG, for the report."""
-    picture = png(made)
-    run.write(f"plots/{name}.png", picture)
-    run.write(f"plots/{name}.svg", svg(made))
-    return picture
 
 
 def plot_stages(stages: Landscapes, value: str, *, label: str, title: str) -> Figure:
@@ -73,12 +49,11 @@ def plot_stages(stages: Landscapes, value: str, *, label: str, title: str) -> Fi
             at = [row.layer if row.layer is not None else i for i, row in enumerate(chosen[0])]
             values = np.array([[float(getattr(row, value)) for row in seed] for seed in chosen])
             axis.plot(
-                at, values.mean(0), color=PALETTE[index], linestyle=LINES[index % 4], linewidth=1.3,
-                marker=MARKERS[index], markersize=3.5, label=name,
+                at, values.mean(0), label=name, **style(index),
             )  # fmt: skip
             if len(values) > 1:
                 axis.fill_between(
-                    at, values.min(0), values.max(0), color=PALETTE[index], alpha=0.15, linewidth=0
+                    at, values.min(0), values.max(0), color=style(index)["color"], alpha=0.15, linewidth=0
                 )
         axis.set_title(kind, fontsize=9)
         axis.set_ylim(bottom=0)
@@ -117,7 +92,13 @@ def plot_bars(
             _bar(axis, index, number, index, f"{{:.{decimals}f}}")
         for index, (name, height) in enumerate((lines or {}).get(task, {}).items()):
             if height is not None:
-                axis.axhline(height, color="black", linewidth=1, linestyle=LINES[1 + index % 3], label=name)
+                axis.axhline(
+                    height,
+                    color="black",
+                    linewidth=1,
+                    linestyle=LINES[1 + index % (len(LINES) - 1)],
+                    label=name,
+                )
         axis.set_xticks(range(len(bars[task])), list(bars[task]))
         axis.set_ylabel(label)
         axis.set_title(task, fontsize=9)

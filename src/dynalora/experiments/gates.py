@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import itertools
 import json
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save
 
 from dynalora.errors import ConfigError, DataError, UnsupportedError
+from dynalora.evaluation import files
 from dynalora.experiments import data, plots
 from dynalora.experiments.adapters import load_adapter, read_config
 from dynalora.experiments.finetune import load_tokenizer
@@ -45,8 +45,6 @@ from dynalora.progress import Progress, silent
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
-
-TEXT_FIELDS = ("text", "content", "document")
 
 
 # --- domains ----------------------------------------------------------------------------------------------
@@ -134,15 +132,14 @@ def read_domain(spec: DomainSpec) -> Domain:
             f"Give either a text field ('{spec.text_field}') or the fields of conversations, not both."
         )
     path = Path(spec.data).expanduser()
-    name = path.name.lower().removesuffix(".gz")
-    if path.is_file() and not name.endswith(data.FILE_KINDS):
+    if files.is_text(path):
         if spec.text_field or fields.named:
             raise DataError(
                 f"'{path}' is plain text and has no fields; leave the field names out, or give a data file "
-                f"({', '.join(data.FILE_KINDS)})."
+                f"({', '.join(files.FILE_KINDS)})."
             )
-        return Domain(texts=_some(_passages(path), spec.limit, f"'{path}'"))
-    rows, told = data.read_rows(spec.data, split=spec.split, subset=spec.subset)
+        return Domain(texts=tuple(data.load_texts(path, limit=spec.limit)))
+    rows, told = files.read_rows(spec.data, split=spec.split, subset=spec.subset)
     first = next(rows, None)
     if first is None:
         raise DataError(f"{told} is empty; give a data set with at least one row.")
@@ -153,7 +150,7 @@ def read_domain(spec: DomainSpec) -> Domain:
             whole, fields=fields if fields.named else None, source=told, limit=spec.limit
         )
         return Domain(conversations=tuple(found))
-    return Domain(texts=_some(_column(whole, text_field, told), spec.limit, told))
+    return Domain(texts=tuple(files.some_texts(files.texts_of(whole, text_field, told), spec.limit, told)))
 
 
 def _text_field(names: Sequence[str], fields: data.Fields) -> str | None:
@@ -161,48 +158,11 @@ def _text_field(names: Sequence[str], fields: data.Fields) -> str | None:
     try:
         data.find_fields(names, fields)
     except DataError:
-        found = next((name for name in TEXT_FIELDS if name in names), None)
+        found = files.text_field_of(names)
         if found is None or fields.named:
             raise
         return found
     return None
-
-
-def _column(rows: Iterable[tuple[str, Mapping[str, Any]]], name: str, told: str) -> Iterable[str]:
-    for where, row in rows:
-        if not isinstance(row.get(name), str):
-            has = ", ".join(f"'{key}'" for key in row)
-            raise DataError(f"{told}, {where}: there is no text in the field '{name}'; its fields are {has}.")
-        yield row[name]
-
-
-def _some(texts: Iterable[str], limit: int | None, told: str) -> tuple[str, ...]:
-    kept = tuple(itertools.islice((text for text in texts if text.strip()), limit))
-    if not kept:
-        raise DataError(f"{told} holds no text; give one with at least one passage.")
-    return kept
-
-
-def _passages(path: Path) -> Iterable[str]:
-    """The passages of a plain text file: what lies between blank lines."""
-    opened = gzip.open if path.name.lower().endswith(".gz") else open
-    passage: list[str] = []
-    try:
-        with opened(path, "rt", encoding="utf-8-sig") as file:
-            for line in file:
-                if line.strip():
-                    passage.append(line)
-                elif passage:
-                    yield "".join(passage)
-                    passage = []
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"'{path}' is not UTF-8 text (byte {error.start}); give a text or a data file."
-        ) from error
-    except (OSError, EOFError) as error:
-        raise DataError(f"'{path}' cannot be read ({error}).") from error
-    if passage:
-        yield "".join(passage)
 
 
 # --- recording --------------------------------------------------------------------------------------------
@@ -462,10 +422,7 @@ def write_gates(result: GatesResult, run: RunFolder) -> None:
     for heading, text, tables, drawn in _sections(result):
         pictures = []
         for name, made, caption in drawn:
-            image = plots.png(made)
-            run.write(f"plots/{name}.png", image)
-            run.write(f"plots/{name}.svg", plots.svg(made))
-            pictures.append(Picture(image, caption))
+            pictures.append(Picture(plots.save_figure(run, name, made), caption))
         sections.append(Section(heading, text, tables=tables, figures=pictures))
     run.write("report.html", render_html(Report(f"Gates of {result.adapter}", summary(result), sections)))
 

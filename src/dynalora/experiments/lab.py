@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from dynalora.errors import CheckpointError, ConfigError, RunFolderError
-from dynalora.evaluation.scoring import Interval, mean_interval, wilson
+from dynalora.evaluation.statistics import Estimate, Interval, mean_interval, wilson
 from dynalora.experiments import data
 from dynalora.experiments.finetune import (
     DTYPES,
@@ -43,6 +43,7 @@ class LabSettings:
 
     Attributes:
         model: id of a causal language model on the Hugging Face Hub, a folder that holds one, or `smollm2`, the demo's.
+        data: folder with the files of benchmarks, as for `dynalora evaluate`; None: the Hub.
         held_out: number of held-out questions per task; a file that has fewer gives all of its.
         train_limit: number of training questions per task; None: all of a file, 1000 of a generated task.
         generated: number of word problems that are solved by generation, which is slow; 0: none.
@@ -56,6 +57,7 @@ class LabSettings:
     """
 
     model: str = "smollm2"
+    data: str | None = None
     held_out: int = 200
     train_limit: int | None = None
     generated: int = 64
@@ -93,7 +95,11 @@ class LabSettings:
     def load_task(self, source: str) -> ExperimentTask:
         """A task with as many questions as the settings say."""
         return load_experiment_task(
-            source, held_out=self.held_out, train_limit=self.train_limit, seed=self.data_seed
+            source,
+            data=self.data,
+            held_out=self.held_out,
+            train_limit=self.train_limit,
+            seed=self.data_seed,
         )
 
 
@@ -316,8 +322,7 @@ def mean_accuracy(records: Sequence[Mapping[str, Any]]) -> Interval | None:
 def mean_loss(records: Sequence[Mapping[str, Any]]) -> Interval:
     """Mean loss over runs with its 95 % interval: Student's t; of a single run normal, over its questions."""
     if len(records) == 1:
-        value, half = records[0]["loss"], 1.96 * records[0]["loss_error"]
-        return Interval(value, value - half, value + half)
+        return Estimate(records[0]["loss"], records[0]["loss_error"]).interval
     return mean_interval([record["loss"] for record in records])
 
 

@@ -653,10 +653,7 @@ def run_linear_model(
         }
         pictures = []
         for name, (made, caption) in drawn.items():
-            image = plots.png(made)
-            run.write(f"plots/{name}.png", image)
-            run.write(f"plots/{name}.svg", plots.svg(made))
-            pictures.append(Picture(image, caption))
+            pictures.append(Picture(plots.save_figure(run, name, made), caption))
         sections = [Section("Losses", _reading(result), tables=[table], figures=pictures)]
         write_report(Report("A fixed update against a gated one", _verdict(result), sections), run.report)
         run.finish()
@@ -770,7 +767,7 @@ def plot_losses(result: LinearModelResult) -> Figure:
         NAMES[DISEL]: trained[NAMES[DISEL]],
         "Bayes\n(closed form)": result.bayes,
     }
-    made, (axis,) = plots.figure(width=6.8, height=3.8)
+    made, (axis,) = drawing.figure(width=6.8, height=3.8)
     populations = (
         ("fine-tuning population", [losses.fine_tuning for losses in shown.values()]),
         ("pre-training population", [losses.pre_training for losses in shown.values()]),
@@ -795,7 +792,7 @@ def plot_losses(result: LinearModelResult) -> Figure:
 
 def plot_training(result: LinearModelResult) -> Figure:
     """Loss on the mixture during training, with the two closed forms as lines."""
-    made, (axis,) = plots.figure()
+    made, (axis,) = drawing.figure()
     for index, row in enumerate(result.rows):
         axis.plot(
             [step for step, _ in row.curve], [losses.mixture for _, losses in row.curve], label=NAMES[row.method],
@@ -817,7 +814,7 @@ def plot_training(result: LinearModelResult) -> Figure:
 
 def plot_gate_curve(result: LinearModelResult) -> Figure:
     """DISeL's gates against the logit of the posterior, with the posterior itself."""
-    made, (axis,) = plots.figure(width=5.2)
+    made, (axis,) = drawing.figure(width=5.2)
     curve = result.gates
     logits: Sequence[float] = torch.linspace(min(curve.logit), max(curve.logit), 200).tolist()
     axis.plot(

@@ -1,65 +1,30 @@
 """Plots of a run as PNG, in colours that readers with any colour vision can tell apart.
 
-Every function returns the PNG's bytes and needs no display: figures are made without pyplot, so nothing global is
-touched and nothing leaks.
+Every function that draws returns the PNG's bytes.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dynalora.forgetting.drawing import MARKERS, PALETTE
+from dynalora.experiments.run_folder import RunFolder
+from dynalora.forgetting.drawing import MARKERS, PALETTE, figure, rendered, style
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from dynalora.adapter.method import Panel
 
 
-def figure(
-    width: float = 6.4, height: float = 3.8, *, columns: int = 1, rows: int = 1
-) -> tuple[Figure, list[Axes]]:
-    """An empty figure with plots side by side, row after row.
-
-    Args:
-        width: in inches, of the whole figure.
-        height: in inches.
-        columns: number of plots in a row.
-        rows: number of rows.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    made = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(made)
-    axes = [made.add_subplot(rows, columns, index + 1) for index in range(rows * columns)]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(True, alpha=0.25, linewidth=0.6)
-        axis.set_axisbelow(True)
-    return made, axes
-
-
-def png(made: Figure, *, dpi: int = 144) -> bytes:
-    """A figure as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    made.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
-
-
-def svg(made: Figure) -> bytes:
-    """A figure as the bytes of an SVG file, without the date, so that equal figures give equal files."""
-    import matplotlib
-
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "dynalora"}):
-        made.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+def save_figure(run: RunFolder, name: str, made: Figure) -> bytes:
+    """Write a figure into a run's `plots/` as PNG and SVG; returns the PNG, for the report."""
+    picture = rendered(made)
+    run.write(f"plots/{name}.png", picture)
+    run.write(f"plots/{name}.svg", rendered(made, "svg"))
+    return picture
 
 
 def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
@@ -91,7 +56,7 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     axis.set_ylim(bottom=0)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False, fontsize=8)
-    return png(made)
+    return rendered(made)
 
 
 def metric_panels(records: Sequence[Mapping[str, Any]], panels: Sequence[Panel]) -> bytes | None:
@@ -118,8 +83,7 @@ def metric_panels(records: Sequence[Mapping[str, Any]], panels: Sequence[Panel])
     for axis, (panel, curves) in zip(axes, found, strict=False):
         for index, (name, (steps, values)) in enumerate(curves.items()):
             axis.plot(
-                steps, values, color=PALETTE[index % len(PALETTE)], linestyle=("-", "--", ":")[index % 3],
-                linewidth=1.4, label=name,
+                steps, values, label=name, **style(index, marker=False),
             )  # fmt: skip
         if panel.log and any((values > 0).any() for _, values in curves.values()):
             axis.set_yscale("log", nonpositive="mask")
@@ -129,7 +93,7 @@ def metric_panels(records: Sequence[Mapping[str, Any]], panels: Sequence[Panel])
             axis.legend(frameon=False, fontsize=8)
     for axis in axes[len(found) :]:
         axis.set_visible(False)
-    return png(made)
+    return rendered(made)
 
 
 def _series(
@@ -193,7 +157,7 @@ def bars(
     axis.margins(y=0.15)
     if title:
         axis.set_title(title, fontsize=10)
-    return png(made)
+    return rendered(made)
 
 
 def retention_bars(kl: Mapping[str, float], shift: Mapping[str, float]) -> bytes:
@@ -219,7 +183,7 @@ def retention_bars(kl: Mapping[str, float], shift: Mapping[str, float]) -> bytes
         axis.grid(False, axis="x")
         axis.set_ylabel(f"{label} (nats per token)")
         axis.margins(y=0.15)
-    return png(made)
+    return rendered(made)
 
 
 def rank_heatmap(rows: Sequence[Any], *, title: str = "") -> bytes:
@@ -252,7 +216,7 @@ def rank_heatmap(rows: Sequence[Any], *, title: str = "") -> bytes:
     made.colorbar(image, ax=axis, label="effective rank")
     if title:
         axis.set_title(title, fontsize=10)
-    return png(made)
+    return rendered(made)
 
 
 def _get(row: Any, name: str) -> Any:

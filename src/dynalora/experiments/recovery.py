@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynalora.errors import CheckpointError, ConfigError
-from dynalora.evaluation.scoring import Interval, mean_interval
+from dynalora.evaluation.statistics import Interval, mean_interval
 from dynalora.experiments.adapters import adapter_folder, read_config
 from dynalora.experiments.forgetting import stage_folder
-from dynalora.experiments.forgetting_plots import plot_bars, save_figure
+from dynalora.experiments.forgetting_plots import plot_bars
 from dynalora.experiments.lab import (
     ADAPTER,
     RESULT,
@@ -44,6 +44,7 @@ from dynalora.experiments.lab import (
     shown_accuracy,
     shown_loss,
 )
+from dynalora.experiments.plots import save_figure
 from dynalora.experiments.report import Cell, Figure, Report, Section, Table, rich_table, write_report
 from dynalora.experiments.run_folder import CONFIG, RunFolder
 from dynalora.experiments.settings import read_yaml, settings_from
@@ -82,6 +83,7 @@ class RecoverSpec:
         seeds: recoveries per strategy and checkpoint; their seeds are `seed`, `seed` + 1, …
         checkpoints: use only the first so many seeds of the source run; None: all that have finished Task B.
         model: as in [`LabSettings`][dynalora.experiments.lab.LabSettings], as all that follow.
+        data: folder with the files of benchmarks.
         held_out: number of held-out questions per task.
         train_limit: number of training questions to draw examples from.
         generated: number of word problems that are solved by generation.
@@ -112,6 +114,7 @@ class RecoverSpec:
     seeds: int = 5
     checkpoints: int | None = None
     model: str | None = None
+    data: str | None = None
     held_out: int | None = None
     train_limit: int | None = None
     generated: int | None = None
@@ -234,7 +237,9 @@ def resolve(spec: RecoverSpec) -> tuple[RecoverSpec, list[Checkpoint]]:
 
 
 def _same_questions(spec: RecoverSpec, told: Mapping[str, Any]) -> bool:
-    names = ("task_a", "task_b", "model", "held_out", "generated", "generated_tokens", "system", "data_seed")
+    names = (
+        "task_a", "task_b", "model", "data", "held_out", "generated", "generated_tokens", "system", "data_seed"
+    )  # fmt: skip
     return all(getattr(spec, name) == told.get(name) for name in names)
 
 

@@ -1,19 +1,21 @@
 """Tasks to train on and to measure: generated ones, multiple choice, and word problems with a number as the answer.
 
-A task is named in one of two ways:
+A task is named in one of three ways:
 
+- a benchmark of [`benchmarks`][dynalora.evaluation.benchmarks], such as `arc_easy` or `gsm8k`, whose answers are right
+  or wrong; its rows come from the Hub, or from a folder of benchmarks' files;
 - a task of reasoning-gym, such as `family_relationships`, with options of its generator behind a colon:
   `chain_sum:min_terms=2,max_terms=3`;
 - files: `data/ARC-Easy` for `data/ARC-Easy.train.jsonl.gz` and `data/ARC-Easy.dev.jsonl.gz`, or a folder with
-  `train.jsonl` and `test.jsonl`. Held out is the first there is of `dev`, `validation`, `valid` and `test`. Rows with
-  `instruction` and `answer` are multiple choice as in LLM-Adapters; rows with `question` and an `answer` that ends in
-  `#### 72` are word problems as in GSM8K.
+  `train.jsonl` and `test.jsonl`. Held out is the first there is of `dev` (or `validation`, `valid`) and `test`. Rows
+  with `instruction` and `answer` are multiple choice as in LLM-Adapters; rows with `question` and an `answer` that ends
+  in `#### 72` are word problems as in GSM8K.
 
 | kind | trained on | accuracy | loss |
 |---|---|---|---|
 | generated | the answer | the whole answer is the model's most likely one | of the answer, end of turn included |
 | multiple choice | the right option's text | the likeliest option, per token, is the right one | of the right option |
-| word problem | the solution's text | the generated solution ends in the right number | of the solution |
+| others | the solution's text | the generated solution is right by the benchmark's metric | of the solution |
 
 Losses are negative log-likelihoods of the right answers in nats per token. They tell models apart long before their
 accuracies do.
@@ -22,19 +24,24 @@ accuracies do.
 from __future__ import annotations
 
 import abc
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynalora.errors import ConfigError, DataError
-from dynalora.evaluation.commonsense import choice_from
-from dynalora.evaluation.final_number import MARK, same_number, solution_from
+from dynalora.evaluation.benchmarks import Benchmark, Example, benchmark, find_benchmark
+from dynalora.evaluation.files import file_rows, split_files
 from dynalora.evaluation.generation import generate
-from dynalora.evaluation.multiple_choice import Choice, Estimate, option_scores, ratio
-from dynalora.evaluation.scoring import Interval, answer_loss, wilson
+from dynalora.evaluation.metrics import Metric
+from dynalora.evaluation.multiple_choice import Choice, option_scores
+from dynalora.evaluation.numbers import MARK
+from dynalora.evaluation.scoring import answer_loss
+from dynalora.evaluation.sources import Row
+from dynalora.evaluation.statistics import Estimate, Interval, ratio, wilson
 from dynalora.evaluation.tasks import Item, load_task
-from dynalora.experiments import data
+from dynalora.experiments.data import IGNORED, TokenizedSet, Tokens, tokenize
 from dynalora.experiments.settings import named_values
 from dynalora.progress import Progress, silent
 
@@ -45,8 +52,7 @@ if TYPE_CHECKING:
 GENERATED = 1000
 """Training questions of a generated task, unless another number is asked for."""
 
-_HELD_OUT = ("dev", "validation", "valid", "test")
-_KINDS = (".jsonl", ".json")
+_HELD_OUT = ("dev", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +152,7 @@ class ExperimentTask(abc.ABC):
 
     def training(
         self, tokenizer: PreTrainedTokenizerBase, *, system: str = "", max_length: int = 512
-    ) -> data.TokenizedSet:
+    ) -> TokenizedSet:
         """The training questions as token ids, loss on the answers only.
 
         Args:
@@ -166,12 +172,12 @@ class ExperimentTask(abc.ABC):
                 f"Every training question of {self.name} is longer than max_length {max_length}; "
                 f"the shortest has {shortest} tokens."
             )
-        return data.TokenizedSet(kept, 0, len(rows) - len(kept))
+        return TokenizedSet(kept, 0, len(rows) - len(kept))
 
 
-def _tokens(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, system: str) -> data.TokenizedSet:
+def _tokens(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, system: str) -> TokenizedSet:
     conversations = [item.conversation(system) for item in items]
-    return data.tokenize(conversations, tokenizer, max_length=1 << 30)
+    return tokenize(conversations, tokenizer, max_length=1 << 30)
 
 
 @dataclass(frozen=True)
@@ -230,15 +236,16 @@ class ChoiceTask(ExperimentTask):
 
 
 @dataclass(frozen=True)
-class NumberTask(ExperimentTask):
-    """Word problems whose solutions end in a number."""
+class GenerationTask(ExperimentTask):
+    """Questions whose generated answers are right or wrong by a benchmark's metric."""
 
-    train: tuple[Item, ...] = field(repr=False)
-    held_out: tuple[Item, ...] = field(repr=False)
+    benchmark: Benchmark = field(repr=False)
+    train: tuple[Example, ...] = field(repr=False)
+    held_out: tuple[Example, ...] = field(repr=False)
 
     @property
     def items(self) -> Sequence[Item]:
-        return self.train
+        return [_item(example) for example in self.train]
 
     def measure(
         self,
@@ -250,21 +257,39 @@ class NumberTask(ExperimentTask):
         progress: Progress = silent,
     ) -> TaskScore:
         how = how or Measuring()
-        rows = _tokens(self.held_out, tokenizer, how.system).rows
+        rows = _tokens([_item(example) for example in self.held_out], tokenizer, how.system).rows
         what = f"Measuring {name} on {self.name}"
         found = answer_loss(model, rows, batch_size=how.batch_size, what=what, progress=progress)
+        loss = ratio(found.sums, found.counts)
         asked = self.held_out[: how.generated]
+        if not asked:
+            return TaskScore((), loss, len(rows))
         said = generate(
             model, tokenizer, [_prompt(row) for row in rows[: how.generated]],
-            max_new_tokens=how.generated_tokens, batch_size=how.batch_size,
+            max_new_tokens=how.generated_tokens, batch_size=how.batch_size, stop=self.benchmark.stop,
             what=f"Solving {self.name}: {name}", progress=progress,
-        ) if asked else []  # fmt: skip
-        right = tuple(same_number(own, item.answer) for own, item in zip(said, asked, strict=True))
-        return TaskScore(right, ratio(found.sums, found.counts), len(rows))
+        )  # fmt: skip
+        metric = _right_or_wrong(self.benchmark)
+        assert metric is not None  # a task is made of no other benchmarks
+        right = metric.score(said, [example.reference for example in asked])[1][metric.names[0]]
+        return TaskScore(tuple(bool(value) for value in right), loss, len(rows))
 
 
-def _prompt(row: data.Tokens) -> list[int]:
-    start = next(place for place, label in enumerate(row["labels"]) if label != data.IGNORED)
+def _item(example: Example) -> Item:
+    """The question with what is learned: the solution, or where there is none the bare answer."""
+    return Item(example.prompt, example.response or str(example.reference))
+
+
+def _right_or_wrong(task: Benchmark) -> Metric | None:
+    """A benchmark's first metric, if it says of every answer whether it is right."""
+    if task.how != "generate" or not task.metrics:
+        return None
+    first = task.metrics[0]
+    return first if first.items is not None and first.names[0] in ("accuracy", "strict") else None
+
+
+def _prompt(row: Tokens) -> list[int]:
+    start = next(place for place, label in enumerate(row["labels"]) if label != IGNORED)
     return row["input_ids"][:start]
 
 
@@ -272,20 +297,27 @@ def _prompt(row: data.Tokens) -> list[int]:
 
 
 def load_experiment_task(
-    source: str, *, held_out: int = 200, train_limit: int | None = None, seed: int = 0
+    source: str,
+    *,
+    data: str | os.PathLike[str] | None = None,
+    held_out: int = 200,
+    train_limit: int | None = None,
+    seed: int = 0,
 ) -> ExperimentTask:
     """The task of that name.
 
     Args:
-        source: a task of reasoning-gym or the place of its files; see the top of this module.
+        source: a benchmark, a task of reasoning-gym, or the place of its files; see the top of this module.
+        data: a folder with benchmarks' files, laid out as [`sources`][dynalora.evaluation.sources] says; None: the Hub.
         held_out: number of held-out questions; files that have fewer give all of theirs.
         train_limit: number of training questions; None: all of a file,
             [`GENERATED`][dynalora.experiments.tasks.GENERATED] of a generated task.
         seed: of generated questions.
 
     Raises:
-        ConfigError: the name is empty or unknown, a number is out of range, or the generator rejects the options.
-        DataError: a file is missing or its rows are neither multiple choice nor word problems.
+        ConfigError: the name is empty or unknown, a number is out of range, the generator rejects the options, or the
+            benchmark's answers are not right or wrong.
+        DataError: a file or split is missing, or its rows are neither multiple choice nor word problems.
         UnsupportedError: reasoning-gym is not installed.
     """
     if held_out < 1:
@@ -293,10 +325,16 @@ def load_experiment_task(
     if train_limit is not None and train_limit < 1:
         raise ConfigError(f"train_limit is {train_limit}; give a whole number of at least 1.")
     if not source.strip():
-        raise ConfigError("A task has no name; give a task of reasoning-gym or the place of its files.")
+        raise ConfigError(
+            "A task has no name; give a benchmark, a task of reasoning-gym, or the place of its files."
+        )
     path = Path(source).expanduser()
-    if path.is_dir() or "/" in source or "\\" in source or _split_file(path, "train") is not None:
+    if path.is_dir() or "/" in source or "\\" in source or "train" in split_files(path):
         return _from_files(path, held_out, train_limit)
+    known = find_benchmark(source)
+    if known is not None:
+        return _from_benchmark(known, data, held_out, train_limit)
+    source = source.removeprefix("reasoning_gym:")
     name, _, told = source.partition(":")
     options = named_values(pair for pair in told.split(",") if pair.strip())
     made = load_task(
@@ -306,55 +344,75 @@ def load_experiment_task(
     return AnswerTask(source, about, made.train, made.held_out)
 
 
-def _split_file(path: Path, split: str) -> Path | None:
-    """The file of a split: inside a folder, or with the split's name behind the given one."""
-    begin = path / split if path.is_dir() else path.with_name(f"{path.name}.{split}")
-    names = [begin.with_name(f"{begin.name}{kind}{packed}") for kind in _KINDS for packed in ("", ".gz")]
-    return next((name for name in names if name.is_file()), None)
-
-
 def _from_files(path: Path, held_out: int, train_limit: int | None) -> ExperimentTask:
-    train_file = _split_file(path, "train")
-    held_file = next((file for split in _HELD_OUT if (file := _split_file(path, split)) is not None), None)
+    files = split_files(path)
+    train_file, held_file = files.get("train"), next((files[own] for own in _HELD_OUT if own in files), None)
     if train_file is None or held_file is None:
         lacking = "train" if train_file is None else " or ".join(_HELD_OUT)
         place = f"'{path}/{{}}.jsonl'" if path.is_dir() else f"'{path}.{{}}.jsonl'"
         raise DataError(
-            f"The task '{path}' has no file {place.format(lacking)} (or .json, or with .gz); "
+            f"The task '{path}' has no file {place.format(lacking)} (or of another kind, or with .gz); "
             "give a folder or the beginning of the names of its files."
         )
-    name = path.resolve().name
-    train_rows, held_rows = list(data.read_rows(train_file)[0]), list(data.read_rows(held_file)[0])
-    for file, rows in ((train_file, train_rows), (held_file, held_rows)):
+    train, held = (
+        [(f"'{file}', {where}", row) for where, row in file_rows(file)] for file in (train_file, held_file)
+    )
+    for file, rows in ((train_file, train), (held_file, held)):
         if not rows:
             raise DataError(f"'{file}' holds no row; give a file with at least one.")
-    first = train_rows[0][1]
-    about = f"{name}: {{:,}} training questions of '{train_file.name}', {{:,}} held out of '{held_file.name}'"
+    first = train[0][1]
     if "instruction" in first:
-        choices = [choice_from(row, f"'{train_file}', {where}") for where, row in train_rows]
-        aside = tuple(choice_from(row, f"'{held_file}', {where}") for where, row in held_rows[:held_out])
-        seen = {_key(choice.question) for choice in aside}
-        kept = tuple(choice for choice in choices if _key(choice.question) not in seen)[:train_limit]
-        _require_training(kept, name)
-        return ChoiceTask(name, about.format(len(kept), len(aside)), kept, aside)
-    if "question" in first and MARK in str(first.get("answer")):
-        problems = [solution_from(row, f"'{train_file}', {where}") for where, row in train_rows]
-        later = tuple(solution_from(row, f"'{held_file}', {where}") for where, row in held_rows[:held_out])
-        seen = {_key(item.question) for item in later}
-        solved = tuple(item for item in problems if _key(item.question) not in seen)[:train_limit]
-        _require_training(solved, name)
-        return NumberTask(name, about.format(len(solved), len(later)), solved, later)
-    has = ", ".join(f"'{key}'" for key in first)
-    raise DataError(
-        f"'{train_file}' has rows with the fields {has}; give multiple choice (instruction, answer) or word problems "
-        f"(question, and an answer that ends in '{MARK} 72')."
-    )
+        written_as = "arc_easy"  # whose rows list their options, as those of all others do
+    elif "question" in first and MARK in str(first.get("answer")):
+        written_as = "gsm8k"
+    else:
+        has = ", ".join(f"'{key}'" for key in first)
+        raise DataError(
+            f"'{train_file}' has rows with the fields {has}; give multiple choice (instruction, answer) or word "
+            f"problems (question, and an answer that ends in '{MARK} 72'), or name a benchmark."
+        )
+    name = path.resolve().name
+    places = f"'{train_file.name}'", f"'{held_file.name}'"
+    return _task(name, places, benchmark(written_as), train, held, held_out, train_limit)
 
 
-def _require_training(rows: Sequence[Any], name: str) -> None:
-    if not rows:
+def _from_benchmark(
+    known: Benchmark, data: str | os.PathLike[str] | None, held_out: int, train_limit: int | None
+) -> ExperimentTask:
+    if _right_or_wrong(known) is None:
+        raise ConfigError(
+            f"The answers to {known.name} are not simply right or wrong; choose another task, "
+            "such as arc_easy or gsm8k."
+        )
+    train = known.source.rows("train", folder=data)[1]
+    split, held = known.source.rows(folder=data, limit=held_out)
+    place = f"'{known.source.hub}'" if data is None else f"'{os.fspath(data)}'"
+    return _task(known.name, (place, f"its {split} split"), known, train, held, held_out, train_limit)
+
+
+def _task(
+    name: str,
+    places: tuple[str, str],
+    known: Benchmark,
+    train: Sequence[Row],
+    held: Sequence[Row],
+    held_out: int,
+    train_limit: int | None,
+) -> ExperimentTask:
+    """A task out of rows that are read as a benchmark's; no question is on both sides."""
+    every = [example for where, row in train for example in known.read(row, where)]
+    aside = [example for where, row in held[:held_out] for example in known.read(row, where)][:held_out]
+    seen = {_key(example) for example in aside}
+    kept = [example for example in every if _key(example) not in seen][:train_limit]
+    if not kept:
         raise DataError(f"Every training question of {name} is also held out; give other files.")
+    about = f"{name}: {len(kept):,} training questions of {places[0]}, {len(aside):,} held out of {places[1]}"
+    choices, later = ([own.choice for own in part if own.choice is not None] for part in (kept, aside))
+    if len(choices) == len(kept) and len(later) == len(aside):
+        return ChoiceTask(name, about, tuple(choices), tuple(later))
+    return GenerationTask(name, about, known, tuple(kept), tuple(aside))
 
 
-def _key(question: str) -> str:
+def _key(example: Example) -> str:
+    question = example.prompt if example.choice is None else example.choice.question
     return " ".join(question.split()).casefold()

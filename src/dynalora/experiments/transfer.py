@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynalora.errors import ConfigError
 from dynalora.experiments.finetune import adapter_config
-from dynalora.experiments.forgetting_plots import plot_transfer, save_figure
+from dynalora.experiments.forgetting_plots import plot_transfer
 from dynalora.experiments.lab import (
     UNUSED,
     Lab,
@@ -37,6 +37,7 @@ from dynalora.experiments.lab import (
     shown_loss,
     train_settings,
 )
+from dynalora.experiments.plots import save_figure
 from dynalora.experiments.report import Cell, Figure, Report, Section, Table, rich_table, write_report
 from dynalora.experiments.run_folder import RunFolder
 from dynalora.experiments.training import TrainSettings

@@ -1,7 +1,7 @@
 """Gates, drawn: where they open, on what, and how well they tell domains apart (DISeL §5, App. V).
 
 Lines differ in dash and marker as well as in colour, so that the plots can be read in black and white. Every function
-returns a matplotlib figure, made without pyplot, and also writes it if a path is given.
+returns a matplotlib figure, and also writes it if a path is given.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dynalora.forgetting.drawing import figure, save, style
 from dynalora.forgetting.gates import (
     BINS,
     DEPTHS,
@@ -25,11 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, from dark to light as far as grey values go.
-_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 2)))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-
 
 def plot_gates(
     statistics: Mapping[str, Sequence[GateStatistics]], path: str | None = None, title: str = ""
@@ -38,7 +34,7 @@ def plot_gates(
 
     Args:
         statistics: Results of :func:`dynalora.record_gates` by the name of their text's domain.
-        path: File to write; None only returns the figure.
+        path: File to write, as PNG and SVG side by side; None only returns the figure.
         title: Heading; empty names what is drawn.
     """
     chosen = {
@@ -55,7 +51,7 @@ def plot_gates_by_kind(
 
     Args:
         statistics: Result of :func:`dynalora.record_gates`.
-        path: File to write; None only returns the figure.
+        path: File to write, as PNG and SVG side by side; None only returns the figure.
         title: Heading; empty names what is drawn.
     """
     chosen: dict[str, dict[str, list[GateStatistics]]] = {kind: {} for kind in _kinds(statistics)}
@@ -89,8 +85,7 @@ def _histograms(
             histogram = torch.stack([row.histogram for row in rows]).sum(0).double()
             share = histogram / histogram.sum().clamp_min(1)
             axis.stairs(
-                share.numpy(), edges.numpy(), label=name, color=_COLOURS[index % len(_COLOURS)],
-                linestyle=_DASHES[index % len(_DASHES)], linewidth=1.3,
+                share.numpy(), edges.numpy(), label=name, **style(index, marker=False),
             )  # fmt: skip
         # Most gates are nearly closed: on a linear axis the open ones could not be seen.
         axis.set_yscale("log")
@@ -107,7 +102,7 @@ def plot_gate_means(records: Mapping[str, GateRecord], path: str | None = None, 
 
     Args:
         records: Results of :func:`dynalora.record_gates` by domain, all of the same adapter.
-        path: File to write; None only returns the figure.
+        path: File to write, as PNG and SVG side by side; None only returns the figure.
         title: Heading; empty names what is drawn.
     """
 
@@ -134,7 +129,7 @@ def plot_separation(
 
     Args:
         separations: Results of :func:`dynalora.forgetting.gates.gate_separation` by the name of their pair of domains.
-        path: File to write; None only returns the figure.
+        path: File to write, as PNG and SVG side by side; None only returns the figure.
         title: Heading; empty names what is drawn.
     """
     values = {
@@ -173,9 +168,7 @@ def _over_depth(
             low = [value - (value if bottom is None else bottom) for _, _, value, bottom, _ in chosen]
             high = [(value if top is None else top) - value for _, _, value, _, top in chosen]
             axis.errorbar(
-                x, y, yerr=[low, high], label=name, color=_COLOURS[index % len(_COLOURS)],
-                linestyle=_DASHES[index % len(_DASHES)], marker=_MARKERS[index % len(_MARKERS)], markersize=3.5,
-                linewidth=1.1, elinewidth=0.8, capsize=1.5,
+                x, y, yerr=[low, high], label=name, elinewidth=0.8, capsize=1.5, **style(index),
             )  # fmt: skip
         if line is not None:
             axis.axhline(line, color="0.5", linewidth=0.8)
@@ -195,7 +188,7 @@ def plot_gate_heatmap(
 
     Args:
         statistics: Result of :func:`dynalora.record_gates`.
-        path: File to write; None only returns the figure.
+        path: File to write, as PNG and SVG side by side; None only returns the figure.
         title: Heading; empty names what is drawn.
     """
     kinds = _kinds(statistics)
@@ -236,24 +229,12 @@ def _kinds(statistics: Sequence[GateStatistics]) -> list[str]:
 
 
 def _figure(columns: int, rows: int) -> tuple[Figure, list[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    made = Figure(figsize=(max(3.2 * columns, 4.2), 2.5 * rows + 0.4), layout="constrained")
-    FigureCanvasAgg(made)
-    first: Axes | None = None
-    axes = []
-    for index in range(rows * columns):
-        axis = made.add_subplot(rows, columns, index + 1, sharey=first)
-        first = first or axis
-        axis.tick_params(labelsize=8)
-        axis.grid(True, alpha=0.25, linewidth=0.6)
-        axes.append(axis)
-    return made, axes
+    return figure(
+        max(3.2 * columns, 4.2), 2.5 * rows + 0.4, columns=columns, rows=rows, share_y=True, labels=8
+    )
 
 
 def _done(made: Figure, title: str, path: str | None) -> Figure:
     made.suptitle(title, fontsize=10)
-    if path is not None:
-        made.savefig(path, dpi=150)
+    save(made, path)
     return made

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from statistics import NormalDist
 from typing import Any, overload
 
 import torch
@@ -24,6 +23,7 @@ from torch import nn
 from dynalora.adapter.gates import GatedLayer
 from dynalora.errors import ConfigError, DynaloraError
 from dynalora.evaluation.generation import evaluating
+from dynalora.evaluation.statistics import normal_quantile, t_quantile
 from dynalora.forgetting.landscape import layer_index
 
 logger = logging.getLogger(__name__)
@@ -42,9 +42,6 @@ DOCUMENT_GROUPS = 10
 
 DEPTHS = ("early", "middle", "late")
 ALL = "all"
-
-# Two-sided 95 % quantiles of Student's t for 1 … 9 degrees of freedom.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass
@@ -166,7 +163,7 @@ class GateRecord(Sequence[GateStatistics]):
         cross = mixed * means
         residual = sums - cross - cross.mT + torch.outer(means, means) * counts
         covariance = residual / torch.outer(tokens, tokens) * self.documents / (self.documents - 1)
-        half = NormalDist().inv_cdf(0.975) * float(covariance.mean().clamp_min(0).sqrt())
+        half = normal_quantile() * float(covariance.mean().clamp_min(0).sqrt())
         return GateMean(value, max(0.0, value - half), min(1.0, value + half))
 
     def depth(self, row: GateStatistics) -> str:
@@ -530,7 +527,7 @@ def _separation(
 ) -> Separation:
     first, second = first.double(), second.double()
     auc, error = binned_auc(first.sum(0), second.sum(0))
-    variance, freedom = 0.0, len(_T95)
+    variance, freedom = 0.0, len(first)
     for own, other, flip in ((first, second, False), (second, first, True)):
         filled = own[own.sum(1) > 0]
         groups = len(filled)
@@ -546,7 +543,7 @@ def _separation(
         )
         variance += (groups - 1) / groups * float((left_out - left_out.mean()).square().sum())
         freedom = min(freedom, groups - 1)
-    half = _T95[freedom - 1] * math.sqrt(variance)
+    half = t_quantile(0.975, freedom) * math.sqrt(variance)
     return Separation(name, layer, kind, auc, error, max(0.0, auc - half), min(1.0, auc + half))
 
 

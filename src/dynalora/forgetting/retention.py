@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -35,6 +34,7 @@ from dynalora.cache import cache_folder
 from dynalora.errors import ConfigError, UnsupportedError
 from dynalora.evaluation.generation import chat_prompt, end_ids, evaluating, pad_left, padding_id
 from dynalora.evaluation.scoring import last_logits
+from dynalora.evaluation.statistics import ratio
 from dynalora.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -434,10 +434,9 @@ def retention(
                 totals[index] = _distances(first, second, _targets(text, index, second.device), chunk)
             done += len(batch)
             progress(what, done, len(text.rows))
-    per_text = torch.stack(totals)
-    sums, count = per_text.sum(0), text.tokens
-    kl, base_loss, tuned_loss = (sums / count).tolist()
-    return Retention(kl, tuned_loss - base_loss, base_loss, count, _ratio_error(per_text[:, 0], text, kl))
+    lengths = [len(row) - start for row, start in zip(text.rows, text.starts, strict=True)]
+    kl, base_loss, tuned_loss = (ratio(sums, lengths) for sums in torch.stack(totals).T.tolist())
+    return Retention(kl.value, tuned_loss.value - base_loss.value, base_loss.value, text.tokens, kl.error)
 
 
 def base_predictions(
@@ -566,15 +565,3 @@ def _distances(base: torch.Tensor, tuned: torch.Tensor, targets: torch.Tensor, c
         kl = torch.where(torch.isneginf(p), torch.zeros_like(p), p.exp() * (p - q)).sum(dim=-1).double().sum()
         sums += torch.stack([kl, *losses]).cpu()
     return sums
-
-
-def _ratio_error(sums: torch.Tensor, text: MeasuredText, mean: float) -> float:
-    """Standard error of a mean per token over texts of different lengths (that of a ratio estimate)."""
-    number = len(text.rows)
-    if number < 2:
-        return 0.0
-    lengths = torch.tensor(
-        [len(row) - start for row, start in zip(text.rows, text.starts, strict=True)], dtype=torch.float64
-    )
-    residual = ((sums - mean * lengths) ** 2).sum().item() / (number - 1)
-    return math.sqrt(residual / number) / (text.tokens / number)

@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from dynalora.errors import DynaloraError
+from dynalora.forgetting import drawing
 from dynalora.forgetting.landscape import PAPER_TAU, LandscapeRow, layer_index, rank_landscape
 from dynalora.methods.pedyra import adjustments
 
@@ -116,51 +117,46 @@ def plot_rank_trajectory(trajectory: RankTrajectory, path: str | None = None) ->
 
     Args:
         trajectory: Result of :func:`rank_trajectory`.
-        path: File to write; None only returns the figure.
+        path: File to write, as PNG and SVG side by side; None only returns the figure.
 
     Returns:
         The matplotlib figure.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    over_time, ranking, heat, against, used, pareto = figure.subplots(2, 3).flat
+    made, (over_time, ranking, heat, against, used, pareto) = drawing.figure(
+        13, 7.5, columns=3, rows=2, labels=8
+    )
     kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in trajectory.modules))
     for number, name in enumerate(trajectory.modules):
-        colour = f"C{kinds.index(name.rpartition('.')[2]) % 10}"
+        line = drawing.style(kinds.index(name.rpartition(".")[2]), marker=False)
         label = name.rpartition(".")[2]
         label = label if label not in over_time.get_legend_handles_labels()[1] else "_"
         over_time.step(
             [0, *trajectory.steps],
             [row[number] for row in trajectory.ranks],
             where="post",
-            color=colour,
             alpha=0.7,
-            linewidth=1,
             label=label,
+            **line,
         )
         places = [row[number] for row in trajectory.importance]
-        ranking.plot(trajectory.steps, places, color=colour, alpha=0.7, linewidth=1, marker=".", markersize=3)
+        ranking.plot(trajectory.steps, places, alpha=0.7, marker=".", markersize=3, **line)
     over_time.legend(fontsize=7)
     _titled(over_time, "rank", "optimizer step", "rank")
     ranking.invert_yaxis()
     _titled(ranking, "importance ranking (1: highest score)", "optimizer step", "place")
-    _heat_map(figure, heat, trajectory, kinds)
+    _heat_map(made, heat, trajectory, kinds)
     against.scatter(np.mean(trajectory.importance, axis=0), np.mean(trajectory.ranks, axis=0), s=14)
     _titled(against, f"Spearman's ρ = {trajectory.spearman:.2f}", "mean importance rank", "mean rank")
     shown = [row.effective_rank for row in trajectory.landscape]
     used.bar(range(len(shown)), [row.rank for row in trajectory.landscape], color="0.85", label="rank")
-    used.bar(range(len(shown)), shown, color="C0", label="effective rank")
+    used.bar(range(len(shown)), shown, color=drawing.PALETTE[0], label="effective rank")
     used.legend(fontsize=7)
     mean = float(np.mean(list(trajectory.utilisation.values())))
     _titled(used, f"effective rank, utilisation {mean:.0%}", "module", "rank")
     pareto.plot(trajectory.steps, trajectory.pareto_variance, marker="o", markersize=3)
     _titled(pareto, "variance of log(G^(2/3) / r)", "optimizer step", "variance")
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
+    drawing.save(made, path)
+    return made
 
 
 def _titled(axis: Axes, title: str, x: str, y: str) -> None:
@@ -175,7 +171,8 @@ def _heat_map(figure: Figure, axis: Axes, trajectory: RankTrajectory, kinds: lis
     grid = np.full((len(blocks), len(kinds)), np.nan)
     for name, rank in zip(trajectory.modules, trajectory.ranks[-1], strict=True):
         grid[blocks.index(layer_index(name) or 0), kinds.index(name.rpartition(".")[2])] = rank
-    image = axis.imshow(grid, aspect="auto", origin="lower", cmap="viridis")
+    image = axis.imshow(grid, aspect="auto", origin="lower", cmap="cividis")
+    axis.grid(False)
     axis.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right")
     axis.set_yticks(range(len(blocks)), [str(block) for block in blocks])
     figure.colorbar(image, ax=axis)

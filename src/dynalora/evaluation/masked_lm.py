@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 
 from dynalora.errors import ConfigError, DataError
-from dynalora.evaluation.generation import evaluating
+from dynalora.evaluation.generation import batches_by_length, evaluating, padding_id
+from dynalora.evaluation.perplexity import exponential
+from dynalora.evaluation.statistics import Estimate, Interval, ratio
 from dynalora.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -63,6 +65,11 @@ class MaskedPerplexity:
     error: float
     tokens: int
 
+    @property
+    def interval(self) -> Interval:
+        """The perplexity with its 95 % interval over the texts."""
+        return exponential(Estimate(self.loss, self.error))
+
 
 def mask_text(
     texts: Sequence[str],
@@ -92,30 +99,87 @@ def mask_text(
     """
     if isinstance(texts, str):
         raise ConfigError("texts must be a list of texts, got one string; put it into a list.")
-    if not 0 < share < 1:
-        raise ConfigError(f"share is {share}; give a part of the tokens between 0 and 1, such as 0.15.")
+    _check_share(share)
     if max_length < 4:
         raise ConfigError(f"max_length is {max_length}; give at least 4 tokens.")
-    mask_id = tokenizer.mask_token_id
-    if mask_id is None:
+    mask_id = _mask_token(tokenizer)
+    rows, masked = [], []
+    for index, text in enumerate(texts):
+        ids = list(tokenizer(text, truncation=True, max_length=max_length)["input_ids"])
+        places = _chosen(ids, tokenizer, share, seed, index)
+        if places:
+            rows.append(tuple(ids))
+            masked.append(places)
+    if not rows:
+        raise DataError(f"None of the {len(texts)} texts has two ordinary tokens; give text to measure on.")
+    return MaskedText(tuple(rows), tuple(masked), mask_id)
+
+
+def mask_windows(
+    windows: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    share: float = 0.15,
+    seed: int = 0,
+) -> MaskedText:
+    """Mask tokens of windows of running text by the rule of `mask_text`.
+
+    Args:
+        windows: token ids of each window without special tokens, as
+            [`windows`][dynalora.evaluation.perplexity.windows] gives them; the tokenizer's first and last token are put
+            around each. Windows without two ordinary tokens are left out.
+        tokenizer: the model's; it must have a mask token.
+        share: part of a window's ordinary tokens to mask, rounded; at least one.
+        seed: of the choice.
+
+    Raises:
+        ConfigError: the tokenizer has no mask token, or `share` is not in (0, 1).
+        DataError: no window is left.
+    """
+    _check_share(share)
+    mask_id = _mask_token(tokenizer)
+    first, last = (
+        [] if token is None else [int(token)] for token in (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    )
+    rows, masked = [], []
+    for index, window in enumerate(windows):
+        ids = [*first, *window, *last]
+        places = _chosen(ids, tokenizer, share, seed, index)
+        if places:
+            rows.append(tuple(ids))
+            masked.append(places)
+    if not rows:
+        raise DataError(
+            f"None of the {len(windows)} windows has two ordinary tokens; give text to measure on."
+        )
+    return MaskedText(tuple(rows), tuple(masked), mask_id)
+
+
+def _check_share(share: float) -> None:
+    if not 0 < share < 1:
+        raise ConfigError(f"share is {share}; give a part of the tokens between 0 and 1, such as 0.15.")
+
+
+def _mask_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.mask_token_id is None:
         raise ConfigError(
             f"The tokenizer ({type(tokenizer).__name__}) has no mask token; give that of a masked language model."
         )
-    rows, masked = [], []
+    return int(tokenizer.mask_token_id)
+
+
+def _chosen(
+    ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, share: float, seed: int, index: int
+) -> tuple[int, ...]:
+    """The places to mask, ascending; none where there are fewer than two ordinary tokens."""
     special = set(tokenizer.all_special_ids)
-    for index, text in enumerate(texts):
-        ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
-        ordinary = [place for place, token in enumerate(ids) if token not in special]
-        if len(ordinary) < 2:
-            continue
-        # Its own generator for every text: no text's mask depends on those before it.
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-        chosen = torch.randperm(len(ordinary), generator=generator)[: max(1, round(share * len(ordinary)))]
-        rows.append(tuple(int(token) for token in ids))
-        masked.append(tuple(sorted(ordinary[place] for place in chosen.tolist())))
-    if not rows:
-        raise DataError(f"None of the {len(texts)} texts has two ordinary tokens; give text to measure on.")
-    return MaskedText(tuple(rows), tuple(masked), int(mask_id))
+    ordinary = [place for place, token in enumerate(ids) if token not in special]
+    if len(ordinary) < 2:
+        return ()
+    # Its own generator for every row: no row's mask depends on those before it.
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    chosen = torch.randperm(len(ordinary), generator=generator)[: max(1, round(share * len(ordinary)))]
+    return tuple(sorted(ordinary[place] for place in chosen.tolist()))
 
 
 def masked_lm_perplexity(
@@ -142,15 +206,14 @@ def masked_lm_perplexity(
         raise ConfigError(f"batch_size is {batch_size}; give 1 or more.")
     what = f"Masked-LM perplexity: {name}"
     device = next(model.parameters()).device
-    sums = torch.zeros(len(text.rows), dtype=torch.float64)
-    order = sorted(range(len(text.rows)), key=lambda index: -len(text.rows[index]))
+    padding = padding_id(model, None)
+    sums = [0.0] * len(text.rows)
     done = 0
-    progress(what, 0, len(order))
+    progress(what, 0, len(text.rows))
     with evaluating(model), torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        for batch in batches_by_length([len(row) for row in text.rows], batch_size):
             longest = max(len(text.rows[index]) for index in batch)
-            ids = torch.zeros(len(batch), longest, dtype=torch.long)
+            ids = torch.full((len(batch), longest), padding)
             mask = torch.zeros_like(ids)
             labels = torch.full_like(ids, -1)
             # Padded on the right: encoders count their positions from the left, some from the first token that is no
@@ -159,7 +222,6 @@ def masked_lm_perplexity(
                 tokens = torch.tensor(text.rows[index])
                 places = torch.tensor(text.masked[index])
                 ids[row, : len(tokens)] = tokens.index_fill(0, places, text.mask_id)
-                ids[row, len(tokens) :] = _padding(model)
                 mask[row, : len(tokens)] = 1
                 labels[row, places] = tokens[places]
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
@@ -169,23 +231,8 @@ def masked_lm_perplexity(
             )
             parts = losses.double().cpu().split([len(text.masked[index]) for index in batch])
             for index, part in zip(batch, parts, strict=True):
-                sums[index] = part.sum()
+                sums[index] = float(part.sum())
             done += len(batch)
-            progress(what, done, len(order))
-    loss = float(sums.sum()) / text.tokens
-    return MaskedPerplexity(math.exp(loss), loss, _error(sums, text, loss), text.tokens)
-
-
-def _padding(model: torch.nn.Module) -> int:
-    value = getattr(getattr(model, "config", None), "pad_token_id", None)
-    return int(value) if value is not None else 0
-
-
-def _error(sums: torch.Tensor, text: MaskedText, mean: float) -> float:
-    """Standard error of a mean per token over texts of different lengths (that of a ratio estimate)."""
-    number = len(text.rows)
-    if number < 2:
-        return 0.0
-    counts = torch.tensor([len(places) for places in text.masked], dtype=torch.float64)
-    residual = float(((sums - mean * counts) ** 2).sum()) / (number - 1)
-    return math.sqrt(residual / number) / (text.tokens / number)
+            progress(what, done, len(text.rows))
+    loss = ratio(sums, [len(places) for places in text.masked])
+    return MaskedPerplexity(math.exp(loss.value), loss.value, loss.error, text.tokens)

@@ -1,4 +1,9 @@
-"""Word problems whose solution ends in a number after `####`, as in GSM8K (Cobbe et al., 2021, arXiv:2110.14168)."""
+"""Numbers in answers, and word problems whose solution ends in one after `####`, as in GSM8K (Cobbe et al., 2021,
+arXiv:2110.14168).
+
+Numbers are decimal fractions as they are written, and compared as numbers: 18.00 is 18. Two of them are the same if
+they differ by at most 0.001, the rule of LLM-Adapters' arithmetic tasks (Hu et al., 2023, arXiv:2304.01933).
+"""
 
 from __future__ import annotations
 
@@ -11,32 +16,45 @@ from dynalora.errors import DataError
 from dynalora.evaluation.tasks import Item
 
 MARK = "####"
-_NUMBER = re.compile(rf"{MARK}\s*\$?\s*(-?[0-9.,]+)")
+TOLERANCE = Decimal("0.001")
+_FINAL = re.compile(rf"{MARK}\s*(-?\$?\s*-?[0-9.,]+)")
+_ANY = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 _NOTES = re.compile(r"<<[^<>]*>>")
+
+
+def number(text: str | None) -> Decimal | None:
+    """A number out of its usual spellings (`1,234`, `$5`, `3.`); None where it is none."""
+    if text is None:
+        return None
+    try:
+        found = Decimal(re.sub(r"[,$\s]", "", text).rstrip("."))
+    except InvalidOperation:
+        return None
+    return found if found.is_finite() else None
 
 
 def final_number(text: str) -> Decimal | None:
     """The first number that follows `####`; None if there is none.
 
     Thousands separators, a dollar sign and a full stop behind the number do not matter. This is the strict match of
-    lm-evaluation-harness's GSM8K, except that numbers are compared as numbers: 18.00 is 18.
+    lm-evaluation-harness's GSM8K, except that numbers are compared as numbers.
 
     Args:
         text: a solution, the reference's or the model's.
     """
-    found = _NUMBER.search(text)
-    if found is None:
-        return None
-    try:
-        return Decimal(found[1].replace(",", "").rstrip("."))
-    except InvalidOperation:
-        return None
+    found = _FINAL.search(text)
+    return number(found[1]) if found else None
 
 
-def same_number(said: str, reference: str) -> bool:
-    """Whether two solutions end in the same number; a solution without one is wrong."""
-    number = final_number(said)
-    return number is not None and number == final_number(reference)
+def last_number(text: str) -> Decimal | None:
+    """The last number in a text; None where there is none."""
+    found = _ANY.findall(text)
+    return number(found[-1]) if found else None
+
+
+def same_number(found: Decimal | None, wanted: Decimal | None) -> bool:
+    """Whether two numbers are the same, to 0.001; what is no number is the same as nothing."""
+    return found is not None and wanted is not None and abs(found - wanted) <= TOLERANCE
 
 
 def solution_from(row: Mapping[str, Any], where: str = "the row") -> Item:

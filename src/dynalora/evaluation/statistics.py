@@ -1,0 +1,232 @@
+"""Estimates with their errors and intervals, and comparisons of models on the same items: one place for all numbers.
+
+| of | interval |
+|---|---|
+| a share | Wilson's |
+| a mean over runs or items | Student's t |
+| a mean per token, over texts of different lengths | normal, with the error of a ratio estimate |
+| a number over all items that is no mean | percentile bootstrap |
+| a difference of two shares on the same items | Bonett and Price's, with McNemar's test |
+
+All are 95 % intervals unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist, stdev
+from typing import Any
+
+from dynalora.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number with its interval.
+
+    Attributes:
+        value: the estimate.
+        low: lower end.
+        high: upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its standard error over the items (0 for a single one)."""
+
+    value: float
+    error: float
+
+    @property
+    def interval(self) -> Interval:
+        """The normal 95 % interval."""
+        half = normal_quantile() * self.error
+        return Interval(self.value, self.value - half, self.value + half)
+
+
+def wilson(correct: int, total: int, confidence: float = 0.95) -> Interval:
+    """A proportion with Wilson's score interval (E. B. Wilson, JASA 22, 1927), which stays inside [0, 1].
+
+    Args:
+        correct: number of successes.
+        total: number of trials.
+        confidence: coverage, between 0 and 1.
+
+    Raises:
+        ConfigError: total below 1, correct outside 0 … total, or confidence outside (0, 1).
+    """
+    if total < 1 or not 0 <= correct <= total:
+        raise ConfigError(f"{correct} of {total} is no share; give 0 ≤ correct ≤ total and total ≥ 1.")
+    z = normal_quantile(confidence)
+    share = correct / total
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
+    # The exact ends at 0 and at `total` are 0 and 1; rounding must not put the estimate outside its interval.
+    return Interval(share, 0.0 if correct == 0 else centre - half, 1.0 if correct == total else centre + half)
+
+
+def paired_difference(first: Sequence[bool], second: Sequence[bool], confidence: float = 0.95) -> Interval:
+    """Accuracy of `second` minus accuracy of `first` on the same items, with its interval.
+
+    The interval is the adjusted Wald interval of D. G. Bonett and R. M. Price, J. Educ. Behav. Stat. 37 (2012): one
+    observation is added to each of the two cells in which the models differ, which keeps the coverage near nominal
+    for small samples and extreme proportions. The estimate itself is the plain difference.
+
+    Raises:
+        DataError: no items, or different numbers of them.
+    """
+    gained, lost = _discordant(first, second)
+    total = len(first)
+    plus, minus = (gained + 1) / (total + 2), (lost + 1) / (total + 2)
+    half = normal_quantile(confidence) * math.sqrt((plus + minus - (plus - minus) ** 2) / (total + 2))
+    return Interval((gained - lost) / total, max(-1.0, plus - minus - half), min(1.0, plus - minus + half))
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """Two-sided p-value of the exact McNemar test: do two models differ in accuracy on the same items?
+
+    The items on which exactly one of them is right are fair coin tosses if they do not (Q. McNemar, Psychometrika 12,
+    1947; the binomial form).
+
+    Raises:
+        DataError: no items, or different numbers of them.
+    """
+    gained, lost = _discordant(first, second)
+    tosses = gained + lost
+    tail = sum(math.comb(tosses, k) for k in range(min(gained, lost) + 1))
+    return float(min(1.0, 2 * tail / 2**tosses))
+
+
+def _discordant(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int]:
+    """How many items only `second` has right, and how many only `first`."""
+    if not first or len(first) != len(second):
+        raise DataError(
+            f"Paired comparison of {len(first)} and {len(second)} items; give both on the same items."
+        )
+    gained = sum(b and not a for a, b in zip(first, second, strict=True))
+    lost = sum(a and not b for a, b in zip(first, second, strict=True))
+    return gained, lost
+
+
+def normal_quantile(confidence: float = 0.95) -> float:
+    """Standard errors on either side of an estimate that an interval of this coverage takes, 1.96 for 95 %.
+
+    Raises:
+        ConfigError: confidence outside (0, 1).
+    """
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence is {confidence}; give a number between 0 and 1.")
+    return NormalDist().inv_cdf(0.5 + confidence / 2)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard error of a mean; None for fewer than two values, whose spread is unknown."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """A mean with Student's t interval, for a number measured in several independent runs.
+
+    Args:
+        values: one per run. Of a single run the spread is unknown, and the interval is that value alone.
+        confidence: coverage, between 0 and 1.
+
+    Raises:
+        DataError: no values.
+        ConfigError: confidence outside (0, 1).
+    """
+    if not values:
+        raise DataError("There are no values to average; give at least one.")
+    normal_quantile(confidence)
+    mean = math.fsum(values) / len(values)
+    error = standard_error(values)
+    if error is None:
+        return Interval(mean, mean, mean)
+    half = t_quantile(0.5 + confidence / 2, len(values) - 1) * error
+    return Interval(mean, mean - half, mean + half)
+
+
+def item_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """A mean over a task's items: Wilson's interval if all values are 0 or 1, else Student's.
+
+    Raises:
+        DataError: no values.
+        ConfigError: confidence outside (0, 1).
+    """
+    if values and all(value in (0, 1) for value in values):
+        return wilson(round(sum(values)), len(values), confidence)
+    return mean_interval(values, confidence)
+
+
+def ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
+    """Σ sums / Σ counts with the standard error of a ratio estimate; with equal counts, that of a mean.
+
+    Args:
+        sums: one per item, such as negative log-likelihoods.
+        counts: one per item, such as numbers of tokens; not all 0.
+    """
+    number, whole = len(sums), sum(counts)
+    value = math.fsum(sums) / whole
+    if number < 2:
+        return Estimate(value, 0.0)
+    spread = math.fsum((own - value * count) ** 2 for own, count in zip(sums, counts, strict=True))
+    return Estimate(value, math.sqrt(spread / (number - 1) / number) / (whole / number))
+
+
+def bootstrap(
+    whole: Callable[[Sequence[Any], Sequence[Any]], float],
+    answers: Sequence[Any],
+    references: Sequence[Any],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """A number over all items with its percentile bootstrap interval; items are drawn with their references."""
+    value = whole(answers, references)
+    chance = random.Random(seed)
+    drawn = []
+    for _ in range(resamples):
+        picked = chance.choices(range(len(answers)), k=len(answers))
+        drawn.append(whole([answers[i] for i in picked], [references[i] for i in picked]))
+    drawn.sort()
+    low, high = drawn[int(0.025 * resamples)], drawn[min(resamples - 1, int(0.975 * resamples))]
+    return Interval(value, min(low, value), max(high, value))
+
+
+@lru_cache
+def t_quantile(probability: float, degrees: int) -> float:
+    """The quantile of Student's t distribution, by bisection on its distribution function.
+
+    Args:
+        probability: in [0.5, 1).
+        degrees: degrees of freedom, at least 1.
+    """
+    low, high = 0.0, 1.0
+    while _t_central(high, degrees) < 2 * probability - 1:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_central(middle, degrees) < 2 * probability - 1 else (low, middle)
+    return (low + high) / 2
+
+
+def _t_central(t: float, degrees: int) -> float:
+    """P(|T| < t) for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan2(t, math.sqrt(degrees))
+    cosine, sine = math.cos(angle), math.sin(angle)
+    odd = degrees % 2
+    term = cosine if odd else 1.0
+    total = 0.0
+    # 1 + cos²/2·(1 + 3/4·cos²·(…)) for even, cos·(1 + 2/3·cos²·(…)) for odd degrees.
+    for step in range(odd, degrees - 1, 2):
+        total += term
+        term *= cosine * cosine * (step + 1) / (step + 2)
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
