@@ -627,15 +627,20 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """
         base = self.get_base_layer()
         before = getattr(base, "weight", None)
-        self.set_base_weight(weight)
-        # A configuration by module name (FqnToConfig) finds no name in a layer alone, and leaves the weight as it is.
+        refused: ValueError | None = None
+        try:
+            self.set_base_weight(weight)
+        except ValueError as error:  # settings by module name (FqnToConfig), which fit no layer alone
+            if not isinstance(self.quantization_backend, TorchaoBackend):
+                raise
+            refused = error
         if isinstance(self.quantization_backend, TorchaoBackend) and type(base.weight) is not type(before):
             del base.weight
             base.weight = before
             raise UnsupportedError(
                 f"cannot merge into {self.name or 'the layer'}: the model's TorchAoConfig does not say how to quantise "
                 "this layer by itself; keep the adapter attached, or load the base model without quantisation to merge."
-            )
+            ) from refused
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may convert the update to a LoRA."""
