@@ -627,7 +627,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         Raises:
             UnsupportedError: torchao did not quantise it; the layer is as it was.
         """
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         before = getattr(base, "weight", None)
         refused: ValueError | None = None
         try:
