@@ -18,7 +18,12 @@ from typing import Any, ClassVar, cast
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils.quantization_utils import resolve_quantization_backend
+from peft.utils.quantization_utils import (
+    ForwardOnlyQuantizationBackend,
+    QuantizationBackend,
+    TorchaoBackend,
+    resolve_quantization_backend,
+)
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
@@ -92,7 +97,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
         base = self.get_base_layer()
-        self.quantization_backend = resolve_quantization_backend(base, **(quantization or {}))
+        self.quantization_backend = quantization_of(base, quantization)
         self.in_features, self.out_features = cast("tuple[int, int]", _get_in_out_features(base))
         self.order = next(_order)
         track(self)
@@ -103,17 +108,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     @staticmethod
     def supports(base_layer: nn.Module) -> bool:
-        """Whether a module is a linear layer that can be adapted: linear, GPT-2's ``Conv1D``, or "
-        "quantised.
-        """
+        """Whether a module is a linear layer that can be adapted: linear, GPT-2's ``Conv1D``, or quantised."""
         if isinstance(base_layer, NonDynamicallyQuantizableLinear):
             return False  # nn.MultiheadAttention reads its weight and never calls it
         if isinstance(base_layer, (nn.Linear, Conv1D)):
             return True
-        try:
-            backend = resolve_quantization_backend(base_layer)
-        except ValueError:  # torchao's weights sit in plain nn.Linear layers, handled above
-            return True
+        backend = quantization_of(base_layer)
         return backend is not None and backend.layer_type == "linear"
 
     # Parameters ------------------------------------------------------------------------------------------------
@@ -485,8 +485,18 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return self.running(role, adapter) if known else None
 
     def get_base_weight(self) -> torch.Tensor:
-        """The base layer's weight in its own layout, dequantised if need be."""
+        """The base layer's weight in its own layout, dequantised if need be.
+
+        Raises:
+            UnsupportedError: The layer's quantisation does not give its weights back.
+        """
         base = self.get_base_layer()
+        if isinstance(self.quantization_backend, ForwardOnlyQuantizationBackend):
+            raise UnsupportedError(
+                f"{self.name or 'the layer'}: the values of {self.quantization_backend.backend_name} weights cannot "
+                f"be read, which {self.method_name} needs with these settings; load the base model with "
+                "bitsandbytes, torchao or without quantisation, or choose another method or start (init_weights)."
+            )
         state = getattr(getattr(base, "weight", None), "quant_state", None)
         if not getattr(state, "packing_format_for_cpu", False):
             return super().get_base_weight()
@@ -584,15 +594,20 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             if self.has_adapter(adapter):
                 self._add_to_base(adapter, -1.0, False)
 
+    def check_mergeable(self) -> None:
+        """Raise `UnsupportedError` if updates cannot be merged into the base layer, whatever they are."""
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            with_config = " with transformers' TorchAoConfig" if isinstance(backend, TorchaoBackend) else ""
+            raise UnsupportedError(
+                f"cannot merge into a {backend.backend_name} layer, which cannot be quantised again; keep the "
+                f"adapter attached, or load the base model{with_config} or without quantisation to merge."
+            )
+
     @torch.no_grad()
     def _add_to_base(self, adapter: str, sign: float, check: bool) -> None:
+        self.check_mergeable()
         delta = self.get_delta_weight(adapter)
-        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
-            raise UnsupportedError(
-                f"cannot merge into a {self.quantization_backend.backend_name} layer, which cannot be "
-                "quantised again; keep the "
-                "adapter attached, or load the base model without quantisation to merge."
-            )
         weight = self.get_base_weight()
         if isinstance(self.get_base_layer(), Conv1D):
             delta = delta.t()
@@ -602,9 +617,32 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken"
                 )
-            self.set_base_weight(merged)
+            self._put_base_weight(merged)
         else:
             weight.copy_(weight.to(delta.dtype) + sign * delta.to(weight.device))
+
+    def _put_base_weight(self, weight: torch.Tensor) -> None:
+        """Put a weight in the base layer's place, quantised as the one before.
+
+        Raises:
+            UnsupportedError: torchao did not quantise it; the layer is as it was.
+        """
+        base: Any = self.get_base_layer()
+        before = getattr(base, "weight", None)
+        refused: ValueError | None = None
+        try:
+            self.set_base_weight(weight)
+        except ValueError as error:  # settings by module name (FqnToConfig), which fit no layer alone
+            if not isinstance(self.quantization_backend, TorchaoBackend):
+                raise
+            refused = error
+        if isinstance(self.quantization_backend, TorchaoBackend) and type(base.weight) is not type(before):
+            del base.weight
+            base.weight = before
+            raise UnsupportedError(
+                f"cannot merge into {self.name or 'the layer'}: the model's TorchAoConfig does not say how to quantise "
+                "this layer by itself; keep the adapter attached, or load the base model without quantisation to merge."
+            ) from refused
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may convert the update to a LoRA."""
@@ -620,6 +658,32 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         )
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"method={self.method_name}, {sizes}, r={{{ranks}}}{quantised}"
+
+
+def quantization_of(
+    base_layer: nn.Module, settings: Mapping[str, Any] | None = None
+) -> QuantizationBackend | None:
+    """PEFT's way to read and write a quantised layer's weight; None if the layer is not quantised.
+
+    Args:
+        base_layer: The layer.
+        settings: What the model tells of its quantisation (`peft.utils.quantization_utils.get_quantization_kwargs`).
+            Without it, torchao's layers can do everything but merge.
+    """
+    settings = {"get_apply_tensor_subclass": None, **(settings or {})}
+    known = settings["get_apply_tensor_subclass"] is not None
+    if not known:  # PEFT refuses such a layer as a whole, for what merging alone needs
+        settings["get_apply_tensor_subclass"] = _unknown_quantization
+    backend: QuantizationBackend | None = resolve_quantization_backend(base_layer, **settings)
+    if isinstance(backend, TorchaoBackend) and not known:
+        backend.supports_merge = False
+    return backend
+
+
+def _unknown_quantization() -> None:
+    raise UnsupportedError(
+        "torchao was not told how to quantise this layer."
+    )  # not merged into: never called
 
 
 def kaiming(rows: int, columns: int) -> torch.Tensor:

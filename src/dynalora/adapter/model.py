@@ -152,6 +152,7 @@ class AdapterModel(BaseTuner):
                 for adapter in module.active_adapters:
                     if module.has_adapter(adapter):
                         module.static_factors(adapter)
+                        module.check_mergeable()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base weights, to be unmerged again. Parameters as PEFT's.

@@ -245,7 +245,11 @@ def fingerprint(model: torch.nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, value in sorted(base_weights(model), key=lambda pair: pair[0]):
-        flat = value.detach().reshape(-1)
+        plain = value.detach()
+        # torchao's weights have no entries to take a view of.
+        if type(plain).dequantize is not torch.Tensor.dequantize:
+            plain = plain.dequantize()
+        flat = plain.reshape(-1)
         step = max(1, flat.numel() // 1024)
         part = flat[::step][:1024].to("cpu")
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())

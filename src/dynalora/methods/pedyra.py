@@ -892,7 +892,7 @@ def _input_scores(layer: PedyraLayer, adapter: str) -> torch.Tensor:
 
 def _wide(layer: PedyraLayer) -> torch.dtype:
     # Products of products of small numbers: in float32 they could vanish.
-    return torch.float32 if layer.get_base_weight().device.type == "mps" else torch.float64
+    return torch.float32 if next(layer.parameters()).device.type == "mps" else torch.float64
 
 
 def _shared_with_all(scores: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
