@@ -218,7 +218,7 @@ def load_texts(
         subset: which configuration of a Hub data set.
         limit: keep only the first texts; None: all.
         text_field: the field of a row that is the text; None: the first there is of
-            [`TEXT_FIELDS`][dynalora.evaluation.files.TEXT_FIELDS].
+            `dynalora.evaluation.files.TEXT_FIELDS`.
 
     Raises:
         DataError: the source does not exist, cannot be read, has no such field, or holds no text.
