@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dynalora.cli.shared import ConfigOption, after_imports, console, or_resume, settings
+from dynalora.cli.shared import ConfigOption, after_imports, console, method_options, or_resume, settings
 from dynalora.methods import method_names
 
 _JOB, _DATA, _METHOD, _TRAINING, _RUN = "Model, data, result", "Data in detail", "Method", "Training", "Run"
@@ -213,12 +213,9 @@ def finetune(
         flags.pop(name)
     from dynalora.experiments.finetune import FinetuneSpec
     from dynalora.experiments.finetune import finetune as run
-    from dynalora.experiments.settings import named_values, read_yaml
 
     after_imports()
-    if option:
-        kept = (read_yaml(config).get("method_options") or {}) if config is not None else {}
-        flags["method_options"] = {**kept, **named_values(option)}
+    flags["method_options"] = method_options(config, option)
     spec = settings(FinetuneSpec, config, flags)
     with or_resume("finetune", spec.output):
         run(spec, console=console())

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from dynalora.cli import lab_options as shared
 from dynalora.cli.lab_options import option
-from dynalora.cli.shared import ConfigOption, after_imports, console, or_resume, settings
+from dynalora.cli.shared import ConfigOption, after_imports, console, method_options, or_resume, settings
 
 
 def forgetting(
@@ -95,12 +95,9 @@ def forgetting(
     for name in ("config", "method_option"):
         flags.pop(name)
     from dynalora.experiments.forgetting import ForgettingSpec, run_forgetting
-    from dynalora.experiments.settings import named_values, read_yaml
 
     after_imports()
-    if method_option:
-        kept = (read_yaml(config).get("method_options") or {}) if config is not None else {}
-        flags["method_options"] = {**kept, **named_values(method_option)}
+    flags["method_options"] = method_options(config, method_option)
     spec = settings(ForgettingSpec, config, flags)
     with or_resume("forgetting", spec.output):
         run_forgetting(spec, console=console())

@@ -142,6 +142,16 @@ def settings(kind: type[Settings], config: Path | None, flags: Mapping[str, Any]
     return settings_from(kind, {**values, **given}, source=source)
 
 
+def method_options(config: Path | None, pairs: list[str] | None) -> dict[str, Any] | None:
+    """What `--option NAME=VALUE` says, over a settings file's own; None, for the file's alone, if nothing is given."""
+    from dynalora.experiments.settings import named_values, read_yaml
+
+    if not pairs:
+        return None
+    kept = (read_yaml(config).get("method_options") or {}) if config is not None else {}
+    return {**kept, **named_values(pairs)}
+
+
 def load_adapted(adapter: str | None, model: str | None, *, dtype: str = "auto") -> PeftModel:
     """An adapter on its base model; the adapter's files are checked before the base model is loaded.
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from dynalora.cli import lab_options as shared
 from dynalora.cli.lab_options import listed, option
-from dynalora.cli.shared import ConfigOption, after_imports, console, or_resume, settings
+from dynalora.cli.shared import ConfigOption, after_imports, console, method_options, or_resume, settings
 
 
 def transfer(
@@ -67,13 +67,10 @@ def transfer(
     for name in ("config", "method_option"):
         flags.pop(name)
     flags["methods"] = listed(methods)
-    from dynalora.experiments.settings import named_values, read_yaml
     from dynalora.experiments.transfer import TransferSpec, run_transfer
 
     after_imports()
-    if method_option:
-        kept = (read_yaml(config).get("method_options") or {}) if config is not None else {}
-        flags["method_options"] = {**kept, **named_values(method_option)}
+    flags["method_options"] = method_options(config, method_option)
     spec = settings(TransferSpec, config, flags)
     with or_resume("transfer", spec.output):
         run_transfer(spec, console=console())
