@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import dynalora
 from dynalora.errors import DataError
 from dynalora.evaluation.statistics import standard_error
-from dynalora.experiments.baselines import BASELINES, driver_of
+from dynalora.experiments.baselines import BASELINES, driver_of, optimizer_of
 from dynalora.experiments.run_folder import write_atomic
 from dynalora.experiments.settings import named_values
 from dynalora.methods import METHODS, config_class
@@ -49,8 +49,9 @@ def adapter(method: str, given: argparse.Namespace, seed: int) -> Any:
     """The configuration of a method."""
     common: dict[str, Any] = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
     options = named_values(given.set or [])
-    if method in BASELINES:
-        baseline = BASELINES[method]
+    if method in BASELINES and (baseline := BASELINES[method]).config is not None:
+        if not baseline.adapts_modules:
+            del common["target_modules"]
         return baseline.config(**{**common, **baseline.fields(given.r, None, 0.0), **options})
     if method not in METHODS:
         raise SystemExit(f"--method {method}: choose from {', '.join([*METHODS, *BASELINES])}.")
@@ -74,7 +75,9 @@ def run(method: str, seed: int, lr: float, given: argparse.Namespace) -> dict[st
 
     driver = driver_of(model, given.steps)
     order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    optimizer = optimizer_of(model, torch.optim.AdamW, {"lr": lr, "weight_decay": 0.0}) or torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0
+    )
     warm = max(1, round(0.06 * given.steps))
     schedule = LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, (given.steps - step) / (given.steps - warm))

@@ -1,7 +1,8 @@
-"""PEFT's methods by name: what they are configured to be, and that AdaLoRA's ranks really move."""
+"""Methods to compare with: what they are configured to be, and that AdaLoRA's ranks really move."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +11,38 @@ import pytest
 import torch
 
 from dynalora.errors import ConfigError, ScheduleError
-from dynalora.experiments import data
-from dynalora.experiments.baselines import BASELINES, driver_of
-from dynalora.experiments.finetune import adapter_config, finetune
+from dynalora.experiments import training
+from dynalora.experiments.baselines import BASELINES, driver_of, edits_base, label_of, optimizer_of
+from dynalora.experiments.finetune import (
+    adapter_config,
+    check_targets,
+    compared_config,
+    compared_names,
+    finetune,
+    method_names,
+)
+from dynalora.experiments.run_folder import RunFolder
 from dynalora.experiments.training import TrainSettings, train_adapter
+from dynalora.forgetting.monitor import RetentionMonitor
+from dynalora.forgetting.retention import given_text
 from tests.unit import tiny
-from tests.unit.test_finetune import spec
+from tests.unit.test_finetune import spec, tokenized
 
 
 def trained(config: Any, steps: int) -> Any:
-    tokenizer = tiny.tokenizer()
-    data.ensure_pad_token(tokenizer)
-    rows = data.tokenize(
-        data.to_conversations((f"row {i}", row) for i, row in enumerate(tiny.rows(8))), tokenizer
-    )
+    tokenizer, rows = tokenized()
     settings = TrainSettings(steps=steps, batch_size=4, learning_rate=1e-2, save_every=0)
     return train_adapter(tiny.model(len(tokenizer)), tokenizer, config, rows, settings=settings).model
 
 
-@pytest.mark.parametrize("name", BASELINES)
+ADAPTERS = [name for name, known in BASELINES.items() if known.config is not None]
+LORAS = [name for name in ADAPTERS if issubclass(BASELINES[name].config or object, peft.LoraConfig)]
+
+
+@pytest.mark.parametrize("name", LORAS)
 def test_a_baseline_is_what_its_name_says(name: str) -> None:
-    config = adapter_config(name, r=4, dropout=0.1, target_modules=["q_proj"])
-    assert isinstance(config, BASELINES[name].config)
+    config: Any = adapter_config(name, r=4, dropout=0.1, target_modules=["q_proj"])
+    assert type(config) is BASELINES[name].config
     assert config.lora_alpha == {"rslora": 4, "pissa": 4}.get(name, 8)
     assert config.lora_dropout == 0.1
     assert (config.use_dora, config.use_rslora) == (name == "dora", name == "rslora")
@@ -40,10 +51,264 @@ def test_a_baseline_is_what_its_name_says(name: str) -> None:
         assert (config.target_r, config.init_r) == (4, 6)
     else:
         assert config.r == 4
+    changed: Any = adapter_config(name, r=4, options={"use_rslora": name != "rslora"})
+    assert changed.use_rslora == (name != "rslora")
+
+
+def test_others_have_fields_of_their_own() -> None:
+    randlora: Any = adapter_config("randlora", r=6, dropout=0.1)
+    assert (randlora.r, randlora.randlora_alpha, randlora.randlora_dropout) == (6, 120, 0.1)
+    assert adapter_config("RandLoRA", r=6, alpha=12).randlora_alpha == 12
+    miss: Any = adapter_config("miss", r=6, dropout=0.1)
+    assert (miss.r, miss.miss_dropout) == (6, 0.1)
+    with pytest.raises(ConfigError, match=r"MiSS has no scaling, so alpha \(8\) means nothing; leave it out"):
+        adapter_config("miss", alpha=8)
+    tuned: Any = adapter_config("p-tuning", r=6)
+    assert (tuned.num_virtual_tokens, tuned.encoder_hidden_size) == (6, 128)
+    assert adapter_config("p-tuning", options={"encoder_hidden_size": 16}).encoder_hidden_size == 16
+    assert check_targets(tiny.model(64), tuned) == []
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_options_of_other_methods_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="no option 'gate_bias_init'"):
         adapter_config(name, options={"gate_bias_init": 1})
-    changed = adapter_config(name, r=4, options={"use_rslora": name != "rslora"})
-    assert changed.use_rslora == (name != "rslora")
+
+
+# --- LoRA+ ------------------------------------------------------------------------------------------------
+
+
+def test_lora_plus_steps_further_with_its_up_projections(tmp_path: Path) -> None:
+    config = adapter_config("lora+", r=2, target_modules=["q_proj"], options={"loraplus_lr_ratio": 4.0})
+    tokenizer, rows = tokenized()
+    settings = TrainSettings(
+        steps=1, batch_size=8, learning_rate=1e-3, warmup=0.0, schedule="constant_with_warmup", max_grad_norm=0.0
+    )  # fmt: skip
+    model = train_adapter(tiny.model(len(tokenizer)), tokenizer, config, rows, settings=settings).model
+    # Adam's first step moves every entry by its group's learning rate; up-projections start at zero.
+    ups = torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "lora_B" in n])
+    assert float(ups.abs().median()) == pytest.approx(4e-3, rel=1e-2)
+    model.save_pretrained(tmp_path)
+    written = (tmp_path / "adapter_config.json").read_text(encoding="utf-8")
+    assert "loraplus" not in written
+    assert type(peft.PeftConfig.from_pretrained(tmp_path)) is peft.LoraConfig
+    with pytest.raises(ConfigError, match=r"loraplus_lr_ratio is 0\.5; give a number of at least 1"):
+        adapter_config("lora+", options={"loraplus_lr_ratio": 0.5})
+
+
+def test_lora_plus_has_the_others_settings() -> None:
+    model = peft.get_peft_model(tiny.model(64), adapter_config("lora+", r=2, target_modules=["q_proj"]))
+    settings = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.8, 0.9), "eps": 1e-6}
+    made: Any = optimizer_of(model, torch.optim.AdamW, settings)
+    names = {id(p): n for n, p in model.named_parameters()}
+    for group in made.param_groups:
+        assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-6)
+        for parameter in group["params"]:
+            ratio = 16 if "lora_B" in names[id(parameter)] else 1
+            assert (group["lr"], group["weight_decay"]) == (ratio * 1e-3, 0.1)
+    stepped = [p for group in made.param_groups for p in group["params"]]
+    assert {id(p) for p in stepped} == {id(p) for p in model.parameters() if p.requires_grad}
+    plain = peft.get_peft_model(tiny.model(64), adapter_config("lora", r=2, target_modules=["q_proj"]))
+    assert optimizer_of(plain, torch.optim.AdamW, settings) is None
+    assert optimizer_of(torch.nn.Linear(2, 2), torch.optim.AdamW, settings) is None
+
+
+# --- going on after a kill ----------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """The end of a run before its time."""
+
+
+@pytest.mark.parametrize("method", ["lora+", "p-tuning", "randlora", "miss", "full"])
+def test_a_killed_run_goes_on(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, rows = tokenized()
+    settings = TrainSettings(steps=6, batch_size=4, learning_rate=1e-2, save_every=2, eval_every=2)
+    asked = {"method": method}
+
+    def run(folder: str, *, resume: bool = False) -> Any:
+        config = compared_config(method, r=2, options=None)
+        if resume:
+            config = compared_config(method, r=2)
+        with RunFolder.create(tmp_path / folder, asked, resume=resume) as opened:
+            return train_adapter(
+                tiny.model(len(tokenizer)), tokenizer, config, rows, rows, settings=settings, run=opened
+            )
+
+    whole = run("whole")
+    measured = training.held_out_loss
+    calls = []
+
+    def killing(*given: Any, **more: Any) -> float:
+        calls.append(1)
+        if len(calls) == 4:  # before, after 2, after 4 …
+            raise Killed
+        return measured(*given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "held_out_loss", killing)
+        with pytest.raises(Killed):
+            run("killed")
+    kept = sorted(entry.name for entry in (tmp_path / "killed" / "checkpoints").iterdir())
+    assert kept == ["checkpoint-2", "checkpoint-4"]
+    resumed = run("killed", resume=True)
+    assert resumed.steps == 6
+    assert resumed.held_out_after == pytest.approx(whole.held_out_after, rel=1e-6)
+    assert resumed.held_out_after < whole.held_out_before
+    for (name, first), (_, second) in zip(
+        whole.model.named_parameters(), resumed.model.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(first, second, msg=name)
+
+
+def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path: Path) -> None:
+    tokenizer, rows = tokenized()
+    settings = TrainSettings(steps=4, batch_size=4, save_every=2)
+    for method in ("p-tuning", "full"):
+        with RunFolder.create(tmp_path / method, {"method": method}) as run:
+            config = compared_config(method, r=2)
+            train_adapter(tiny.model(len(tokenizer)), tokenizer, config, rows, settings=settings, run=run)
+        folder = tmp_path / method / "checkpoints"
+        needs = "prompt_encoder.safetensors" if method == "p-tuning" else None
+        assert training.last_checkpoint(folder, needs=needs) == folder / "checkpoint-4"
+        damaged = folder / "checkpoint-4" / (needs or "model.safetensors")
+        if needs:
+            damaged.unlink()
+        else:
+            damaged.write_bytes(damaged.read_bytes()[:-10])
+        assert training.last_checkpoint(folder, needs=needs) == folder / "checkpoint-2"
+
+
+# --- full fine-tuning -----------------------------------------------------------------------------------------
+
+
+def test_full_fine_tuning_trains_every_weight() -> None:
+    tokenizer, rows = tokenized()
+    model = tiny.model(len(tokenizer))
+    model.requires_grad_(False)  # as an adapter that was taken off leaves it
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    settings = TrainSettings(steps=10, batch_size=4, learning_rate=5e-3)
+    result = train_adapter(model, tokenizer, compared_config("full"), rows, rows, settings=settings)
+    assert result.label == "full"
+    assert result.trainable_parameters == result.parameters == sum(p.numel() for p in before.values())
+    assert result.held_out_before is not None
+    assert result.held_out_after is not None
+    assert result.held_out_after < 0.9 * result.held_out_before
+    assert not isinstance(result.model, peft.PeftModel)
+    assert result.model.config.use_cache
+    assert not result.model.training
+    for name, parameter in result.model.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_full_fine_tuning_says_what_it_cannot_do(tmp_path: Path) -> None:
+    tokenizer, rows = tokenized()
+    assert compared_names() == [*method_names(), "full"]
+    with pytest.raises(
+        ConfigError, match="Method 'full' has no adapter and cannot be used here; choose one of"
+    ):
+        adapter_config("full")
+    with pytest.raises(ConfigError, match="Method 'full' has no adapter"):
+        finetune(spec(tmp_path, tmp_path, tmp_path / "run", method="full"))
+    for given, message in (
+        ({"alpha": 4.0}, "full fine-tuning has no scaling"),
+        ({"dropout": 0.1}, "full fine-tuning has no dropout"),
+        ({"options": {"init_weights": True}}, "no option 'init_weights'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            compared_config("full", **given)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="float16 cannot be trained"):
+        train_adapter(tiny.model(len(tokenizer)).half(), tokenizer, None, rows)
+    monitor = RetentionMonitor({"own": given_text(["Some text."], tokenizer)})
+    with pytest.raises(ConfigError, match="leaves no base model"):
+        train_adapter(tiny.model(len(tokenizer)), tokenizer, None, rows, monitor=monitor)
+
+
+# --- methods by their configuration file ------------------------------------------------------------------------
+
+
+def test_any_method_of_pefts_by_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "Slim.yaml"
+    file.write_text("peft_type: ia3\ntarget_modules: [q_proj, down_proj]\nfeedforward_modules: [down_proj]\n")
+    config: Any = adapter_config(str(file), r=4)
+    assert type(config) is peft.IA3Config
+    assert config.target_modules == {"q_proj", "down_proj"}
+    assert config.task_type == "CAUSAL_LM"
+    assert trained(config, 2).active_peft_config.peft_type == "IA3"
+    changed: Any = adapter_config(str(file), options={"feedforward_modules": []})
+    assert not changed.feedforward_modules
+    assert label_of(str(file)) == "Slim"
+
+
+def test_a_saved_adapters_file_is_a_fresh_adapter(tmp_path: Path) -> None:
+    saved = peft.get_peft_model(tiny.model(64), adapter_config("lora", r=3, target_modules=["q_proj"]))
+    saved.save_pretrained(tmp_path)
+    config: Any = adapter_config(str(tmp_path / "adapter_config.json"), r=64, target_modules=["v_proj"])
+    assert (config.r, config.target_modules) == (3, {"q_proj"})
+    assert not config.inference_mode
+    assert config.base_model_name_or_path is None
+    assert peft.get_peft_model(tiny.model(64), config).get_nb_trainable_parameters()[0] > 0
+    open_file = tmp_path / "open.json"
+    open_file.write_text('{"peft_type": "DISEL", "r": 2}')
+    assert adapter_config(str(open_file), target_modules="q_proj,v_proj").target_modules == {
+        "q_proj",
+        "v_proj",
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"peft_type": "QLORA"}', r"has the peft_type 'QLORA'; did you mean '\w*LORA'\? Known are"),
+        ('{"r": 3}', "has the peft_type ''; name PEFT's method there"),
+        ('{"peft_type": "LORA", "rang": 3}', "LORA has no field 'rang'; "),
+        ('{"peft_type": "LORA", ', "cannot be read"),
+        ("[1]", "is no mapping"),
+        ('{"peft_type": "ADALORA"}', "do not fit together: AdaLoRA does not work when `total_step` is None"),
+        ('{"peft_type": "DIRA", "r": 0}', "r must be a positive integer"),
+        ('{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}', "whose prompt cannot be measured here"),
+    ],
+)
+def test_a_file_that_cannot_be_is_named(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "method.json"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        adapter_config(str(file))
+    with pytest.raises(ConfigError, match=r"'nowhere\.yml' cannot be read"):
+        adapter_config("nowhere.yml")
+
+
+def test_finetune_takes_a_file(tmp_path: Path) -> None:
+    folder = tiny.saved_model(tmp_path / "model")
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.rows(12))
+    file = tmp_path / "tokens.json"
+    file.write_text('{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}')
+    result = finetune(spec(folder, rows, tmp_path / "run", method=str(file), steps=2, retention=True))
+    assert result.label == "tokens"
+    assert result.trainable_parameters == 3 * 32
+    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "96 parameters" in report
+    assert " modules" not in report.split("96 parameters")[1][:60]
+
+
+@pytest.mark.parametrize("method", ["p-tuning", "miss", "randlora", "lora+"])
+def test_finetune_measures_what_is_left(method: str, tmp_path: Path) -> None:
+    folder = tiny.saved_model(tmp_path / "model")
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.rows(12))
+    finetune(spec(folder, rows, tmp_path / "run", method=method, r=2, steps=2, retention=True))
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    kept = next(record["retention"] for record in logged if "retention" in record)
+    assert kept["kl"] > 0
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_start_that_takes_from_the_base_is_known_by_its_configuration() -> None:
+    assert edits_base("lora", adapter_config("lora", options={"init_lora_weights": "olora"}))
+    assert edits_base("pissa", adapter_config("pissa"))
+    assert edits_base("full", None)
+    for name in ("lora", "adalora", "p-tuning", "miss", "dira"):
+        assert not edits_base(name, adapter_config(name))
+    assert not edits_base("lora", adapter_config("lora", options={"init_lora_weights": "gaussian"}))
 
 
 def test_adalora_is_driven_to_its_budget() -> None:
@@ -81,4 +346,7 @@ def test_retention_is_left_out_where_the_base_is_gone(tmp_path: Path) -> None:
     rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.rows(12))
     finetune(spec(folder, rows, tmp_path / "run", method="pissa", steps=2, retention=True))
     assert "retention" not in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
+    assert not (tmp_path / "run" / "retention.jsonl").exists()
+    with pytest.raises(ConfigError, match=r"max_forgetting is 0\.1, but PiSSA changes the base weights"):
+        finetune(spec(folder, rows, tmp_path / "other", method="pissa", retention=True, max_forgetting=0.1))
     assert (tmp_path / "run" / "report.html").exists()

@@ -21,7 +21,6 @@ from dynalora.experiments.bench import (
     sharing_copy,
     tables,
 )
-from dynalora.experiments.finetune import method_names
 from tests.unit import tiny
 
 
@@ -122,7 +121,7 @@ def test_tokens_depend_on_seed_and_round_only(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"methods": ["qlora"]}, f"Unknown method 'qlora'; choose from {', '.join(method_names())}"),
+        ({"methods": ["qlora"]}, "Unknown method 'qlora'; choose from dira, disel, "),
         ({"methods": []}, "methods is empty"),
         ({"methods": ["lora", "lora"]}, "named twice"),
         ({"dtypes": ["int8"]}, "dtype is 'int8'; choose from float32"),

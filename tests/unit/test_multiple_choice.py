@@ -118,13 +118,13 @@ def test_options_of_a_single_token_need_no_second_pass(monkeypatch: pytest.Monke
     words = tiny.tokenizer()
     model = tiny.model(len(words))
     passes: list[int] = []
-    forward = multiple_choice._pass
+    forward = multiple_choice.causal_pass
 
     def counted(*given: Any, **named: Any) -> Any:
         passes.append(1)
         return forward(*given, **named)
 
-    monkeypatch.setattr(multiple_choice, "_pass", counted)
+    monkeypatch.setattr(multiple_choice, "causal_pass", counted)
     scores = option_scores(model, words, CHOICES[-1:])
     assert len(passes) == 1
     assert_close(scores.sums, one_at_a_time(model, words, CHOICES[-1:]))

@@ -34,7 +34,8 @@ def finetune(
         str | None,
         _option(
             "--method",
-            help=f"{', '.join(method_names())}; PEFT's lora, rslora, dora, pissa or adalora. \\[disel]",
+            help=f"{', '.join(method_names())}; PEFT's lora, rslora, lora+, dora, pissa, adalora, randlora, miss or "
+            "p-tuning; or the file of a PEFT configuration. \\[disel]",
             panel=_METHOD,
         ),
     ] = None,

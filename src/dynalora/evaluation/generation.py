@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynalora.errors import ConfigError
+from dynalora.evaluation.causal import continued
 from dynalora.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -86,14 +87,14 @@ def generate(
     with evaluating(model), torch.inference_mode():
         for batch in batches_by_length([len(prompt_ids) for prompt_ids in ids], batch_size):
             tokens, mask = pad_left([ids[index] for index in batch], padding)
-            output = model.generate(  # type: ignore[operator]
-                input_ids=tokens.to(device), attention_mask=mask.to(device), do_sample=False, num_beams=1,
+            written = continued(
+                model, tokens.to(device), mask.to(device), do_sample=False, num_beams=1,
                 max_new_tokens=max_new_tokens, pad_token_id=padding, use_cache=True,
                 eos_token_id=sorted(end_ids(model, tokenizer)) or None, **stopping,
                 # Sampling settings that a checkpoint ships would only cause warnings here.
                 temperature=None, top_p=None, top_k=None,
             )  # fmt: skip
-            texts = tokenizer.batch_decode(output[:, tokens.shape[1] :], skip_special_tokens=True)
+            texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             for index, text in zip(batch, texts, strict=True):
                 cut = min((place for end in stop if (place := text.find(end)) >= 0), default=len(text))
                 answers[index] = text[:cut].strip() if strip else text[:cut]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dynalora.errors import ConfigError, UnsupportedError
+from dynalora.evaluation.causal import prompt_length
 from dynalora.evaluation.generation import evaluating
 
 if TYPE_CHECKING:
@@ -146,13 +147,18 @@ def run_harness(
     Raises:
         ConfigError: a number is out of range, a task is unknown to the harness, would execute generated code, or has no
             such metric.
-        UnsupportedError: lm-evaluation-harness is not installed.
+        UnsupportedError: lm-evaluation-harness is not installed, or the adapter is of prompt learning.
     """
     for what, value in (("batch_size", batch_size), ("limit", limit), ("max_length", max_length)):
         if value is not None and value < 1:
             raise ConfigError(f"{what} is {value}; give 1 or more.")
     if num_fewshot is not None and num_fewshot < 0:
         raise ConfigError(f"num_fewshot is {num_fewshot}; give 0 or more.")
+    if prompt_length(model):
+        raise UnsupportedError(
+            "lm-evaluation-harness cannot measure prompt learning: it takes the logits of the virtual tokens for the "
+            "text's; take dynalora's own tasks."
+        )
     names, manager = find_tasks(tasks, include_path=include_path)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

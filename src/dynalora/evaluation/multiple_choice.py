@@ -14,16 +14,15 @@ Small models can be measured so that cannot follow "answer with the letter", and
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 
 from dynalora.errors import ConfigError, DataError, UnsupportedError
+from dynalora.evaluation.causal import causal_pass
 from dynalora.evaluation.generation import (
     batches_by_length,
     chat_prompt,
@@ -269,7 +268,7 @@ def _continuations(
         aims[index, : len(row)] = torch.tensor(row)
         real[index, : len(row)] = True
     aims, real = aims.to(device), real.to(device)
-    logits, cache = _pass(model, tokens, mask, (mask.cumsum(1) - 1).clamp(min=0), keep=1)
+    logits, cache = causal_pass(model, tokens, mask, keep=1, use_cache=True)
     first = F.log_softmax(logits[:, -1].float(), dim=-1)
     total = first[owner, aims[:, 0]]
     if longest == 1:
@@ -281,37 +280,13 @@ def _continuations(
             "call option_scores with share_prompt=False."
         )
     select(owner)
-    positions = mask.sum(1)[owner, None] + torch.arange(longest - 1, device=device)
     seen = torch.cat([mask[owner], real[:, :-1].to(mask.dtype)], dim=1)
-    logits, _ = _pass(model, aims[:, :-1], seen, positions, cache=cache)
+    logits, _ = causal_pass(model, aims[:, :-1], seen, cache=cache, use_cache=True)
     wanted = real[:, 1:]
     # Selected first, so that no float32 copy is made of logits behind an option's end.
     losses = torch.zeros(wanted.shape, device=device)
     losses[wanted] = F.cross_entropy(logits[wanted].float(), aims[:, 1:][wanted], reduction="none")
     return total - losses.sum(1)
-
-
-def _pass(
-    model: torch.nn.Module,
-    tokens: torch.Tensor,
-    mask: torch.Tensor,
-    positions: torch.Tensor,
-    *,
-    cache: Any = None,
-    keep: int = 0,
-) -> tuple[torch.Tensor, Any]:
-    """Logits (B, T or `keep`, V) and the cache after a forward pass that continues `cache`."""
-    given: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "use_cache": True}
-    if cache is not None:
-        given["past_key_values"] = cache
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    accepted = inspect.signature(base.forward).parameters
-    if "position_ids" in accepted:
-        given["position_ids"] = positions
-    if keep and "logits_to_keep" in accepted:
-        given["logits_to_keep"] = keep
-    output = model(**given)
-    return output.logits, getattr(output, "past_key_values", None)
 
 
 def _first_largest(values: Sequence[float]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 
 from dynalora.errors import ConfigError, DataError
+from dynalora.evaluation.causal import causal_pass
 from dynalora.evaluation.generation import batches_by_length, evaluating, generate, pad_left, padding_id
 from dynalora.evaluation.statistics import Interval, wilson
 from dynalora.progress import Progress, silent
@@ -187,16 +186,7 @@ def answer_loss(
 
 def last_logits(model: torch.nn.Module, tokens: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:
     """Logits (B, keep, V) of the last `keep` positions of a left-padded batch (B, T)."""
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    given: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    accepted = inspect.signature(base.forward).parameters
-    if "position_ids" in accepted:
-        given["position_ids"] = positions
-    if "logits_to_keep" in accepted:
-        given["logits_to_keep"] = keep
-    logits: torch.Tensor = model(**given).logits
-    return logits[:, -keep:]
+    return causal_pass(model, tokens, mask, keep=keep)[0]
 
 
 def _prompt(row: Mapping[str, Sequence[int]], index: int) -> list[int]:

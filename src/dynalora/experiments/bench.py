@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from dynalora.errors import ConfigError
-from dynalora.experiments.baselines import BASELINES, driver_of
+from dynalora.experiments.baselines import BASELINES, driver_of, optimizer_of
 from dynalora.experiments.finetune import (
     adapter_config,
     check_targets,
@@ -177,7 +177,8 @@ class _Contestant:
         self.driver, self.taken = driver_of(self.model, steps), 0
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.trainable = sum(parameter.numel() for parameter in trained)
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
+        own = optimizer_of(self.model, torch.optim.AdamW, {"lr": 1e-4, "weight_decay": 0.0})
+        self.optimizer = own or torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
         self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
 
     def step(self, tokens: torch.Tensor, *, record: bool = True) -> None:
@@ -292,9 +293,11 @@ def adapted(method: str, base: nn.Module, spec: BenchSpec, total_steps: int) -> 
     import peft
 
     torch.manual_seed(spec.seed)
-    options = {} if method in BASELINES else {"total_steps": total_steps}
+    known = BASELINES.get(method)
+    options = {} if known is not None else {"total_steps": total_steps}
+    alpha = None if known is not None and known.alpha is None else 2.0 * spec.r
     config = adapter_config(
-        method, r=spec.r, alpha=2.0 * spec.r, target_modules=spec.target_modules, options=options
+        method, r=spec.r, alpha=alpha, target_modules=spec.target_modules, options=options
     )
     shared: Any = sharing_copy(base)
     return cast("PeftModel", peft.get_peft_model(shared, config))

@@ -27,7 +27,14 @@ from dynalora.adapter.method import Method
 from dynalora.errors import ConfigError, DynaloraError
 from dynalora.evaluation.prompts import use_template
 from dynalora.experiments import data, plots
-from dynalora.experiments.baselines import BASELINES
+from dynalora.experiments.baselines import (
+    BASELINES,
+    config_from_file,
+    edits_base,
+    is_config_file,
+    label_of,
+    prompt_only,
+)
 from dynalora.experiments.data import Fields
 from dynalora.experiments.report import Cell, Figure, Report, Section, Table, rich_table, write_report
 from dynalora.experiments.run_folder import RunFolder
@@ -59,6 +66,8 @@ __all__ = [
     "TrainSettings",
     "adapter_config",
     "check_targets",
+    "compared_config",
+    "compared_names",
     "decisions",
     "empty_model",
     "finetune",
@@ -90,8 +99,10 @@ class FinetuneSpec(TrainSettings):
         data: id of a data set on the Hub, a file, or a folder; see
             [`load_conversations`][dynalora.experiments.data.load_conversations].
         output: the run folder, new or empty.
-        method: one of [`method_names`][dynalora.experiments.finetune.method_names]; some are PEFT's.
-        r: rank of the adapter.
+        method: one of [`method_names`][dynalora.experiments.finetune.method_names], some of which are PEFT's; or a
+            `.json` or `.yaml` file as PEFT's `adapter_config.json`, which says everything of the method itself: `r`,
+            `alpha` and `dropout` then do not apply, and `target_modules` only if the file has none.
+        r: rank of the adapter; for `p-tuning` the number of virtual tokens.
         alpha: the update is scaled by alpha / r; None: the method's default (twice the rank for `lora`).
         dropout: on the adapter's input, in [0, 1).
         target_modules: names of the modules to adapt, as a list or separated by commas; a regular expression; or
@@ -233,10 +244,50 @@ def names_or_pattern(targets: list[str] | str) -> list[str] | str:
 
 
 def method_names() -> list[str]:
-    """Methods that can be trained: dynalora's, and PEFT's to compare with."""
+    """Methods whose adapters can be trained: dynalora's, and PEFT's to compare with."""
     from dynalora import methods
 
-    return [*methods.method_names(), *BASELINES]
+    return [*methods.method_names(), *(name for name, known in BASELINES.items() if known.config is not None)]
+
+
+def compared_names() -> list[str]:
+    """Methods that can be compared: those of `method_names`, and `full` fine-tuning."""
+    return [*method_names(), *(name for name, known in BASELINES.items() if known.config is None)]
+
+
+def compared_config(
+    method: str,
+    *,
+    r: int = 16,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: list[str] | str = "all-linear",
+    options: Mapping[str, Any] | None = None,
+) -> PeftConfig | None:
+    """As [`adapter_config`][dynalora.experiments.finetune.adapter_config], and None for full fine-tuning.
+
+    Args:
+        method: one of [`compared_names`][dynalora.experiments.finetune.compared_names], or a configuration file.
+        r: rank; full fine-tuning has none.
+        alpha: as for `adapter_config`.
+        dropout: likewise.
+        target_modules: likewise; full fine-tuning trains every weight.
+        options: likewise.
+
+    Raises:
+        ConfigError: as `adapter_config`; alpha, dropout or options are given for full fine-tuning.
+    """
+    known = BASELINES.get(method.lower())
+    if known is None or known.config is not None:
+        return adapter_config(
+            method, r=r, alpha=alpha, dropout=dropout, target_modules=target_modules, options=options
+        )
+    known.fields(r, alpha, dropout)
+    if options:
+        raise ConfigError(
+            f"Method '{method}' has no adapter and no option '{next(iter(options))}'; leave it out."
+        )
+    return None
 
 
 def adapter_config(
@@ -251,11 +302,14 @@ def adapter_config(
     """The configuration of an adapter for a causal language model, by the method's name.
 
     Args:
-        method: one of [`method_names`][dynalora.experiments.finetune.method_names].
-        r: rank.
+        method: one of [`method_names`][dynalora.experiments.finetune.method_names], or a `.json` or `.yaml` file as
+            PEFT's `adapter_config.json`, to which `r`, `alpha` and `dropout` do not apply.
+        r: rank; for `randlora` that of each random basis, of which there are the fewer the larger it is; for
+            `p-tuning` the number of virtual tokens.
         alpha: the update is scaled by alpha / r; None: the method's default, for LoRA twice the rank.
         dropout: on the adapter's input.
-        target_modules: names, a regular expression, or `all-linear`.
+        target_modules: names, a regular expression, or `all-linear`; means nothing to `p-tuning`, and to a file that
+            names its own.
         options: further fields of the method's configuration.
 
     Raises:
@@ -263,12 +317,19 @@ def adapter_config(
     """
     from dynalora import methods
 
+    targets = names_or_pattern(target_modules)
+    if is_config_file(method):
+        return config_from_file(method, target_modules=targets, options=options)
     name = method.lower()
     if name not in method_names():
+        if name in BASELINES:
+            raise ConfigError(
+                f"Method '{method}' has no adapter and cannot be used here; choose one of {', '.join(method_names())}."
+            )
         raise ConfigError(f"Unknown method '{method}'; choose one of {', '.join(method_names())}.")
     if r < 1:
         raise ConfigError(f"The rank r is {r}; give a whole number of at least 1.")
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": names_or_pattern(target_modules)}
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": targets}
     preset: dict[str, Any] = {}
     if name in BASELINES:
         baseline = BASELINES[name]
@@ -276,6 +337,8 @@ def adapter_config(
         own = baseline.fields(r, alpha, dropout)
         preset = {key: own.pop(key) for key in {*baseline.options, *baseline.more(r)}}
         common |= own
+        if not baseline.adapts_modules:
+            del common["target_modules"]
         valid = {item.name for item in fields(kind)} - {item.name for item in fields(PeftConfig)}
     else:
         kind = methods.config_class(name)
@@ -321,7 +384,7 @@ def _typed(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_targets(model: nn.Module, config: PeftConfig) -> list[str]:
-    """Names of the modules that an adapter would wrap.
+    """Names of the modules that an adapter would wrap; none for methods that train virtual tokens instead.
 
     Args:
         model: the base model; one on the meta device will do.
@@ -333,6 +396,8 @@ def check_targets(model: nn.Module, config: PeftConfig) -> list[str]:
     from peft.tuners.tuners_utils import check_target_module_exists
     from transformers.pytorch_utils import Conv1D
 
+    if prompt_only(config):
+        return []
     linear = {
         name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
     }
@@ -540,6 +605,11 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
         target_modules=spec.target_modules,
         options=spec.method_options,
     )
+    if spec.max_forgetting is not None and edits_base(spec.method, config):
+        raise ConfigError(
+            f"max_forgetting is {spec.max_forgetting:g}, but {_titled(label_of(spec.method))} changes the base "
+            "weights, so what it forgets cannot be followed; leave it out, or choose another method."
+        )
     if main_process:
         RunFolder.check(spec.output, spec.settings(), resume=spec.resume)
     conversations = data.load_conversations(
@@ -616,19 +686,18 @@ def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResu
             ready.held_out,
             settings=spec,
             run=run,
-            label=spec.method.lower(),
+            label=label_of(spec.method),
             console=say,
             monitor=(watcher := _monitor(spec, ready, run)),
         )
         if main:
             save_adapter(result.model, ready.tokenizer, run)
             kept = None
-            baseline = BASELINES.get(spec.method.lower())
-            if spec.retention and baseline is not None and baseline.edits_base:
+            if spec.retention and edits_base(spec.method, ready.config):
                 if say is not None:
                     say.print(
-                        f"{baseline.title} changes the base weights, so disabling it does not tell what was forgotten; "
-                        "retention is left out.",
+                        f"{_titled(label_of(spec.method))} changes the base weights, so disabling it does not tell "
+                        "what was forgotten; retention is left out.",
                         highlight=False,
                     )
             elif spec.retention:
@@ -643,7 +712,7 @@ def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResu
 
 
 def _monitor(spec: FinetuneSpec, ready: Prepared, run: RunFolder) -> RetentionMonitor | None:
-    if not spec.monitored:
+    if not spec.monitored or edits_base(spec.method, ready.config):
         return None
     return RetentionMonitor(
         ready.texts,
@@ -651,7 +720,7 @@ def _monitor(spec: FinetuneSpec, ready: Prepared, run: RunFolder) -> RetentionMo
         every=spec.monitor_every or 0.1,
         max_forgetting=spec.max_forgetting,
         keep_best=spec.keep_best,
-        name=spec.method.lower(),
+        name=label_of(spec.method),
         path=run.path / "retention.jsonl",
     )
 
@@ -828,8 +897,8 @@ def _write_results(
     share = 100 * result.trainable_parameters / result.parameters
     summary = (
         f"{result.steps:,} optimizer steps{change or ' were taken'}, training "
-        f"{result.trainable_parameters:,} parameters ({share:.2f} % of the model) in {ready.modules} modules."
-        f"{_forgetting_told(monitor)}"
+        f"{result.trainable_parameters:,} parameters ({share:.2f} % of the model)"
+        f"{f' in {ready.modules} modules' if ready.modules else ''}.{_forgetting_told(monitor)}"
     )
     counts = Table(
         ["", "conversations", "tokens to learn from", "truncated", "left out"],

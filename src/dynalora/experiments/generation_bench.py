@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dynalora.errors import ConfigError
+from dynalora.experiments.baselines import BASELINES
 from dynalora.experiments.bench import (
     BenchSpec,
     adapted,
@@ -115,6 +117,12 @@ def bench_generation(spec: BenchSpec, *, progress: Progress = silent) -> list[Ge
     Raises:
         ConfigError: the model or the target modules.
     """
+    for _, method in entries(spec):
+        if (known := BASELINES.get(method)) is not None and not known.adapts_modules:
+            raise ConfigError(
+                f"Method '{method}' lengthens every prompt, so its generation cannot be timed against others; leave "
+                "it out."
+            )
     name = start(spec, progress)
     results: list[Generated] = []
     for dtype in spec.dtypes:

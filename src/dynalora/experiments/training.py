@@ -7,6 +7,7 @@ loss, the step time, a record of everything logged, and checkpoints that a kille
 from __future__ import annotations
 
 import math
+import os
 import re
 import statistics
 import tempfile
@@ -26,12 +27,14 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from dynalora.errors import CheckpointError, ConfigError, DataError, TrainingError
 from dynalora.experiments import data
-from dynalora.experiments.baselines import DriveBaseline
+from dynalora.experiments.baselines import DriveBaseline, optimizer_of, prompt_only
 from dynalora.experiments.run_folder import RunFolder
 from dynalora.forgetting.monitor import RetentionMonitor
 
@@ -123,7 +126,7 @@ class TrainResult:
     """What one training run gave.
 
     Attributes:
-        model: the adapted model, in evaluation mode.
+        model: the adapted model, in evaluation mode; after full fine-tuning, which has no adapter, the model itself.
         label: name of the run in plots and tables.
         held_out_before: loss on the held-out set before training, nats per response token; None without one.
         held_out_after: the same after training.
@@ -297,10 +300,14 @@ class _Show:
             self._progress = None
 
 
-def last_checkpoint(folder: Path) -> Path | None:
+def last_checkpoint(folder: Path, *, needs: str | None = None) -> Path | None:
     """The newest checkpoint in a folder that was written to its end; None if there is none.
 
     A run may be killed while it writes a checkpoint, so the newest folder is not always a whole one.
+
+    Args:
+        folder: what holds the checkpoints.
+        needs: a further file that a whole one has.
     """
     if not folder.is_dir():
         return None
@@ -311,7 +318,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     ]
     for _, entry in sorted(numbered, reverse=True):
         # The trainer writes its state last but for the arguments.
-        if (entry / "trainer_state.json").exists() and _is_whole(entry):
+        if (entry / "trainer_state.json").exists() and _is_whole(entry) and (entry / (needs or "")).exists():
             return entry
     return None
 
@@ -321,9 +328,45 @@ def _is_whole(checkpoint: Path) -> bool:
 
     try:
         check_adapter_folder(str(checkpoint))
-    except CheckpointError:
+        for part in checkpoint.glob("model*.safetensors"):
+            with safe_open(part, framework="pt"):
+                pass
+    except (CheckpointError, SafetensorError):
         return False
-    return (checkpoint / "adapter_model.safetensors").exists() and (checkpoint / "optimizer.pt").exists()
+    # A full model's weights may lie in several files; their index is written last.
+    weights = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+    return any((checkpoint / name).exists() for name in weights) and (checkpoint / "optimizer.pt").exists()
+
+
+class _KeepPrompt(TrainerCallback):
+    """Checkpoints of prompt learning that a run can go on from.
+
+    PEFT saves the virtual tokens that come out of the prompt's encoder, which is all that inference needs; what trains
+    are the encoder and its inputs.
+    """
+
+    FILE = "prompt_encoder.safetensors"
+
+    def __init__(self, model: PeftModel, checkpoint: Path | None) -> None:
+        self._model, self._checkpoint = model, checkpoint
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        named = self._model.named_parameters()
+        return {name: parameter.data for name, parameter in named if parameter.requires_grad}
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        target = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE
+        beside = target.with_suffix(".tmp")
+        save_file({name: tensor.contiguous() for name, tensor in self._trained().items()}, beside)
+        os.replace(beside, target)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._checkpoint is not None:  # the trainer has loaded its part by now
+            saved = load_file(self._checkpoint / self.FILE)
+            for name, tensor in self._trained().items():
+                tensor.copy_(saved[name])
 
 
 def train_adapter(
@@ -339,18 +382,19 @@ def train_adapter(
     console: Console | None = None,
     monitor: RetentionMonitor | None = None,
 ) -> TrainResult:
-    """Attach an adapter to a base model and train it, or train one that is attached already.
+    """Attach an adapter to a base model and train it, train one that is attached already, or train the whole model.
 
     Args:
-        model: the base model, without adapters. It is wrapped; `result.model.unload()` gives it back unchanged.
-            Without `config`, a model with an adapter, which is trained on with an optimizer and a schedule of its own.
+        model: the base model, without adapters. It is wrapped; `take_off(result.model)` gives it back unchanged.
+            Without `config`, a model with an adapter, which is trained on with an optimizer and a schedule of its own;
+            or one without, all of whose weights are trained (full fine-tuning) and then are no longer the base's.
         tokenizer: for padding.
-        config: the adapter's configuration, PEFT's own included; None: the model has its adapter.
+        config: the adapter's configuration, PEFT's own included; None: the model has its adapter, or is to have none.
         train_dataset: what [`tokenize`][dynalora.experiments.data.tokenize] returns.
         eval_dataset: held-out set; None or empty: not measured.
         settings: how to train; None: the defaults.
         run: where metrics and checkpoints go; if it was opened to resume, the last whole checkpoint is continued.
-        label: name of the run in metrics and progress; None: the method's name.
+        label: name of the run in metrics and progress; None: the method's name (`full` without an adapter).
         console: where progress is shown; None: nowhere.
         monitor: follows how much is left of the base model. If it keeps the best state and has no score, the held-out
             loss is what it goes by.
@@ -359,6 +403,8 @@ def train_adapter(
         The trained model with its measurements.
 
     Raises:
+        ConfigError: full fine-tuning of weights in half precision that cannot be trained, or of quantised ones, or with
+            a monitor, for which there is no base model left.
         DataError: the training set is empty.
         TrainingError: the loss is no longer a number.
     """
@@ -369,10 +415,17 @@ def train_adapter(
         raise DataError("The training set is empty; give at least one row.")
     set_seed(how.seed)
     caching = model.config.use_cache
-    adapted: PeftModel = model if config is None else peft.get_peft_model(model, config)  # type: ignore[assignment]
-    kind = adapted.active_peft_config.peft_type
-    name = label or str(getattr(kind, "value", kind)).lower()
-    trainable, parameters = adapted.get_nb_trainable_parameters()
+    adapted: Any = model if config is None else peft.get_peft_model(model, config)
+    prompts = False
+    if isinstance(adapted, peft.PeftModel):
+        kind = adapted.active_peft_config.peft_type
+        prompts = prompt_only(adapted.active_peft_config)
+        name = label or str(getattr(kind, "value", kind)).lower()
+        trainable, parameters = adapted.get_nb_trainable_parameters()
+    else:
+        _train_all(adapted, monitor)
+        name = label or "full"
+        trainable = parameters = sum(parameter.numel() for parameter in adapted.parameters())
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     device_is_cuda = torch.cuda.is_available()
     collator = data.Collator(pad, pad_to_multiple_of=8 if device_is_cuda else 1)
@@ -382,7 +435,9 @@ def train_adapter(
         assert eval_dataset is not None
         return held_out_loss(adapted, eval_dataset, collator, batch_size=how.batch_size)
 
-    checkpoint = last_checkpoint(run.checkpoints) if run is not None and run.resumed else None
+    checkpoint = None
+    if run is not None and run.resumed:
+        checkpoint = last_checkpoint(run.checkpoints, needs=_KeepPrompt.FILE if prompts else None)
     records: list[dict[str, Any]] = []
     if run is not None and run.resumed:
         done = int(checkpoint.name.rsplit("-", 1)[-1]) if checkpoint is not None else -1
@@ -431,14 +486,20 @@ def train_adapter(
     recorder = _Recorder(name, run, show, measure if has_eval else None, how.eval_every, records)
     if monitor is not None and monitor.keep_best and monitor.score is None and has_eval:
         monitor.score = lambda _: measure()
+    kind_of_optimizer, optimizer_settings = Trainer.get_optimizer_cls_and_kwargs(arguments, adapted)
+    own_optimizer = optimizer_of(
+        adapted, kind_of_optimizer, {**optimizer_settings, "weight_decay": how.weight_decay}
+    )
+    callbacks = [DriveBaseline(), *([_KeepPrompt(adapted, checkpoint)] if prompts else []), recorder]
     trainer = Trainer(
         model=adapted,
         args=arguments,
+        optimizers=(own_optimizer, None),
         train_dataset=train_dataset,
         data_collator=collator,
         processing_class=tokenizer,
         # Called before the recorder, so that a step's time contains what the method does in it.
-        callbacks=[DriveBaseline(), recorder, *([monitor] if monitor is not None else [])],
+        callbacks=[*callbacks, *([monitor] if monitor is not None else [])],
     )
     trainer.remove_callback(PrinterCallback)
     # The trainer has put the model on its device by now.
@@ -494,9 +555,24 @@ def save_adapter(
     return run.path / name
 
 
+def _train_all(model: nn.Module, monitor: RetentionMonitor | None) -> None:
+    """Make every weight of a model train."""
+    if monitor is not None:
+        raise ConfigError(
+            "Full fine-tuning leaves no base model to compare with while it trains; leave the monitor out, and measure "
+            "with predictions that were made before."
+        )
+    if getattr(model, "is_quantized", False):
+        raise ConfigError("Quantised weights cannot be trained; load the model in float32 or bfloat16.")
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise ConfigError("Weights in float16 cannot be trained; load the model in float32 or bfloat16.")
+    model.requires_grad_(True)
+
+
 def take_off(model: PeftModel) -> PreTrainedModel:
     """The base model without its adapter and without PEFT's traces of one."""
-    base: PreTrainedModel = model.unload()
+    prompts = prompt_only(model.active_peft_config)
+    base: PreTrainedModel = model.get_base_model() if prompts else model.unload()  # type: ignore[assignment]
     for name in ("peft_config", "_hf_peft_config_loaded"):
         if name in base.__dict__:
             delattr(base, name)

@@ -619,7 +619,8 @@ def checkpoint_retention(
             began = time.perf_counter()
             measured = retention(adapted, base.text, base=base, batch_size=batch_size)
             points.append(RetentionPoint(name, step, text_name, measured, time.perf_counter() - began))
-        adapted.unload()
+        if not adapted.active_peft_config.is_prompt_learning:  # which leaves the base model as it is
+            adapted.unload()
         progress(what, number, len(found))
     return points
 

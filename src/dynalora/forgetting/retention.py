@@ -32,6 +32,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from dynalora.cache import cache_folder
 from dynalora.errors import ConfigError, UnsupportedError
+from dynalora.evaluation.causal import continued
 from dynalora.evaluation.generation import chat_prompt, end_ids, evaluating, pad_left, padding_id
 from dynalora.evaluation.scoring import last_logits
 from dynalora.evaluation.statistics import ratio
@@ -335,14 +336,14 @@ def _sample(
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             given, mask = pad_left(batch, padding)
-            output = model.generate(  # type: ignore[operator]
-                input_ids=given.to(device), attention_mask=mask.to(device), do_sample=True, num_beams=1,
+            output = continued(
+                model, given.to(device), mask.to(device), do_sample=True, num_beams=1,
                 max_new_tokens=tokens, pad_token_id=padding, use_cache=True,
                 eos_token_id=sorted(ends) or None,
                 # The model's own distribution, untouched: every setting that a checkpoint may ship is reset.
                 temperature=1.0, top_k=0, top_p=1.0, min_p=None, typical_p=1.0, repetition_penalty=1.0,
             )  # fmt: skip
-            for prompt, written in zip(batch, output[:, given.shape[1] :].tolist(), strict=True):
+            for prompt, written in zip(batch, output.tolist(), strict=True):
                 stop = next((place + 1 for place, token in enumerate(written) if token in ends), len(written))
                 rows.append((*prompt, *written[:stop]))
             progress(what, len(rows), len(prompts))

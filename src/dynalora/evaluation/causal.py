@@ -1,0 +1,105 @@
+"""Forward passes of causal language models on left-padded batches, with whatever PEFT puts before the input.
+
+Prompt learning (P-Tuning, prompt tuning) puts P virtual tokens before the text, so that there are P more logits, keys
+and positions than tokens. PEFT's own forward pass drops the positions; padded on the left, a text would then stand
+further from its prompt the more padding it has, and its numbers would depend on its batch. So the virtual tokens
+are put there here, and everything that looks at logits by position comes by here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+
+__all__ = ["causal_pass", "continued", "prompt_length"]
+
+
+def prompt_length(model: torch.nn.Module) -> int:
+    """Number of virtual tokens before every input: 0 without prompt learning, and with the adapter disabled."""
+    if not _learns_prompts(model) or model._adapters_disabled:
+        return 0
+    return int(model.active_peft_config.num_virtual_tokens)  # type: ignore[union-attr,arg-type]
+
+
+def causal_pass(
+    model: torch.nn.Module,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    cache: Any = None,
+    keep: int = 0,
+    use_cache: bool = False,
+) -> tuple[torch.Tensor, Any]:
+    """Logits of a batch, and the cache of keys and values.
+
+    Args:
+        model: a causal language model, with or without adapter.
+        tokens: the batch, (B, T), padded on the left, or, continuing a cache, on the right.
+        mask: where there is no padding, (B, C + T), with C tokens in the cache (virtual ones not counted).
+        cache: what a pass with `use_cache` returned, to be continued.
+        keep: number of last positions to compute logits of; 0: all.
+        use_cache: whether to make, or to continue, a cache.
+
+    Returns:
+        Logits (B, keep or T, V) of the last positions, and the cache if there is one.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    virtual = prompt_length(model)
+    given: dict[str, Any] = {"use_cache": use_cache}
+    if virtual and cache is None:
+        given["inputs_embeds"] = _with_prompt(model, tokens)
+    else:
+        given["input_ids"] = tokens
+    given["attention_mask"] = mask = F.pad(mask, (virtual, 0), value=1)
+    if cache is not None:
+        given["past_key_values"] = cache
+    accepted = inspect.signature(base.forward).parameters
+    length = tokens.shape[1] + (virtual if cache is None else 0)
+    if "position_ids" in accepted:
+        given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
+    wanted = keep or tokens.shape[1]
+    if wanted < length and "logits_to_keep" in accepted:
+        given["logits_to_keep"] = wanted
+    output = (base if virtual else model)(**given)
+    return output.logits[:, -wanted:], getattr(output, "past_key_values", None)
+
+
+def continued(
+    model: torch.nn.Module, tokens: torch.Tensor, mask: torch.Tensor, **settings: Any
+) -> torch.Tensor:
+    """What `generate` writes after a batch of prompts, (B, N), without the prompts.
+
+    Args:
+        model: a causal language model, with or without adapter.
+        tokens: the prompts, (B, T), padded on the left.
+        mask: where they are no padding, (B, T).
+        **settings: what transformers' `generate` takes.
+    """
+    caller: Any = model.get_base_model() if _learns_prompts(model) else model  # type: ignore[operator]
+    virtual = prompt_length(model)
+    made: torch.Tensor
+    if virtual:
+        # Given embeddings alone, generate returns new tokens alone.
+        made = caller.generate(
+            inputs_embeds=_with_prompt(model, tokens),
+            attention_mask=F.pad(mask, (virtual, 0), value=1),
+            **settings,
+        )
+        return made
+    made = caller.generate(input_ids=tokens, attention_mask=mask, **settings)
+    return made[:, tokens.shape[1] :]
+
+
+def _learns_prompts(model: torch.nn.Module) -> bool:
+    return isinstance(model, PeftModel) and bool(model.active_peft_config.is_prompt_learning)
+
+
+def _with_prompt(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Embeddings (B, P + T, hidden) of virtual tokens and tokens."""
+    embedded: torch.Tensor = model.word_embeddings(tokens)
+    prompt = model.get_prompt(batch_size=len(tokens)).to(embedded.device, embedded.dtype)
+    return torch.cat([prompt, embedded], dim=1)
