@@ -560,13 +560,14 @@ class Pedyra(Method):
                     f"PedyraConfig: r must be at most {sides} for {name!r} of shape "
                     f"{(layer.out_features, layer.in_features)} with init_weights='pissa', got {rank}."
                 )
+        fresh = [layer for layer in layers.values() if not layer.parameter("up", adapter).is_meta]
         found = decompose(
-            [layer.base_matrix for layer in layers.values()],
-            [layer.rank(adapter) for layer in layers.values()],
+            [layer.base_matrix for layer in fresh],
+            [layer.rank(adapter) for layer in fresh],
             which="largest",
             describe="Decomposing the base weights",
         )
-        for layer, largest in zip(layers.values(), found, strict=True):
+        for layer, largest in zip(fresh, found, strict=True):
             layer.start_from(adapter, largest)
 
     def optimizer_overrides(
