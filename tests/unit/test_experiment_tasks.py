@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.numbers import solution_from
@@ -15,6 +16,7 @@ from dynalora.experiments import tasks
 from dynalora.experiments.tasks import (
     AnswerTask,
     ChoiceTask,
+    ClassTask,
     GenerationTask,
     Measuring,
     TaskScore,
@@ -242,3 +244,74 @@ def test_options_are_scored_behind_the_system_message(files: Path) -> None:
         wanted.append(per_token.index(min(per_token)) == choice.right)
     assert score.correct == tuple(wanted)
     assert score.loss.value == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sst2", "stsb"])
+def test_classification_is_scored_as_its_definition_has_it(name: str, tmp_path: Path) -> None:
+    words = tiny.tokenizer(chat=False)
+    words.pad_token = words.eos_token
+    torch.manual_seed(5)
+    labels = 2 if name == "sst2" else 1
+    model = transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=64, num_labels=labels,
+        )
+    ).eval()  # fmt: skip
+    (tmp_path / "glue").mkdir()
+    rows: list[dict[str, Any]] = [
+        {"text": f"Number {n}" * (1 + n % 3), "label": n % 2}
+        if name == "sst2"
+        else {"sentence1": f"Number {n}" * (1 + n % 3), "sentence2": "One", "label": n / 4}
+        for n in range(12)
+    ]
+    tiny.write_jsonl(tmp_path / f"glue/{name}.train.jsonl", rows[:6])
+    tiny.write_jsonl(tmp_path / f"glue/{name}.dev.jsonl", rows[6:])
+    task = load_experiment_task(name, data=tmp_path)
+    assert isinstance(task, ClassTask)
+    assert (task.head, task.labels, len(task.items)) == ("classes", labels, 6)
+    score = task.measure(model, words, Measuring(batch_size=4))
+    outputs, losses = [], []
+    for row in rows[6:]:
+        pair = (row["text"],) if name == "sst2" else (row["sentence1"], row["sentence2"])
+        with torch.no_grad():
+            logits = model(**words(*pair, return_tensors="pt")).logits[0].double()
+        truth = row["label"]
+        outputs.append(int(logits.argmax()) if labels == 2 else float(logits[0]))
+        losses.append(
+            float(-logits.log_softmax(-1)[truth]) if labels == 2 else float((logits[0] - truth) ** 2)
+        )
+    assert score.losses == pytest.approx(losses, abs=1e-5)
+    assert score.counts == (1,) * 6
+    assert score.loss.value == pytest.approx(sum(losses) / 6, abs=1e-5)
+    if labels == 2:
+        assert score.correct == tuple(own == row["label"] for own, row in zip(outputs, rows[6:], strict=True))
+        assert score.metrics == {}
+    else:
+        assert score.correct == ()
+        assert score.accuracy is None
+        stats = pytest.importorskip("scipy.stats")
+        wanted = stats.pearsonr(outputs, [row["label"] for row in rows[6:]]).statistic
+        assert score.metrics["pearson"] == pytest.approx(wanted, abs=1e-4)
+    assert TaskScore.from_record(json.loads(json.dumps(score.record()))).record() == score.record()
+    trained = task.training(words, max_length=10)
+    assert trained.truncated == sum(len(row["input_ids"]) == 10 for row in trained.rows) > 0
+    batch = task.collator(words)(trained.rows[:3])
+    assert batch["labels"].tolist() == [row["label"] for row in rows[:3]]
+
+
+def test_questions_set_aside_are_the_same_for_a_seed_and_are_not_trained_on(files: Path) -> None:
+    task = load_experiment_task(str(files / "parity"))
+    left, aside = task.validation(2, seed=1)
+    again = task.validation(2, seed=1)
+    assert isinstance(left, ChoiceTask)
+    assert isinstance(aside, ChoiceTask)
+    assert isinstance(task, ChoiceTask)
+    assert again == (left, aside)
+    assert sorted(c.question for c in (*left.train, *aside.held_out)) == sorted(
+        c.question for c in task.train
+    )
+    assert len(aside.held_out) == 2
+    assert left.held_out == task.held_out
+    with pytest.raises(ConfigError, match="0 questions to choose settings on"):
+        task.validation(0)

@@ -14,6 +14,7 @@ from dynalora.errors import CheckpointError, ConfigError, DynaloraError, Unsuppo
 from dynalora.experiments.finetune import adapter_config
 from dynalora.export import export_adapter_folder, load_without_base
 from dynalora.forgetting.landscape import QUANTITIES, TAUS, energy_table
+from dynalora.forgetting.recovery import zero_updates
 from tests.toys import TOYS
 
 LLAMA = TOYS["llama"]
@@ -281,3 +282,20 @@ def test_state_report_says_what_the_adapter_does_now() -> None:
     deltas = [row.nuclear_norm for row in dynalora.rank_landscape(model)]
     assert report.details["nuclear_norm_bound"] >= sum(deltas) - 1e-9  # alpha = r, so s = 1
     assert report.trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_landscape_and_zeroing_of_adalora() -> None:
+    config = peft.AdaLoraConfig(init_r=3, target_r=2, total_step=10, target_modules=["q_proj"], lora_alpha=8)
+    model = peft.get_peft_model(LLAMA.build(), config)
+    for name, parameter in model.named_parameters():
+        if "lora_E" in name:
+            parameter.data.normal_()
+    layers = [module for module in model.modules() if hasattr(module, "get_delta_weight")]
+    rows = dynalora.rank_landscape(model)
+    assert len(rows) == len(layers) > 0
+    for row, layer in zip(rows, layers, strict=True):
+        wanted = torch.linalg.svdvals(layer.get_delta_weight("default").detach().double())[:3]
+        assert row.singular_values == pytest.approx(wanted.tolist(), rel=1e-5)
+    zero_updates(model, [rows[0].module])
+    assert float(layers[0].get_delta_weight("default").detach().abs().max()) == 0
+    assert float(layers[1].get_delta_weight("default").detach().abs().max()) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -254,3 +255,32 @@ def test_a_merged_adapter_is_refused(words: Any) -> None:
 def test_bad_sizes_are_refused(words: Any, name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} is 0"):
         own_text(base_model(words), words, **{name: 0})
+
+
+def test_a_base_model_of_its_own_stands_in_for_adapters_off(words: Any) -> None:
+    base = base_model(words)
+    text = text_of(base, words)
+    model = adapted(copy.deepcopy(base))
+    one, other = retention(model, text), retention(model, text, base=base)
+    assert other == one
+    # Weights that were trained themselves cannot be switched off: nothing seems forgotten without the base model.
+    full = copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter in full.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    with pytest.raises(ConfigError, match="was written by another base model"):
+        retention(full, text)
+    moved = retention(full, text, base=base)
+    assert moved.kl > 0.01
+    kl, base_loss, tuned_loss = 0.0, 0.0, 0.0
+    for row, start in zip(text.rows, text.starts, strict=True):
+        ids = torch.tensor([row])
+        with torch.no_grad():
+            p, q = (m(input_ids=ids).logits[0].double().log_softmax(-1) for m in (base, full))
+        for place in range(start, len(row)):
+            kl += float((p[place - 1].exp() * (p[place - 1] - q[place - 1])).sum())
+            base_loss -= float(p[place - 1, row[place]])
+            tuned_loss -= float(q[place - 1, row[place]])
+    found = (moved.kl, moved.base_loss, moved.loss_shift)
+    expected = (kl / text.tokens, base_loss / text.tokens, (tuned_loss - base_loss) / text.tokens)
+    assert found == pytest.approx(expected, abs=1e-5)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dynalora.errors import ConfigError
-from dynalora.experiments.settings import named_values, read_yaml, settings_from
+from dynalora.experiments.settings import coerce, named_values, read_yaml, settings_from
 
 
 @dataclass(frozen=True)
@@ -81,3 +81,11 @@ def test_named_values() -> None:
     }
     with pytest.raises(ConfigError, match="'novalue' is not of the form NAME=VALUE"):
         named_values(["novalue"])
+
+
+def test_lists_are_made_of_what_the_field_says() -> None:
+    assert coerce(["1e-4", 2], list[float], "rates") == [1e-4, 2.0]
+    assert coerce(("a", 1), list[str], "names") == ["a", "1"]
+    for wrong in (["x"], 0.1, [True]):
+        with pytest.raises(ConfigError, match="rates must be a list"):
+            coerce(wrong, list[float], "rates")

@@ -11,6 +11,7 @@ from dynalora import __version__
 from dynalora.cli import (
     bench,
     compact,
+    compare,
     demo,
     evaluate,
     export,
@@ -39,6 +40,7 @@ COMMANDS = (
     demo,
     finetune,
     evaluate,
+    compare,
     bench,
     landscape,
     gates,

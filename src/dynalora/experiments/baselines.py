@@ -229,13 +229,15 @@ def config_from_file(
     *,
     target_modules: list[str] | str = "all-linear",
     options: Mapping[str, Any] | None = None,
+    task_type: str = "CAUSAL_LM",
 ) -> PeftConfig:
-    """The configuration of any of PEFT's methods, for a causal language model and for training.
+    """The configuration of any of PEFT's methods, for training.
 
     Args:
         path: a file as PEFT's `adapter_config.json`, or the same as YAML; `peft_type` says which method it is.
         target_modules: what to adapt where the file does not say.
         options: fields that replace the file's.
+        task_type: PEFT's name of what the model does, whatever the file says.
 
     Raises:
         ConfigError: the file cannot be read, its method or one of its fields is unknown, or they do not fit together.
@@ -272,7 +274,7 @@ def config_from_file(
     if "target_modules" in valid and not chosen.get("target_modules"):
         chosen["target_modules"] = target_modules
     try:
-        made: PeftConfig = kind(task_type="CAUSAL_LM", **chosen)
+        made: PeftConfig = kind(task_type=task_type, **chosen)
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:

@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -34,6 +33,7 @@ from dynalora.experiments.finetune import (
     local_model_name,
     method_names,
 )
+from dynalora.experiments.memory import forget_peak, peak, resident
 from dynalora.experiments.report import Table
 from dynalora.experiments.settings import settings_from
 from dynalora.progress import Progress, silent
@@ -417,40 +417,12 @@ def _memory_of_one(job: dict[str, Any]) -> tuple[int, int]:
         # Weights are mapped from the file and come into memory when first read: have that behind us.
         parameter.sum()
     tokens = [random_tokens(int(base.config.vocab_size), spec, number) for number in range(3)]
-    before = _resident()
-    _forget_peak()
+    before = resident()
+    forget_peak()
     for batch in tokens:
         contestant.step(batch, record=False)
-    peak = _peak()
-    return peak - before, peak
-
-
-def _resident() -> int:
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:  # not Linux: the peak so far is the nearest there is
-        return _peak()
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _forget_peak() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return  # not Linux, or not allowed: the peak then includes loading the model
-
-
-def _peak() -> int:
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    most = peak() or 0
+    return most - before, most
 
 
 # --- results ----------------------------------------------------------------------------------------------

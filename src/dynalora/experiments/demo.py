@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -25,6 +24,7 @@ from dynalora.evaluation.statistics import Interval, mcnemar, paired_difference
 from dynalora.evaluation.tasks import Task, load_task
 from dynalora.experiments import data, plots
 from dynalora.experiments.finetune import BASELINE, adapter_config, check_targets, load_model, load_tokenizer
+from dynalora.experiments.memory import peak
 from dynalora.experiments.models import demo_model
 from dynalora.experiments.report import Cell, Figure, Report, Section, Table, rich_table, write_report
 from dynalora.experiments.run_folder import RunFolder
@@ -317,7 +317,7 @@ class _Demo:
             self.model = take_off(trained.model)
             del trained
             gc.collect()
-        result = DemoResult(rows, scores, self.task, self.origin, time.perf_counter() - began, _peak_memory())
+        result = DemoResult(rows, scores, self.task, self.origin, time.perf_counter() - began, peak())
         self._report(result, records, gates, reference)
         return result
 
@@ -520,13 +520,3 @@ def _figures(result: DemoResult, records: dict[str, list[dict[str, Any]]]) -> di
         ),
     ]
     return {name: (make(), caption) for name, make, caption in draw}
-
-
-def _peak_memory() -> int | None:
-    """Most memory this process has held, in bytes."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024

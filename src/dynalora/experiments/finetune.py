@@ -263,6 +263,7 @@ def compared_config(
     dropout: float = 0.0,
     target_modules: list[str] | str = "all-linear",
     options: Mapping[str, Any] | None = None,
+    task_type: str = "CAUSAL_LM",
 ) -> PeftConfig | None:
     """As [`adapter_config`][dynalora.experiments.finetune.adapter_config], and None for full fine-tuning.
 
@@ -273,6 +274,7 @@ def compared_config(
         dropout: likewise.
         target_modules: likewise; full fine-tuning trains every weight.
         options: likewise.
+        task_type: likewise.
 
     Raises:
         ConfigError: as `adapter_config`; alpha, dropout or options are given for full fine-tuning.
@@ -280,8 +282,9 @@ def compared_config(
     known = BASELINES.get(method.lower())
     if known is None or known.config is not None:
         return adapter_config(
-            method, r=r, alpha=alpha, dropout=dropout, target_modules=target_modules, options=options
-        )
+            method, r=r, alpha=alpha, dropout=dropout, target_modules=target_modules, options=options,
+            task_type=task_type,
+        )  # fmt: skip
     known.fields(r, alpha, dropout)
     if options:
         raise ConfigError(
@@ -298,8 +301,9 @@ def adapter_config(
     dropout: float = 0.0,
     target_modules: list[str] | str = "all-linear",
     options: Mapping[str, Any] | None = None,
+    task_type: str = "CAUSAL_LM",
 ) -> PeftConfig:
-    """The configuration of an adapter for a causal language model, by the method's name.
+    """The configuration of an adapter, by the method's name.
 
     Args:
         method: one of [`method_names`][dynalora.experiments.finetune.method_names], or a `.json` or `.yaml` file as
@@ -311,6 +315,7 @@ def adapter_config(
         target_modules: names, a regular expression, or `all-linear`; means nothing to `p-tuning`, and to a file that
             names its own.
         options: further fields of the method's configuration.
+        task_type: PEFT's name of what the model does.
 
     Raises:
         ConfigError: an unknown method, an unknown option (lists the valid ones), or a value that cannot be.
@@ -319,7 +324,7 @@ def adapter_config(
 
     targets = names_or_pattern(target_modules)
     if is_config_file(method):
-        return config_from_file(method, target_modules=targets, options=options)
+        return config_from_file(method, target_modules=targets, options=options, task_type=task_type)
     name = method.lower()
     if name not in method_names():
         if name in BASELINES:
@@ -329,7 +334,7 @@ def adapter_config(
         raise ConfigError(f"Unknown method '{method}'; choose one of {', '.join(method_names())}.")
     if r < 1:
         raise ConfigError(f"The rank r is {r}; give a whole number of at least 1.")
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": targets}
+    common: dict[str, Any] = {"task_type": task_type, "target_modules": targets}
     preset: dict[str, Any] = {}
     if name in BASELINES:
         baseline = BASELINES[name]
@@ -442,28 +447,47 @@ def local_model_name(name: str, *, progress: Progress = silent) -> str:
     return demo_model(progress=progress).path
 
 
-def empty_model(name: str, *, trust_remote_code: bool = False) -> nn.Module:
+_HEADS = {
+    "lm": ("CausalLM", "a causal language model"),
+    "masked": ("MaskedLM", "a masked language model"),
+    "classes": ("SequenceClassification", "a model that can classify text"),
+}
+
+
+def empty_model(
+    name: str, *, trust_remote_code: bool = False, head: str = "lm", labels: int = 2
+) -> nn.Module:
     """The model on the meta device: all its modules, none of its weights.
 
-    Raises:
-        ConfigError: there is no such model, or it is not a causal language model.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    Args:
+        name: Hub id or folder.
+        trust_remote_code: run code that comes with the model.
+        head: as in [`load_model`][dynalora.experiments.finetune.load_model].
+        labels: likewise.
 
+    Raises:
+        ConfigError: there is no such model, or it is not of that kind.
+    """
+    import transformers
+
+    auto, wanted = _HEADS[head]
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if head == "classes":
+            config.num_labels = labels
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model: nn.Module = getattr(transformers, f"AutoModelFor{auto}").from_config(
+                config, trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"The model '{name}' cannot be used ({_first_line(error)}); "
-            "give the Hub id or the folder of a causal language model."
+            f"The model '{name}' cannot be used ({_first_line(error)}); give the Hub id or the folder of {wanted}."
         ) from error
     return model
 
 
 def load_tokenizer(
-    name: str, *, trust_remote_code: bool = False, template: str = "chat"
+    name: str, *, trust_remote_code: bool = False, template: str | None = "chat"
 ) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a chat template and a padding token.
 
@@ -471,7 +495,7 @@ def load_tokenizer(
         name: of the model.
         trust_remote_code: run code that comes with the model.
         template: `chat` for the model's own chat template, or a paper's prompt format, see
-            [`prompts`][dynalora.evaluation.prompts].
+            [`prompts`][dynalora.evaluation.prompts]; None: the tokenizer is for a model that is not asked anything.
 
     Raises:
         ConfigError: there is none, or no such template.
@@ -484,8 +508,9 @@ def load_tokenizer(
         )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"The tokenizer of '{name}' cannot be loaded ({_first_line(error)}).") from error
-    use_template(tokenizer, template)
-    data.ensure_chat_template(tokenizer)
+    if template is not None:
+        use_template(tokenizer, template)
+        data.ensure_chat_template(tokenizer)
     data.ensure_pad_token(tokenizer)
     return tokenizer
 
@@ -524,8 +549,7 @@ def load_model(
     import transformers
     from transformers import BitsAndBytesConfig
 
-    auto = {"lm": "CausalLM", "masked": "MaskedLM", "classes": "SequenceClassification"}[head]
-
+    auto, _ = _HEADS[head]
     options: dict[str, Any] = {
         "dtype": resolve_dtype(dtype),
         "trust_remote_code": trust_remote_code,

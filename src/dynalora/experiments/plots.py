@@ -43,7 +43,7 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
         steps, losses = _series(records, "loss")
         if len(steps):
             axis.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
-            axis.plot(steps, _running_mean(losses), color=colour, linewidth=1.6, label=f"{name}, training")
+            axis.plot(steps, running_mean(losses), color=colour, linewidth=1.6, label=f"{name}, training")
         steps, losses = _series(records, "held_out_loss")
         if len(steps):
             marker = MARKERS[index % len(MARKERS)]
@@ -109,7 +109,7 @@ def _series(
     )
 
 
-def _running_mean(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def running_mean(values: Sequence[float] | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Mean over a centred window of about a fifteenth of the run, narrower at both ends."""
     half = max(1, len(values) // 30)
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -197,12 +197,8 @@ def rank_heatmap(rows: Sequence[Any], *, title: str = "") -> bytes:
     Returns:
         A PNG.
     """
-    cells = [(_get(row, "kind"), _get(row, "layer"), _get(row, "effective_rank")) for row in rows]
-    kinds = list(dict.fromkeys(str(kind) for kind, _, _ in cells))
-    layers = sorted({-1 if layer is None else int(layer) for _, layer, _ in cells})
-    grid = np.full((len(kinds), len(layers)), np.nan)
-    for kind, layer, rank in cells:
-        grid[kinds.index(str(kind)), layers.index(-1 if layer is None else int(layer))] = float(rank)
+    kinds, grid = rank_grid(rows)
+    layers = _layers(rows)
     made, (axis,) = figure(width=max(4.5, 0.24 * len(layers) + 2.2), height=max(2.2, 0.34 * len(kinds) + 1.4))
     image = axis.imshow(grid, aspect="auto", cmap="cividis", vmin=0)
     axis.grid(False)
@@ -217,6 +213,27 @@ def rank_heatmap(rows: Sequence[Any], *, title: str = "") -> bytes:
     if title:
         axis.set_title(title, fontsize=10)
     return rendered(made)
+
+
+def rank_grid(rows: Sequence[Any]) -> tuple[list[str], np.ndarray[Any, Any]]:
+    """Effective ranks (kinds, layers) with the kinds' names; NaN where a layer has no such matrix.
+
+    Args:
+        rows: as in [`rank_heatmap`][dynalora.experiments.plots.rank_heatmap].
+    """
+    kinds = list(dict.fromkeys(str(_get(row, "kind")) for row in rows))
+    layers = _layers(rows)
+    grid = np.full((len(kinds), len(layers)), np.nan)
+    for row in rows:
+        layer = _get(row, "layer")
+        place = layers.index(-1 if layer is None else int(layer))
+        grid[kinds.index(str(_get(row, "kind"))), place] = float(_get(row, "effective_rank"))
+    return kinds, grid
+
+
+def _layers(rows: Sequence[Any]) -> list[int]:
+    """Layer numbers in order; −1 stands for what belongs to none."""
+    return sorted({-1 if (layer := _get(row, "layer")) is None else int(layer) for row in rows})
 
 
 def _get(row: Any, name: str) -> Any:

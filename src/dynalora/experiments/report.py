@@ -154,6 +154,42 @@ def write_report(report: Report, path: str | PathLike[str]) -> Path:
     return write_atomic(path, render_html(report))
 
 
+def markdown_table(table: Table) -> str:
+    """The table in Markdown, numbers flush right."""
+    heads = [_markdown(column) for column in table.columns]
+    rule = ["---:" if numeric else "---" for numeric in table.numeric]
+    rows = [[_markdown(cell) for cell in row] for row in table.text]
+    lines = ["| " + " | ".join(line) + " |" for line in (heads, rule, *rows)]
+    head = [f"**{_markdown(table.title)}**", ""] if table.title else []
+    return "\n".join([*head, *lines, *(["", _markdown(table.note)] if table.note else [])]) + "\n"
+
+
+def _markdown(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "×": r"$\times$",
+    "–": "--", "≤": r"$\le$", "‖": r"$\Vert$", "τ": r"$\tau$", "→": r"$\to$", "…": r"\ldots{}",
+}  # fmt: skip
+
+
+def latex_table(table: Table) -> str:
+    """The table for LaTeX, in the style of booktabs (which the document must load)."""
+
+    def told(text: str) -> str:
+        return "".join(_LATEX.get(sign, sign) for sign in text)
+
+    columns = "".join("r" if numeric else "l" for numeric in table.numeric)
+    lines = [r"\begin{tabular}{" + columns + "}", r"\toprule"]
+    lines += [" & ".join(map(told, table.columns)) + r" \\", r"\midrule"]
+    lines += [" & ".join(map(told, row)) + r" \\" for row in table.text]
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    comments = [f"% {line}" for line in (table.title, table.note) if line]
+    return "\n".join([*comments, *lines]) + "\n"
+
+
 def rich_table(table: Table) -> RichTable:
     """The table for a terminal, numbers flush right."""
     from rich import box

@@ -206,7 +206,7 @@ class RunFolder:
 
     def _write_status(self, status: Mapping[str, Any]) -> None:
         own = {"process": os.getpid(), "host": socket.gethostname(), "python": platform.python_version()}
-        versions = {name: _version(name) for name in _VERSIONS_OF}
+        versions = {name: version_of(name) for name in _VERSIONS_OF}
         write_atomic(self.path / STATUS, json.dumps({**status, **own, "versions": versions}, indent=2) + "\n")
 
     def finish(self) -> None:
@@ -424,7 +424,8 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -54,7 +54,7 @@ def settings_from(
     Numbers may come as text (YAML 1.1 reads `2e-4` as text), whole numbers as floats, and lists as tuples.
 
     Args:
-        kind: a dataclass whose fields are annotated with str, int, float, bool, list[str], dict or unions of these.
+        kind: a dataclass whose fields are annotated with str, int, float, bool, lists of these, dict or unions.
         values: name → value.
         source: how to call the values in errors.
 
@@ -144,7 +144,11 @@ def _as(value: Any, kind: Any) -> Any:
     if origin is dict:
         return dict(value) if isinstance(value, Mapping) else MISSING
     if origin is list:
-        return [str(item) for item in value] if isinstance(value, (list, tuple, set)) else MISSING
+        if not isinstance(value, (list, tuple, set)):
+            return MISSING
+        (each,) = get_args(kind) or (str,)
+        made = [str(item) if each is str else _as(item, each) for item in value]
+        return MISSING if any(item is MISSING for item in made) else made
     if value is None or isinstance(value, (bool, list, tuple, set, Mapping)):
         return MISSING
     if origin is str:

@@ -15,33 +15,36 @@ A task is named in one of three ways:
 |---|---|---|---|
 | generated | the answer | the whole answer is the model's most likely one | of the answer, end of turn included |
 | multiple choice | the right option's text | the likeliest option, per token, is the right one | of the right option |
+| classification | the class | the likeliest class is the right one | of the right class, per text |
 | others | the solution's text | the generated solution is right by the benchmark's metric | of the solution |
 
 Losses are negative log-likelihoods of the right answers in nats per token. They tell models apart long before their
-accuracies do.
+accuracies do. Classification (GLUE) is for encoders with a classification head, all others for causal language models.
 """
 
 from __future__ import annotations
 
 import abc
 import os
+import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.benchmarks import Benchmark, Example, benchmark, find_benchmark
 from dynalora.evaluation.files import file_rows, split_files
-from dynalora.evaluation.generation import generate
+from dynalora.evaluation.generation import batches_by_length, evaluating, generate
 from dynalora.evaluation.metrics import Metric
 from dynalora.evaluation.multiple_choice import Choice, option_scores
 from dynalora.evaluation.numbers import MARK
+from dynalora.evaluation.run import model_window
 from dynalora.evaluation.scoring import answer_loss
 from dynalora.evaluation.sources import Row
 from dynalora.evaluation.statistics import Estimate, Interval, ratio, wilson
 from dynalora.evaluation.tasks import Item, load_task
-from dynalora.experiments.data import IGNORED, TokenizedSet, Tokens, tokenize
+from dynalora.experiments.data import IGNORED, Collator, TokenizedSet, Tokens, tokenize
 from dynalora.experiments.settings import named_values
 from dynalora.progress import Progress, silent
 
@@ -82,11 +85,29 @@ class TaskScore:
             [`Measuring`][dynalora.experiments.tasks.Measuring]).
         loss: negative log-likelihood of the right answers, nats per token, with its standard error over the questions.
         questions: number of questions that the loss is over.
+        losses: negative log-likelihood of each right answer, in nats, summed over its tokens.
+        counts: number of tokens of each right answer.
+        metrics: the benchmark's own numbers where they are others than accuracy, by name (Matthews' correlation, …).
     """
 
     correct: tuple[bool, ...]
     loss: Estimate
     questions: int
+    losses: tuple[float, ...] = field(default=(), repr=False)
+    counts: tuple[int, ...] = field(default=(), repr=False)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        correct: Sequence[bool],
+        losses: Sequence[float],
+        counts: Sequence[int],
+        metrics: Mapping[str, float] | None = None,
+    ) -> TaskScore:
+        """The score out of what single questions gave."""
+        loss = ratio(losses, counts)
+        return cls(tuple(correct), loss, len(losses), tuple(losses), tuple(counts), dict(metrics or {}))
 
     @property
     def accuracy(self) -> Interval | None:
@@ -104,13 +125,23 @@ class TaskScore:
             "loss_error": self.loss.error,
             "questions": self.questions,
             "correct": [int(own) for own in self.correct],
+            "losses": list(self.losses),
+            "counts": list(self.counts),
+            "metrics": dict(self.metrics),
         }
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> TaskScore:
         """The score out of what `record` gave."""
         correct = tuple(bool(own) for own in record["correct"])
-        return cls(correct, Estimate(record["loss"], record["loss_error"]), int(record["questions"]))
+        return cls(
+            correct,
+            Estimate(record["loss"], record["loss_error"]),
+            int(record["questions"]),
+            tuple(record.get("losses", ())),
+            tuple(record.get("counts", ())),
+            dict(record.get("metrics", {})),
+        )
 
 
 @dataclass(frozen=True)
@@ -126,9 +157,48 @@ class ExperimentTask(abc.ABC):
     about: str
 
     @property
+    def head(self) -> str:
+        """What the model must have on top: `lm`, or `classes` for a classification head."""
+        return "lm"
+
+    @property
+    def labels(self) -> int:
+        """Number of classes of a classification head; 1: a value."""
+        return 1
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """Makes batches of what `training` returns."""
+        return Collator(tokenizer.pad_token_id or 0)
+
+    @property
     @abc.abstractmethod
     def items(self) -> Sequence[Item]:
         """The training questions with their answers."""
+
+    def validation(self, count: int, *, seed: int = 0) -> tuple[ExperimentTask, ExperimentTask]:
+        """Set training questions aside to choose settings on, so that the held-out ones only judge.
+
+        Args:
+            count: number of questions to set aside.
+            seed: fixes which.
+
+        Returns:
+            The task without them, and the task with them as its held-out questions.
+
+        Raises:
+            ConfigError: there are not that many.
+        """
+        own: Any = self
+        if not 0 < count < len(own.train):
+            raise ConfigError(
+                f"{count} questions to choose settings on cannot be set aside of the {len(own.train):,} training "
+                f"questions of {self.name}; set aside fewer."
+            )
+        aside = set(random.Random(seed).sample(range(len(own.train)), count))
+        parts: tuple[list[Any], list[Any]] = ([], [])
+        for index, item in enumerate(own.train):
+            parts[index in aside].append(item)
+        return replace(own, train=tuple(parts[0])), replace(own, held_out=tuple(parts[1]))
 
     @abc.abstractmethod
     def measure(
@@ -204,7 +274,7 @@ class AnswerTask(ExperimentTask):
         rows = _tokens(self.held_out, tokenizer, how.system).rows
         what = f"Measuring {name} on {self.name}"
         found = answer_loss(model, rows, batch_size=how.batch_size, what=what, progress=progress)
-        return TaskScore(found.greedy, ratio(found.sums, found.counts), len(rows))
+        return TaskScore.of(found.greedy, found.sums, found.counts)
 
 
 @dataclass(frozen=True)
@@ -232,7 +302,7 @@ class ChoiceTask(ExperimentTask):
             model, tokenizer, self.held_out, system=how.system, batch_size=how.batch_size,
             name=f"{name} on {self.name}", progress=progress,
         )  # fmt: skip
-        return TaskScore(found.correct(), found.right_loss_per_token, len(self.held_out))
+        return TaskScore.of(found.correct(), found.right_losses, found.right_counts)
 
 
 @dataclass(frozen=True)
@@ -260,10 +330,9 @@ class GenerationTask(ExperimentTask):
         rows = _tokens([_item(example) for example in self.held_out], tokenizer, how.system).rows
         what = f"Measuring {name} on {self.name}"
         found = answer_loss(model, rows, batch_size=how.batch_size, what=what, progress=progress)
-        loss = ratio(found.sums, found.counts)
         asked = self.held_out[: how.generated]
         if not asked:
-            return TaskScore((), loss, len(rows))
+            return TaskScore.of((), found.sums, found.counts)
         said = generate(
             model, tokenizer, [_prompt(row) for row in rows[: how.generated]],
             max_new_tokens=how.generated_tokens, batch_size=how.batch_size, stop=self.benchmark.stop,
@@ -272,7 +341,100 @@ class GenerationTask(ExperimentTask):
         metric = _right_or_wrong(self.benchmark)
         assert metric is not None  # a task is made of no other benchmarks
         right = metric.score(said, [example.reference for example in asked])[1][metric.names[0]]
-        return TaskScore(tuple(bool(value) for value in right), loss, len(rows))
+        return TaskScore.of([bool(value) for value in right], found.sums, found.counts)
+
+
+@dataclass(frozen=True)
+class ClassTask(ExperimentTask):
+    """Texts, alone or in pairs, to be put into classes (or valued) by a model with a classification head.
+
+    A value's loss is its squared error, and no answer is simply right.
+    """
+
+    benchmark: Benchmark = field(repr=False)
+    train: tuple[Example, ...] = field(repr=False)
+    held_out: tuple[Example, ...] = field(repr=False)
+
+    @property
+    def head(self) -> str:
+        return "classes"
+
+    @property
+    def labels(self) -> int:
+        return self.benchmark.labels
+
+    @property
+    def items(self) -> Sequence[Item]:
+        return [Item(example.prompt, str(example.reference)) for example in self.train]
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        from transformers import DataCollatorWithPadding
+
+        return DataCollatorWithPadding(tokenizer)
+
+    def training(
+        self, tokenizer: PreTrainedTokenizerBase, *, system: str = "", max_length: int = 512
+    ) -> TokenizedSet:
+        """The training texts as token ids with their class; longer ones lose their end."""
+        rows, cut = self._rows(self.train, tokenizer, max_length)
+        return TokenizedSet(cast("list[Tokens]", rows), cut, 0)
+
+    def _rows(
+        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> tuple[list[dict[str, Any]], int]:
+        rows, cut = [], 0
+        for example in examples:
+            made = tokenizer(example.prompt, example.second or None, truncation=True, max_length=max_length)
+            cut += len(made["input_ids"]) >= max_length
+            value = float(example.reference) if self.labels == 1 else int(example.reference)
+            rows.append({**made, "labels": value})
+        return rows, cut
+
+    def measure(
+        self,
+        model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        how: Measuring | None = None,
+        *,
+        name: str = "the model",
+        progress: Progress = silent,
+    ) -> TaskScore:
+        import torch
+        import torch.nn.functional as F
+
+        how = how or Measuring()
+        room = min(512, model_window(model, tokenizer))
+        rows, _ = self._rows(self.held_out, tokenizer, room)
+        device, collate = next(model.parameters()).device, self.collator(tokenizer)
+        losses, predicted = [0.0] * len(rows), [0.0] * len(rows)
+        what, done = f"Measuring {name} on {self.name}", 0
+        progress(what, 0, len(rows))
+        with evaluating(model), torch.inference_mode():
+            for batch in batches_by_length([len(row["input_ids"]) for row in rows], how.batch_size):
+                made = {key: value.to(device) for key, value in collate([rows[i] for i in batch]).items()}
+                truth = made.pop("labels")
+                logits = model(**made).logits.float()
+                if self.labels == 1:
+                    values, apart = logits[:, 0], (logits[:, 0] - truth) ** 2
+                else:
+                    values, apart = logits.argmax(-1), F.cross_entropy(logits, truth, reduction="none")
+                for index, value, loss in zip(batch, values.tolist(), apart.tolist(), strict=True):
+                    predicted[index], losses[index] = value, loss
+                done += len(batch)
+                progress(what, done, len(rows))
+        references = [example.reference for example in self.held_out]
+        answers: list[Any] = predicted if self.labels == 1 else [int(value) for value in predicted]
+        found: dict[str, float] = {}
+        for metric in self.benchmark.metrics:
+            intervals, _ = metric.score(answers, references)
+            found |= {own: interval.value for own, interval in intervals.items()}
+        found.pop("accuracy", None)
+        right = (
+            []
+            if self.labels == 1
+            else [own == int(truth) for own, truth in zip(answers, references, strict=True)]
+        )
+        return TaskScore.of(right, losses, [1] * len(losses), found)
 
 
 def _item(example: Example) -> Item:
@@ -379,7 +541,7 @@ def _from_files(path: Path, held_out: int, train_limit: int | None) -> Experimen
 def _from_benchmark(
     known: Benchmark, data: str | os.PathLike[str] | None, held_out: int, train_limit: int | None
 ) -> ExperimentTask:
-    if _right_or_wrong(known) is None:
+    if _right_or_wrong(known) is None and known.how != "classify":
         raise ConfigError(
             f"The answers to {known.name} are not simply right or wrong; choose another task, "
             "such as arc_easy or gsm8k."
@@ -407,6 +569,8 @@ def _task(
     if not kept:
         raise DataError(f"Every training question of {name} is also held out; give other files.")
     about = f"{name}: {len(kept):,} training questions of {places[0]}, {len(aside):,} held out of {places[1]}"
+    if known.how == "classify":
+        return ClassTask(name, about, known, tuple(kept), tuple(aside))
     choices, later = ([own.choice for own in part if own.choice is not None] for part in (kept, aside))
     if len(choices) == len(kept) and len(later) == len(aside):
         return ChoiceTask(name, about, tuple(choices), tuple(later))
@@ -414,5 +578,5 @@ def _task(
 
 
 def _key(example: Example) -> str:
-    question = example.prompt if example.choice is None else example.choice.question
+    question = f"{example.prompt} {example.second}" if example.choice is None else example.choice.question
     return " ".join(question.split()).casefold()

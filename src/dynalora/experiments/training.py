@@ -381,6 +381,7 @@ def train_adapter(
     label: str | None = None,
     console: Console | None = None,
     monitor: RetentionMonitor | None = None,
+    collator: Any = None,
 ) -> TrainResult:
     """Attach an adapter to a base model and train it, train one that is attached already, or train the whole model.
 
@@ -398,6 +399,7 @@ def train_adapter(
         console: where progress is shown; None: nowhere.
         monitor: follows how much is left of the base model. If it keeps the best state and has no score, the held-out
             loss is what it goes by.
+        collator: makes batches of rows that are no conversations; without held-out set only. None: pads conversations.
 
     Returns:
         The trained model with its measurements.
@@ -414,7 +416,8 @@ def train_adapter(
     if len(train_dataset) == 0:
         raise DataError("The training set is empty; give at least one row.")
     set_seed(how.seed)
-    caching = model.config.use_cache
+    own = collator
+    caching = getattr(model.config, "use_cache", None)
     adapted: Any = model if config is None else peft.get_peft_model(model, config)
     prompts = False
     if isinstance(adapted, peft.PeftModel):
@@ -496,7 +499,7 @@ def train_adapter(
         args=arguments,
         optimizers=(own_optimizer, None),
         train_dataset=train_dataset,
-        data_collator=collator,
+        data_collator=collator if own is None else own,
         processing_class=tokenizer,
         # Called before the recorder, so that a step's time contains what the method does in it.
         callbacks=[*callbacks, *([monitor] if monitor is not None else [])],
@@ -513,7 +516,8 @@ def train_adapter(
     finally:
         show.end()
         scratch.cleanup()
-        adapted.config.use_cache = caching
+        if caching is not None:
+            adapted.config.use_cache = caching
         if how.gradient_checkpointing:
             getattr(model, f"{_CHECKPOINTING}_disable")()
     seconds = time.perf_counter() - began

@@ -97,8 +97,8 @@ def modules_to_zero(
 def zero_updates(model: nn.Module, modules: Sequence[str], adapter_name: str | None = None) -> None:
     """Make the updates of some matrices zero for good; they can be trained again.
 
-    Of PEFT's LoRA, DiRA, DISeL and PE-DyRA the up factor (LoRA's B) becomes zero; DisLoRA's factors go back to their
-    start, which is the zero update.
+    Of PEFT's LoRA, DiRA, DISeL and PE-DyRA the up factor (LoRA's B) becomes zero, of AdaLoRA the singular values;
+    DisLoRA's factors go back to their start, which is the zero update.
 
     Args:
         model: model with an adapter of dynalora or a PEFT LoRA.
@@ -127,7 +127,9 @@ def zero_updates(model: nn.Module, modules: Sequence[str], adapter_name: str | N
         if isinstance(module, AdapterLayer):
             module.zero_update(adapter)
         else:
-            _lora(module).lora_B[adapter].weight.zero_()
+            lora = _lora(module)
+            # AdaLoRA keeps its directions orthogonal and starts with singular values of zero.
+            (lora.lora_E[adapter] if hasattr(lora, "lora_E") else lora.lora_B[adapter].weight).zero_()
 
 
 def _refuse_unzeroable(module: BaseTunerLayer, adapter: str) -> None:
@@ -136,6 +138,8 @@ def _refuse_unzeroable(module: BaseTunerLayer, adapter: str) -> None:
     if isinstance(module, AdapterLayer):
         return
     lora = _lora(module)
+    if hasattr(lora, "lora_E"):
+        return
     if adapter in getattr(lora, "lora_magnitude_vector", {}) or lora.lora_B[adapter].bias is not None:
         raise UnsupportedError(
             f"The LoRA adapter '{adapter}' changes more than its two factors (use_dora or lora_bias), so zeroing "

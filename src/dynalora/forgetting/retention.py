@@ -388,7 +388,7 @@ def retention(
     model: torch.nn.Module,
     text: MeasuredText,
     *,
-    base: BasePredictions | None = None,
+    base: BasePredictions | torch.nn.Module | None = None,
     batch_size: int = 8,
     chunk: int = 256,
     name: str = "the model",
@@ -405,7 +405,8 @@ def retention(
     Args:
         model: a PEFT model; its active adapters are what is measured. Without any, all distances are 0.
         text: from `own_text`, written by this very base model, or from `given_text`.
-        base: from `base_predictions`, to leave the base model's pass out.
+        base: from `base_predictions`, to leave the base model's pass out; or the base model itself, where switching
+            adapters off does not give it back (full fine-tuning, PiSSA).
         batch_size: texts per batch.
         chunk: positions of which all V probabilities are held in float32 at a time.
         name: of the model, for `progress`.
@@ -418,8 +419,10 @@ def retention(
         ConfigError: batch_size or chunk below 1; the text was written by another model; or `base` is for another text.
         UnsupportedError: an adapter is merged into the weights.
     """
-    _check(model, text, batch_size, chunk)
-    if base is not None and base.text != text:
+    apart = base if isinstance(base, torch.nn.Module) else None
+    made = base if isinstance(base, BasePredictions) else None
+    _check(model, text, batch_size, chunk, writer=apart)
+    if made is not None and made.text != text:
         raise ConfigError(
             "The base predictions were made on another text; make them again with base_predictions()."
         )
@@ -428,12 +431,12 @@ def retention(
     done = 0
     progress(what, 0, len(text.rows))
     # Not inference_mode: a model in training may keep what it computes here, such as rotary frequencies.
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), evaluating(apart or model), torch.no_grad():
         for batch in _batches(text, batch_size):
-            kept = [base.log_probs[index] for index in batch] if base else []
+            kept = [made.log_probs[index] for index in batch] if made else []
             reference = [part for part in kept if part is not None]
             if len(reference) < len(batch):
-                reference = _written(model, text, batch, off=True)
+                reference = _written(apart or model, text, batch, off=True)
             tuned = _written(model, text, batch, off=False)
             for index, first, second in zip(batch, reference, tuned, strict=True):
                 totals[index] = _distances(first, second, _targets(text, index, second.device), chunk)
@@ -520,12 +523,18 @@ def adapters_off(model: torch.nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(trained)
 
 
-def _check(model: torch.nn.Module, text: MeasuredText, batch_size: int, chunk: int) -> None:
+def _check(
+    model: torch.nn.Module,
+    text: MeasuredText,
+    batch_size: int,
+    chunk: int,
+    writer: torch.nn.Module | None = None,
+) -> None:
     for what, value in (("batch_size", batch_size), ("chunk", chunk)):
         if value < 1:
             raise ConfigError(f"{what} is {value}; give 1 or more.")
     _refuse_merged(model)
-    if isinstance(text, OwnText) and fingerprint(model) != text.fingerprint:
+    if isinstance(text, OwnText) and fingerprint(writer or model) != text.fingerprint:
         raise ConfigError("The text was written by another base model; write it anew with own_text().")
 
 

@@ -1,0 +1,857 @@
+"""Methods against each other: methods × learning rates × seeds × tasks, as cells that are run once each.
+
+A cell is one training run with its measurements. It runs in a process of its own, so that its peak memory is its own
+and a crash is its own, and leaves one file, all at once. Any number of `dynalora compare` may work on the same folder
+at the same time, on one machine or on several that share it: each takes cells that no other has taken.
+
+The learning rate is chosen for each method and task from the same grid: the first seed runs at all rates, the lowest
+loss on questions that were set aside of the training ones wins, and the other seeds run at that rate only. Held-out
+questions are never chosen on.
+
+Layout of the folder::
+
+    config.yaml                                the settings of whoever came last
+    cells/arc_easy/dira_r16_lr0.0005_seed42.json   everything that was measured
+    cells/….json.lock                          taken by a process that lives
+    logs/….log                                 what the cell said
+    cells.csv, results.csv, results.json, results.md, results.tex, report.html, plots/
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+import yaml
+
+from dynalora.errors import ConfigError, DynaloraError, RunFolderError
+from dynalora.experiments.baselines import label_of
+from dynalora.experiments.finetune import (
+    check_targets,
+    compared_config,
+    empty_model,
+    local_model_name,
+)
+from dynalora.experiments.lab import LabSettings, read_result
+from dynalora.experiments.run_folder import CONFIG, write_atomic
+from dynalora.experiments.settings import coerce, did_you_mean, named_values, read_yaml
+from dynalora.experiments.tasks import ExperimentTask
+from dynalora.experiments.training import TrainSettings
+from dynalora.methods import method_names as own_methods
+from dynalora.progress import rich_progress
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from rich.console import Console
+    from torch import nn
+
+BASE = "base"
+"""The label of the untouched model."""
+
+CELLS = "cells"
+TASK_TYPES = {"lm": "CAUSAL_LM", "classes": "SEQ_CLS"}
+_OF_A_VARIANT = ("method", "r", "alpha", "dropout", "target_modules", "learning_rates", "match")
+_GROWS = (
+    "tasks", "output", "methods", "variants", "reference", "learning_rates", "learning_rate", "seeds", "all_rates",
+    "jobs", "threads",
+)  # fmt: skip
+"""Settings that may differ between calls on the same folder: what more to run, and how many at once."""
+TAKEN = 75
+"""Exit status of a cell that another process has taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSpec(LabSettings, TrainSettings):
+    """What `dynalora compare` does.
+
+    Attributes:
+        tasks: what to train on and to measure; see [`tasks`][dynalora.experiments.tasks]. Either all of them are
+            classification, or none is.
+        output: the folder: new, or with cells of the same comparison.
+        methods: names of methods, PEFT's and `full` included, or files with PEFT configurations.
+        variants: more to compare: label → settings with `method` and any of `r`, `alpha`, `dropout`,
+            `target_modules`, `learning_rates`, `match` (whether its parameters are matched) and fields of the
+            method's configuration.
+        reference: the label that all others are compared with.
+        r: rank of the reference, and of all where parameters are not matched.
+        alpha: updates are scaled by alpha / r; None: each method's default.
+        dropout: on the adapter's input.
+        target_modules: names of the modules to adapt, a regular expression, or `all-linear`.
+        match_parameters: choose each method's rank so that it trains as many parameters as the reference does.
+        learning_rates: the grid; empty: `learning_rate` alone.
+        seeds: number of runs per method; their seeds are `seed`, `seed` + 1, …
+        all_rates: run every seed at every learning rate, and not only at the chosen one.
+        validation: number of training questions that the learning rate is chosen on.
+        retention: measure what was forgotten, on text that the base model writes itself; causal models only.
+        texts: further text to measure that on, each as `NAME=SOURCE`.
+        jobs: cells at the same time; None: one per GPU, or one.
+    """
+
+    tasks: list[str]
+    output: str
+    methods: list[str] = field(default_factory=lambda: ["lora", *own_methods()])
+    variants: dict[str, Any] = field(default_factory=dict)
+    reference: str = "lora"
+    r: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    target_modules: list[str] | str = "all-linear"
+    match_parameters: bool = True
+    learning_rates: list[float] = field(default_factory=list)
+    steps: int | None = 100
+    seeds: int = 3
+    all_rates: bool = False
+    validation: int = 100
+    retention: bool = True
+    texts: list[str] = field(default_factory=list)
+    jobs: int | None = None
+
+    def _check(self) -> None:
+        super()._check()
+        self._check_lab()
+        if self.steps is None:
+            raise ConfigError("steps is missing; give the number of optimizer steps.")
+        for name in ("r", "seeds", "jobs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; give a whole number of at least 1.")
+        for name in ("tasks", "methods"):
+            listed = getattr(self, name)
+            if not listed and not (name == "methods" and self.variants):
+                raise ConfigError(f"{name} is empty; name at least one.")
+            if len(set(listed)) < len(listed):
+                raise ConfigError(f"{name} names one twice: {', '.join(listed)}.")
+        if self.validation < 1 and self.chooses:
+            raise ConfigError(
+                f"validation is {self.validation}, and there are several learning rates to choose from; set some "
+                "training questions aside, or run them all with all_rates."
+            )
+        for text in self.texts:
+            name, sign, source = text.partition("=")
+            if not (sign and name.strip() and source.strip()):
+                raise ConfigError(f"texts has '{text}'; write it as NAME=SOURCE.")
+        if len({text.partition("=")[0].strip() for text in self.texts}) < len(self.texts):
+            raise ConfigError(f"texts uses a name twice: {', '.join(self.texts)}.")
+        self.contestants()
+
+    @property
+    def chooses(self) -> bool:
+        """Whether some learning rate is chosen on the questions set aside."""
+        given = [len(own.get("learning_rates") or self.rates) for own in self._variants().values()]
+        return not self.all_rates and max([len(self.rates), *given]) > 1
+
+    @property
+    def rates(self) -> list[float]:
+        """The grid of learning rates."""
+        return self.learning_rates or [self.learning_rate]
+
+    @property
+    def run_seeds(self) -> list[int]:
+        """The seeds of the runs."""
+        return list(range(self.seed, self.seed + self.seeds))
+
+    def settings(self) -> dict[str, Any]:
+        """What `config.yaml` holds."""
+        own = [name for name in CompareSpec.__annotations__]
+        names = [item.name for item in fields(self)]
+        return {name: getattr(self, name) for name in [*own, *(name for name in names if name not in own)]}
+
+    def _variants(self) -> dict[str, dict[str, Any]]:
+        found = {}
+        for label, told in self.variants.items():
+            if not isinstance(told, Mapping) or "method" not in told:
+                raise ConfigError(f"The variant '{label}' does not say its method; give it as method: NAME.")
+            found[str(label)] = dict(told)
+        return found
+
+    def contestants(self) -> list[Contestant]:
+        """What is compared, the reference first.
+
+        Raises:
+            ConfigError: an unknown method or setting, a label that is used twice or is no file name, or a reference
+                that is not among them.
+        """
+        given = {label_of(name): {"method": name} for name in self.methods}
+        for label, values in self._variants().items():
+            if label in given:
+                raise ConfigError(
+                    f"'{label}' is the name of a method and of a variant; call the variant otherwise."
+                )
+            given[label] = values
+        found = []
+        for label, values in given.items():
+            told: dict[str, Any] = dict(values)
+            if label == BASE or not re.fullmatch(r"[\w.+\-]+", label) or re.search(r"_(r|lr|seed)\d", label):
+                raise ConfigError(
+                    f"The label '{label}' becomes a file name; use letters, digits, '-', '+' and '.', and not '{BASE}'."
+                )
+            options = {name: value for name, value in told.items() if name not in _OF_A_VARIANT}
+            rates = coerce(
+                told.get("learning_rates") or self.rates, list[float], f"learning_rates of '{label}'"
+            )
+            if any(not (math.isfinite(rate) and rate > 0) for rate in rates):
+                raise ConfigError(f"The learning rates of '{label}' are {rates}; give numbers above 0.")
+            own = Contestant(
+                label=label,
+                method=str(told["method"]),
+                r=int(told.get("r", self.r)),
+                alpha=told.get("alpha", self.alpha),
+                dropout=float(told.get("dropout", self.dropout)),
+                target_modules=told.get("target_modules", self.target_modules),
+                options=options,
+                learning_rates=tuple(sorted(set(rates))),
+                # A rank that is given is meant.
+                matches=bool(told.get("match", self.match_parameters and "r" not in told)),
+            )
+            own.config("CAUSAL_LM")  # a wrong setting is told at once
+            found.append(own)
+        labels = [own.label for own in found]
+        if self.reference not in labels:
+            raise ConfigError(
+                f"The reference '{self.reference}' is not among what is compared; "
+                f"{did_you_mean(self.reference, labels)}."
+            )
+        return sorted(found, key=lambda own: own.label != self.reference)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """One method with its settings.
+
+    Attributes:
+        label: for tables, plots and file names.
+        method: its name.
+        r: its rank.
+        alpha: None: the method's default.
+        dropout: on the adapter's input.
+        target_modules: which modules it adapts.
+        options: further fields of its configuration.
+        learning_rates: rising.
+        matches: whether its rank is chosen by the number of parameters.
+        parameters: number of parameters that it trains; None: not counted yet.
+        off: their number relative to the reference's, minus 1.
+    """
+
+    label: str
+    method: str
+    r: int
+    alpha: float | None
+    dropout: float
+    target_modules: list[str] | str
+    options: Mapping[str, Any]
+    learning_rates: tuple[float, ...]
+    matches: bool
+    parameters: int | None = None
+    off: float = 0.0
+
+    def config(self, task_type: str) -> PeftConfig | None:
+        """The adapter's configuration; None for full fine-tuning.
+
+        Raises:
+            ConfigError: the method or one of its settings.
+        """
+        return compared_config(
+            self.method, r=self.r, alpha=self.alpha, dropout=self.dropout, target_modules=self.target_modules,
+            options=self.options, task_type=task_type,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run: what its numbers depend on, besides the settings that all cells share.
+
+    Attributes:
+        task: as the settings name it.
+        place: the task's name in file names.
+        label: what is run.
+        method: its method; `base`: nothing is trained.
+        r: its rank.
+        alpha: None: the method's default.
+        dropout: on the adapter's input.
+        target_modules: which modules it adapts.
+        options: further fields of the configuration.
+        learning_rate: the peak.
+        seed: of the adapter's start, the order of the data and dropout.
+    """
+
+    task: str
+    place: str
+    label: str
+    method: str
+    r: int = 0
+    alpha: float | None = None
+    dropout: float = 0.0
+    target_modules: list[str] | str = "all-linear"
+    options: dict[str, Any] = field(default_factory=dict)
+    learning_rate: float = 0.0
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """The cell's place in the folder, without its ending."""
+        if self.method == BASE:
+            return f"{self.place}/{BASE}"
+        return f"{self.place}/{self.label}_r{self.r}_lr{self.learning_rate:g}_seed{self.seed}"
+
+    @property
+    def title(self) -> str:
+        """The cell in words."""
+        if self.method == BASE:
+            return f"{self.place}: base model"
+        return f"{self.place}: {self.label}, lr {self.learning_rate:g}, seed {self.seed}"
+
+    def config(self, task_type: str) -> PeftConfig | None:
+        """The adapter's configuration; None for full fine-tuning."""
+        return compared_config(
+            self.method, r=self.r, alpha=self.alpha, dropout=self.dropout, target_modules=self.target_modules,
+            options=self.options, task_type=task_type,
+        )  # fmt: skip
+
+
+def shared_settings(spec: CompareSpec) -> dict[str, Any]:
+    """The settings that all cells of a folder have in common, as JSON holds them."""
+    kept = {name: value for name, value in spec.settings().items() if name not in _GROWS}
+    for name in ("r", "alpha", "dropout", "target_modules", "match_parameters"):
+        kept.pop(name)  # each cell says its own
+    plain: dict[str, Any] = json.loads(json.dumps(kept))
+    return plain
+
+
+def variant_from(text: str) -> tuple[str, dict[str, Any]]:
+    """`LABEL=METHOD,NAME=VALUE,…` as label and settings; several learning rates are parted by `/`.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
+    label, sign, rest = text.partition("=")
+    method, *pairs = [part.strip() for part in rest.split(",")]
+    if not (sign and label.strip() and method) or "=" in method:
+        raise ConfigError(f"The variant '{text}' is not of the form LABEL=METHOD,NAME=VALUE,….")
+    told = named_values(pair for pair in pairs if pair)
+    if "learning_rates" in told:
+        told["learning_rates"] = str(told["learning_rates"]).split("/")
+    return label.strip(), {"method": method, **told}
+
+
+# --- the folder -------------------------------------------------------------------------------------------------
+
+
+class CellStore:
+    """Where cells are kept and taken.
+
+    Args:
+        folder: the comparison's folder.
+        shared: what all cells have in common.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], shared: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.shared = dict(shared)
+
+    def file(self, cell: Cell) -> Path:
+        """Where a cell's result is, or will be."""
+        return self.folder / CELLS / f"{cell.name}.json"
+
+    def log(self, cell: Cell) -> Path:
+        """Where a cell says what it does."""
+        return self.folder / "logs" / f"{cell.name}.log"
+
+    def read(self, cell: Cell) -> dict[str, Any] | None:
+        """A cell's result; None if it has not been run.
+
+        Raises:
+            RunFolderError: the file is damaged, or the cell was run with other settings.
+        """
+        file = self.file(cell)
+        found = read_result(file)
+        if found is None:
+            return None
+        wanted = {**self.shared, **json.loads(json.dumps(asdict(cell)))}
+        there = {**found.get("settings", {}), **found.get("cell", {})}
+        # The same files may lie elsewhere, as on another machine.
+        differing = [
+            f"{name} was {there.get(name)!r}, now {value!r}"
+            for name, value in wanted.items()
+            if there.get(name) != value and name not in ("task", "data", "model", "texts")
+        ]
+        if differing:
+            raise RunFolderError(
+                f"The cell '{file}' was run with other settings ({'; '.join(differing)}); take the same ones, choose "
+                "another output folder, or delete the cell to run it anew."
+            )
+        return found
+
+    def write(self, cell: Cell, result: Mapping[str, Any]) -> None:
+        """Keep a cell's result, all of it or nothing."""
+        content = {"settings": self.shared, "cell": asdict(cell), **result}
+        write_atomic(self.file(cell), json.dumps(content) + "\n")
+
+    def lock(self, cell: Cell) -> filelock.BaseFileLock:
+        """A lock that belongs to whoever runs the cell, and to nobody once that process is dead."""
+        file = self.file(cell)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return filelock.FileLock(f"{file}.lock", timeout=0)
+
+    def taken(self, cell: Cell) -> bool:
+        """Whether a live process runs the cell."""
+        lock = self.lock(cell)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            return True
+        lock.release()
+        return False
+
+    def check(self) -> None:
+        """Make sure that the folder is new or holds cells of a comparison; changes nothing.
+
+        Raises:
+            RunFolderError: it is a file or holds something else.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RunFolderError(f"The output '{self.folder}' is a file; choose another folder.")
+        there = sorted(entry.name for entry in self.folder.iterdir()) if self.folder.exists() else []
+        there = [name for name in there if not name.endswith((".tmp", ".lock"))]
+        if there and not {CONFIG, CELLS} & set(there):
+            raise RunFolderError(
+                f"The folder '{self.folder}' is not empty and holds no comparison (found {', '.join(there[:3])}); "
+                "choose another output folder."
+            )
+        if there and "tasks" not in (read_yaml(self.folder / CONFIG) if CONFIG in there else {"tasks": []}):
+            raise RunFolderError(
+                f"The folder '{self.folder}' holds another kind of run; choose another output folder."
+            )
+
+    def open(self, settings: Mapping[str, Any]) -> None:
+        """Make the folder, and write the settings of whoever came last.
+
+        Raises:
+            RunFolderError: as `check`, or it cannot be written.
+        """
+        self.check()
+        try:
+            (self.folder / CELLS).mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(json.loads(json.dumps(dict(settings))), sort_keys=False, allow_unicode=True)
+            write_atomic(self.folder / CONFIG, text)
+        except OSError as error:
+            raise RunFolderError(
+                f"The folder '{self.folder}' cannot be written ({error.strerror or error}); choose another."
+            ) from error
+
+
+# --- the grid ---------------------------------------------------------------------------------------------------
+
+
+class Grid:
+    """Which cells there are, and which are to be run next.
+
+    Args:
+        spec: what is compared.
+        contestants: with their ranks.
+        places: each task's name in file names.
+        store: the cells' results.
+    """
+
+    def __init__(
+        self,
+        spec: CompareSpec,
+        contestants: Sequence[Contestant],
+        places: Mapping[str, str],
+        store: CellStore,
+    ) -> None:
+        self.spec, self.contestants, self.places, self.store = spec, list(contestants), dict(places), store
+        self._found: dict[str, dict[str, Any]] = {}
+
+    @property
+    def total(self) -> int:
+        """Number of cells in all."""
+        runs = 0
+        for own in self.contestants:
+            rates, seeds = len(own.learning_rates), self.spec.seeds
+            runs += rates * seeds if self.spec.all_rates else rates + seeds - 1
+        return len(self.places) * (1 + runs)
+
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        """A cell's result, read once."""
+        if cell.name not in self._found:
+            found = self.store.read(cell)
+            if found is None:
+                return None
+            self._found[cell.name] = found
+        return self._found[cell.name]
+
+    def cell(self, task: str, own: Contestant, rate: float, seed: int) -> Cell:
+        """One cell of a contestant."""
+        return Cell(
+            task=task, place=self.places[task], label=own.label, method=own.method, r=own.r, alpha=own.alpha,
+            dropout=own.dropout, target_modules=own.target_modules, options=dict(own.options), learning_rate=rate,
+            seed=seed,
+        )  # fmt: skip
+
+    def base(self, task: str) -> Cell:
+        """The untouched model on a task."""
+        return Cell(task=task, place=self.places[task], label=BASE, method=BASE)
+
+    def tried(self, task: str, own: Contestant) -> list[Cell]:
+        """The cells that the learning rate is chosen from."""
+        return [self.cell(task, own, rate, self.spec.seed) for rate in own.learning_rates]
+
+    def chosen_rate(self, task: str, own: Contestant) -> float | None:
+        """The learning rate of the lowest loss on the questions set aside; None: not all have been tried."""
+        if len(own.learning_rates) == 1:
+            return own.learning_rates[0]
+        losses = {}
+        for cell in self.tried(task, own):
+            found = self.result(cell)
+            if found is None:
+                return None
+            loss = (found.get("validation") or {}).get("loss")
+            losses[cell.learning_rate] = math.inf if loss is None else float(loss)
+        return min(losses, key=lambda rate: (losses[rate], rate))
+
+    def known(self) -> Iterator[Cell]:
+        """All cells that can be named now; more come to be known as learning rates are chosen.
+
+        Ordered so that what others wait for comes first, and one seed of everything before the next.
+        """
+        spec = self.spec
+        for task in self.places:
+            yield self.base(task)
+        for task in self.places:
+            for own in self.contestants:
+                yield from self.tried(task, own)
+        for seed in spec.run_seeds[1:]:
+            for task in self.places:
+                for own in self.contestants:
+                    if spec.all_rates:
+                        yield from (self.cell(task, own, rate, seed) for rate in own.learning_rates)
+                    elif (rate := self.chosen_rate(task, own)) is not None:
+                        yield self.cell(task, own, rate, seed)
+
+    def open_cells(self) -> list[Cell]:
+        """Known cells without a result."""
+        return [cell for cell in self.known() if self.result(cell) is None]
+
+    def done(self) -> int:
+        """Number of cells with a result."""
+        return sum(self.result(cell) is not None for cell in self.known())
+
+
+# --- planning ---------------------------------------------------------------------------------------------------
+
+
+def plan(
+    spec: CompareSpec, tasks: Mapping[str, ExperimentTask], *, model: nn.Module | None = None
+) -> list[Contestant]:
+    """The contestants with their ranks and numbers of parameters.
+
+    Args:
+        spec: what is compared.
+        tasks: by their source; all with the same head.
+        model: the base model, on the meta device; None: made from the settings.
+
+    Raises:
+        ConfigError: target modules that do not exist, or tasks of both kinds.
+    """
+    from dataclasses import replace
+
+    from dynalora.experiments.budgets import match_parameters, trainable_parameters
+
+    heads = {task.head for task in tasks.values()}
+    if len(heads) > 1:
+        raise ConfigError(
+            "Some tasks are classification and some are not; compare them one after the other, each with its model."
+        )
+    first = next(iter(tasks.values()))
+    task_type = TASK_TYPES[first.head]
+    if model is None:
+        model = empty_model(local_model_name(spec.model), head=first.head, labels=first.labels)
+    contestants = spec.contestants()
+    for own in contestants:
+        config = own.config(task_type)
+        if getattr(config, "target_modules", None) is not None:
+            assert config is not None
+            check_targets(model, config)
+    counted: list[Contestant] = []
+    aim = trainable_parameters(model, contestants[0].config(task_type))
+    for own in contestants:
+        config = own.config(task_type)
+        found = trainable_parameters(model, config)
+        if own.matches and config is not None and own.label != spec.reference and found != aim:
+
+            def make(r: int, pattern: dict[str, int] | None, own: Contestant = own) -> PeftConfig:
+                options = {**own.options, **({"rank_pattern": pattern} if pattern else {})}
+                made = replace(own, r=r, options=options).config(task_type)
+                assert made is not None
+                return made
+
+            matched = match_parameters(make, model, aim)
+            patterns = {
+                name: dict(pattern)
+                for name in ("rank_pattern", "alpha_pattern")
+                if matched.mixed and (pattern := getattr(matched.config, name, None))
+            }
+            own = replace(own, r=matched.r, options={**own.options, **patterns})
+            found = matched.parameters
+        counted.append(replace(own, parameters=found, off=found / aim - 1))
+    return counted
+
+
+def task_places(tasks: Mapping[str, ExperimentTask]) -> dict[str, str]:
+    """Each task's name in file names: its own, made fit for a file and unique."""
+    found: dict[str, str] = {}
+    for source, task in tasks.items():
+        plain = re.sub(r"[^\w.\-]+", "-", task.name).strip("-") or "task"
+        place, number = plain, 2
+        while place in found.values():
+            place, number = f"{plain}-{number}", number + 1
+        found[source] = place
+    return found
+
+
+# --- running ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison came to.
+
+    Attributes:
+        grid: the cells with their results.
+        tasks: by their source.
+        failed: cells that failed in this call, each with the last line it said.
+    """
+
+    grid: Grid
+    tasks: Mapping[str, ExperimentTask]
+    failed: tuple[tuple[Cell, str], ...]
+
+
+def run_compare(spec: CompareSpec, *, console: Console | None = None, apart: bool = True) -> Comparison:
+    """Run all cells that are missing, and write tables, plots and the report.
+
+    Args:
+        spec: what is compared.
+        console: where progress and the closing tables are shown; None: nowhere.
+        apart: run every cell in a process of its own. False: in this one, one after another; their peak memory is then
+            this process's.
+
+    Returns:
+        The cells with their results. One that failed does not stop the others.
+
+    Raises:
+        DynaloraError: whatever is wrong with the settings, the tasks, the folder or the target modules, before
+            anything is run.
+    """
+    from dynalora.experiments.compare_report import show_tables, write_results
+
+    store = CellStore(spec.output, shared_settings(spec))
+    store.check()
+    tasks = {source: spec.load_task(source) for source in spec.tasks}
+    for name in spec.texts:
+        load_text(name)
+    with rich_progress(console) as progress:
+        local_model_name(spec.model, progress=progress)
+    contestants = plan(spec, tasks)
+    grid = Grid(spec, contestants, task_places(tasks), store)
+    grid.done()  # cells with other settings are refused before anything is written
+    store.open(spec.settings())
+    if console is not None:
+        from dynalora.experiments.compare_report import plan_table
+        from dynalora.experiments.report import rich_table
+
+        console.print(rich_table(plan_table(contestants)))
+    failed = (_Runner if apart else _Here)(grid, console).run()
+    comparison = Comparison(grid, tasks, tuple(failed))
+    report = write_results(comparison)
+    if console is not None:
+        show_tables(comparison, console)
+        console.print(f"Report: {report}", highlight=False, markup=False)
+    return comparison
+
+
+def load_text(text: str) -> tuple[str, list[str]]:
+    """The name and the texts of `NAME=SOURCE`."""
+    from dynalora.experiments import data
+    from dynalora.experiments.finetune import MONITORED_TEXTS
+
+    name, _, source = text.partition("=")
+    return name.strip(), data.load_texts(source.strip(), limit=MONITORED_TEXTS)
+
+
+class _Runner:
+    """Runs the grid's open cells, each in a process of its own, several at a time."""
+
+    def __init__(self, grid: Grid, console: Console | None) -> None:
+        self.grid, self.console = grid, console
+        self.jobs = grid.spec.jobs or max(1, len(_devices()))
+        self.failed: list[tuple[Cell, str]] = []
+        self._running: dict[str, tuple[Cell, subprocess.Popen[bytes], int]] = {}
+        self._seconds: list[float] = []
+
+    def run(self) -> list[tuple[Cell, str]]:
+        """Run until nothing is left; returns the cells that failed, each with why."""
+        live = self.console is not None and self.console.is_terminal
+        with (
+            self.console.status("Starting …")
+            if self.console is not None and live
+            else nullcontext() as status
+        ):
+            try:
+                while self._go_on():
+                    if status is not None:
+                        status.update(self._now())
+                    # Without a cell of its own, all that is left is run by others.
+                    time.sleep(0.2 if self._running else 2.0)
+            finally:
+                for _, process, _ in self._running.values():
+                    process.terminate()
+                for _, process, _ in self._running.values():
+                    process.wait()
+        return self.failed
+
+    def _go_on(self) -> bool:
+        """Take what has ended, start what there is room for; returns whether anything is left."""
+        self._collect()
+        self._start()
+        return bool(self._running or self._wanted())
+
+    def _now(self) -> str:
+        """What the running cells say at this moment."""
+        from rich.markup import escape
+
+        if not self._running:
+            return "Other processes run what is left …"
+        said = [
+            f"{cell.title}: {_last_line(self.grid.store.log(cell))}" for cell, _, _ in self._running.values()
+        ]
+        return escape("\n".join(said))
+
+    def _wanted(self) -> list[Cell]:
+        gone = {cell.name for cell, _ in self.failed} | set(self._running)
+        return [cell for cell in self.grid.open_cells() if cell.name not in gone]
+
+    def _start(self) -> None:
+        for cell in self._wanted() if len(self._running) < self.jobs else ():
+            if len(self._running) >= self.jobs:
+                break
+            if self.grid.store.taken(cell):
+                continue
+            slot = min(set(range(self.jobs)) - {slot for _, _, slot in self._running.values()})
+            self._running[cell.name] = (cell, self._process(cell, slot), slot)
+            self._say(f"{cell.title}: started")
+
+    def _process(self, cell: Cell, slot: int) -> subprocess.Popen[bytes]:
+        log = self.grid.store.log(cell)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [
+            sys.executable, "-m", "dynalora.cli.cell", json.dumps(self.grid.spec.settings()),
+            json.dumps(asdict(cell)),
+        ]  # fmt: skip
+        environment = dict(os.environ)
+        if devices := _devices():
+            environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+        with open(log, "wb") as said:
+            return subprocess.Popen(
+                command, stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+            )
+
+    def _collect(self) -> None:
+        for name, (cell, process, _) in list(self._running.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del self._running[name]
+            found = self.grid.result(cell)
+            if found is not None:
+                self._finished(cell, found)
+            elif code != TAKEN:
+                log = self.grid.store.log(cell)
+                self._failed(cell, f"{_last_line(log) or f'exit status {code}'} (all of it: {log})")
+
+    def _finished(self, cell: Cell, found: Mapping[str, Any]) -> None:
+        self._seconds.append(found.get("seconds", 0.0))
+        self._say(f"{cell.title}: {told(found)}{self._left()}")
+
+    def _failed(self, cell: Cell, why: str) -> None:
+        self.failed.append((cell, why))
+        self._say(f"{cell.title}: failed: {why}", style="red")
+
+    def _left(self) -> str:
+        """How long the rest will take, from the cells so far."""
+        left = self.grid.total - self.grid.done() - len(self.failed)
+        if left <= 0 or not self._seconds:
+            return ""
+        seconds = left * sum(self._seconds) / len(self._seconds) / self.jobs
+        return f" (about {duration(seconds)} left)"
+
+    def _say(self, line: str, style: str | None = None) -> None:
+        if self.console is not None:
+            head = f"[{self.grid.done()}/{self.grid.total}] "
+            self.console.print(head + line, highlight=False, markup=False, style=style, soft_wrap=True)
+
+
+class _Here(_Runner):
+    """Runs the cells in this process."""
+
+    def run(self) -> list[tuple[Cell, str]]:
+        from dynalora.experiments.compare_cell import run_cell
+
+        while waiting := self._wanted():
+            cell = waiting[0]
+            self._say(f"{cell.title}: started")
+            try:
+                found = run_cell(self.grid.spec, cell, console=self.console)
+            except filelock.Timeout:
+                time.sleep(2.0)
+            except DynaloraError as error:
+                self._failed(cell, str(error))
+            except Exception as error:  # no cell may take the others with it
+                self._failed(cell, f"{type(error).__name__}: {error}")
+            else:
+                self._finished(cell, found)
+        return self.failed
+
+
+def duration(seconds: float) -> str:
+    """A time in words, in the unit that suits it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def told(found: Mapping[str, Any]) -> str:
+    """A cell's result in a line."""
+    score = found["test"]
+    parts = [] if score["accuracy"] is None else [f"accuracy {100 * score['accuracy']:.1f} %"]
+    parts.append(f"loss {score['loss']:.4f}")
+    parts += [f"KL {name} {kept['kl']:.4f}" for name, kept in (found.get("retention") or {}).items()]
+    return f"{', '.join(parts)}, {duration(found.get('seconds', 0.0))}"
+
+
+def _devices() -> list[str]:
+    """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named and count else [str(index) for index in range(count)]
+
+
+def _last_line(log: Path) -> str:
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return lines[-1][:300] if lines else ""

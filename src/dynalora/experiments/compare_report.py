@@ -1,0 +1,596 @@
+"""What a comparison came to: tables with intervals and paired differences, plots, and one page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynalora.evaluation.statistics import (
+    Difference,
+    Interval,
+    crossed_difference,
+    holm,
+    mean_interval,
+)
+from dynalora.experiments import plots
+from dynalora.experiments.compare import Comparison, Contestant
+from dynalora.experiments.forgetting_plots import plot_bars
+from dynalora.experiments.lab import listing, mean_accuracy, mean_loss
+from dynalora.experiments.report import Cell as TableCell
+from dynalora.experiments.report import (
+    Figure,
+    Report,
+    Section,
+    Table,
+    latex_table,
+    markdown_table,
+    rich_table,
+    write_report,
+)
+from dynalora.experiments.run_folder import write_atomic
+from dynalora.forgetting.drawing import figure, panels, rendered, style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawn
+    from rich.console import Console
+
+Result = Mapping[str, Any]
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One method on one task, at its learning rate, over the seeds that are there.
+
+    Attributes:
+        label: which.
+        place: the task.
+        learning_rate: chosen or only one; None for the base model.
+        edge: the chosen rate is the grid's smallest or largest, and there were others.
+        results: the cells, by seed.
+        accuracy: over the seeds, a share; None where no answer is right or wrong.
+        loss: of the right answers, nats per token (per text for classification).
+        metrics: the benchmark's own numbers.
+        kl: KL(base ‖ tuned) by text, nats per token.
+        accuracy_apart: accuracy minus the reference's.
+        loss_apart: loss minus the reference's.
+        at_reference_loss: KL by text where the method's curve over learning rates has the reference's loss; None where
+            it does not reach it.
+    """
+
+    label: str
+    place: str
+    learning_rate: float | None
+    edge: bool
+    results: Mapping[int, Result] = field(repr=False)
+    accuracy: Interval | None = None
+    loss: Interval | None = None
+    metrics: dict[str, Interval] = field(default_factory=dict)
+    kl: dict[str, Interval] = field(default_factory=dict)
+    accuracy_apart: Difference | None = None
+    loss_apart: Difference | None = None
+    at_reference_loss: dict[str, float | None] = field(default_factory=dict)
+
+    def training(self, name: str) -> list[float]:
+        """A number of the trainings, by seed; without those that do not have it."""
+        values = [result["training"][name] for result in self.results.values() if result.get("training")]
+        return [float(value) for value in values if value is not None]
+
+
+def summaries(comparison: Comparison) -> dict[str, list[Summary]]:
+    """By task: the base model, the reference, the others; what has no result yet is left out."""
+    grid, found = comparison.grid, {}
+    for task, place in grid.places.items():
+        own: list[Summary] = []
+        if (base := grid.result(grid.base(task))) is not None:
+            own.append(_summary("base", place, None, False, {0: base}))
+        for contestant in grid.contestants:
+            rate = grid.chosen_rate(task, contestant)
+            if rate is None:
+                continue
+            cells = [grid.cell(task, contestant, rate, seed) for seed in grid.spec.run_seeds]
+            results = {cell.seed: result for cell in cells if (result := grid.result(cell)) is not None}
+            if results:
+                rates = contestant.learning_rates
+                edge = len(rates) > 1 and rate in (rates[0], rates[-1])
+                own.append(_summary(contestant.label, place, rate, edge, results))
+        found[place] = _against(comparison, task, own)
+    return found
+
+
+def _summary(
+    label: str, place: str, rate: float | None, edge: bool, results: Mapping[int, Result]
+) -> Summary:
+    scores = [result["test"] for result in results.values()]
+    accuracy, loss = mean_accuracy(scores), mean_loss(scores)
+    metrics = {
+        name: mean_interval([score["metrics"][name] for score in scores])
+        for name in scores[0].get("metrics", {})
+    }
+    kept = [result.get("retention") or {} for result in results.values()]
+    kl = {name: mean_interval([own[name]["kl"] for own in kept]) for name in kept[0]}
+    return Summary(label, place, rate, edge, results, accuracy, loss, metrics, kl)
+
+
+def _against(comparison: Comparison, task: str, own: list[Summary]) -> list[Summary]:
+    """The same with differences from the reference, p-values adjusted for their number."""
+    from dataclasses import replace
+
+    grid = comparison.grid
+    reference = next((one for one in own if one.label == grid.spec.reference), None)
+    if reference is None:
+        return own
+    compared = []
+    for one in own:
+        if one is reference or one.label == "base":
+            compared.append(one)
+            continue
+        contestant = next(own for own in grid.contestants if own.label == one.label)
+        compared.append(
+            replace(
+                one,
+                accuracy_apart=_apart(reference, one, _right),
+                loss_apart=_apart(reference, one, _nats),
+                at_reference_loss={
+                    text: _at_loss(curve(comparison, task, contestant, text), _value(reference.loss))
+                    for text in one.kl
+                },
+            )
+        )
+    for name in ("accuracy_apart", "loss_apart"):
+        known = [index for index, one in enumerate(compared) if getattr(one, name) is not None]
+        adjusted = holm([getattr(compared[index], name).p for index in known])
+        for index, p in zip(known, adjusted, strict=True):
+            compared[index] = replace(compared[index], **{name: replace(getattr(compared[index], name), p=p)})
+    return compared
+
+
+def _value(interval: Interval | None) -> float:
+    return math.nan if interval is None else interval.value
+
+
+def _right(score: Mapping[str, Any]) -> list[float]:
+    return [float(own) for own in score["correct"]]
+
+
+def _nats(score: Mapping[str, Any]) -> list[float]:
+    """Per item a value whose mean over the items is the loss per token."""
+    mean = sum(score["counts"]) / max(1, len(score["counts"]))
+    return [own / mean for own in score["losses"]]
+
+
+def _apart(
+    reference: Summary, one: Summary, values: Callable[[Mapping[str, Any]], list[float]]
+) -> Difference | None:
+    """`one` minus the reference over the seeds and items that both have."""
+    seeds = [seed for seed in one.results if seed in reference.results]
+    first = [values(reference.results[seed]["test"]) for seed in seeds]
+    second = [values(one.results[seed]["test"]) for seed in seeds]
+    if not seeds or len(first[0]) < 2 or len(first[0]) != len(second[0]):
+        return None
+    return crossed_difference(first, second)
+
+
+def curve(
+    comparison: Comparison, task: str, contestant: Contestant, text: str
+) -> list[tuple[float, float, float]]:
+    """(learning rate, KL on the text, loss) with growing rates: means over the seeds that ran at each."""
+    grid, points = comparison.grid, []
+    for rate in contestant.learning_rates:
+        results = [grid.result(grid.cell(task, contestant, rate, seed)) for seed in grid.spec.run_seeds]
+        there = [
+            result for result in results if result is not None and text in (result.get("retention") or {})
+        ]
+        if there:
+            kl = statistics.fmean(result["retention"][text]["kl"] for result in there)
+            points.append((rate, kl, statistics.fmean(result["test"]["loss"] for result in there)))
+    return points
+
+
+def _at_loss(points: Sequence[tuple[float, float, float]], loss: float) -> float | None:
+    """KL at which a curve first reaches a loss, linear in log KL between its points; None if it never does."""
+    for (_, first, high), (_, second, low) in itertools.pairwise(points):
+        if high >= loss >= low and high > low and first > 0 and second > 0:
+            part = (high - loss) / (high - low)
+            return math.exp((1 - part) * math.log(first) + part * math.log(second))
+    return None
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def plan_table(contestants: Sequence[Contestant]) -> Table:
+    """What is going to be compared."""
+    rows: list[list[TableCell]] = []
+    for own in contestants:
+        rank = _ranks(own)
+        rates = ", ".join(f"{rate:g}" for rate in own.learning_rates)
+        rows.append([own.label, own.method, rank, own.parameters, f"{100 * own.off:+.1f} %", rates])
+    return Table(
+        ["label", "method", "rank", "trained parameters", "off", "learning rates"], rows, title="Compared",
+        note="off: trained parameters relative to the reference's, which is the first.",
+    )  # fmt: skip
+
+
+def _ranks(own: Contestant) -> str | None:
+    """A method's ranks: one, or the range of a mix; None if it has none."""
+    if own.config("CAUSAL_LM") is None:
+        return None
+    ranks = sorted({own.r, *(own.options.get("rank_pattern") or {}).values()})
+    return f"{ranks[0]} to {ranks[-1]}" if ranks[1:] else str(own.r)
+
+
+def _shown(interval: Interval | None, shape: str, scale: float = 1.0) -> str | None:
+    if interval is None:
+        return None
+    half = scale * (interval.high - interval.low) / 2
+    told = shape.format(scale * interval.value)
+    return told if half == 0 else f"{told} ± {shape.replace('+', '').format(half)}"
+
+
+def _shown_apart(apart: Difference | None, shape: str, scale: float = 1.0) -> str | None:
+    told = _shown(apart, shape, scale)
+    return None if told is None or apart is None else f"{told}{'*' if apart.p < 0.05 else ''}"
+
+
+def result_table(comparison: Comparison, place: str, found: Sequence[Summary]) -> Table:
+    """One task's results."""
+    spec = comparison.grid.spec
+    texts = list(dict.fromkeys(text for one in found for text in one.kl))
+    metrics = list(dict.fromkeys(name for one in found for name in one.metrics))
+    accuracies = any(one.accuracy is not None for one in found)
+    columns = ["method", "lr", "seeds"]
+    columns += ["accuracy, %", f"− {spec.reference}"] if accuracies else []
+    columns += [*metrics, "loss", f"− {spec.reference}, loss"]
+    columns += [f"KL, {text}" for text in texts]
+    columns += [f"KL, {texts[0]}, at {spec.reference}'s loss"] if texts else []
+    rows: list[list[TableCell]] = []
+    for one in found:
+        rate = None if one.learning_rate is None else f"{one.learning_rate:g}{' (edge)' if one.edge else ''}"
+        row: list[TableCell] = [one.label, rate, len(one.results) if one.learning_rate is not None else None]
+        if accuracies:
+            row += [_shown(one.accuracy, "{:.1f}", 100), _shown_apart(one.accuracy_apart, "{:+.1f}", 100)]
+        row += [_shown(one.metrics.get(name), "{:.3f}") for name in metrics]
+        row += [_shown(one.loss, "{:.4f}"), _shown_apart(one.loss_apart, "{:+.4f}")]
+        row += [None if one.learning_rate is None else _shown(one.kl.get(text), "{:.4f}") for text in texts]
+        if texts:
+            at = one.at_reference_loss.get(texts[0])
+            row.append(None if at is None else f"{at:.4f}")
+        rows.append(row)
+    seeds = spec.seeds
+    over = "over the seeds (Student's t)" if seeds > 1 else "over the questions, as there is a single seed"
+    note = (
+        f"± is half of a 95 % interval {over}. Losses of the right answers on held-out questions, nats per token (per "
+        f"text for classification). − {spec.reference}: paired by seed and question, both taken as drawn at random; "
+        "* p < 0.05 after Holm's adjustment for the number of methods."
+    )
+    if texts:
+        note += (
+            " KL(base ‖ tuned) in nats per token: what was forgotten. The last column compares at equal adaptation: KL "
+            f"where the method's curve over learning rates reaches {spec.reference}'s loss; a dash where it does not."
+        )
+    if any(one.edge for one in found):
+        note += (
+            " (edge): the chosen learning rate is the grid's smallest or largest; a wider grid may do better."
+        )
+    return Table(columns, rows, title=place, note=note)
+
+
+def cost_table(comparison: Comparison, found: Mapping[str, Sequence[Summary]]) -> Table:
+    """Parameters, time and memory of every method, over all tasks."""
+    grid = comparison.grid
+    times = {own.label: _numbers(found, own.label, "step_seconds") for own in grid.contestants}
+    reference = statistics.median(times[grid.spec.reference]) if times.get(grid.spec.reference) else None
+    rows: list[list[TableCell]] = []
+    for own in grid.contestants:
+        peaks, steps = _numbers(found, own.label, "peak_bytes"), times[own.label]
+        step = statistics.median(steps) if steps else None
+        ratio = None if step is None or reference is None else f"{step / reference:.2f}"
+        rows.append(
+            [
+                own.label, _ranks(own), own.parameters, f"{100 * own.off:+.1f} %",
+                None if step is None else f"{step:.3f}", ratio,
+                f"{max(peaks) / 2**30:.2f}" if peaks else None,
+            ]
+        )  # fmt: skip
+    return Table(
+        [
+            "method", "rank", "trained parameters", "off", "step, s", f"/ {grid.spec.reference}",
+            "peak of training, GiB",
+        ],
+        rows, title="Cost",
+        note="Step: median over steps, then over cells. Cells run in processes of their own, so the ratio carries "
+        "whatever else the machine did meanwhile; dynalora bench measures it in turns. Peak: GPU memory, or all of the "
+        "process without a GPU.",
+    )  # fmt: skip
+
+
+def _numbers(found: Mapping[str, Sequence[Summary]], label: str, name: str) -> list[float]:
+    return [
+        value for own in found.values() for one in own if one.label == label for value in one.training(name)
+    ]
+
+
+# --- plots ----------------------------------------------------------------------------------------------------------
+
+
+def plot_frontier(comparison: Comparison, task: str, text: str) -> Drawn | None:
+    """Loss on the task against distance from the base model, a line over learning rates per method.
+
+    Below and to the left is better: more learned, less forgotten.
+    """
+    grid = comparison.grid
+    made, (axis,) = figure(6.6, 4.6)
+    drawn = 0
+    for index, own in enumerate(grid.contestants):
+        points = curve(comparison, task, own, text)
+        if not points:
+            continue
+        drawn += 1
+        looks = style(index) | {"markersize": 5}
+        axis.plot([kl for _, kl, _ in points], [loss for *_, loss in points], label=own.label, **looks)
+        for rate, kl, loss in points:
+            axis.annotate(f"{rate:g}", (kl, loss), xytext=(3, 3), textcoords="offset points", fontsize=6)
+    if not drawn:
+        return None
+    base = grid.result(grid.base(task))
+    if base is not None:
+        axis.axhline(base["test"]["loss"], color="black", linewidth=0.9, linestyle=":", label="base model")
+    axis.set_xscale("log")
+    axis.set_xlabel(f"KL(base ‖ tuned) on {text}, nats per token (log scale)")
+    axis.set_ylabel("loss of the right answers")
+    axis.set_title(f"{grid.places[task]}: learned against forgotten, by learning rate", fontsize=10)
+    axis.legend(fontsize=7, frameon=False)
+    return made
+
+
+def plot_parameters(comparison: Comparison, place: str, found: Sequence[Summary]) -> Drawn | None:
+    """Accuracy (or loss) against the number of trained parameters."""
+    counts = {own.label: own.parameters for own in comparison.grid.contestants}
+    shares = all(one.accuracy is not None for one in found)
+    made, (axis,) = figure(6.0, 4.0)
+    index = 0
+    for one in found:
+        number = one.accuracy if shares else one.loss
+        count = counts.get(one.label)
+        if number is None or not count:
+            continue
+        scale = 100 if shares else 1
+        error = [[scale * (number.value - number.low)], [scale * (number.high - number.value)]]
+        looks = style(index) | {"linestyle": "none", "markersize": 6}
+        axis.errorbar([count], [scale * number.value], yerr=error, capsize=3, label=one.label, **looks)
+        index += 1
+    if not index:
+        return None
+    axis.set_xscale("log")
+    axis.set_xlabel("trained parameters (log scale)")
+    axis.set_ylabel("accuracy, %" if shares else "loss of the right answers")
+    axis.set_title(f"{place}: quality against size", fontsize=10)
+    axis.legend(fontsize=7, frameon=False)
+    return made
+
+
+def plot_learning(comparison: Comparison, place: str, found: Sequence[Summary]) -> Drawn | None:
+    """Training loss by step, running means over the seeds."""
+    made, (axis,) = figure(6.6, 4.0)
+    index = 0
+    for one in found:
+        runs = [result["training"]["losses"] for result in one.results.values() if result.get("training")]
+        length = min((len(run) for run in runs), default=0)
+        if not length:
+            continue
+        steps = [step for step, _ in runs[0][:length]]
+        means = [statistics.fmean(run[place][1] for run in runs) for place in range(length)]
+        axis.plot(steps, plots.running_mean(means), label=one.label, **style(index, marker=False))
+        index += 1
+    if not index:
+        return None
+    axis.set_xlabel("optimizer step")
+    axis.set_ylabel("training loss (running mean)")
+    axis.set_title(f"{place}: learning curves at the chosen learning rates", fontsize=10)
+    axis.legend(fontsize=7, frameon=False)
+    return made
+
+
+def plot_cost(comparison: Comparison, found: Mapping[str, Sequence[Summary]]) -> Drawn | None:
+    """Time of a step and peak of memory, a bar per method."""
+    bars: dict[str, dict[str, Interval | None]] = {"step, s": {}, "peak of training, GiB": {}}
+    for own in comparison.grid.contestants:
+        for title, name, scale in (
+            ("step, s", "step_seconds", 1.0), ("peak of training, GiB", "peak_bytes", 2.0**-30)
+        ):  # fmt: skip
+            values = [scale * value for value in _numbers(found, own.label, name)]
+            if values:
+                middle = statistics.median(values)
+                bars[title][own.label] = Interval(middle, min(values), max(values))
+    if not all(bars.values()):
+        return None
+    return plot_bars(
+        bars, label="", title="Cost: median over cells, with the smallest and the largest", decimals=2
+    )
+
+
+def plot_ranks(found: Sequence[Summary], place: str) -> Drawn | None:
+    """Effective ranks by layer and kind of module, a panel per method, of the first seed."""
+    import numpy as np
+    from matplotlib.ticker import MaxNLocator
+
+    maps: dict[str, tuple[list[str], Any]] = {}
+    for one in found:
+        rows = next(iter(one.results.values())).get("landscape")
+        if rows:
+            maps[one.label] = plots.rank_grid(rows)
+    if not maps:
+        return None
+    most = max(float(np.nanmax(grid)) for _, grid in maps.values())
+    made, axes = panels(len(maps), width=3.4, height=2.2, columns=3)
+    image = None
+    for axis, (label, (kinds, grid)) in zip(axes, maps.items(), strict=True):
+        image = axis.imshow(grid, aspect="auto", cmap="cividis", vmin=0, vmax=max(most, 1))
+        axis.grid(False)
+        axis.set_yticks(range(len(kinds)), kinds, fontsize=6)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlabel("layer", fontsize=7)
+        axis.set_title(label, fontsize=9)
+    if image is not None:
+        made.colorbar(image, ax=axes, label="effective rank", fraction=0.04)
+    made.suptitle(f"{place}: effective ranks", fontsize=10)
+    return made
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def cells_csv(comparison: Comparison) -> str:
+    """Every cell with a result, a row each."""
+    grid = comparison.grid
+    texts = list(
+        dict.fromkeys(
+            text for cell in grid.known() for text in ((grid.result(cell) or {}).get("retention") or {})
+        )
+    )
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    about = ("place", "label", "method", "r", "learning_rate", "seed")
+    measured = ("accuracy", "loss", "loss_error", "questions")
+    trained = ("trainable_parameters", "steps", "step_seconds", "peak_bytes", "seconds")
+    writer.writerow(
+        [*about, *measured, "validation_loss", *(f"kl {text}" for text in texts), *trained, "chosen"]
+    )
+    for task in grid.places:
+        chosen = {own.label: grid.chosen_rate(task, own) for own in grid.contestants}
+        for cell in grid.known():
+            result = grid.result(cell)
+            if cell.task != task or result is None:
+                continue
+            kept, training = result.get("retention") or {}, result.get("training") or {}
+            writer.writerow(
+                [
+                    *(getattr(cell, name) for name in about), *(result["test"][name] for name in measured),
+                    (result.get("validation") or {}).get("loss"), *(kept.get(text, {}).get("kl") for text in texts),
+                    *(training.get(name) for name in trained),
+                    int(chosen.get(cell.label) == cell.learning_rate),
+                ]
+            )  # fmt: skip
+    return buffer.getvalue()
+
+
+def _table_csv(tables: Sequence[Table]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    for table in tables:
+        writer.writerow(["table", *table.columns])
+        writer.writerows([table.title, *row] for row in table.text)
+    return buffer.getvalue()
+
+
+def _as_record(one: Summary) -> dict[str, Any]:
+    return {
+        **{name: value for name, value in asdict(one).items() if name != "results"},
+        "seeds": list(one.results),
+    }
+
+
+def write_results(comparison: Comparison) -> Path:
+    """Tables, plots and the report, from the cells that are there; returns the report."""
+    grid = comparison.grid
+    folder = grid.store.folder
+    found = summaries(comparison)
+    tables = [result_table(comparison, place, own) for place, own in found.items()]
+    cost = cost_table(comparison, found)
+    write_atomic(folder / "cells.csv", cells_csv(comparison))
+    write_atomic(folder / "results.csv", _table_csv([*tables, cost]))
+    records = {place: [_as_record(one) for one in own] for place, own in found.items()}
+    write_atomic(folder / "results.json", json.dumps(records, indent=1) + "\n")
+    write_atomic(folder / "results.md", "\n".join(map(markdown_table, [*tables, cost])))
+    write_atomic(folder / "results.tex", "\n".join(map(latex_table, [*tables, cost])))
+    sections = [Section("Compared", tables=[plan_table(grid.contestants)])]
+    for (task, place), table in zip(grid.places.items(), tables, strict=True):
+        own = found[place]
+        drawn: dict[str, tuple[Drawn | None, str]] = {}
+        for number, text in enumerate(dict.fromkeys(text for one in own for text in one.kl)):
+            drawn[f"frontier-{place}" + (f"-{number + 1}" if number else "")] = (
+                plot_frontier(comparison, task, text),
+                f"Loss against KL from the base model on {text}; below and to the left is better. Numbers are learning "
+                "rates.",
+            )
+        drawn[f"parameters-{place}"] = (
+            plot_parameters(comparison, place, own),
+            "At the chosen learning rates, with 95 % intervals.",
+        )
+        drawn[f"learning-{place}"] = plot_learning(comparison, place, own), "Mean over the seeds."
+        drawn[f"ranks-{place}"] = plot_ranks(own, place), "Singular values of s·ΔW above 0.001, first seed."
+        sections.append(
+            Section(place, text=comparison.tasks[task].about, tables=[table], figures=_kept(folder, drawn))
+        )
+    bars = _kept(
+        folder, {"cost": (plot_cost(comparison, found), "Whiskers: smallest and largest of the cells.")}
+    )
+    sections.append(Section("Cost", tables=[cost], figures=bars))
+    if comparison.failed:
+        failed = Table(
+            ["cell", "last line"], [[cell.title, line] for cell, line in comparison.failed], title="Failed"
+        )
+        sections.insert(1, Section("Failed cells", tables=[failed]))
+    sections.append(Section("Settings", listing=listing(grid.spec.settings())))
+    methods = ", ".join(own.label for own in grid.contestants)
+    title = f"{methods} on {', '.join(grid.places.values())}"
+    return write_report(Report(title, _told(comparison, found), sections), folder / "report.html")
+
+
+def _kept(folder: Path, drawn: Mapping[str, tuple[Drawn | None, str]]) -> list[Figure]:
+    """Write figures as PNG and SVG."""
+    figures = []
+    for name, (made, caption) in drawn.items():
+        if made is not None:
+            picture = rendered(made)
+            write_atomic(folder / "plots" / f"{name}.png", picture)
+            write_atomic(folder / "plots" / f"{name}.svg", rendered(made, "svg"))
+            figures.append(Figure(picture, caption))
+    return figures
+
+
+def _told(comparison: Comparison, found: Mapping[str, Sequence[Summary]]) -> str:
+    """The result in a few sentences."""
+    grid = comparison.grid
+    done, total = grid.done(), grid.total
+    said = [f"{done} of {total} cells are done."] if done < total else []
+    for place, own in found.items():
+        trained = [one for one in own if one.learning_rate is not None and one.loss is not None]
+        if not trained:
+            continue
+        best = min(trained, key=lambda one: _value(one.loss))
+        better = [
+            one.label
+            for one in trained
+            if one.loss_apart and one.loss_apart.p < 0.05 and one.loss_apart.value < 0
+        ]
+        worse = [
+            one.label
+            for one in trained
+            if one.loss_apart and one.loss_apart.p < 0.05 and one.loss_apart.value > 0
+        ]
+        reference = grid.spec.reference
+        said.append(
+            f"{place}: the lowest loss has {best.label} ({_value(best.loss):.4f}); beyond chance better than "
+            f"{reference}: {', '.join(better) or 'none'}; worse: {', '.join(worse) or 'none'}."
+        )
+    return " ".join(said) or "No cell is done yet."
+
+
+def show_tables(comparison: Comparison, console: Console) -> None:
+    """The closing tables."""
+    found = summaries(comparison)
+    for place, own in found.items():
+        console.print(rich_table(result_table(comparison, place, own)))
+    console.print(rich_table(cost_table(comparison, found)))

@@ -1,0 +1,551 @@
+"""Comparisons from end to end on a model of a few kilobytes: which cells run, what is chosen, what is reported."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import statistics
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynalora.cli.compare import compare as compare_command
+from dynalora.errors import ConfigError, DataError, RunFolderError, TrainingError
+from dynalora.evaluation.statistics import crossed_difference, holm
+from dynalora.experiments import compare, compare_cell, compare_report
+from dynalora.experiments.compare import (
+    Cell,
+    CellStore,
+    CompareSpec,
+    Comparison,
+    run_compare,
+    shared_settings,
+    variant_from,
+)
+from dynalora.experiments.report import Table, latex_table, markdown_table
+
+from . import tiny
+from .program import Program
+from .test_forgetting import write_tasks
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    tiny.saved_model(folder / "model")
+    write_tasks(folder / "data")
+    (folder / "text.txt").write_text("One line of text.\n\nAnother line of it.\n", encoding="utf-8")
+    return folder
+
+
+def spec_of(place: Path, output: str, **more: Any) -> CompareSpec:
+    given: dict[str, Any] = {
+        "tasks": [str(place / "data" / "colour")], "output": str(place / output), "model": str(place / "model"),
+        "methods": ["lora", "dira"], "learning_rates": [1e-2, 3e-2], "seeds": 2, "steps": 4, "r": 2, "batch_size": 2,
+        "held_out": 4, "generated": 2, "generated_tokens": 3, "validation": 3, "system": "Say.", "log_every": 1,
+    }  # fmt: skip
+    return CompareSpec(**{**given, **more})
+
+
+@pytest.fixture(scope="module")
+def done(place: Path) -> Comparison:
+    """Two methods, two rates, two seeds, one more text."""
+    return run_compare(spec_of(place, "done", texts=[f"lines={place / 'text.txt'}"]), apart=False)
+
+
+def results(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    grid = comparison.grid
+    found = {cell.name: grid.result(cell) for cell in grid.known()}
+    return {name: result for name, result in found.items() if result is not None}
+
+
+# --- which cells run ----------------------------------------------------------------------------------------------
+
+
+def test_the_first_seed_tries_every_rate_and_the_others_run_at_the_chosen_one(done: Comparison) -> None:
+    grid = done.grid
+    assert (grid.total, grid.done(), done.failed) == (1 + 2 * 3, 7, ())
+    task = done.grid.spec.tasks[0]
+    for own in grid.contestants:
+        losses = {
+            cell.learning_rate: results(done)[cell.name]["validation"]["loss"]
+            for cell in grid.tried(task, own)
+        }
+        chosen = grid.chosen_rate(task, own)
+        assert chosen == min(losses, key=lambda rate: losses[rate])
+        names = [name for name in results(done) if f"/{own.label}_" in name and name.endswith("seed43")]
+        assert names == [f"colour/{own.label}_r{own.r}_lr{chosen:g}_seed43"]
+
+
+def test_rates_are_chosen_on_questions_that_are_neither_trained_nor_judged_on(
+    place: Path, done: Comparison
+) -> None:
+    source = done.grid.spec.tasks[0]
+    task = done.tasks[source]
+    left, aside = task.validation(3, seed=0)
+    trained, chosen_on = (
+        {choice.question for choice in part}  # type: ignore[attr-defined]
+        for part in (left.train, aside.held_out)  # type: ignore[attr-defined]
+    )
+    judged = {choice.question for choice in task.held_out}  # type: ignore[attr-defined]
+    assert (len(trained), len(chosen_on), len(judged)) == (9, 3, 4)
+    assert not trained & chosen_on
+    assert not judged & (trained | chosen_on)
+    assert results(done)["colour/dira_r2_lr0.01_seed42"]["training"]["rows"] == 9
+    with pytest.raises(ConfigError, match="12 questions to choose settings on cannot be set aside of the 12"):
+        task.validation(12)
+
+
+def test_finished_cells_are_not_run_again_and_lost_ones_are(
+    place: Path, done: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    original = compare_cell._Run.run
+
+    def counted(self: Any) -> dict[str, Any]:
+        ran.append(self.cell.name)
+        return original(self)
+
+    monkeypatch.setattr(compare_cell._Run, "run", counted)
+    again = run_compare(done.grid.spec, apart=False)
+    assert ran == []
+    lost = done.grid.cell(done.grid.spec.tasks[0], done.grid.contestants[1], 1e-2, 42)
+    before = results(again)[lost.name]
+    done.grid.store.file(lost).unlink()
+    after = results(run_compare(done.grid.spec, apart=False))[lost.name]
+    assert ran == [lost.name]
+    assert after["test"] == before["test"], "a cell is a matter of its seed"
+    assert after["retention"] == before["retention"]
+
+
+def test_a_grid_may_grow_and_a_setting_of_all_cells_may_not_change(place: Path, done: Comparison) -> None:
+    spec = done.grid.spec
+    more = replace(
+        spec, methods=["lora"], variants={"open": {"method": "disel", "gate_bias_init": 4.0}}, seeds=1
+    )
+    grown = run_compare(more, apart=False)
+    assert {own.label for own in grown.grid.contestants} == {"lora", "open"}
+    assert grown.grid.done() == grown.grid.total == 1 + 2 + 2
+    with pytest.raises(RunFolderError, match="was run with other settings \\(steps was 4, now 5\\)"):
+        run_compare(replace(spec, steps=5), apart=False)
+
+
+def test_a_failing_cell_loses_no_other(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = compare_cell._Run.run
+
+    def failing(self: Any) -> dict[str, Any]:
+        if self.cell.label == "dira":
+            raise TrainingError("The loss is nan.")
+        return original(self)
+
+    spec = spec_of(place, "failing", learning_rates=[1e-2], seeds=1, retention=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(compare_cell._Run, "run", failing)
+        first = run_compare(spec, apart=False)
+    assert [(cell.label, why) for cell, why in first.failed] == [("dira", "The loss is nan.")]
+    assert sorted(results(first)) == ["colour/base", "colour/lora_r2_lr0.01_seed42"]
+    assert "The loss is nan." in (place / "failing" / "report.html").read_text(encoding="utf-8")
+    second = run_compare(spec, apart=False)
+    assert second.failed == ()
+    assert second.grid.done() == second.grid.total
+
+
+def test_a_cell_that_a_live_process_has_is_left_to_it(place: Path) -> None:
+    spec = spec_of(place, "taken")
+    store = CellStore(spec.output, shared_settings(spec))
+    cell = Cell(task=spec.tasks[0], place="colour", label="base", method="base")
+    assert not store.taken(cell)
+    with store.lock(cell):
+        assert store.taken(cell)
+    assert not store.taken(cell)
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda content: content[: len(content) // 2], lambda content: "[]"], ids=["cut", "no result"]
+)
+def test_a_damaged_cell_is_named(place: Path, done: Comparison, harm: Any, tmp_path: Path) -> None:
+    spec = replace(done.grid.spec, output=str(tmp_path))
+    store = CellStore(tmp_path, shared_settings(spec))
+    cell = done.grid.base(spec.tasks[0])
+    store.file(cell).parent.mkdir(parents=True)
+    store.file(cell).write_text(
+        harm(done.grid.store.file(cell).read_text(encoding="utf-8")), encoding="utf-8"
+    )
+    with pytest.raises(RunFolderError, match=r"base\.json' (cannot be read|holds no result)"):
+        store.read(cell)
+
+
+def test_cells_run_in_processes_of_their_own_and_one_that_dies_is_reported(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(
+        place, "apart", learning_rates=[1e-2], seeds=1, retention=False, methods=["lora"], jobs=2, threads=1
+    )
+    broken = {**json.loads(json.dumps(spec.settings())), "data_seed": "none"}
+    original = compare._Runner._process
+
+    def process(self: Any, cell: Cell, slot: int) -> Any:
+        if cell.method == "lora":
+            monkeypatch.setattr(type(self.grid.spec), "settings", lambda self: broken)
+        try:
+            return original(self, cell, slot)
+        finally:
+            monkeypatch.undo()
+            monkeypatch.setattr(compare._Runner, "_process", process)
+
+    monkeypatch.setattr(compare._Runner, "_process", process)
+    found = run_compare(spec)
+    assert sorted(results(found)) == ["colour/base"]
+    ((cell, why),) = found.failed
+    assert cell.label == "lora"
+    assert "data_seed must be a whole number, got 'none'" in why
+    assert results(found)["colour/base"]["machine"]["threads"] == 1
+
+
+# --- what is measured and reported --------------------------------------------------------------------------------
+
+
+def test_summaries_are_those_of_the_cells(done: Comparison) -> None:
+    found = {one.label: one for one in compare_report.summaries(done)["colour"]}
+    assert list(found) == ["base", "lora", "dira"]
+    for label in ("lora", "dira"):
+        one, cells = found[label], found[label].results
+        assert sorted(cells) == [42, 43]
+        assert one.accuracy is not None
+        assert one.loss is not None
+        right = [statistics.fmean(cell["test"]["correct"]) for cell in cells.values()]
+        assert one.accuracy.value == pytest.approx(statistics.fmean(right))
+        assert 0 <= one.accuracy.low <= one.accuracy.high <= 1
+        losses = [sum(cell["test"]["losses"]) / sum(cell["test"]["counts"]) for cell in cells.values()]
+        assert one.loss.value == pytest.approx(statistics.fmean(losses), abs=1e-6)
+        kl = [cell["retention"]["lines"]["kl"] for cell in cells.values()]
+        assert min(kl) > 0
+        assert one.kl["lines"].value == pytest.approx(statistics.fmean(kl))
+    apart = found["dira"].loss_apart
+    assert apart is not None
+    assert apart.value == pytest.approx(found["dira"].loss.value - found["lora"].loss.value, abs=1e-6)  # type: ignore[union-attr]
+    assert found["lora"].loss_apart is None
+    assert found["base"].kl["lines"].value == 0
+
+
+def test_the_table_of_cells_has_one_row_per_cell(done: Comparison) -> None:
+    folder = done.grid.store.folder
+    compare_report.write_results(done)  # another comparison may have used the folder
+    rows = list(csv.DictReader((folder / "cells.csv").read_text(encoding="utf-8").splitlines()))
+    names = {f"{row['place']}/{row['label']}" for row in rows}
+    assert names >= {"colour/base", "colour/lora", "colour/dira"}
+    for name in ("results.csv", "results.json", "results.md", "results.tex", "report.html", "config.yaml"):
+        assert (folder / name).stat().st_size > 0
+    record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert {one["label"] for one in record["colour"]} >= {"base", "lora"}
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page), "the page asks nothing of a server"
+
+
+def test_kl_at_equal_loss_is_read_off_the_curve() -> None:
+    points = [(1e-4, 0.01, 3.0), (1e-3, 0.1, 2.0), (1e-2, 1.0, 2.5)]
+    assert compare_report._at_loss(points, 2.5) == pytest.approx(10**-1.5)
+    assert compare_report._at_loss(points, 2.0) == pytest.approx(0.1)
+    assert compare_report._at_loss(points, 1.9) is None
+    assert compare_report._at_loss(points, 3.1) is None
+    assert compare_report._at_loss(points[:1], 3.0) is None
+
+
+def test_the_frontier_has_a_line_per_method_with_a_point_per_rate(done: Comparison) -> None:
+    task = done.grid.spec.tasks[0]
+    drawn = compare_report.plot_frontier(done, task, "lines")
+    assert drawn is not None
+    (axis,) = drawn.axes
+    lines = {line.get_label(): line for line in axis.get_lines()}
+    assert set(lines) == {"lora", "dira", "base model"}
+    for own in done.grid.contestants:
+        cells = [results(done)[cell.name] for cell in done.grid.tried(task, own)]
+        chosen = done.grid.chosen_rate(task, own)
+        x, y = lines[own.label].get_data()
+        for place, (rate, first) in enumerate(zip(own.learning_rates, cells, strict=True)):
+            both = [first]
+            if rate == chosen:
+                both.append(results(done)[done.grid.cell(task, own, rate, 43).name])
+            assert x[place] == pytest.approx(
+                statistics.fmean(one["retention"]["lines"]["kl"] for one in both)
+            )
+            assert y[place] == pytest.approx(statistics.fmean(one["test"]["loss"] for one in both))
+    assert axis.get_xscale() == "log"
+    assert "KL(base ‖ tuned) on lines" in axis.get_xlabel()
+    # Told apart without colour.
+    looks = {(line.get_linestyle(), line.get_marker()) for line in lines.values()}
+    assert len(looks) == 3
+
+
+def test_the_other_plots_show_what_was_measured(done: Comparison) -> None:
+    found = compare_report.summaries(done)
+    drawn = compare_report.plot_parameters(done, "colour", found["colour"])
+    assert drawn is not None
+    heights = {
+        container.get_label(): container.lines[0].get_ydata()[0] for container in drawn.axes[0].containers
+    }
+    assert heights == {
+        one.label: pytest.approx(100 * one.accuracy.value)  # type: ignore[union-attr]
+        for one in found["colour"]
+        if one.label != "base"
+    }
+    curves = compare_report.plot_learning(done, "colour", found["colour"])
+    assert curves is not None
+    assert [line.get_label() for line in curves.axes[0].get_lines()] == ["lora", "dira"]
+    assert list(curves.axes[0].get_lines()[0].get_xdata()) == [1, 2, 3, 4]
+    maps = compare_report.plot_ranks(found["colour"], "colour")
+    assert maps is not None
+    shown = maps.axes[1].get_images()[0].get_array()
+    rows = next(iter(found["colour"][2].results.values()))["landscape"]
+    assert float(shown.sum()) == sum(row["effective_rank"] for row in rows)
+    bars = compare_report.plot_cost(done, found)
+    assert bars is not None
+    assert {text.get_text() for text in bars.axes[0].get_xticklabels()} == {"lora", "dira"}
+
+
+def test_word_problems_and_choices_are_compared_together_and_texts_are_refused_early(place: Path) -> None:
+    spec = spec_of(
+        place, "both", tasks=[str(place / "data" / "colour"), str(place / "data" / "sums")], seeds=1,
+        learning_rates=[1e-2], methods=["lora"], retention=False,
+    )  # fmt: skip
+    found = run_compare(spec, apart=False)
+    assert sorted(results(found)) == [
+        "colour/base", "colour/lora_r2_lr0.01_seed42", "sums/base", "sums/lora_r2_lr0.01_seed42",
+    ]  # fmt: skip
+    assert all(result["retention"] is None for result in results(found).values())
+    with pytest.raises(DataError, match="nowhere"):
+        run_compare(replace(spec, texts=["a=nowhere.txt"], output=str(place / "never")), apart=False)
+    assert not (place / "never").exists()
+
+
+def test_an_encoder_is_compared_on_classification(place: Path, tmp_path: Path) -> None:
+    words = tiny.tokenizer(chat=False)
+    words.pad_token = words.eos_token
+    words.save_pretrained(tmp_path / "encoder")
+    torch.manual_seed(3)
+    transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=128,
+        )
+    ).save_pretrained(tmp_path / "encoder")  # fmt: skip
+    (tmp_path / "data" / "glue").mkdir(parents=True)
+    for split, count in (("train", 12), ("dev", 6)):
+        with gzip.open(tmp_path / "data" / "glue" / f"cola.{split}.jsonl.gz", "wt", encoding="utf-8") as file:
+            file.write(
+                "".join(
+                    json.dumps({"text": f"{split} text {n}.", "label": n % 2}) + "\n" for n in range(count)
+                )
+            )
+    spec = spec_of(
+        place, "encoder", tasks=["cola"], data=str(tmp_path / "data"), model=str(tmp_path / "encoder"),
+        learning_rates=[1e-2], seeds=1, held_out=6,
+    )  # fmt: skip
+    found = results(run_compare(spec, apart=False))
+    assert len(found) == 3
+    trained = found["cola/dira_r2_lr0.01_seed42"]
+    assert set(trained["test"]["metrics"]) == {"matthews"}
+    assert len(trained["test"]["correct"]) == len(trained["test"]["losses"]) == 6
+    assert trained["retention"] is None
+    # The head is trained with every method, and starts alike with every one of a seed.
+    first = [
+        found[f"cola/{label}_r2_lr0.01_seed42"]["training"]["losses"][0][1] for label in ("lora", "dira")
+    ]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+    with pytest.raises(ConfigError, match="Some tasks are classification and some are not"):
+        run_compare(replace(spec, tasks=["cola", str(place / "data" / "colour")]), apart=False)
+
+
+def test_methods_of_all_kinds_are_matched_and_those_that_change_the_base_are_measured_against_it(
+    place: Path,
+) -> None:
+    methods = ["lora", "dora", "disel", "adalora", "pissa", "full"]
+    spec = spec_of(place, "kinds", methods=methods, learning_rates=[1e-2], seeds=1, steps=8, r=4)
+    done = run_compare(spec, apart=False)
+    assert done.failed == ()
+    aim = done.grid.contestants[0].parameters
+    assert aim is not None
+    for own in done.grid.contestants:
+        found = done.grid.result(done.grid.cell(spec.tasks[0], own, 1e-2, 42))
+        assert found is not None
+        assert found["training"]["trainable_parameters"] == own.parameters, (
+            "what is printed is what is trained"
+        )
+        assert own.label == "full" or abs(found["training"]["trainable_parameters"] / aim - 1) <= 0.02
+        assert found["retention"]["own text"]["kl"] > 1e-6, own.label
+        assert (found["landscape"] is None) == (own.label in ("pissa", "full"))
+    # A step of 1e-2 changes all weights a lot more than it changes those of an adapter.
+    kl = {one.label: one.kl["own text"].value for one in compare_report.summaries(done)["colour"]}
+    assert kl["full"] > kl["lora"] > kl["adalora"]
+    table = compare_report.plan_table(done.grid.contestants)
+    ranks = {row[0]: row[2] for row in table.rows}
+    assert ranks["full"] is None
+    assert ranks["lora"] == "4"
+    assert ranks["dora"] == "3 to 4"
+
+
+# --- statistics ---------------------------------------------------------------------------------------------------
+
+
+def test_one_run_is_the_paired_t_test() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    first, second = [0.3, 1.2, 0.7, 2.0, 1.1], [0.1, 1.0, 0.9, 1.4, 0.6]
+    found, known = crossed_difference([first], [second]), stats.ttest_rel(second, first)
+    interval = known.confidence_interval(0.95)
+    assert found.p == pytest.approx(known.pvalue, rel=1e-6)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-6)
+
+
+@given(st.integers(2, 4), st.integers(2, 6), st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_runs_and_items_both_count_as_drawn(runs: int, items: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    first, second = (torch.randn(runs, items, generator=generator, dtype=torch.float64) for _ in range(2))
+    apart = second - first
+    found = crossed_difference(first.tolist(), second.tolist())
+    variance = apart.mean(1).var() / runs + apart.mean(0).var() / items
+    assert found.value == pytest.approx(float(apart.mean()))
+    assert found.high - found.value == pytest.approx(found.value - found.low)
+    assert found.high - found.value >= 1.95 * float(variance.sqrt())
+    back = crossed_difference(second.tolist(), first.tolist())
+    assert (back.value, back.p) == pytest.approx((-found.value, found.p))
+
+
+def test_intervals_over_runs_and_items_cover_the_truth() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hits, trials = 0, 400
+    for _ in range(trials):
+        by_run = 0.3 * torch.randn(3, 1, generator=generator)
+        by_item = torch.randn(1, 20, generator=generator)
+        apart = 0.5 + by_run + by_item + 0.5 * torch.randn(3, 20, generator=generator)
+        found = crossed_difference(torch.zeros(3, 20).tolist(), apart.tolist())
+        hits += found.low <= 0.5 <= found.high
+    assert 0.93 <= hits / trials <= 1.0
+
+
+def test_differences_want_the_same_runs_and_items() -> None:
+    with pytest.raises(DataError, match="Paired comparison of 1 and 2 runs"):
+        crossed_difference([[1.0, 2.0]], [[1.0, 2.0], [1.0, 2.0]])
+    with pytest.raises(DataError, match="at least two"):
+        crossed_difference([[1.0]], [[2.0]])
+    same = crossed_difference([[1.0, 2.0]], [[1.0, 2.0]])
+    assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
+
+
+def test_p_values_are_adjusted_for_their_number() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def test_tables_in_markdown_and_latex() -> None:
+    table = Table(["method", "a|b"], [["lora_1", "50 % ± 2"], ["disel & co", "60 %"]], title="t", note="n")
+    assert markdown_table(table).splitlines() == [
+        "**t**", "", "| method | a\\|b |", "| --- | ---: |", "| lora_1 | 50 % ± 2 |", "| disel & co | 60 % |", "", "n",
+    ]  # fmt: skip
+    text = latex_table(table)
+    assert r"lora\_1 & 50 \% $\pm$ 2 \\" in text
+    assert r"disel \& co & 60 \% \\" in text
+    assert text.startswith("% t\n% n\n\\begin{tabular}{lr}")
+
+
+# --- settings -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"tasks": []}, "tasks is empty"),
+        ({"methods": ["lora", "lora"]}, "methods names one twice"),
+        ({"methods": ["lora", "doora"]}, "Unknown method 'doora'"),
+        ({"reference": "dora"}, "The reference 'dora' is not among what is compared"),
+        ({"variants": {"x": {"gate_bias_init": 1}}}, "The variant 'x' does not say its method"),
+        ({"variants": {"lora": {"method": "dira"}}}, "the name of a method and of a variant"),
+        ({"variants": {"a/b": {"method": "dira"}}}, "becomes a file name"),
+        ({"variants": {"base": {"method": "dira"}}}, "becomes a file name"),
+        ({"variants": {"x": {"method": "dira", "penaltyweight": 1}}}, "has no option 'penaltyweight'"),
+        ({"variants": {"x": {"method": "dira", "learning_rates": [0.0]}}}, "learning rates of 'x'"),
+        ({"validation": 0}, "validation is 0, and there are several learning rates"),
+        ({"texts": ["nothing"]}, "write it as NAME=SOURCE"),
+        ({"texts": ["a=b", "a=c"]}, "uses a name twice"),
+        ({"jobs": 0}, "jobs is 0"),
+        ({"seeds": 0}, "seeds is 0"),
+        ({"steps": None}, "steps is missing"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_told_before_anything_is_read(
+    place: Path, more: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        spec_of(place, "wrong", **more)
+
+
+def test_folders_of_something_else_are_left_alone(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(RunFolderError, match="is not empty and holds no comparison"):
+        run_compare(replace(spec_of(place, "x"), output=str(tmp_path)), apart=False)
+    (tmp_path / "config.yaml").write_text("method: disel\n", encoding="utf-8")
+    with pytest.raises(RunFolderError, match="holds another kind of run"):
+        run_compare(replace(spec_of(place, "x"), output=str(tmp_path)), apart=False)
+    with pytest.raises(RunFolderError, match="is a file"):
+        run_compare(replace(spec_of(place, "x"), output=str(tmp_path / "notes.txt")), apart=False)
+
+
+def test_variants_on_the_command_line() -> None:
+    assert variant_from("small=lora,r=4,learning_rates=1e-4/1e-3") == (
+        "small", {"method": "lora", "r": 4, "learning_rates": ["1e-4", "1e-3"]},
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="not of the form LABEL=METHOD"):
+        variant_from("lora")
+    with pytest.raises(ConfigError, match="not of the form LABEL=METHOD"):
+        variant_from("small=r=4")
+
+
+def test_equal_tasks_get_places_of_their_own(place: Path) -> None:
+    task = spec_of(place, "x").load_task(str(place / "data" / "colour"))
+    found = compare.task_places(
+        {"a": task, "b": replace(task, name="colour"), "c": replace(task, name="a/b: c")}
+    )
+    assert list(found.values()) == ["colour", "colour-2", "a-b-c"]
+
+
+def test_the_command_takes_what_the_settings_have() -> None:
+    import inspect
+
+    flags = set(inspect.signature(compare_command).parameters) - {"config", "text", "variant"}
+    own = set(CompareSpec.__dataclass_fields__) - {
+        "texts", "variants", "learning_rate", "epochs", "eval_every", "save_every", "log_every",
+    }  # fmt: skip
+    assert flags == own
+
+
+def test_the_command_runs_a_comparison(place: Path, done: Comparison, program: Program) -> None:
+    folder = done.grid.store.folder
+    shown = program(
+        "compare", "--config", str(folder / "config.yaml"), "--methods", "lora,dira", "--seeds", "2"
+    )
+    assert shown.code == 0
+    assert "− lora" in shown.out
+    assert "Report:" in shown.out
+    wrong = program("compare", "--config", str(folder / "config.yaml"), "--variant", "x=dyra")
+    assert wrong.code == 2
+    assert "Unknown method 'dyra'" in wrong.err
+
+
+def test_cells_hold_what_their_numbers_depend_on(done: Comparison) -> None:
+    for cell in done.grid.known():
+        content = json.loads(done.grid.store.file(cell).read_text(encoding="utf-8"))
+        assert content["cell"] == json.loads(json.dumps(asdict(cell)))
+        assert content["settings"]["steps"] == 4
+        assert "output" not in content["settings"]
