@@ -66,8 +66,8 @@ def rank_landscape(
     """The landscape of an adapter, exact from its factors.
 
     Args:
-        model: Model with an adapter of dynalora or a plain PEFT LoRA. Of a DISeL adapter, the ungated factors count
-            (all gates open), the most its update can be, unless ``gates`` are given.
+        model: Model with an adapter of dynalora, or PEFT's LoRA or AdaLoRA. Of a DISeL adapter, the ungated factors
+            count (all gates open), the most its update can be, unless ``gates`` are given.
         tau: Threshold τ on singular values; the paper's 0.001 by default.
         adapter_name: Which adapter; None takes the active one.
         gates: Of a DISeL adapter, what :func:`dynalora.record_gates` found on some text: each component then counts
@@ -126,6 +126,9 @@ def _factors(module: nn.Module, adapter_name: str | None) -> tuple[torch.Tensor,
     lora: Any = module
     if hasattr(module, "lora_A") and hasattr(module, "lora_B"):
         for adapter in active:
+            if adapter in getattr(module, "lora_E", ()):  # AdaLoRA's, as it weighs them
+                scaling = float(lora.scaling[adapter]) / (float(lora.ranknum[adapter]) + 1e-5)
+                return lora.lora_B[adapter], lora.lora_A[adapter] * lora.lora_E[adapter], scaling
             if adapter in lora.lora_A:
                 return lora.lora_B[adapter].weight, lora.lora_A[adapter].weight, float(lora.scaling[adapter])
     return None
