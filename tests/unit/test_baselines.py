@@ -21,10 +21,12 @@ from dynalora.experiments.finetune import (
     finetune,
     method_names,
 )
+from dynalora.experiments.forgetting import ForgettingSpec
 from dynalora.experiments.run_folder import RunFolder
 from dynalora.experiments.training import TrainSettings, train_adapter
-from dynalora.forgetting.monitor import RetentionMonitor
-from dynalora.forgetting.retention import given_text
+from dynalora.forgetting.landscape import rank_landscape
+from dynalora.forgetting.monitor import RetentionMonitor, checkpoint_retention
+from dynalora.forgetting.retention import given_text, retention
 from tests.unit import tiny
 from tests.unit.test_finetune import spec, tokenized
 
@@ -302,6 +304,28 @@ def test_finetune_measures_what_is_left(method: str, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
 
 
+def test_checkpoints_of_p_tuning_are_measured(tmp_path: Path) -> None:
+    tokenizer, rows = tokenized()
+    settings = TrainSettings(steps=4, batch_size=4, learning_rate=1e-2, save_every=2)
+    text = given_text(["Some text.", "And more of it."], tokenizer)
+    with RunFolder.create(tmp_path / "run", {"method": "p-tuning"}) as run:
+        config = adapter_config("p-tuning", r=2)
+        trained = train_adapter(
+            tiny.model(len(tokenizer)), tokenizer, config, rows, settings=settings, run=run
+        )
+    model = tiny.model(len(tokenizer))
+    points = checkpoint_retention(model, tmp_path / "run" / "checkpoints", {"given": text})
+    assert [point.step for point in points] == [2, 4]
+    assert points[1].retention.kl == pytest.approx(retention(trained.model, text).kl, rel=1e-4)
+
+
+def test_forgetting_needs_an_update_with_factors() -> None:
+    for method, told in (("miss", "MiSS"), ("randlora", "RandLoRA"), ("p-tuning", "P-Tuning")):
+        asked = ForgettingSpec(task_a="arc_easy", task_b="gsm8k", output="run", method=method)
+        with pytest.raises(ConfigError, match=f"The update of {told} has no factors"):
+            asked.config()
+
+
 def test_a_start_that_takes_from_the_base_is_known_by_its_configuration() -> None:
     assert edits_base("lora", adapter_config("lora", options={"init_lora_weights": "olora"}))
     assert edits_base("pissa", adapter_config("pissa"))
@@ -318,6 +342,22 @@ def test_adalora_is_driven_to_its_budget() -> None:
     assert sum(int((value != 0).sum()) for value in values) == 2 * len(values)
     config = model.active_peft_config
     assert (config.total_step, config.tinit, config.tfinal) == (20, 2, 6)
+
+
+def test_adaloras_update_is_measured(tmp_path: Path) -> None:
+    folder = tiny.saved_model(tmp_path / "model")
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.rows(12))
+    result = finetune(
+        spec(folder, rows, tmp_path / "run", method="adalora", r=2, steps=20, learning_rate=0.1)
+    )
+    assert (tmp_path / "run" / "plots" / "rank_landscape.png").exists()
+    layers = {name.removeprefix("base_model.model."): module for name, module in result.model.named_modules()}
+    for row in rank_landscape(result.model):
+        layer: Any = layers[row.module]
+        expected = torch.linalg.svdvals(layer.get_delta_weight("default").double())[
+            : len(row.singular_values)
+        ]
+        assert torch.tensor(row.singular_values) == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-6)
 
 
 def test_adaloras_own_schedule_is_kept() -> None:

@@ -14,6 +14,7 @@ from dynalora.experiments.bench import (
     PHASES,
     BenchSpec,
     Measured,
+    _Contestant,
     as_json,
     bench,
     random_tokens,
@@ -161,3 +162,13 @@ def test_memory_is_measured_in_a_fresh_process(folder: Path) -> None:
     assert result.peak_bytes is not None
     assert 0 <= result.step_bytes < result.peak_bytes
     assert result.peak_bytes > 50 * 2**20  # a process with torch in it
+
+
+def test_methods_without_alpha_and_with_their_own_optimizer_are_timed(folder: Path) -> None:
+    found = bench(small(folder, methods=["lora", "miss", "p-tuning", "lora+"], rounds=2))
+    assert [item.method for item in found] == ["lora", "miss", "p-tuning", "lora+"]
+    contestant = _Contestant("lora+", "lora+", tiny.model(64), small(folder))
+    assert sorted({group["lr"] for group in contestant.optimizer.param_groups if group["params"]}) == [
+        1e-4,
+        16e-4,
+    ]

@@ -196,6 +196,17 @@ def test_what_cannot_be_matched_says_so() -> None:
     assert (rankless.parameters, rankless.within) == (64, True)
 
 
+def test_what_is_searched_need_not_be_a_rank() -> None:
+    model = tiny.model(64)
+
+    def make(r: int, pattern: dict[str, int] | None) -> Any:
+        return adapter_config("p-tuning", r=4, options={"encoder_hidden_size": r})
+
+    target = counted(model, make(37, None))  # which grows with the square of the encoder's width
+    found = match_parameters(make, model, target)
+    assert (found.r, found.difference) == (37, 0.0)
+
+
 def test_randlora_falls_with_its_rank() -> None:
     model = tiny.model(64)
     counts = {r: counted(model, adapter_config("randlora", r=r)) for r in range(1, 40)}

@@ -65,3 +65,8 @@ def test_every_method_is_timed_in_every_round(folder: Path) -> None:
 def test_a_single_new_token_has_no_decoding(folder: Path) -> None:
     with pytest.raises(ConfigError, match="new_tokens is 1; give at least 2"):
         small(folder, new_tokens=1)
+
+
+def test_prompt_learning_is_refused_before_anything_is_loaded(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="Method 'p-tuning' lengthens every prompt"):
+        bench_generation(small(folder / "nowhere", methods=["lora", "p-tuning"]))

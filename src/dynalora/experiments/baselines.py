@@ -110,6 +110,7 @@ class Baseline:
         dropout: the field of the dropout on the adapter's input; None: there is none.
         adapts_modules: whether it adapts linear layers, so that target modules mean something.
         edits_base: whether it changes the base weights, so that disabling the adapter does not give the base model.
+        has_factors: whether its update is a product of factors, whose singular values can be measured.
         more: further fields by rank.
         optimizer: makes its own optimizer of the given class and settings (`lr`, `weight_decay`, …); None: it is
             trained as all others are.
@@ -124,6 +125,7 @@ class Baseline:
     dropout: str | None = "lora_dropout"
     adapts_modules: bool = True
     edits_base: bool = False
+    has_factors: bool = True
     more: Callable[[int], dict[str, Any]] = lambda r: {}
     optimizer: Callable[[PeftModel, type[Optimizer], Mapping[str, Any]], Optimizer] | None = None
 
@@ -180,8 +182,9 @@ BASELINES: dict[str, Baseline] = {
         alpha_per_rank=20,
         alpha="randlora_alpha",
         dropout="randlora_dropout",
+        has_factors=False,
     ),
-    "miss": Baseline("MiSS", peft.MissConfig, alpha=None, dropout="miss_dropout"),
+    "miss": Baseline("MiSS", peft.MissConfig, alpha=None, dropout="miss_dropout", has_factors=False),
     # PEFT's default is an encoder as wide as the model, in which nearly all trained weights would be.
     "p-tuning": Baseline(
         "P-Tuning",
@@ -191,9 +194,16 @@ BASELINES: dict[str, Baseline] = {
         alpha=None,
         dropout=None,
         adapts_modules=False,
+        has_factors=False,
     ),
     "full": Baseline(
-        "full fine-tuning", None, alpha=None, dropout=None, adapts_modules=False, edits_base=True
+        "full fine-tuning",
+        None,
+        alpha=None,
+        dropout=None,
+        adapts_modules=False,
+        edits_base=True,
+        has_factors=False,
     ),
 }
 

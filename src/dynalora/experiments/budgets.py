@@ -75,7 +75,8 @@ def match_parameters(make: Make, model: nn.Module, target: int, tolerance: float
     modules; `alpha_pattern` then keeps the scaling that a module has at its rank.
 
     Args:
-        make: makes the method's configuration.
+        make: makes the method's configuration. What it does with the first number is its own affair: P-Tuning, whose
+            rank is the number of virtual tokens, is better matched by the width of its encoder.
         model: the base model, without adapters; one on the meta device will do. It is left as it was.
         target: number of trained parameters.
         tolerance: part of the target by which the count may differ.

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynalora.errors import ConfigError
 from dynalora.evaluation.statistics import Interval, mean_interval
+from dynalora.experiments.baselines import BASELINES
 from dynalora.experiments.finetune import adapter_config
 from dynalora.experiments.forgetting_plots import plot_bars, plot_stages
 from dynalora.experiments.lab import (
@@ -139,8 +140,13 @@ class ForgettingSpec(LabSettings, TrainSettings):
         """A fresh adapter's configuration.
 
         Raises:
-            ConfigError: the method or one of its settings.
+            ConfigError: the method or one of its settings, or the update's ranks cannot be measured.
         """
+        known = BASELINES.get(self.method.lower())
+        if known is not None and not known.has_factors and known.config is not None:
+            raise ConfigError(
+                f"The update of {known.title} has no factors, so its ranks cannot be measured; choose another method."
+            )
         return adapter_config(
             self.method, r=self.r, alpha=self.alpha, dropout=self.dropout, target_modules=self.target_modules,
             options=self.method_options,

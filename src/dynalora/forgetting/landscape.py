@@ -66,8 +66,8 @@ def rank_landscape(
     """The landscape of an adapter, exact from its factors.
 
     Args:
-        model: Model with an adapter of dynalora, a plain PEFT LoRA or an AdaLoRA. Of a DISeL adapter, the
-            ungated factors count (all gates open), the most its update can be, unless ``gates`` are given.
+        model: Model with an adapter of dynalora, or PEFT's LoRA or AdaLoRA. Of a DISeL adapter, the ungated factors
+            count (all gates open), the most its update can be, unless ``gates`` are given.
         tau: Threshold τ on singular values; the paper's 0.001 by default.
         adapter_name: Which adapter; None takes the active one.
         gates: Of a DISeL adapter, what :func:`dynalora.record_gates` found on some text: each component then counts
@@ -126,17 +126,12 @@ def _factors(module: nn.Module, adapter_name: str | None) -> tuple[torch.Tensor,
     lora: Any = module
     if hasattr(module, "lora_A") and hasattr(module, "lora_B"):
         for adapter in active:
+            if adapter in getattr(module, "lora_E", ()):  # AdaLoRA's, as it weighs them
+                scaling = float(lora.scaling[adapter]) / (float(lora.ranknum[adapter]) + 1e-5)
+                return lora.lora_B[adapter], lora.lora_A[adapter] * lora.lora_E[adapter], scaling
             if adapter in lora.lora_A:
-                return _lora_factors(lora, adapter)
+                return lora.lora_B[adapter].weight, lora.lora_A[adapter].weight, float(lora.scaling[adapter])
     return None
-
-
-def _lora_factors(lora: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Up, down and scaling of one of PEFT's layers."""
-    if hasattr(lora, "lora_E"):  # AdaLoRA: B·diag(E)·A, scaled by the rank it has left
-        scaling = float(lora.scaling[adapter]) / (float(lora.ranknum[adapter]) + 1e-5)
-        return lora.lora_B[adapter], lora.lora_A[adapter] * lora.lora_E[adapter], scaling
-    return lora.lora_B[adapter].weight, lora.lora_A[adapter].weight, float(lora.scaling[adapter])
 
 
 def landscape_row(name: str, rank: int, sigma: torch.Tensor, tau: float) -> LandscapeRow:
