@@ -36,7 +36,7 @@ import filelock
 import yaml
 
 from dynalora.errors import ConfigError, DynaloraError, RunFolderError
-from dynalora.experiments.baselines import label_of
+from dynalora.experiments.baselines import label_of, prompt_only
 from dynalora.experiments.finetune import (
     check_targets,
     compared_config,
@@ -588,7 +588,9 @@ def plan(
     for own in contestants:
         config = own.config(task_type)
         found = trainable_parameters(model, config)
-        if own.matches and config is not None and own.label != spec.reference and found != aim:
+        # Virtual tokens enough to match would be thousands.
+        fixed = config is None or prompt_only(config) or own.label == spec.reference
+        if own.matches and not fixed and found != aim:
 
             def make(r: int, pattern: dict[str, int] | None, own: Contestant = own) -> PeftConfig:
                 options = {**own.options, **({"rank_pattern": pattern} if pattern else {})}
