@@ -481,7 +481,8 @@ def test_tables_in_markdown_and_latex() -> None:
         ({"texts": ["a=b", "a=c"]}, "uses a name twice"),
         ({"jobs": 0}, "jobs is 0"),
         ({"seeds": 0}, "seeds is 0"),
-        ({"steps": None}, "steps is missing"),
+        ({"epochs": 2}, "steps is 4 and epochs is 2; give one of them"),
+        ({"template": "alpacca"}, "template is 'alpacca'; choose one of chat, none, alpaca"),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_told_before_anything_is_read(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ import torch
 import transformers
 
 from dynalora.errors import ConfigError, DataError
+from dynalora.evaluation import run
 from dynalora.evaluation.numbers import solution_from
 from dynalora.experiments import tasks
+from dynalora.experiments.lab import mean_accuracy
 from dynalora.experiments.tasks import (
     AnswerTask,
     ChoiceTask,
     ClassTask,
     GenerationTask,
     Measuring,
+    MixedTask,
     TaskScore,
     load_experiment_task,
 )
@@ -117,10 +121,12 @@ def test_a_benchmark_by_name_is_the_task_of_its_files(files: Path, tmp_path: Pat
         assert one == other
     with pytest.raises(DataError, match="has no split 'train'"):
         load_experiment_task("openbookqa", data=tmp_path)
-    with pytest.raises(ConfigError, match="answers to xsum are not simply right or wrong"):
-        load_experiment_task("xsum", data=tmp_path)
-    with pytest.raises(ConfigError, match="answers to humaneval are not"):
-        load_experiment_task("humaneval", data=tmp_path)
+    with pytest.raises(ConfigError, match="wikitext2 has no questions with answers"):
+        load_experiment_task("wikitext2", data=tmp_path)
+    with pytest.raises(ConfigError, match="mbpp executes code that the model writes; allow it with run_code"):
+        load_experiment_task("mbpp", data=tmp_path)
+    with pytest.raises(ConfigError, match="'arithmetic' is a group of tasks; name one of them"):
+        load_experiment_task("arithmetic", data=tmp_path)
 
 
 def test_a_benchmark_is_scored_by_its_own_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,8 +142,8 @@ def test_a_benchmark_is_scored_by_its_own_metric(tmp_path: Path, monkeypatch: py
         "1.0",
         "2.0",
     ]  # where there is no solution, the answer is learned
-    monkeypatch.setattr(tasks, "generate", lambda *_, **__: ["It is 3, so 3.0005", "4 or 5"])
-    score = task.measure(model, words)
+    monkeypatch.setattr(run, "generate", lambda *_, **__: ["It is 3, so 3.0005", "4 or 5"])
+    score = task.measure(model, words, Measuring(generated_tokens=8))
     assert score.correct == (True, False)
     held = tasks._tokens([tasks._item(own) for own in task.held_out], words, "").rows
     total, count, _ = losses_of(model, words, held)
@@ -195,8 +201,10 @@ def test_a_word_problem_is_scored_by_its_solution_and_by_its_number(
         asked.extend(tokenizer.decode(prompt) for prompt in prompts)
         return ["It is #### 5", "#### 7", "6"][: len(prompts)]
 
-    monkeypatch.setattr(tasks, "generate", said)
-    score = task.measure(model, words, Measuring(generated=3, batch_size=2, system="Count."))
+    monkeypatch.setattr(run, "generate", said)
+    score = task.measure(
+        model, words, Measuring(generated=3, generated_tokens=8, batch_size=2, system="Count.")
+    )
     assert score.correct == (True, False, False)  # 4 + 1, 5 + 1, 6 + 1
     assert (
         asked[0]
@@ -206,11 +214,12 @@ def test_a_word_problem_is_scored_by_its_solution_and_by_its_number(
     total, count, _ = losses_of(model, words, rows)
     assert score.loss.value == pytest.approx(total / count, rel=1e-5)
     assert score.questions == 5
+    assert score.metrics == {"flexible": pytest.approx(1 / 3)}
     silent = task.measure(model, words, Measuring(generated=0))
     assert silent.accuracy is None
     assert silent.record()["accuracy"] is None
     again = TaskScore.from_record(json.loads(json.dumps(score.record())))
-    assert again == score
+    assert again.record() == score.record()
 
 
 def test_answers_are_scored_by_agreement_and_loss(files: Path) -> None:
@@ -315,3 +324,261 @@ def test_questions_set_aside_are_the_same_for_a_seed_and_are_not_trained_on(file
     assert left.held_out == task.held_out
     with pytest.raises(ConfigError, match="0 questions to choose settings on"):
         task.validation(0)
+
+
+# --- trained on one thing, measured on others ---------------------------------------------------------------------
+
+
+def option_rows(first: int, count: int, word: str = "answer") -> list[dict[str, str]]:
+    """Multiple choice as LLM-Adapters writes it, responses included."""
+    return [
+        {
+            "instruction": f"Please choose: {word} {n}?\n\n{word.title()}1: even {word.title()}2: odd\n\n"
+            f"Answer format: {word}1/{word}2",
+            "output": f"the correct answer is {word}{n % 2 + 1}",
+            "answer": f"{word}{n % 2 + 1}",
+        }
+        for n in range(first, first + count)
+    ]
+
+
+@pytest.fixture
+def benchmarks(tmp_path: Path) -> Path:
+    """Rows of ARC-Easy and OpenBookQA to train and measure, of PIQA and SVAMP to measure, and an instruction file."""
+    folder = tmp_path / "benchmarks"
+    for name, rows in (
+        ("commonsense/ARC-Easy.train", option_rows(0, 6)),
+        ("commonsense/ARC-Easy.dev", option_rows(4, 3)),  # two of them are training questions, too
+        ("commonsense/openbookqa.train", option_rows(100, 5)),
+        ("commonsense/openbookqa.dev", option_rows(200, 4)),
+        ("commonsense/piqa.dev", option_rows(0, 2, "solution")),
+        ("math/gsm8k.train", problems(0, 4)),
+        ("math/SVAMP.dev", [{"instruction": f"{n} + 1?", "answer": float(n + 1)} for n in range(2, 4)]),
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        tiny.write_jsonl(folder / f"{name}.jsonl", rows)
+    taught = [{"query": f"{n}  + 1?", "response": f"It is {n + 1}."} for n in range(1, 6)]
+    tiny.write_jsonl(folder / "taught.jsonl", taught)
+    return folder
+
+
+def asked_of(task: Any) -> list[str]:
+    return sorted(item.question for item in task.items)
+
+
+def test_a_group_is_trained_on_and_single_tasks_are_measured(benchmarks: Path) -> None:
+    source = "both = commonsense -> arc_easy+piqa"
+    task = load_experiment_task(source, data=benchmarks, held_out=3)
+    assert isinstance(task, MixedTask)
+    assert (task.name, task.head) == ("both", "lm")
+    assert [own.name for own in task.measured] == ["arc_easy", "piqa"]
+    assert [len(own.held_out) for own in task.measured] == [3, 2]  # type: ignore[attr-defined]
+    # 4 and 5 of ARC-Easy are measured; PIQA has nothing to train on.
+    wanted = [f"answer {n}?" for n in (0, 1, 2, 3, 100, 101, 102, 103, 104)]
+    assert asked_of(task) == sorted(wanted)
+    assert {item.answer for item in task.items} == {"even", "odd"}
+    assert "2 whose question is measured are left out" in task.about
+    # A limit takes of all benchmarks, and the same ones every time.
+    limited = [load_experiment_task(source, data=benchmarks, train_limit=4, seed=3) for _ in range(2)]
+    assert limited[0].items == limited[1].items
+    kinds = {int(item.question.split()[1][:-1]) >= 100 for item in limited[0].items}
+    assert kinds == {True, False}
+    unnamed = load_experiment_task("commonsense->arc_easy + piqa", data=benchmarks)
+    assert unnamed.name == "commonsense -> arc_easy + piqa"
+
+
+def test_the_union_is_learned_in_words_or_by_its_options(benchmarks: Path) -> None:
+    plain = load_experiment_task("commonsense_union -> piqa", data=benchmarks)
+    assert sorted({item.answer for item in plain.items}) == ["even", "odd"]
+    task = load_experiment_task("commonsense_union -> piqa + arc_e", data=benchmarks, by_generation=True)
+    assert isinstance(task, MixedTask)
+    assert all(isinstance(own, GenerationTask) for own in task.measured)
+    assert len(task.items) == 9
+    assert {item.answer for item in task.items} == {
+        "the correct answer is answer1",
+        "the correct answer is answer2",
+    }
+    assert all("Answer format: answer1/answer2" in item.question for item in task.items)
+    own = load_experiment_task("arc_easy", data=benchmarks, by_generation=True)
+    assert isinstance(own, GenerationTask)
+    assert own.items[0].answer == "the correct answer is answer1"
+
+
+def test_instruction_data_is_trained_on_and_mixed_with_benchmarks(benchmarks: Path) -> None:
+    taught = load_experiment_task(f"{benchmarks / 'taught.jsonl'} -> svamp", data=benchmarks)
+    # "2 + 1?" and "3 + 1?" are measured, however they are spaced.
+    assert asked_of(taught) == ["1  + 1?", "4  + 1?", "5  + 1?"]
+    assert taught.items[0].conversation("Count.") == [
+        {"role": "system", "content": "Count."},
+        {"role": "user", "content": "1  + 1?"},
+        {"role": "assistant", "content": "It is 2."},
+    ]
+    mixed = load_experiment_task(f"m = gsm8k + {benchmarks / 'taught.jsonl'} -> svamp", data=benchmarks)
+    assert asked_of(mixed) == sorted(["0 + 1?", "1 + 1?", "1  + 1?", "4  + 1?", "5  + 1?"])
+    # Files as benchmarks have them are read as such.
+    placed = load_experiment_task(f"{benchmarks / 'math' / 'gsm8k'} -> {benchmarks / 'commonsense' / 'piqa'}")
+    assert placed.items[0].answer == "It is\n#### 1"
+    assert isinstance(placed, MixedTask)
+    assert isinstance(placed.measured[0], ChoiceTask)
+
+
+def test_conversations_keep_their_turns(tmp_path: Path) -> None:
+    turns = [
+        {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "4"},
+    ]  # fmt: skip
+    tiny.write_jsonl(tmp_path / "chat.jsonl", [{"messages": turns}])
+    pytest.importorskip("reasoning_gym")
+    task = load_experiment_task(f"{tmp_path / 'chat.jsonl'} -> chain_sum:min_terms=2,max_terms=2", held_out=2)
+    assert isinstance(task, MixedTask)
+    (item,) = task.items
+    assert (item.question, item.answer) == ("2 + 2?", "4")
+    assert item.conversation("Other.") == turns
+    assert [own.name for own in task.measured] == ["chain_sum:min_terms=2,max_terms=2"]
+    assert len(task.measured[0].held_out) == 2  # type: ignore[attr-defined]
+
+
+def test_generated_tasks_are_learned_and_measured_elsewhere(benchmarks: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+    task = load_experiment_task("chain_sum -> svamp", data=benchmarks, train_limit=5, seed=1)
+    alone = load_experiment_task("chain_sum", train_limit=5, held_out=200, seed=1)
+    assert task.items == alone.items
+
+
+def test_measured_tasks_are_averaged_and_their_questions_put_together(
+    benchmarks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = tiny.tokenizer()
+    model = tiny.model(len(words))
+    task = load_experiment_task("gsm8k -> arc_easy + svamp", data=benchmarks)
+    assert isinstance(task, MixedTask)
+    monkeypatch.setattr(run, "generate", lambda *_, **__: ["It is 3", "7"])
+    score = task.measure(model, words, Measuring(system="Say.", generated_tokens=8))
+    parts = [own.measure(model, words, Measuring(system="Say.", generated_tokens=8)) for own in task.measured]
+    accuracies = [sum(own.correct) / len(own.correct) for own in parts]
+    assert accuracies[1] == 0.5
+    assert score.accuracy is not None
+    assert score.accuracy.value == pytest.approx(sum(accuracies) / 2)
+    # Two independent intervals: their halves add up as squares.
+    below = [own.accuracy.value - own.accuracy.low for own in parts if own.accuracy is not None]
+    assert score.accuracy.value - score.accuracy.low == pytest.approx(
+        (below[0] ** 2 + below[1] ** 2) ** 0.5 / 2
+    )
+    assert score.metrics == {"arc_easy": pytest.approx(accuracies[0]), "svamp": pytest.approx(accuracies[1])}
+    assert score.correct == parts[0].correct + parts[1].correct
+    assert score.losses == parts[0].losses + parts[1].losses
+    assert score.counts == parts[0].counts + parts[1].counts
+    assert score.loss.value == pytest.approx(sum(score.losses) / sum(score.counts))
+    again = TaskScore.from_record(json.loads(json.dumps(score.record())))
+    assert again.accuracy == score.accuracy
+    assert mean_accuracy([score.record()]) == score.accuracy
+    silent = task.measure(model, words, Measuring(generated=0))
+    assert silent.accuracy is None, "the mean of one task is not the mean of both"
+    assert "arc_easy" in silent.metrics
+
+
+def test_questions_are_set_aside_of_what_is_trained_on(benchmarks: Path) -> None:
+    words = tiny.tokenizer()
+    model = tiny.model(len(words))
+    task = load_experiment_task("commonsense -> piqa", data=benchmarks)
+    left, aside = task.validation(4, seed=2)
+    assert isinstance(aside, AnswerTask)
+    assert len(aside.held_out) == 4
+    together = [item.question for item in (*left.items, *aside.held_out)]
+    assert sorted(together) == asked_of(task)
+    assert len(left.items) == 7
+    total, count, _ = losses_of(model, words, tasks._tokens(aside.held_out, words, "").rows)
+    assert aside.measure(model, words).loss.value == pytest.approx(total / count, rel=1e-5)
+    assert left.measured == task.measured  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="11 questions to choose settings on cannot be set aside of the 11"):
+        task.validation(11)
+
+
+def test_code_is_scored_by_running_it_if_that_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "code").mkdir()
+    row = {
+        "prompt": "def twice(x):\n", "entry_point": "twice", "canonical_solution": "    return 2 * x\n",
+        "test": "def check(candidate):\n    assert candidate(3) == 6\n",
+    }  # fmt: skip
+    tiny.write_jsonl(tmp_path / "code" / "humaneval.test.jsonl", [row, {**row, "prompt": "def twice(y):\n"}])
+    tiny.write_jsonl(tmp_path / "taught.jsonl", [{"prompt": "Write.", "response": "pass"}])
+    source = f"{tmp_path / 'taught.jsonl'} -> humaneval"
+    with pytest.raises(ConfigError, match="allow it with run_code"):
+        load_experiment_task(source, data=tmp_path)
+    monkeypatch.setattr(run, "check_sandbox", lambda **_: None)
+    task = load_experiment_task(source, data=tmp_path, run_code=True)
+    ran: list[str] = []
+
+    def program(text: str, *_: Any, **__: Any) -> Any:
+        ran.append(text)
+        return type("Outcome", (), {"passed": "return x + x" in text})
+
+    monkeypatch.setattr(run, "run_program", program)
+    monkeypatch.setattr(run, "generate", lambda *_, **__: ["    return x + x\n", "    return y\n"])
+    words = tiny.tokenizer()
+    score = task.measure(tiny.model(len(words)), words, Measuring(generated_tokens=5))
+    assert score.correct == (True, False)
+    assert score.accuracy is not None
+    assert score.accuracy.value == score.metrics["humaneval"] == 0.5
+    assert ran[0].startswith("def twice(x):\n    return x + x\n")
+
+
+def test_other_metrics_stand_where_no_answer_is_simply_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "summarization").mkdir()
+    for split in ("train", "test"):
+        rows = [{"document": f"{split} a cat sat.", "summary": "A cat sat."}]
+        tiny.write_jsonl(tmp_path / "summarization" / f"xsum.{split}.jsonl", rows)
+    pytest.importorskip("rouge_score")
+    task = load_experiment_task("xsum", data=tmp_path)
+    monkeypatch.setattr(run, "generate", lambda *_, **__: ["A cat sat."])
+    words = tiny.tokenizer()
+    score = task.measure(tiny.model(len(words)), words, Measuring(generated_tokens=5))
+    assert score.accuracy is None
+    assert score.metrics["rouge1"] == pytest.approx(1.0)
+    assert score.loss.value > 0
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("gsm8k ->", ConfigError, "does not say what is measured; write it as TRAIN -> MEASURED"),
+        ("gsm8k -> svamp +", ConfigError, "does not say what is measured"),
+        ("-> svamp", ConfigError, "does not say what is trained on"),
+        ("name = -> svamp", ConfigError, "does not say what is trained on"),
+        ("gsm8k -> svamp -> piqa", ConfigError, "has 2 arrows"),
+        ("gsm8k -> svamp + SVAMP", ConfigError, "measures svamp twice"),
+        ("gsm8k -> nothing_like_it", ConfigError, "There is no task 'nothing_like_it'"),
+        ("nothing_like_it -> svamp", ConfigError, "There is no task 'nothing_like_it'"),
+        ("no/such.jsonl -> svamp", DataError, "no file or folder 'no/such.jsonl'"),
+        ("gsm8k -> no/such", DataError, "has no file 'no/such.dev or test.jsonl'"),
+        ("gsm8k -> wikitext2", ConfigError, "wikitext2 has no questions with answers"),
+        ("gsm8k -> cola", ConfigError, "cola is classification"),
+        (
+            "cola -> svamp",
+            ConfigError,
+            "cola is classification, which a model that is measured on other tasks",
+        ),
+        ("wikitext2 -> svamp", ConfigError, "wikitext2 has no questions"),
+        ("commonsense", ConfigError, "'commonsense' is a group of tasks"),
+        ("commonsense_union", ConfigError, "'commonsense_union' is a group of tasks"),
+        ("gsm8k -> code", ConfigError, "allow it with run_code"),
+        ("piqa -> svamp", DataError, "'commonsense/piqa' has no split 'train'"),
+    ],
+)
+def test_what_is_no_such_task_is_told(benchmarks: Path, source: str, error: type, message: str) -> None:
+    pytest.importorskip("reasoning_gym")
+    (benchmarks / "glue").mkdir()
+    tiny.write_jsonl(benchmarks / "glue" / "cola.dev.jsonl", [{"text": "x", "label": 1}])
+    with pytest.raises(error, match=re.escape(message)):
+        load_experiment_task(source, data=benchmarks)
+
+
+def test_nothing_is_left_where_all_is_measured(benchmarks: Path) -> None:
+    tiny.write_jsonl(benchmarks / "same.jsonl", [{"prompt": "2 + 1?", "response": "3"}])
+    with pytest.raises(DataError, match="is also measured; train on something else"):
+        load_experiment_task(f"{benchmarks / 'same.jsonl'} -> svamp", data=benchmarks)

@@ -79,6 +79,9 @@ def compare(
     train_limit: shared.TrainLimit = None,
     max_length: shared.MaxLength = None,
     system: shared.System = None,
+    template: shared.Template = None,
+    by_generation: shared.ByGeneration = None,
+    run_code: shared.RunCode = None,
     data_seed: shared.DataSeed = None,
     dtype: shared.Dtype = None,
     validation: Annotated[

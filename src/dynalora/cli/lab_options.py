@@ -33,6 +33,22 @@ MaxLength = Annotated[
 System = Annotated[
     str | None, option("--system", help="System message. \\[the chat template's]", panel=_DATA)
 ]
+Template = Annotated[
+    str | None,
+    option("--template", help="Prompts: chat, or a paper's format, as for evaluate. \\[chat]", panel=_DATA),
+]
+ByGeneration = Annotated[
+    bool | None,
+    option(
+        "--by-generation/--by-likelihood",
+        help="How multiple choice is learned and answered. \\[by likelihood]",
+        panel=_MEASURING,
+    ),
+]
+RunCode = Annotated[
+    bool | None,
+    option("--run-code", help="Execute generated code (HumanEval, MBPP), in a sandbox.", panel=_MEASURING),
+]
 DataSeed = Annotated[int | None, option("--data-seed", help="Of generated questions. \\[0]", panel=_DATA)]
 Dtype = Annotated[
     str | None,
@@ -46,10 +62,12 @@ HeldOut = Annotated[
 ]
 Generated = Annotated[
     int | None,
-    option("--generated", help="Word problems solved by generation; 0: none. \\[64]", panel=_MEASURING),
+    option(
+        "--generated", help="Questions per task answered by generation; 0: none. \\[64]", panel=_MEASURING
+    ),
 ]
 GeneratedTokens = Annotated[
-    int | None, option("--generated-tokens", help="Longest solution. \\[256]", panel=_MEASURING)
+    int | None, option("--generated-tokens", help="Longest generated answer. \\[256]", panel=_MEASURING)
 ]
 EvalBatchSize = Annotated[
     int | None, option("--eval-batch-size", help="Questions per forward pass. \\[8]", panel=_MEASURING)

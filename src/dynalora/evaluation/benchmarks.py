@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from dynalora.errors import ConfigError, DataError
@@ -85,6 +85,16 @@ class Benchmark:
     max_new_tokens: int = 32
     stop: tuple[str, ...] = ()
     labels: int = 2
+
+    @property
+    def right_or_wrong(self) -> bool:
+        """Whether the number that stands for the task says of every generated answer whether it is right."""
+        first = self.metrics[0] if self.how in ("generate", "code") and self.metrics else None
+        return (
+            first is not None
+            and first.items is not None
+            and first.names[0] in ("accuracy", "strict", "pass@1")
+        )
 
     @property
     def main(self) -> str:
@@ -486,32 +496,26 @@ def benchmark(name: str) -> Benchmark:
 
 # --- the commonsense union ------------------------------------------------------------------------------------
 
+UNION_NAME = "commonsense_union"
+"""What the union is called where something to train on is named."""
+
 UNION = Source("commonsense/commonsense_170k", "zwhe99/commonsense_170k", splits={"train": "train"})
 UNION_VALIDATION = 120
 
 
-def commonsense_union(
-    folder: Any = None, *, validation: int = UNION_VALIDATION, seed: int = 42
-) -> tuple[list[Example], list[Example]]:
-    """The training rows of all eight commonsense tasks together, and the rows held out of them for validation.
-
-    As in LLM-Adapters' training script: shuffled with `datasets`' `train_test_split` at seed 42, 120 rows for
-    validation.
+def commonsense_rows(folder: Any = None) -> list[Example]:
+    """The training rows of all eight commonsense tasks together.
 
     Args:
         folder: with `commonsense/commonsense_170k.train.jsonl[.gz]`, or with the single tasks' training files, which
             are then put together in the order of the group, those that are there; None: the union from the Hub.
-        validation: rows to hold out.
-        seed: fixes which.
 
     Returns:
-        Training and validation items; prompt and response are as the rows have them.
+        Items whose prompt and response are as the rows have them, with their options where those can be told apart.
 
     Raises:
-        DataError: there are no rows, or not more than `validation` of them.
+        DataError: there are no rows, or one is malformed.
     """
-    import datasets
-
     rows: list[tuple[str, Mapping[str, Any]]] = []
     try:
         rows = UNION.rows("train", folder=folder)[1]
@@ -524,15 +528,49 @@ def commonsense_union(
             except DataError as error:
                 if "has no split" not in str(error):
                     raise
-    if len(rows) <= validation:
+    return [_union_item(row, where) for where, row in rows]
+
+
+def _union_item(row: Mapping[str, Any], where: str) -> Example:
+    plain = Example(
+        _text(row, where, "instruction"), row.get("answer"), _text(row, where, "output"), where=where
+    )
+    label = str(row.get("answer"))
+    word = "true" if label in ("true", "false") else label.rstrip("0123456789")
+    try:
+        (read,) = _commonsense(word, _boolq)(row, where)
+    except DataError:  # a response to learn all the same
+        return plain
+    return replace(plain, choice=read.choice)
+
+
+def commonsense_union(
+    folder: Any = None, *, validation: int = UNION_VALIDATION, seed: int = 42
+) -> tuple[list[Example], list[Example]]:
+    """The training rows of all eight commonsense tasks together, and the rows held out of them for validation.
+
+    As in LLM-Adapters' training script: shuffled with `datasets`' `train_test_split` at seed 42, 120 rows for
+    validation.
+
+    Args:
+        folder: as for [`commonsense_rows`][dynalora.evaluation.benchmarks.commonsense_rows].
+        validation: rows to hold out.
+        seed: fixes which.
+
+    Returns:
+        Training and validation items; prompt and response are as the rows have them.
+
+    Raises:
+        DataError: there are no rows, or not more than `validation` of them.
+    """
+    import datasets
+
+    examples = commonsense_rows(folder)
+    if len(examples) <= validation:
         raise DataError(
-            f"The commonsense union has {len(rows)} training rows, too few to hold {validation} out; "
+            f"The commonsense union has {len(examples)} training rows, too few to hold {validation} out; "
             "give a folder with commonsense/*.train.jsonl.gz, or a smaller validation."
         )
-    examples = [
-        Example(_text(row, where, "instruction"), row.get("answer"), _text(row, where, "output"), where=where)
-        for where, row in rows
-    ]
     parts = datasets.Dataset.from_dict({"place": list(range(len(examples)))}).train_test_split(
         test_size=validation, shuffle=True, seed=seed
     )

@@ -10,7 +10,6 @@ print(result.scores["strict"])
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from dynalora.evaluation.multiple_choice import Choice, option_scores
 from dynalora.evaluation.perplexity import perplexity, windows
 from dynalora.evaluation.sandbox import Limits, check_sandbox, run_program
 from dynalora.evaluation.sources import Source
-from dynalora.evaluation.statistics import Estimate, Interval
+from dynalora.evaluation.statistics import Estimate, Interval, unweighted_mean
 from dynalora.evaluation.tasks import load_task
 from dynalora.progress import Progress, silent
 
@@ -168,7 +167,32 @@ def prepare(
     chosen = _metrics(task, metrics)
     if likelihood:
         chosen = ()
-    for metric in chosen:
+    check_scoring(task, chosen, run_code=run_code, weak_sandbox=weak_sandbox)
+    split, rows = task.source.rows(split, folder=data, limit=None if task.source.text else limit)
+    items: list[Example] = []
+    for where, row in rows:
+        items += task.read(row, where)
+    if not task.source.text:
+        items = items[:limit]
+    return Prepared(task, split, tuple(items), chosen, likelihood, weak_sandbox, limits, limit=limit)
+
+
+def check_scoring(
+    task: Benchmark, metrics: Sequence[Metric], *, run_code: bool = False, weak_sandbox: bool = False
+) -> None:
+    """Make sure that everything is there, and allowed, to score a task's answers.
+
+    Args:
+        task: the benchmark.
+        metrics: those of its metrics that are wanted.
+        run_code: execute generated code, in a sandbox.
+        weak_sandbox: execute it even where the system cannot contain it.
+
+    Raises:
+        ConfigError: the task needs generated code to be executed, and that is not allowed.
+        UnsupportedError: a package is missing, or generated code cannot be contained.
+    """
+    for metric in metrics:
         metric.check()
     if task.how == "code":
         if not run_code:
@@ -177,13 +201,6 @@ def prepare(
                 "(--run-code). It runs in a sandbox, without network and without your files."
             )
         check_sandbox(weak=weak_sandbox)
-    split, rows = task.source.rows(split, folder=data, limit=None if task.source.text else limit)
-    items: list[Example] = []
-    for where, row in rows:
-        items += task.read(row, where)
-    if not task.source.text:
-        items = items[:limit]
-    return Prepared(task, split, tuple(items), chosen, likelihood, weak_sandbox, limits, limit=limit)
 
 
 def measure(
@@ -194,6 +211,7 @@ def measure(
     batch_size: int = 16,
     max_new_tokens: int | None = None,
     window: int = 512,
+    system: str = "",
     name: str = "the model",
     progress: Progress = silent,
 ) -> TaskResult:
@@ -207,6 +225,8 @@ def measure(
         batch_size: items per batch.
         max_new_tokens: longest answer; None: the task's.
         window: tokens per window, for perplexity.
+        system: a system message before every question that is answered by generation; empty: what the chat template
+            adds by itself.
         name: of the model, for `progress`.
         progress: called with the number of items done.
 
@@ -243,7 +263,7 @@ def measure(
     else:
         _need_head(model, task, "lm")
         longest = task.max_new_tokens if max_new_tokens is None else max_new_tokens
-        answers, cut = _answers(model, tokenizer, task, items, longest, batch_size, what, progress)
+        answers, cut = _answers(model, tokenizer, task, items, longest, batch_size, system, what, progress)
         result = replace(result, answers=tuple(answers), too_long=cut)
         if task.how == "code":
             passed = _execute(prepared, answers, f"{task.title}: running what {name} wrote", progress)
@@ -259,13 +279,7 @@ def group_mean(results: Sequence[TaskResult]) -> Interval:
     Raises:
         DataError: there are no results.
     """
-    if not results:
-        raise DataError("There are no results to average; give at least one.")
-    scores = [result.scores[result.main] for result in results]
-    value = sum(score.value for score in scores) / len(scores)
-    below = math.sqrt(sum((score.value - score.low) ** 2 for score in scores)) / len(scores)
-    above = math.sqrt(sum((score.high - score.value) ** 2 for score in scores)) / len(scores)
-    return Interval(value, value - below, value + above)
+    return unweighted_mean([result.scores[result.main] for result in results])
 
 
 def model_window(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -309,13 +323,14 @@ def _answers(
     items: Sequence[Example],
     longest: int,
     batch_size: int,
+    system: str,
     what: str,
     progress: Progress,
 ) -> tuple[list[str], int]:
     """What the model says to each item, and how many items were too long to be asked."""
     prompts = []
     for item in items:
-        ids = chat_prompt(tokenizer, item.prompt)
+        ids = chat_prompt(tokenizer, item.prompt, system)
         if item.prefix:
             ids += list(tokenizer(item.prefix, add_special_tokens=False)["input_ids"])
         prompts.append(ids)

@@ -225,6 +225,20 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     return Interval(mean, mean - half, mean + half)
 
 
+def unweighted_mean(scores: Sequence[Interval]) -> Interval:
+    """The mean of several tasks' scores, each counting the same; its interval takes the tasks as independent.
+
+    Raises:
+        DataError: there are no scores.
+    """
+    if not scores:
+        raise DataError("There are no results to average; give at least one.")
+    value = math.fsum(score.value for score in scores) / len(scores)
+    below = math.sqrt(math.fsum((score.value - score.low) ** 2 for score in scores)) / len(scores)
+    above = math.sqrt(math.fsum((score.high - score.value) ** 2 for score in scores)) / len(scores)
+    return Interval(value, value - below, value + above)
+
+
 def item_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """A mean over a task's items: Wilson's interval if all values are 0 or 1, else Student's.
 

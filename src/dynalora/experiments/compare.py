@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,7 @@ class CompareSpec(LabSettings, TrainSettings):
         target_modules: names of the modules to adapt, a regular expression, or `all-linear`.
         match_parameters: choose each method's rank so that it trains as many parameters as the reference does.
         learning_rates: the grid; empty: `learning_rate` alone.
+        steps: optimizer steps of every run; None: as many as `epochs` needs.
         seeds: number of runs per method; their seeds are `seed`, `seed` + 1, …
         all_rates: run every seed at every learning rate, and not only at the chosen one.
         validation: number of training questions that the learning rate is chosen on.
@@ -120,8 +121,11 @@ class CompareSpec(LabSettings, TrainSettings):
     def _check(self) -> None:
         super()._check()
         self._check_lab()
-        if self.steps is None:
-            raise ConfigError("steps is missing; give the number of optimizer steps.")
+        if self.steps is not None and self.epochs != TrainSettings.epochs:
+            raise ConfigError(
+                f"steps is {self.steps} and epochs is {self.epochs:g}; give one of them, and steps as null to train "
+                "for epochs."
+            )
         for name in ("r", "seeds", "jobs"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -223,6 +227,10 @@ class CompareSpec(LabSettings, TrainSettings):
                 f"{did_you_mean(self.reference, labels)}."
             )
         return sorted(found, key=lambda own: own.label != self.reference)
+
+
+_DEFAULTS = {item.name: item.default for item in fields(CompareSpec) if item.default is not MISSING}
+"""What cells were run with that are older than a setting."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,9 +389,10 @@ class CellStore:
         there = {**found.get("settings", {}), **found.get("cell", {})}
         # The same files may lie elsewhere, as on another machine.
         differing = [
-            f"{name} was {there.get(name)!r}, now {value!r}"
+            f"{name} was {there.get(name, _DEFAULTS.get(name))!r}, now {value!r}"
             for name, value in wanted.items()
-            if there.get(name) != value and name not in ("task", "data", "model", "texts")
+            if there.get(name, _DEFAULTS.get(name)) != value
+            and name not in ("task", "data", "model", "texts")
         ]
         if differing:
             raise RunFolderError(

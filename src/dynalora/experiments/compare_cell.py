@@ -82,7 +82,7 @@ class _Run:
         self.head, self.labels = task.head, task.labels
         with rich_progress(self.console) as progress:
             self.path = local_model_name(spec.model, progress=progress)
-        tokenizer = load_tokenizer(self.path, template="chat" if self.head == "lm" else None)
+        tokenizer = load_tokenizer(self.path, template=spec.template if self.head == "lm" else None)
         model: Any = self._load()
         texts = self._texts(model, tokenizer)
         result: dict[str, Any] = {"machine": machine(), "task": task.about}

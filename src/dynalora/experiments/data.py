@@ -124,6 +124,7 @@ USUAL_FIELDS = (
     Fields(prompt="instruction", response="response"),
     Fields(prompt="question", response="answer"),
     Fields(prompt="query", response="response"),
+    Fields(prompt="query", response="answer"),
     Fields(prompt="problem", response="solution"),
     Fields(prompt="problem", response="answer"),
     Fields(prompt="input", response="output"),

@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from dynalora.errors import CheckpointError, ConfigError, RunFolderError
-from dynalora.evaluation.statistics import Estimate, Interval, mean_interval, wilson
+from dynalora.evaluation.prompts import TEMPLATES
+from dynalora.evaluation.statistics import Estimate, Interval, mean_interval
 from dynalora.experiments import data
 from dynalora.experiments.finetune import (
     DTYPES,
@@ -46,11 +47,17 @@ class LabSettings:
         data: folder with the files of benchmarks, as for `dynalora evaluate`; None: the Hub.
         held_out: number of held-out questions per task; a file that has fewer gives all of its.
         train_limit: number of training questions per task; None: all of a file, 1000 of a generated task.
-        generated: number of word problems that are solved by generation, which is slow; 0: none.
-        generated_tokens: longest generated solution.
+        generated: number of questions per task that are answered by generation where that must be, which is slow; 0:
+            none.
+        generated_tokens: longest generated answer.
         max_length: longer training questions, in tokens with their answer, are left out.
         eval_batch_size: questions per forward pass when measuring.
         system: system message of every question; None: what the model's chat template adds by itself.
+        template: prompts in the model's own chat format (`chat`) or a paper's, see
+            [`prompts`][dynalora.evaluation.prompts].
+        by_generation: multiple choice is learned and answered in words, and scored by keywords, as LLM-Adapters does;
+            False: options are compared by likelihood.
+        run_code: execute the code that the model writes (HumanEval, MBPP), in a sandbox.
         data_seed: of generated questions. It does not change with the seeds of the runs.
         dtype: of the base model's weights: `float32`, `bfloat16`, `float16`, or `auto`.
         threads: threads that torch computes with; None: torch's choice.
@@ -65,6 +72,9 @@ class LabSettings:
     max_length: int = 256
     eval_batch_size: int = 8
     system: str | None = None
+    template: str = "chat"
+    by_generation: bool = False
+    run_code: bool = False
     data_seed: int = 0
     dtype: str = "auto"
     threads: int | None = None
@@ -79,6 +89,10 @@ class LabSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give 0 or more.")
         if self.max_length < 2:
             raise ConfigError(f"max_length is {self.max_length}; give at least 2 tokens.")
+        if self.template not in ("chat", *TEMPLATES):
+            raise ConfigError(
+                f"template is '{self.template}'; choose one of {', '.join(['chat', *TEMPLATES])}."
+            )
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is '{self.dtype}'; choose one of {', '.join(DTYPES)}.")
 
@@ -100,6 +114,8 @@ class LabSettings:
             held_out=self.held_out,
             train_limit=self.train_limit,
             seed=self.data_seed,
+            by_generation=self.by_generation,
+            run_code=self.run_code,
         )
 
 
@@ -126,7 +142,7 @@ class Lab:
         self.tasks = {source: settings.load_task(source) for source in sources}
         with rich_progress(console) as progress:
             self._model_path = local_model_name(settings.model, progress=progress)
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self._model_path)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self._model_path, template=settings.template)
         self._model: PreTrainedModel | None = None
         self._training: dict[str, data.TokenizedSet] = {}
 
@@ -305,7 +321,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
 
 
 def mean_accuracy(records: Sequence[Mapping[str, Any]]) -> Interval | None:
-    """Mean accuracy over runs with its 95 % interval: Student's t over the runs, Wilson's of a single one.
+    """Mean accuracy over runs with its 95 % interval: Student's t over the runs; of a single one over its questions.
 
     Args:
         records: what [`TaskScore.record`][dynalora.experiments.tasks.TaskScore] gave, one per run.
@@ -314,7 +330,7 @@ def mean_accuracy(records: Sequence[Mapping[str, Any]]) -> Interval | None:
     if not values or any(value is None for value in values):
         return None
     if len(records) == 1:
-        return wilson(sum(records[0]["correct"]), len(records[0]["correct"]))
+        return Interval(values[0], records[0]["accuracy_low"], records[0]["accuracy_high"])
     mean = mean_interval(values)
     return Interval(mean.value, max(0.0, mean.low), min(1.0, mean.high))
 

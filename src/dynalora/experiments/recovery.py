@@ -91,6 +91,9 @@ class RecoverSpec:
         max_length: longer training questions are left out.
         eval_batch_size: questions per forward pass when measuring.
         system: system message of every question.
+        template: prompts in the model's own chat format, or a paper's.
+        by_generation: multiple choice in words instead of by likelihood.
+        run_code: execute the code that the model writes.
         data_seed: of generated questions.
         dtype: of the base model's weights.
         threads: threads that torch computes with.
@@ -122,6 +125,9 @@ class RecoverSpec:
     max_length: int | None = None
     eval_batch_size: int | None = None
     system: str | None = None
+    template: str | None = None
+    by_generation: bool | None = None
+    run_code: bool | None = None
     data_seed: int | None = None
     dtype: str | None = None
     threads: int | None = None
@@ -238,7 +244,8 @@ def resolve(spec: RecoverSpec) -> tuple[RecoverSpec, list[Checkpoint]]:
 
 def _same_questions(spec: RecoverSpec, told: Mapping[str, Any]) -> bool:
     names = (
-        "task_a", "task_b", "model", "data", "held_out", "generated", "generated_tokens", "system", "data_seed"
+        "task_a", "task_b", "model", "data", "held_out", "generated", "generated_tokens", "system", "template",
+        "by_generation", "data_seed",
     )  # fmt: skip
     return all(getattr(spec, name) == told.get(name) for name in names)
 

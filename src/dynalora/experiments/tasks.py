@@ -1,22 +1,31 @@
-"""Tasks to train on and to measure: generated ones, multiple choice, and word problems with a number as the answer.
+"""Tasks to train on and to measure: generated ones, multiple choice, word problems, classification, and others.
 
-A task is named in one of three ways:
+A task is named in one of four ways:
 
-- a benchmark of [`benchmarks`][dynalora.evaluation.benchmarks], such as `arc_easy` or `gsm8k`, whose answers are right
-  or wrong; its rows come from the Hub, or from a folder of benchmarks' files;
+- a benchmark of [`benchmarks`][dynalora.evaluation.benchmarks], such as `arc_easy` or `gsm8k`; its rows come from the
+  Hub, or from a folder of benchmarks' files;
 - a task of reasoning-gym, such as `family_relationships`, with options of its generator behind a colon:
   `chain_sum:min_terms=2,max_terms=3`;
 - files: `data/ARC-Easy` for `data/ARC-Easy.train.jsonl.gz` and `data/ARC-Easy.dev.jsonl.gz`, or a folder with
   `train.jsonl` and `test.jsonl`. Held out is the first there is of `dev` (or `validation`, `valid`) and `test`. Rows
   with `instruction` and `answer` are multiple choice as in LLM-Adapters; rows with `question` and an `answer` that ends
-  in `#### 72` are word problems as in GSM8K.
+  in `#### 72` are word problems as in GSM8K;
+- trained on one thing and measured on others, as papers do: `TRAIN -> MEASURED + MEASURED`, with a name for tables and
+  files in front if wanted: `commonsense = commonsense_union -> boolq + piqa`. TRAIN is any of the above, of which the
+  training rows are taken; a group of benchmarks or `commonsense_union`; or whatever `dynalora finetune --data` reads (a
+  data set of the Hub, a file or a folder with prompts and responses); several are joined by `+`. MEASURED is any of the
+  above, of which the held-out questions are taken, or a group. Accuracy is the unweighted mean of the measured tasks'
+  accuracies, which are each among the metrics. A question that is measured is not trained on; questions count as the
+  same if they differ only in case and white space.
 
 | kind | trained on | accuracy | loss |
 |---|---|---|---|
 | generated | the answer | the whole answer is the model's most likely one | of the answer, end of turn included |
 | multiple choice | the right option's text | the likeliest option, per token, is the right one | of the right option |
+| multiple choice, by generation | the row's response | the first keyword that is said is the right one | of it |
+| code | the solution | the generated program passes the tests | of the solution |
 | classification | the class | the likeliest class is the right one | of the right class, per text |
-| others | the solution's text | the generated solution is right by the benchmark's metric | of the solution |
+| others | the solution's text | the solution is right by the benchmark's metric, if that says so | of the solution |
 
 Losses are negative log-likelihoods of the right answers in nats per token. They tell models apart long before their
 accuracies do. Classification (GLUE) is for encoders with a classification head, all others for causal language models.
@@ -27,24 +36,39 @@ from __future__ import annotations
 import abc
 import os
 import random
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dynalora.errors import ConfigError, DataError
-from dynalora.evaluation.benchmarks import Benchmark, Example, benchmark, find_benchmark
+from dynalora.evaluation.benchmarks import (
+    GROUPS,
+    UNION_NAME,
+    Benchmark,
+    Example,
+    benchmark,
+    commonsense_rows,
+    find_benchmark,
+)
 from dynalora.evaluation.files import file_rows, split_files
-from dynalora.evaluation.generation import batches_by_length, evaluating, generate
-from dynalora.evaluation.metrics import Metric
+from dynalora.evaluation.generation import batches_by_length, evaluating
 from dynalora.evaluation.multiple_choice import Choice, option_scores
 from dynalora.evaluation.numbers import MARK
-from dynalora.evaluation.run import model_window
+from dynalora.evaluation.run import Prepared, check_scoring, measure, model_window
 from dynalora.evaluation.scoring import answer_loss
 from dynalora.evaluation.sources import Row
-from dynalora.evaluation.statistics import Estimate, Interval, ratio, wilson
+from dynalora.evaluation.statistics import Estimate, Interval, ratio, unweighted_mean, wilson
 from dynalora.evaluation.tasks import Item, load_task
-from dynalora.experiments.data import IGNORED, Collator, TokenizedSet, Tokens, tokenize
+from dynalora.experiments.data import (
+    Collator,
+    Conversation,
+    TokenizedSet,
+    Tokens,
+    load_conversations,
+    tokenize,
+)
 from dynalora.experiments.settings import named_values
 from dynalora.progress import Progress, silent
 
@@ -64,9 +88,9 @@ class Measuring:
 
     Attributes:
         batch_size: questions per forward pass.
-        generated: word problems are solved by generation, which is slow: the first so many; 0: none, and then their
-            accuracy is not known.
-        generated_tokens: longest generated solution.
+        generated: answers that must be generated, which is slow: the first so many questions of a task; 0: none, and
+            then its accuracy is not known.
+        generated_tokens: longest generated answer.
         system: a system message before every question; empty: the chat template's own, if it has one.
     """
 
@@ -87,7 +111,9 @@ class TaskScore:
         questions: number of questions that the loss is over.
         losses: negative log-likelihood of each right answer, in nats, summed over its tokens.
         counts: number of tokens of each right answer.
-        metrics: the benchmark's own numbers where they are others than accuracy, by name (Matthews' correlation, …).
+        metrics: the benchmark's own numbers where they are others than accuracy, by name (Matthews' correlation, …); of
+            several tasks together, each one's accuracy by its name.
+        mean: of several tasks together, the unweighted mean of their accuracies; None: all questions count alike.
     """
 
     correct: tuple[bool, ...]
@@ -96,6 +122,7 @@ class TaskScore:
     losses: tuple[float, ...] = field(default=(), repr=False)
     counts: tuple[int, ...] = field(default=(), repr=False)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    mean: Interval | None = None
 
     @classmethod
     def of(
@@ -109,9 +136,34 @@ class TaskScore:
         loss = ratio(losses, counts)
         return cls(tuple(correct), loss, len(losses), tuple(losses), tuple(counts), dict(metrics or {}))
 
+    @classmethod
+    def together(cls, scores: Mapping[str, TaskScore]) -> TaskScore:
+        """One score out of several tasks', by their names.
+
+        Accuracy is the unweighted mean of theirs. Questions are put one behind the other, so the loss, and a comparison
+        of two models question by question, weigh a task by its questions.
+        """
+        accuracies = {name: own.accuracy for name, own in scores.items()}
+        known = {name: own for name, own in accuracies.items() if own is not None}
+        metrics = {name: own.value for name, own in known.items()}
+        for name, score in scores.items():
+            metrics |= {f"{name} {metric}": value for metric, value in score.metrics.items()}
+        whole = cls.of(
+            [right for own in scores.values() for right in own.correct],
+            [loss for own in scores.values() for loss in own.losses],
+            [count for own in scores.values() for count in own.counts],
+            metrics,
+        )
+        if len(known) < len(scores):
+            # The mean of some of the tasks would pass for the mean of all of them.
+            return replace(whole, correct=())
+        return replace(whole, mean=unweighted_mean(list(known.values())))
+
     @property
     def accuracy(self) -> Interval | None:
-        """Share of right answers with Wilson's 95 % interval; None if nothing was answered."""
+        """Share of right answers with Wilson's 95 % interval, or the mean over tasks; None if nothing was answered."""
+        if self.mean is not None:
+            return self.mean
         return wilson(sum(self.correct), len(self.correct)) if self.correct else None
 
     def record(self) -> dict[str, Any]:
@@ -128,6 +180,7 @@ class TaskScore:
             "losses": list(self.losses),
             "counts": list(self.counts),
             "metrics": dict(self.metrics),
+            **({"unweighted": True} if self.mean is not None else {}),
         }
 
     @classmethod
@@ -141,6 +194,9 @@ class TaskScore:
             tuple(record.get("losses", ())),
             tuple(record.get("counts", ())),
             dict(record.get("metrics", {})),
+            Interval(record["accuracy"], record["accuracy_low"], record["accuracy_high"])
+            if record.get("unweighted")
+            else None,
         )
 
 
@@ -189,6 +245,11 @@ class ExperimentTask(abc.ABC):
             ConfigError: there are not that many.
         """
         own: Any = self
+        kept, aside = self._parted(count, seed)
+        return replace(own, train=kept), replace(own, held_out=aside)
+
+    def _parted(self, count: int, seed: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        own: Any = self
         if not 0 < count < len(own.train):
             raise ConfigError(
                 f"{count} questions to choose settings on cannot be set aside of the {len(own.train):,} training "
@@ -198,7 +259,7 @@ class ExperimentTask(abc.ABC):
         parts: tuple[list[Any], list[Any]] = ([], [])
         for index, item in enumerate(own.train):
             parts[index in aside].append(item)
-        return replace(own, train=tuple(parts[0])), replace(own, held_out=tuple(parts[1]))
+        return tuple(parts[0]), tuple(parts[1])
 
     @abc.abstractmethod
     def measure(
@@ -307,7 +368,7 @@ class ChoiceTask(ExperimentTask):
 
 @dataclass(frozen=True)
 class GenerationTask(ExperimentTask):
-    """Questions whose generated answers are right or wrong by a benchmark's metric."""
+    """Questions whose answers are generated and scored by a benchmark's metrics."""
 
     benchmark: Benchmark = field(repr=False)
     train: tuple[Example, ...] = field(repr=False)
@@ -333,15 +394,15 @@ class GenerationTask(ExperimentTask):
         asked = self.held_out[: how.generated]
         if not asked:
             return TaskScore.of((), found.sums, found.counts)
-        said = generate(
-            model, tokenizer, [_prompt(row) for row in rows[: how.generated]],
-            max_new_tokens=how.generated_tokens, batch_size=how.batch_size, stop=self.benchmark.stop,
-            what=f"Solving {self.name}: {name}", progress=progress,
+        result = measure(
+            model, tokenizer, Prepared(self.benchmark, "", asked, self.benchmark.metrics),
+            batch_size=how.batch_size, max_new_tokens=how.generated_tokens, system=how.system, name=name,
+            progress=progress,
         )  # fmt: skip
-        metric = _right_or_wrong(self.benchmark)
-        assert metric is not None  # a task is made of no other benchmarks
-        right = metric.score(said, [example.reference for example in asked])[1][metric.names[0]]
-        return TaskScore.of([bool(value) for value in right], found.sums, found.counts)
+        main = result.main if self.benchmark.right_or_wrong else None
+        right = [bool(value) for value in result.values[main]] if main else []
+        others = {own: interval.value for own, interval in result.scores.items() if own != main}
+        return TaskScore.of(right, found.sums, found.counts, others)
 
 
 @dataclass(frozen=True)
@@ -442,20 +503,80 @@ def _item(example: Example) -> Item:
     return Item(example.prompt, example.response or str(example.reference))
 
 
-def _right_or_wrong(task: Benchmark) -> Metric | None:
-    """A benchmark's first metric, if it says of every answer whether it is right."""
-    if task.how != "generate" or not task.metrics:
-        return None
-    first = task.metrics[0]
-    return first if first.items is not None and first.names[0] in ("accuracy", "strict") else None
+@dataclass(frozen=True)
+class Chat(Item):
+    """A conversation as it stands in a data set, which may have several turns.
+
+    Attributes:
+        messages: all of it; `question` is the last thing asked and `answer` what is said to it.
+    """
+
+    messages: tuple[Any, ...] = field(default=(), repr=False)
+
+    def conversation(self, system: str = "") -> list[Any]:
+        """The messages, behind a system message if one is given and they have none."""
+        has = self.messages[0]["role"] == "system"
+        first = [{"role": "system", "content": system}] if system and not has else []
+        return [*first, *self.messages]
+
+    @classmethod
+    def of(cls, messages: Conversation) -> Chat:
+        """Out of what [`load_conversations`][dynalora.experiments.data.load_conversations] returns."""
+        asked = [turn["content"] for turn in messages if turn["role"] == "user"]
+        return cls(asked[-1] if asked else "", messages[-1]["content"], tuple(messages))
 
 
-def _prompt(row: Tokens) -> list[int]:
-    start = next(place for place, label in enumerate(row["labels"]) if label != IGNORED)
-    return row["input_ids"][:start]
+@dataclass(frozen=True)
+class MixedTask(ExperimentTask):
+    """Trained on one thing, measured on others: see the top of this module.
+
+    Attributes:
+        train: what is learned.
+        measured: the tasks that are measured; their own training questions are not looked at.
+    """
+
+    train: tuple[Item, ...] = field(repr=False)
+    measured: tuple[ExperimentTask, ...] = field(repr=False)
+
+    @property
+    def items(self) -> Sequence[Item]:
+        return self.train
+
+    def validation(self, count: int, *, seed: int = 0) -> tuple[ExperimentTask, ExperimentTask]:
+        """As for every task; what is set aside is measured by its answers' loss, whatever kind of question it is."""
+        kept, aside = self._parted(count, seed)
+        return replace(self, train=kept), AnswerTask(self.name, self.about, (), aside)
+
+    def measure(
+        self,
+        model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        how: Measuring | None = None,
+        *,
+        name: str = "the model",
+        progress: Progress = silent,
+    ) -> TaskScore:
+        return TaskScore.together(
+            {
+                own.name: own.measure(model, tokenizer, how, name=name, progress=progress)
+                for own in self.measured
+            }
+        )
 
 
 # --- finding a task -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """How many questions of a task, from where, and how they are put."""
+
+    data: str | os.PathLike[str] | None
+    held_out: int
+    train_limit: int | None
+    seed: int
+    by_generation: bool
+    run_code: bool
 
 
 def load_experiment_task(
@@ -465,91 +586,144 @@ def load_experiment_task(
     held_out: int = 200,
     train_limit: int | None = None,
     seed: int = 0,
+    by_generation: bool = False,
+    run_code: bool = False,
 ) -> ExperimentTask:
     """The task of that name.
 
     Args:
-        source: a benchmark, a task of reasoning-gym, or the place of its files; see the top of this module.
+        source: a benchmark, a task of reasoning-gym, the place of its files, or `TRAIN -> MEASURED + MEASURED`; see the
+            top of this module.
         data: a folder with benchmarks' files, laid out as [`sources`][dynalora.evaluation.sources] says; None: the Hub.
-        held_out: number of held-out questions; files that have fewer give all of theirs.
+        held_out: number of held-out questions, of each task that is measured; files that have fewer give all of theirs.
         train_limit: number of training questions; None: all of a file,
             [`GENERATED`][dynalora.experiments.tasks.GENERATED] of a generated task.
-        seed: of generated questions.
+        seed: of generated questions, and of the order in which the benchmarks of a group are mixed.
+        by_generation: put multiple choice as LLM-Adapters does: the model learns and generates a response to a prompt
+            that lists the options, and the response's first keyword is its answer. False: options are compared by their
+            likelihood.
+        run_code: execute generated code, in a sandbox; tasks that need it are refused without.
 
     Raises:
-        ConfigError: the name is empty or unknown, a number is out of range, the generator rejects the options, or the
-            benchmark's answers are not right or wrong.
+        ConfigError: the name is empty or unknown, a number is out of range, the generator rejects the options, there is
+            nothing to learn or nothing to score, or generated code is not to be executed.
         DataError: a file or split is missing, or its rows are neither multiple choice nor word problems.
-        UnsupportedError: reasoning-gym is not installed.
+        UnsupportedError: reasoning-gym or what a metric needs is not installed, or code cannot be contained.
     """
     if held_out < 1:
         raise ConfigError(f"held_out is {held_out}; give a whole number of at least 1.")
     if train_limit is not None and train_limit < 1:
         raise ConfigError(f"train_limit is {train_limit}; give a whole number of at least 1.")
+    wanted = _Wanted(data, held_out, train_limit, seed, by_generation, run_code)
+    if "->" in source:
+        return _mixed(source, wanted)
+    _check_named(source)
+    path = Path(source).expanduser()
+    if _is_place(source):
+        return _from_files(path, wanted)
+    known = find_benchmark(source)
+    if known is not None:
+        return _from_benchmark(known, wanted)
+    if (group := _group(source)) is not None:
+        raise ConfigError(
+            f"'{source}' is a group of tasks; name one of them, or say what is trained on and what is measured: "
+            f"{source} -> {' + '.join(group[:2])}."
+        )
+    own = source.removeprefix("reasoning_gym:")
+    made = _generated(own, wanted, train_limit or GENERATED)
+    about = f"{own} of reasoning-gym, seed {seed}: {len(made.train):,} training and {len(made.held_out):,} held out"
+    return AnswerTask(own, about, made.train, made.held_out)
+
+
+def _check_named(source: str) -> None:
     if not source.strip():
         raise ConfigError(
             "A task has no name; give a benchmark, a task of reasoning-gym, or the place of its files."
         )
+
+
+def _is_place(source: str) -> bool:
+    """Whether a source names files, and not a benchmark or a generator."""
     path = Path(source).expanduser()
-    if path.is_dir() or "/" in source or "\\" in source or "train" in split_files(path):
-        return _from_files(path, held_out, train_limit)
-    known = find_benchmark(source)
-    if known is not None:
-        return _from_benchmark(known, data, held_out, train_limit)
-    source = source.removeprefix("reasoning_gym:")
+    return path.is_dir() or "/" in source or "\\" in source or "train" in split_files(path)
+
+
+def _group(source: str) -> tuple[str, ...] | None:
+    """The benchmarks of a group; None if there is no such group."""
+    own = source.strip().lower()
+    return GROUPS["commonsense"] if own == UNION_NAME else GROUPS.get(own)
+
+
+def _generated(source: str, wanted: _Wanted, train_size: int) -> Any:
     name, _, told = source.partition(":")
     options = named_values(pair for pair in told.split(",") if pair.strip())
-    made = load_task(
-        name, train_size=train_limit or GENERATED, held_out_size=held_out, seed=seed, options=options
+    return load_task(
+        name, train_size=train_size, held_out_size=wanted.held_out, seed=wanted.seed, options=options
     )
-    about = f"{source} of reasoning-gym, seed {seed}: {len(made.train):,} training and {len(made.held_out):,} held out"
-    return AnswerTask(source, about, made.train, made.held_out)
 
 
-def _from_files(path: Path, held_out: int, train_limit: int | None) -> ExperimentTask:
+def _file_split(path: Path, *names: str) -> tuple[Path, list[Row]]:
+    """The first file of these splits that there is, and its rows."""
     files = split_files(path)
-    train_file, held_file = files.get("train"), next((files[own] for own in _HELD_OUT if own in files), None)
-    if train_file is None or held_file is None:
-        lacking = "train" if train_file is None else " or ".join(_HELD_OUT)
+    file = next((files[name] for name in names if name in files), None)
+    if file is None:
         place = f"'{path}/{{}}.jsonl'" if path.is_dir() else f"'{path}.{{}}.jsonl'"
         raise DataError(
-            f"The task '{path}' has no file {place.format(lacking)} (or of another kind, or with .gz); "
+            f"The task '{path}' has no file {place.format(' or '.join(names))} (or of another kind, or with .gz); "
             "give a folder or the beginning of the names of its files."
         )
-    train, held = (
-        [(f"'{file}', {where}", row) for where, row in file_rows(file)] for file in (train_file, held_file)
-    )
-    for file, rows in ((train_file, train), (held_file, held)):
-        if not rows:
-            raise DataError(f"'{file}' holds no row; give a file with at least one.")
-    first = train[0][1]
-    if "instruction" in first:
-        written_as = "arc_easy"  # whose rows list their options, as those of all others do
-    elif "question" in first and MARK in str(first.get("answer")):
-        written_as = "gsm8k"
-    else:
+    rows: list[Row] = [(f"'{file}', {where}", row) for where, row in file_rows(file)]
+    if not rows:
+        raise DataError(f"'{file}' holds no row; give a file with at least one.")
+    return file, rows
+
+
+def _written_as(row: Mapping[str, Any]) -> Benchmark | None:
+    """The benchmark whose rows are written like this one; None: that of none."""
+    if "instruction" in row and "answer" in row:
+        return benchmark("arc_easy")  # whose rows list their options, as those of all others do
+    if "question" in row and MARK in str(row.get("answer")):
+        return benchmark("gsm8k")
+    return None
+
+
+def _read_as(file: Path, rows: Sequence[Row]) -> Benchmark:
+    first = rows[0][1]
+    found = _written_as(first)
+    if found is None:
         has = ", ".join(f"'{key}'" for key in first)
         raise DataError(
-            f"'{train_file}' has rows with the fields {has}; give multiple choice (instruction, answer) or word "
+            f"'{file}' has rows with the fields {has}; give multiple choice (instruction, answer) or word "
             f"problems (question, and an answer that ends in '{MARK} 72'), or name a benchmark."
         )
-    name = path.resolve().name
+    return found
+
+
+def _from_files(path: Path, wanted: _Wanted) -> ExperimentTask:
+    train_file, train = _file_split(path, "train")
+    held_file, held = _file_split(path, *_HELD_OUT)
     places = f"'{train_file.name}'", f"'{held_file.name}'"
-    return _task(name, places, benchmark(written_as), train, held, held_out, train_limit)
+    return _task(path.resolve().name, places, _read_as(train_file, train), train, held, wanted)
 
 
-def _from_benchmark(
-    known: Benchmark, data: str | os.PathLike[str] | None, held_out: int, train_limit: int | None
-) -> ExperimentTask:
-    if _right_or_wrong(known) is None and known.how != "classify":
+def _from_benchmark(known: Benchmark, wanted: _Wanted) -> ExperimentTask:
+    _check_measured(known, wanted)
+    train = known.source.rows("train", folder=wanted.data)[1]
+    split, held = known.source.rows(folder=wanted.data, limit=wanted.held_out)
+    return _task(known.name, (_origin(known, wanted), f"its {split} split"), known, train, held, wanted)
+
+
+def _origin(known: Benchmark, wanted: _Wanted) -> str:
+    return f"'{known.source.hub}'" if wanted.data is None else f"'{os.fspath(wanted.data)}'"
+
+
+def _check_measured(known: Benchmark, wanted: _Wanted) -> None:
+    """Make sure that a benchmark's answers can be learned and scored, before any row is read."""
+    if known.how not in ("generate", "code", "classify"):
         raise ConfigError(
-            f"The answers to {known.name} are not simply right or wrong; choose another task, "
-            "such as arc_easy or gsm8k."
+            f"{known.name} has no questions with answers; choose another task, such as arc_easy or gsm8k."
         )
-    train = known.source.rows("train", folder=data)[1]
-    split, held = known.source.rows(folder=data, limit=held_out)
-    place = f"'{known.source.hub}'" if data is None else f"'{os.fspath(data)}'"
-    return _task(known.name, (place, f"its {split} split"), known, train, held, held_out, train_limit)
+    check_scoring(known, known.metrics, run_code=wanted.run_code)
 
 
 def _task(
@@ -558,25 +732,192 @@ def _task(
     known: Benchmark,
     train: Sequence[Row],
     held: Sequence[Row],
-    held_out: int,
-    train_limit: int | None,
+    wanted: _Wanted,
 ) -> ExperimentTask:
     """A task out of rows that are read as a benchmark's; no question is on both sides."""
-    every = [example for where, row in train for example in known.read(row, where)]
-    aside = [example for where, row in held[:held_out] for example in known.read(row, where)][:held_out]
+    aside = _examples(known, held[: wanted.held_out])[: wanted.held_out]
     seen = {_key(example) for example in aside}
-    kept = [example for example in every if _key(example) not in seen][:train_limit]
+    kept = [own for own in _examples(known, train) if _key(own) not in seen][: wanted.train_limit]
     if not kept:
         raise DataError(f"Every training question of {name} is also held out; give other files.")
     about = f"{name}: {len(kept):,} training questions of {places[0]}, {len(aside):,} held out of {places[1]}"
+    return _of_kind(name, about, known, kept, aside, wanted)
+
+
+def _examples(known: Benchmark, rows: Sequence[Row]) -> list[Example]:
+    return [example for where, row in rows for example in known.read(row, where)]
+
+
+def _of_kind(
+    name: str,
+    about: str,
+    known: Benchmark,
+    train: Sequence[Example],
+    held: Sequence[Example],
+    wanted: _Wanted,
+) -> ExperimentTask:
     if known.how == "classify":
-        return ClassTask(name, about, known, tuple(kept), tuple(aside))
-    choices, later = ([own.choice for own in part if own.choice is not None] for part in (kept, aside))
-    if len(choices) == len(kept) and len(later) == len(aside):
+        return ClassTask(name, about, known, tuple(train), tuple(held))
+    choices, later = ([own.choice for own in part if own.choice is not None] for part in (train, held))
+    if not wanted.by_generation and len(choices) == len(train) and len(later) == len(held):
         return ChoiceTask(name, about, tuple(choices), tuple(later))
-    return GenerationTask(name, about, known, tuple(kept), tuple(aside))
+    return GenerationTask(name, about, known, tuple(train), tuple(held))
 
 
 def _key(example: Example) -> str:
     question = f"{example.prompt} {example.second}" if example.choice is None else example.choice.question
+    return _plain(question)
+
+
+def _plain(question: str) -> str:
     return " ".join(question.split()).casefold()
+
+
+# --- trained on one thing, measured on others -----------------------------------------------------------------
+
+_FORM = "write it as TRAIN -> MEASURED + MEASURED, such as commonsense_union -> boolq + piqa"
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """A training row, and its questions as they are compared with those that are measured."""
+
+    item: Item
+    keys: frozenset[str]
+
+
+def _mixed(source: str, wanted: _Wanted) -> ExperimentTask:
+    """A task out of `NAME = TRAIN -> MEASURED + MEASURED`."""
+    name, trained, measured = _arrow(source)
+    tasks: list[ExperimentTask] = []
+    seen: set[str] = set()
+    for own in dict.fromkeys(member for part in measured for member in _group(part) or (part,)):
+        task, keys = _measured(own, wanted)
+        if task.head != "lm":
+            raise ConfigError(
+                f"{task.name} is classification, which is trained and measured on one task; name {task.name} alone."
+            )
+        if any(task.name == other.name for other in tasks):
+            raise ConfigError(f"The task '{source}' measures {task.name} twice; name it once.")
+        tasks.append(task)
+        seen |= keys
+    lessons: list[_Lesson] = []
+    for part in trained:
+        lessons += _lessons(part, wanted)
+    if len(trained) > 1 or _group(trained[0]) is not None:
+        # One behind the other, a limit would leave out the later ones.
+        random.Random(wanted.seed).shuffle(lessons)
+    kept = [own.item for own in lessons if not own.keys & seen]
+    if not kept:
+        raise DataError(f"Every training question of '{source}' is also measured; train on something else.")
+    left_out = len(lessons) - len(kept)
+    kept = kept[: wanted.train_limit]
+    about = f"{name}: {len(kept):,} training rows of {' + '.join(trained)}" + (
+        f" ({left_out:,} whose question is measured are left out)" if left_out else ""
+    )
+    about += "; measured: " + "; ".join(task.about for task in tasks)
+    return MixedTask(name, about, tuple(kept), tuple(tasks))
+
+
+def _arrow(source: str) -> tuple[str, list[str], list[str]]:
+    """Name, what is trained on, and what is measured.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
+    given = re.match(r"\s*([\w.\-]+)\s*=(.*)", source, re.DOTALL)
+    whole = given[2] if given else source
+    sides = [[part.strip() for part in side.split("+")] for side in whole.split("->")]
+    if len(sides) != 2:
+        raise ConfigError(f"The task '{source}' has {len(sides) - 1} arrows; {_FORM}.")
+    for side, what in zip(sides, ("trained on", "measured"), strict=True):
+        if not all(side):
+            raise ConfigError(f"The task '{source}' does not say what is {what}; {_FORM}.")
+    trained, measured = sides
+    return given[1] if given else " -> ".join(" + ".join(side) for side in sides), trained, measured
+
+
+def _measured(source: str, wanted: _Wanted) -> tuple[ExperimentTask, set[str]]:
+    """A task without training questions, and what it asks."""
+    known = find_benchmark(source)
+    if known is not None and not _is_place(source):
+        _check_measured(known, wanted)
+        split, rows = known.source.rows(folder=wanted.data, limit=wanted.held_out)
+        place, name = f"the {split} split of {_origin(known, wanted)}", known.name
+    elif _is_place(source):
+        path = Path(source).expanduser()
+        file, rows = _file_split(path, *_HELD_OUT)
+        known, place, name = _read_as(file, rows), f"'{file.name}'", path.resolve().name
+    else:
+        own = source.removeprefix("reasoning_gym:")
+        made = _generated(own, wanted, 1)
+        about = f"{own} of reasoning-gym, seed {wanted.seed}: {len(made.held_out):,}"
+        return AnswerTask(own, about, (), made.held_out), {_plain(item.question) for item in made.held_out}
+    aside = _examples(known, rows[: wanted.held_out])[: wanted.held_out]
+    task = _of_kind(name, f"{name}: {len(aside):,} of {place}", known, (), aside, wanted)
+    return task, {key for example in aside for key in _keys(example)}
+
+
+def _keys(example: Example) -> frozenset[str]:
+    """All that may stand for an example's question elsewhere: with its options, and without."""
+    choice = [] if example.choice is None else [example.choice.question]
+    return frozenset(_plain(text) for text in [f"{example.prompt} {example.second}", *choice])
+
+
+def _lessons(source: str, wanted: _Wanted) -> list[_Lesson]:
+    """The training rows of a source, all of them."""
+    known = find_benchmark(source)
+    if not _is_place(source) and not Path(source).expanduser().is_file():
+        if known is not None:
+            return [_lesson(own, wanted) for own in _examples(known, _training_rows(known, wanted))]
+        if source.strip().lower() == UNION_NAME:
+            return [_lesson(own, wanted) for own in commonsense_rows(wanted.data)]
+        if (group := _group(source)) is not None:
+            return list(_group_lessons(source, group, wanted))
+        made = _generated(source.removeprefix("reasoning_gym:"), wanted, wanted.train_limit or GENERATED)
+        return [_Lesson(item, frozenset([_plain(item.question)])) for item in made.train]
+    path = Path(source).expanduser()
+    if "train" in split_files(path):
+        file, rows = _file_split(path, "train")
+        known = _written_as(rows[0][1])
+        if known is not None:
+            return [_lesson(own, wanted) for own in _examples(known, rows)]
+        source = source if path.is_dir() else str(file)
+    return [
+        _Lesson(
+            Chat.of(messages),
+            frozenset(_plain(turn["content"]) for turn in messages if turn["role"] == "user"),
+        )
+        for messages in load_conversations(source)
+    ]
+
+
+def _training_rows(known: Benchmark, wanted: _Wanted) -> list[Row]:
+    if known.how not in ("generate", "code"):
+        why = "is classification" if known.how == "classify" else "has no questions with answers"
+        raise ConfigError(
+            f"{known.name} {why}, which a model that is measured on other tasks cannot learn; choose another."
+        )
+    return known.source.rows("train", folder=wanted.data)[1]
+
+
+def _group_lessons(name: str, group: Sequence[str], wanted: _Wanted) -> Iterator[_Lesson]:
+    """The training rows of those of a group that have any."""
+    none, first = True, None
+    for known in map(benchmark, group):
+        try:
+            rows = _training_rows(known, wanted)
+        except DataError as error:
+            if "has no split" not in str(error) and "no usual place" not in str(error):
+                raise
+            first = first or error
+            continue
+        none = False
+        yield from (_lesson(own, wanted) for own in _examples(known, rows))
+    if none:
+        raise DataError(f"No task of the group {name} has training rows: {first}")
+
+
+def _lesson(example: Example, wanted: _Wanted) -> _Lesson:
+    in_words = wanted.by_generation or example.choice is None
+    return _Lesson(_item(example) if in_words else cast("Choice", example.choice).item, _keys(example))
