@@ -138,6 +138,57 @@ def test_a_grid_may_grow_and_a_setting_of_all_cells_may_not_change(place: Path, 
         run_compare(replace(spec, steps=5), apart=False)
 
 
+def test_cells_of_before_a_setting_was_there_have_its_default(place: Path, done: Comparison) -> None:
+    spec = replace(done.grid.spec, output=str(place / "older"))
+    store, cell = CellStore(spec.output, shared_settings(spec)), done.grid.base(spec.tasks[0])
+    content = json.loads(done.grid.store.file(cell).read_text(encoding="utf-8"))
+    del content["settings"]["template"], content["settings"]["by_generation"]
+    store.file(cell).parent.mkdir(parents=True)
+    store.file(cell).write_text(json.dumps(content), encoding="utf-8")
+    assert store.read(cell) == content
+    other = CellStore(spec.output, shared_settings(replace(spec, by_generation=True)))
+    with pytest.raises(RunFolderError, match="by_generation was False, now True"):
+        other.read(cell)
+
+
+def test_runs_may_be_as_long_as_epochs_say(place: Path) -> None:
+    spec = spec_of(
+        place,
+        "epochs",
+        steps=None,
+        epochs=2,
+        learning_rates=[1e-2],
+        seeds=1,
+        methods=["lora"],
+        retention=False,
+    )
+    found = results(run_compare(spec, apart=False))
+    # 12 training questions without the 3 that are set aside, in batches of 2.
+    assert found["colour/lora_r2_lr0.01_seed42"]["training"]["steps"] == 10
+
+
+def test_a_task_that_is_trained_elsewhere_is_compared_by_its_mean(place: Path) -> None:
+    source = f"mixed = {place / 'data' / 'sums'} -> {place / 'data' / 'colour'} + {place / 'data' / 'sums'}"
+    spec = spec_of(
+        place, "elsewhere", tasks=[source], learning_rates=[1e-2], seeds=2, methods=["lora", "dira"], retention=False
+    )  # fmt: skip
+    comparison = run_compare(spec, apart=False)
+    cells = results(comparison)
+    assert {name.split("/")[0] for name in cells} == {"mixed"}
+    score = cells["mixed/dira_r2_lr0.01_seed42"]["test"]
+    assert len(score["correct"]) == 4 + 2
+    assert score["accuracy"] == pytest.approx(
+        (sum(score["correct"][:4]) / 4 + sum(score["correct"][4:]) / 2) / 2
+    )
+    (base, first, second) = compare_report.summaries(comparison)["mixed"]
+    assert base.accuracy is not None
+    assert base.accuracy.value == pytest.approx(cells["mixed/base"]["test"]["accuracy"])
+    assert {"colour", "sums"} <= set(first.metrics)
+    assert second.accuracy_apart is not None
+    table = compare_report.result_table(comparison, "mixed", [base, first, second])
+    assert {"colour", "sums"} <= set(table.columns)
+
+
 def test_a_failing_cell_loses_no_other(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = compare_cell._Run.run
 

@@ -1,0 +1,321 @@
+"""The recipes of the papers' tables: every file is a run that can be planned, and a twin of every kind runs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from dynalora.evaluation.benchmarks import GROUPS, UNION_NAME, find_benchmark
+from dynalora.experiments import tasks
+from dynalora.experiments.compare import CompareSpec, Comparison, plan, run_compare
+from dynalora.experiments.finetune import empty_model, method_names
+from dynalora.experiments.forgetting import ForgettingSpec, run_forgetting
+from dynalora.experiments.recovery import RecoverSpec, run_recovery
+from dynalora.experiments.settings import read_yaml, settings_from
+
+from . import tiny
+from .test_experiment_tasks import option_rows, problems
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+FILES = sorted(RECIPES.glob("*/*.yaml"))
+TWINS = [path for path in FILES if path.stem.endswith(".small")]
+NAMES = [str(path.relative_to(RECIPES)) for path in FILES]
+
+AWAITED = {"lora+", "randlora", "p-tuning", "full"} - set(method_names())
+"""Methods that recipes name and that cannot be trained yet; they are left out of what is tried here."""
+
+
+def kind_of(values: Mapping[str, Any]) -> type:
+    """The settings that a recipe is one of: of which command it is."""
+    if "strategies" in values:
+        return RecoverSpec
+    return ForgettingSpec if "task_a" in values else CompareSpec
+
+
+def trainable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A comparison's settings without the methods that cannot be trained yet."""
+    kept = dict(values)
+    for name in ("methods", "variants"):
+        if name in kept:
+            own = kept[name]
+            kept[name] = (
+                [method for method in own if method not in AWAITED]
+                if name == "methods"
+                else {label: told for label, told in own.items() if told["method"] not in AWAITED}
+            )
+    return kept
+
+
+def spec_of(path: Path, **more: Any) -> Any:
+    values = trainable(read_yaml(path))
+    return settings_from(
+        kind_of(values), {"output": "runs/x", **({"source": "x"} if "strategies" in values else {}), **values, **more}
+    )  # fmt: skip
+
+
+def sources_of(spec: Any) -> list[str]:
+    if isinstance(spec, RecoverSpec):
+        return []
+    return spec.tasks if isinstance(spec, CompareSpec) else [spec.task_a, spec.task_b]
+
+
+def test_no_method_is_awaited_that_is_there() -> None:
+    named = {
+        method
+        for path in FILES
+        for method in [
+            *read_yaml(path).get("methods", []),
+            *(told["method"] for told in read_yaml(path).get("variants", {}).values()),
+        ]
+    }
+    assert named - set(method_names()) == AWAITED
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_a_recipe_is_the_settings_of_its_command(path: Path) -> None:
+    spec = spec_of(path)
+    if isinstance(spec, CompareSpec):
+        assert spec.contestants()[0].label == spec.reference
+        # Adapters are tried with what they are to be put on, too.
+        for own in spec.contestants():
+            own.config("SEQ_CLS" if spec.tasks[0] in GROUPS["glue"] else "CAUSAL_LM")
+    small = path.stem.endswith(".small")
+    assert (getattr(spec, "steps", None) in (20, 30, 60)) == (small and not isinstance(spec, RecoverSpec))
+    # Whoever starts a recipe says that code may be executed.
+    assert not spec.run_code
+    assert getattr(spec, "data", None) is None
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_what_a_recipe_trains_on_and_measures_exists(path: Path) -> None:
+    for source in sources_of(spec_of(path)):
+        if "->" not in source:
+            assert find_benchmark(source) is not None
+            continue
+        _, trained, measured = tasks._arrow(source)
+        for name in measured:
+            assert name in GROUPS or find_benchmark(name) is not None
+        for name in trained:
+            on_the_hub = re.fullmatch(r"[\w.\-]+/[\w.\-]+", name) is not None
+            assert on_the_hub or name in (UNION_NAME, *GROUPS) or find_benchmark(name) is not None
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_the_command_of_a_recipe_is_on_top_of_it(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    head = "\n".join(line for line in lines if line.startswith("#"))
+    (command,) = re.findall(r"^#   dynalora (\w+) .*--config (\S+) .*-o \S+", head, re.MULTILINE)
+    wanted = {RecoverSpec: "recover", ForgettingSpec: "forgetting", CompareSpec: "compare"}
+    assert command == (wanted[kind_of(read_yaml(path))], f"recipes/{path.relative_to(RECIPES)}")
+    runs_code = any(name in source for source in sources_of(spec_of(path)) for name in ("humaneval", "mbpp"))
+    assert ("--run-code" in head) == runs_code
+
+
+def test_the_readme_names_every_recipe_and_twin() -> None:
+    text = (RECIPES / "README.md").read_text(encoding="utf-8")
+    for path in FILES:
+        stem = path.stem
+        table, _, own = stem.partition(".")
+        if path in TWINS:
+            assert f"`{stem}`" in text, path
+        elif own:
+            assert re.search(
+                rf"recipes/{path.parent.name}/{table}\.(?:TASK|MODEL-TASK)\.yaml.*`{own}`", text
+            ), path
+        else:
+            assert f"{table}.yaml" in text, path
+    for folder, name in re.findall(r"recipes/([\w-]+)/([\w.\-]+\.yaml)", text):
+        assert "TASK" in name or "$" in name or (RECIPES / folder / name).is_file(), name
+    # A twin for every table.
+    for path in FILES:
+        if path not in TWINS:
+            table = "glue" if path.stem.startswith("glue") else path.stem.partition(".")[0]
+            assert (path.parent / f"{table}.small.yaml").is_file(), path
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        (
+            "dira/table1",
+            {"r": 32, "learning_rate": 1e-4, "weight_decay": 0.0, "epochs": 3, "validation": 120},
+        ),
+        (
+            "disel/llama",
+            {"learning_rate": 2e-4, "weight_decay": 0.01, "warmup": 0.02, "max_length": 512, "epochs": 3},
+        ),
+        ("dislora/table1.sst2", {"learning_rate": 1e-3, "batch_size": 32, "dropout": 0.1, "epochs": 4}),
+        ("dislora/table1.qqp", {"learning_rate": 1e-3, "batch_size": 40}),
+        ("dislora/table2", {"dropout": 0.05, "epochs": 3, "by_generation": True}),
+        ("pe-dyra/table2.stsb", {"learning_rate": 2.2e-3, "batch_size": 32, "epochs": 25, "r": 8}),
+        ("pe-dyra/table3.llama3-math", {"learning_rate": 5e-5, "epochs": 5, "r": 4}),
+    ],
+)
+def test_recipes_have_the_papers_numbers(name: str, wanted: Mapping[str, Any]) -> None:
+    spec = spec_of(RECIPES / f"{name}.yaml")
+    assert {field: getattr(spec, field) for field in wanted} == wanted
+
+
+def test_recipes_have_the_papers_methods_settings() -> None:
+    own = {one.label: one for one in spec_of(RECIPES / "pe-dyra" / "table2.rte.yaml").contestants()}
+    assert own["pe-dyra"].options["adjust_end"] == 2600
+    assert own["pe-dyra"].options["ortho_weight"] == 0.3
+    assert own["pe-dyra-prune"].options["mode"] == "prune"
+    own = {one.label: one for one in spec_of(RECIPES / "dislora" / "table2.yaml").contestants()}
+    assert [(one.r, one.alpha, one.learning_rates) for label, one in own.items() if label.startswith("dislora-r")] == [
+        (8, 16, (5e-4,)), (16, 32, (3e-4,)), (32, 48, (3e-4,)),
+    ]  # fmt: skip
+    for name in ("dira/table1", "pe-dyra/table3.llama2-math", "dislora/table2"):
+        spec = spec_of(RECIPES / f"{name}.yaml")
+        assert (
+            spec.batch_size * spec.gradient_accumulation
+            == {"dira": 32, "pe-dyra": 16, "dislora": 18}[name.partition("/")[0]]
+        )
+
+
+# --- the twins run --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, an encoder, and a folder of benchmarks with a few questions of each that twins name."""
+    folder = tmp_path_factory.mktemp("recipes")
+    tiny.saved_model(folder / "model")
+    words = tiny.tokenizer(chat=False)
+    words.pad_token = words.eos_token
+    words.save_pretrained(folder / "encoder")
+    torch.manual_seed(3)
+    transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=128,
+        )
+    ).save_pretrained(folder / "encoder")  # fmt: skip
+    boolq = [
+        {"instruction": f"Is {n} odd?\n\nAnswer format: true/false", "output": "true", "answer": "true"}
+        for n in range(40)
+    ]
+    content: dict[str, list[dict[str, Any]]] = {
+        "commonsense/boolq.train": boolq[:30], "commonsense/boolq.dev": boolq[30:34],
+        "commonsense/ARC-Easy.train": option_rows(0, 30), "commonsense/ARC-Easy.dev": option_rows(40, 3),
+        "commonsense/openbookqa.train": option_rows(100, 30), "commonsense/openbookqa.dev": option_rows(140, 3),
+        "commonsense/piqa.dev": option_rows(0, 3, "solution"),
+        "math/gsm8k.train": problems(0, 60), "math/gsm8k.dev": problems(70, 3),
+        "math/SVAMP.dev": [{"instruction": "1 more than 99?", "answer": 100.0}],
+        "math/AQuA.dev": [{"instruction": "2+2? (A) 4 (B) 5", "answer": "A"}],
+        "code/humaneval.dev": [
+            {"prompt": "def f():\n", "entry_point": "f", "test": "def check(f): pass"}
+        ],
+        "dialogue/convai2.train": [
+            {"personality": ["i like tea."], "utterances": [{"candidates": ["a", f"hi {n}"], "history": [f"{n}"]}]}
+            for n in range(30)
+        ],
+    }  # fmt: skip
+    content["dialogue/convai2.dev"] = [
+        {"personality": ["i like tea."], "utterances": [{"candidates": ["a", "no"], "history": ["yes"]}]}
+    ]
+    for name in ("cola", "sst2"):
+        for split, count in (("train", 40), ("dev", 6)):
+            content[f"glue/{name}.{split}"] = [
+                {"text": f"{split} {n}.", "label": n % 2} for n in range(count)
+            ]
+    for name, rows in content.items():
+        path = folder / "data" / f"{name}.jsonl.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with gzip.open(path, "wt", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether this machine can contain code, and has every metric's package, is the affair of other tests."""
+    from dynalora.evaluation import run
+    from dynalora.evaluation.metrics import Metric
+
+    monkeypatch.setattr(run, "check_sandbox", lambda **_: None)
+    monkeypatch.setattr(Metric, "check", lambda self: None)
+
+
+def cut(place: Path, path: Path, **more: Any) -> Any:
+    """A twin for the tiny models: two steps, three questions, one rate a method, short answers."""
+    spec = spec_of(
+        path, data=str(place / "data"), output=str(place / "runs" / path.parent.name / path.stem), **more
+    )
+    model = place / ("encoder" if "MiniLM" in (spec.model or "") else "model")
+    return replace(spec, model=str(model))
+
+
+COMPARED = [path for path in TWINS if kind_of(read_yaml(path)) is CompareSpec]
+
+
+@pytest.mark.parametrize("path", COMPARED, ids=[f"{path.parent.name}-{path.stem}" for path in COMPARED])
+@pytest.mark.usefixtures("sandbox")
+def test_a_twins_grid_is_planned(place: Path, path: Path) -> None:
+    spec = cut(place, path, run_code=True)
+    loaded = {source: spec.load_task(source) for source in spec.tasks}
+    for task in loaded.values():
+        assert len(task.items) >= spec.validation + spec.batch_size
+    first = next(iter(loaded.values()))
+    model = empty_model(spec.model, head=first.head, labels=first.labels)
+    planned = plan(spec, loaded, model=model)
+    assert [own.label for own in planned] == [own.label for own in spec.contestants()]
+    assert all(own.parameters for own in planned)
+    by_generation = {"boolq", "arc_easy"} & {own.name for own in getattr(first, "measured", ())}
+    assert bool(by_generation) == spec.by_generation
+
+
+def ran(spec: CompareSpec) -> Comparison:
+    comparison = run_compare(spec, apart=False)
+    assert comparison.failed == ()
+    assert comparison.grid.done() == comparison.grid.total
+    assert (Path(spec.output) / "report.html").stat().st_size > 0
+    return comparison
+
+
+short = partial(cut, steps=2, held_out=3, generated=2, generated_tokens=4, eval_batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "measured"),
+    [
+        ("dira/table1", {"boolq", "piqa", "arc_easy", "openbookqa"}),
+        ("pe-dyra/table3", {"gsm8k", "svamp", "gsm8k flexible"}),
+        ("dislora/table1", {"matthews"}),
+    ],
+    ids=["multiple choice", "word problems", "classification"],
+)
+def test_a_twin_runs(place: Path, name: str, measured: set[str]) -> None:
+    comparison = ran(short(place, RECIPES / f"{name}.small.yaml", validation=2))
+    results = [
+        result
+        for cell in comparison.grid.known()
+        if (result := comparison.grid.result(cell)) is not None and "training" in result
+    ]
+    assert len(results) == len(comparison.grid.contestants)
+    for result in results:
+        assert result["training"]["steps"] == 2
+        assert set(result["test"]["metrics"]) == measured
+        assert result["test"]["accuracy"] is not None
+
+
+def test_the_stages_and_the_recovery_run(place: Path) -> None:
+    stages = short(place, RECIPES / "dira" / "table4.small.yaml", steps_b=2)
+    found = run_forgetting(stages)
+    assert [one["stage"] for one in found] == ["base", "initial", "interference", "recovered"]
+    assert set(found[1]["scores"]["a"]["metrics"]) == {"arc_easy", "openbookqa"}
+    spec = spec_of(
+        RECIPES / "dira" / "figure3.small.yaml", source=stages.output, output=str(place / "recovery"), seeds=1
+    )
+    recovered = run_recovery(spec)
+    assert {one["strategy"] for one in recovered} == {"before", "rlgr", "random", "naive"}
