@@ -17,8 +17,9 @@ import transformers
 
 from dynalora.evaluation.benchmarks import GROUPS, UNION_NAME, find_benchmark
 from dynalora.experiments import tasks
+from dynalora.experiments.budgets import trainable_parameters
 from dynalora.experiments.compare import CompareSpec, Comparison, plan, run_compare
-from dynalora.experiments.finetune import empty_model, method_names
+from dynalora.experiments.finetune import empty_model
 from dynalora.experiments.forgetting import ForgettingSpec, run_forgetting
 from dynalora.experiments.recovery import RecoverSpec, run_recovery
 from dynalora.experiments.settings import read_yaml, settings_from
@@ -31,9 +32,6 @@ FILES = sorted(RECIPES.glob("*/*.yaml"))
 TWINS = [path for path in FILES if path.stem.endswith(".small")]
 NAMES = [str(path.relative_to(RECIPES)) for path in FILES]
 
-AWAITED = {"lora+", "randlora", "p-tuning", "full"} - set(method_names())
-"""Methods that recipes name and that cannot be trained yet; they are left out of what is tried here."""
-
 
 def kind_of(values: Mapping[str, Any]) -> type:
     """The settings that a recipe is one of: of which command it is."""
@@ -42,22 +40,8 @@ def kind_of(values: Mapping[str, Any]) -> type:
     return ForgettingSpec if "task_a" in values else CompareSpec
 
 
-def trainable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A comparison's settings without the methods that cannot be trained yet."""
-    kept = dict(values)
-    for name in ("methods", "variants"):
-        if name in kept:
-            own = kept[name]
-            kept[name] = (
-                [method for method in own if method not in AWAITED]
-                if name == "methods"
-                else {label: told for label, told in own.items() if told["method"] not in AWAITED}
-            )
-    return kept
-
-
 def spec_of(path: Path, **more: Any) -> Any:
-    values = trainable(read_yaml(path))
+    values = read_yaml(path)
     return settings_from(
         kind_of(values), {"output": "runs/x", **({"source": "x"} if "strategies" in values else {}), **values, **more}
     )  # fmt: skip
@@ -67,18 +51,6 @@ def sources_of(spec: Any) -> list[str]:
     if isinstance(spec, RecoverSpec):
         return []
     return spec.tasks if isinstance(spec, CompareSpec) else [spec.task_a, spec.task_b]
-
-
-def test_no_method_is_awaited_that_is_there() -> None:
-    named = {
-        method
-        for path in FILES
-        for method in [
-            *read_yaml(path).get("methods", []),
-            *(told["method"] for told in read_yaml(path).get("variants", {}).values()),
-        ]
-    }
-    assert named - set(method_names()) == AWAITED
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
@@ -181,6 +153,50 @@ def test_recipes_have_the_papers_methods_settings() -> None:
             spec.batch_size * spec.gradient_accumulation
             == {"dira": 32, "pe-dyra": 16, "dislora": 18}[name.partition("/")[0]]
         )
+
+
+def test_recipes_train_as_many_parameters_as_the_papers_print() -> None:
+    with torch.device("meta"):
+        # DeBERTa-v3-base and Llama2-7B.
+        deberta = transformers.DebertaV2ForSequenceClassification(
+            transformers.DebertaV2Config(
+                vocab_size=128100, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+                intermediate_size=3072, type_vocab_size=0, relative_attention=True, position_buckets=256,
+                norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"],
+                position_biased_input=False,
+            )
+        )  # fmt: skip
+        llama = transformers.LlamaForCausalLM(transformers.LlamaConfig())
+    own = {one.label: one for one in spec_of(RECIPES / "pe-dyra" / "table2.cola.yaml").contestants()}
+    for label in ("lora", "pe-dyra", "pe-dyra-pissa"):  # PE-DyRA, Table 10
+        assert round(trainable_parameters(deberta, own[label].config("SEQ_CLS")) / 1e6, 2) == 1.33
+    own = {one.label: one for one in spec_of(RECIPES / "dislora" / "table1.cola.yaml").contestants()}
+    every = sum(parameter.numel() for parameter in deberta.parameters())
+    for label, share in (
+        ("lora-r16", 0.48),
+        ("dislora-r16", 0.48),
+        ("lora-r32", 0.95),
+        ("dislora-r64", 1.88),
+    ):
+        # DisLoRA, Table 1: shares of all parameters, the adapter's included.
+        count = trainable_parameters(deberta, own[label].config("SEQ_CLS"))
+        assert 100 * count / (every + count) == pytest.approx(share, abs=0.012), label
+    own = {one.label: one for one in spec_of(RECIPES / "pe-dyra" / "table3.llama2-math.yaml").contestants()}
+    every = sum(parameter.numel() for parameter in llama.parameters())
+    for label, share in (
+        ("lora", 0.15),
+        ("dora", 0.17),
+        ("adalora", 0.22),
+        ("pe-dyra", 0.15),
+    ):  # PE-DyRA, Table 3
+        assert round(100 * trainable_parameters(llama, own[label].config("CAUSAL_LM")) / every, 2) == share, (
+            label
+        )
+    own = {one.label: one for one in spec_of(RECIPES / "dira" / "table1.yaml").contestants()}
+    counts = {
+        label: trainable_parameters(llama, own[label].config("CAUSAL_LM")) for label in ("lora", "p-tuning")
+    }
+    assert counts["p-tuning"] == pytest.approx(counts["lora"], rel=0.02)
 
 
 # --- the twins run --------------------------------------------------------------------------------------------------
@@ -291,7 +307,7 @@ short = partial(cut, steps=2, held_out=3, generated=2, generated_tokens=4, eval_
     [
         ("dira/table1", {"boolq", "piqa", "arc_easy", "openbookqa"}),
         ("pe-dyra/table3", {"gsm8k", "svamp", "gsm8k flexible"}),
-        ("dislora/table1", {"matthews"}),
+        ("pe-dyra/table14", {"matthews"}),
     ],
     ids=["multiple choice", "word problems", "classification"],
 )
