@@ -187,6 +187,7 @@ def test_a_task_that_is_trained_elsewhere_is_compared_by_its_mean(place: Path) -
     assert second.accuracy_apart is not None
     table = compare_report.result_table(comparison, "mixed", [base, first, second])
     assert {"colour", "sums"} <= set(table.columns)
+    assert "accuracy is the unweighted mean of theirs" in table.note
 
 
 def test_a_failing_cell_loses_no_other(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -279,6 +279,11 @@ def result_table(comparison: Comparison, place: str, found: Sequence[Summary]) -
             " KL(base ‖ tuned) in nats per token: what was forgotten. The last column compares at equal adaptation: KL "
             f"where the method's curve over learning rates reaches {spec.reference}'s loss; a dash where it does not."
         )
+    if any(result["test"].get("unweighted") for one in found for result in one.results.values()):
+        note += (
+            " Several tasks are measured: accuracy is the unweighted mean of theirs, which have a column each; losses and "
+            "differences weigh a task by its questions."
+        )
     if any(one.edge for one in found):
         note += (
             " (edge): the chosen learning rate is the grid's smallest or largest; a wider grid may do better."
