@@ -281,8 +281,8 @@ def result_table(comparison: Comparison, place: str, found: Sequence[Summary]) -
         )
     if any(result["test"].get("unweighted") for one in found for result in one.results.values()):
         note += (
-            " Several tasks are measured: accuracy is the unweighted mean of theirs, which have a column each; losses and "
-            "differences weigh a task by its questions."
+            " Several tasks are measured: accuracy is the unweighted mean of theirs, which have a column each; losses "
+            "and differences weigh a task by its questions."
         )
     if any(one.edge for one in found):
         note += (
