@@ -162,8 +162,9 @@ class GatedLayer(AdapterLayer):
         if torch.is_grad_enabled() or not self._short_form(x, adapter):
             return super().narrow(x, adapter)
         # Generation: for a few tokens what counts is the number of operations, here three.
-        down, weight = self.projections(adapter)
-        x = self._cast_input_dtype(x, down.dtype)
+        down, weight = self.used("down", adapter), self.used("gate_weight", adapter)
+        if x.dtype != down.dtype:
+            x = self._cast_input_dtype(x, down.dtype)
         gates = nn.functional.linear(x, weight, self.used("gate_bias", adapter)).sigmoid_()
         own = self.own_diagonal(adapter)
         return nn.functional.linear(x, down).mul_(gates if own is None else gates * own)
@@ -172,11 +173,11 @@ class GatedLayer(AdapterLayer):
         """Whether there are few tokens and nothing but ``g(x) = σ(W_g·x + b_g)`` and the method's own diagonal."""
         return (
             not self.training  # dropout
-            and self.depends_on_input(adapter)
-            and self.gate_scale[adapter] == 1.0
+            and adapter not in self.held_gates
             and self.has_parameter("gate_weight", adapter)
-            and self._frozen("frozen_down", adapter) is None
+            and self.gate_scale[adapter] == 1.0
             and apart(x, 2 * self.ranks[adapter])
+            and self._frozen("frozen_down", adapter) is None
             and not torch.is_autocast_enabled(x.device.type)
         )
 

@@ -92,9 +92,13 @@ def _add_without_graph(
     result: torch.Tensor, m: torch.Tensor, up: torch.Tensor, scaling: float, frozen: torch.Tensor | None
 ) -> torch.Tensor:
     """What :class:`_AddLowRankInPlace` does, where nothing is to be differentiated."""
-    flat = result.view(-1, up.shape[0])
+    width, components = up.shape
+    flat = result.view(-1, width)
     m = m.reshape(-1, m.shape[-1])
-    if len(flat) > up.shape[1]:
+    if frozen is None and m.dtype == up.dtype == result.dtype:
+        flat.addmm_(m, up.t(), alpha=scaling)
+        return result
+    if len(flat) > components:
         narrow, up = _cast_sides(m, up, frozen, result.dtype)
         flat.addmm_(narrow, up.t(), alpha=scaling)
         return result

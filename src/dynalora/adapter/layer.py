@@ -120,7 +120,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def parameter(self, role: str, adapter: str) -> nn.Parameter:
         """The parameter of a role (``"down"``, ``"up"``, …) of an adapter."""
-        return cast(nn.Parameter, getattr(self, f"{self.method_name}_{role}")[adapter])
+        container = self._modules[f"{self.method_name}_{role}"]
+        assert container is not None
+        # Attributes of modules take microseconds, of which generation would notice several per layer and token.
+        parameter = container._parameters.get(adapter)
+        return cast(nn.Parameter, getattr(container, adapter) if parameter is None else parameter)
 
     def used(self, role: str, adapter: str) -> torch.Tensor:
         """The part of a parameter that its components fill: all of it, unless room is reserved.
@@ -130,13 +134,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """
         parameter = self.parameter(role, adapter)
         dim = self.rank_dims.get(role)
-        if torch.compiler.is_compiling() or dim is None or parameter.shape[dim] == self.ranks[adapter]:
+        if dim is None or parameter.shape[dim] == self.ranks[adapter] or torch.compiler.is_compiling():
             return parameter
         return parameter.narrow(dim, 0, self.ranks[adapter])
 
     def has_parameter(self, role: str, adapter: str) -> bool:
         """Whether an adapter has a parameter of this role."""
-        return adapter in getattr(self, f"{self.method_name}_{role}")
+        container = cast(nn.ParameterDict, self._modules[f"{self.method_name}_{role}"])
+        return adapter in container
 
     def adapter_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """All parameters of an adapter by role; empty if it does not adapt this layer."""
@@ -361,9 +366,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return {"down": down, "up": up}
 
     def projections(self, adapter: str) -> Sequence[torch.Tensor]:
-        """Matrices (·, in) that meet the input: ``down`` first, then what the diagonal needs. One GEMM "
-        "does all.
-        """
+        """Matrices (·, in) that meet the input: ``down`` first, then what the diagonal needs. One GEMM does all."""
         return (self.used("down", adapter),)
 
     def diagonal(self, adapter: str, projected: torch.Tensor | None) -> torch.Tensor | None:
@@ -401,10 +404,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return cast(torch.Tensor, self.base_layer(x, *args, **kwargs))
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
-        result: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        base_layer = self.base_layer
+        result: torch.Tensor = base_layer(x, *args, **kwargs)
         if self.merged_adapters:
             return result
-        in_place = may_overwrite(self.base_layer)
+        in_place = may_overwrite(base_layer)
         if adapter_names is not None:
             return self._add_by_row(result if in_place else result.clone(), x, adapter_names)
         for adapter in self.active_adapters:
@@ -461,7 +465,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """The narrow activations ``d ⊙ down(x)``: x (…, in) → (…, r + k), in the adapter's dtype."""
         down, *rest = self.projections(adapter)
         frozen = self._frozen("frozen_down", adapter)
-        if not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != down.dtype and not torch.is_autocast_enabled(x.device.type):
             x = self._cast_input_dtype(x, down.dtype)
         p = self.adapter_dropout[adapter] if self.training else 0.0
         if p:
