@@ -259,3 +259,21 @@ def test_pissa_says_that_it_needs_the_weights() -> None:
 def test_a_packed_layer_without_its_library_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="'first' is a Packed, which dira cannot adapt"):
         peft.get_peft_model(packed_mlp(), dynalora.DiraConfig(r=4, target_modules=["first"], total_steps=9))
+
+
+def test_finetune_holds_the_base_in_int8(int8: Any, tmp_path: Path) -> None:
+    from dynalora.experiments.finetune import FinetuneSpec, finetune
+    from tests.unit import tiny
+
+    tiny.saved_model(tmp_path / "model")
+    data = tiny.write_jsonl(tmp_path / "data.jsonl", tiny.rows())
+    spec = FinetuneSpec(
+        model=str(tmp_path / "model"), data=str(data), output=str(tmp_path / "run"), method="dira", r=2, steps=3,
+        quantization="int8", retention=False,
+    )  # fmt: skip
+    result = finetune(spec)
+    layers = adapted_layers(result.model)
+    assert layers
+    assert all(is_int8(layer.get_base_layer()) for layer in layers.values())
+    assert result.held_out_after is not None
+    assert result.held_out_after < result.held_out_before

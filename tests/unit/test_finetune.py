@@ -121,7 +121,7 @@ def test_wrong_configuration_is_named(given: dict[str, Any], message: str) -> No
         ({"save_every": -1}, "save_every is -1"),
         ({"eval_fraction": 1.0}, "eval_fraction is 1.0"),
         ({"dtype": "int8"}, "dtype is 'int8'; choose one of auto"),
-        ({"quantization": "2bit"}, "quantization is '2bit'; choose one of 4bit, 8bit"),
+        ({"quantization": "2bit"}, "quantization is '2bit'; choose one of 4bit, 8bit, int8"),
         ({"max_length": 1}, "max_length is 1"),
         ({"limit": 0}, "limit is 0"),
         ({"monitor_every": -1}, "monitor_every is -1"),

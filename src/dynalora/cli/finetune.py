@@ -116,7 +116,11 @@ def finetune(
     ] = None,
     quantization: Annotated[
         str | None,
-        _option("--quantization", help="4bit or 8bit base weights (bitsandbytes).", panel=_TRAINING),
+        _option(
+            "--quantization",
+            help="4bit or 8bit base weights (bitsandbytes), or int8 (torchao).",
+            panel=_TRAINING,
+        ),
     ] = None,
     gradient_checkpointing: Annotated[
         bool | None,

@@ -82,7 +82,8 @@ __all__ = [
 ]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTIZATIONS = ("4bit", "8bit")
+QUANTIZATIONS = {"4bit": "quant", "8bit": "quant", "int8": "torchao"}
+"""Ways to hold the base weights → the extra that brings the library."""
 BASELINE = "lora"
 DEMO_ALIAS = "smollm2"
 MONITORED_TEXTS = 32
@@ -124,7 +125,8 @@ class FinetuneSpec(TrainSettings):
         max_length: longest sequence in tokens; longer ones lose their end.
         dtype: of the base model's weights: `float32`, `bfloat16`, `float16`, or `auto` (bfloat16 on GPUs that have
             it, else float32). Adapter weights are float32.
-        quantization: `4bit` (NF4) or `8bit` base weights, with bitsandbytes; None: neither.
+        quantization: `4bit` (NF4) or `8bit` base weights, with bitsandbytes, or `int8` ones, with torchao; None: as
+            they are (a checkpoint that is quantised stays so).
         retention: measure what the model forgot, on text that the base model writes itself.
         monitor_every: optimizer steps between measurements of retention during training; None: a tenth of the run; 0:
             only when it is over.
@@ -538,16 +540,15 @@ def load_model(
     Args:
         name: Hub id or folder.
         dtype: of the weights.
-        quantization: `4bit`, `8bit` or None.
+        quantization: one of [`QUANTIZATIONS`][dynalora.experiments.finetune.QUANTIZATIONS], or None.
         trust_remote_code: run code that comes with the model.
         head: `lm` for a causal language model, `masked` for a masked one, `classes` for a sequence classifier.
         labels: for `classes`, number of classes; 1: a value.
 
     Raises:
-        ConfigError: the weights cannot be loaded, or quantization is asked for without bitsandbytes.
+        ConfigError: the weights cannot be loaded, or quantization is asked for without its library.
     """
     import transformers
-    from transformers import BitsAndBytesConfig
 
     auto, _ = _HEADS[head]
     options: dict[str, Any] = {
@@ -555,25 +556,34 @@ def load_model(
         "trust_remote_code": trust_remote_code,
         "use_safetensors": True,  # nothing is unpickled
     }
-    if quantization is not None:
-        four = quantization == "4bit"
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=four,
-            load_in_8bit=not four,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=options["dtype"],
-        )
     if head == "classes":
         options["num_labels"] = labels
     try:
+        if quantization is not None:
+            options["quantization_config"] = _quantization(quantization, options["dtype"])
         model: PreTrainedModel = getattr(transformers, f"AutoModelFor{auto}").from_pretrained(name, **options)
     except ImportError as error:
         raise ConfigError(
-            f"quantization '{quantization}' needs bitsandbytes: pip install 'dynalora[quant]'."
+            f"quantization '{quantization}' needs a library that is not installed ({_first_line(error)}): "
+            f"pip install 'dynalora[{QUANTIZATIONS.get(quantization or '', 'quant')}]'."
         ) from error
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"The weights of '{name}' cannot be loaded ({_first_line(error)}).") from error
     return model
+
+
+def _quantization(name: str, dtype: torch.dtype) -> Any:
+    """Settings of transformers for a way to hold the base weights."""
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if name == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    four = name == "4bit"
+    return BitsAndBytesConfig(
+        load_in_4bit=four, load_in_8bit=not four, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
 
 
 def _first_line(error: BaseException) -> str:
