@@ -31,6 +31,7 @@ from dynalora.experiments.compare import (
     variant_from,
 )
 from dynalora.experiments.report import Table, latex_table, markdown_table
+from dynalora.forgetting import drawing
 
 from . import tiny
 from .program import Program
@@ -602,3 +603,8 @@ def test_cells_hold_what_their_numbers_depend_on(done: Comparison) -> None:
         assert content["cell"] == json.loads(json.dumps(asdict(cell)))
         assert content["settings"]["steps"] == 4
         assert "output" not in content["settings"]
+
+
+def test_many_methods_are_told_apart_without_lines() -> None:
+    looks = [drawing.style(index) for index in range(20)]
+    assert len({(look["color"], look["marker"]) for look in looks}) == len(looks)

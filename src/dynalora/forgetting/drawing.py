@@ -31,7 +31,8 @@ def style(index: int, *, marker: bool = True) -> dict[str, Any]:
         "linewidth": 1.2,
     }
     if marker:
-        drawn |= {"marker": MARKERS[index % len(MARKERS)], "markersize": 3.5}
+        # A colour that comes again comes with another marker.
+        drawn |= {"marker": MARKERS[(index + index // len(PALETTE)) % len(MARKERS)], "markersize": 3.5}
     return drawn
 
 
