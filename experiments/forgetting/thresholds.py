@@ -2,7 +2,7 @@
 
     python experiments/forgetting/thresholds.py DATA OUT METHOD [QUESTIONS]
 
-Takes seed 42 of the run OUT/METHOD of run.sh, zeroes a tenth, a quarter, a half and three quarters of the matrices in
+Takes seed 42 of the run OUT/METHOD of run.sh, zeroes a fifth and a half of the matrices in
 the adapter after Task B, those of the smallest second singular value after Task A first (which is what RLGR does at a
 threshold that makes as many low-rank) or drawn at random, and measures Task A. Writes OUT/METHOD-thresholds.md.
 """
@@ -22,8 +22,8 @@ from dynalora.experiments.report import Table, markdown_table
 from dynalora.experiments.run_folder import write_atomic
 from dynalora.forgetting.recovery import low_rank_modules, zero_updates
 
-PARTS = (0.1, 0.25, 0.5, 0.75)
-DRAWS = 3
+PARTS = (0.2, 0.5)
+DRAWS = 2
 
 
 def main(data: Path, out: Path, method: str, questions: int) -> None:
