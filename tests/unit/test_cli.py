@@ -22,6 +22,7 @@ COMMANDS = (
     "demo",
     "finetune",
     "evaluate",
+    "compare",
     "bench",
     "landscape",
     "gates",

@@ -115,7 +115,7 @@ def compare(
     ] = None,
     threads: shared.Threads = None,
 ) -> None:
-    """Methods × learning rates × seeds × tasks: one table, one report.
+    """Compare methods × learning rates × seeds × tasks: one table, one report.
 
     Every cell runs once, in a process of its own. Call it again to go on
     after a kill, to add methods or seeds, or at the same time elsewhere to
