@@ -134,7 +134,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """
         parameter = self.parameter(role, adapter)
         dim = self.rank_dims.get(role)
-        if dim is None or parameter.shape[dim] == self.ranks[adapter] or torch.compiler.is_compiling():
+        # Asked first, so that compiled code does not depend on the rank.
+        if torch.compiler.is_compiling() or dim is None or parameter.shape[dim] == self.ranks[adapter]:
             return parameter
         return parameter.narrow(dim, 0, self.ranks[adapter])
 
