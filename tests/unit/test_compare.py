@@ -293,6 +293,7 @@ def test_the_table_of_cells_has_one_row_per_cell(done: Comparison) -> None:
     folder = done.grid.store.folder
     compare_report.write_results(done)  # another comparison may have used the folder
     rows = list(csv.DictReader((folder / "cells.csv").read_text(encoding="utf-8").splitlines()))
+    assert len(rows) == done.grid.done() == len(results(done))
     names = {f"{row['place']}/{row['label']}" for row in rows}
     assert names >= {"colour/base", "colour/lora", "colour/dira"}
     for name in ("results.csv", "results.json", "results.md", "results.tex", "report.html", "config.yaml"):

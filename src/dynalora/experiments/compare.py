@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ from dynalora.experiments.finetune import (
 )
 from dynalora.experiments.lab import LabSettings, read_result
 from dynalora.experiments.run_folder import CONFIG, write_atomic
-from dynalora.experiments.settings import coerce, did_you_mean, named_values, read_yaml
+from dynalora.experiments.settings import coerce, did_you_mean, named_source, named_values, read_yaml
 from dynalora.experiments.tasks import ExperimentTask
 from dynalora.experiments.training import TrainSettings
 from dynalora.methods import method_names as own_methods
@@ -141,11 +141,7 @@ class CompareSpec(LabSettings, TrainSettings):
                 f"validation is {self.validation}, and there are several learning rates to choose from; set some "
                 "training questions aside, or run them all with all_rates."
             )
-        for text in self.texts:
-            name, sign, source = text.partition("=")
-            if not (sign and name.strip() and source.strip()):
-                raise ConfigError(f"texts has '{text}'; write it as NAME=SOURCE.")
-        if len({text.partition("=")[0].strip() for text in self.texts}) < len(self.texts):
+        if len({named_source(text, "texts")[0] for text in self.texts}) < len(self.texts):
             raise ConfigError(f"texts uses a name twice: {', '.join(self.texts)}.")
         self.contestants()
 
@@ -167,7 +163,7 @@ class CompareSpec(LabSettings, TrainSettings):
 
     def settings(self) -> dict[str, Any]:
         """What `config.yaml` holds."""
-        own = [name for name in CompareSpec.__annotations__]
+        own = list(CompareSpec.__annotations__)
         names = [item.name for item in fields(self)]
         return {name: getattr(self, name) for name in [*own, *(name for name in names if name not in own)]}
 
@@ -234,34 +230,26 @@ _DEFAULTS = {item.name: item.default for item in fields(CompareSpec) if item.def
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contestant:
-    """One method with its settings.
+class Setup:
+    """A method with the settings of its adapter.
 
     Attributes:
         label: for tables, plots and file names.
-        method: its name.
+        method: its name; `base`: nothing is trained.
         r: its rank.
         alpha: None: the method's default.
         dropout: on the adapter's input.
         target_modules: which modules it adapts.
         options: further fields of its configuration.
-        learning_rates: rising.
-        matches: whether its rank is chosen by the number of parameters.
-        parameters: number of parameters that it trains; None: not counted yet.
-        off: their number relative to the reference's, minus 1.
     """
 
     label: str
     method: str
-    r: int
-    alpha: float | None
-    dropout: float
-    target_modules: list[str] | str
-    options: Mapping[str, Any]
-    learning_rates: tuple[float, ...]
-    matches: bool
-    parameters: int | None = None
-    off: float = 0.0
+    r: int = 0
+    alpha: float | None = None
+    dropout: float = 0.0
+    target_modules: list[str] | str = "all-linear"
+    options: dict[str, Any] = field(default_factory=dict)
 
     def config(self, task_type: str) -> PeftConfig | None:
         """The adapter's configuration; None for full fine-tuning.
@@ -276,32 +264,35 @@ class Contestant:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class Contestant(Setup):
+    """One method that is compared.
+
+    Attributes:
+        learning_rates: rising.
+        matches: whether its rank is chosen by the number of parameters.
+        parameters: number of parameters that it trains; None: not counted yet.
+        off: their number relative to the reference's, minus 1.
+    """
+
+    learning_rates: tuple[float, ...]
+    matches: bool
+    parameters: int | None = None
+    off: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell(Setup):
     """One run: what its numbers depend on, besides the settings that all cells share.
 
     Attributes:
         task: as the settings name it.
         place: the task's name in file names.
-        label: what is run.
-        method: its method; `base`: nothing is trained.
-        r: its rank.
-        alpha: None: the method's default.
-        dropout: on the adapter's input.
-        target_modules: which modules it adapts.
-        options: further fields of the configuration.
         learning_rate: the peak.
         seed: of the adapter's start, the order of the data and dropout.
     """
 
     task: str
     place: str
-    label: str
-    method: str
-    r: int = 0
-    alpha: float | None = None
-    dropout: float = 0.0
-    target_modules: list[str] | str = "all-linear"
-    options: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 0.0
     seed: int = 0
 
@@ -318,13 +309,6 @@ class Cell:
         if self.method == BASE:
             return f"{self.place}: base model"
         return f"{self.place}: {self.label}, lr {self.learning_rate:g}, seed {self.seed}"
-
-    def config(self, task_type: str) -> PeftConfig | None:
-        """The adapter's configuration; None for full fine-tuning."""
-        return compared_config(
-            self.method, r=self.r, alpha=self.alpha, dropout=self.dropout, target_modules=self.target_modules,
-            options=self.options, task_type=task_type,
-        )  # fmt: skip
 
 
 def shared_settings(spec: CompareSpec) -> dict[str, Any]:
@@ -502,11 +486,8 @@ class Grid:
 
     def cell(self, task: str, own: Contestant, rate: float, seed: int) -> Cell:
         """One cell of a contestant."""
-        return Cell(
-            task=task, place=self.places[task], label=own.label, method=own.method, r=own.r, alpha=own.alpha,
-            dropout=own.dropout, target_modules=own.target_modules, options=dict(own.options), learning_rate=rate,
-            seed=seed,
-        )  # fmt: skip
+        setup = {item.name: getattr(own, item.name) for item in fields(Setup)}
+        return Cell(task=task, place=self.places[task], learning_rate=rate, seed=seed, **setup)
 
     def base(self, task: str) -> Cell:
         """The untouched model on a task."""
@@ -573,8 +554,6 @@ def plan(
     Raises:
         ConfigError: target modules that do not exist, or tasks of both kinds.
     """
-    from dataclasses import replace
-
     from dynalora.experiments.budgets import match_parameters, trainable_parameters
 
     heads = {task.head for task in tasks.values()}
@@ -697,8 +676,8 @@ def load_text(text: str) -> tuple[str, list[str]]:
     from dynalora.experiments import data
     from dynalora.experiments.finetune import MONITORED_TEXTS
 
-    name, _, source = text.partition("=")
-    return name.strip(), data.load_texts(source.strip(), limit=MONITORED_TEXTS)
+    name, source = named_source(text, "texts")
+    return name, data.load_texts(source, limit=MONITORED_TEXTS)
 
 
 class _Runner:
@@ -724,7 +703,7 @@ class _Runner:
                     if status is not None:
                         status.update(self._now())
                     # Without a cell of its own, all that is left is run by others.
-                    time.sleep(0.2 if self._running else 2.0)
+                    time.sleep(1.0 if self._running else 2.0)
             finally:
                 for _, process, _ in self._running.values():
                     process.terminate()
@@ -861,8 +840,11 @@ def _devices() -> list[str]:
 
 
 def _last_line(log: Path) -> str:
+    """What a log says last; only its end is read, since a live display asks again and again."""
     try:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - 4096))
+            lines = file.read().decode("utf-8", errors="replace").strip().splitlines()
     except OSError:
         return ""
     return lines[-1][:300] if lines else ""

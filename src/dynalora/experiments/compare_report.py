@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +124,6 @@ def _summary(
 
 def _against(comparison: Comparison, task: str, own: list[Summary]) -> list[Summary]:
     """The same with differences from the reference, p-values adjusted for their number."""
-    from dataclasses import replace
-
     grid = comparison.grid
     reference = next((one for one in own if one.label == grid.spec.reference), None)
     if reference is None:

@@ -38,7 +38,7 @@ from dynalora.experiments.baselines import (
 from dynalora.experiments.data import Fields
 from dynalora.experiments.report import Cell, Figure, Report, Section, Table, rich_table, write_report
 from dynalora.experiments.run_folder import RunFolder
-from dynalora.experiments.settings import coerce, did_you_mean
+from dynalora.experiments.settings import coerce, did_you_mean, named_source
 from dynalora.experiments.training import (
     UNTIMED_STEPS,
     TrainResult,
@@ -197,9 +197,7 @@ class FinetuneSpec(TrainSettings):
         if self.keep_best and self.max_forgetting is None:
             raise ConfigError("keep_best needs a budget; give max_forgetting in nats per token.")
         for text in self.monitor_text:
-            name, sign, source = text.partition("=")
-            if not (sign and name.strip() and source.strip()):
-                raise ConfigError(f"monitor_text is '{text}'; write it as NAME=SOURCE.")
+            named_source(text, "monitor_text")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is '{self.dtype}'; choose one of {', '.join(DTYPES)}.")
         if self.dtype == "float16" and not torch.cuda.is_available():
@@ -661,8 +659,8 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
         training, held_out = data.split(conversations, spec.eval_fraction, seed=spec.seed)
     named = {}
     for text in spec.monitor_text if spec.monitored else ():
-        called, _, source = text.partition("=")
-        named[called.strip()] = data.load_texts(source.strip(), limit=MONITORED_TEXTS)
+        called, source = named_source(text, "monitor_text")
+        named[called] = data.load_texts(source, limit=MONITORED_TEXTS)
     name = local_model_name(spec.model)
     modules = check_targets(empty_model(name, trust_remote_code=spec.trust_remote_code), config)
     tokenizer = load_tokenizer(name, trust_remote_code=spec.trust_remote_code, template=spec.template)

@@ -96,6 +96,22 @@ def named_values(pairs: Iterable[str]) -> dict[str, Any]:
     return result
 
 
+def named_source(text: str, setting: str) -> tuple[str, str]:
+    """`NAME=SOURCE` as its two parts.
+
+    Args:
+        text: what was given.
+        setting: where, for the error.
+
+    Raises:
+        ConfigError: a part is missing.
+    """
+    name, _, source = (part.strip() for part in text.partition("="))
+    if not (name and source):
+        raise ConfigError(f"{setting} is '{text}'; write it as NAME=SOURCE.")
+    return name, source
+
+
 def did_you_mean(name: str, known: Mapping[str, Any] | list[str]) -> str:
     """A remedy for an unknown name: the closest known one, then all of them."""
     near = difflib.get_close_matches(name, list(known), n=1)
