@@ -144,7 +144,6 @@ def run_cell(cell: Cell, data_folder: Path, threads: int | None, console: Consol
     )  # fmt: skip
     label = f"DiRA, λ = {cell.penalty_weight:g}"
     trained = train_adapter(base, tokenizer, config, rows, settings=settings, label=label, console=console)
-    collator = data.Collator(tokenizer.pad_token_id)
     variants: list[dict[str, Any]] = []
     timed: list[Timed] = []
     with tempfile.TemporaryDirectory(prefix="dynalora-") as scratch, rich_progress(console) as progress:
@@ -171,7 +170,7 @@ def run_cell(cell: Cell, data_folder: Path, threads: int | None, console: Consol
                 "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
                 "rank": sum(row.rank for row in dynalora.rank_landscape(model)),
                 "file_bytes": (folder / "adapter_model.safetensors").stat().st_size,
-                "held_out_loss": held_out_loss(model, questions, collator, batch_size=cell.batch_size),
+                "held_out_loss": held_out_loss(model, questions, batch_size=cell.batch_size),
                 "kl": kept.kl,
                 "kl_error": kept.kl_error,
             }

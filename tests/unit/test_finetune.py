@@ -37,6 +37,7 @@ from dynalora.experiments.training import (
     held_out_loss,
     last_checkpoint,
     take_off,
+    takes_last_logits,
     train_adapter,
 )
 from dynalora.forgetting.monitor import read_retention
@@ -173,7 +174,6 @@ def test_held_out_loss_counts_every_token_once() -> None:
         rows.rows[0]["labels"][:-2],
     )
     model = tiny.model(len(tokenizer)).train()
-    collator = data.Collator(tokenizer.pad_token_id)
     total, count = 0.0, 0
     with torch.no_grad():
         for row in rows.rows:
@@ -185,10 +185,80 @@ def test_held_out_loss_counts_every_token_once() -> None:
             count += int((labels != -100).sum())
     model.train()
     for batch_size in (1, 3, 8):
-        assert held_out_loss(model, rows, collator, batch_size=batch_size) == pytest.approx(
-            total / count, rel=1e-5
-        )
+        assert held_out_loss(model, rows, batch_size=batch_size) == pytest.approx(total / count, rel=1e-5)
     assert model.training
+
+
+FAMILIES: dict[str, Any] = {
+    "llama": lambda vocabulary: tiny.model(vocabulary),
+    "gpt2": lambda vocabulary: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=4, n_positions=256)
+    ),
+    "gemma2": lambda vocabulary: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(
+            vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, sliding_window=16, pad_token_id=None, bos_token_id=None,
+        )
+    ),
+    "opt": lambda vocabulary: transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            vocab_size=vocabulary, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+            word_embed_proj_dim=32, max_position_embeddings=256,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["lora", "disel"])
+def test_logits_of_the_last_positions_alone_give_the_same_loss_and_gradients(
+    family: str, method: str
+) -> None:
+    tokenizer, rows = tokenized()
+    model = FAMILIES[family](len(tokenizer)).double().eval()
+    config = adapter_config(method, r=2, dropout=0.0)
+    config.init_lora_weights = False
+    adapted = peft.get_peft_model(model, config).double()
+    assert takes_last_logits(adapted) == (family != "gpt2")  # whose class has no loss by name
+    found = []
+    for last_logits in (False, True):
+        batch = data.Collator(tokenizer.pad_token_id, last_logits=last_logits)(rows.rows[:5])
+        adapted.zero_grad()
+        output = adapted(**batch)
+        output.loss.backward()
+        grown = {name: p.grad.clone() for name, p in adapted.named_parameters() if p.grad is not None}
+        found.append((output.loss, grown, output.logits.shape[1]))
+    (loss, gradients, width), (other, same, kept) = found
+    assert kept < width  # or nothing would be saved
+    torch.testing.assert_close(other, loss)
+    assert gradients.keys() == same.keys()
+    assert len(gradients) > 4
+    torch.testing.assert_close(same, gradients)
+
+
+def test_training_asks_for_the_logits_of_the_last_positions_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, rows = tokenized()
+    model = tiny.model(len(tokenizer))
+    shapes: list[tuple[int, int]] = []
+
+    def note(module: Any, inputs: Any, kept: dict[str, Any], output: Any) -> None:
+        if module.training:
+            shapes.append((kept["input_ids"].shape[1], output.logits.shape[1]))
+
+    model.register_forward_hook(note, with_kwargs=True)
+    train_adapter(
+        model, tokenizer, adapter_config("dira", r=2), rows, settings=TrainSettings(steps=3, batch_size=4)
+    )
+    assert len(shapes) == 3
+    assert all(kept < length for length, kept in shapes)
+
+
+def test_a_batch_without_labels_keeps_one_position() -> None:
+    batch = data.Collator(0, last_logits=True)([{"input_ids": [5, 6, 7], "labels": [-100] * 3}])
+    assert batch["logits_to_keep"].tolist() == [2]
+    assert batch["shift_labels"].tolist() == [[-100]]
 
 
 @pytest.mark.parametrize("method", job.method_names())

@@ -161,10 +161,9 @@ def test_held_out_loss_and_exact_answers() -> None:
     rows = data.tokenize(
         data.to_conversations((f"row {i}", row) for i, row in enumerate(tiny.rows(12))), tokenizer
     )
-    collator = data.Collator(tokenizer.pad_token_id)
-    by_batch = held_out_loss(model, rows, collator, batch_size=5)
+    by_batch = held_out_loss(model, rows, batch_size=5)
     assert by_batch == pytest.approx(answer_loss(model, rows.rows).mean, rel=1e-5)
-    assert by_batch != pytest.approx(held_out_loss(base, rows, collator), rel=1e-2)
+    assert by_batch != pytest.approx(held_out_loss(base, rows), rel=1e-2)
     assert evaluate(model, tokenizer, rows.rows[:3], samples=1).answer_tokens > 0
 
 

@@ -6,6 +6,7 @@ loss, the step time, a record of everything logged, and checkpoints that a kille
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import re
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import peft
 import torch
 from rich.console import Console
 from rich.progress import (
@@ -33,6 +35,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from dynalora.errors import CheckpointError, ConfigError, DataError, TrainingError
+from dynalora.evaluation.scoring import answer_loss
 from dynalora.experiments import data
 from dynalora.experiments.baselines import DriveBaseline, optimizer_of, prompt_only
 from dynalora.experiments.run_folder import RunFolder
@@ -153,39 +156,39 @@ class TrainResult:
     records: list[dict[str, Any]]
 
 
-@torch.no_grad()
-def held_out_loss(
-    model: nn.Module, rows: data.TokenizedSet, collator: data.Collator, *, batch_size: int = 8
-) -> float:
+def held_out_loss(model: nn.Module, rows: data.TokenizedSet, *, batch_size: int = 8) -> float:
     """Mean loss over all response tokens of a set, in nats per token; every token counts the same.
 
     Args:
-        model: a causal language model that returns the mean loss over a batch's labels.
-        rows: the tokenised set, not empty.
-        collator: makes batches.
+        model: a causal language model, with or without adapter.
+        rows: the tokenised set; rows without a response token do not count.
         batch_size: sequences per forward pass.
+
+    Raises:
+        DataError: no row has a response token.
     """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    try:
-        # Long and short apart: less padding. The order does not change the sum.
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
-        for start in range(0, len(order), batch_size):
-            batch = collator([rows[index] for index in order[start : start + batch_size]])
-            # A causal model predicts token t from those before it, so the first label is never predicted.
-            tokens = int((batch["labels"][:, 1:] != data.IGNORED).sum())
-            if tokens == 0:
-                continue
-            loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
-            total += float(loss) * tokens
-            count += tokens
-    finally:
-        model.train(was_training)
-    if count == 0:
+    answered = [row for row in rows.rows if any(label != data.IGNORED for label in row["labels"][1:])]
+    if not answered:
         raise DataError("The held-out set has no response token; give other evaluation data.")
-    return total / count
+    return answer_loss(model, answered, batch_size=batch_size).mean
+
+
+def takes_last_logits(model: nn.Module) -> bool:
+    """Whether a model trains on the batches of `Collator(…, last_logits=True)`.
+
+    It must be a transformers model for causal language modelling with that library's loss, and learn no prompt: PEFT
+    drops the positions of the tokens behind one.
+    """
+    base: Any = model
+    if isinstance(model, peft.PeftModel):
+        if model.active_peft_config.is_prompt_learning:
+            return False
+        base = model.get_base_model()
+    if getattr(base, "loss_type", None) != "ForCausalLM":
+        return False
+    accepted = inspect.signature(base.forward).parameters
+    further = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    return further and {"logits_to_keep", "position_ids"} <= set(accepted)
 
 
 class _Recorder(TrainerCallback):
@@ -410,13 +413,10 @@ def train_adapter(
         DataError: the training set is empty.
         TrainingError: the loss is no longer a number.
     """
-    import peft
-
     how = settings or TrainSettings()
     if len(train_dataset) == 0:
         raise DataError("The training set is empty; give at least one row.")
     set_seed(how.seed)
-    own = collator
     caching = getattr(model.config, "use_cache", None)
     adapted: Any = model if config is None else peft.get_peft_model(model, config)
     prompts = False
@@ -431,12 +431,11 @@ def train_adapter(
         trainable = parameters = sum(parameter.numel() for parameter in adapted.parameters())
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     device_is_cuda = torch.cuda.is_available()
-    collator = data.Collator(pad, pad_to_multiple_of=8 if device_is_cuda else 1)
     has_eval = eval_dataset is not None and len(eval_dataset) > 0
 
     def measure() -> float:
         assert eval_dataset is not None
-        return held_out_loss(adapted, eval_dataset, collator, batch_size=how.batch_size)
+        return held_out_loss(adapted, eval_dataset, batch_size=how.batch_size)
 
     checkpoint = None
     if run is not None and run.resumed:
@@ -485,6 +484,13 @@ def train_adapter(
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=device_is_cuda,
     )
+    if collator is None:
+        collator = data.Collator(
+            pad,
+            pad_to_multiple_of=8 if device_is_cuda else 1,
+            # DataParallel would deal out the positions among its devices as if they were rows.
+            last_logits=takes_last_logits(adapted) and arguments.n_gpu <= 1,
+        )
     show = _Show(name, console)
     recorder = _Recorder(name, run, show, measure if has_eval else None, how.eval_every, records)
     if monitor is not None and monitor.keep_best and monitor.score is None and has_eval:
@@ -499,7 +505,7 @@ def train_adapter(
         args=arguments,
         optimizers=(own_optimizer, None),
         train_dataset=train_dataset,
-        data_collator=collator if own is None else own,
+        data_collator=collator,
         processing_class=tokenizer,
         # Called before the recorder, so that a step's time contains what the method does in it.
         callbacks=[*callbacks, *([monitor] if monitor is not None else [])],
