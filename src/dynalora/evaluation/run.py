@@ -253,10 +253,10 @@ def measure(
         result = replace(result, items=len(rows), scores={"perplexity": score})
     elif task.how == "classify":
         _need_head(model, task, "classes")
-        predicted, cut = classify(
+        logits, cut = class_logits(
             model, tokenizer, items, batch_size=batch_size, what=what, progress=progress
         )
-        result = _scored(replace(result, too_long=cut), prepared, predicted)
+        result = _scored(replace(result, too_long=cut), prepared, classes(logits))
     elif prepared.likelihood:
         _need_head(model, task, "lm")
         result = _likelihood(model, tokenizer, items, batch_size, what, progress, result)
@@ -392,7 +392,7 @@ def _likelihood(
     )  # fmt: skip
 
 
-def classify(
+def class_logits(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[Example],
@@ -400,8 +400,8 @@ def classify(
     batch_size: int = 16,
     what: str = "Classifying",
     progress: Progress = silent,
-) -> tuple[list[int | float], int]:
-    """The class that a model with a classification head finds likeliest, or the value it gives if it has one output.
+) -> tuple[torch.Tensor, int]:
+    """What a model with a classification head says of every text.
 
     Texts longer than the model's window lose their end.
 
@@ -414,7 +414,7 @@ def classify(
         progress: called with the number of items done.
 
     Returns:
-        One prediction per item, and how many texts were cut.
+        Logits (items, classes), or (items, 1) of a regression, float32 on the CPU; and how many texts were cut.
 
     Raises:
         ConfigError: the tokenizer has no padding token and batches have more than one item.
@@ -430,8 +430,7 @@ def classify(
     if cut:
         logger.warning("%d of %d texts are longer than %d tokens and lose their end.", cut, len(items), room)
     device = next(model.parameters()).device
-    predicted: list[int | float] = [0] * len(items)
-    done = 0
+    found: dict[int, torch.Tensor] = {}
     progress(what, 0, len(items))
     with evaluating(model), torch.inference_mode():
         for batch in batches_by_length([len(ids) for ids in plain], batch_size):
@@ -441,13 +440,14 @@ def classify(
             made = tokenizer(
                 *pairs, truncation=True, max_length=room, padding=len(batch) > 1, return_tensors="pt"
             ).to(device)
-            logits = model(**made).logits
-            values = logits[:, 0].tolist() if logits.shape[-1] == 1 else logits.argmax(-1).tolist()
-            for index, value in zip(batch, values, strict=True):
-                predicted[index] = value
-            done += len(batch)
-            progress(what, done, len(items))
-    return predicted, cut
+            found |= zip(batch, model(**made).logits.float().cpu(), strict=True)
+            progress(what, len(found), len(items))
+    return torch.stack([found[index] for index in range(len(items))]), cut
+
+
+def classes(logits: torch.Tensor) -> list[int] | list[float]:
+    """The likeliest class of every row of logits (items, classes), or the value itself where there is one output."""
+    return logits[:, 0].tolist() if logits.shape[-1] == 1 else logits.argmax(-1).tolist()
 
 
 def _execute(prepared: Prepared, answers: Sequence[str], what: str, progress: Progress) -> list[bool]:

@@ -53,10 +53,9 @@ from dynalora.evaluation.benchmarks import (
     find_benchmark,
 )
 from dynalora.evaluation.files import file_rows, split_files
-from dynalora.evaluation.generation import batches_by_length, evaluating
 from dynalora.evaluation.multiple_choice import Choice, option_scores
 from dynalora.evaluation.numbers import MARK
-from dynalora.evaluation.run import Prepared, check_scoring, measure, model_window
+from dynalora.evaluation.run import Prepared, check_scoring, class_logits, classes, measure
 from dynalora.evaluation.scoring import answer_loss
 from dynalora.evaluation.sources import Row
 from dynalora.evaluation.statistics import Estimate, Interval, ratio, unweighted_mean, wilson
@@ -464,27 +463,17 @@ class ClassTask(ExperimentTask):
         import torch.nn.functional as F
 
         how = how or Measuring()
-        room = min(512, model_window(model, tokenizer))
-        rows, _ = self._rows(self.held_out, tokenizer, room)
-        device, collate = next(model.parameters()).device, self.collator(tokenizer)
-        losses, predicted = [0.0] * len(rows), [0.0] * len(rows)
-        what, done = f"Measuring {name} on {self.name}", 0
-        progress(what, 0, len(rows))
-        with evaluating(model), torch.inference_mode():
-            for batch in batches_by_length([len(row["input_ids"]) for row in rows], how.batch_size):
-                made = {key: value.to(device) for key, value in collate([rows[i] for i in batch]).items()}
-                truth = made.pop("labels")
-                logits = model(**made).logits.float()
-                if self.labels == 1:
-                    values, apart = logits[:, 0], (logits[:, 0] - truth) ** 2
-                else:
-                    values, apart = logits.argmax(-1), F.cross_entropy(logits, truth, reduction="none")
-                for index, value, loss in zip(batch, values.tolist(), apart.tolist(), strict=True):
-                    predicted[index], losses[index] = value, loss
-                done += len(batch)
-                progress(what, done, len(rows))
+        what = f"Measuring {name} on {self.name}"
+        logits, _ = class_logits(
+            model, tokenizer, self.held_out, batch_size=how.batch_size, what=what, progress=progress
+        )
         references = [example.reference for example in self.held_out]
-        answers: list[Any] = predicted if self.labels == 1 else [int(value) for value in predicted]
+        answers: list[Any] = classes(logits)
+        if self.labels == 1:
+            truth = torch.tensor([float(one) for one in references])
+            losses = (logits[:, 0] - truth) ** 2
+        else:
+            losses = F.cross_entropy(logits, torch.tensor([int(one) for one in references]), reduction="none")
         found: dict[str, float] = {}
         for metric in self.benchmark.metrics:
             intervals, _ = metric.score(answers, references)
@@ -495,7 +484,7 @@ class ClassTask(ExperimentTask):
             if self.labels == 1
             else [own == int(truth) for own, truth in zip(answers, references, strict=True)]
         )
-        return TaskScore.of(right, losses, [1] * len(losses), found)
+        return TaskScore.of(right, losses.tolist(), [1] * len(losses), found)
 
 
 def _item(example: Example) -> Item:
