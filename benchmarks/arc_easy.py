@@ -24,15 +24,12 @@ import copy
 import gzip
 import json
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +37,7 @@ from rich.console import Console
 
 from dynalora.errors import ConfigError, DataError, DynaloraError
 from dynalora.evaluation.statistics import standard_error
+from dynalora.experiments.machine import machine, peak
 from dynalora.experiments.run_folder import write_atomic
 from dynalora.experiments.settings import named_values
 from dynalora.progress import Progress, rich_progress
@@ -106,7 +104,11 @@ def run_cell(cell: Cell, data_folder: Path, threads: int, console: Console) -> d
     tokenizer = load_tokenizer(source.path)
     tokenizer.chat_template = PLAIN_CHAT
     model: Any = load_model(source.path, dtype="float32")
-    result: dict[str, Any] = {"cell": asdict(cell), "model": source.origin, "machine": _machine(threads)}
+    result: dict[str, Any] = {
+        "cell": asdict(cell),
+        "model": source.origin,
+        "machine": {**machine(), "load_at_start": os.getloadavg()[0]},
+    }
     if cell.method != BASE:
         config = _config(cell)
         result["adapter"] = _plain(config.to_dict())
@@ -130,7 +132,7 @@ def run_cell(cell: Cell, data_folder: Path, threads: int, console: Console) -> d
             # Of all threads, the adapter's start included: what other work on the machine hardly changes.
             "train_cpu_seconds": time.process_time() - computed,
             "trainable_parameters": trained.trainable_parameters,
-            "training_peak_bytes": _peak(),
+            "training_peak_bytes": peak(),
             "training_rows": len(rows),
         }
     with rich_progress(console) as progress:
@@ -148,7 +150,7 @@ def run_cell(cell: Cell, data_folder: Path, threads: int, console: Console) -> d
         base = load_model(source.path, dtype="float32") if cell.method != BASE else model
         text = data_folder / "text" / "wikitext2.valid.txt.gz"
         result["wikitext"] = wikitext(base, model, tokenizer, text, cell, progress)
-    return {**result, "peak_bytes": _peak(), "seconds": time.perf_counter() - began}
+    return {**result, "peak_bytes": peak(), "seconds": time.perf_counter() - began}
 
 
 def wikitext(
@@ -209,25 +211,6 @@ def _config(cell: Cell) -> Any:
 
 def _key(question: str) -> str:
     return " ".join(question.split()).casefold()
-
-
-def _peak() -> int:
-    """Most memory this process has held, in bytes."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
-
-
-def _machine(threads: int) -> dict[str, Any]:
-    versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
-    return {
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "load_at_start": os.getloadavg()[0],
-        "python": platform.python_version(),
-        **versions,
-    }
 
 
 def _plain(value: Any) -> Any:

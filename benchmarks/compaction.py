@@ -17,21 +17,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from dynalora.errors import ConfigError, DataError, DynaloraError
+from dynalora.experiments.machine import machine
 from dynalora.experiments.run_folder import write_atomic
 from dynalora.progress import rich_progress
 
@@ -190,13 +188,7 @@ def run_cell(cell: Cell, data_folder: Path, threads: int | None, console: Consol
     return {
         "cell": asdict(cell),
         "model": origin,
-        "machine": {
-            "platform": platform.platform(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            **{name: metadata.version(name) for name in ("torch", "transformers", "peft")},
-        },
+        "machine": machine(),
         "loss": [record["loss"] for record in trained.records if "loss" in record],
         "matrices": len(dynalora.rank_landscape(timed[0].model)),
         "held_out_tokens": questions.response_tokens,
@@ -297,13 +289,13 @@ def _row(cell: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
 
 
 def _note(result: Mapping[str, Any]) -> str:
-    cell, machine = result["cell"], result["machine"]
+    cell, ran_on = result["cell"], result["machine"]
     return (
         f"{result['model']}, float32, r = {cell['r']}, {result['matrices']} matrices, {cell['steps']} steps of batch "
         f"{cell['batch_size']} at {cell['lr']:g}, λ {cell['penalty_schedule']}; {result['held_out_tokens']} held-out "
         f"tokens, KL on {result['kl_tokens']} tokens of the base model's own text, ± its standard error over texts. "
         f"Steps: medians of {cell['rounds']} rounds in turns, {cell['batch_size']} × {cell['length']} tokens; ratio "
-        f"with quartiles. {machine['device']}, {machine['threads']} threads, torch {machine['torch']}."
+        f"with quartiles. {ran_on['device']}, {ran_on['threads']} threads, torch {ran_on['torch']}."
     )
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -33,7 +31,7 @@ from dynalora.experiments.finetune import (
     local_model_name,
     method_names,
 )
-from dynalora.experiments.memory import forget_peak, peak, resident
+from dynalora.experiments.machine import forget_peak, machine, peak, resident
 from dynalora.experiments.report import Table
 from dynalora.experiments.settings import settings_from
 from dynalora.progress import Progress, silent
@@ -490,16 +488,10 @@ def as_json(spec: BenchSpec, results: Sequence[Measured]) -> str:
 
 def with_machine(spec: BenchSpec, rows: list[dict[str, Any]]) -> str:
     """Results as JSON, with the settings and the machine."""
-    machine = {
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if spec.torch_device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    return json.dumps({"settings": asdict(spec), "machine": machine, "results": rows}, indent=2) + "\n"
+    found = machine()
+    if spec.torch_device.type != "cuda":
+        found["device"] = "cpu"
+    return json.dumps({"settings": asdict(spec), "machine": found, "results": rows}, indent=2) + "\n"
 
 
 if __name__ == "__main__":

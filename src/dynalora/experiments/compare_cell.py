@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -24,8 +22,7 @@ from dynalora.experiments.compare import (
 )
 from dynalora.experiments.finetune import MONITORED_LENGTH, load_model, load_tokenizer, local_model_name
 from dynalora.experiments.lab import train_settings
-from dynalora.experiments.memory import forget_peak, peak
-from dynalora.experiments.run_folder import version_of
+from dynalora.experiments.machine import forget_peak, machine, peak
 from dynalora.experiments.training import TrainResult, train_adapter
 from dynalora.forgetting.landscape import rank_landscape
 from dynalora.forgetting.monitor import OWN
@@ -186,17 +183,3 @@ def _forget_peak() -> None:
 def _peak() -> int | None:
     """Most memory that training held, in bytes: on the GPU if there is one; else of this process, weights included."""
     return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else peak()
-
-
-def machine() -> dict[str, Any]:
-    """What a cell ran on."""
-    names = ("dynalora", "torch", "transformers", "peft")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "platform": platform.platform(),
-        "device": gpu or platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version_of(name) for name in names},
-    }

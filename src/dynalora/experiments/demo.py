@@ -24,7 +24,7 @@ from dynalora.evaluation.statistics import Interval, mcnemar, paired_difference
 from dynalora.evaluation.tasks import Task, load_task
 from dynalora.experiments import data, plots
 from dynalora.experiments.finetune import BASELINE, adapter_config, check_targets, load_model, load_tokenizer
-from dynalora.experiments.memory import peak
+from dynalora.experiments.machine import peak
 from dynalora.experiments.models import demo_model
 from dynalora.experiments.report import Cell, Figure, Report, Section, Table, rich_table, write_report
 from dynalora.experiments.run_folder import RunFolder

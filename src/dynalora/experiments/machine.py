@@ -1,10 +1,30 @@
-"""Memory of this process: what it holds and the most it has held."""
+"""The machine that something was measured on, and this process's memory there."""
 
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from pathlib import Path
+from typing import Any
+
+from dynalora.experiments.run_folder import version_of
+
+
+def machine() -> dict[str, Any]:
+    """What numbers depend on besides the settings: system, processor or GPU, cores, PyTorch's threads, versions."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "device": gpu or "cpu",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version_of(name) for name in ("dynalora", "torch", "transformers", "peft")},
+    }
 
 
 def resident() -> int:
