@@ -104,6 +104,19 @@ def test_resume_needs_a_run_with_the_same_settings(tmp_path: Path) -> None:
         RunFolder.create(tmp_path / "run", changed, resume=True)
 
 
+def test_a_setting_that_came_later_had_its_default(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path, CONFIG).close()
+    now = {**CONFIG, "warmup": 0.0}
+    with pytest.raises(RunFolderError, match=r"other settings \(warmup was None, now 0.0\)"):
+        RunFolder.create(tmp_path, now, resume=True)
+    defaults = {"warmup": 0.0, "learning_rate": 1.0, "elsewhere": 3}
+    RunFolder.check(tmp_path, now, resume=True, defaults=defaults)
+    with RunFolder.create(tmp_path, now, resume=True, defaults=defaults) as run:
+        assert run.resumed
+    with pytest.raises(RunFolderError, match=r"other settings \(warmup was 0.0, now 0.1\)"):
+        RunFolder.create(tmp_path, {**now, "warmup": 0.1}, resume=True, defaults=defaults)
+
+
 def test_settings_survive_the_file_they_are_compared_with(tmp_path: Path) -> None:
     config = {
         "path": tmp_path,

@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,14 @@ from dynalora.experiments.finetune import (
 )
 from dynalora.experiments.lab import LabSettings, read_result
 from dynalora.experiments.run_folder import CONFIG, write_atomic
-from dynalora.experiments.settings import coerce, did_you_mean, named_source, named_values, read_yaml
+from dynalora.experiments.settings import (
+    coerce,
+    defaults_of,
+    did_you_mean,
+    named_source,
+    named_values,
+    read_yaml,
+)
 from dynalora.experiments.tasks import ExperimentTask
 from dynalora.experiments.training import TrainSettings
 from dynalora.methods import method_names as own_methods
@@ -225,10 +232,6 @@ class CompareSpec(LabSettings, TrainSettings):
         return sorted(found, key=lambda own: own.label != self.reference)
 
 
-_DEFAULTS = {item.name: item.default for item in fields(CompareSpec) if item.default is not MISSING}
-"""What cells were run with that are older than a setting."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """A method with the settings of its adapter.
@@ -370,13 +373,12 @@ class CellStore:
         if found is None:
             return None
         wanted = {**self.shared, **json.loads(json.dumps(asdict(cell)))}
-        there = {**found.get("settings", {}), **found.get("cell", {})}
+        there = {**defaults_of(CompareSpec), **found.get("settings", {}), **found.get("cell", {})}
         # The same files may lie elsewhere, as on another machine.
         differing = [
-            f"{name} was {there.get(name, _DEFAULTS.get(name))!r}, now {value!r}"
+            f"{name} was {there.get(name)!r}, now {value!r}"
             for name, value in wanted.items()
-            if there.get(name, _DEFAULTS.get(name)) != value
-            and name not in ("task", "data", "model", "texts")
+            if there.get(name) != value and name not in ("task", "data", "model", "texts")
         ]
         if differing:
             raise RunFolderError(

@@ -38,7 +38,7 @@ from dynalora.experiments.baselines import (
 from dynalora.experiments.data import Fields
 from dynalora.experiments.report import Cell, Figure, Report, Section, Table, rich_table, write_report
 from dynalora.experiments.run_folder import RunFolder
-from dynalora.experiments.settings import coerce, did_you_mean, named_source
+from dynalora.experiments.settings import coerce, defaults_of, did_you_mean, named_source
 from dynalora.experiments.training import (
     UNTIMED_STEPS,
     TrainResult,
@@ -643,7 +643,7 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
             "weights, so what it forgets cannot be followed; leave it out, or choose another method."
         )
     if main_process:
-        RunFolder.check(spec.output, spec.settings(), resume=spec.resume)
+        RunFolder.check(spec.output, spec.settings(), resume=spec.resume, defaults=defaults_of(type(spec)))
     conversations = data.load_conversations(
         spec.data, fields=spec.fields, split=spec.split, subset=spec.subset, limit=spec.limit
     )
@@ -696,7 +696,9 @@ def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResu
     main = int(os.environ.get("RANK", "0")) == 0
     say = console if console is not None and main else None
     ready = prepare(spec, main_process=main)
-    with RunFolder.create(spec.output, spec.settings(), resume=spec.resume, main_process=main) as run:
+    with RunFolder.create(
+        spec.output, spec.settings(), resume=spec.resume, defaults=defaults_of(type(spec)), main_process=main
+    ) as run:
         if say is not None:
             say.print(
                 f"{len(ready.training):,} training and {len(ready.held_out):,} held-out conversations, "

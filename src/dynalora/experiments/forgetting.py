@@ -50,6 +50,7 @@ from dynalora.experiments.lab import (
 from dynalora.experiments.plots import save_figure
 from dynalora.experiments.report import Cell, Figure, Report, Section, Table, rich_table, write_report
 from dynalora.experiments.run_folder import RunFolder
+from dynalora.experiments.settings import defaults_of
 from dynalora.experiments.training import TrainResult, TrainSettings
 from dynalora.forgetting.landscape import PAPER_TAU, LandscapeRow, rank_landscape
 from dynalora.forgetting.recovery import LOW_RANK, ablated
@@ -180,10 +181,12 @@ def run_forgetting(spec: ForgettingSpec, *, console: Console | None = None) -> l
             the model's weights are loaded.
     """
     config = spec.config()
-    RunFolder.check(spec.output, spec.settings(), resume=spec.resume)
+    RunFolder.check(spec.output, spec.settings(), resume=spec.resume, defaults=defaults_of(type(spec)))
     lab = Lab(spec, [spec.task_a, spec.task_b], console)
     lab.check(config)
-    with RunFolder.create(spec.output, spec.settings(), resume=spec.resume) as run:
+    with RunFolder.create(
+        spec.output, spec.settings(), resume=spec.resume, defaults=defaults_of(type(spec))
+    ) as run:
         results = _Stages(spec, lab, run).run()
         run.finish()
     if console is not None:

@@ -47,7 +47,7 @@ from dynalora.experiments.lab import (
 from dynalora.experiments.plots import save_figure
 from dynalora.experiments.report import Cell, Figure, Report, Section, Table, rich_table, write_report
 from dynalora.experiments.run_folder import CONFIG, RunFolder
-from dynalora.experiments.settings import read_yaml, settings_from
+from dynalora.experiments.settings import defaults_of, read_yaml, settings_from
 from dynalora.forgetting.landscape import PAPER_TAU, LandscapeRow, rank_landscape
 from dynalora.forgetting.recovery import STRATEGIES, low_rank_modules, recover
 from dynalora.progress import rich_progress
@@ -266,7 +266,7 @@ def run_recovery(spec: RecoverSpec, *, console: Console | None = None) -> list[d
             model's weights are loaded.
     """
     spec, checkpoints = resolve(spec)
-    RunFolder.check(spec.output, spec.settings(), resume=spec.resume)
+    RunFolder.check(spec.output, spec.settings(), resume=spec.resume, defaults=defaults_of(type(spec)))
     known = {name: getattr(spec, name) for name in _INHERITED if getattr(spec, name) is not None}
     how = settings_from(LabSettings, known, source="the settings")
     how._check_lab()
@@ -278,7 +278,9 @@ def run_recovery(spec: RecoverSpec, *, console: Console | None = None) -> list[d
             f"examples is {spec.examples}, and {spec.task_a} has {len(pool)} training questions of at most "
             f"{how.max_length} tokens; ask for fewer, or raise max_length."
         )
-    with RunFolder.create(spec.output, spec.settings(), resume=spec.resume) as run:
+    with RunFolder.create(
+        spec.output, spec.settings(), resume=spec.resume, defaults=defaults_of(type(spec))
+    ) as run:
         recoveries = _Recoveries(spec, lab, run, checkpoints)
         results = recoveries.run()
         run.finish()

@@ -101,7 +101,14 @@ class RunFolder:
     # --- opening and closing -------------------------------------------------------------------------------
 
     @classmethod
-    def check(cls, path: str | os.PathLike[str], config: Mapping[str, Any], *, resume: bool = False) -> None:
+    def check(
+        cls,
+        path: str | os.PathLike[str],
+        config: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
         """Raise what `create` would raise, and change nothing: for use before anything expensive is loaded.
 
         Raises:
@@ -123,7 +130,7 @@ class RunFolder:
         if (folder / LOCK).exists():
             lock = _lock_of(folder)
             lock.release()
-        cls._refuse_what_is_there(folder, _plain(config), resume)
+        cls._refuse_what_is_there(folder, _plain(config), resume, _plain(defaults or {}))
 
     @classmethod
     def create(
@@ -132,6 +139,7 @@ class RunFolder:
         config: Mapping[str, Any],
         *,
         resume: bool = False,
+        defaults: Mapping[str, Any] | None = None,
         main_process: bool = True,
     ) -> RunFolder:
         """Make a new run folder, or continue the run that it holds.
@@ -140,6 +148,7 @@ class RunFolder:
             path: an empty folder or one that does not exist yet; with `resume`, one that holds this very run.
             config: the run's settings, made of what YAML can hold; written to `config.yaml`.
             resume: continue the run in `path`, which must have been made with an equal `config`.
+            defaults: what the settings are that its `config.yaml` lacks, because an older version has written it.
             main_process: False on all but one process of a distributed run: such a folder writes nothing.
 
         Returns:
@@ -153,12 +162,12 @@ class RunFolder:
         plain = _plain(config)
         if not main_process:
             return cls(folder, plain, None, resume)
-        cls.check(folder, plain, resume=resume)
+        cls.check(folder, plain, resume=resume, defaults=defaults)
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock_of(folder)
         try:
             # Looked at again under the lock: two processes may both have passed the first look.
-            cls._refuse_what_is_there(folder, plain, resume)
+            cls._refuse_what_is_there(folder, plain, resume, _plain(defaults or {}))
             run = cls(folder, plain, lock, resume)
             run._start()
         except BaseException:
@@ -167,7 +176,9 @@ class RunFolder:
         return run
 
     @staticmethod
-    def _refuse_what_is_there(folder: Path, config: dict[str, Any], resume: bool) -> None:
+    def _refuse_what_is_there(
+        folder: Path, config: dict[str, Any], resume: bool, defaults: Mapping[str, Any]
+    ) -> None:
         found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
         found = [name for name in found if name not in _OWN_BEFORE_START and not name.endswith(".tmp")]
         if resume:
@@ -177,7 +188,8 @@ class RunFolder:
                 )
             if _status(folder).get("finished"):
                 raise RunFolderError(f"The run in '{folder}' has finished; there is nothing to resume.")
-            differing = _differences(_read_config(folder), config)
+            known = {name: value for name, value in defaults.items() if name in config}
+            differing = _differences({**known, **_read_config(folder)}, config)
             if differing:
                 raise RunFolderError(
                     f"The run in '{folder}' was started with other settings ({'; '.join(differing)}); "

@@ -46,6 +46,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return {str(name): value for name, value in content.items()}
 
 
+def defaults_of(kind: type[Any]) -> dict[str, Any]:
+    """What the fields of a dataclass are by default, those without a default left out.
+
+    Files that an older version has written lack the settings that came later; these had their defaults' effect.
+    """
+    values = {item.name: item.default for item in fields(kind) if item.default is not MISSING}
+    made = {item.name: item.default_factory() for item in fields(kind) if item.default_factory is not MISSING}
+    return values | made
+
+
 def settings_from(
     kind: type[Settings], values: Mapping[str, Any], *, source: str = "the settings"
 ) -> Settings:

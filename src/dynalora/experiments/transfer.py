@@ -40,6 +40,7 @@ from dynalora.experiments.lab import (
 from dynalora.experiments.plots import save_figure
 from dynalora.experiments.report import Cell, Figure, Report, Section, Table, rich_table, write_report
 from dynalora.experiments.run_folder import RunFolder
+from dynalora.experiments.settings import defaults_of
 from dynalora.experiments.training import TrainSettings
 
 if TYPE_CHECKING:
@@ -136,12 +137,14 @@ def run_transfer(spec: TransferSpec, *, console: Console | None = None) -> list[
             the model's weights are loaded.
     """
     configs = {method: spec.config(method) for method in spec.methods}
-    RunFolder.check(spec.output, spec.settings(), resume=spec.resume)
+    RunFolder.check(spec.output, spec.settings(), resume=spec.resume, defaults=defaults_of(type(spec)))
     lab = Lab(spec, spec.tasks, console)
     for config in configs.values():
         lab.check(config)
     results: list[dict[str, Any]] = []
-    with RunFolder.create(spec.output, spec.settings(), resume=spec.resume) as run:
+    with RunFolder.create(
+        spec.output, spec.settings(), resume=spec.resume, defaults=defaults_of(type(spec))
+    ) as run:
         _cell(spec, lab, run, results, BASE, None, None)
         for seed in range(spec.seed, spec.seed + spec.seeds):
             for method in spec.methods:
