@@ -16,6 +16,8 @@ from torch import Tensor
 from dynalora.errors import ScheduleError
 from tests.driver.loops import (
     CONFIGS,
+    InOrder,
+    OrderedTrainer,
     adapted,
     arguments,
     assert_close_weights,
@@ -36,11 +38,11 @@ every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
 def trained(folder: Path, config: Any, model: Any = None, resume: Any = None, **options: Any) -> Any:
-    """A model after transformers' Trainer, which is told nothing about adapters."""
+    """A model after transformers' Trainer."""
     model = adapted(config) if model is None else model
     settings = arguments(folder, **options)
     count = settings.max_steps * settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    trainer = transformers.Trainer(model=model, args=settings, train_dataset=examples(count))
+    trainer = OrderedTrainer(model=model, args=settings, train_dataset=examples(count))
     trainer.train(resume_from_checkpoint=resume)
     model.trainer_state = trainer.state
     return model.eval()
@@ -81,9 +83,15 @@ def test_trl_and_bare_loop_reach_the_same_weights(name: str, tmp_path: Path) -> 
         gradient_checkpointing=False,
         bf16=False,
         packing=False,
+        completion_only_loss=True,
     )
-    rows = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in examples(12)])
-    trl.SFTTrainer(model=model, args=settings, train_dataset=rows, processing_class=tokenizer()).train()
+    ids = [row["input_ids"].tolist() for row in examples(12)]
+    labels = [row["labels"].tolist() for row in examples(12)]
+    # Old versions of TRL take the masks, new ones the labels.
+    masks = [[int(label != -100) for label in row] for row in labels]
+    rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels, "completion_mask": masks})
+    ordered = type("OrderedSFTTrainer", (InOrder, trl.SFTTrainer), {})
+    ordered(model=model, args=settings, train_dataset=rows, processing_class=tokenizer()).train()
     by_hand = bare_loop(CONFIGS[name](total_steps=6))
     assert clock(model) == (6, 6)
     assert_close_weights(weights(model), weights(by_hand), 1e-4)
@@ -128,7 +136,7 @@ def test_optimizers_of_trainer(name: str, optim: str, tmp_path: Path) -> None:
 def test_total_steps_from_epochs(tmp_path: Path) -> None:
     model = adapted(dira())
     settings = arguments(tmp_path, max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2)
-    transformers.Trainer(model=model, args=settings, train_dataset=examples(12)).train()
+    OrderedTrainer(model=model, args=settings, train_dataset=examples(12)).train()
     assert clock(model) == (6, 6)
 
 
@@ -257,7 +265,7 @@ def test_an_invisible_optimizer_is_an_error_at_once(name: str, tmp_path: Path) -
     model = adapted(CONFIGS[name]())
     optimizer = MasterCopy(trainable(model), lr=0.05)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    trainer = transformers.Trainer(
+    trainer = OrderedTrainer(
         model=model, args=arguments(tmp_path), train_dataset=examples(12), optimizers=(optimizer, scheduler)
     )
     with pytest.raises(ScheduleError) as caught:
@@ -270,7 +278,7 @@ def test_an_invisible_optimizer_is_an_error_at_once(name: str, tmp_path: Path) -
 def test_evaluation_does_not_move_the_clock(tmp_path: Path) -> None:
     model = adapted(dira())
     settings = arguments(tmp_path, eval_strategy="steps", eval_steps=1, max_steps=3)
-    trainer = transformers.Trainer(
+    trainer = OrderedTrainer(
         model=model, args=settings, train_dataset=examples(6), eval_dataset=examples(4, seed=2)
     )
     trainer.train()
@@ -319,8 +327,6 @@ def test_importing_twice_hooks_once(tmp_path: Path) -> None:
 
 def test_trainer_without_adapters_is_left_alone(tmp_path: Path) -> None:
     model = TOYS["llama"].build()
-    trainer = transformers.Trainer(
-        model=model, args=arguments(tmp_path, max_steps=1), train_dataset=examples(2)
-    )
+    trainer = OrderedTrainer(model=model, args=arguments(tmp_path, max_steps=1), train_dataset=examples(2))
     trainer.train()
     assert trainer.state.global_step == 1

@@ -102,6 +102,7 @@ class Simulation:
         task = {id(w): g for w, g in zip(weights, torch.autograd.grad(loss, weights), strict=True)}
         total = self.settings.gamma * self.orthogonality()
         extra = torch.autograd.grad(total, weights, allow_unused=True, materialize_grads=True)
+        extra = [gradient.detach() for gradient in extra]  # torch 2.6 makes zeros that require gradients
         for weight in weights:
             weight.requires_grad_(False)
         self._average(task, seen)

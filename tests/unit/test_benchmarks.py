@@ -28,7 +28,8 @@ from dynalora.evaluation.run import (
     TaskResult,
     _execute,
     _scored,
-    classify,
+    class_logits,
+    classes,
     group_mean,
     measure,
     prepare,
@@ -602,18 +603,19 @@ def test_classification(folder: Path) -> None:
     pytest.importorskip("sklearn")
     model, tokenizer = encoder(2)
     prepared = prepare("mrpc", data=folder)
-    predicted, cut = classify(model, tokenizer, prepared.items, batch_size=2)
+    logits, cut = class_logits(model, tokenizer, prepared.items, batch_size=2)
     expected = []
     for item in prepared.items:
         made = tokenizer(item.prompt, item.second, return_tensors="pt")
         with torch.no_grad():
-            expected.append(int(model(**made).logits.argmax()))
-    assert (predicted, cut) == (expected, 0)
+            expected.append(model(**made).logits[0])
+    torch.testing.assert_close(logits, torch.stack(expected))
+    assert (classes(logits), cut) == ([int(row.argmax()) for row in expected], 0)
     result = measure(model, tokenizer, prepare("cola", data=folder))
     assert set(result.scores) == {"matthews", "accuracy"}
     assert result.main == "matthews"
-    values, _ = classify(*encoder(1), prepare("stsb", data=folder).items)
-    assert all(isinstance(value, float) for value in values)
+    values, _ = class_logits(*encoder(1), prepare("stsb", data=folder).items)
+    assert classes(values) == values[:, 0].tolist()
 
 
 def test_what_does_not_fit_the_model_is_told(small: tuple[Any, Any], folder: Path) -> None:
@@ -630,7 +632,7 @@ def test_what_does_not_fit_the_model_is_told(small: tuple[Any, Any], folder: Pat
         measure(classifier, words, prepare("cola", data=folder))
     words.pad_token = None
     with pytest.raises(ConfigError, match="has no padding token"):
-        classify(classifier, words, prepare("cola", data=folder).items)
+        class_logits(classifier, words, prepare("cola", data=folder).items)
     with pytest.raises(ConfigError, match="needs a masked language model"):
         measure(model, tokenizer, prepare("wikitext2_masked", data=folder))
 

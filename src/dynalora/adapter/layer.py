@@ -481,7 +481,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         else:
             h = project(x, down, frozen)
             parts = [nn.functional.linear(x, matrix) for matrix in rest]
-            projected = torch.cat(parts, dim=-1) if len(parts) > 1 else next(iter(parts), None)
+            projected = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0] if parts else None
         d = self.diagonal(adapter, projected)
         return h if d is None else h * d
 

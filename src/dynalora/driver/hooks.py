@@ -285,7 +285,9 @@ def _only_makes_state(optimizer: Optimizer) -> bool:
 def _act_before(optimizer: Optimizer, plan: _Plan) -> None:
     # Set by GradScaler for optimizers that unscale in their kernel.
     scale = getattr(optimizer, "grad_scale", None)
-    again, plan.acting = plan.acting, [binding for binding in plan.bindings if binding.has_gradient()]
+    # An optimizer may outlive its model: of layers that are gone there is nothing to drive.
+    ready = [binding for binding in plan.bindings if binding.has_gradient() and binding.live_layers()]
+    again, plan.acting = plan.acting, ready
     for binding in plan.acting:
         driver = binding.driver
         lead = binding.lead_layer()
