@@ -289,6 +289,19 @@ def test_summaries_are_those_of_the_cells(done: Comparison) -> None:
     assert found["base"].kl["lines"].value == 0
 
 
+def test_a_report_runs_nothing(place: Path, done: Comparison) -> None:
+    with pytest.raises(ConfigError, match="No cell of .* has been run yet"):
+        run_compare(spec_of(place, "nothing"), run=False)
+    folder = done.grid.store.folder
+    before = sorted(folder.glob("cells/**/*.json"))
+    more = spec_of(place, "done", texts=[f"lines={place / 'text.txt'}"], seeds=3)
+    found = run_compare(more, run=False)
+    assert sorted(folder.glob("cells/**/*.json")) == before
+    assert found.grid.open_cells()
+    assert found.failed == ()
+    assert (folder / "report.html").stat().st_size > 0
+
+
 def test_the_table_of_cells_has_one_row_per_cell(done: Comparison) -> None:
     folder = done.grid.store.folder
     compare_report.write_results(done)  # another comparison may have used the folder

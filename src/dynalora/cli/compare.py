@@ -114,6 +114,9 @@ def compare(
         int | None, option("--jobs", "-j", help="Cells at the same time. \\[one per GPU, or one]", panel=_RUN)
     ] = None,
     threads: shared.Threads = None,
+    report: Annotated[
+        bool, option("--report", help="Run nothing: report on the cells that are there.", panel=_RUN)
+    ] = False,
 ) -> None:
     """Compare methods × learning rates × seeds × tasks: one table, one report.
 
@@ -130,6 +133,7 @@ def compare(
     """
     flags = dict(locals())
     flags.pop("config")
+    flags.pop("report")
     from dynalora.experiments.compare import CompareSpec, run_compare, variant_from
     from dynalora.experiments.settings import read_yaml
 
@@ -143,7 +147,7 @@ def compare(
         flags["variants"] = {**kept, **dict(variant_from(one) for one in given)}
     spec = settings(CompareSpec, config, flags)
     try:
-        comparison = run_compare(spec, console=console())
+        comparison = run_compare(spec, console=console(), run=not report)
     except KeyboardInterrupt:
         complain(
             f"Interrupted; finished cells are kept. Go on with: dynalora compare --config {spec.output}/config.yaml"

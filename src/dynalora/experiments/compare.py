@@ -630,7 +630,9 @@ class Comparison:
     failed: tuple[tuple[Cell, str], ...]
 
 
-def run_compare(spec: CompareSpec, *, console: Console | None = None, apart: bool = True) -> Comparison:
+def run_compare(
+    spec: CompareSpec, *, console: Console | None = None, apart: bool = True, run: bool = True
+) -> Comparison:
     """Run all cells that are missing, and write tables, plots and the report.
 
     Args:
@@ -638,13 +640,14 @@ def run_compare(spec: CompareSpec, *, console: Console | None = None, apart: boo
         console: where progress and the closing tables are shown; None: nowhere.
         apart: run every cell in a process of its own. False: in this one, one after another; their peak memory is then
             this process's.
+        run: False: run nothing, and write tables, plots and the report of the cells that are there.
 
     Returns:
         The cells with their results. One that failed does not stop the others.
 
     Raises:
         DynaloraError: whatever is wrong with the settings, the tasks, the folder or the target modules, before
-            anything is run.
+            anything is run; or nothing is to be run, and no cell is there.
     """
     from dynalora.experiments.compare_report import show_tables, write_results
 
@@ -657,14 +660,16 @@ def run_compare(spec: CompareSpec, *, console: Console | None = None, apart: boo
         local_model_name(spec.model, progress=progress)
     contestants = plan(spec, tasks)
     grid = Grid(spec, contestants, task_places(tasks), store)
-    grid.done()  # cells with other settings are refused before anything is written
+    # Cells with other settings are refused before anything is written.
+    if not grid.done() and not run:
+        raise ConfigError(f"No cell of '{spec.output}' has been run yet; call the command without --report.")
     store.open(spec.settings())
     if console is not None:
         from dynalora.experiments.compare_report import plan_table
         from dynalora.experiments.report import rich_table
 
         console.print(rich_table(plan_table(contestants)))
-    failed = (_Runner if apart else _Here)(grid, console).run()
+    failed = (_Runner if apart else _Here)(grid, console).run() if run else []
     comparison = Comparison(grid, tasks, tuple(failed))
     report = write_results(comparison)
     if console is not None:
