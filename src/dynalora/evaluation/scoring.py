@@ -159,7 +159,8 @@ def answer_loss(
     sums, counts, greedy = [0.0] * len(rows), [0] * len(rows), [False] * len(rows)
     done = 0
     progress(what, 0, len(rows))
-    with evaluating(model), torch.inference_mode():
+    # Not inference_mode: this runs between training steps, and what sharding gathers here is trained with later.
+    with evaluating(model), torch.no_grad():
         for batch in batches_by_length([len(row["input_ids"]) for row in rows], batch_size):
             tokens, mask = pad_left([rows[index]["input_ids"] for index in batch], padding)
             labels, _ = pad_left([rows[index]["labels"] for index in batch], _IGNORED)

@@ -330,28 +330,38 @@ def _numbers(found: Mapping[str, Sequence[Summary]], label: str, name: str) -> l
 def plot_frontier(comparison: Comparison, task: str, text: str) -> Drawn | None:
     """Loss on the task against distance from the base model, a line over learning rates per method.
 
-    Below and to the left is better: more learned, less forgotten.
+    Below and to the left is better: more learned, less forgotten. Where the base model has been measured, the axes show
+    the runs that learned at least three quarters of what the best did; others would stretch them over decades.
     """
     grid = comparison.grid
-    made, (axis,) = figure(6.6, 4.6)
-    drawn = 0
-    for index, own in enumerate(grid.contestants):
-        points = curve(comparison, task, own, text)
-        if not points:
-            continue
-        drawn += 1
-        looks = style(index) | {"markersize": 5}
-        axis.plot([kl for _, kl, _ in points], [loss for *_, loss in points], label=own.label, **looks)
-        for rate, kl, loss in points:
-            axis.annotate(f"{rate:g}", (kl, loss), xytext=(3, 3), textcoords="offset points", fontsize=6)
-    if not drawn:
+    curves = {own.label: curve(comparison, task, own, text) for own in grid.contestants}
+    points = [(kl, loss) for line in curves.values() for _, kl, loss in line]
+    if not points:
         return None
+    made, (axis,) = figure(6.6, 4.6)
     base = grid.result(grid.base(task))
+    shown, against = points, ""
     if base is not None:
-        axis.axhline(base["test"]["loss"], color="black", linewidth=0.9, linestyle=":", label="base model")
+        best = min(loss for _, loss in points)
+        worst = best + (base["test"]["loss"] - best) / 4
+        shown = [point for point in points if point[1] <= worst]
+        against = f"; base model: {base['test']['loss']:.3f}"
+    for index, (label, line) in enumerate(curves.items()):
+        if not line:
+            continue
+        looks = style(index) | {"markersize": 5}
+        axis.plot([kl for _, kl, _ in line], [loss for *_, loss in line], label=label, **looks)
+        seen = [point for point in line if point[1:] in shown]
+        for rate, kl, loss in seen[:1] + seen[1:][-1:]:
+            axis.annotate(f"{rate:g}", (kl, loss), xytext=(3, 3), textcoords="offset points", fontsize=6)
     axis.set_xscale("log")
+    if len(shown) > 1 and len(shown) < len(points):
+        kls, losses = zip(*shown, strict=True)
+        room = 0.08 * (max(losses) - min(losses))
+        axis.set_xlim(min(kls) / 1.3, max(kls) * 1.3)
+        axis.set_ylim(min(losses) - room, max(losses) + room)
     axis.set_xlabel(f"KL(base ‖ tuned) on {text}, nats per token (log scale)")
-    axis.set_ylabel("loss of the right answers")
+    axis.set_ylabel(f"loss of the right answers{against}")
     axis.set_title(f"{grid.places[task]}: learned against forgotten, by learning rate", fontsize=10)
     axis.legend(fontsize=7, frameon=False)
     return made
