@@ -290,7 +290,7 @@ def test_summaries_are_those_of_the_cells(done: Comparison) -> None:
 
 
 def test_a_report_runs_nothing(place: Path, done: Comparison) -> None:
-    with pytest.raises(ConfigError, match="No cell of .* has been run yet"):
+    with pytest.raises(ConfigError, match=r"No cell of .* has been run yet"):
         run_compare(spec_of(place, "nothing"), run=False)
     folder = done.grid.store.folder
     before = sorted(folder.glob("cells/**/*.json"))
