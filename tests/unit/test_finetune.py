@@ -216,8 +216,8 @@ def test_logits_of_the_last_positions_alone_give_the_same_loss_and_gradients(
 ) -> None:
     tokenizer, rows = tokenized()
     model = FAMILIES[family](len(tokenizer)).double().eval()
-    config = adapter_config(method, r=2, dropout=0.0)
-    config.init_lora_weights = False
+    start = "init_lora_weights" if method == "lora" else "init_weights"
+    config = adapter_config(method, r=2, dropout=0.0, options={start: False})
     adapted = peft.get_peft_model(model, config).double()
     assert takes_last_logits(adapted) == (family != "gpt2")  # whose class has no loss by name
     found = []
@@ -236,9 +236,7 @@ def test_logits_of_the_last_positions_alone_give_the_same_loss_and_gradients(
     torch.testing.assert_close(same, gradients)
 
 
-def test_training_asks_for_the_logits_of_the_last_positions_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_asks_for_the_logits_of_the_last_positions_alone() -> None:
     tokenizer, rows = tokenized()
     model = tiny.model(len(tokenizer))
     shapes: list[tuple[int, int]] = []

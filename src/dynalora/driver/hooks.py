@@ -95,6 +95,9 @@ class _Binding:
     def live_layers(self) -> list[Any]:
         return _alive(self.layers)
 
+    def has_layers(self) -> bool:
+        return any(reference() is not None for reference in self.layers)
+
     def lead_layer(self) -> Any:
         return self.lead() if self.lead is not None else None
 
@@ -286,7 +289,7 @@ def _act_before(optimizer: Optimizer, plan: _Plan) -> None:
     # Set by GradScaler for optimizers that unscale in their kernel.
     scale = getattr(optimizer, "grad_scale", None)
     # An optimizer may outlive its model: of layers that are gone there is nothing to drive.
-    ready = [binding for binding in plan.bindings if binding.has_gradient() and binding.live_layers()]
+    ready = [binding for binding in plan.bindings if binding.has_gradient() and binding.has_layers()]
     again, plan.acting = plan.acting, ready
     for binding in plan.acting:
         driver = binding.driver
