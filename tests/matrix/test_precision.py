@@ -220,7 +220,7 @@ def test_bitsandbytes_linear(row: Row, bits: int) -> None:
         model = row.adapt(toy, base)
         setattr(base, f"is_loaded_in_{bits}bit", True)
         assert len(adapted_layers(model)) == 2
-        assert torch.equal(forward_on(model, x), expected)
+        row.assert_start(forward_on(model, x), expected)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         for _ in range(3):
             optimizer.zero_grad()
