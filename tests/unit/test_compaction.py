@@ -313,7 +313,7 @@ def test_pedyra_is_compacted_once_its_ranks_have_settled() -> None:
         done = dynalora.compact(model)
         assert [row.after for row in done.matrices] == [1] * 4
         assert not any(row.rewritten for row in done.matrices)
-        torch.testing.assert_close(TOY.logits(model), logits, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(TOY.logits(model), logits, atol=1e-5, rtol=1e-5)
         step(model, optimizer, 2)
 
 

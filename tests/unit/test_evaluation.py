@@ -351,12 +351,17 @@ def test_progress_in_a_pipe_is_a_plain_line_now_and_then(monkeypatch: pytest.Mon
 def test_progress_in_a_terminal_is_live_only_while_a_job_runs() -> None:
     said = io.StringIO()
     console = Console(file=said, width=80, force_terminal=True)
+
+    def live() -> bool:
+        # A live display hides the cursor until it is gone.
+        return said.getvalue().count("\x1b[?25l") > said.getvalue().count("\x1b[?25h")
+
     with rich_progress(console) as progress:
         progress("first", 0, 3)
-        assert console._live_stack
+        assert live()
         progress("first", 3, 3)
-        assert not console._live_stack
+        assert not live()
         progress("second", 0, None)
-        assert console._live_stack
-    assert not console._live_stack, "an unfinished job's display outlives its context"
+        assert live()
+    assert not live(), "an unfinished job's display outlives its context"
     assert "3/3" in said.getvalue()

@@ -23,7 +23,8 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: version_of(name) for name in ("dynalora", "torch", "transformers", "peft")},
+        **{name: version_of(name) for name in ("dynalora", "transformers", "peft")},
+        "torch": str(torch.__version__),  # with the build, which the installed package's version may leave out
     }
 
 
