@@ -909,7 +909,7 @@ def test_ranks_move_on_a_4_bit_base(use_dora: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("alpha", [4, 8])
 def test_a_matched_step_goes_as_far_as_loras(alpha: int) -> None:
-    """At the start a step of e, and with |e| = 1/4 a step of up, beside a first step of LoRA (alpha = 2r)."""
+    """At the start half a step of e, and with |e| = 1/8 a step of up, beside a first step of LoRA (alpha = 2r)."""
     toy = TOYS["llama"]
     model = peft.get_peft_model(
         toy.build(), PedyraConfig(r=4, alpha=alpha, target_modules=["q_proj", "down_proj"])
@@ -923,8 +923,8 @@ def test_a_matched_step_goes_as_far_as_loras(alpha: int) -> None:
         lora = 2 * 1e-3 * layer.out_features**0.5 / 3**0.5
         by_e = s * rates[id(layer.parameter("e", "default"))] * down.norm(dim=1) * up.norm(dim=0)
         torch.testing.assert_close(by_e, by_e.mean().expand(4), rtol=1e-5, atol=0)
-        assert 2**-0.5 <= float(by_e[0]) / (4 * lora) <= 2**0.5
-        by_up = s * 0.25 * rates[id(layer.parameter("up", "default"))] * layer.out_features**0.5
+        assert 2**-0.5 <= float(by_e[0]) / (2 * lora) <= 2**0.5
+        by_up = s * 0.125 * rates[id(layer.parameter("up", "default"))] * layer.out_features**0.5
         assert 2**-0.5 <= by_up / (lora * 3**0.5 / 2) <= 2**0.5
         assert rates[id(layer.parameter("down", "default"))] == 1e-3
 

@@ -159,6 +159,8 @@ def work(rank: int, folder: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "resumed", "limited", "sharded", "sharded resumed"])
 def test_two_processes_decide_as_one(kind: str, tmp_path: Path) -> None:
+    if kind.startswith("sharded") and not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip(f"fully_shard of PyTorch {torch.__version__} does not run on processors")
     root = Path(__file__).parents[2]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -52,8 +52,8 @@ Mode = Literal["both", "prune", "expand"]
 Importance = Literal["score", "random"]
 
 _ROLES = ("down", "e", "up")
-# With match_step: e's steps as a multiple of LoRA's, and up's learning rate at s = 1 (found in benchmarks/glue.md).
-_E_STEPS, _UP_RATE = 4.0, 4.0
+# With match_step: e's steps as a multiple of LoRA's, and up's learning rate at s = 1 (found in experiments/compare).
+_E_STEPS, _UP_RATE = 2.0, 8.0
 # What an average has forgotten: older steps weigh less than this.
 _FORGOTTEN = 1e-9
 
@@ -579,7 +579,8 @@ class Pedyra(Method):
         (alpha = 2r) then moves by 2·η·√out / √3 in a step, in any direction of the output. Here a triple with
         directions of length 1 moves by s·η through e, in one direction, and by s·|e|·η·√out through up, in all others.
         So e's rate is a multiple of 2·√out / (√3·s), since it has a single direction to make up for all of LoRA's,
-        and up's is such that its steps are as long as LoRA's once |e| is about a quarter.
+        and up's is such that its steps are as long as LoRA's once |e| is about an eighth. The multiples belong together:
+        e moves along directions that the task did not choose, up turns them to where it wants to go.
         """
         rules = config.gate_overrides()
         if config.use_dora:
