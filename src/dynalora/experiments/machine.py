@@ -24,7 +24,8 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version_of(name) for name in ("dynalora", "transformers", "peft")},
-        "torch": str(torch.__version__),  # with the build, which the installed package's version may leave out
+        # With the build, which the installed package's version may leave out.
+        "torch": str(torch.__version__),
     }
 
 

@@ -579,8 +579,8 @@ class Pedyra(Method):
         (alpha = 2r) then moves by 2·η·√out / √3 in a step, in any direction of the output. Here a triple with
         directions of length 1 moves by s·η through e, in one direction, and by s·|e|·η·√out through up, in all others.
         So e's rate is a multiple of 2·√out / (√3·s), since it has a single direction to make up for all of LoRA's,
-        and up's is such that its steps are as long as LoRA's once |e| is about an eighth. The multiples belong together:
-        e moves along directions that the task did not choose, up turns them to where it wants to go.
+        and up's is such that its steps are as long as LoRA's once |e| is about an eighth. The two belong together: e
+        moves along directions that the task did not choose, up turns them to where it wants to go.
         """
         rules = config.gate_overrides()
         if config.use_dora:
