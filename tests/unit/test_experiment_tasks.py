@@ -370,7 +370,7 @@ def test_a_group_is_trained_on_and_single_tasks_are_measured(benchmarks: Path) -
     source = "both = commonsense -> arc_easy+piqa"
     task = load_experiment_task(source, data=benchmarks, held_out=3)
     assert isinstance(task, MixedTask)
-    assert (task.name, task.head) == ("both", "lm")
+    assert (task.name, task.head) == ("both", "text")
     assert [own.name for own in task.measured] == ["arc_easy", "piqa"]
     assert [len(own.held_out) for own in task.measured] == [3, 2]  # type: ignore[attr-defined]
     # 4 and 5 of ARC-Easy are measured; PIQA has nothing to train on.

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 
+from dynalora.evaluation.seq2seq import is_encoder_decoder
+
 __all__ = ["causal_pass", "continued", "prompt_length"]
 
 
@@ -74,8 +76,8 @@ def continued(
     """What `generate` writes after a batch of prompts, (B, N), without the prompts.
 
     Args:
-        model: a causal language model, with or without adapter.
-        tokens: the prompts, (B, T), padded on the left.
+        model: a causal language model or an encoder-decoder, with or without adapter.
+        tokens: the prompts, (B, T), padded on the left (of an encoder-decoder on the right).
         mask: where they are no padding, (B, T).
         **settings: what transformers' `generate` takes.
     """
@@ -91,7 +93,8 @@ def continued(
         )
         return made
     made = caller.generate(input_ids=tokens, attention_mask=mask, **settings)
-    return made[:, tokens.shape[1] :]
+    # A decoder of its own begins with its start token.
+    return made[:, 1 if is_encoder_decoder(model) else tokens.shape[1] :]
 
 
 def _learns_prompts(model: torch.nn.Module) -> bool:

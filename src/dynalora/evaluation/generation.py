@@ -10,6 +10,7 @@ import torch
 
 from dynalora.errors import ConfigError
 from dynalora.evaluation.causal import continued
+from dynalora.evaluation.seq2seq import is_encoder_decoder, pad_right
 from dynalora.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str, system: str = "") -> list[int]:
     """Token ids of a question in the model's chat format, up to where the answer begins.
 
-    Without a chat template the question itself is encoded, with the tokenizer's own special tokens.
+    Without a chat template the question itself is encoded, behind the system message, with the tokenizer's own special
+    tokens.
 
     Args:
         tokenizer: the model's.
@@ -27,7 +29,8 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str, system: str =
         system: a system message before it; empty: none, so that a chat template may add its own.
     """
     if not tokenizer.chat_template:
-        return list(tokenizer(question)["input_ids"])
+        asked = f"{system}\n\n{question}" if system else question
+        return list(tokenizer(asked, verbose=False)["input_ids"])  # how long it may be is the caller's affair
     first = [{"role": "system", "content": system}] if system else []
     text = tokenizer.apply_chat_template(
         [*first, {"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
@@ -50,12 +53,13 @@ def generate(
 ) -> list[str]:
     """The model's most likely continuation of each prompt, token by token.
 
-    Prompts of similar length share a batch, padded on the left, and the longest come first, so that a batch which
-    does not fit into memory fails at once. What is generated depends on the batching only as far as floating-point
-    sums do.
+    Prompts of similar length share a batch, padded on the left (for encoder-decoders on the right), and the longest
+    come first, so that a batch which does not fit into memory fails at once. What is generated depends on the batching
+    only as far as floating-point sums do.
 
     Args:
-        model: a causal language model, with or without adapter. It is left in the mode (train or eval) it was in.
+        model: a causal language model or an encoder-decoder, with or without adapter. It is left in the mode (train or
+            eval) it was in.
         tokenizer: the model's.
         prompts: questions, put into the chat format with `chat_prompt`, or token ids to be used as they are.
         max_new_tokens: generation stops here, or at the end-of-turn token.
@@ -81,12 +85,13 @@ def generate(
     padding = padding_id(model, tokenizer)
     device = next(model.parameters()).device
     stopping = {"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}
+    padded = pad_right if is_encoder_decoder(model) else pad_left
     answers = [""] * len(ids)
     done = 0
     progress(what, 0, len(ids))
     with evaluating(model), torch.inference_mode():
         for batch in batches_by_length([len(prompt_ids) for prompt_ids in ids], batch_size):
-            tokens, mask = pad_left([ids[index] for index in batch], padding)
+            tokens, mask = padded([ids[index] for index in batch], padding)
             written = continued(
                 model, tokens.to(device), mask.to(device), do_sample=False, num_beams=1,
                 max_new_tokens=max_new_tokens, pad_token_id=padding, use_cache=True,

@@ -28,6 +28,7 @@ from dynalora.evaluation.metrics import EXACT, Metric
 from dynalora.evaluation.multiple_choice import Choice, option_scores
 from dynalora.evaluation.perplexity import perplexity, windows
 from dynalora.evaluation.sandbox import Limits, check_sandbox, run_program
+from dynalora.evaluation.seq2seq import is_encoder_decoder, shortened
 from dynalora.evaluation.sources import Source
 from dynalora.evaluation.statistics import Estimate, Interval, unweighted_mean
 from dynalora.evaluation.tasks import load_task
@@ -84,7 +85,8 @@ class TaskResult:
         percent: names that are shares.
         values: by name, one value per item, for comparisons on the same items; None where an item does not count.
         answers: what the model said, one per item; empty for tasks in which it says nothing.
-        too_long: items that do not fit into the model's window; they count as wrong.
+        too_long: items that do not fit into the model's window; they count as wrong (classification and
+            encoder-decoders: lose their end).
         seconds: wall-clock time.
     """
 
@@ -219,8 +221,9 @@ def measure(
 
     Args:
         model: with or without adapter; left in the mode it was in. Classification needs a model with a classification
-            head, masked perplexity one with a masked-language-modelling head, all else a causal language model.
-        tokenizer: the model's; its chat template writes the prompts.
+            head, masked perplexity one with a masked-language-modelling head, all else a causal language model; an
+            encoder-decoder can do what is answered by generation, code excepted.
+        tokenizer: the model's; its chat template, if it has one, writes the prompts.
         prepared: as [`prepare`][dynalora.evaluation.run.prepare] returns it.
         batch_size: items per batch.
         max_new_tokens: longest answer; None: the task's.
@@ -261,7 +264,7 @@ def measure(
         _need_head(model, task, "lm")
         result = _likelihood(model, tokenizer, items, batch_size, what, progress, result)
     else:
-        _need_head(model, task, "lm")
+        _need_head(model, task, "lm" if task.how == "code" else "text")
         longest = task.max_new_tokens if max_new_tokens is None else max_new_tokens
         answers, cut = _answers(model, tokenizer, task, items, longest, batch_size, system, what, progress)
         result = replace(result, answers=tuple(answers), too_long=cut)
@@ -327,14 +330,26 @@ def _answers(
     what: str,
     progress: Progress,
 ) -> tuple[list[str], int]:
-    """What the model says to each item, and how many items were too long to be asked."""
+    """What the model says to each item, and how many items were too long to be asked, or to be asked in full."""
     prompts = []
     for item in items:
         ids = chat_prompt(tokenizer, item.prompt, system)
         if item.prefix:
             ids += list(tokenizer(item.prefix, add_special_tokens=False)["input_ids"])
         prompts.append(ids)
-    room = model_window(model, tokenizer) - longest
+    room = model_window(model, tokenizer)
+    cut = 0
+    if is_encoder_decoder(model):
+        # Its answer has a window of its own, and of a long text the beginning is read, as everybody does.
+        cut = sum(len(ids) > room for ids in prompts)
+        if cut:
+            logger.warning(
+                "%d of %d prompts of %s are longer than the model's window of %d tokens and lose their end.",
+                cut, len(prompts), task.title, room,
+            )  # fmt: skip
+        prompts = [shortened(ids, room) for ids in prompts]
+    else:
+        room -= longest
     fits = _fitting([len(ids) for ids in prompts], room, task.title)
     said = generate(
         model, tokenizer, [prompts[index] for index in fits], max_new_tokens=longest, batch_size=batch_size,
@@ -343,7 +358,7 @@ def _answers(
     answers = [""] * len(items)
     for index, text in zip(fits, said, strict=True):
         answers[index] = text
-    return answers, len(items) - len(fits)
+    return answers, cut + len(items) - len(fits)
 
 
 def _likelihood(
@@ -479,16 +494,19 @@ def _scored(result: TaskResult, prepared: Prepared, answers: Sequence[Any]) -> T
 def _need_head(model: torch.nn.Module, task: Benchmark, head: str) -> None:
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     kind = type(base).__name__
+    text = "SequenceClassification" not in kind and "MaskedLM" not in kind
     has = {
         "classes": "SequenceClassification" in kind,
         "masked": "MaskedLM" in kind,
-        "lm": "SequenceClassification" not in kind and "MaskedLM" not in kind,
+        "text": text,
+        "lm": text and not is_encoder_decoder(base),
     }
     if not has[head]:
         wanted = {
             "classes": "a model with a classification head (AutoModelForSequenceClassification)",
             "masked": "a masked language model (AutoModelForMaskedLM)",
             "lm": "a causal language model (AutoModelForCausalLM)",
+            "text": "a causal language model (AutoModelForCausalLM) or an encoder-decoder (AutoModelForSeq2SeqLM)",
         }[head]
         raise ConfigError(f"The task {task.name} needs {wanted}, and the model is a {kind}.")
     if head == "classes":

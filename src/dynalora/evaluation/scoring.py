@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.causal import causal_pass
 from dynalora.evaluation.generation import batches_by_length, evaluating, generate, pad_left, padding_id
+from dynalora.evaluation.seq2seq import is_encoder_decoder, taught_logits
 from dynalora.evaluation.statistics import Interval, wilson
 from dynalora.progress import Progress, silent
 
@@ -128,7 +129,8 @@ def answer_loss(
     """Negative log-likelihood of the labelled tokens given everything before them.
 
     Args:
-        model: a causal language model, with or without adapter. It is left in the mode (train or eval) it was in.
+        model: a causal language model or an encoder-decoder, with or without adapter. It is left in the mode (train or
+            eval) it was in.
         rows: `input_ids` and `labels` of each item, labels −100 where a token is not scored.
         batch_size: items per batch.
         what: description given to `progress`.
@@ -155,23 +157,18 @@ def answer_loss(
                 f"Row {index} has no answer token; a label after the first must differ from −100."
             )
     padding = padding_id(model, None)
-    device = next(model.parameters()).device
+    right_logits = taught_logits if is_encoder_decoder(model) else _answer_logits
     sums, counts, greedy = [0.0] * len(rows), [0] * len(rows), [False] * len(rows)
     done = 0
     progress(what, 0, len(rows))
     # Not inference_mode: this runs between training steps, and what sharding gathers here is trained with later.
     with evaluating(model), torch.no_grad():
         for batch in batches_by_length([len(row["input_ids"]) for row in rows], batch_size):
-            tokens, mask = pad_left([rows[index]["input_ids"] for index in batch], padding)
-            labels, _ = pad_left([rows[index]["labels"] for index in batch], _IGNORED)
-            # Padded on the left all answers end together, so only the last few positions need logits.
-            first = int((labels[:, 1:] != _IGNORED).any(dim=0).nonzero()[0])
-            wanted = labels[:, first + 1 :].to(device)
-            logits = last_logits(model, tokens.to(device), mask.to(device), wanted.shape[1] + 1)[:, :-1]
+            logits, wanted = right_logits(model, [rows[index] for index in batch], padding)
             scored = wanted != _IGNORED
             # Selected first, so that no float32 copy is made of logits that carry no label.
             chosen = logits[scored].float()
-            losses = torch.zeros(wanted.shape, device=device)
+            losses = torch.zeros(wanted.shape, device=wanted.device)
             losses[scored] = F.cross_entropy(chosen, wanted[scored], reduction="none")
             agrees = torch.ones_like(scored)
             agrees[scored] = chosen.argmax(dim=-1) == wanted[scored]
@@ -183,6 +180,20 @@ def answer_loss(
             done += len(batch)
             progress(what, done, len(rows))
     return AnswerLoss(tuple(sums), tuple(counts), tuple(greedy))
+
+
+def _answer_logits(
+    model: torch.nn.Module, rows: Sequence[Mapping[str, Any]], padding: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (B, K, V) at the places of the labelled tokens, and those tokens (B, K), −100 where there is none."""
+    device = next(model.parameters()).device
+    tokens, mask = pad_left([row["input_ids"] for row in rows], padding)
+    labels, _ = pad_left([row["labels"] for row in rows], _IGNORED)
+    # Padded on the left all answers end together, so only the last few positions need logits.
+    first = int((labels[:, 1:] != _IGNORED).any(dim=0).nonzero()[0])
+    wanted = labels[:, first + 1 :].to(device)
+    logits = last_logits(model, tokens.to(device), mask.to(device), wanted.shape[1] + 1)
+    return logits[:, :-1], wanted
 
 
 def last_logits(model: torch.nn.Module, tokens: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:

@@ -26,7 +26,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ import filelock
 import yaml
 
 from dynalora.errors import ConfigError, DynaloraError, RunFolderError
+from dynalora.evaluation.seq2seq import is_encoder_decoder
 from dynalora.experiments.baselines import label_of, prompt_only
 from dynalora.experiments.finetune import (
     check_targets,
@@ -67,13 +68,13 @@ BASE = "base"
 """The label of the untouched model."""
 
 CELLS = "cells"
-TASK_TYPES = {"lm": "CAUSAL_LM", "classes": "SEQ_CLS"}
 _OF_A_VARIANT = ("method", "r", "alpha", "dropout", "target_modules", "learning_rates", "match")
 _GROWS = (
     "tasks", "output", "methods", "variants", "reference", "learning_rates", "learning_rate", "seeds", "all_rates",
     "jobs", "threads",
 )  # fmt: skip
 """Settings that may differ between calls on the same folder: what more to run, and how many at once."""
+SEQ2SEQ = "SEQ_2_SEQ_LM"
 TAKEN = 75
 """Exit status of a cell that another process has taken."""
 
@@ -564,10 +565,12 @@ def plan(
             "Some tasks are classification and some are not; compare them one after the other, each with its model."
         )
     first = next(iter(tasks.values()))
-    task_type = TASK_TYPES[first.head]
     if model is None:
         model = empty_model(local_model_name(spec.model), head=first.head, labels=first.labels)
+    task_type = task_type_of(model, first.head)
     contestants = spec.contestants()
+    if task_type == SEQ2SEQ:
+        _check_seq2seq(spec, tasks.values(), contestants)
     for own in contestants:
         config = own.config(task_type)
         if getattr(config, "target_modules", None) is not None:
@@ -598,6 +601,38 @@ def plan(
             found = matched.parameters
         counted.append(replace(own, parameters=found, off=found / aim - 1))
     return counted
+
+
+def task_type_of(model: nn.Module, head: str) -> str:
+    """PEFT's name for what a model does, with the head that a task asks for."""
+    if head == "classes":
+        return "SEQ_CLS"
+    return SEQ2SEQ if is_encoder_decoder(model) else "CAUSAL_LM"
+
+
+def _check_seq2seq(
+    spec: CompareSpec, tasks: Iterable[ExperimentTask], contestants: Sequence[Contestant]
+) -> None:
+    """Refuse what an encoder-decoder cannot do."""
+    for task in tasks:
+        if task.causal:
+            raise ConfigError(
+                f"The model '{spec.model}' is an encoder-decoder, and {task.name} needs a causal language model "
+                "(options are compared by likelihood, or code is continued); take another model, or for multiple "
+                "choice by_generation (--by-generation)."
+            )
+    if spec.template != "chat":
+        raise ConfigError(
+            f"The model '{spec.model}' is an encoder-decoder, which has no prompt template; leave out template "
+            f"'{spec.template}'."
+        )
+    for own in contestants:
+        config = own.config(SEQ2SEQ)
+        if config is not None and prompt_only(config):
+            raise ConfigError(
+                f"The model '{spec.model}' is an encoder-decoder, and {own.label} learns virtual tokens, which is "
+                "measured with causal language models only; leave it out."
+            )
 
 
 def task_places(tasks: Mapping[str, ExperimentTask]) -> dict[str, str]:

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynalora.errors import DynaloraError
+from dynalora.evaluation.run import model_window
 from dynalora.experiments.baselines import edits_base
 from dynalora.experiments.compare import (
     BASE,
-    TASK_TYPES,
+    SEQ2SEQ,
     Cell,
     CellStore,
     CompareSpec,
     load_text,
     shared_settings,
+    task_type_of,
 )
 from dynalora.experiments.finetune import MONITORED_LENGTH, load_model, load_tokenizer, local_model_name
 from dynalora.experiments.lab import train_settings
@@ -79,8 +81,13 @@ class _Run:
         self.head, self.labels = task.head, task.labels
         with rich_progress(self.console) as progress:
             self.path = local_model_name(spec.model, progress=progress)
-        tokenizer = load_tokenizer(self.path, template=spec.template if self.head == "lm" else None)
         model: Any = self._load()
+        self.task_type = task_type_of(model, self.head)
+        tokenizer = load_tokenizer(
+            self.path, template=spec.template if self.task_type == "CAUSAL_LM" else None
+        )
+        if self.task_type == SEQ2SEQ:
+            tokenizer.model_max_length = model_window(model, tokenizer)
         texts = self._texts(model, tokenizer)
         result: dict[str, Any] = {"machine": machine(), "task": task.about}
         if not self.base:
@@ -98,8 +105,8 @@ class _Run:
             )
             _forget_peak()
             trained = train_adapter(
-                model, tokenizer, cell.config(TASK_TYPES[self.head]), rows, settings=how, label=cell.label,
-                console=self.console, collator=None if self.head == "lm" else task.collator(tokenizer),
+                model, tokenizer, cell.config(self.task_type), rows, settings=how, label=cell.label,
+                console=self.console, collator=task.collator(tokenizer) if self.head == "classes" else None,
             )  # fmt: skip
             model = trained.model
             result |= {"training": _training(trained, len(rows)), "landscape": self._landscape(model)}
@@ -123,7 +130,7 @@ class _Run:
 
     def _edits_base(self) -> bool:
         """Whether switching the adapter off does not give back the base model."""
-        return edits_base(self.cell.method, self.cell.config(TASK_TYPES[self.head]))
+        return edits_base(self.cell.method, self.cell.config(self.task_type))
 
     def _load(self) -> PreTrainedModel:
         torch.manual_seed(self.cell.seed)  # a new classification head
@@ -133,7 +140,7 @@ class _Run:
         return model
 
     def _texts(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, MeasuredText]:
-        if not self.spec.retention or self.head != "lm":
+        if not self.spec.retention or self.task_type != "CAUSAL_LM":
             return {}
         with rich_progress(self.console) as progress:
             found: dict[str, MeasuredText] = {OWN: own_text(model, tokenizer, progress=progress)}

@@ -31,6 +31,7 @@ from dynalora.evaluation.files import (
     some_texts,
     texts_of,
 )
+from dynalora.evaluation.seq2seq import question_room, shortened
 
 if TYPE_CHECKING:
     import torch
@@ -474,10 +475,15 @@ def tokenize(
     The loss falls on every assistant's turn and its end-of-turn token, and on nothing else. The ids before a
     response are exactly those the model is given when it generates that response.
 
+    Without a chat template, as encoder-decoders have none, the last answer is learned, and all that was said before it
+    is the question, its messages a blank line apart. Both are encoded for themselves with the tokenizer's own special
+    tokens. A question that is longer than the tokenizer's `model_max_length` loses its end, with a warning that counts
+    them; the answer stays whole.
+
     Args:
         conversations: as [`load_conversations`][dynalora.experiments.data.load_conversations] returns them.
         tokenizer: with a chat template (see
-            [`ensure_chat_template`][dynalora.experiments.data.ensure_chat_template]).
+            [`ensure_chat_template`][dynalora.experiments.data.ensure_chat_template]), or an encoder-decoder's.
         max_length: longest sequence in tokens; longer ones lose their end, with a warning that counts them.
         on_progress: called with the number of conversations done so far.
 
@@ -490,9 +496,13 @@ def tokenize(
     if max_length < 2:
         raise DataError(f"max_length is {max_length}; give at least 2 tokens.")
     result = TokenizedSet()
-    done = 0
+    done = shortened_ones = 0
     for done, conversation in enumerate(conversations, start=1):
-        tokens = _encode(conversation, tokenizer)
+        if tokenizer.chat_template:
+            tokens = _encode(conversation, tokenizer)
+        else:
+            tokens, whole = _pair(conversation, tokenizer)
+            shortened_ones += not whole
         if len(tokens["input_ids"]) > max_length:
             result.truncated += 1
             tokens = {"input_ids": tokens["input_ids"][:max_length], "labels": tokens["labels"][:max_length]}
@@ -507,6 +517,11 @@ def tokenize(
             f"No response token is left in any of the {done} conversations at max_length {max_length}; "
             "raise max_length."
         )
+    if shortened_ones:
+        logger.warning(
+            "%d of %d questions are longer than the %d tokens that the model reads and lose their end.",
+            shortened_ones, done, tokenizer.model_max_length,
+        )  # fmt: skip
     if result.truncated:
         logger.warning(
             "%d of %d conversations are longer than max_length %d and lose their end%s.",
@@ -514,6 +529,17 @@ def tokenize(
             f"; {result.dropped} of them have no response left and are left out" if result.dropped else "",
         )  # fmt: skip
     return result
+
+
+def _pair(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, bool]:
+    """Ids and labels of a question for an encoder and the answer for a decoder, and whether the question is whole."""
+    *before, last = conversation
+    asked = "\n\n".join(message["content"] for message in before)
+    question = list(tokenizer(asked, verbose=False)["input_ids"])
+    answer = list(tokenizer(text_target=last["content"])["input_ids"])
+    kept = shortened(question, question_room(tokenizer))
+    tokens: Tokens = {"input_ids": kept + answer, "labels": [IGNORED] * len(kept) + answer}
+    return tokens, len(kept) == len(question)
 
 
 def _encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Tokens:

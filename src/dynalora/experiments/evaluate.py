@@ -16,6 +16,7 @@ from dynalora.evaluation.benchmarks import GROUPS
 from dynalora.evaluation.prompts import TEMPLATES
 from dynalora.evaluation.run import Prepared, TaskResult, group_mean, measure, prepare, task_list
 from dynalora.evaluation.sandbox import Limits
+from dynalora.evaluation.seq2seq import is_encoder_decoder
 from dynalora.experiments.adapters import adapter_folder, load_adapter, read_config
 from dynalora.experiments.finetune import DTYPES, load_model, load_tokenizer, local_model_name
 from dynalora.experiments.report import Cell, Table
@@ -121,6 +122,8 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = silent) -> list[TaskRes
         for name in names
     ]
     heads = {_head(prepared): prepared.task.name for prepared in tasks}
+    if ("lm", 0) in heads:
+        heads.pop(("text", 0), None)  # a causal language model does for both
     if len(heads) > 1:
         raise ConfigError(
             f"The tasks {' and '.join(heads.values())} need different kinds of models; measure them apart."
@@ -177,7 +180,8 @@ def results_table(results: Sequence[TaskResult]) -> Table:
     if cut:
         told = ", ".join(f"{title} {count}" for title, count in cut.items())
         note += (
-            f" Longer than the model's window: {told}; they count as wrong (classification: lose their end)."
+            f" Longer than the model's window: {told}; they count as wrong (classification and encoder-decoders: lose "
+            "their end)."
         )
     columns = ["task", "split", "items", "metric", "value", "95 % interval", "time"]
     return Table(columns, rows, title="Evaluation", note=note)
@@ -196,7 +200,10 @@ def _head(prepared: Prepared) -> tuple[str, int]:
     task = prepared.task
     if task.how == "classify":
         return "classes", task.labels
-    return ("masked", 0) if task.how == "masked perplexity" else ("lm", 0)
+    if task.how == "masked perplexity":
+        return "masked", 0
+    causal = task.how in ("perplexity", "code") or prepared.likelihood or prepared.harness
+    return "lm" if causal else "text", 0
 
 
 def _load(spec: EvaluateSpec, head: str, labels: int) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
@@ -209,11 +216,12 @@ def _load(spec: EvaluateSpec, head: str, labels: int) -> tuple[torch.nn.Module, 
         # The tokenizer saved with an adapter has the template it was trained with.
         own = (Path(folder) / "tokenizer_config.json").exists()
         model = load_adapter(spec.source, spec.model, dtype=spec.dtype, head=head, labels=labels)
-        tokenizer = load_tokenizer(folder if own else base, template=spec.template)
+        tokenizer = load_tokenizer(folder if own else base, template=_template(spec, model))
     else:
         name = local_model_name(spec.source)
-        tokenizer = load_tokenizer(name, template=spec.template) if head == "lm" else _plain_tokenizer(name)
         model = load_model(name, dtype=spec.dtype, head=head, labels=labels)
+        asked = head in ("lm", "text")
+        tokenizer = load_tokenizer(name, template=_template(spec, model)) if asked else _plain_tokenizer(name)
         if head == "classes" and not _has_own_head(name):
             raise ConfigError(
                 f"'{spec.source}' has no trained classification head; give an adapter or a model that was fine-tuned "
@@ -222,6 +230,18 @@ def _load(spec: EvaluateSpec, head: str, labels: int) -> tuple[torch.nn.Module, 
     if head == "classes" and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def _template(spec: EvaluateSpec, model: torch.nn.Module) -> str | None:
+    """How prompts are written; None for encoder-decoders, which read a question as it is."""
+    if not is_encoder_decoder(model):
+        return spec.template
+    if spec.template != "chat":
+        raise ConfigError(
+            f"'{spec.source}' is an encoder-decoder, which has no prompt template; leave out template "
+            f"'{spec.template}'."
+        )
+    return None
 
 
 def _plain_tokenizer(name: str) -> PreTrainedTokenizerBase:

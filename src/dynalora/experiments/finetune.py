@@ -449,6 +449,7 @@ def local_model_name(name: str, *, progress: Progress = silent) -> str:
 
 _HEADS = {
     "lm": ("CausalLM", "a causal language model"),
+    "seq2seq": ("Seq2SeqLM", "an encoder-decoder"),
     "masked": ("MaskedLM", "a masked language model"),
     "classes": ("SequenceClassification", "a model that can classify text"),
 }
@@ -470,20 +471,47 @@ def empty_model(
     """
     import transformers
 
+    config, head = _configured(name, head, trust_remote_code)
+    if head == "classes":
+        config.num_labels = labels
     auto, wanted = _HEADS[head]
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        if head == "classes":
-            config.num_labels = labels
         with torch.device("meta"):
             model: nn.Module = getattr(transformers, f"AutoModelFor{auto}").from_config(
                 config, trust_remote_code=trust_remote_code
             )
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"The model '{name}' cannot be used ({_first_line(error)}); give the Hub id or the folder of {wanted}."
-        ) from error
+        raise _unusable(name, error, wanted) from error
     return model
+
+
+def _configured(name: str, head: str, trust_remote_code: bool) -> tuple[Any, str]:
+    """A model's configuration and its head: `text` is resolved to the kind of model that it is.
+
+    Raises:
+        ConfigError: there is no such model, or it is an encoder-decoder where a causal language model is wanted.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unusable(name, error, _HEADS["lm" if head == "text" else head][1]) from error
+    both = bool(getattr(config, "is_encoder_decoder", False))
+    if head == "lm" and both:
+        raise ConfigError(
+            f"The model '{name}' is an encoder-decoder ({config.model_type}), and a causal language model is needed "
+            "here; encoder-decoders can be trained with `dynalora compare` and with a Trainer of your own."
+        )
+    if head == "text":
+        head = "seq2seq" if both else "lm"
+    return config, head
+
+
+def _unusable(name: str, error: Exception, wanted: str) -> ConfigError:
+    return ConfigError(
+        f"The model '{name}' cannot be used ({_first_line(error)}); give the Hub id or the folder of {wanted}."
+    )
 
 
 def load_tokenizer(
@@ -540,15 +568,17 @@ def load_model(
         dtype: of the weights.
         quantization: one of [`QUANTIZATIONS`][dynalora.experiments.finetune.QUANTIZATIONS], or None.
         trust_remote_code: run code that comes with the model.
-        head: `lm` for a causal language model, `masked` for a masked one, `classes` for a sequence classifier.
+        head: `lm` for a causal language model, `text` for one or an encoder-decoder, `masked` for a masked one,
+            `classes` for a sequence classifier.
         labels: for `classes`, number of classes; 1: a value.
 
     Raises:
-        ConfigError: the weights cannot be loaded, or quantization is asked for without its library.
+        ConfigError: the weights cannot be loaded, the model is of another kind, or quantization is asked for without
+            its library.
     """
     import transformers
 
-    auto, _ = _HEADS[head]
+    auto, _ = _HEADS[_configured(name, head, trust_remote_code)[1]]
     options: dict[str, Any] = {
         "dtype": resolve_dtype(dtype),
         "trust_remote_code": trust_remote_code,

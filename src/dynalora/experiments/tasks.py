@@ -28,7 +28,8 @@ A task is named in one of four ways:
 | others | the solution's text | the solution is right by the benchmark's metric, if that says so | of the solution |
 
 Losses are negative log-likelihoods of the right answers in nats per token. They tell models apart long before their
-accuracies do. Classification (GLUE) is for encoders with a classification head, all others for causal language models.
+accuracies do. Classification (GLUE) is for encoders with a classification head, all others for causal language models,
+and what is neither compared by likelihood nor code for encoder-decoders as well.
 """
 
 from __future__ import annotations
@@ -213,8 +214,13 @@ class ExperimentTask(abc.ABC):
 
     @property
     def head(self) -> str:
-        """What the model must have on top: `lm`, or `classes` for a classification head."""
-        return "lm"
+        """The kind of model: `text`, a causal language model or an encoder-decoder, or `classes`, a classifier."""
+        return "text"
+
+    @property
+    def causal(self) -> bool:
+        """Whether it takes a causal language model, and no encoder-decoder."""
+        return False
 
     @property
     def labels(self) -> int:
@@ -273,7 +279,7 @@ class ExperimentTask(abc.ABC):
         """Measure a model on the held-out questions.
 
         Args:
-            model: a causal language model, with or without adapter. It is left in the mode it was in.
+            model: of the kind that `head` says, with or without adapter. It is left in the mode it was in.
             tokenizer: the model's.
             how: batch sizes and the like; None: the defaults.
             name: of the model, for `progress`.
@@ -286,7 +292,7 @@ class ExperimentTask(abc.ABC):
         """The training questions as token ids, loss on the answers only.
 
         Args:
-            tokenizer: with a chat template.
+            tokenizer: with a chat template, or an encoder-decoder's.
             system: a system message before every question.
             max_length: longer questions, in tokens with their answer, are left out: half an answer teaches to stop in
                 the middle.
@@ -345,6 +351,10 @@ class ChoiceTask(ExperimentTask):
     held_out: tuple[Choice, ...] = field(repr=False)
 
     @property
+    def causal(self) -> bool:
+        return True
+
+    @property
     def items(self) -> Sequence[Item]:
         return [choice.item for choice in self.train]
 
@@ -372,6 +382,10 @@ class GenerationTask(ExperimentTask):
     benchmark: Benchmark = field(repr=False)
     train: tuple[Example, ...] = field(repr=False)
     held_out: tuple[Example, ...] = field(repr=False)
+
+    @property
+    def causal(self) -> bool:
+        return self.benchmark.how == "code"
 
     @property
     def items(self) -> Sequence[Item]:
@@ -526,6 +540,10 @@ class MixedTask(ExperimentTask):
 
     train: tuple[Item, ...] = field(repr=False)
     measured: tuple[ExperimentTask, ...] = field(repr=False)
+
+    @property
+    def causal(self) -> bool:
+        return any(own.causal for own in self.measured)
 
     @property
     def items(self) -> Sequence[Item]:
@@ -782,7 +800,7 @@ def _mixed(source: str, wanted: _Wanted) -> ExperimentTask:
     seen: set[str] = set()
     for own in dict.fromkeys(member for part in measured for member in _group(part) or (part,)):
         task, keys = _measured(own, wanted)
-        if task.head != "lm":
+        if task.head != "text":
             raise ConfigError(
                 f"{task.name} is classification, which is trained and measured on one task; name {task.name} alone."
             )

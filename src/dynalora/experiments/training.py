@@ -36,6 +36,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from dynalora.errors import CheckpointError, ConfigError, DataError, TrainingError
 from dynalora.evaluation.scoring import answer_loss
+from dynalora.evaluation.seq2seq import Seq2SeqCollator, is_encoder_decoder
 from dynalora.experiments import data
 from dynalora.experiments.baselines import DriveBaseline, optimizer_of, prompt_only
 from dynalora.experiments.run_folder import RunFolder
@@ -484,6 +485,8 @@ def train_adapter(
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=device_is_cuda,
     )
+    if collator is None and is_encoder_decoder(adapted):
+        collator = Seq2SeqCollator(pad)
     if collator is None:
         collator = data.Collator(
             pad,
