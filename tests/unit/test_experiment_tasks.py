@@ -582,3 +582,77 @@ def test_nothing_is_left_where_all_is_measured(benchmarks: Path) -> None:
     tiny.write_jsonl(benchmarks / "same.jsonl", [{"prompt": "2 + 1?", "response": "3"}])
     with pytest.raises(DataError, match="is also measured; train on something else"):
         load_experiment_task(f"{benchmarks / 'same.jsonl'} -> svamp", data=benchmarks)
+
+
+# --- windows --------------------------------------------------------------------------------------------------------
+
+
+def short_sighted(words: Any, window: int) -> Any:
+    """A model that fails on longer texts: it has no more positions."""
+    torch.manual_seed(4)
+    config = transformers.GPT2Config(
+        vocab_size=len(words),
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=window,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+LONG = " and a number that is much longer than all the others that are asked here"
+
+
+@pytest.mark.parametrize("kind", ["multiple choice", "word problems", "mixed"])
+def test_questions_longer_than_the_window_are_left_out_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    make = choices if kind == "multiple choice" else problems
+    rows: Any = make(10, 5)
+    field = "instruction" if kind == "multiple choice" else "question"
+    for place in (1, 3):
+        rows[place][field] = (
+            rows[place][field].replace("Number", "Number" + LONG).replace(" + 1?", f" + 1?{LONG}")
+        )
+    tiny.write_jsonl(tmp_path / "all.train.jsonl", make(0, 4))
+    tiny.write_jsonl(tmp_path / "all.dev.jsonl", rows)
+    tiny.write_jsonl(tmp_path / "few.train.jsonl", make(0, 4))
+    tiny.write_jsonl(tmp_path / "few.dev.jsonl", [rows[place] for place in (0, 2, 4)])
+    source = f"{tmp_path / 'all'} -> {{}}" if kind == "mixed" else "{}"
+    words = tiny.tokenizer()
+    model = short_sighted(words, 110)
+    how = Measuring(generated=5, generated_tokens=4, batch_size=2)
+    few = load_experiment_task(source.format(tmp_path / "few")).measure(model, words, how)
+    assert few.too_long == 0
+    caplog.clear()
+    found = load_experiment_task(source.format(tmp_path / "all")).measure(model, words, how)
+    assert found.too_long == 2
+    assert (
+        "2 of 5 prompts of all are longer than the 110 tokens that the model's window has room for"
+        in caplog.text
+    )
+    assert found.losses == pytest.approx(few.losses, rel=1e-5)
+    assert found.questions == 3
+    assert TaskScore.from_record(json.loads(json.dumps(found.record()))) == found
+    with pytest.raises(DataError, match="All 5 prompts of all are longer than the model's window"):
+        load_experiment_task(source.format(tmp_path / "all")).measure(short_sighted(words, 20), words, how)
+
+
+def test_texts_to_learn_are_cut_to_the_window(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from dynalora.experiments.finetune import FinetuneSpec, prepare
+
+    words = tiny.tokenizer()
+    words.save_pretrained(tmp_path / "model")
+    short_sighted(words, 80).save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"Say {n}.", "response": "It is said. " * (n + 1)} for n in range(12)]
+    data = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    ready = prepare(
+        FinetuneSpec(
+            model=str(tmp_path / "model"), data=str(data), output=str(tmp_path / "run"), max_length=200
+        )
+    )
+    assert "The model's window of 80 tokens is used in place of max_length 200." in caplog.text
+    lengths = [len(row["input_ids"]) for row in [*ready.training.rows, *ready.held_out.rows]]
+    assert max(lengths) == 80

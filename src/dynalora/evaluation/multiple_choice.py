@@ -194,6 +194,17 @@ def option_scores(
     )
 
 
+def option_lengths(
+    tokenizer: PreTrainedTokenizerBase, choices: Sequence[Choice], *, system: str = ""
+) -> list[int]:
+    """Tokens of every question with its longest option, as `option_scores` puts them."""
+    return [
+        len(chat_prompt(tokenizer, choice.question, system))
+        + max(len(tokenizer(option, add_special_tokens=False)["input_ids"]) for option in choice.options)
+        for choice in choices
+    ]
+
+
 def _apart(
     model: torch.nn.Module,
     prompts: Sequence[list[int]],

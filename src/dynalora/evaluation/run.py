@@ -25,7 +25,7 @@ from dynalora.evaluation.generation import batches_by_length, chat_prompt, evalu
 from dynalora.evaluation.harness import FORGETTING_SUITE, SUITE, find_tasks, run_harness
 from dynalora.evaluation.masked_lm import mask_windows, masked_lm_perplexity
 from dynalora.evaluation.metrics import EXACT, Metric
-from dynalora.evaluation.multiple_choice import Choice, option_scores
+from dynalora.evaluation.multiple_choice import Choice, option_lengths, option_scores
 from dynalora.evaluation.perplexity import perplexity, windows
 from dynalora.evaluation.sandbox import Limits, check_sandbox, run_program
 from dynalora.evaluation.seq2seq import is_encoder_decoder, shortened
@@ -296,11 +296,28 @@ def model_window(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> 
     )
 
 
+def within_window(max_length: int, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """A length in tokens that the model can take: `max_length`, or its window if that is shorter, with a warning."""
+    window = model_window(model, tokenizer)
+    if window < max_length and not is_encoder_decoder(model):
+        logger.warning(
+            "The model's window of %d tokens is used in place of max_length %d.", window, max_length
+        )
+        return window
+    return max_length
+
+
 # --- the ways to measure ------------------------------------------------------------------------------------------
 
 
-def _fitting(lengths: Sequence[int], room: int, what: str) -> list[int]:
-    """Indices of items that fit into the window; says how many do not.
+def fitting(lengths: Sequence[int], room: int, what: str, *, then: str = "count as wrong") -> list[int]:
+    """Indices of items that fit into the model's window; says how many do not.
+
+    Args:
+        lengths: of the items, in tokens.
+        room: tokens that the model can take.
+        what: the items' name.
+        then: what happens with those that do not fit, for the warning.
 
     Raises:
         DataError: none does.
@@ -309,12 +326,12 @@ def _fitting(lengths: Sequence[int], room: int, what: str) -> list[int]:
     if not fits:
         raise DataError(
             f"All {len(lengths)} prompts of {what} are longer than the model's window (the shortest has {min(lengths)} "
-            f"tokens, {max(0, room)} fit); allow fewer new tokens, or take a model with a longer window."
+            f"tokens, {max(0, room)} fit); take shorter ones, fewer new tokens, or a model with a longer window."
         )
     if len(fits) < len(lengths):
         logger.warning(
-            "%d of %d prompts of %s are longer than the model's window and count as wrong.",
-            len(lengths) - len(fits), len(lengths), what,
+            "%d of %d prompts of %s are longer than the %d tokens that the model's window has room for and %s.",
+            len(lengths) - len(fits), len(lengths), what, max(0, room), then,
         )  # fmt: skip
     return fits
 
@@ -350,7 +367,7 @@ def _answers(
         prompts = [shortened(ids, room) for ids in prompts]
     else:
         room -= longest
-    fits = _fitting([len(ids) for ids in prompts], room, task.title)
+    fits = fitting([len(ids) for ids in prompts], room, task.title)
     said = generate(
         model, tokenizer, [prompts[index] for index in fits], max_new_tokens=longest, batch_size=batch_size,
         stop=task.stop, strip=task.how != "code", what=what, progress=progress,
@@ -375,12 +392,7 @@ def _likelihood(
         if item.choice is None:
             raise DataError(f"{item.where} has no options to compare; leave out likelihood.")
         choices.append(item.choice)
-    lengths = [
-        len(chat_prompt(tokenizer, choice.question))
-        + max(len(tokenizer(option, add_special_tokens=False)["input_ids"]) for option in choice.options)
-        for choice in choices
-    ]
-    fits = _fitting(lengths, model_window(model, tokenizer), result.title)
+    fits = fitting(option_lengths(tokenizer, choices), model_window(model, tokenizer), result.title)
     scores = option_scores(
         model,
         tokenizer,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynalora.errors import DynaloraError
-from dynalora.evaluation.run import model_window
+from dynalora.evaluation.run import model_window, within_window
 from dynalora.experiments.baselines import edits_base
 from dynalora.experiments.compare import (
     BASE,
@@ -91,7 +91,8 @@ class _Run:
         texts = self._texts(model, tokenizer)
         result: dict[str, Any] = {"machine": machine(), "task": task.about}
         if not self.base:
-            rows = task.training(tokenizer, system=spec.system or "", max_length=spec.max_length)
+            longest = within_window(spec.max_length, model, tokenizer)
+            rows = task.training(tokenizer, system=spec.system or "", max_length=longest)
             how = train_settings(spec)
             how = type(how)(
                 **{

@@ -282,6 +282,11 @@ def result_table(comparison: Comparison, place: str, found: Sequence[Summary]) -
             " Several tasks are measured: accuracy is the unweighted mean of theirs, which have a column each; losses "
             "and differences weigh a task by its questions."
         )
+    cut = max(
+        (result["test"].get("too_long", 0) for one in found for result in one.results.values()), default=0
+    )
+    if cut:
+        note += f" {cut:,} held-out questions are longer than the model's window and are left out."
     if any(one.edge for one in found):
         note += (
             " (edge): the chosen learning rate is the grid's smallest or largest; a wider grid may do better."

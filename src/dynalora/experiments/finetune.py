@@ -26,6 +26,7 @@ from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method
 from dynalora.errors import ConfigError, DynaloraError
 from dynalora.evaluation.prompts import use_template
+from dynalora.evaluation.run import within_window
 from dynalora.experiments import data, plots
 from dynalora.experiments.baselines import (
     BASELINES,
@@ -692,15 +693,17 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
         called, source = named_source(text, "monitor_text")
         named[called] = data.load_texts(source, limit=MONITORED_TEXTS)
     name = local_model_name(spec.model)
-    modules = check_targets(empty_model(name, trust_remote_code=spec.trust_remote_code), config)
+    empty = empty_model(name, trust_remote_code=spec.trust_remote_code)
+    modules = check_targets(empty, config)
     tokenizer = load_tokenizer(name, trust_remote_code=spec.trust_remote_code, template=spec.template)
+    max_length = within_window(spec.max_length, empty, tokenizer)
     return Prepared(
         spec=spec,
         model=name,
         config=config,
         tokenizer=tokenizer,
-        training=data.tokenize(training, tokenizer, max_length=spec.max_length),
-        held_out=data.tokenize(held_out, tokenizer, max_length=spec.max_length),
+        training=data.tokenize(training, tokenizer, max_length=max_length),
+        held_out=data.tokenize(held_out, tokenizer, max_length=max_length),
         modules=len(modules),
         texts={
             called: given_text(texts, tokenizer, max_length=MONITORED_LENGTH)

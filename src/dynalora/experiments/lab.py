@@ -13,6 +13,7 @@ import yaml
 
 from dynalora.errors import CheckpointError, ConfigError, RunFolderError
 from dynalora.evaluation.prompts import TEMPLATES
+from dynalora.evaluation.run import within_window
 from dynalora.evaluation.statistics import Estimate, Interval, mean_interval
 from dynalora.experiments import data
 from dynalora.experiments.finetune import (
@@ -184,13 +185,12 @@ class Lab:
         """A task's training questions as tokens."""
         if source not in self._training:
             how = self.settings
-            made = self.tasks[source].training(
-                self.tokenizer, system=how.system or "", max_length=how.max_length
-            )
+            longest = within_window(how.max_length, self.model, self.tokenizer)
+            made = self.tasks[source].training(self.tokenizer, system=how.system or "", max_length=longest)
             if made.dropped:
                 self.say(
                     f"{self.tasks[source].name}: {made.dropped:,} of {made.dropped + len(made):,} training questions "
-                    f"are longer than max_length {how.max_length} and are left out."
+                    f"are longer than {longest} tokens and are left out."
                 )
             self._training[source] = made
         return self._training[source]

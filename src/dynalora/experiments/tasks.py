@@ -54,10 +54,19 @@ from dynalora.evaluation.benchmarks import (
     find_benchmark,
 )
 from dynalora.evaluation.files import file_rows, split_files
-from dynalora.evaluation.multiple_choice import Choice, option_scores
+from dynalora.evaluation.multiple_choice import Choice, option_lengths, option_scores
 from dynalora.evaluation.numbers import MARK
-from dynalora.evaluation.run import Prepared, check_scoring, class_logits, classes, measure
-from dynalora.evaluation.scoring import answer_loss
+from dynalora.evaluation.run import (
+    Prepared,
+    check_scoring,
+    class_logits,
+    classes,
+    fitting,
+    measure,
+    model_window,
+)
+from dynalora.evaluation.scoring import AnswerLoss, answer_loss
+from dynalora.evaluation.seq2seq import is_encoder_decoder
 from dynalora.evaluation.sources import Row
 from dynalora.evaluation.statistics import Estimate, Interval, ratio, unweighted_mean, wilson
 from dynalora.evaluation.tasks import Item, load_task
@@ -114,6 +123,7 @@ class TaskScore:
         metrics: the benchmark's own numbers where they are others than accuracy, by name (Matthews' correlation, …); of
             several tasks together, each one's accuracy by its name.
         mean: of several tasks together, the unweighted mean of their accuracies; None: all questions count alike.
+        too_long: number of questions that do not fit into the model's window with their answer, and are not measured.
     """
 
     correct: tuple[bool, ...]
@@ -123,6 +133,7 @@ class TaskScore:
     counts: tuple[int, ...] = field(default=(), repr=False)
     metrics: Mapping[str, float] = field(default_factory=dict)
     mean: Interval | None = None
+    too_long: int = 0
 
     @classmethod
     def of(
@@ -131,10 +142,20 @@ class TaskScore:
         losses: Sequence[float],
         counts: Sequence[int],
         metrics: Mapping[str, float] | None = None,
+        *,
+        too_long: int = 0,
     ) -> TaskScore:
         """The score out of what single questions gave."""
         loss = ratio(losses, counts)
-        return cls(tuple(correct), loss, len(losses), tuple(losses), tuple(counts), dict(metrics or {}))
+        return cls(
+            tuple(correct),
+            loss,
+            len(losses),
+            tuple(losses),
+            tuple(counts),
+            dict(metrics or {}),
+            too_long=too_long,
+        )
 
     @classmethod
     def together(cls, scores: Mapping[str, TaskScore]) -> TaskScore:
@@ -153,6 +174,7 @@ class TaskScore:
             [loss for own in scores.values() for loss in own.losses],
             [count for own in scores.values() for count in own.counts],
             metrics,
+            too_long=sum(own.too_long for own in scores.values()),
         )
         if len(known) < len(scores):
             # The mean of some of the tasks would pass for the mean of all of them.
@@ -181,6 +203,7 @@ class TaskScore:
             "counts": list(self.counts),
             "metrics": dict(self.metrics),
             **({"unweighted": True} if self.mean is not None else {}),
+            **({"too_long": self.too_long} if self.too_long else {}),
         }
 
     @classmethod
@@ -197,6 +220,7 @@ class TaskScore:
             Interval(record["accuracy"], record["accuracy_low"], record["accuracy_high"])
             if record.get("unweighted")
             else None,
+            int(record.get("too_long", 0)),
         )
 
 
@@ -310,6 +334,29 @@ class ExperimentTask(abc.ABC):
             )
         return TokenizedSet(kept, 0, len(rows) - len(kept))
 
+    def _losses(
+        self,
+        items: Sequence[Item],
+        model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        how: Measuring,
+        name: str,
+        progress: Progress,
+    ) -> tuple[AnswerLoss, int]:
+        """Loss of the right answers to held-out questions, and how many do not fit into the model's window."""
+        rows = _tokens(items, tokenizer, how.system).rows
+        cut = 0
+        if not is_encoder_decoder(model):  # which reads the beginning of a long question
+            lengths = [len(row["input_ids"]) for row in rows]
+            fits = fitting(lengths, model_window(model, tokenizer), self.name, then=_UNMEASURED)
+            cut = len(rows) - len(fits)
+            rows = [rows[index] for index in fits]
+        what = f"Measuring {name} on {self.name}"
+        return answer_loss(model, rows, batch_size=how.batch_size, what=what, progress=progress), cut
+
+
+_UNMEASURED = "are left out"
+
 
 def _tokens(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, system: str) -> TokenizedSet:
     conversations = [item.conversation(system) for item in items]
@@ -337,10 +384,8 @@ class AnswerTask(ExperimentTask):
         progress: Progress = silent,
     ) -> TaskScore:
         how = how or Measuring()
-        rows = _tokens(self.held_out, tokenizer, how.system).rows
-        what = f"Measuring {name} on {self.name}"
-        found = answer_loss(model, rows, batch_size=how.batch_size, what=what, progress=progress)
-        return TaskScore.of(found.greedy, found.sums, found.counts)
+        found, cut = self._losses(self.held_out, model, tokenizer, how, name, progress)
+        return TaskScore.of(found.greedy, found.sums, found.counts, too_long=cut)
 
 
 @dataclass(frozen=True)
@@ -368,11 +413,14 @@ class ChoiceTask(ExperimentTask):
         progress: Progress = silent,
     ) -> TaskScore:
         how = how or Measuring()
+        lengths = option_lengths(tokenizer, self.held_out, system=how.system)
+        fits = fitting(lengths, model_window(model, tokenizer), self.name, then=_UNMEASURED)
         found = option_scores(
-            model, tokenizer, self.held_out, system=how.system, batch_size=how.batch_size,
-            name=f"{name} on {self.name}", progress=progress,
+            model, tokenizer, [self.held_out[index] for index in fits], system=how.system,
+            batch_size=how.batch_size, name=f"{name} on {self.name}", progress=progress,
         )  # fmt: skip
-        return TaskScore.of(found.correct(), found.right_losses, found.right_counts)
+        cut = len(lengths) - len(fits)
+        return TaskScore.of(found.correct(), found.right_losses, found.right_counts, too_long=cut)
 
 
 @dataclass(frozen=True)
@@ -401,12 +449,11 @@ class GenerationTask(ExperimentTask):
         progress: Progress = silent,
     ) -> TaskScore:
         how = how or Measuring()
-        rows = _tokens([_item(example) for example in self.held_out], tokenizer, how.system).rows
-        what = f"Measuring {name} on {self.name}"
-        found = answer_loss(model, rows, batch_size=how.batch_size, what=what, progress=progress)
+        items = [_item(example) for example in self.held_out]
+        found, cut = self._losses(items, model, tokenizer, how, name, progress)
         asked = self.held_out[: how.generated]
         if not asked:
-            return TaskScore.of((), found.sums, found.counts)
+            return TaskScore.of((), found.sums, found.counts, too_long=cut)
         result = measure(
             model, tokenizer, Prepared(self.benchmark, "", asked, self.benchmark.metrics),
             batch_size=how.batch_size, max_new_tokens=how.generated_tokens, system=how.system, name=name,
@@ -415,7 +462,7 @@ class GenerationTask(ExperimentTask):
         main = result.main if self.benchmark.right_or_wrong else None
         right = [bool(value) for value in result.values[main]] if main else []
         others = {own: interval.value for own, interval in result.scores.items() if own != main}
-        return TaskScore.of(right, found.sums, found.counts, others)
+        return TaskScore.of(right, found.sums, found.counts, others, too_long=cut)
 
 
 @dataclass(frozen=True)
