@@ -678,6 +678,11 @@ def test_harness_tasks_by_name(small: tuple[Any, Any], monkeypatch: pytest.Monke
     result = measure(model, tokenizer, prepare("lm_eval:sciq", limit=25), batch_size=4)
     assert (asked["tasks"], asked["limit"]) == (["sciq"], 25)
     assert asked["num_fewshot"] is None
+    measure(model, tokenizer, prepare("lm_eval:sciq", shots=5))
+    assert asked["num_fewshot"] == 5
+    with pytest.raises(ConfigError, match="shots is -1"):
+        prepare("lm_eval:sciq", shots=-1)
+    measure(model, tokenizer, prepare("lm_eval:sciq", limit=25), batch_size=4)
     assert asked["model"] == {
         "pretrained": model, "tokenizer": tokenizer, "batch_size": 4, "max_length": None, "backend": "causal",
     }  # fmt: skip

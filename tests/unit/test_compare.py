@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from dynalora.cli.compare import compare as compare_command
 from dynalora.errors import ConfigError, DataError, RunFolderError, TrainingError
+from dynalora.evaluation.run import measure, prepare
 from dynalora.evaluation.statistics import crossed_difference, holm
 from dynalora.experiments import compare, compare_cell, compare_report
 from dynalora.experiments.compare import (
@@ -405,10 +406,10 @@ def test_word_problems_and_choices_are_compared_together_and_texts_are_refused_e
 
 def test_an_encoder_is_compared_on_classification(place: Path, tmp_path: Path) -> None:
     words = tiny.tokenizer(chat=False)
-    words.pad_token = words.eos_token
+    words.add_special_tokens({"mask_token": "<mask>", "pad_token": "<pad>"})
     words.save_pretrained(tmp_path / "encoder")
     torch.manual_seed(3)
-    transformers.BertForSequenceClassification(
+    transformers.BertForMaskedLM(
         transformers.BertConfig(
             vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
             num_attention_heads=4, max_position_embeddings=128,
@@ -422,11 +423,15 @@ def test_an_encoder_is_compared_on_classification(place: Path, tmp_path: Path) -
                     json.dumps({"text": f"{split} text {n}.", "label": n % 2}) + "\n" for n in range(count)
                 )
             )
+    (tmp_path / "data" / "text").mkdir()
+    (tmp_path / "data" / "text" / "wikitext2.test.txt").write_text("Some words of a text.\n" * 20)
     spec = spec_of(
         place, "encoder", tasks=["cola"], data=str(tmp_path / "data"), model=str(tmp_path / "encoder"),
-        learning_rates=[1e-2], seeds=1, held_out=6,
+        learning_rates=[1e-2], seeds=1, held_out=6, retention_tasks=["wikitext2_masked"], retention_items=2,
     )  # fmt: skip
     found = results(run_compare(spec, apart=False))
+    perplexities = [result["kept"]["wikitext2_masked"]["value"] for result in found.values()]
+    assert len(set(perplexities)) == 3  # the base model and two methods
     assert len(found) == 3
     trained = found["cola/dira_r2_lr0.01_seed42"]
     assert set(trained["test"]["metrics"]) == {"matthews"}
@@ -439,6 +444,95 @@ def test_an_encoder_is_compared_on_classification(place: Path, tmp_path: Path) -
     assert first[0] == pytest.approx(first[1], rel=1e-5)
     with pytest.raises(ConfigError, match="Some tasks are classification and some are not"):
         run_compare(replace(spec, tasks=["cola", str(place / "data" / "colour")]), apart=False)
+
+
+def kept_data(folder: Path) -> Path:
+    """A folder of benchmarks: yes or no, word problems, and text."""
+    rows = [
+        {"instruction": f"Is {n} odd?\n\nAnswer format: true/false", "output": "true", "answer": "true"}
+        for n in range(3)
+    ]
+    (folder / "commonsense").mkdir(parents=True)
+    tiny.write_jsonl(folder / "commonsense" / "boolq.dev.jsonl", rows)
+    (folder / "math").mkdir()
+    tiny.write_jsonl(folder / "math" / "gsm8k.test.jsonl", [{"question": "1 and 1?", "answer": "2\n#### 2"}])
+    (folder / "text").mkdir()
+    (folder / "text" / "wikitext2.test.txt").write_text("Some words of a text that goes on and on.\n" * 40)
+    return folder
+
+
+def test_benchmarks_that_nothing_was_trained_for_show_what_was_kept(place: Path, tmp_path: Path) -> None:
+    spec = spec_of(
+        place, "kept", data=str(kept_data(tmp_path)), learning_rates=[3e-2], validation=0,
+        retention_tasks=["boolq", "gsm8k", "wikitext2"], retention_items=2,
+    )  # fmt: skip
+    comparison = run_compare(spec, apart=False)
+    assert comparison.failed == ()
+    found = results(comparison)
+    model = transformers.AutoModelForCausalLM.from_pretrained(place / "model")
+    words = transformers.AutoTokenizer.from_pretrained(place / "model")
+    for name in spec.retention_tasks:
+        own = measure(
+            model,
+            words,
+            prepare(name, data=spec.data, limit=2),
+            batch_size=spec.eval_batch_size,
+            system="Say.",
+            max_new_tokens=3,
+        )
+        base = found["colour/base"]["kept"][name]
+        assert base["value"] == pytest.approx(own.scores[own.main].value, rel=1e-6)
+        assert base["items"] == own.items == (1 if name == "gsm8k" else 2)
+    after = {name: result["kept"]["wikitext2"]["value"] for name, result in found.items()}
+    assert len(set(after.values())) == 5  # the base model, and two seeds of two methods
+    (own,) = compare_report.summaries(comparison).values()
+    table = compare_report.kept_table(comparison, "colour", own)
+    assert table is not None
+    row = dict(zip(table.columns, table.text[1], strict=True))
+    lora = statistics.fmean(after[f"colour/lora_r2_lr0.03_seed{seed}"] for seed in (42, 43))
+    assert row["WikiText-2, perplexity"].startswith(f"{lora:.2f} ±")
+    assert (
+        table.text[1][table.columns.index("WikiText-2, perplexity") + 1]
+        == f"{lora - after['colour/base']:+.2f}"
+    )
+    assert row["method"] == "lora"
+    assert "mean" not in table.columns, "a perplexity is no share"
+    rows = list(csv.DictReader((Path(spec.output) / "cells.csv").open()))
+    assert {float(row["kept wikitext2"]) for row in rows} == set(after.values())
+    assert "what was kept" in (Path(spec.output) / "report.html").read_text(encoding="utf-8")
+    assert (Path(spec.output) / "plots" / "kept-colour.png").exists()
+    with pytest.raises(RunFolderError, match="retention_tasks was"):
+        run_compare(replace(spec, retention_tasks=["boolq"]), apart=False)
+
+
+def test_several_shares_have_a_mean() -> None:
+    kept = {"a": {"value": 0.5, "share": True}, "b": {"value": 0.25, "share": True}}
+    assert compare_report.kept_numbers({"kept": kept}) == {"a": 0.5, "b": 0.25, "mean": 0.375}
+    assert compare_report.kept_numbers({"kept": {"a": kept["a"]}}) == {"a": 0.5}
+    assert compare_report.kept_numbers({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (
+            ["wikitext2_masked"],
+            "which the models of this comparison cannot do; name tasks of language models",
+        ),
+        (["cola"], "cannot do"),
+        (["humaneval"], "executes code that the model writes"),
+        (["none_such"], "none_such"),
+    ],
+)
+def test_what_cannot_show_what_was_kept_is_refused_before_anything_runs(
+    place: Path, tmp_path: Path, names: list[str], said: str
+) -> None:
+    data = kept_data(tmp_path)
+    (data / "glue").mkdir()
+    tiny.write_jsonl(data / "glue" / "cola.dev.jsonl", [{"text": "A text.", "label": 1}])
+    with pytest.raises(ConfigError, match=said):
+        run_compare(spec_of(place, "refused", data=str(data), retention_tasks=names), apart=False)
+    assert not (place / "refused").exists()
 
 
 def test_methods_of_all_kinds_are_matched_and_those_that_change_the_base_are_measured_against_it(

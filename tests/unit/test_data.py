@@ -317,7 +317,7 @@ def test_long_rows_lose_their_end_and_are_counted(caplog: pytest.LogCaptureFixtu
     made = tokenize([PAIR, long], tokenizer, max_length=whole)
     assert (len(made), made.truncated, made.dropped) == (1, 1, 1)
     assert made.response_tokens == 2
-    assert "1 of 2 conversations are longer than max_length" in caplog.text
+    assert f"1 of 2 conversations are longer than {whole} tokens" in caplog.text
     with pytest.raises(
         DataError, match=r"No response token is left in any of the 1 conversations at max_length 10"
     ):

@@ -653,6 +653,6 @@ def test_texts_to_learn_are_cut_to_the_window(tmp_path: Path, caplog: pytest.Log
             model=str(tmp_path / "model"), data=str(data), output=str(tmp_path / "run"), max_length=200
         )
     )
-    assert "The model's window of 80 tokens is used in place of max_length 200." in caplog.text
+    assert "are longer than 80 tokens (max_length or the model's window) and lose their end" in caplog.text
     lengths = [len(row["input_ids"]) for row in [*ready.training.rows, *ready.held_out.rows]]
     assert max(lengths) == 80

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -12,7 +13,8 @@ import transformers
 
 from dynalora import DiselConfig
 from dynalora.errors import ConfigError, DataError
-from dynalora.evaluation.masked_lm import mask_text, mask_windows, masked_lm_perplexity
+from dynalora.evaluation.masked_lm import mask_text, mask_windows, masked_lm_perplexity, under_head
+from dynalora.experiments.finetune import load_model
 from tests.unit import tiny
 
 TEXTS = [
@@ -136,3 +138,44 @@ def test_what_cannot_be_masked_is_named(words: Any) -> None:
         mask_text(["", "a"], words)
     with pytest.raises(ConfigError, match="batch_size is 0"):
         masked_lm_perplexity(encoder(words, "bert"), mask_text(TEXTS, words), batch_size=0)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_classifier_in_memory_is_measured_like_its_saved_adapter(
+    kind: str, words: Any, tmp_path: Path
+) -> None:
+    original = encoder(words, kind)
+    original.save_pretrained(tmp_path / "base")
+    text = mask_text(TEXTS, words)
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=2)
+    targets = r".*encoder\.layer\.\d+\..*(query|value|dense)"
+    classifier: Any = peft.get_peft_model(
+        loaded, DiselConfig(r=3, target_modules=targets, task_type="SEQ_CLS")
+    )
+    with torch.no_grad():
+        for name, parameter in classifier.named_parameters():
+            if "up" in name or "gate" in name:
+                parameter.normal_(0, 0.3)
+    classifier.save_pretrained(tmp_path / "adapter")
+    auto = transformers.AutoModelForMaskedLM
+    saved = peft.PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    wanted = masked_lm_perplexity(saved, text).loss
+    found = masked_lm_perplexity(under_head(classifier, auto.from_pretrained(tmp_path / "base")), text).loss
+    assert found == pytest.approx(wanted, rel=1e-6)
+    assert found != pytest.approx(masked_lm_perplexity(original, text).loss, rel=1e-3)
+    with classifier.disable_adapter():
+        assert masked_lm_perplexity(
+            under_head(classifier, auto.from_pretrained(tmp_path / "base")), text
+        ).loss == pytest.approx(masked_lm_perplexity(original, text).loss, rel=1e-6)
+    other = encoder(words, "roberta" if kind == "bert" else "bert")
+    with pytest.raises(ConfigError, match="does not fit under the head of a"):
+        under_head(classifier, other)
+
+
+def test_an_encoder_without_a_masked_lm_head_is_refused(words: Any, tmp_path: Path) -> None:
+    original = encoder(words, "bert")
+    original.save_pretrained(tmp_path / "whole")
+    assert type(load_model(str(tmp_path / "whole"), head="masked")) is transformers.BertForMaskedLM
+    original.bert.save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ConfigError, match="has no masked-LM head"):
+        load_model(str(tmp_path / "encoder"), head="masked")

@@ -109,6 +109,25 @@ def compare(
             panel=_MEASURING,
         ),
     ] = None,
+    retention_tasks: Annotated[
+        str | None,
+        option(
+            "--retention-tasks",
+            help="With commas: benchmarks that nothing is trained for, measured on every model.",
+            panel=_MEASURING,
+        ),
+    ] = None,
+    retention_items: Annotated[
+        int | None, option("--retention-items", help="The first items of each. \\[all]", panel=_MEASURING)
+    ] = None,
+    retention_shots: Annotated[
+        int | None,
+        option(
+            "--retention-shots",
+            help="Examples before each question of lm_eval tasks. \\[the task's]",
+            panel=_MEASURING,
+        ),
+    ] = None,
     seed: shared.Seed = None,
     jobs: Annotated[
         int | None, option("--jobs", "-j", help="Cells at the same time. \\[one per GPU, or one]", panel=_RUN)
@@ -138,7 +157,7 @@ def compare(
     from dynalora.experiments.settings import read_yaml
 
     after_imports()
-    for name in ("tasks", "methods", "learning_rates"):
+    for name in ("tasks", "methods", "learning_rates", "retention_tasks"):
         flags[name] = listed(flags[name])
     flags["texts"] = flags.pop("text")
     given = flags.pop("variant")

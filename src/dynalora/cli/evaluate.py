@@ -78,6 +78,14 @@ def evaluate(
         float | None,
         typer.Option("--code-seconds", help="Time limit of each program. \\[5]", show_default=False),
     ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(
+            "--shots",
+            help="Examples before each question of lm_eval tasks. \\[the task's]",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="auto, float32, bfloat16, float16. \\[auto]", show_default=False),

@@ -6,7 +6,8 @@ With M the masked positions of a text x, and x' the text with the mask token in 
 
 over all masked positions of all texts. An adapter that was trained with a classifier on the encoder is measured on the
 encoder with its original masked-LM head: the model that `AutoModelForMaskedLM.from_pretrained(base)` gives, with the
-adapter put on it by `PeftModel.from_pretrained`.
+adapter put on it by `PeftModel.from_pretrained`, or while it is still in memory with the classifier's encoder put into
+it by `under_head`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 
 from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.generation import batches_by_length, evaluating, padding_id
@@ -26,7 +28,7 @@ from dynalora.evaluation.statistics import Estimate, Interval, ratio
 from dynalora.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,31 @@ class MaskedPerplexity:
     def interval(self) -> Interval:
         """The perplexity with its 95 % interval over the texts."""
         return exponential(Estimate(self.loss, self.error))
+
+
+def under_head(classifier: torch.nn.Module, original: PreTrainedModel) -> PreTrainedModel:
+    """The encoder of a classifier, with whatever was trained in it, under the original masked-LM head.
+
+    Args:
+        classifier: with or without adapter; it keeps its encoder, which both then share.
+        original: the masked language model that it was made from; its own encoder is replaced.
+
+    Returns:
+        `original`.
+
+    Raises:
+        ConfigError: the two are not of one family.
+    """
+    base: Any = classifier.get_base_model() if isinstance(classifier, PeftModel) else classifier
+    name = original.base_model_prefix
+    encoder, own = getattr(base, name, None), getattr(original, name, None)
+    if encoder is None or own is None or type(encoder) is not type(own):
+        raise ConfigError(
+            f"The encoder of a {type(base).__name__} does not fit under the head of a {type(original).__name__}; give "
+            "the masked language model that the classifier was made from."
+        )
+    setattr(original, name, encoder)
+    return original
 
 
 def mask_text(

@@ -58,6 +58,7 @@ class Prepared:
         limits: of generated code.
         harness: name of the lm-evaluation-harness task; empty: none.
         limit: of the harness's items.
+        shots: examples before each of the harness's questions; None: as many as the task has by itself.
     """
 
     task: Benchmark
@@ -69,6 +70,7 @@ class Prepared:
     limits: Limits = field(default_factory=Limits)
     harness: str = ""
     limit: int | None = None
+    shots: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def prepare(
     run_code: bool = False,
     weak_sandbox: bool = False,
     limits: Limits | None = None,
+    shots: int | None = None,
 ) -> Prepared:
     """Read a task's items and make sure that everything is there to score them.
 
@@ -150,6 +153,8 @@ def prepare(
         run_code: execute generated code, in a sandbox; tasks that need it are refused without.
         weak_sandbox: execute it even where the system cannot contain it.
         limits: of generated code; None: the defaults.
+        shots: examples before each question of a task of lm-evaluation-harness; None: the task's own number. Other
+            tasks have none.
 
     Raises:
         ConfigError: there is no such task, metric or way to score it, or generated code is not to be executed.
@@ -160,7 +165,9 @@ def prepare(
         raise ConfigError(f"limit is {limit}; give 1 or more, or leave it out.")
     limits = limits or Limits()
     if name.startswith(_HARNESS):
-        return _harness_task(name, limit)
+        if shots is not None and shots < 0:
+            raise ConfigError(f"shots is {shots}; give 0 or more.")
+        return _harness_task(name, limit, shots)
     if name.startswith(_GENERATED):
         return _generated_task(name, limit or _GENERATED_ITEMS, seed)
     task = benchmark(name)
@@ -276,6 +283,22 @@ def measure(
     return replace(result, seconds=time.perf_counter() - began)
 
 
+def model_kind(prepared: Prepared) -> tuple[str, int]:
+    """What kind of model a task needs, and its number of classes.
+
+    Returns:
+        `lm` for a causal language model, `text` for one or an encoder-decoder, `masked` for a masked language model, or
+        `classes` with their number (else 0).
+    """
+    task = prepared.task
+    if task.how == "classify":
+        return "classes", task.labels
+    if task.how == "masked perplexity":
+        return "masked", 0
+    causal = task.how in ("perplexity", "code") or prepared.likelihood or prepared.harness
+    return "lm" if causal else "text", 0
+
+
 def group_mean(results: Sequence[TaskResult]) -> Interval:
     """The unweighted mean of the tasks' main numbers; its interval takes the tasks as independent.
 
@@ -297,14 +320,9 @@ def model_window(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def within_window(max_length: int, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-    """A length in tokens that the model can take: `max_length`, or its window if that is shorter, with a warning."""
-    window = model_window(model, tokenizer)
-    if window < max_length and not is_encoder_decoder(model):
-        logger.warning(
-            "The model's window of %d tokens is used in place of max_length %d.", window, max_length
-        )
-        return window
-    return max_length
+    """A length in tokens that the model can take: `max_length`, or its window if that is shorter."""
+    # Of an encoder-decoder the window is the question's alone, which is cut to it.
+    return max_length if is_encoder_decoder(model) else min(max_length, model_window(model, tokenizer))
 
 
 # --- the ways to measure ------------------------------------------------------------------------------------------
@@ -558,12 +576,12 @@ def _generated_task(name: str, size: int, seed: int) -> Prepared:
     return Prepared(task, f"held out, seed {seed}", items, task.metrics)
 
 
-def _harness_task(name: str, limit: int | None) -> Prepared:
+def _harness_task(name: str, limit: int | None, shots: int | None) -> Prepared:
     own = name.removeprefix(_HARNESS)
     if len(find_tasks([own])[0]) > 1:
         raise ConfigError(f"{name} stands for several tasks; name them one by one.")
     task = Benchmark(name, own, Source(name), _nothing, ())
-    return Prepared(task, "the harness's", (), harness=own, limit=limit)
+    return Prepared(task, "the harness's", (), harness=own, limit=limit, shots=shots)
 
 
 def _harness(
@@ -574,7 +592,12 @@ def _harness(
     result: TaskResult,
 ) -> TaskResult:
     (found,) = run_harness(
-        model, tokenizer, [prepared.harness], num_fewshot=None, limit=prepared.limit, batch_size=batch_size
+        model,
+        tokenizer,
+        [prepared.harness],
+        num_fewshot=prepared.shots,
+        limit=prepared.limit,
+        batch_size=batch_size,
     )
     scores = {name: Estimate(value, error or 0.0).interval for name, (value, error) in found.numbers.items()}
     main = next(name for name in scores if name.split(" ")[0] == found.metric)

@@ -36,6 +36,7 @@ import filelock
 import yaml
 
 from dynalora.errors import ConfigError, DynaloraError, RunFolderError
+from dynalora.evaluation.run import Prepared, model_kind, prepare, task_list
 from dynalora.evaluation.seq2seq import is_encoder_decoder
 from dynalora.experiments.baselines import label_of, prompt_only
 from dynalora.experiments.finetune import (
@@ -104,6 +105,11 @@ class CompareSpec(LabSettings, TrainSettings):
         validation: number of training questions that the learning rate is chosen on.
         retention: measure what was forgotten, on text that the base model writes itself; causal models only.
         texts: further text to measure that on, each as `NAME=SOURCE`.
+        retention_tasks: benchmarks that no model is trained for, measured on all models as `dynalora evaluate` does,
+            to see what was kept; groups stand for their members. For classification `wikitext2_masked`: perplexity of
+            the encoder under its original masked-LM head.
+        retention_items: the first items of each of those; None: all.
+        retention_shots: examples before each question of those of lm-evaluation-harness; None: each task's own number.
         jobs: cells at the same time; None: one per GPU, or one.
     """
 
@@ -124,6 +130,9 @@ class CompareSpec(LabSettings, TrainSettings):
     validation: int = 100
     retention: bool = True
     texts: list[str] = field(default_factory=list)
+    retention_tasks: list[str] = field(default_factory=list)
+    retention_items: int | None = None
+    retention_shots: int | None = None
     jobs: int | None = None
 
     def _check(self) -> None:
@@ -134,7 +143,7 @@ class CompareSpec(LabSettings, TrainSettings):
                 f"steps is {self.steps} and epochs is {self.epochs:g}; give one of them, and steps as null to train "
                 "for epochs."
             )
-        for name in ("r", "seeds", "jobs"):
+        for name in ("r", "seeds", "jobs", "retention_items"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; give a whole number of at least 1.")
@@ -691,6 +700,7 @@ def run_compare(
     tasks = {source: spec.load_task(source) for source in spec.tasks}
     for name in spec.texts:
         load_text(name)
+    _check_kept(spec, tasks.values())
     with rich_progress(console) as progress:
         local_model_name(spec.model, progress=progress)
     contestants = plan(spec, tasks)
@@ -711,6 +721,43 @@ def run_compare(
         show_tables(comparison, console)
         console.print(f"Report: {report}", highlight=False, markup=False)
     return comparison
+
+
+def _check_kept(spec: CompareSpec, tasks: Iterable[ExperimentTask]) -> None:
+    """Make sure that the tasks that show what was kept are there, and fit the models."""
+    if not spec.retention_tasks:
+        return
+    classes = any(task.head == "classes" for task in tasks)
+    for prepared in kept_tasks(spec):
+        kind, _ = model_kind(prepared)
+        if kind not in (("masked",) if classes else ("lm", "text")):
+            wanted = "masked-LM perplexity (wikitext2_masked)" if classes else "tasks of language models"
+            raise ConfigError(
+                f"retention_tasks names {prepared.task.name}, which the models of this comparison cannot do; name "
+                f"{wanted}."
+            )
+
+
+def kept_tasks(spec: CompareSpec) -> list[Prepared]:
+    """The tasks that show what was kept, with their items; none where the settings name none.
+
+    Raises:
+        ConfigError: there is no such task, or it would execute code that may not be.
+        DataError: its rows are missing or malformed.
+        UnsupportedError: a package is missing, or generated code cannot be contained.
+    """
+    names = task_list(spec.retention_tasks) if spec.retention_tasks else []
+    return [
+        prepare(
+            name,
+            data=spec.data,
+            limit=spec.retention_items,
+            seed=spec.data_seed,
+            run_code=spec.run_code,
+            shots=spec.retention_shots,
+        )
+        for name in names
+    ]
 
 
 def load_text(text: str) -> tuple[str, list[str]]:

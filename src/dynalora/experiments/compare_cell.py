@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynalora.errors import DynaloraError
-from dynalora.evaluation.run import model_window, within_window
+from dynalora.evaluation.masked_lm import under_head
+from dynalora.evaluation.run import measure, model_kind, model_window, within_window
 from dynalora.experiments.baselines import edits_base
 from dynalora.experiments.compare import (
     BASE,
@@ -18,6 +19,7 @@ from dynalora.experiments.compare import (
     Cell,
     CellStore,
     CompareSpec,
+    kept_tasks,
     load_text,
     shared_settings,
     task_type_of,
@@ -45,8 +47,8 @@ def run_cell(spec: CompareSpec, cell: Cell, *, console: Console | None = None) -
         console: where progress is shown; None: nowhere.
 
     Returns:
-        The result: `test` and `validation` scores, `retention` by text, `training` (loss by step, times, memory,
-        parameters) and `landscape`.
+        The result: `test` and `validation` scores, `retention` by text, `kept` by benchmark, `training` (loss by step,
+        times, memory, parameters) and `landscape`.
 
     Raises:
         filelock.Timeout: another process has the cell.
@@ -117,6 +119,7 @@ class _Run:
                     score = part.measure(model, tokenizer, spec.measuring, name=name, progress=progress)
                     result[name] = score.record()
             result["retention"] = self._retention(model, texts, progress)
+            result["kept"] = self._kept(model, tokenizer, progress)
         return {**result, "seconds": time.perf_counter() - began}
 
     def _landscape(self, model: Any) -> list[dict[str, Any]] | None:
@@ -162,6 +165,28 @@ class _Run:
         for name, text in texts.items():
             kept = retention(model, text, base=first, name=f"{self.cell.label} on {name}", progress=progress)
             found[name] = {**asdict(kept), "tokens": text.tokens}
+        return found
+
+    def _kept(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, progress: Progress
+    ) -> dict[str, dict[str, Any]]:
+        """The main number of every benchmark that shows what was kept."""
+        found = {}
+        for prepared in kept_tasks(self.spec):
+            asked = model
+            if model_kind(prepared)[0] == "masked":
+                original = load_model(self.path, dtype=self.spec.dtype, head="masked").to(model.device)
+                asked = under_head(model, original)
+            got = measure(
+                asked, tokenizer, prepared, batch_size=self.spec.measuring.batch_size,
+                max_new_tokens=min(prepared.task.max_new_tokens, self.spec.generated_tokens),
+                system=self.spec.system or "", name=self.cell.label, progress=progress,
+            )  # fmt: skip
+            number = got.scores[got.main]
+            found[got.task] = {
+                "title": got.title, "metric": got.main, "share": got.main in got.percent, "items": got.items,
+                "value": number.value, "low": number.low, "high": number.high,
+            }  # fmt: skip
         return found
 
 

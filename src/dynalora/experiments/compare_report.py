@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Result = Mapping[str, Any]
+MEAN = "mean"
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------
@@ -62,6 +63,8 @@ class Summary:
         loss: of the right answers, nats per token (per text for classification).
         metrics: the benchmark's own numbers.
         kl: KL(base ‖ tuned) by text, nats per token.
+        kept: main numbers of the retention tasks, over the seeds, and where all are shares `mean`, their unweighted
+            mean.
         accuracy_apart: accuracy minus the reference's.
         loss_apart: loss minus the reference's.
         at_reference_loss: KL by text where the method's curve over learning rates has the reference's loss; None where
@@ -77,6 +80,7 @@ class Summary:
     loss: Interval | None = None
     metrics: dict[str, Interval] = field(default_factory=dict)
     kl: dict[str, Interval] = field(default_factory=dict)
+    kept: dict[str, Interval] = field(default_factory=dict)
     accuracy_apart: Difference | None = None
     loss_apart: Difference | None = None
     at_reference_loss: dict[str, float | None] = field(default_factory=dict)
@@ -119,7 +123,18 @@ def _summary(
     }
     kept = [result.get("retention") or {} for result in results.values()]
     kl = {name: mean_interval([own[name]["kl"] for own in kept]) for name in kept[0]}
-    return Summary(label, place, rate, edge, results, accuracy, loss, metrics, kl)
+    numbers = [kept_numbers(result) for result in results.values()]
+    still = {name: mean_interval([own[name] for own in numbers]) for name in numbers[0]}
+    return Summary(label, place, rate, edge, results, accuracy, loss, metrics, kl, still)
+
+
+def kept_numbers(result: Result) -> dict[str, float]:
+    """A run's main numbers on the retention tasks, and `mean`, where there are several and all are shares."""
+    tasks = result.get("kept") or {}
+    found = {name: float(own["value"]) for name, own in tasks.items()}
+    if len(tasks) > 1 and all(own["share"] for own in tasks.values()):
+        found[MEAN] = statistics.fmean(found.values())
+    return found
 
 
 def _against(comparison: Comparison, task: str, own: list[Summary]) -> list[Summary]:
@@ -294,6 +309,36 @@ def result_table(comparison: Comparison, place: str, found: Sequence[Summary]) -
     return Table(columns, rows, title=place, note=note)
 
 
+def kept_table(comparison: Comparison, place: str, found: Sequence[Summary]) -> Table | None:
+    """The retention tasks after training on one task; None where none were measured."""
+    measured = next((one for one in found if one.kept), None)
+    if measured is None:
+        return None
+    tasks = next(iter(measured.results.values()))["kept"]
+    scales = {name: 100.0 if name == MEAN or tasks[name]["share"] else 1.0 for name in measured.kept}
+    base = next((one.kept for one in found if one.label == "base"), {})
+    columns = ["method", "lr"]
+    for name, scale in scales.items():
+        told = MEAN if name == MEAN else f"{tasks[name]['title']}, {tasks[name]['metric']}"
+        columns += [told + (", %" if scale == 100 else ""), "− base"]
+    rows: list[list[TableCell]] = []
+    for one in found:
+        row: list[TableCell] = [one.label, None if one.learning_rate is None else f"{one.learning_rate:g}"]
+        for name, scale in scales.items():
+            own = one.kept.get(name)
+            apart = (
+                None
+                if own is None or name not in base or one.label == "base"
+                else own.value - base[name].value
+            )
+            row.append(_shown(own, "{:.2f}", scale))
+            row.append(None if apart is None else f"{scale * apart:+.2f}")
+        rows.append(row)
+    items = ", ".join(f"{own['title']} {own['items']:,}" for own in tasks.values())
+    note = f"Benchmarks that nothing was trained for; items: {items}. ± is half of a 95 % interval over the seeds."
+    return Table(columns, rows, title=f"{place}: what was kept", note=note)
+
+
 def cost_table(comparison: Comparison, found: Mapping[str, Sequence[Summary]]) -> Table:
     """Parameters, time and memory of every method, over all tasks."""
     grid = comparison.grid
@@ -368,6 +413,48 @@ def plot_frontier(comparison: Comparison, task: str, text: str) -> Drawn | None:
     axis.set_xlabel(f"KL(base ‖ tuned) on {text}, nats per token (log scale)")
     axis.set_ylabel(f"loss of the right answers{against}")
     axis.set_title(f"{grid.places[task]}: learned against forgotten, by learning rate", fontsize=10)
+    axis.legend(fontsize=7, frameon=False)
+    return made
+
+
+def plot_kept(comparison: Comparison, task: str) -> Drawn | None:
+    """Accuracy against the retention tasks (their mean, or the first), a line over learning rates per method."""
+    grid = comparison.grid
+    results = [(cell, result) for cell in grid.known() if cell.task == task and (result := grid.result(cell))]
+    first = next((result["kept"] for _, result in results if result.get("kept")), None)
+    if first is None or any(result["test"]["accuracy"] is None for _, result in results):
+        return None
+    name = MEAN if MEAN in kept_numbers({"kept": first}) else next(iter(first))
+    scale = 100 if name == MEAN or first[name]["share"] else 1
+    told = (
+        "retention tasks, unweighted mean"
+        if name == MEAN
+        else f"{first[name]['title']}, {first[name]['metric']}"
+    )
+    made, (axis,) = figure(6.6, 4.6)
+    for index, own in enumerate(grid.contestants):
+        line = []
+        for rate in own.learning_rates:
+            there = [one for cell, one in results if cell.label == own.label and cell.learning_rate == rate]
+            if there:
+                kept = statistics.fmean(kept_numbers(one)[name] for one in there)
+                right = statistics.fmean(one["test"]["accuracy"] for one in there)
+                line.append((rate, scale * kept, 100 * right))
+        if line:
+            looks = style(index) | {"markersize": 5}
+            axis.plot([kept for _, kept, _ in line], [right for *_, right in line], label=own.label, **looks)
+            for rate, kept, right in line[:1] + line[1:][-1:]:
+                axis.annotate(
+                    f"{rate:g}", (kept, right), xytext=(3, 3), textcoords="offset points", fontsize=6
+                )
+    base = grid.result(grid.base(task))
+    if base is not None:
+        axis.axvline(
+            scale * kept_numbers(base)[name], color="0.5", linewidth=1, linestyle=":", label="base model"
+        )
+    axis.set_xlabel(told + (", %" if scale == 100 else ""))
+    axis.set_ylabel("accuracy, %")
+    axis.set_title(f"{grid.places[task]}: learned against kept, by learning rate", fontsize=10)
     axis.legend(fontsize=7, frameon=False)
     return made
 
@@ -482,9 +569,15 @@ def cells_csv(comparison: Comparison) -> str:
     about = ("place", "label", "method", "r", "learning_rate", "seed")
     measured = ("accuracy", "loss", "loss_error", "questions")
     trained = ("trainable_parameters", "steps", "step_seconds", "peak_bytes", "seconds")
-    writer.writerow(
-        [*about, *measured, "validation_loss", *(f"kl {text}" for text in texts), *trained, "chosen"]
+    still = list(
+        dict.fromkeys(name for cell in grid.known() for name in kept_numbers(grid.result(cell) or {}))
     )
+    writer.writerow(
+        [
+            *about, *measured, "validation_loss", *(f"kl {text}" for text in texts),
+            *(f"kept {name}" for name in still), *trained, "chosen",
+        ]
+    )  # fmt: skip
     for task in grid.places:
         chosen = {own.label: grid.chosen_rate(task, own) for own in grid.contestants}
         for cell in grid.known():
@@ -496,6 +589,7 @@ def cells_csv(comparison: Comparison) -> str:
                 [
                     *(getattr(cell, name) for name in about), *(result["test"][name] for name in measured),
                     (result.get("validation") or {}).get("loss"), *(kept.get(text, {}).get("kl") for text in texts),
+                    *(kept_numbers(result).get(name) for name in still),
                     *(training.get(name) for name in trained),
                     int(chosen.get(cell.label) == cell.learning_rate),
                 ]
@@ -524,7 +618,8 @@ def write_results(comparison: Comparison) -> Path:
     grid = comparison.grid
     folder = grid.store.folder
     found = summaries(comparison)
-    tables = [result_table(comparison, place, own) for place, own in found.items()]
+    by_place = {place: _tables(comparison, place, own) for place, own in found.items()}
+    tables = [table for own in by_place.values() for table in own]
     cost = cost_table(comparison, found)
     write_atomic(folder / "cells.csv", cells_csv(comparison))
     write_atomic(folder / "results.csv", _table_csv([*tables, cost]))
@@ -533,7 +628,7 @@ def write_results(comparison: Comparison) -> Path:
     write_atomic(folder / "results.md", "\n".join(map(markdown_table, [*tables, cost])))
     write_atomic(folder / "results.tex", "\n".join(map(latex_table, [*tables, cost])))
     sections = [Section("Compared", tables=[plan_table(grid.contestants)])]
-    for (task, place), table in zip(grid.places.items(), tables, strict=True):
+    for task, place in grid.places.items():
         own = found[place]
         drawn: dict[str, tuple[Drawn | None, str]] = {}
         for number, text in enumerate(dict.fromkeys(text for one in own for text in one.kl)):
@@ -542,6 +637,10 @@ def write_results(comparison: Comparison) -> Path:
                 f"Loss against KL from the base model on {text}; below and to the left is better. Numbers are learning "
                 "rates.",
             )
+        drawn[f"kept-{place}"] = (
+            plot_kept(comparison, task),
+            "Accuracy against benchmarks that nothing was trained for. Numbers are learning rates.",
+        )
         drawn[f"parameters-{place}"] = (
             plot_parameters(comparison, place, own),
             "At the chosen learning rates, with 95 % intervals.",
@@ -549,7 +648,9 @@ def write_results(comparison: Comparison) -> Path:
         drawn[f"learning-{place}"] = plot_learning(comparison, place, own), "Mean over the seeds."
         drawn[f"ranks-{place}"] = plot_ranks(own, place), "Singular values of s·ΔW above 0.001, first seed."
         sections.append(
-            Section(place, text=comparison.tasks[task].about, tables=[table], figures=_kept(folder, drawn))
+            Section(
+                place, text=comparison.tasks[task].about, tables=by_place[place], figures=_kept(folder, drawn)
+            )
         )
     bars = _kept(
         folder, {"cost": (plot_cost(comparison, found), "Whiskers: smallest and largest of the cells.")}
@@ -564,6 +665,12 @@ def write_results(comparison: Comparison) -> Path:
     methods = ", ".join(own.label for own in grid.contestants)
     title = f"{methods} on {', '.join(grid.places.values())}"
     return write_report(Report(title, _told(comparison, found), sections), folder / "report.html")
+
+
+def _tables(comparison: Comparison, place: str, own: Sequence[Summary]) -> list[Table]:
+    """The tables of one task."""
+    kept = kept_table(comparison, place, own)
+    return [result_table(comparison, place, own), *([kept] if kept is not None else [])]
 
 
 def _kept(folder: Path, drawn: Mapping[str, tuple[Drawn | None, str]]) -> list[Figure]:
@@ -610,5 +717,6 @@ def show_tables(comparison: Comparison, console: Console) -> None:
     """The closing tables."""
     found = summaries(comparison)
     for place, own in found.items():
-        console.print(rich_table(result_table(comparison, place, own)))
+        for table in _tables(comparison, place, own):
+            console.print(rich_table(table))
     console.print(rich_table(cost_table(comparison, found)))

@@ -524,7 +524,7 @@ def tokenize(
         )  # fmt: skip
     if result.truncated:
         logger.warning(
-            "%d of %d conversations are longer than max_length %d and lose their end%s.",
+            "%d of %d conversations are longer than %d tokens (max_length or the model's window) and lose their end%s.",
             result.truncated, done, max_length,
             f"; {result.dropped} of them have no response left and are left out" if result.dropped else "",
         )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from dynalora.errors import ConfigError
 from dynalora.evaluation.benchmarks import GROUPS
 from dynalora.evaluation.prompts import TEMPLATES
-from dynalora.evaluation.run import Prepared, TaskResult, group_mean, measure, prepare, task_list
+from dynalora.evaluation.run import TaskResult, group_mean, measure, model_kind, prepare, task_list
 from dynalora.evaluation.sandbox import Limits
 from dynalora.evaluation.seq2seq import is_encoder_decoder
 from dynalora.experiments.adapters import adapter_folder, load_adapter, read_config
@@ -48,6 +48,7 @@ class EvaluateSpec:
         run_code: execute the code that the model writes (HumanEval, MBPP), in a sandbox.
         weak_sandbox: execute it even where this system cannot contain it.
         code_seconds: time limit of each generated program.
+        shots: examples before each question of lm-evaluation-harness's tasks; None: each task's own number.
         dtype: of the model's weights.
         json: also write everything measured to this file, which must not exist.
 
@@ -71,6 +72,7 @@ class EvaluateSpec:
     run_code: bool = False
     weak_sandbox: bool = False
     code_seconds: float = 5.0
+    shots: int | None = None
     dtype: str = "auto"
     json: str | None = None
 
@@ -118,10 +120,11 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = silent) -> list[TaskRes
             run_code=spec.run_code,
             weak_sandbox=spec.weak_sandbox,
             limits=Limits(seconds=spec.code_seconds),
+            shots=spec.shots,
         )
         for name in names
     ]
-    heads = {_head(prepared): prepared.task.name for prepared in tasks}
+    heads = {model_kind(prepared): prepared.task.name for prepared in tasks}
     if ("lm", 0) in heads:
         heads.pop(("text", 0), None)  # a causal language model does for both
     if len(heads) > 1:
@@ -194,16 +197,6 @@ def _groups(results: Sequence[TaskResult]) -> list[tuple[str, list[TaskResult]]]
         for name, members in GROUPS.items()
         if all(member in by_name for member in members)
     ]
-
-
-def _head(prepared: Prepared) -> tuple[str, int]:
-    task = prepared.task
-    if task.how == "classify":
-        return "classes", task.labels
-    if task.how == "masked perplexity":
-        return "masked", 0
-    causal = task.how in ("perplexity", "code") or prepared.likelihood or prepared.harness
-    return "lm" if causal else "text", 0
 
 
 def _load(spec: EvaluateSpec, head: str, labels: int) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:

@@ -590,7 +590,10 @@ def load_model(
     try:
         if quantization is not None:
             options["quantization_config"] = _quantization(quantization, options["dtype"])
-        model: PreTrainedModel = getattr(transformers, f"AutoModelFor{auto}").from_pretrained(name, **options)
+        model: PreTrainedModel
+        model, told = getattr(transformers, f"AutoModelFor{auto}").from_pretrained(
+            name, output_loading_info=True, **options
+        )
     except ImportError as error:
         raise ConfigError(
             f"quantization '{quantization}' needs a library that is not installed ({_first_line(error)}): "
@@ -598,6 +601,15 @@ def load_model(
         ) from error
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"The weights of '{name}' cannot be loaded ({_first_line(error)}).") from error
+    if head == "masked":
+        fresh = sorted(
+            own for own in told["missing_keys"] if not own.startswith(f"{model.base_model_prefix}.")
+        )
+        if fresh:
+            raise ConfigError(
+                f"'{name}' has no masked-LM head (its checkpoint lacks {fresh[0]}), and a new one says nothing; give a "
+                "masked language model."
+            )
     return model
 
 
