@@ -226,9 +226,11 @@ def test_compare_trains_and_measures_them(place: Path) -> None:
         ({"template": "alpaca"}, "no prompt template; leave out template 'alpaca'"),
         ({"methods": ["lora", "p-tuning"]}, "p-tuning learns virtual tokens"),
         ({"tasks": ["arc_easy"]}, "arc_easy needs a causal language model"),
+        ({"retention_tasks": ["wikitext2"]}, "retention_tasks names wikitext2"),
     ],
 )
 def test_compare_refuses_what_they_cannot_do(place: Path, more: dict[str, Any], said: str) -> None:
+    write_text(place)
     if more.get("tasks"):
         from .test_experiment_tasks import option_rows
 

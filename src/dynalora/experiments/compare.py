@@ -580,6 +580,7 @@ def plan(
     contestants = spec.contestants()
     if task_type == SEQ2SEQ:
         _check_seq2seq(spec, tasks.values(), contestants)
+    _check_kept(spec, task_type)
     for own in contestants:
         config = own.config(task_type)
         if getattr(config, "target_modules", None) is not None:
@@ -700,7 +701,6 @@ def run_compare(
     tasks = {source: spec.load_task(source) for source in spec.tasks}
     for name in spec.texts:
         load_text(name)
-    _check_kept(spec, tasks.values())
     with rich_progress(console) as progress:
         local_model_name(spec.model, progress=progress)
     contestants = plan(spec, tasks)
@@ -723,15 +723,14 @@ def run_compare(
     return comparison
 
 
-def _check_kept(spec: CompareSpec, tasks: Iterable[ExperimentTask]) -> None:
+def _check_kept(spec: CompareSpec, task_type: str) -> None:
     """Make sure that the tasks that show what was kept are there, and fit the models."""
-    if not spec.retention_tasks:
-        return
-    classes = any(task.head == "classes" for task in tasks)
+    kinds, wanted = {
+        "SEQ_CLS": (("masked",), "masked-LM perplexity (wikitext2_masked)"),
+        SEQ2SEQ: (("text",), "benchmarks that are answered by generation"),
+    }.get(task_type, (("lm", "text"), "tasks of language models"))
     for prepared in kept_tasks(spec):
-        kind, _ = model_kind(prepared)
-        if kind not in (("masked",) if classes else ("lm", "text")):
-            wanted = "masked-LM perplexity (wikitext2_masked)" if classes else "tasks of language models"
+        if model_kind(prepared)[0] not in kinds:
             raise ConfigError(
                 f"retention_tasks names {prepared.task.name}, which the models of this comparison cannot do; name "
                 f"{wanted}."
