@@ -85,6 +85,28 @@ ROWS: dict[str, list[Any]] = {
             "test_setup_code": "",
         }
     ],
+    "code/humaneval_plus.test": [
+        {
+            "task_id": "T/0",
+            "prompt": 'def half(x):\n    """Half of x."""\n',
+            "entry_point": "half",
+            "canonical_solution": "    return x / 2\n",
+            # In the form of EvalPlus's rows, with a number of more digits than Python reads by default.
+            "test": "import numpy as np\n\ndef check(candidate):\n    for given, wanted in ((1, 0.5), (3, 1.5)):\n"
+            f"        np.testing.assert_allclose(candidate(given), wanted, atol=1e-6)\n    assert {'9' * 5000} > 0\n",
+        }
+    ],
+    "code/mbpp_plus.test": [
+        {
+            "task_id": 2,
+            "code": "def inc(x):\n    return x + 1",
+            "prompt": "Write a function to add one.",
+            "test_imports": ["import math"],
+            "test_list": ["assert inc(1) == 2"],
+            "test": "import numpy as np\n\nfor given, wanted in zip([1, 2**40], [2, 2**40 + 1]):\n"
+            "    assert inc(given) == wanted and math.isfinite(np.float64(given))\n",
+        }
+    ],
     "glue/cola.dev": [{"text": text, "label": n % 2} for n, text in enumerate("abcdefgh")],
     "glue/mrpc.dev": [
         {"sentence1": "It rains.", "sentence2": "Rain falls.", "label": 1},

@@ -65,7 +65,7 @@ def perfect(name: str, folder: Path, **options: Any) -> dict[str, float]:
 def test_every_entry_is_whole() -> None:
     names = """
         boolq piqa social_i_qa hellaswag winogrande arc_easy arc_challenge openbookqa
-        gsm8k math aqua svamp multiarith addsub singleeq mawps humaneval mbpp
+        gsm8k math aqua svamp multiarith addsub singleeq mawps humaneval humaneval_plus mbpp mbpp_plus
         cola sst2 mrpc qqp stsb mnli qnli rte wnli convai2 xsum squad_v2 wikitext2 wikitext2_masked
     """
     wanted = set(names.split())
@@ -380,6 +380,19 @@ def test_generated_code_passes_or_fails(folder: Path) -> None:
     mbpp = prepare("mbpp", data=folder, **QUICK)  # type: ignore[arg-type]
     assert _execute(mbpp, ["def inc(x):\n    return x + 1\n"], "", lambda *a: None) == [True]
     assert _execute(mbpp, ["def inc(x):\n    return 2\n"], "", lambda *a: None) == [False]
+
+
+def test_the_plus_versions_ask_the_same_and_test_more(folder: Path) -> None:
+    half = prepare("humaneval+", data=folder, **QUICK)  # type: ignore[arg-type]
+    assert half.task.title == "HumanEval+"
+    for answer, right in (("    return x / 2\n", True), ("    return x // 2\n", False), ("", False)):
+        assert _execute(half, [answer], "", lambda *a: None) == [right]
+    add = prepare("MBPP+", data=folder, **QUICK)  # type: ignore[arg-type]
+    plain = prepare("mbpp", data=folder, **QUICK)  # type: ignore[arg-type]
+    assert add.items[0].prompt == plain.items[0].prompt
+    # The second passes the assertion that the prompt shows, and not the others.
+    for answer, right in (("def inc(x):\n    return x + 1\n", True), ("def inc(x):\n    return 2\n", False)):
+        assert _execute(add, [answer], "", lambda *a: None) == [right]
 
 
 def test_code_is_not_executed_unless_allowed(folder: Path) -> None:

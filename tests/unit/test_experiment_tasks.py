@@ -543,6 +543,12 @@ def test_other_metrics_stand_where_no_answer_is_simply_right(
     assert score.loss.value > 0
 
 
+def test_a_plus_that_ends_a_name_joins_nothing() -> None:
+    for source in ("taught.jsonl -> HumanEval+ + mbpp+", "taught.jsonl->HumanEval++mbpp+"):
+        assert tasks._arrow(source)[1:] == (["taught.jsonl"], ["HumanEval+", "mbpp+"])
+    assert tasks._arrow("a+b -> c+ d")[1:] == (["a", "b"], ["c", "d"])
+
+
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [

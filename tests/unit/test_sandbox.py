@@ -54,6 +54,40 @@ def test_programs_that_behave() -> None:
 
 
 @needs_walls
+def test_a_package_is_there_when_it_is_given_and_nothing_beside_it() -> None:
+    import numpy
+
+    beside = Path(numpy.__file__).parent.parent
+    if beside.is_relative_to(sys.base_prefix):
+        pytest.skip("NumPy lies in Python's own library, all of which can be read")
+    program = f"""
+import numpy as np
+import numpy.polynomial, numpy.ma  # read only now
+np.testing.assert_allclose([1.0], [1.0 + 1e-9])
+import sys
+assert {str(beside)!r} not in sys.path
+import os
+try:
+    os.listdir({str(beside)!r})
+except PermissionError:
+    pass
+else:
+    raise RuntimeError("what lies beside NumPy can be listed")
+try:
+    import torch
+except ImportError:
+    pass
+else:
+    raise RuntimeError("torch can be imported")
+"""
+    outcome = run_program(program, SMALL, packages=["numpy.testing"])
+    assert outcome.passed, outcome.reason
+    assert run("import numpy").reason.startswith("ModuleNotFoundError")
+    with pytest.raises(ConfigError, match="needs the package 'nothing_like_it', which is not installed"):
+        run_program("pass", packages=["nothing_like_it"])
+
+
+@needs_walls
 @pytest.mark.parametrize(
     "end", ["import os; os._exit(0)", "raise SystemExit(0)", "import sys; sys.exit()", "quit_ = exit"]
 )

@@ -74,6 +74,7 @@ class Benchmark:
         max_new_tokens: longest answer.
         stop: texts that end an answer.
         labels: for classification, number of classes; 1: a value.
+        packages: for code, modules beyond Python's own library that its tests import.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Benchmark:
     max_new_tokens: int = 32
     stop: tuple[str, ...] = ()
     labels: int = 2
+    packages: tuple[str, ...] = ()
 
     @property
     def right_or_wrong(self) -> bool:
@@ -289,13 +291,17 @@ def _mbpp(row: Mapping[str, Any], where: str) -> list[Example]:
     tests = [str(test) for test in _field(row, where, "test_list")]
     if not tests:
         raise DataError(f"{where} has no test in the field 'test_list'; leave the row out.")
+    if row.get("test"):  # MBPP+: the assertions of `test_list` among many more
+        checks = [_text(row, where, "test")]
+    else:
+        checks = tests
     before = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
     asked = _text(row, where, "text", "prompt").strip()
     task = f"{asked} Your code should satisfy the following assertion:\n{tests[0]}"
     prefix = "```python\n"
 
     def program(answer: str) -> str:
-        return "\n".join([str(before), _code_of(answer), *tests]) + "\n"
+        return "\n".join([str(before), _code_of(answer), *checks]) + "\n"
 
     code = str(row.get("code") or "")
     return [
@@ -408,14 +414,24 @@ def _entries() -> Iterator[Benchmark]:
     ):
         source = Source(f"math/{title}", hub, splits=learned)
         yield Benchmark(name, title, source, _arithmetic, (metrics.NUMBER,), max_new_tokens=256)
-    yield Benchmark(
-        "humaneval", "HumanEval", Source("code/humaneval", "openai/openai_humaneval", splits={"test": "test"}),
-        _humaneval, (metrics.PASS_AT_1,), "code", 512, ("```", "\nclass ", "\nif __name__", "\nprint("),
-    )  # fmt: skip
-    yield Benchmark(
-        "mbpp", "MBPP", Source("code/mbpp", "google-research-datasets/mbpp", ("full",), all_three),
-        _mbpp, (metrics.PASS_AT_1,), "code", 512, ("```", "\nif __name__", "\nprint(", "\nassert "),
-    )  # fmt: skip
+    test_only = {"test": "test"}
+    # EvalPlus's versions have the same tasks (of MBPP 378) and far more tests, which compare with NumPy.
+    for name, title, hub, packages in (
+        ("humaneval", "HumanEval", "openai/openai_humaneval", ()),
+        ("humaneval_plus", "HumanEval+", "evalplus/humanevalplus", ("numpy.testing",)),
+    ):
+        yield Benchmark(
+            name, title, Source(f"code/{name}", hub, splits=test_only), _humaneval, (metrics.PASS_AT_1,), "code", 512,
+            ("```", "\nclass ", "\nif __name__", "\nprint("), packages=packages,
+        )  # fmt: skip
+    for name, title, hub, subset, splits, packages in (
+        ("mbpp", "MBPP", "google-research-datasets/mbpp", "full", all_three, ()),
+        ("mbpp_plus", "MBPP+", "evalplus/mbppplus", None, test_only, ("numpy.testing",)),
+    ):
+        yield Benchmark(
+            name, title, Source(f"code/{name}", hub, (subset,), splits), _mbpp, (metrics.PASS_AT_1,), "code", 512,
+            ("```", "\nif __name__", "\nprint(", "\nassert "), packages=packages,
+        )  # fmt: skip
     dev = {"train": "train", "dev": "validation"}
     f1, accuracy = metrics.F1, metrics.ACCURACY
     sentence = ("sentence", "text")
@@ -470,6 +486,7 @@ GROUPS = {
 _ALIASES = {
     "arc_c": "arc_challenge", "arc_e": "arc_easy", "siqa": "social_i_qa", "obqa": "openbookqa", "aqua_rat": "aqua",
     "sst_2": "sst2", "sts_b": "stsb", "wikitext": "wikitext2", "squadv2": "squad_v2",
+    "humaneval+": "humaneval_plus", "humanevalplus": "humaneval_plus", "mbpp+": "mbpp_plus", "mbppplus": "mbpp_plus",
 }  # fmt: skip
 
 

@@ -209,7 +209,7 @@ def check_scoring(
                 f"The task {task.name} executes code that the model writes; allow it with run_code=True "
                 "(--run-code). It runs in a sandbox, without network and without your files."
             )
-        check_sandbox(weak=weak_sandbox)
+        check_sandbox(weak=weak_sandbox, packages=task.packages)
 
 
 def measure(
@@ -500,7 +500,9 @@ def _execute(prepared: Prepared, answers: Sequence[str], what: str, progress: Pr
     progress(what, 0, len(answers))
     for done, (item, answer) in enumerate(zip(prepared.items, answers, strict=True), start=1):
         assert item.program is not None
-        outcome = run_program(item.program(answer), prepared.limits, weak=prepared.weak_sandbox)
+        outcome = run_program(
+            item.program(answer), prepared.limits, weak=prepared.weak_sandbox, packages=prepared.task.packages
+        )
         passed.append(outcome.passed)
         progress(what, done, len(answers))
     return passed

@@ -6,7 +6,8 @@ Each program runs in a process of its own, an isolated Python interpreter in an 
 - a limit on memory (its address space), on the size of each file and of all files together;
 - no network, no further process or thread, no signal to any other process: a filter on system calls (seccomp) knows
   only what a calculation needs;
-- no file outside its directory but the Python library, read-only (Landlock): no home, no data, no devices;
+- no file outside its directory but the Python library and the packages that it is given, read-only (Landlock): no
+  home, no data, no devices;
 - no privilege, not even root's, no environment variables, no open files of the caller's.
 
 The kernel enforces all of it; it takes Linux 5.13 or newer, on x86-64 or ARM64, with Landlock switched on (it is, in
@@ -20,6 +21,7 @@ can be asked for (`os.stat`).
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import secrets
@@ -100,13 +102,14 @@ def run_program(
         program: its source.
         limits: what it may use; None: the defaults.
         weak: run it even where the kernel cannot guarantee the walls.
-        packages: folders with further packages that it may import, such as site-packages; they can be read as a
-            whole.
+        packages: names of installed modules that it finds imported, such as `numpy`; the folder of their package
+            can be read, and nothing that lies beside it.
 
     Returns:
         How it ended.
 
     Raises:
+        ConfigError: one of `packages` is not installed.
         UnsupportedError: the walls cannot be guaranteed here and `weak` is False.
     """
     if os.name != "posix":
@@ -124,13 +127,14 @@ def run_program(
     )
 
 
-def check_sandbox(*, weak: bool = False) -> None:
+def check_sandbox(*, weak: bool = False, packages: Sequence[str] = ()) -> None:
     """Make sure that programs can run here, with an empty one.
 
     Raises:
+        ConfigError: one of `packages` is not installed.
         UnsupportedError: they cannot; says why.
     """
-    outcome = run_program("pass", Limits(seconds=10), weak=weak)
+    outcome = run_program("pass", Limits(seconds=10), weak=weak, packages=packages)
     if not outcome.passed:
         raise UnsupportedError(
             f"Generated code cannot be executed here: even an empty program fails in the sandbox ({outcome.reason})."
@@ -141,16 +145,17 @@ def _run(
     program: str, limits: Limits, *, weak: bool, packages: Sequence[str], pretend_weak: bool = False
 ) -> Outcome | str:
     """The outcome, or in words why nothing was run."""
-    library = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
     shared = os.path.join(sys.base_prefix, "lib")
     path = [entry for entry in _isolated_path() if entry]
+    installed = _folders(packages)
     token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="dynalora-sandbox-", ignore_cleanup_errors=True) as work:
         job: dict[str, Any] = {
             "program": program, "token": token, "work": work, "seconds": limits.seconds, "memory": limits.memory,
             "file_size": limits.file_size, "allow_weak": weak, "pretend_weak": pretend_weak,
-            "readable": sorted({*library, shared, *path, *_LIBRARIES, *_DEVICES, *map(str, packages)}),
-            "path": [*path, *map(str, packages)],
+            "readable": sorted({*_library(), shared, *path, *_LIBRARIES, *_DEVICES, *installed}),
+            "path": path,
+            "packages": {name: os.path.dirname(at) for name, at in zip(packages, installed, strict=True)},
         }  # fmt: skip
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", str(_CHILD)],
@@ -216,9 +221,26 @@ def _verdict(said: bytes, token: str, code: int, ready: bool, seconds: float) ->
     return Outcome(False, f"ended its process with code {code}", seconds)
 
 
+def _folders(packages: Sequence[str]) -> list[str]:
+    """The folder of each module's top package."""
+    folders = []
+    for name in packages:
+        found = importlib.util.find_spec(name.partition(".")[0])
+        if found is None or not found.submodule_search_locations:
+            raise ConfigError(f"A program in the sandbox needs the package '{name}', which is not installed.")
+        folders.append(next(iter(found.submodule_search_locations)))
+    return folders
+
+
+def _library() -> set[str]:
+    """The folders of Python's own library; of a virtual environment, those of the Python behind it."""
+    behind = {"platbase": sys.base_exec_prefix}
+    return {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib", vars=behind)}
+
+
 def _isolated_path() -> list[str]:
     """Where an interpreter without site-packages looks for its library."""
-    folders = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+    folders = _library()
     folders |= {os.path.join(folder, "lib-dynload") for folder in folders}
     return sorted(folder for folder in folders if os.path.isdir(folder))
 

@@ -881,7 +881,8 @@ def _arrow(source: str) -> tuple[str, list[str], list[str]]:
     """
     given = re.match(r"\s*([\w.\-]+)\s*=(.*)", source, re.DOTALL)
     whole = given[2] if given else source
-    sides = [[part.strip() for part in side.split("+")] for side in whole.split("->")]
+    # A plus between two names; the one behind a name (HumanEval+) is its own.
+    sides = [[part.strip() for part in re.split(r"\s\+|\+(?=\s*[^\s+])", side)] for side in whole.split("->")]
     if len(sides) != 2:
         raise ConfigError(f"The task '{source}' has {len(sides) - 1} arrows; {_FORM}.")
     for side, what in zip(sides, ("trained on", "measured"), strict=True):
