@@ -31,8 +31,10 @@ from dynalora.experiments.compare import (
     shared_settings,
     variant_from,
 )
+from dynalora.experiments.finetune import MONITORED_LENGTH, load_model, load_tokenizer
 from dynalora.experiments.report import Table, latex_table, markdown_table
 from dynalora.forgetting import drawing
+from dynalora.forgetting.retention import given_text, own_text, retention
 
 from . import tiny
 from .program import Program
@@ -563,6 +565,74 @@ def test_methods_of_all_kinds_are_matched_and_those_that_change_the_base_are_mea
     assert ranks["dora"] == "3 to 4"
 
 
+@pytest.fixture(scope="module")
+def wide(place: Path) -> str:
+    """A model whose layers are as wide as a block of 4-bit weights at least."""
+    pytest.importorskip("bitsandbytes")
+    return str(tiny.saved_model(place / "wide", width=64))
+
+
+def test_variants_on_quantised_weights_are_measured_against_the_base_as_it_is(place: Path, wide: str) -> None:
+    # So small a rate leaves an adapter at its start: what is left is what quantisation does.
+    variants = {
+        "qlora": {"method": "lora", "quantization": "4bit"},
+        "qdira": {"method": "dira", "quantization": "8bit"},
+    }
+    spec = spec_of(
+        place, "quantised", methods=["lora"], variants=variants, learning_rates=[1e-9], seeds=1, steps=2,
+        texts=[f"lines={place / 'text.txt'}"], model=wide,
+    )  # fmt: skip
+    done = run_compare(spec, apart=False)
+    assert done.failed == ()
+    found = {
+        own.label: done.grid.result(done.grid.cell(spec.tasks[0], own, 1e-9, 42))
+        for own in done.grid.contestants
+    }
+    plain, four = (load_model(spec.model, quantization=how) for how in (None, "4bit"))
+    words = load_tokenizer(spec.model)
+    texts = {
+        "own text": own_text(plain, words),
+        "lines": given_text(compare.load_text(spec.texts[0])[1], words, max_length=MONITORED_LENGTH),
+    }
+    for name, text in texts.items():
+        kept = {label: result["retention"][name] for label, result in found.items() if result is not None}
+        assert {own["tokens"] for own in kept.values()} == {text.tokens}
+        assert kept["lora"]["kl"] == pytest.approx(0, abs=1e-7)
+        assert kept["qlora"]["kl"] == pytest.approx(retention(four, text, base=plain).kl, rel=1e-4)
+        assert kept["qlora"]["kl"] > kept["qdira"]["kl"] > 1e-6
+    table = compare_report.plan_table(done.grid.contestants)
+    assert [row[table.columns.index("base weights")] for row in table.rows] == [None, "4bit", "8bit"]
+
+
+def test_a_comparison_may_be_quantised_as_a_whole(place: Path, wide: str) -> None:
+    given = {"model": wide, "methods": ["lora"], "learning_rates": [1e-9], "seeds": 1, "steps": 2}
+    plain, four = (
+        run_compare(spec_of(place, f"whole-{how}", quantization=how, **given), apart=False)
+        for how in (None, "4bit")
+    )
+    first, second = (one.grid.result(one.grid.base(one.grid.spec.tasks[0])) for one in (plain, four))
+    assert first is not None
+    assert second is not None
+    assert abs(first["test"]["loss"] - second["test"]["loss"]) > 1e-4
+    (own,) = four.grid.contestants
+    result = four.grid.result(four.grid.cell(four.grid.spec.tasks[0], own, 1e-9, 42))
+    assert result is not None
+    assert result["retention"]["own text"]["kl"] == pytest.approx(0, abs=1e-7)
+    with pytest.raises(RunFolderError, match="quantization was '4bit', now None"):
+        run_compare(spec_of(place, "whole-4bit", **given), apart=False)
+
+
+def test_a_missing_library_is_told_before_anything_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any, **__: Any) -> Any:
+        raise ImportError("No package metadata was found for bitsandbytes")
+
+    monkeypatch.setattr(transformers, "BitsAndBytesConfig", missing)
+    spec = spec_of(place, "missing", variants={"qlora": {"method": "lora", "quantization": "4bit"}})
+    with pytest.raises(ConfigError, match=r"'4bit' needs a library .* pip install 'dynalora\[quant\]'"):
+        run_compare(spec, apart=False)
+    assert not (place / "missing").exists()
+
+
 # --- statistics ---------------------------------------------------------------------------------------------------
 
 
@@ -651,6 +721,9 @@ def test_tables_in_markdown_and_latex() -> None:
         ({"texts": ["nothing"]}, "write it as NAME=SOURCE"),
         ({"texts": ["a=b", "a=c"]}, "uses a name twice"),
         ({"jobs": 0}, "jobs is 0"),
+        ({"quantization": "2bit"}, "quantization is '2bit'; choose one of 4bit, 8bit, int8"),
+        ({"variants": {"x": {"method": "lora", "quantization": 4}}}, "quantization is '4'; choose one of 4bit"),
+        ({"variants": {"x": {"method": "full", "quantization": "4bit"}}}, "'x' trains all weights, and quantised"),
         ({"seeds": 0}, "seeds is 0"),
         ({"epochs": 2}, "steps is 4 and epochs is 2; give one of them"),
         ({"template": "alpacca"}, "template is 'alpacca'; choose one of chat, none, alpaca"),

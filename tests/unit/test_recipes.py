@@ -212,7 +212,7 @@ def test_recipes_train_as_many_parameters_as_the_papers_print() -> None:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, an encoder, and a folder of benchmarks with a few questions of each that twins name."""
     folder = tmp_path_factory.mktemp("recipes")
-    tiny.saved_model(folder / "model")
+    tiny.saved_model(folder / "model", width=64)  # 4-bit weights come in blocks of 64
     words = tiny.tokenizer(chat=False)
     words.pad_token = words.eos_token
     words.save_pretrained(folder / "encoder")

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 
 import dynalora
 from dynalora.cache import cache_folder
@@ -212,6 +213,26 @@ def test_the_fingerprint_is_of_the_base_weights_alone(words: Any) -> None:
         changed.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-3
     assert fingerprint(changed) != plain
     assert fingerprint(base_model(words).to(torch.bfloat16)) != plain
+
+
+def test_the_fingerprint_of_4_bit_weights_is_the_same_after_their_first_use(
+    words: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    marks = []
+    for scale in (1.0, 1.0, -1.0):
+        wide = tiny.model(len(words), width=64)
+        wide.model.layers[0].self_attn.o_proj.weight.data.mul_(scale)
+        wide.save_pretrained(str(tmp_path / "wide"))
+        how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        four = transformers.AutoModelForCausalLM.from_pretrained(
+            str(tmp_path / "wide"), quantization_config=how
+        ).eval()
+        marks.append(fingerprint(four))
+        text = own_text(four, words, texts=2, tokens=4, cache=False)
+        assert fingerprint(four) == marks[-1] == text.fingerprint
+        assert retention(four, text).kl == pytest.approx(0, abs=1e-7)
+    assert marks[0] == marks[1] != marks[2]
 
 
 def test_a_text_of_another_model_is_refused(words: Any) -> None:

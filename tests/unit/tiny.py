@@ -41,12 +41,12 @@ def tokenizer(*, chat: bool = True, merges: list[tuple[str, str]] | None = None)
     return made
 
 
-def model(vocabulary: int, *, layers: int = 2) -> Any:
+def model(vocabulary: int, *, layers: int = 2, width: int = 32) -> Any:
     torch.manual_seed(12)
     config = transformers.LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=width,
+        intermediate_size=48 if width == 32 else 2 * width,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -56,11 +56,11 @@ def model(vocabulary: int, *, layers: int = 2) -> Any:
     return transformers.LlamaForCausalLM(config)
 
 
-def saved_model(folder: Path, *, chat: bool = True) -> Path:
+def saved_model(folder: Path, *, chat: bool = True, width: int = 32) -> Path:
     """Model and tokenizer in a folder, as a user has them."""
     words = tokenizer(chat=chat)
     words.save_pretrained(folder)
-    model(len(words)).save_pretrained(folder)
+    model(len(words), width=width).save_pretrained(folder)
     return folder
 
 

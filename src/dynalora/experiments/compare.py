@@ -40,10 +40,13 @@ from dynalora.evaluation.run import Prepared, model_kind, prepare, task_list
 from dynalora.evaluation.seq2seq import is_encoder_decoder
 from dynalora.experiments.baselines import label_of, prompt_only
 from dynalora.experiments.finetune import (
+    check_quantization,
     check_targets,
     compared_config,
     empty_model,
     local_model_name,
+    quantization_config,
+    resolve_dtype,
 )
 from dynalora.experiments.lab import LabSettings, read_result
 from dynalora.experiments.run_folder import CONFIG, write_atomic
@@ -69,7 +72,9 @@ BASE = "base"
 """The label of the untouched model."""
 
 CELLS = "cells"
-_OF_A_VARIANT = ("method", "r", "alpha", "dropout", "target_modules", "learning_rates", "match")
+_OF_A_VARIANT = (
+    "method", "r", "alpha", "dropout", "target_modules", "learning_rates", "match", "quantization",
+)  # fmt: skip
 _GROWS = (
     "tasks", "output", "methods", "variants", "reference", "learning_rates", "learning_rate", "seeds", "all_rates",
     "jobs", "threads",
@@ -90,13 +95,16 @@ class CompareSpec(LabSettings, TrainSettings):
         output: the folder: new, or with cells of the same comparison.
         methods: names of methods, PEFT's and `full` included, or files with PEFT configurations.
         variants: more to compare: label → settings with `method` and any of `r`, `alpha`, `dropout`,
-            `target_modules`, `learning_rates`, `match` (whether its parameters are matched) and fields of the
-            method's configuration.
+            `target_modules`, `learning_rates`, `match` (whether its parameters are matched), `quantization` and fields
+            of the method's configuration.
         reference: the label that all others are compared with.
         r: rank of the reference, and of all where parameters are not matched.
         alpha: updates are scaled by alpha / r; None: each method's default.
         dropout: on the adapter's input.
         target_modules: names of the modules to adapt, a regular expression, or `all-linear`.
+        quantization: `4bit` (NF4) or `8bit` base weights, with bitsandbytes, or `int8` ones, with torchao; None: as
+            they are. What was forgotten is measured against a base model with these weights, also of variants with
+            others.
         match_parameters: choose each method's rank so that it trains as many parameters as the reference does.
         learning_rates: the grid; empty: `learning_rate` alone.
         steps: optimizer steps of every run; None: as many as `epochs` needs.
@@ -122,6 +130,7 @@ class CompareSpec(LabSettings, TrainSettings):
     alpha: float | None = None
     dropout: float = 0.0
     target_modules: list[str] | str = "all-linear"
+    quantization: str | None = None
     match_parameters: bool = True
     learning_rates: list[float] = field(default_factory=list)
     steps: int | None = 100
@@ -158,6 +167,7 @@ class CompareSpec(LabSettings, TrainSettings):
                 f"validation is {self.validation}, and there are several learning rates to choose from; set some "
                 "training questions aside, or run them all with all_rates."
             )
+        check_quantization(self.quantization)
         if len({named_source(text, "texts")[0] for text in self.texts}) < len(self.texts):
             raise ConfigError(f"texts uses a name twice: {', '.join(self.texts)}.")
         self.contestants()
@@ -226,12 +236,18 @@ class CompareSpec(LabSettings, TrainSettings):
                 alpha=told.get("alpha", self.alpha),
                 dropout=float(told.get("dropout", self.dropout)),
                 target_modules=told.get("target_modules", self.target_modules),
+                quantization=told.get("quantization", self.quantization),
                 options=options,
                 learning_rates=tuple(sorted(set(rates))),
                 # A rank that is given is meant.
                 matches=bool(told.get("match", self.match_parameters and "r" not in told)),
             )
-            own.config("CAUSAL_LM")  # a wrong setting is told at once
+            # A wrong setting is told at once.
+            check_quantization(own.quantization)
+            if own.config("CAUSAL_LM") is None and own.quantization is not None:
+                raise ConfigError(
+                    f"'{label}' trains all weights, and quantised ones cannot be trained; give it quantization: null."
+                )
             found.append(own)
         labels = [own.label for own in found]
         if self.reference not in labels:
@@ -253,6 +269,7 @@ class Setup:
         alpha: None: the method's default.
         dropout: on the adapter's input.
         target_modules: which modules it adapts.
+        quantization: how the base weights are held; None: as they are.
         options: further fields of its configuration.
     """
 
@@ -262,6 +279,7 @@ class Setup:
     alpha: float | None = None
     dropout: float = 0.0
     target_modules: list[str] | str = "all-linear"
+    quantization: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def config(self, task_type: str) -> PeftConfig | None:
@@ -327,7 +345,7 @@ class Cell(Setup):
 def shared_settings(spec: CompareSpec) -> dict[str, Any]:
     """The settings that all cells of a folder have in common, as JSON holds them."""
     kept = {name: value for name, value in spec.settings().items() if name not in _GROWS}
-    for name in ("r", "alpha", "dropout", "target_modules", "match_parameters"):
+    for name in ("r", "alpha", "dropout", "target_modules", "quantization", "match_parameters"):
         kept.pop(name)  # each cell says its own
     plain: dict[str, Any] = json.loads(json.dumps(kept))
     return plain
@@ -503,7 +521,9 @@ class Grid:
 
     def base(self, task: str) -> Cell:
         """The untouched model on a task."""
-        return Cell(task=task, place=self.places[task], label=BASE, method=BASE)
+        return Cell(
+            task=task, place=self.places[task], label=BASE, method=BASE, quantization=self.spec.quantization
+        )
 
     def tried(self, task: str, own: Contestant) -> list[Cell]:
         """The cells that the learning rate is chosen from."""
@@ -704,6 +724,9 @@ def run_compare(
     with rich_progress(console) as progress:
         local_model_name(spec.model, progress=progress)
     contestants = plan(spec, tasks)
+    for held in {own.quantization for own in contestants} | {spec.quantization} if run else ():
+        if held is not None:
+            quantization_config(held, resolve_dtype(spec.dtype))  # its library is there
     grid = Grid(spec, contestants, task_places(tasks), store)
     # Cells with other settings are refused before anything is written.
     if not grid.done() and not run:

@@ -83,7 +83,7 @@ class _Run:
         self.head, self.labels = task.head, task.labels
         with rich_progress(self.console) as progress:
             self.path = local_model_name(spec.model, progress=progress)
-        model: Any = self._load()
+        model: Any = self._load(self.cell.quantization)
         self.task_type = task_type_of(model, self.head)
         tokenizer = load_tokenizer(
             self.path, template=spec.template if self.task_type == "CAUSAL_LM" else None
@@ -136,18 +136,27 @@ class _Run:
         """Whether switching the adapter off does not give back the base model."""
         return edits_base(self.cell.method, self.cell.config(self.task_type))
 
-    def _load(self) -> PreTrainedModel:
+    def _on_the_base(self) -> bool:
+        """Whether the adapter stands on the base model that all are measured against."""
+        return self.cell.quantization == self.spec.quantization
+
+    def _load(self, quantization: str | None) -> PreTrainedModel:
         torch.manual_seed(self.cell.seed)  # a new classification head
-        model = load_model(self.path, dtype=self.spec.dtype, head=self.head, labels=self.labels)
-        if torch.accelerator.is_available():
+        model = load_model(
+            self.path, dtype=self.spec.dtype, quantization=quantization, head=self.head, labels=self.labels
+        )
+        # bitsandbytes' weights are where they belong, and must not be moved.
+        placed = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+        if torch.accelerator.is_available() and not placed:
             model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
         return model
 
     def _texts(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, MeasuredText]:
         if not self.spec.retention or self.task_type != "CAUSAL_LM":
             return {}
+        base = model if self._on_the_base() else self._load(self.spec.quantization)
         with rich_progress(self.console) as progress:
-            found: dict[str, MeasuredText] = {OWN: own_text(model, tokenizer, progress=progress)}
+            found: dict[str, MeasuredText] = {OWN: own_text(base, tokenizer, progress=progress)}
         for text in self.spec.texts:
             name, given = load_text(text)
             found[name] = given_text(given, tokenizer, max_length=MONITORED_LENGTH)
@@ -160,7 +169,8 @@ class _Run:
             return None
         if self.base:
             return {name: {"kl": 0.0, "kl_error": 0.0, "loss_shift": 0.0} for name in texts}
-        first = self._load() if self._edits_base() else None
+        ours = self._on_the_base() and not self._edits_base()
+        first = None if ours else self._load(self.spec.quantization)
         found = {}
         for name, text in texts.items():
             kept = retention(model, text, base=first, name=f"{self.cell.label} on {name}", progress=progress)

@@ -225,12 +225,15 @@ def _at_loss(points: Sequence[tuple[float, float, float]], loss: float) -> float
 def plan_table(contestants: Sequence[Contestant]) -> Table:
     """What is going to be compared."""
     rows: list[list[TableCell]] = []
+    quantised = any(own.quantization is not None for own in contestants)
     for own in contestants:
         rank = _ranks(own)
         rates = ", ".join(f"{rate:g}" for rate in own.learning_rates)
-        rows.append([own.label, own.method, rank, own.parameters, f"{100 * own.off:+.1f} %", rates])
+        held: list[TableCell] = [own.quantization] if quantised else []
+        rows.append([own.label, own.method, *held, rank, own.parameters, f"{100 * own.off:+.1f} %", rates])
+    more = ["base weights"] if quantised else []
     return Table(
-        ["label", "method", "rank", "trained parameters", "off", "learning rates"], rows, title="Compared",
+        ["label", "method", *more, "rank", "trained parameters", "off", "learning rates"], rows, title="Compared",
         note="off: trained parameters relative to the reference's, which is the first.",
     )  # fmt: skip
 

@@ -66,6 +66,7 @@ __all__ = [
     "TrainResult",
     "TrainSettings",
     "adapter_config",
+    "check_quantization",
     "check_targets",
     "compared_config",
     "compared_names",
@@ -77,6 +78,8 @@ __all__ = [
     "local_model_name",
     "method_names",
     "prepare",
+    "quantization_config",
+    "resolve_dtype",
     "save_adapter",
     "summary_table",
     "train_adapter",
@@ -203,10 +206,7 @@ class FinetuneSpec(TrainSettings):
             raise ConfigError(f"dtype is '{self.dtype}'; choose one of {', '.join(DTYPES)}.")
         if self.dtype == "float16" and not torch.cuda.is_available():
             raise ConfigError("dtype is 'float16', which trains on GPUs only; choose bfloat16 or float32.")
-        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
-            raise ConfigError(
-                f"quantization is '{self.quantization}'; choose one of {', '.join(QUANTIZATIONS)}."
-            )
+        check_quantization(self.quantization)
 
     @property
     def monitored(self) -> bool:
@@ -589,16 +589,13 @@ def load_model(
         options["num_labels"] = labels
     try:
         if quantization is not None:
-            options["quantization_config"] = _quantization(quantization, options["dtype"])
+            options["quantization_config"] = quantization_config(quantization, options["dtype"])
         model: PreTrainedModel
         model, told = getattr(transformers, f"AutoModelFor{auto}").from_pretrained(
             name, output_loading_info=True, **options
         )
     except ImportError as error:
-        raise ConfigError(
-            f"quantization '{quantization}' needs a library that is not installed ({_first_line(error)}): "
-            f"pip install 'dynalora[{QUANTIZATIONS.get(quantization or '', 'quant')}]'."
-        ) from error
+        raise _not_installed(quantization or "", error) from error
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"The weights of '{name}' cannot be loaded ({_first_line(error)}).") from error
     if head == "masked":
@@ -613,17 +610,46 @@ def load_model(
     return model
 
 
-def _quantization(name: str, dtype: torch.dtype) -> Any:
-    """Settings of transformers for a way to hold the base weights."""
+def check_quantization(name: str | None) -> None:
+    """Make sure that base weights can be held so.
+
+    Raises:
+        ConfigError: there is no such way.
+    """
+    if name is not None and name not in QUANTIZATIONS:
+        raise ConfigError(f"quantization is '{name}'; choose one of {', '.join(QUANTIZATIONS)}.")
+
+
+def quantization_config(name: str, dtype: torch.dtype) -> Any:
+    """Settings of transformers for a way to hold the base weights.
+
+    Args:
+        name: one of [`QUANTIZATIONS`][dynalora.experiments.finetune.QUANTIZATIONS].
+        dtype: that 4-bit weights are multiplied in.
+
+    Raises:
+        ConfigError: there is no such way, or its library is not installed.
+    """
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
-    if name == "int8":
-        from torchao.quantization import Int8WeightOnlyConfig
+    check_quantization(name)
+    try:
+        if name == "int8":
+            from torchao.quantization import Int8WeightOnlyConfig
 
-        return TorchAoConfig(Int8WeightOnlyConfig())
-    four = name == "4bit"
-    return BitsAndBytesConfig(
-        load_in_4bit=four, load_in_8bit=not four, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            return TorchAoConfig(Int8WeightOnlyConfig())
+        four = name == "4bit"
+        return BitsAndBytesConfig(
+            load_in_4bit=four, load_in_8bit=not four, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    except ImportError as error:
+        raise _not_installed(name, error) from error
+
+
+def _not_installed(quantization: str, error: ImportError) -> ConfigError:
+    return ConfigError(
+        f"quantization '{quantization}' needs a library that is not installed ({_first_line(error)}): "
+        f"pip install 'dynalora[{QUANTIZATIONS.get(quantization, 'quant')}]'."
     )
 
 

@@ -242,11 +242,15 @@ def fingerprint(model: torch.nn.Module) -> str:
     """A short mark of a model's base weights: equal for the same weights, whatever adapters are attached.
 
     It covers every weight's name, shape and dtype, and up to 1024 evenly spaced entries of each, which any
-    fine-tuning changes.
+    fine-tuning changes; of bitsandbytes' 4-bit weights how often each of the 16 values occurs.
     """
     digest = hashlib.sha256()
     for name, value in sorted(base_weights(model), key=lambda pair: pair[0]):
         plain = value.detach()
+        state = getattr(value, "quant_state", None)
+        if state is not None:
+            digest.update(f"{name} {tuple(state.shape)} 4-bit {_occurrences(plain).tolist()}\n".encode())
+            continue
         # torchao's weights have no entries to take a view of.
         if type(plain).dequantize is not torch.Tensor.dequantize:
             plain = plain.dequantize()
@@ -256,6 +260,12 @@ def fingerprint(model: torch.nn.Module) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _occurrences(packed: torch.Tensor) -> torch.Tensor:
+    """How often each 4-bit value occurs: (16,). On CPUs bitsandbytes packs weights in another order when first used."""
+    pairs = torch.bincount(packed.reshape(-1).view(torch.uint8), minlength=256).view(16, 16)
+    return pairs.sum(0) + pairs.sum(1)
 
 
 def base_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
