@@ -562,12 +562,13 @@ def test_feature_extraction(row: Row, tmp_path: Path) -> None:
 
 
 @every_method
+@pytest.mark.parametrize("targets", [["query", "value"], "all-linear"], ids=["some", "all-linear"])
 @pytest.mark.parametrize(
     ("task_type", "name"),
     [("TOKEN_CLS", "BertForTokenClassification"), ("QUESTION_ANS", "BertForQuestionAnswering")],
 )
 def test_token_classification_and_question_answering(
-    row: Row, task_type: str, name: str, tmp_path: Path
+    row: Row, task_type: str, name: str, targets: Any, tmp_path: Path
 ) -> None:
     import transformers
 
@@ -575,7 +576,10 @@ def test_token_classification_and_question_answering(
     settings = BERT.build().config
     settings.num_labels = 2
     base = getattr(transformers, name)(settings)
-    model = peft.get_peft_model(copy.deepcopy(base), row.configure(BERT, task_type=task_type)).eval()
+    model = peft.get_peft_model(
+        copy.deepcopy(base), row.configure(BERT, task_type=task_type, target_modules=targets)
+    )
+    model.eval()
     heads = {name for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" in name}
     assert heads
     with torch.no_grad():

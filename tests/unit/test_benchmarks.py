@@ -66,7 +66,7 @@ def test_every_entry_is_whole() -> None:
     names = """
         boolq piqa social_i_qa hellaswag winogrande arc_easy arc_challenge openbookqa
         gsm8k math aqua svamp multiarith addsub singleeq mawps humaneval humaneval_plus mbpp mbpp_plus
-        cola sst2 mrpc qqp stsb mnli qnli rte wnli convai2 xsum squad_v2 wikitext2 wikitext2_masked
+        cola sst2 mrpc qqp stsb mnli qnli rte wnli convai2 xsum squad_v2 squad_v2_spans wikitext2 wikitext2_masked
     """
     wanted = set(names.split())
     assert set(BENCHMARKS) == wanted
@@ -349,6 +349,7 @@ def test_a_metric_without_items_or_references() -> None:
         ("gsm8k", {"strict": 1, "flexible": 1}),
         ("math", {"accuracy": 1}),
         ("svamp", {"accuracy": 0}),  # its response says 3, its reference 2
+        ("squad_v2_spans", {"f1": 1, "exact": 1, "HasAns_f1": 1, "HasAns_exact": 1, "NoAns_f1": 1, "NoAns_exact": 1}),
         ("squad_v2", {"f1": 1, "exact": 1, "HasAns_f1": 1, "HasAns_exact": 1, "NoAns_f1": 1, "NoAns_exact": 1}),
     ],
 )  # fmt: skip

@@ -253,6 +253,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         content[f"summarization/xsum.{split}"] = [
             {"document": f"{split} {n} is long.", "summary": f"{n}"} for n in range(count)
         ]
+    for split, count in (("train", 40), ("dev", 6)):
+        content[f"qa/squad_v2.{split}"] = [
+            {
+                "context": f"{split}: {n} cats.",
+                "question": "What?",
+                "answers": {"text": [f"{n} cats"] * (n % 2)},
+            }
+            for n in range(count)
+        ]
     for name in ("cola", "sst2"):
         for split, count in (("train", 40), ("dev", 6)):
             content[f"glue/{name}.{split}"] = [
@@ -322,9 +331,10 @@ short = partial(cut, steps=2, held_out=3, generated=2, generated_tokens=4, eval_
         ("dira/table1", {"boolq", "piqa", "arc_easy", "openbookqa"}),
         ("pe-dyra/table3", {"gsm8k", "svamp", "gsm8k flexible"}),
         ("pe-dyra/table14", {"matthews"}),
+        ("pe-dyra/figure6", {"f1", "exact", "HasAns_f1", "HasAns_exact", "NoAns_f1", "NoAns_exact"}),
         ("pe-dyra/table4", {"rouge1", "rouge2", "rougeL", "rougeLsum"}),
     ],
-    ids=["multiple choice", "word problems", "classification", "summaries"],
+    ids=["multiple choice", "word problems", "classification", "marking", "summaries"],
 )
 def test_a_twin_runs(place: Path, name: str, measured: set[str]) -> None:
     spec = short(place, RECIPES / f"{name}.small.yaml", validation=2)
@@ -338,8 +348,8 @@ def test_a_twin_runs(place: Path, name: str, measured: set[str]) -> None:
     for result in results:
         assert result["training"]["steps"] == 2
         assert set(result["test"]["metrics"]) == measured
-        # A summary is not right or wrong.
-        assert (result["test"]["accuracy"] is None) == (spec.tasks == ["xsum"])
+        # A summary and a marked answer are more than right or wrong.
+        assert (result["test"]["accuracy"] is None) == (spec.tasks[0] in ("xsum", "squad_v2_spans"))
 
 
 def test_the_stages_and_the_recovery_run(place: Path) -> None:

@@ -30,6 +30,9 @@ from dynalora.adapter.ranks import fit
 from dynalora.driver import Driver, check_driven
 from dynalora.errors import CheckpointError, ConfigError, UnsupportedError
 
+_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""Heads by task which PEFT trains in full, but does so only after `all-linear` has taken them for a layer to adapt."""
+
 
 class AdapterModel(BaseTuner):
     """Wraps a model's linear layers with adapters of one method."""
@@ -75,6 +78,9 @@ class AdapterModel(BaseTuner):
                 f"{model_config.get('model_type')!r}, for which there is no default; name the linear "
                 "layers, or pass 'all-linear'."
             )
+        heads = _HEADS.get(peft_config.task_type, ()) if peft_config.target_modules == "all-linear" else ()
+        if heads and not isinstance(peft_config.exclude_modules, str):
+            peft_config.exclude_modules = sorted({*(peft_config.exclude_modules or ()), *heads})
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _create_and_replace(

@@ -21,7 +21,7 @@ from dynalora.evaluation.multiple_choice import Choice
 from dynalora.evaluation.numbers import final_number, number, solution_from
 from dynalora.evaluation.sources import Source
 
-How = Literal["generate", "code", "classify", "perplexity", "masked perplexity"]
+How = Literal["generate", "code", "classify", "extract", "perplexity", "masked perplexity"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,12 @@ class Example:
         prompt: the question as it is put to the model.
         reference: what the answer is compared with; its kind is the metrics' affair.
         response: the text to learn, for training; empty where the task has none.
-        second: for classification, the second text of a pair; else the instruction's input.
+        second: for classification, the second text of a pair; the passage that an answer is taken out of; else the
+            instruction's input.
         prefix: the beginning of the answer, given to the model; part of the generated code.
         choice: the same question with its options, for scoring by likelihood.
         program: for code, (answer) → the program to run.
+        span: where the passage has the answer, in characters, (first, one behind the last); None: nowhere.
         where: where its row lies, for errors.
     """
 
@@ -46,6 +48,7 @@ class Example:
     prefix: str = ""
     choice: Choice | None = None
     program: Callable[[str], str] | None = None
+    span: tuple[int, int] | None = None
     where: str = ""
 
     def conversation(self) -> list[dict[str, str]]:
@@ -70,7 +73,7 @@ class Benchmark:
         source: where its rows are.
         read: (row, where it lies) → its items; most rows are one, a dialogue is one per turn.
         metrics: how answers are scored; the first metric's first name stands for the task.
-        how: what the model does: generate, classify, ….
+        how: what the model does: generate, classify, extract (mark the answer in a passage), ….
         max_new_tokens: longest answer.
         stop: texts that end an answer.
         labels: for classification, number of classes; 1: a value.
@@ -356,6 +359,24 @@ def _squad(row: Mapping[str, Any], where: str) -> list[Example]:
     return [Example(prompt, answers, answers[0] if answers else "unanswerable", where=where)]
 
 
+def _squad_spans(row: Mapping[str, Any], where: str) -> list[Example]:
+    passage, answers = _text(row, where, "context"), _field(row, where, "answers")
+    texts = [str(text) for text in answers["text"]]
+    span = None
+    if texts:
+        starts = list(answers.get("answer_start") or [])
+        first = int(starts[0]) if starts else passage.find(texts[0])
+        span = first, first + len(texts[0])
+        if first < 0 or passage[slice(*span)] != texts[0]:
+            raise DataError(
+                f"{where} has the answer '{texts[0]}', which its passage does not have"
+                + (f" at character {first}" if starts else "")
+                + "; mend the row, or leave it out."
+            )
+    question = _text(row, where, "question").strip()
+    return [Example(question, texts, texts[0] if texts else "", second=passage, span=span, where=where)]
+
+
 def _line(row: Mapping[str, Any], where: str) -> list[Example]:
     return [Example(str(_field(row, where, "text")), None, where=where)]
 
@@ -464,6 +485,10 @@ def _entries() -> Iterator[Benchmark]:
     yield Benchmark(
         "squad_v2", "SQuAD v2", Source("qa/squad_v2", "rajpurkar/squad_v2", splits=dev), _squad, (metrics.SQUAD,),
         stop=("\n",),
+    )  # fmt: skip
+    yield Benchmark(
+        "squad_v2_spans", "SQuAD v2, marked", Source("qa/squad_v2", "rajpurkar/squad_v2", splits=dev), _squad_spans,
+        (metrics.SQUAD,), "extract",
     )  # fmt: skip
     wikitext = Source("text/wikitext2", "Salesforce/wikitext", ("wikitext-2-raw-v1",), all_three, text=True)
     yield Benchmark("wikitext2", "WikiText-2", wikitext, _line, (), "perplexity")

@@ -30,6 +30,7 @@ from dynalora.evaluation.perplexity import perplexity, windows
 from dynalora.evaluation.sandbox import Limits, check_sandbox, run_program
 from dynalora.evaluation.seq2seq import is_encoder_decoder, shortened
 from dynalora.evaluation.sources import Source
+from dynalora.evaluation.spans import mark_answers
 from dynalora.evaluation.statistics import Estimate, Interval, unweighted_mean
 from dynalora.evaluation.tasks import load_task
 from dynalora.progress import Progress, silent
@@ -87,8 +88,8 @@ class TaskResult:
         percent: names that are shares.
         values: by name, one value per item, for comparisons on the same items; None where an item does not count.
         answers: what the model said, one per item; empty for tasks in which it says nothing.
-        too_long: items that do not fit into the model's window; they count as wrong (classification and
-            encoder-decoders: lose their end).
+        too_long: items that do not fit into the model's window; they count as wrong (classification,
+            encoder-decoders and questions about passages: lose their end).
         seconds: wall-clock time.
     """
 
@@ -228,8 +229,9 @@ def measure(
 
     Args:
         model: with or without adapter; left in the mode it was in. Classification needs a model with a classification
-            head, masked perplexity one with a masked-language-modelling head, all else a causal language model; an
-            encoder-decoder can do what is answered by generation, code excepted.
+            head, marking answers one with a question-answering head, masked perplexity one with a
+            masked-language-modelling head, all else a causal language model; an encoder-decoder can do what is answered
+            by generation, code excepted.
         tokenizer: the model's; its chat template, if it has one, writes the prompts.
         prepared: as [`prepare`][dynalora.evaluation.run.prepare] returns it.
         batch_size: items per batch.
@@ -267,6 +269,14 @@ def measure(
             model, tokenizer, items, batch_size=batch_size, what=what, progress=progress
         )
         result = _scored(replace(result, too_long=cut), prepared, classes(logits))
+    elif task.how == "extract":
+        _need_head(model, task, "spans")
+        marked = mark_answers(
+            model, tokenizer, items, max_length=span_window(model, tokenizer), batch_size=batch_size, what=what,
+            progress=progress,
+        )  # fmt: skip
+        result = replace(result, answers=tuple(marked.answers), too_long=marked.cut)
+        result = _scored(result, prepared, marked.answers)
     elif prepared.likelihood:
         _need_head(model, task, "lm")
         result = _likelihood(model, tokenizer, items, batch_size, what, progress, result)
@@ -287,14 +297,14 @@ def model_kind(prepared: Prepared) -> tuple[str, int]:
     """What kind of model a task needs, and its number of classes.
 
     Returns:
-        `lm` for a causal language model, `text` for one or an encoder-decoder, `masked` for a masked language model, or
-        `classes` with their number (else 0).
+        `lm` for a causal language model, `text` for one or an encoder-decoder, `masked` for a masked language model,
+        `spans` for one that marks answers, or `classes` with their number (else 0).
     """
     task = prepared.task
     if task.how == "classify":
         return "classes", task.labels
-    if task.how == "masked perplexity":
-        return "masked", 0
+    if task.how in ("masked perplexity", "extract"):
+        return "masked" if task.how == "masked perplexity" else "spans", 0
     causal = task.how in ("perplexity", "code") or prepared.likelihood or prepared.harness
     return "lm" if causal else "text", 0
 
@@ -317,6 +327,11 @@ def model_window(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> 
     return min(
         [int(value) for value in said if isinstance(value, (int, float)) and 0 < value < 10**9] or [10**9]
     )
+
+
+def span_window(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of a window over a passage: 384, as in BERT's script, or what the model can take if that is less."""
+    return within_window(384, model, tokenizer)
 
 
 def within_window(max_length: int, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -526,9 +541,10 @@ def _scored(result: TaskResult, prepared: Prepared, answers: Sequence[Any]) -> T
 def _need_head(model: torch.nn.Module, task: Benchmark, head: str) -> None:
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     kind = type(base).__name__
-    text = "SequenceClassification" not in kind and "MaskedLM" not in kind
+    text = not any(own in kind for own in ("SequenceClassification", "MaskedLM", "QuestionAnswering"))
     has = {
         "classes": "SequenceClassification" in kind,
+        "spans": "QuestionAnswering" in kind,
         "masked": "MaskedLM" in kind,
         "text": text,
         "lm": text and not is_encoder_decoder(base),
@@ -536,6 +552,7 @@ def _need_head(model: torch.nn.Module, task: Benchmark, head: str) -> None:
     if not has[head]:
         wanted = {
             "classes": "a model with a classification head (AutoModelForSequenceClassification)",
+            "spans": "a model with a question-answering head (AutoModelForQuestionAnswering)",
             "masked": "a masked language model (AutoModelForMaskedLM)",
             "lm": "a causal language model (AutoModelForCausalLM)",
             "text": "a causal language model (AutoModelForCausalLM) or an encoder-decoder (AutoModelForSeq2SeqLM)",

@@ -81,6 +81,7 @@ _GROWS = (
 )  # fmt: skip
 """Settings that may differ between calls on the same folder: what more to run, and how many at once."""
 SEQ2SEQ = "SEQ_2_SEQ_LM"
+QUESTION_ANSWERING = "QUESTION_ANS"
 TAKEN = 75
 """Exit status of a cell that another process has taken."""
 
@@ -90,8 +91,8 @@ class CompareSpec(LabSettings, TrainSettings):
     """What `dynalora compare` does.
 
     Attributes:
-        tasks: what to train on and to measure; see [`tasks`][dynalora.experiments.tasks]. Either all of them are
-            classification, or none is.
+        tasks: what to train on and to measure; see [`tasks`][dynalora.experiments.tasks]. All of them take the same
+            kind of model.
         output: the folder: new, or with cells of the same comparison.
         methods: names of methods, PEFT's and `full` included, or files with PEFT configurations.
         variants: more to compare: label → settings with `method` and any of `r`, `alpha`, `dropout`,
@@ -591,7 +592,8 @@ def plan(
     heads = {task.head for task in tasks.values()}
     if len(heads) > 1:
         raise ConfigError(
-            "Some tasks are classification and some are not; compare them one after the other, each with its model."
+            "Some tasks take another kind of model (classification, the marking of answers, and all others each have "
+            "one); compare them one after the other, each with its model."
         )
     first = next(iter(tasks.values()))
     if model is None:
@@ -599,7 +601,9 @@ def plan(
     task_type = task_type_of(model, first.head)
     contestants = spec.contestants()
     if task_type == SEQ2SEQ:
-        _check_seq2seq(spec, tasks.values(), contestants)
+        _check_seq2seq(spec, tasks.values())
+    if task_type in (SEQ2SEQ, QUESTION_ANSWERING):
+        _check_prompts(contestants, task_type)
     _check_kept(spec, task_type)
     for own in contestants:
         config = own.config(task_type)
@@ -635,14 +639,12 @@ def plan(
 
 def task_type_of(model: nn.Module, head: str) -> str:
     """PEFT's name for what a model does, with the head that a task asks for."""
-    if head == "classes":
-        return "SEQ_CLS"
+    if head in ("classes", "spans"):
+        return "SEQ_CLS" if head == "classes" else QUESTION_ANSWERING
     return SEQ2SEQ if is_encoder_decoder(model) else "CAUSAL_LM"
 
 
-def _check_seq2seq(
-    spec: CompareSpec, tasks: Iterable[ExperimentTask], contestants: Sequence[Contestant]
-) -> None:
+def _check_seq2seq(spec: CompareSpec, tasks: Iterable[ExperimentTask]) -> None:
     """Refuse what an encoder-decoder cannot do."""
     for task in tasks:
         if task.causal:
@@ -656,12 +658,16 @@ def _check_seq2seq(
             f"The model '{spec.model}' is an encoder-decoder, which has no prompt template; leave out template "
             f"'{spec.template}'."
         )
+
+
+def _check_prompts(contestants: Sequence[Contestant], task_type: str) -> None:
+    """Refuse virtual tokens where they cannot be measured."""
+    kind = {SEQ2SEQ: "encoder-decoders", QUESTION_ANSWERING: "models that mark answers"}[task_type]
     for own in contestants:
-        config = own.config(SEQ2SEQ)
+        config = own.config(task_type)
         if config is not None and prompt_only(config):
             raise ConfigError(
-                f"The model '{spec.model}' is an encoder-decoder, and {own.label} learns virtual tokens, which is "
-                "measured with causal language models only; leave it out."
+                f"{own.label} learns virtual tokens, which are not measured with {kind} here; leave it out."
             )
 
 
@@ -750,6 +756,7 @@ def _check_kept(spec: CompareSpec, task_type: str) -> None:
     """Make sure that the tasks that show what was kept are there, and fit the models."""
     kinds, wanted = {
         "SEQ_CLS": (("masked",), "masked-LM perplexity (wikitext2_masked)"),
+        QUESTION_ANSWERING: (("masked",), "masked-LM perplexity (wikitext2_masked)"),
         SEQ2SEQ: (("text",), "benchmarks that are answered by generation"),
     }.get(task_type, (("lm", "text"), "tasks of language models"))
     for prepared in kept_tasks(spec):

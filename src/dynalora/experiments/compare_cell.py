@@ -109,7 +109,7 @@ class _Run:
             _forget_peak()
             trained = train_adapter(
                 model, tokenizer, cell.config(self.task_type), rows, settings=how, label=cell.label,
-                console=self.console, collator=task.collator(tokenizer) if self.head == "classes" else None,
+                console=self.console, collator=None if self.head == "text" else task.collator(tokenizer),
             )  # fmt: skip
             model = trained.model
             result |= {"training": _training(trained, len(rows)), "landscape": self._landscape(model)}
@@ -141,7 +141,7 @@ class _Run:
         return self.cell.quantization == self.spec.quantization
 
     def _load(self, quantization: str | None) -> PreTrainedModel:
-        torch.manual_seed(self.cell.seed)  # a new classification head
+        torch.manual_seed(self.cell.seed)  # a new head
         model = load_model(
             self.path, dtype=self.spec.dtype, quantization=quantization, head=self.head, labels=self.labels
         )

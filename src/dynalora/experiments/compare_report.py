@@ -60,7 +60,7 @@ class Summary:
         edge: the chosen rate is the grid's smallest or largest, and there were others.
         results: the cells, by seed.
         accuracy: over the seeds, a share; None where no answer is right or wrong.
-        loss: of the right answers, nats per token (per text for classification).
+        loss: of the right answers, nats per token (per text for classification, per question for marking).
         metrics: the benchmark's own numbers.
         kl: KL(base ‖ tuned) by text, nats per token.
         kept: main numbers of the retention tasks, over the seeds, and where all are shares `mean`, their unweighted

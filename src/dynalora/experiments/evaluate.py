@@ -183,8 +183,8 @@ def results_table(results: Sequence[TaskResult]) -> Table:
     if cut:
         told = ", ".join(f"{title} {count}" for title, count in cut.items())
         note += (
-            f" Longer than the model's window: {told}; they count as wrong (classification and encoder-decoders: lose "
-            "their end)."
+            f" Longer than the model's window: {told}; they count as wrong (classification, encoder-decoders and "
+            "questions about passages: lose their end)."
         )
     columns = ["task", "split", "items", "metric", "value", "95 % interval", "time"]
     return Table(columns, rows, title="Evaluation", note=note)
@@ -215,10 +215,10 @@ def _load(spec: EvaluateSpec, head: str, labels: int) -> tuple[torch.nn.Module, 
         model = load_model(name, dtype=spec.dtype, head=head, labels=labels)
         asked = head in ("lm", "text")
         tokenizer = load_tokenizer(name, template=_template(spec, model)) if asked else _plain_tokenizer(name)
-        if head == "classes" and not _has_own_head(name):
+        if head in _TRAINED and not _has_own_head(name, head):
             raise ConfigError(
-                f"'{spec.source}' has no trained classification head; give an adapter or a model that was fine-tuned "
-                "for the task."
+                f"'{spec.source}' has no trained {_TRAINED[head][1]} head; give an adapter or a model that was "
+                "fine-tuned for the task."
             )
     if head == "classes" and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -250,11 +250,18 @@ def _plain_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _has_own_head(name: str) -> bool:
+_TRAINED = {
+    "classes": ("SequenceClassification", "classification"),
+    "spans": ("QuestionAnswering", "question-answering"),
+}
+"""Heads that a model without fine-tuning does not have: kind of model, and in words."""
+
+
+def _has_own_head(name: str, head: str) -> bool:
     from transformers import AutoConfig
 
     architectures = getattr(AutoConfig.from_pretrained(name), "architectures", None) or []
-    return any("SequenceClassification" in own for own in architectures)
+    return any(_TRAINED[head][0] in own for own in architectures)
 
 
 def is_adapter(source: str) -> bool:

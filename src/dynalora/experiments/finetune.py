@@ -325,7 +325,8 @@ def adapter_config(
 
     targets = names_or_pattern(target_modules)
     if is_config_file(method):
-        return config_from_file(method, target_modules=targets, options=options, task_type=task_type)
+        made = config_from_file(method, target_modules=targets, options=options, task_type=task_type)
+        return _beside_the_head(made)
     name = method.lower()
     if name not in method_names():
         if name in BASELINES:
@@ -362,12 +363,20 @@ def adapter_config(
                 f"Method '{name}' has no option '{option}'; {did_you_mean(option, sorted(valid))}."
             )
     try:
-        made: PeftConfig = kind(**common, **{**preset, **_typed(kind, chosen)})
+        made = kind(**common, **{**preset, **_typed(kind, chosen)})
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"The settings of method '{name}' do not fit together: {error}") from error
-    return made
+    return _beside_the_head(made)
+
+
+def _beside_the_head(config: PeftConfig) -> PeftConfig:
+    """Without an adapter on a question-answering head, which is trained in full; PEFT's `all-linear` takes it, too."""
+    every = getattr(config, "target_modules", None) == "all-linear"
+    if config.task_type == "QUESTION_ANS" and every and getattr(config, "exclude_modules", "") is None:
+        config.exclude_modules = ["qa_outputs"]  # type: ignore[attr-defined]
+    return config
 
 
 def _typed(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -453,6 +462,7 @@ _HEADS = {
     "seq2seq": ("Seq2SeqLM", "an encoder-decoder"),
     "masked": ("MaskedLM", "a masked language model"),
     "classes": ("SequenceClassification", "a model that can classify text"),
+    "spans": ("QuestionAnswering", "a model that can mark answers in a text"),
 }
 
 
@@ -570,7 +580,7 @@ def load_model(
         quantization: one of [`QUANTIZATIONS`][dynalora.experiments.finetune.QUANTIZATIONS], or None.
         trust_remote_code: run code that comes with the model.
         head: `lm` for a causal language model, `text` for one or an encoder-decoder, `masked` for a masked one,
-            `classes` for a sequence classifier.
+            `classes` for a sequence classifier, `spans` for a model with a question-answering head.
         labels: for `classes`, number of classes; 1: a value.
 
     Raises:

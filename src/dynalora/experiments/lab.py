@@ -24,7 +24,7 @@ from dynalora.experiments.finetune import (
     load_tokenizer,
     local_model_name,
 )
-from dynalora.experiments.tasks import ExperimentTask, Measuring, TaskScore, load_experiment_task
+from dynalora.experiments.tasks import KINDS, ExperimentTask, Measuring, TaskScore, load_experiment_task
 from dynalora.experiments.training import TrainResult, TrainSettings, take_off, train_adapter
 from dynalora.forgetting.landscape import LandscapeRow
 from dynalora.progress import Progress, rich_progress
@@ -132,7 +132,7 @@ class Lab:
         tasks: the tasks by their source, in the order given.
 
     Raises:
-        ConfigError: a task or the model is unknown.
+        ConfigError: a task or the model is unknown, or a task is for encoders.
         DataError: a task's files.
     """
 
@@ -141,6 +141,12 @@ class Lab:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.tasks = {source: settings.load_task(source) for source in sources}
+        for source, task in self.tasks.items():
+            if task.head != "text":
+                raise ConfigError(
+                    f"The task '{source}' is {KINDS[task.head]}, and language models that say their answers are "
+                    "trained here; choose another, or take `dynalora compare`."
+                )
         with rich_progress(console) as progress:
             self._model_path = local_model_name(settings.model, progress=progress)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self._model_path, template=settings.template)

@@ -25,11 +25,13 @@ A task is named in one of four ways:
 | multiple choice, by generation | the row's response | the first keyword that is said is the right one | of it |
 | code | the solution | the generated program passes the tests | of the solution |
 | classification | the class | the likeliest class is the right one | of the right class, per text |
+| marking | the answer's place in the passage | none; exact match and F1 instead | of start and end, per question |
 | others | the solution's text | the solution is right by the benchmark's metric, if that says so | of the solution |
 
 Losses are negative log-likelihoods of the right answers in nats per token. They tell models apart long before their
-accuracies do. Classification (GLUE) is for encoders with a classification head, all others for causal language models,
-and what is neither compared by likelihood nor code for encoder-decoders as well.
+accuracies do. Classification (GLUE) is for encoders with a classification head, marking (`squad_v2_spans`) for those
+with a question-answering head, all others for causal language models, and what is neither compared by likelihood nor
+code for encoder-decoders as well.
 """
 
 from __future__ import annotations
@@ -64,10 +66,12 @@ from dynalora.evaluation.run import (
     fitting,
     measure,
     model_window,
+    span_window,
 )
 from dynalora.evaluation.scoring import AnswerLoss, answer_loss
 from dynalora.evaluation.seq2seq import is_encoder_decoder
 from dynalora.evaluation.sources import Row
+from dynalora.evaluation.spans import mark_answers, read_windows
 from dynalora.evaluation.statistics import Estimate, Interval, ratio, unweighted_mean, wilson
 from dynalora.evaluation.tasks import Item, load_task
 from dynalora.experiments.data import (
@@ -238,7 +242,10 @@ class ExperimentTask(abc.ABC):
 
     @property
     def head(self) -> str:
-        """The kind of model: `text`, a causal language model or an encoder-decoder, or `classes`, a classifier."""
+        """The kind of model.
+
+        `text`: a causal language model or an encoder-decoder; `classes`: a classifier; `spans`: one that marks answers.
+        """
         return "text"
 
     @property
@@ -356,6 +363,8 @@ class ExperimentTask(abc.ABC):
 
 
 _UNMEASURED = "are left out"
+KINDS = {"classes": "classification", "spans": "the marking of answers"}
+"""In words what a task is whose head (`ExperimentTask.head`) is not `text`."""
 
 
 def _tokens(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, system: str) -> TokenizedSet:
@@ -546,6 +555,58 @@ class ClassTask(ExperimentTask):
             else [own == int(truth) for own, truth in zip(answers, references, strict=True)]
         )
         return TaskScore.of(right, losses.tolist(), [1] * len(losses), found)
+
+
+@dataclass(frozen=True)
+class SpanTask(ExperimentTask):
+    """Questions about passages, whose answers a model with a question-answering head marks there.
+
+    A passage that is longer than the model's window is several training rows, one per window.
+    """
+
+    benchmark: Benchmark = field(repr=False)
+    train: tuple[Example, ...] = field(repr=False)
+    held_out: tuple[Example, ...] = field(repr=False)
+
+    @property
+    def head(self) -> str:
+        return "spans"
+
+    @property
+    def items(self) -> Sequence[Item]:
+        return [Item(example.prompt, example.response or "unanswerable") for example in self.train]
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        from transformers import DataCollatorWithPadding
+
+        return DataCollatorWithPadding(tokenizer)
+
+    def training(
+        self, tokenizer: PreTrainedTokenizerBase, *, system: str = "", max_length: int = 512
+    ) -> TokenizedSet:
+        """The training questions with their passages, in windows of up to `max_length` tokens."""
+        windows, cut = read_windows(tokenizer, self.train, max_length)
+        return TokenizedSet([cast("Tokens", window.training_row()) for window in windows], cut, 0)
+
+    def measure(
+        self,
+        model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        how: Measuring | None = None,
+        *,
+        name: str = "the model",
+        progress: Progress = silent,
+    ) -> TaskScore:
+        how = how or Measuring()
+        marked = mark_answers(
+            model, tokenizer, self.held_out, max_length=span_window(model, tokenizer), batch_size=how.batch_size,
+            what=f"Measuring {name} on {self.name}", progress=progress,
+        )  # fmt: skip
+        found: dict[str, float] = {}
+        for metric in self.benchmark.metrics:
+            intervals, _ = metric.score(marked.answers, [example.reference for example in self.held_out])
+            found |= {own: interval.value for own, interval in intervals.items()}
+        return TaskScore.of([], marked.losses, [1] * len(marked.losses), found)
 
 
 def _item(example: Example) -> Item:
@@ -773,7 +834,7 @@ def _origin(known: Benchmark, wanted: _Wanted) -> str:
 
 def _check_measured(known: Benchmark, wanted: _Wanted) -> None:
     """Make sure that a benchmark's answers can be learned and scored, before any row is read."""
-    if known.how not in ("generate", "code", "classify"):
+    if known.how not in ("generate", "code", "classify", "extract"):
         raise ConfigError(
             f"{known.name} has no questions with answers; choose another task, such as arc_easy or gsm8k."
         )
@@ -812,6 +873,8 @@ def _of_kind(
 ) -> ExperimentTask:
     if known.how == "classify":
         return ClassTask(name, about, known, tuple(train), tuple(held))
+    if known.how == "extract":
+        return SpanTask(name, about, known, tuple(train), tuple(held))
     choices, later = ([own.choice for own in part if own.choice is not None] for part in (train, held))
     if not wanted.by_generation and len(choices) == len(train) and len(later) == len(held):
         return ChoiceTask(name, about, tuple(choices), tuple(later))
@@ -849,7 +912,8 @@ def _mixed(source: str, wanted: _Wanted) -> ExperimentTask:
         task, keys = _measured(own, wanted)
         if task.head != "text":
             raise ConfigError(
-                f"{task.name} is classification, which is trained and measured on one task; name {task.name} alone."
+                f"{task.name} is {KINDS[task.head]}, which is trained and measured on one task; name {task.name} "
+                "alone."
             )
         if any(task.name == other.name for other in tasks):
             raise ConfigError(f"The task '{source}' measures {task.name} twice; name it once.")
@@ -949,7 +1013,8 @@ def _lessons(source: str, wanted: _Wanted) -> list[_Lesson]:
 
 def _training_rows(known: Benchmark, wanted: _Wanted) -> list[Row]:
     if known.how not in ("generate", "code"):
-        why = "is classification" if known.how == "classify" else "has no questions with answers"
+        why = KINDS.get({"classify": "classes", "extract": "spans"}.get(known.how, ""))
+        why = "has no questions with answers" if why is None else f"is {why}"
         raise ConfigError(
             f"{known.name} {why}, which a model that is measured on other tasks cannot learn; choose another."
         )

@@ -1,0 +1,221 @@
+"""Answers that are marked in a passage: what a model with a question-answering head learns, and what it says.
+
+The head gives every token two numbers, for an answer that starts there and for one that ends there, as in BERT (Devlin
+et al., 2019, sections 4.2 and 4.3). A passage longer than the model's window is read in windows that overlap. An answer
+is worth the sum of its two numbers, and silence, where the passage does not tell, that of the first token in the window
+that is least sure of it; the best of all windows is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from dynalora.errors import ConfigError
+from dynalora.evaluation.generation import batches_by_length, evaluating
+from dynalora.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dynalora.evaluation.benchmarks import Example
+
+__all__ = ["LONGEST_ANSWER", "LONGEST_QUESTION", "Marked", "Window", "mark_answers", "read_windows"]
+
+LONGEST_QUESTION = 64
+LONGEST_ANSWER = 30
+"""In tokens, both as in BERT's own script."""
+_OVERLAP = 128
+
+
+@dataclass(frozen=True)
+class Window:
+    """A question with a part of its passage.
+
+    Attributes:
+        item: index of the question.
+        inputs: token ids and what else the model takes, one number per token.
+        places: per token its characters in the passage, (first, one behind the last); None for all else.
+        silence: the token that stands for no answer.
+        marks: tokens at which the answer starts and ends; both `silence` where the window does not hold all of it.
+    """
+
+    item: int
+    inputs: Mapping[str, list[int]]
+    places: tuple[tuple[int, int] | None, ...]
+    silence: int
+    marks: tuple[int, int]
+
+    def training_row(self) -> dict[str, Any]:
+        """What a model with a question-answering head trains on."""
+        return {**self.inputs, "start_positions": self.marks[0], "end_positions": self.marks[1]}
+
+
+def read_windows(
+    tokenizer: PreTrainedTokenizerBase, items: Sequence[Example], max_length: int
+) -> tuple[list[Window], int]:
+    """Questions with their passages as a model reads them.
+
+    Args:
+        tokenizer: a fast one, which knows where its tokens lie in the text.
+        items: question (`prompt`), passage (`second`), and the answer's place in it (`span`; None: no answer).
+        max_length: tokens of a window.
+
+    Returns:
+        The windows, in the order of the items, and how many questions were longer than 64 tokens (or half a window)
+        and lost their end.
+
+    Raises:
+        ConfigError: the tokenizer does not know where its tokens lie, or a window has no room for a passage.
+    """
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"{type(tokenizer).__name__} does not tell where its tokens lie in a text, which marking answers needs; "
+            "load the fast tokenizer of the model."
+        )
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    longest = min(LONGEST_QUESTION, (max_length - special) // 2)
+    if longest < 1:
+        raise ConfigError(
+            f"A window of {max_length} tokens has no room for a question and a passage; give more."
+        )
+    windows: list[Window] = []
+    cut = 0
+    for index, item in enumerate(items):
+        asked = tokenizer(item.prompt, add_special_tokens=False, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
+        question = item.prompt
+        if len(asked) > longest:
+            cut += 1
+            question = question[: asked[longest - 1][1]]
+        room = max_length - special - min(len(asked), longest)
+        made = tokenizer(
+            question, item.second, truncation="only_second", max_length=max_length, stride=min(_OVERLAP, room // 2),
+            return_overflowing_tokens=True, return_offsets_mapping=True,
+        )  # fmt: skip
+        names = [name for name in made if name not in ("offset_mapping", "overflow_to_sample_mapping")]
+        for number in range(len(made["input_ids"])):
+            of_passage = [part == 1 for part in made.sequence_ids(number)]
+            offsets = made["offset_mapping"][number]
+            places = tuple(
+                (int(first), int(behind)) if inside and behind > first else None
+                for inside, (first, behind) in zip(of_passage, offsets, strict=True)
+            )
+            inputs = {name: list(made[name][number]) for name in names}
+            ids = inputs["input_ids"]
+            first = tokenizer.cls_token_id
+            silence = ids.index(first) if first in ids else 0
+            windows.append(Window(index, inputs, places, silence, _marks(places, item.span, silence)))
+    return windows, cut
+
+
+def _marks(
+    places: Sequence[tuple[int, int] | None], span: tuple[int, int] | None, silence: int
+) -> tuple[int, int]:
+    """The tokens in which an answer's first and last character lie, if both do in this window."""
+    if span is None:
+        return silence, silence
+    first, last = span[0], span[1] - 1
+    starts = [index for index, place in enumerate(places) if place and place[0] <= first < place[1]]
+    ends = [index for index, place in enumerate(places) if place and place[0] <= last < place[1]]
+    return (starts[0], ends[-1]) if starts and ends else (silence, silence)
+
+
+@dataclass(frozen=True)
+class Marked:
+    """What a model says to questions about passages.
+
+    Attributes:
+        answers: words of the passage, or empty for no answer.
+        losses: per question, negative log-likelihood of the right answer's start and of its end, their mean over both
+            and over the question's windows; what training minimises.
+        cut: how many questions lost their end.
+    """
+
+    answers: list[str]
+    losses: list[float]
+    cut: int
+
+
+def mark_answers(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Example],
+    *,
+    max_length: int,
+    batch_size: int = 16,
+    what: str = "Answering",
+    progress: Progress = silent,
+) -> Marked:
+    """Answer questions by marking words of their passages.
+
+    Args:
+        model: with a question-answering head; left in the mode it was in.
+        tokenizer: the model's.
+        items: question (`prompt`), passage (`second`) and the right answer's place (`span`).
+        max_length: tokens of a window.
+        batch_size: windows per batch.
+        what: description given to `progress`.
+        progress: called with the number of windows done.
+
+    Raises:
+        ConfigError: as [`read_windows`][dynalora.evaluation.spans.read_windows], or the tokenizer has no padding token.
+    """
+    windows, cut = read_windows(tokenizer, items, max_length)
+    if tokenizer.pad_token_id is None and batch_size > 1:
+        raise ConfigError(
+            "The tokenizer has no padding token, which batches need; set it, or take batch_size 1."
+        )
+    device = next(model.parameters()).device
+    best = [(float("-inf"), "")] * len(items)
+    silence = [float("inf")] * len(items)
+    losses: list[list[float]] = [[] for _ in items]
+    done = 0
+    progress(what, 0, len(windows))
+    with evaluating(model), torch.inference_mode():
+        for batch in batches_by_length([len(window.places) for window in windows], batch_size):
+            rows = [dict(windows[index].inputs) for index in batch]
+            inputs = tokenizer.pad(
+                rows, padding=len(batch) > 1, padding_side="right", return_tensors="pt"
+            ).to(device)
+            said = model(**inputs)
+            starts, ends = (part.float().cpu() for part in (said.start_logits, said.end_logits))
+            for row, index in enumerate(batch):
+                window = windows[index]
+                length = len(window.places)
+                start, end = starts[row, :length], ends[row, :length]
+                nats = [float(F.cross_entropy(start, torch.tensor(window.marks[0])))]
+                nats.append(float(F.cross_entropy(end, torch.tensor(window.marks[1]))))
+                losses[window.item].append(sum(nats) / 2)
+                silence[window.item] = min(
+                    silence[window.item], float(start[window.silence] + end[window.silence])
+                )
+                worth, place = _best(start, end, window.places)
+                if place is not None and worth > best[window.item][0]:
+                    best[window.item] = worth, items[window.item].second[slice(*place)]
+            done += len(batch)
+            progress(what, done, len(windows))
+    answers = [text if worth > none else "" for (worth, text), none in zip(best, silence, strict=True)]
+    return Marked(answers, [sum(own) / len(own) for own in losses], cut)
+
+
+def _best(
+    start: torch.Tensor, end: torch.Tensor, places: Sequence[tuple[int, int] | None]
+) -> tuple[float, tuple[int, int] | None]:
+    """The worth of the best answer of up to 30 tokens of the passage, and its characters."""
+    inside = torch.tensor([place is not None for place in places])
+    none = torch.tensor(float("-inf"))
+    worth = torch.where(inside, start, none)[:, None] + torch.where(inside, end, none)[None, :]
+    length = torch.arange(len(places))
+    length = length[None, :] - length[:, None]  # of an answer less one
+    worth = torch.where((length >= 0) & (length < LONGEST_ANSWER), worth, none)
+    at = int(worth.argmax())
+    first, last = places[at // len(places)], places[at % len(places)]
+    if first is None or last is None:  # a window without a token of the passage
+        return float("-inf"), None
+    return float(worth.flatten()[at]), (first[0], last[1])
