@@ -12,10 +12,12 @@ import torch
 import transformers
 
 from dynalora import DiraConfig
+from dynalora.errors import ConfigError
 from dynalora.evaluation.prompts import TEMPLATES, use_template
-from dynalora.evaluation.run import TaskResult
+from dynalora.evaluation.run import TaskResult, measure, prepare
 from dynalora.evaluation.statistics import Interval
-from dynalora.experiments.evaluate import is_adapter, results_table
+from dynalora.experiments.evaluate import EvaluateSpec, evaluate, is_adapter, results_table
+from dynalora.experiments.finetune import load_model
 
 from . import benchmark_files, tiny
 from .program import Program
@@ -90,6 +92,31 @@ def test_an_adapter_changes_what_is_measured(
         losses.append(kept["scores"]["right_loss"]["value"])
         assert "right_loss" not in kept["percent"]
     assert losses[0] != losses[1] == losses[2]
+
+
+def test_weights_may_be_quantised(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    wide = tiny.saved_model(tmp_path / "wide", width=64)
+    base = transformers.AutoModelForCausalLM.from_pretrained(wide)
+    config = DiraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_weights=False)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    given = {"task": ["wikitext2"], "data": str(data), "window": 64}
+    found = {}
+    for source in ("wide", "adapter"):
+        for how in (None, "4bit"):
+            (result,) = evaluate(EvaluateSpec(source=str(tmp_path / source), quantization=how, **given))
+            found[source, how] = result.scores["perplexity"].value
+    assert len(set(found.values())) == 4
+    words = transformers.AutoTokenizer.from_pretrained(wide)
+    prepared = prepare("wikitext2", data=data)
+    for source in ("wide", "adapter"):
+        four: Any = load_model(str(wide), quantization="4bit")
+        if source == "adapter":
+            four = peft.PeftModel.from_pretrained(four, tmp_path / "adapter")
+        again = measure(four, words, prepared, window=64).scores["perplexity"].value
+        assert found[source, "4bit"] == pytest.approx(again, rel=1e-5)
+    with pytest.raises(ConfigError, match="quantization is '3bit'"):
+        EvaluateSpec(source=str(wide), quantization="3bit", **given)
 
 
 def test_the_template_saved_with_an_adapter_is_used(

@@ -90,6 +90,14 @@ def evaluate(
         str | None,
         typer.Option("--dtype", help="auto, float32, bfloat16, float16. \\[auto]", show_default=False),
     ] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            "--quantization",
+            help="4bit or 8bit weights (bitsandbytes), or int8 (torchao).",
+            show_default=False,
+        ),
+    ] = None,
     json: Annotated[
         str | None,
         typer.Option(

@@ -105,6 +105,7 @@ def load_adapter(
     model: str | None = None,
     *,
     dtype: str = "auto",
+    quantization: str | None = None,
     head: str = "lm",
     labels: int = 2,
 ) -> PeftModel:
@@ -115,6 +116,7 @@ def load_adapter(
         model: the base model; None: the one the adapter names.
         dtype: of the base model's weights, as in
             [`FinetuneSpec`][dynalora.experiments.finetune.FinetuneSpec].
+        quantization: likewise.
         head: of the base model, as in [`load_model`][dynalora.experiments.finetune.load_model].
         labels: for a classifier, number of classes; 1: a value.
 
@@ -132,7 +134,7 @@ def load_adapter(
         raise ConfigError(
             f"The adapter '{source}' does not say which base model it belongs to; name it with --model."
         )
-    base = load_model(name, dtype=dtype, head=head, labels=labels)
+    base = load_model(name, dtype=dtype, quantization=quantization, head=head, labels=labels)
     folder = adapter_folder(source)
     try:
         adapted = PeftModel.from_pretrained(base, folder)

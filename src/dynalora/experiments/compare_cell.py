@@ -24,7 +24,13 @@ from dynalora.experiments.compare import (
     shared_settings,
     task_type_of,
 )
-from dynalora.experiments.finetune import MONITORED_LENGTH, load_model, load_tokenizer, local_model_name
+from dynalora.experiments.finetune import (
+    MONITORED_LENGTH,
+    load_model,
+    load_tokenizer,
+    local_model_name,
+    placed,
+)
 from dynalora.experiments.lab import train_settings
 from dynalora.experiments.machine import forget_peak, machine, peak
 from dynalora.experiments.training import TrainResult, train_adapter
@@ -142,13 +148,11 @@ class _Run:
 
     def _load(self, quantization: str | None) -> PreTrainedModel:
         torch.manual_seed(self.cell.seed)  # a new head
-        model = load_model(
+        model: PreTrainedModel = load_model(
             self.path, dtype=self.spec.dtype, quantization=quantization, head=self.head, labels=self.labels
         )
-        # bitsandbytes' weights are where they belong, and must not be moved.
-        placed = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
-        if torch.accelerator.is_available() and not placed:
-            model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
+        there = torch.accelerator.is_available()
+        placed(model, torch.accelerator.current_accelerator() if there else None)
         return model
 
     def _texts(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, MeasuredText]:

@@ -18,7 +18,14 @@ from dynalora.evaluation.run import TaskResult, group_mean, measure, model_kind,
 from dynalora.evaluation.sandbox import Limits
 from dynalora.evaluation.seq2seq import is_encoder_decoder
 from dynalora.experiments.adapters import adapter_folder, load_adapter, read_config
-from dynalora.experiments.finetune import DTYPES, load_model, load_tokenizer, local_model_name
+from dynalora.experiments.finetune import (
+    DTYPES,
+    check_quantization,
+    load_model,
+    load_tokenizer,
+    local_model_name,
+    placed,
+)
 from dynalora.experiments.report import Cell, Table
 from dynalora.experiments.run_folder import write_atomic
 from dynalora.progress import Progress, silent
@@ -50,6 +57,8 @@ class EvaluateSpec:
         code_seconds: time limit of each generated program.
         shots: examples before each question of lm-evaluation-harness's tasks; None: each task's own number.
         dtype: of the model's weights.
+        quantization: `4bit` (NF4), `8bit` or `int8` weights of the model (of an adapter's base), as in
+            [`FinetuneSpec`][dynalora.experiments.finetune.FinetuneSpec]; None: as they are.
         json: also write everything measured to this file, which must not exist.
 
     Raises:
@@ -74,6 +83,7 @@ class EvaluateSpec:
     code_seconds: float = 5.0
     shots: int | None = None
     dtype: str = "auto"
+    quantization: str | None = None
     json: str | None = None
 
     def __post_init__(self) -> None:
@@ -84,6 +94,7 @@ class EvaluateSpec:
             raise ConfigError(f"template is '{self.template}'; choose one of chat, {', '.join(TEMPLATES)}.")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is '{self.dtype}'; choose one of {', '.join(DTYPES)}.")
+        check_quantization(self.quantization)
         if self.json is not None and Path(self.json).exists():
             raise ConfigError(f"'{self.json}' exists already; name another file with json (--json).")
 
@@ -208,11 +219,18 @@ def _load(spec: EvaluateSpec, head: str, labels: int) -> tuple[torch.nn.Module, 
         folder = adapter_folder(spec.source)
         # The tokenizer saved with an adapter has the template it was trained with.
         own = (Path(folder) / "tokenizer_config.json").exists()
-        model = load_adapter(spec.source, spec.model, dtype=spec.dtype, head=head, labels=labels)
+        model = load_adapter(
+            spec.source,
+            spec.model,
+            dtype=spec.dtype,
+            quantization=spec.quantization,
+            head=head,
+            labels=labels,
+        )
         tokenizer = load_tokenizer(folder if own else base, template=_template(spec, model))
     else:
         name = local_model_name(spec.source)
-        model = load_model(name, dtype=spec.dtype, head=head, labels=labels)
+        model = load_model(name, dtype=spec.dtype, quantization=spec.quantization, head=head, labels=labels)
         asked = head in ("lm", "text")
         tokenizer = load_tokenizer(name, template=_template(spec, model)) if asked else _plain_tokenizer(name)
         if head in _TRAINED and not _has_own_head(name, head):
@@ -222,7 +240,7 @@ def _load(spec: EvaluateSpec, head: str, labels: int) -> tuple[torch.nn.Module, 
             )
     if head == "classes" and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return placed(model, "cuda" if torch.cuda.is_available() else None), tokenizer
 
 
 def _template(spec: EvaluateSpec, model: torch.nn.Module) -> str | None:

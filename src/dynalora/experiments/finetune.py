@@ -77,6 +77,7 @@ __all__ = [
     "load_tokenizer",
     "local_model_name",
     "method_names",
+    "placed",
     "prepare",
     "quantization_config",
     "resolve_dtype",
@@ -618,6 +619,12 @@ def load_model(
                 "masked language model."
             )
     return model
+
+
+def placed(model: Any, device: torch.device | str | None) -> Any:
+    """The model on a device; bitsandbytes' weights are where they belong, and must not be moved. None: where it is."""
+    fixed = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    return model if device is None or fixed else model.to(device)
 
 
 def check_quantization(name: str | None) -> None:
