@@ -16,14 +16,14 @@ from tokenizers import processors
 
 import dynalora
 from dynalora.errors import ConfigError, DataError
-from dynalora.evaluation.benchmarks import Example
+from dynalora.evaluation.benchmarks import Example, benchmark
 from dynalora.evaluation.run import measure, model_kind, prepare
 from dynalora.evaluation.spans import LONGEST_ANSWER, mark_answers, read_windows
 from dynalora.experiments.compare import CompareSpec, run_compare
 from dynalora.experiments.evaluate import EvaluateSpec, evaluate
 from dynalora.experiments.finetune import load_model
 from dynalora.experiments.lab import Lab, LabSettings
-from dynalora.experiments.tasks import load_experiment_task
+from dynalora.experiments.tasks import SpanTask, load_experiment_task
 
 from . import tiny
 
@@ -85,9 +85,11 @@ def asked(draw: Any) -> Example:
 @settings(max_examples=60, deadline=None)
 @given(items=st.lists(asked(), min_size=1, max_size=4), max_length=st.integers(12, 80))
 def test_windows_cover_the_passage_and_mark_the_answer(items: list[Example], max_length: int) -> None:
-    windows, cut = read_windows(WORDS, items, max_length)
+    windows = list(read_windows(WORDS, items, max_length))
+    assert [window.item for window in windows] == sorted(window.item for window in windows)
     lengths = [len(WORDS(item.prompt, add_special_tokens=False)["input_ids"]) for item in items]
-    assert cut == sum(length > min(64, (max_length - 3) // 2) for length in lengths)
+    for window in windows:
+        assert window.cut == (lengths[window.item] > min(64, (max_length - 3) // 2))
     for index, item in enumerate(items):
         own = [window for window in windows if window.item == index]
         covered: set[int] = set()
@@ -116,7 +118,7 @@ def test_windows_cover_the_passage_and_mark_the_answer(items: list[Example], max
 def slowly(model: Any, items: list[Example], max_length: int) -> tuple[list[str], list[float]]:
     """Every window alone and every pair of places in turn."""
     answers, losses = [], []
-    windows, _ = read_windows(WORDS, items, max_length)
+    windows = list(read_windows(WORDS, items, max_length))
     for index, item in enumerate(items):
         found: list[tuple[float, str]] = []
         quiet: list[float] = []
@@ -133,7 +135,7 @@ def slowly(model: Any, items: list[Example], max_length: int) -> tuple[list[str]
             for i, first in enumerate(window.places):
                 for j, last in enumerate(window.places):
                     if first and last and i <= j < i + LONGEST_ANSWER:
-                        found.append((float(start[i] + end[j]), item.second[first[0] : last[1]]))
+                        found.append((float(start[i] + end[j]), item.second[first[0] : last[1]].strip()))
         worth, text = max(found)
         answers.append(text if worth > min(quiet) else "")
         losses.append(sum(nats) / len(nats))
@@ -163,7 +165,7 @@ def test_what_is_said_is_the_best_of_all_windows(batch_size: int) -> None:
     assert marked.answers == answers
     assert marked.losses == pytest.approx(losses, rel=1e-5)
     assert 0 < sum(answer == "" for answer in answers) < len(answers)
-    assert len(read_windows(WORDS, items, 40)[0]) > 2 * len(items)
+    assert len(list(read_windows(WORDS, items, 40))) > 2 * len(items)
 
 
 def test_the_loss_is_the_models_own_in_training() -> None:
@@ -172,7 +174,7 @@ def test_the_loss_is_the_models_own_in_training() -> None:
         Example("a?", [], "", second="ster aer"),
     ]
     model = encoder()
-    rows = [window.training_row() for window in read_windows(WORDS, items, 64)[0]]
+    rows = [window.training_row() for window in read_windows(WORDS, items, 64)]
     marked = mark_answers(model, WORDS, items, max_length=64)
     for row, loss in zip(rows, marked.losses, strict=True):
         batch = transformers.DataCollatorWithPadding(WORDS)([dict(row)])
@@ -191,16 +193,30 @@ def test_the_loss_is_the_models_own_in_training() -> None:
 def test_what_cannot_be_marked_is_told() -> None:
     items = questions(2)
     with pytest.raises(ConfigError, match="A window of 4 tokens has no room for a question and a passage"):
-        read_windows(WORDS, items, 4)
+        list(read_windows(WORDS, items, 4))
     slow = transformers.ByT5Tokenizer()
     with pytest.raises(ConfigError, match="does not tell where its tokens lie"):
-        read_windows(slow, items, 40)
+        list(read_windows(slow, items, 40))
     without = words()
     without.pad_token = None
     with pytest.raises(ConfigError, match="has no padding token, which batches need"):
         mark_answers(encoder(), without, items, max_length=40)
     long = [Example("a" * 200, [], "", second="rest")]
     assert mark_answers(encoder(), WORDS, long, max_length=64).cut == 1
+
+
+def test_places_are_counted_from_the_left_whatever_side_a_tokenizer_pads() -> None:
+    left = words()
+    left.padding_side = "left"
+    items = questions(4)
+    expected = mark_answers(encoder(), WORDS, items, max_length=40)
+    assert mark_answers(encoder(), left, items, max_length=40) == expected
+    task = SpanTask("own", "", benchmark("squad_v2_spans"), tuple(items), tuple(items))
+    rows = task.training(left, max_length=40).rows
+    batch = task.collator(left)([dict(row) for row in rows])
+    assert len({len(row["input_ids"]) for row in rows}) > 1
+    assert all(batch["attention_mask"][:, 0] == 1)
+    assert left.padding_side == "left"
 
 
 # --- the benchmark ----------------------------------------------------------------------------------------------------

@@ -78,7 +78,8 @@ class AdapterModel(BaseTuner):
                 f"{model_config.get('model_type')!r}, for which there is no default; name the linear "
                 "layers, or pass 'all-linear'."
             )
-        heads = _HEADS.get(peft_config.task_type, ()) if peft_config.target_modules == "all-linear" else ()
+        every = str(peft_config.target_modules).lower() == "all-linear"
+        heads = _HEADS.get(peft_config.task_type, ()) if every else ()
         if heads and not isinstance(peft_config.exclude_modules, str):
             peft_config.exclude_modules = sorted({*(peft_config.exclude_modules or ()), *heads})
         return super()._prepare_adapter_config(peft_config, model_config)

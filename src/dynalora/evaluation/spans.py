@@ -8,7 +8,8 @@ that is least sure of it; the best of all windows is said.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ LONGEST_QUESTION = 64
 LONGEST_ANSWER = 30
 """In tokens, both as in BERT's own script."""
 _OVERLAP = 128
+_AT_ONCE = 256  # questions, so that a large set's windows need not all be held
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Window:
         places: per token its characters in the passage, (first, one behind the last); None for all else.
         silence: the token that stands for no answer.
         marks: tokens at which the answer starts and ends; both `silence` where the window does not hold all of it.
+        cut: whether the question was longer than 64 tokens (or half a window) and lost its end.
     """
 
     item: int
@@ -49,6 +52,7 @@ class Window:
     places: tuple[tuple[int, int] | None, ...]
     silence: int
     marks: tuple[int, int]
+    cut: bool = False
 
     def training_row(self) -> dict[str, Any]:
         """What a model with a question-answering head trains on."""
@@ -57,17 +61,13 @@ class Window:
 
 def read_windows(
     tokenizer: PreTrainedTokenizerBase, items: Sequence[Example], max_length: int
-) -> tuple[list[Window], int]:
-    """Questions with their passages as a model reads them.
+) -> Iterator[Window]:
+    """Questions with their passages as a model reads them, in the order of the items.
 
     Args:
         tokenizer: a fast one, which knows where its tokens lie in the text.
         items: question (`prompt`), passage (`second`), and the answer's place in it (`span`; None: no answer).
         max_length: tokens of a window.
-
-    Returns:
-        The windows, in the order of the items, and how many questions were longer than 64 tokens (or half a window)
-        and lost their end.
 
     Raises:
         ConfigError: the tokenizer does not know where its tokens lie, or a window has no room for a passage.
@@ -83,35 +83,46 @@ def read_windows(
         raise ConfigError(
             f"A window of {max_length} tokens has no room for a question and a passage; give more."
         )
-    windows: list[Window] = []
-    cut = 0
-    for index, item in enumerate(items):
-        asked = tokenizer(item.prompt, add_special_tokens=False, return_offsets_mapping=True)[
-            "offset_mapping"
-        ]
-        question = item.prompt
-        if len(asked) > longest:
-            cut += 1
-            question = question[: asked[longest - 1][1]]
-        room = max_length - special - min(len(asked), longest)
-        made = tokenizer(
-            question, item.second, truncation="only_second", max_length=max_length, stride=min(_OVERLAP, room // 2),
-            return_overflowing_tokens=True, return_offsets_mapping=True,
-        )  # fmt: skip
-        names = [name for name in made if name not in ("offset_mapping", "overflow_to_sample_mapping")]
-        for number in range(len(made["input_ids"])):
-            of_passage = [part == 1 for part in made.sequence_ids(number)]
-            offsets = made["offset_mapping"][number]
-            places = tuple(
-                (int(first), int(behind)) if inside and behind > first else None
-                for inside, (first, behind) in zip(of_passage, offsets, strict=True)
-            )
-            inputs = {name: list(made[name][number]) for name in names}
-            ids = inputs["input_ids"]
-            first = tokenizer.cls_token_id
-            silence = ids.index(first) if first in ids else 0
-            windows.append(Window(index, inputs, places, silence, _marks(places, item.span, silence)))
-    return windows, cut
+    for begin in range(0, len(items), _AT_ONCE):
+        part = range(begin, min(begin + _AT_ONCE, len(items)))
+        asked = tokenizer(
+            [items[index].prompt for index in part], add_special_tokens=False, return_offsets_mapping=True
+        )["offset_mapping"]
+        alike: dict[int, list[tuple[int, str, bool]]] = {}
+        for index, tokens in zip(part, asked, strict=True):
+            cut = len(tokens) > longest
+            question = items[index].prompt[: tokens[longest - 1][1]] if cut else items[index].prompt
+            room = max_length - special - min(len(tokens), longest)
+            alike.setdefault(min(_OVERLAP, room // 2), []).append((index, question, cut))
+        made = [_made(tokenizer, items, own, max_length, overlap) for overlap, own in alike.items()]
+        yield from sorted(itertools.chain.from_iterable(made), key=lambda window: window.item)
+
+
+def _made(
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Example],
+    asked: Sequence[tuple[int, str, bool]],
+    max_length: int,
+    overlap: int,
+) -> Iterator[Window]:
+    """The windows of items, each given with its question and whether that lost its end, at one overlap."""
+    made = tokenizer(
+        [question for _, question, _ in asked], [items[index].second for index, *_ in asked],
+        truncation="only_second", max_length=max_length, stride=overlap, return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )  # fmt: skip
+    names = [name for name in made if name not in ("offset_mapping", "overflow_to_sample_mapping")]
+    for number, own in enumerate(made["overflow_to_sample_mapping"]):
+        index, _, cut = asked[own]
+        of_passage = [part == 1 for part in made.sequence_ids(number)]
+        places = tuple(
+            (int(first), int(behind)) if inside and behind > first else None
+            for inside, (first, behind) in zip(of_passage, made["offset_mapping"][number], strict=True)
+        )
+        inputs = {name: list(made[name][number]) for name in names}
+        ids, first = inputs["input_ids"], tokenizer.cls_token_id
+        silence = ids.index(first) if first in ids else 0
+        yield Window(index, inputs, places, silence, _marks(places, items[index].span, silence), cut)
 
 
 def _marks(
@@ -166,7 +177,7 @@ def mark_answers(
     Raises:
         ConfigError: as [`read_windows`][dynalora.evaluation.spans.read_windows], or the tokenizer has no padding token.
     """
-    windows, cut = read_windows(tokenizer, items, max_length)
+    windows = list(read_windows(tokenizer, items, max_length))
     if tokenizer.pad_token_id is None and batch_size > 1:
         raise ConfigError(
             "The tokenizer has no padding token, which batches need; set it, or take batch_size 1."
@@ -197,10 +208,11 @@ def mark_answers(
                 )
                 worth, place = _best(start, end, window.places)
                 if place is not None and worth > best[window.item][0]:
-                    best[window.item] = worth, items[window.item].second[slice(*place)]
+                    best[window.item] = worth, items[window.item].second[slice(*place)].strip()
             done += len(batch)
             progress(what, done, len(windows))
     answers = [text if worth > none else "" for (worth, text), none in zip(best, silence, strict=True)]
+    cut = len({window.item for window in windows if window.cut})
     return Marked(answers, [sum(own) / len(own) for own in losses], cut)
 
 

@@ -37,6 +37,7 @@ code for encoder-decoders as well.
 from __future__ import annotations
 
 import abc
+import copy
 import os
 import random
 import re
@@ -579,14 +580,19 @@ class SpanTask(ExperimentTask):
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
         from transformers import DataCollatorWithPadding
 
-        return DataCollatorWithPadding(tokenizer)
+        right = copy.copy(tokenizer)
+        right.padding_side = "right"  # places are counted from the left
+        return DataCollatorWithPadding(right)
 
     def training(
         self, tokenizer: PreTrainedTokenizerBase, *, system: str = "", max_length: int = 512
     ) -> TokenizedSet:
         """The training questions with their passages, in windows of up to `max_length` tokens."""
-        windows, cut = read_windows(tokenizer, self.train, max_length)
-        return TokenizedSet([cast("Tokens", window.training_row()) for window in windows], cut, 0)
+        rows, cut = [], set()
+        for window in read_windows(tokenizer, self.train, max_length):
+            rows.append(cast("Tokens", window.training_row()))
+            cut |= {window.item} if window.cut else set()
+        return TokenizedSet(rows, len(cut), 0)
 
     def measure(
         self,
