@@ -287,7 +287,8 @@ def result_table(comparison: Comparison, place: str, found: Sequence[Summary]) -
     over = "over the seeds (Student's t)" if seeds > 1 else "over the questions, as there is a single seed"
     note = (
         f"± is half of a 95 % interval {over}. Losses of the right answers on held-out questions, nats per token (per "
-        f"text for classification). − {spec.reference}: paired by seed and question, both taken as drawn at random; "
+        f"text for classification, per question for marking). "
+        f"− {spec.reference}: paired by seed and question, both taken as drawn at random; "
         "* p < 0.05 after Holm's adjustment for the number of methods."
     )
     if texts:
