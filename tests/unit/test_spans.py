@@ -315,6 +315,46 @@ def test_encoders_are_compared_on_marking(data: Path, loaded: Any, tmp_path: Pat
     assert base["test"]["losses"] == pytest.approx(task.measure(plain, loaded).losses, rel=1e-4)
 
 
+@pytest.mark.parametrize("task", ["squad_v2_spans", "cola"])
+def test_encoders_may_be_quantised(data: Path, tmp_path: Path, task: str) -> None:
+    """Their new head stays as it is, as does the pooler, which a masked language model's checkpoint does not have."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(5)
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.BertForMaskedLM(config).save_pretrained(str(tmp_path / "wide"))
+    WORDS.save_pretrained(str(tmp_path / "wide"))
+    (tmp_path / "glue").mkdir()
+    (tmp_path / "qa").symlink_to(data / "qa")
+    for split, count in (("train", 20), ("dev", 6)):
+        tiny.write_jsonl(
+            tmp_path / "glue" / f"cola.{split}.jsonl",
+            [{"text": f"{split} {n} cats", "label": n % 2} for n in range(count)],
+        )
+    variants = {
+        "four": {"method": "lora", "quantization": "4bit"}, "eight": {"method": "lora", "quantization": "8bit"},
+        "dislora": {"method": "dislora", "quantization": "4bit"},
+    }  # fmt: skip
+    spec = CompareSpec(
+        tasks=[task], data=str(tmp_path), model=str(tmp_path / "wide"), output=str(tmp_path / "runs"), methods=["lora"],
+        variants=variants, r=4, learning_rates=[1e-2], seeds=1, steps=3, batch_size=4, held_out=6, validation=6,
+        max_length=64, log_every=1,
+    )  # fmt: skip
+    done = run_compare(spec, apart=False)
+    assert done.failed == ()
+    first = []
+    for own in done.grid.contestants:
+        found = done.grid.result(done.grid.cell(task, own, 1e-2, 42))
+        assert found is not None
+        assert found["training"]["trainable_parameters"] == own.parameters
+        first.append(found["training"]["losses"][0][1])
+    # They start from the same head; four or eight bits move the loss by little, and by something.
+    assert first == pytest.approx([first[0]] * 4, rel=0.05)
+    assert len(set(first[:3])) == 3
+
+
 def test_what_takes_another_model_is_refused(data: Path, tmp_path: Path) -> None:
     given = {"data": str(data), "model": str(data / "encoder"), "output": str(tmp_path / "runs")}
     with pytest.raises(

@@ -600,7 +600,11 @@ def load_model(
         options["num_labels"] = labels
     try:
         if quantization is not None:
-            options["quantization_config"] = quantization_config(quantization, options["dtype"])
+            whole: list[str] | None = None
+            if head in ("classes", "spans"):
+                empty = empty_model(name, trust_remote_code=trust_remote_code, head=head, labels=labels)
+                whole = _new_layers(empty)
+            options["quantization_config"] = quantization_config(quantization, options["dtype"], whole=whole)
         model: PreTrainedModel
         model, told = getattr(transformers, f"AutoModelFor{auto}").from_pretrained(
             name, output_loading_info=True, **options
@@ -637,12 +641,26 @@ def check_quantization(name: str | None) -> None:
         raise ConfigError(f"quantization is '{name}'; choose one of {', '.join(QUANTIZATIONS)}.")
 
 
-def quantization_config(name: str, dtype: torch.dtype) -> Any:
+def _new_layers(model: nn.Module) -> list[str]:
+    """Linear layers that a checkpoint without this head need not have: the head, and the pooler before it.
+
+    transformers would make quantised layers of them and then leave their new weights as they are, which works nowhere.
+    """
+    encoder = f"{getattr(model, 'base_model_prefix', '')}."
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (not name.startswith(encoder) or "pooler" in name.split("."))
+    ]
+
+
+def quantization_config(name: str, dtype: torch.dtype, *, whole: list[str] | None = None) -> Any:
     """Settings of transformers for a way to hold the base weights.
 
     Args:
         name: one of [`QUANTIZATIONS`][dynalora.experiments.finetune.QUANTIZATIONS].
         dtype: that 4-bit weights are multiplied in.
+        whole: names of layers that stay as they are; None: the output layer.
 
     Raises:
         ConfigError: there is no such way, or its library is not installed.
@@ -654,11 +672,12 @@ def quantization_config(name: str, dtype: torch.dtype) -> Any:
         if name == "int8":
             from torchao.quantization import Int8WeightOnlyConfig
 
-            return TorchAoConfig(Int8WeightOnlyConfig())
+            return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=whole)
         four = name == "4bit"
         return BitsAndBytesConfig(
-            load_in_4bit=four, load_in_8bit=not four, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
+            load_in_4bit=four, load_in_8bit=not four, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=whole,
+        )  # fmt: skip
     except ImportError as error:
         raise _not_installed(name, error) from error
 
