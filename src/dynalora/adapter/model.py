@@ -34,6 +34,14 @@ _HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """Heads by task which PEFT trains in full, but does so only after `all-linear` has taken them for a layer to adapt."""
 
 
+def leave_out_head(config: Any) -> None:
+    """Keep `all-linear` from the head of token classification and question answering, of PEFT's methods as of ours."""
+    every = str(getattr(config, "target_modules", None)).lower() == "all-linear"
+    heads = _HEADS.get(config.task_type, ()) if every and hasattr(config, "exclude_modules") else ()
+    if heads and not isinstance(config.exclude_modules, str):
+        config.exclude_modules = sorted({*(config.exclude_modules or ()), *heads})
+
+
 class AdapterModel(BaseTuner):
     """Wraps a model's linear layers with adapters of one method."""
 
@@ -78,10 +86,7 @@ class AdapterModel(BaseTuner):
                 f"{model_config.get('model_type')!r}, for which there is no default; name the linear "
                 "layers, or pass 'all-linear'."
             )
-        every = str(peft_config.target_modules).lower() == "all-linear"
-        heads = _HEADS.get(peft_config.task_type, ()) if every else ()
-        if heads and not isinstance(peft_config.exclude_modules, str):
-            peft_config.exclude_modules = sorted({*(peft_config.exclude_modules or ()), *heads})
+        leave_out_head(peft_config)
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _create_and_replace(

@@ -84,14 +84,7 @@ def compare(
     run_code: shared.RunCode = None,
     data_seed: shared.DataSeed = None,
     dtype: shared.Dtype = None,
-    quantization: Annotated[
-        str | None,
-        option(
-            "--quantization",
-            help="4bit or 8bit base weights (bitsandbytes), or int8 (torchao).",
-            panel=_TRAINING,
-        ),
-    ] = None,
+    quantization: shared.Quantization = None,
     validation: Annotated[
         int | None,
         option(

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dynalora.cli.lab_options import Quantization
 from dynalora.cli.shared import ConfigOption, after_imports, console, method_options, or_resume, settings
 from dynalora.methods import method_names
 
@@ -114,14 +115,7 @@ def finetune(
         str | None,
         _option("--dtype", help="Base weights: auto, float32, bfloat16, float16. \\[auto]", panel=_TRAINING),
     ] = None,
-    quantization: Annotated[
-        str | None,
-        _option(
-            "--quantization",
-            help="4bit or 8bit base weights (bitsandbytes), or int8 (torchao).",
-            panel=_TRAINING,
-        ),
-    ] = None,
+    quantization: Quantization = None,
     gradient_checkpointing: Annotated[
         bool | None,
         _option(

@@ -77,6 +77,12 @@ Rank = Annotated[int | None, option("--rank", "-r", help="Rank of the adapter. \
 Alpha = Annotated[
     float | None, option("--alpha", help="Updates are scaled by alpha / rank.", panel=_TRAINING)
 ]
+Quantization = Annotated[
+    str | None,
+    option(
+        "--quantization", help="4bit or 8bit base weights (bitsandbytes), or int8 (torchao).", panel=_TRAINING
+    ),
+]
 TargetModules = Annotated[
     str | None,
     option(

@@ -294,10 +294,8 @@ def _mbpp(row: Mapping[str, Any], where: str) -> list[Example]:
     tests = [str(test) for test in _field(row, where, "test_list")]
     if not tests:
         raise DataError(f"{where} has no test in the field 'test_list'; leave the row out.")
-    if row.get("test"):  # MBPP+: the assertions of `test_list` among many more
-        checks = [_text(row, where, "test")]
-    else:
-        checks = tests
+    # MBPP+ has the assertions of `test_list` among many more.
+    checks = [_text(row, where, "test")] if row.get("test") else tests
     before = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
     asked = _text(row, where, "text", "prompt").strip()
     task = f"{asked} Your code should satisfy the following assertion:\n{tests[0]}"

@@ -303,8 +303,10 @@ def model_kind(prepared: Prepared) -> tuple[str, int]:
     task = prepared.task
     if task.how == "classify":
         return "classes", task.labels
-    if task.how in ("masked perplexity", "extract"):
-        return "masked" if task.how == "masked perplexity" else "spans", 0
+    if task.how == "masked perplexity":
+        return "masked", 0
+    if task.how == "extract":
+        return "spans", 0
     causal = task.how in ("perplexity", "code") or prepared.likelihood or prepared.harness
     return "lm" if causal else "text", 0
 

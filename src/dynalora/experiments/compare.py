@@ -639,9 +639,9 @@ def plan(
 
 def task_type_of(model: nn.Module, head: str) -> str:
     """PEFT's name for what a model does, with the head that a task asks for."""
-    if head in ("classes", "spans"):
-        return "SEQ_CLS" if head == "classes" else QUESTION_ANSWERING
-    return SEQ2SEQ if is_encoder_decoder(model) else "CAUSAL_LM"
+    if head == "text":
+        return SEQ2SEQ if is_encoder_decoder(model) else "CAUSAL_LM"
+    return {"classes": "SEQ_CLS", "spans": QUESTION_ANSWERING}[head]
 
 
 def _check_seq2seq(spec: CompareSpec, tasks: Iterable[ExperimentTask]) -> None:

@@ -24,6 +24,7 @@ from torch import nn
 
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method
+from dynalora.adapter.model import leave_out_head
 from dynalora.errors import ConfigError, DynaloraError
 from dynalora.evaluation.prompts import use_template
 from dynalora.evaluation.run import within_window
@@ -326,8 +327,9 @@ def adapter_config(
 
     targets = names_or_pattern(target_modules)
     if is_config_file(method):
-        made = config_from_file(method, target_modules=targets, options=options, task_type=task_type)
-        return _beside_the_head(made)
+        told = config_from_file(method, target_modules=targets, options=options, task_type=task_type)
+        leave_out_head(told)
+        return told
     name = method.lower()
     if name not in method_names():
         if name in BASELINES:
@@ -364,20 +366,13 @@ def adapter_config(
                 f"Method '{name}' has no option '{option}'; {did_you_mean(option, sorted(valid))}."
             )
     try:
-        made = kind(**common, **{**preset, **_typed(kind, chosen)})
+        made: PeftConfig = kind(**common, **{**preset, **_typed(kind, chosen)})
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"The settings of method '{name}' do not fit together: {error}") from error
-    return _beside_the_head(made)
-
-
-def _beside_the_head(config: PeftConfig) -> PeftConfig:
-    """Without an adapter on a question-answering head, which is trained in full; PEFT's `all-linear` takes it, too."""
-    every = getattr(config, "target_modules", None) == "all-linear"
-    if config.task_type == "QUESTION_ANS" and every and getattr(config, "exclude_modules", "") is None:
-        config.exclude_modules = ["qa_outputs"]  # type: ignore[attr-defined]
-    return config
+    leave_out_head(made)
+    return made
 
 
 def _typed(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:

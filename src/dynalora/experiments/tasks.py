@@ -476,15 +476,31 @@ class GenerationTask(ExperimentTask):
 
 
 @dataclass(frozen=True)
-class ClassTask(ExperimentTask):
-    """Texts, alone or in pairs, to be put into classes (or valued) by a model with a classification head.
-
-    A value's loss is its squared error, and no answer is simply right.
-    """
+class EncoderTask(ExperimentTask):
+    """A benchmark for models with a head of their own, which is trained with the adapter."""
 
     benchmark: Benchmark = field(repr=False)
     train: tuple[Example, ...] = field(repr=False)
     held_out: tuple[Example, ...] = field(repr=False)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        from transformers import DataCollatorWithPadding
+
+        return DataCollatorWithPadding(tokenizer)
+
+    def _numbers(self, answers: Sequence[Any]) -> dict[str, float]:
+        """The benchmark's own numbers for answers to the held-out questions."""
+        references = [example.reference for example in self.held_out]
+        scores = [metric.score(answers, references)[0] for metric in self.benchmark.metrics]
+        return {name: interval.value for found in scores for name, interval in found.items()}
+
+
+@dataclass(frozen=True)
+class ClassTask(EncoderTask):
+    """Texts, alone or in pairs, to be put into classes (or valued) by a model with a classification head.
+
+    A value's loss is its squared error, and no answer is simply right.
+    """
 
     @property
     def head(self) -> str:
@@ -497,11 +513,6 @@ class ClassTask(ExperimentTask):
     @property
     def items(self) -> Sequence[Item]:
         return [Item(example.prompt, str(example.reference)) for example in self.train]
-
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
-        from transformers import DataCollatorWithPadding
-
-        return DataCollatorWithPadding(tokenizer)
 
     def training(
         self, tokenizer: PreTrainedTokenizerBase, *, system: str = "", max_length: int = 512
@@ -545,10 +556,7 @@ class ClassTask(ExperimentTask):
             losses = (logits[:, 0] - truth) ** 2
         else:
             losses = F.cross_entropy(logits, torch.tensor([int(one) for one in references]), reduction="none")
-        found: dict[str, float] = {}
-        for metric in self.benchmark.metrics:
-            intervals, _ = metric.score(answers, references)
-            found |= {own: interval.value for own, interval in intervals.items()}
+        found = self._numbers(answers)
         found.pop("accuracy", None)
         right = (
             []
@@ -559,15 +567,11 @@ class ClassTask(ExperimentTask):
 
 
 @dataclass(frozen=True)
-class SpanTask(ExperimentTask):
+class SpanTask(EncoderTask):
     """Questions about passages, whose answers a model with a question-answering head marks there.
 
     A passage that is longer than the model's window is several training rows, one per window.
     """
-
-    benchmark: Benchmark = field(repr=False)
-    train: tuple[Example, ...] = field(repr=False)
-    held_out: tuple[Example, ...] = field(repr=False)
 
     @property
     def head(self) -> str:
@@ -578,20 +582,20 @@ class SpanTask(ExperimentTask):
         return [Item(example.prompt, example.response or "unanswerable") for example in self.train]
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
-        from transformers import DataCollatorWithPadding
-
         right = copy.copy(tokenizer)
         right.padding_side = "right"  # places are counted from the left
-        return DataCollatorWithPadding(right)
+        return super().collator(right)
 
     def training(
         self, tokenizer: PreTrainedTokenizerBase, *, system: str = "", max_length: int = 512
     ) -> TokenizedSet:
         """The training questions with their passages, in windows of up to `max_length` tokens."""
-        rows, cut = [], set()
+        rows: list[Tokens] = []
+        cut: set[int] = set()
         for window in read_windows(tokenizer, self.train, max_length):
             rows.append(cast("Tokens", window.training_row()))
-            cut |= {window.item} if window.cut else set()
+            if window.cut:
+                cut.add(window.item)
         return TokenizedSet(rows, len(cut), 0)
 
     def measure(
@@ -608,11 +612,7 @@ class SpanTask(ExperimentTask):
             model, tokenizer, self.held_out, max_length=span_window(model, tokenizer), batch_size=how.batch_size,
             what=f"Measuring {name} on {self.name}", progress=progress,
         )  # fmt: skip
-        found: dict[str, float] = {}
-        for metric in self.benchmark.metrics:
-            intervals, _ = metric.score(marked.answers, [example.reference for example in self.held_out])
-            found |= {own: interval.value for own, interval in intervals.items()}
-        return TaskScore.of([], marked.losses, [1] * len(marked.losses), found)
+        return TaskScore.of([], marked.losses, [1] * len(marked.losses), self._numbers(marked.answers))
 
 
 def _item(example: Example) -> Item:
@@ -1019,8 +1019,8 @@ def _lessons(source: str, wanted: _Wanted) -> list[_Lesson]:
 
 def _training_rows(known: Benchmark, wanted: _Wanted) -> list[Row]:
     if known.how not in ("generate", "code"):
-        why = KINDS.get({"classify": "classes", "extract": "spans"}.get(known.how, ""))
-        why = "has no questions with answers" if why is None else f"is {why}"
+        encoders = {"classify": KINDS["classes"], "extract": KINDS["spans"]}
+        why = f"is {encoders[known.how]}" if known.how in encoders else "has no questions with answers"
         raise ConfigError(
             f"{known.name} {why}, which a model that is measured on other tasks cannot learn; choose another."
         )
