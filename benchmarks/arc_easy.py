@@ -35,12 +35,12 @@ from typing import Any
 
 from rich.console import Console
 
+from dynalora.common.files import write_file
+from dynalora.common.progress import Progress, rich_progress
+from dynalora.common.statistics import standard_error
 from dynalora.errors import ConfigError, DataError, DynaloraError
-from dynalora.evaluation.statistics import standard_error
-from dynalora.experiments.machine import machine, peak
-from dynalora.experiments.run_folder import write_atomic
-from dynalora.experiments.settings import named_values
-from dynalora.progress import Progress, rich_progress
+from dynalora.lab.machine import machine, peak
+from dynalora.lab.settings import named_values
 
 BASE = "base"  # no adapter and no training: what the others are compared with
 # ChatML without the model's default system message, which would be a third of all tokens.
@@ -86,10 +86,10 @@ def run_cell(cell: Cell, data_folder: Path, threads: int, console: Console) -> d
 
     from dynalora.evaluation.commonsense import load_choices
     from dynalora.evaluation.multiple_choice import option_scores
-    from dynalora.experiments import data
-    from dynalora.experiments.finetune import load_model, load_tokenizer
-    from dynalora.experiments.models import demo_model
-    from dynalora.experiments.training import TrainSettings, train_adapter
+    from dynalora.jobs.finetune import load_model, load_tokenizer
+    from dynalora.lab import data
+    from dynalora.lab.packaged_models import demo_model
+    from dynalora.lab.training import TrainSettings, train_adapter
 
     began = time.perf_counter()
     torch.set_num_threads(threads)
@@ -201,7 +201,7 @@ def wikitext(
 
 
 def _config(cell: Cell) -> Any:
-    from dynalora.experiments.finetune import adapter_config
+    from dynalora.jobs.finetune import adapter_config
 
     options = dict(cell.options)
     common: dict[str, Any] = {"r": cell.r, "alpha": cell.alpha}
@@ -464,7 +464,7 @@ def main() -> int:
         if arguments.cell:
             cell = Cell(**json.loads(arguments.cell))
             result = run_cell(cell, arguments.data, arguments.threads, console)
-            write_atomic(arguments.output / cell.file, json.dumps(result, indent=1) + "\n")
+            write_file(arguments.output / cell.file, json.dumps(result, indent=1) + "\n")
             return 0
         if not arguments.method:
             raise ConfigError("--method is missing; give base, lora, adalora, pissa or a method of dynalora.")

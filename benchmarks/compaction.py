@@ -28,10 +28,10 @@ from typing import Any
 
 from rich.console import Console
 
+from dynalora.common.files import write_file
+from dynalora.common.progress import rich_progress
 from dynalora.errors import ConfigError, DataError, DynaloraError
-from dynalora.experiments.machine import machine
-from dynalora.experiments.run_folder import write_atomic
-from dynalora.progress import rich_progress
+from dynalora.lab.machine import machine
 
 WARMUP = 2  # steps per adapter before those that are timed
 
@@ -72,7 +72,7 @@ class Timed:
         self.seconds: list[float] = []
 
     def step(self, tokens: Any, *, record: bool) -> None:
-        from dynalora.experiments.bench import now
+        from dynalora.jobs.bench.training import now
 
         began = now(tokens.device)
         self.model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
@@ -99,12 +99,12 @@ def run_cell(cell: Cell, data_folder: Path, threads: int | None, console: Consol
 
     import dynalora
     from dynalora.evaluation.commonsense import load_choices
-    from dynalora.experiments import data
-    from dynalora.experiments.bench import ratios, sharing_copy
-    from dynalora.experiments.finetune import adapter_config, load_model, load_tokenizer
-    from dynalora.experiments.models import demo_model
-    from dynalora.experiments.training import TrainSettings, held_out_loss, take_off, train_adapter
     from dynalora.forgetting.retention import base_predictions, own_text, retention
+    from dynalora.jobs.bench.training import ratios, sharing_copy
+    from dynalora.jobs.finetune import adapter_config, load_model, load_tokenizer
+    from dynalora.lab import data
+    from dynalora.lab.packaged_models import demo_model
+    from dynalora.lab.training import TrainSettings, held_out_loss, take_off, train_adapter
 
     began = time.perf_counter()
     if threads is not None:
@@ -239,7 +239,7 @@ def run_cells(cells: Sequence[Cell], arguments: argparse.Namespace, console: Con
             console.print(f"{head}: {error}", highlight=False, markup=False, style="red")
             failed += 1
             continue
-        write_atomic(target, json.dumps(result, indent=1) + "\n")
+        write_file(target, json.dumps(result, indent=1) + "\n")
         console.print(f"{head}: done in {result['seconds']:.0f} s", highlight=False, markup=False)
     return failed
 

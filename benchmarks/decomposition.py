@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dynalora.adapter.decomposition import Triplets, largest_triplets, smallest_triplets
+from dynalora.spectral.decomposition import Triplets, largest_triplets, smallest_triplets
 
 TRIPLETS: dict[str, Callable[[Tensor, int], Triplets]] = {
     "smallest": smallest_triplets,
@@ -73,7 +73,7 @@ def smollm() -> list[Case]:
     try:
         from transformers import AutoModelForCausalLM
 
-        from dynalora.experiments.models import demo_model
+        from dynalora.lab.packaged_models import demo_model
 
         model = AutoModelForCausalLM.from_pretrained(demo_model().path, dtype=torch.float32)
     except Exception as error:

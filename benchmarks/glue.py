@@ -27,11 +27,11 @@ import transformers
 from torch.optim.lr_scheduler import LambdaLR
 
 import dynalora
+from dynalora.common.files import write_file
+from dynalora.common.statistics import standard_error
 from dynalora.errors import DataError
-from dynalora.evaluation.statistics import standard_error
-from dynalora.experiments.baselines import BASELINES, driver_of, optimizer_of
-from dynalora.experiments.run_folder import write_atomic
-from dynalora.experiments.settings import named_values
+from dynalora.lab.baselines import BASELINES, driver_of, optimizer_of
+from dynalora.lab.settings import named_values
 from dynalora.methods import METHODS, config_class
 
 
@@ -195,7 +195,7 @@ def main() -> None:
             path = given.output / f"{given.task}_{given.label or method}_seed{seed}_lr{given.lr:g}.json"
             if path.exists():
                 continue
-            write_atomic(path, json.dumps(run(method, seed, given.lr, given)))
+            write_file(path, json.dumps(run(method, seed, given.lr, given)))
     print(table(given.output))
 
 

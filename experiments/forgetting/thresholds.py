@@ -15,12 +15,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dynalora.evaluation.statistics import mean_interval
-from dynalora.experiments.forgetting import stage_folder
-from dynalora.experiments.lab import ADAPTER, Lab, LabSettings, read_landscape
-from dynalora.experiments.report import Table, markdown_table
-from dynalora.experiments.run_folder import write_atomic
+from dynalora.common.files import write_file
+from dynalora.common.statistics import mean_interval
 from dynalora.forgetting.recovery import low_rank_modules, zero_updates
+from dynalora.jobs.stages.forgetting import stage_folder
+from dynalora.lab.lab import ADAPTER, Lab, LabSettings, read_landscape
+from dynalora.lab.report import Table, markdown_table
 
 PARTS = (0.2, 0.5)
 DRAWS = 2
@@ -67,7 +67,7 @@ def main(data: Path, out: Path, method: str, questions: int) -> None:
         note=f"{len(names)} matrices, {questions} questions of ARC-Easy, nats per token of the right answers. "
         f"Random: mean of {DRAWS} draws, with the smallest and the largest.",
     )  # fmt: skip
-    write_atomic(out / f"{method}-thresholds.md", markdown_table(table))
+    write_file(out / f"{method}-thresholds.md", markdown_table(table))
     print(markdown_table(table))
 
 

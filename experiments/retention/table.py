@@ -10,9 +10,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dynalora.experiments.report import Table, markdown_table
-from dynalora.experiments.run_folder import read_metrics
 from dynalora.forgetting.monitor import OWN, RetentionPoint, plot_retention_curves, read_retention
+from dynalora.lab.report import Table, markdown_table
+from dynalora.lab.run_folder import read_metrics
 
 
 def main(out: Path) -> None:

@@ -1,6 +1,6 @@
 """dynalora: low-rank adapters that decide for themselves.
 
-``import dynalora`` registers its methods with PEFT; everything PEFT does with an adapter then works with them.
+`import dynalora` registers its methods with PEFT; everything PEFT does with an adapter then works with them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dynalora import hub as _hub
 from dynalora import methods as _methods
 from dynalora.adapter.compaction import Compaction, compact
 from dynalora.adapter.state import StateReport, state_report
+from dynalora.drawing.gates import plot_gates
 from dynalora.driver import (
     accept_undriven,
     hooks,
@@ -21,7 +22,6 @@ from dynalora.driver import (
 )
 from dynalora.errors import DynaloraError
 from dynalora.export import export_lora, rank_pattern
-from dynalora.forgetting.gate_plots import plot_gates
 from dynalora.forgetting.gates import record_gates
 from dynalora.forgetting.landscape import plot_rank_landscape, rank_landscape
 from dynalora.forgetting.monitor import RetentionMonitor, plot_retention_curves, read_retention

@@ -1,9 +1,9 @@
 """What a saved adapter says of itself: a section of its model card, and a picture of its ranks.
 
-PEFT writes a model card (``README.md``) beside every adapter. For adapters of dynalora it gets a section with the
+PEFT writes a model card (`README.md`) beside every adapter. For adapters of dynalora it gets a section with the
 method, its settings and how to load it: whoever finds the adapter on the Hub need not know that the method lives
-outside of PEFT. What ``push_to_hub`` uploads has a picture of the ranks too (``rank_map.png``); for a folder,
-``update_card(model, folder, picture=True)`` draws it.
+outside of PEFT. What `push_to_hub` uploads has a picture of the ranks too (`rank_map.png`); for a folder,
+`update_card(model, folder, picture=True)` draws it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
@@ -24,6 +23,7 @@ from torch import nn
 
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.layer import AdapterLayer
+from dynalora.common.files import file_beside, write_file
 from dynalora.forgetting.landscape import LandscapeRow, plot_rank_landscape, rank_landscape
 from dynalora.methods import METHODS
 
@@ -40,7 +40,7 @@ def card_section(model: PeftModel, picture: bool = False) -> str:
 
     Args:
         model: A model with adapters of dynalora.
-        picture: Whether ``rank_map.png`` lies beside the card.
+        picture: Whether `rank_map.png` lies beside the card.
 
     Returns:
         The text, between two comments by which it is found again; empty if there are no such adapters.
@@ -133,7 +133,7 @@ def _how_to_load(model: PeftModel, config: AdapterConfig) -> str:
 
 
 def draw_rank_map(model: nn.Module, folder: str) -> bool:
-    """Draw the effective rank of every adapted matrix into ``rank_map.png`` in a folder.
+    """Draw the effective rank of every adapted matrix into `rank_map.png` in a folder.
 
     Args:
         model: A model with adapters of dynalora; several are drawn over each other.
@@ -156,15 +156,8 @@ def draw_rank_map(model: nn.Module, folder: str) -> bool:
     }
     figure = plot_rank_landscape(landscapes if len(adapters) > 1 else landscapes[adapters[0]])
     figure.suptitle("Effective rank of every adapted matrix (dotted: rank it has)", fontsize=9)
-    handle, beside = tempfile.mkstemp(suffix=".png", dir=folder)
-    os.close(handle)
-    try:
-        figure.savefig(beside, dpi=120)
-        os.chmod(beside, 0o644)
-        os.replace(beside, os.path.join(folder, PICTURE))
-    except BaseException:
-        os.unlink(beside)
-        raise
+    with file_beside(os.path.join(folder, PICTURE)) as beside:
+        figure.savefig(beside, format="png", dpi=120)
     return True
 
 
@@ -173,8 +166,8 @@ def update_card(model: PeftModel, folder: str, picture: bool = False) -> None:
 
     Args:
         model: A model with adapters of dynalora; nothing happens for others.
-        folder: Folder with a ``README.md``.
-        picture: Whether to draw ``rank_map.png`` (about half a second); one that is there is drawn anew in any case.
+        folder: Folder with a `README.md`.
+        picture: Whether to draw `rank_map.png` (about half a second); one that is there is drawn anew in any case.
     """
     if not _concerned(model):
         return
@@ -188,9 +181,7 @@ def update_card(model: PeftModel, folder: str, picture: bool = False) -> None:
     start = re.search(r"^# .*$", text, flags=re.MULTILINE)
     at = start.end() if start else _after_metadata(text)
     rest = text[at:].lstrip("\n")
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write(f"{text[:at]}\n\n{section}\n\n{rest}")
-    os.replace(f"{path}.tmp", path)
+    write_file(path, f"{text[:at]}\n\n{section}\n\n{rest}")
 
 
 def _concerned(model: PeftModel) -> bool:
@@ -203,7 +194,7 @@ def _after_metadata(text: str) -> int:
 
 
 def install() -> None:
-    """Let PEFT's model cards have the section; done by ``import dynalora``, once."""
+    """Let PEFT's model cards have the section; done by `import dynalora`, once."""
     write_card: Any = PeftModel.create_or_update_model_card
     if hasattr(write_card, "extended_by_dynalora"):
         return

@@ -29,8 +29,9 @@ def test_every_module_has_a_place_in_the_api_pages() -> None:
     }
     shown = set()
     for page in (DOCS / "api").glob("*.md"):
-        shown |= set(re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), re.MULTILINE))
-    assert modules - shown == set()
+        shown |= set(re.findall(r"^::: (dynalora\.\S+)", page.read_text(encoding="utf-8"), re.MULTILINE))
+    # A package is shown with everything in it (`show_submodules` in mkdocs.yml).
+    assert {m for m in modules if not any(f"{m}.".startswith(f"{room}.") for room in shown)} == set()
 
 
 @pytest.mark.parametrize("method", method_names())

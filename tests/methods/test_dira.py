@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import dynalora
 from dynalora import DiraConfig
 from dynalora.adapter.layer import AdapterLayer
-from dynalora.adapter.spectrum import factor_spectrum
+from dynalora.spectral.spectrum import factor_spectrum
 from tests.reference import dira as reference
 from tests.toys import TOYS
 

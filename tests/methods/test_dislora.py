@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import dynalora
 from dynalora import DisloraConfig
-from dynalora.adapter import decomposition
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.errors import ConfigError, TrainingError
 from dynalora.methods import dislora
+from dynalora.spectral import decomposition
 from tests.matrix.test_precision import quantised_mlp
 from tests.reference import dislora as reference
 from tests.toys import TOYS

@@ -17,10 +17,10 @@ import transformers
 
 import dynalora
 from dynalora.errors import CheckpointError, ConfigError, DynaloraError, ScheduleError
-from dynalora.experiments import finetune
-from dynalora.experiments.adapters import load_adapter
-from dynalora.experiments.finetune import adapter_config
-from dynalora.experiments.run_folder import RunFolder
+from dynalora.jobs import finetune
+from dynalora.jobs.finetune import adapter_config
+from dynalora.lab.adapters import load_adapter
+from dynalora.lab.run_folder import RunFolder
 from tests.unit import tiny
 from tests.unit.program import Program, Shown
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from dynalora.errors import ConfigError, ScheduleError
-from dynalora.experiments import training
-from dynalora.experiments.baselines import BASELINES, driver_of, edits_base, label_of, optimizer_of
-from dynalora.experiments.finetune import (
+from dynalora.forgetting.landscape import rank_landscape
+from dynalora.forgetting.monitor import RetentionMonitor, checkpoint_retention
+from dynalora.forgetting.retention import given_text, retention
+from dynalora.jobs.finetune import (
     adapter_config,
     check_targets,
     compared_config,
@@ -21,12 +22,11 @@ from dynalora.experiments.finetune import (
     finetune,
     method_names,
 )
-from dynalora.experiments.forgetting import ForgettingSpec
-from dynalora.experiments.run_folder import RunFolder
-from dynalora.experiments.training import TrainSettings, train_adapter
-from dynalora.forgetting.landscape import rank_landscape
-from dynalora.forgetting.monitor import RetentionMonitor, checkpoint_retention
-from dynalora.forgetting.retention import given_text, retention
+from dynalora.jobs.stages.forgetting import ForgettingSpec
+from dynalora.lab import training
+from dynalora.lab.baselines import BASELINES, driver_of, edits_base, label_of, optimizer_of
+from dynalora.lab.run_folder import RunFolder
+from dynalora.lab.training import TrainSettings, train_adapter
 from tests.unit import tiny
 from tests.unit.test_finetune import spec, tokenized
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 
+from dynalora.common.statistics import Interval, bootstrap, item_interval
 from dynalora.errors import ConfigError, DataError, UnsupportedError
 from dynalora.evaluation import metrics
 from dynalora.evaluation.benchmarks import BENCHMARKS, GROUPS, benchmark, commonsense_union
@@ -36,7 +37,6 @@ from dynalora.evaluation.run import (
     task_list,
 )
 from dynalora.evaluation.sources import Source
-from dynalora.evaluation.statistics import Interval, bootstrap, item_interval
 
 from . import benchmark_files, tiny
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from dynalora import __version__
 from dynalora.cli.main import app
-from dynalora.experiments import demo, finetune
-from dynalora.experiments.finetune import adapter_config, method_names
+from dynalora.jobs import demo, finetune
+from dynalora.jobs.finetune import adapter_config, method_names
 from tests.unit import tiny
 from tests.unit.program import Program
 

@@ -18,11 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynalora.cli.compare import compare as compare_command
+from dynalora.common.statistics import crossed_difference, holm
+from dynalora.drawing import style as drawing
 from dynalora.errors import ConfigError, DataError, RunFolderError, TrainingError
 from dynalora.evaluation.run import measure, prepare
-from dynalora.evaluation.statistics import crossed_difference, holm
-from dynalora.experiments import compare, compare_cell, compare_report
-from dynalora.experiments.compare import (
+from dynalora.forgetting.retention import given_text, own_text, retention
+from dynalora.jobs.compare import cell as compare_cell
+from dynalora.jobs.compare import report as compare_report
+from dynalora.jobs.compare import run as compare
+from dynalora.jobs.compare.run import (
     Cell,
     CellStore,
     CompareSpec,
@@ -31,10 +35,8 @@ from dynalora.experiments.compare import (
     shared_settings,
     variant_from,
 )
-from dynalora.experiments.finetune import MONITORED_LENGTH, load_model, load_tokenizer
-from dynalora.experiments.report import Table, latex_table, markdown_table
-from dynalora.forgetting import drawing
-from dynalora.forgetting.retention import given_text, own_text, retention
+from dynalora.jobs.finetune import MONITORED_LENGTH, load_model, load_tokenizer
+from dynalora.lab.report import Table, latex_table, markdown_table
 
 from . import tiny
 from .program import Program

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dynalora.errors import DataError
-from dynalora.experiments import data
-from dynalora.experiments.data import (
+from dynalora.lab import data
+from dynalora.lab.data import (
     IGNORED,
     Collator,
     Fields,

@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dynalora import progress
-from dynalora.adapter import decomposition, decomposition_cache
-from dynalora.adapter.decomposition import (
+from dynalora.common import progress
+from dynalora.errors import ConfigError, DynaloraError
+from dynalora.spectral import cache as decomposition_cache
+from dynalora.spectral import decomposition
+from dynalora.spectral.decomposition import (
     DecompositionError,
     Triplets,
     decompose,
     largest_triplets,
     smallest_triplets,
 )
-from dynalora.errors import ConfigError, DynaloraError
 
 Which = Literal["smallest", "largest"]
 TRIPLETS: dict[str, Callable[[Tensor, int], Triplets]] = {

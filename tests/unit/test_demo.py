@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from dynalora.errors import ConfigError, RunFolderError
-from dynalora.experiments import demo, training
-from dynalora.experiments.demo import DemoSpec, run_demo
-from dynalora.experiments.run_folder import read_metrics
+from dynalora.jobs import demo
+from dynalora.jobs.demo import DemoSpec, run_demo
+from dynalora.lab import training
+from dynalora.lab.run_folder import read_metrics
 
 from . import tiny
 
@@ -93,7 +94,7 @@ def test_the_run_folder_has_everything(ran: Any) -> None:
 
 def test_the_saved_adapters_give_the_measured_loss_again(ran: Any) -> None:
     from dynalora.evaluation.scoring import answer_loss
-    from dynalora.experiments.data import tokenize
+    from dynalora.lab.data import tokenize
 
     result, folder, _, model = ran
     words = tiny.tokenizer()

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from dynalora.common import statistics
+from dynalora.common.progress import rich_progress
 from dynalora.errors import ConfigError, DataError, UnsupportedError
-from dynalora.evaluation import generation, scoring, statistics, tasks
+from dynalora.evaluation import generation, scoring, tasks
 from dynalora.evaluation.tasks import Item, check_disjoint, load_task
-from dynalora.experiments import data
-from dynalora.progress import rich_progress
+from dynalora.lab import data
 
 from . import tiny
 
@@ -338,7 +339,7 @@ def test_pairs_of_different_length_are_refused() -> None:
 
 def test_progress_in_a_pipe_is_a_plain_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("dynalora.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("dynalora.common.progress.time.monotonic", lambda: now[0])
     said = io.StringIO()
     with rich_progress(Console(file=said, width=80)) as progress:
         for what, steps in (("slow", 25), ("quick", 1)):

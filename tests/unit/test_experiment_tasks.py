@@ -14,9 +14,9 @@ import transformers
 from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation import run
 from dynalora.evaluation.numbers import solution_from
-from dynalora.experiments import tasks
-from dynalora.experiments.lab import mean_accuracy
-from dynalora.experiments.tasks import (
+from dynalora.lab import tasks
+from dynalora.lab.lab import mean_accuracy
+from dynalora.lab.tasks import (
     AnswerTask,
     ChoiceTask,
     ClassTask,
@@ -647,7 +647,7 @@ def test_questions_longer_than_the_window_are_left_out_and_counted(
 
 
 def test_texts_to_learn_are_cut_to_the_window(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from dynalora.experiments.finetune import FinetuneSpec, prepare
+    from dynalora.jobs.finetune import FinetuneSpec, prepare
 
     words = tiny.tokenizer()
     words.save_pretrained(tmp_path / "model")

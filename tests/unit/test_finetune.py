@@ -20,10 +20,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from dynalora.errors import ConfigError, DataError, RunFolderError, TrainingError
-from dynalora.experiments import data, training
-from dynalora.experiments import finetune as job
-from dynalora.experiments.baselines import BASELINES
-from dynalora.experiments.finetune import (
+from dynalora.forgetting.monitor import read_retention
+from dynalora.jobs import finetune as job
+from dynalora.jobs.finetune import (
     FinetuneSpec,
     adapter_config,
     check_targets,
@@ -31,8 +30,10 @@ from dynalora.experiments.finetune import (
     finetune,
     prepare,
 )
-from dynalora.experiments.run_folder import read_metrics
-from dynalora.experiments.training import (
+from dynalora.lab import data, training
+from dynalora.lab.baselines import BASELINES
+from dynalora.lab.run_folder import read_metrics
+from dynalora.lab.training import (
     TrainSettings,
     held_out_loss,
     last_checkpoint,
@@ -40,7 +41,6 @@ from dynalora.experiments.training import (
     takes_last_logits,
     train_adapter,
 )
-from dynalora.forgetting.monitor import read_retention
 from tests.unit import tiny
 
 

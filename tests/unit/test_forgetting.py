@@ -18,16 +18,16 @@ import torch
 from dynalora.cli.forgetting import forgetting as forgetting_command
 from dynalora.cli.recover import recover as recover_command
 from dynalora.cli.transfer import transfer as transfer_command
+from dynalora.common.statistics import Interval, mean_interval, t_quantile
+from dynalora.drawing.stages import plot_bars, plot_stages, plot_transfer
+from dynalora.drawing.style import rendered
 from dynalora.errors import CheckpointError, ConfigError, RunFolderError
-from dynalora.evaluation.statistics import Interval, mean_interval, t_quantile
-from dynalora.experiments.forgetting import STAGES, ForgettingSpec, run_forgetting
-from dynalora.experiments.forgetting_plots import plot_bars, plot_stages, plot_transfer
-from dynalora.experiments.lab import Lab, LabSettings, mean_accuracy, mean_loss, read_landscape
-from dynalora.experiments.recovery import RecoverSpec, comparison_table, recovery_figures, run_recovery
-from dynalora.experiments.run_folder import read_metrics
-from dynalora.experiments.transfer import TransferSpec, run_transfer
-from dynalora.forgetting.drawing import rendered
 from dynalora.forgetting.landscape import LandscapeRow
+from dynalora.jobs.stages.forgetting import STAGES, ForgettingSpec, run_forgetting
+from dynalora.jobs.stages.recovery import RecoverSpec, comparison_table, recovery_figures, run_recovery
+from dynalora.jobs.stages.transfer import TransferSpec, run_transfer
+from dynalora.lab.lab import Lab, LabSettings, mean_accuracy, mean_loss, read_landscape
+from dynalora.lab.run_folder import read_metrics
 
 from . import tiny
 from .program import Program
@@ -299,7 +299,7 @@ def test_recovery_is_reported(recovered: Any) -> None:
 def test_a_killed_recovery_goes_on(
     recovered: Any, ran: Any, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dynalora.experiments.recovery as module
+    import dynalora.jobs.stages.recovery as module
 
     whole, _ = recovered
     _, source = ran

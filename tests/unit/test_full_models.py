@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dynalora.adapter import spectrum
-from dynalora.adapter.spectrum import matrix_spectrum
 from dynalora.errors import CheckpointError, ConfigError
 from dynalora.forgetting.full_models import model_landscape
+from dynalora.spectral import spectrum
+from dynalora.spectral.spectrum import matrix_spectrum
 from tests.unit import tiny
 
 

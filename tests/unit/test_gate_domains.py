@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dynalora.errors import ConfigError, DataError
-from dynalora.experiments.gates import DomainSpec, GatesSpec, read_domain
+from dynalora.jobs.gates import DomainSpec, GatesSpec, read_domain
 from tests.unit import tiny
 
 

@@ -17,9 +17,8 @@ from torch import nn
 
 import dynalora
 from dynalora import DiraConfig, DiselConfig
+from dynalora.drawing import gates as gate_plots
 from dynalora.errors import ConfigError, DynaloraError
-from dynalora.experiments import data
-from dynalora.forgetting import gate_plots
 from dynalora.forgetting.gates import (
     BINS,
     DOCUMENT_GROUPS,
@@ -30,6 +29,7 @@ from dynalora.forgetting.gates import (
     depth_separation,
     gate_separation,
 )
+from dynalora.lab import data
 from tests.toys import TOYS
 from tests.unit import tiny
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from dynalora.errors import ConfigError
-from dynalora.experiments.bench import CONTROL, BenchSpec
-from dynalora.experiments.generation_bench import (
+from dynalora.jobs.bench.generation import (
     bench_generation,
     generate_greedily,
     generation_json,
     generation_tables,
 )
+from dynalora.jobs.bench.training import CONTROL, BenchSpec
 from tests.unit import tiny
 
 

@@ -11,10 +11,10 @@ import torch
 import dynalora
 from dynalora import DiraConfig, DiselConfig
 from dynalora.errors import CheckpointError, ConfigError, DynaloraError, UnsupportedError
-from dynalora.experiments.finetune import adapter_config
 from dynalora.export import export_adapter_folder, load_without_base
 from dynalora.forgetting.landscape import QUANTITIES, TAUS, energy_table
 from dynalora.forgetting.recovery import zero_updates
+from dynalora.jobs.finetune import adapter_config
 from tests.toys import TOYS
 
 LLAMA = TOYS["llama"]

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dynalora.errors import ConfigError
-from dynalora.experiments import linear_model
-from dynalora.experiments.linear_model import (
+from dynalora.jobs import linear_model
+from dynalora.jobs.linear_model import (
     LinearModel,
     LinearModelResult,
     LinearModelSpec,

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from dynalora.errors import UnsupportedError
-from dynalora.experiments import models
-from dynalora.experiments.models import ModelError, demo_model
+from dynalora.lab import packaged_models as models
+from dynalora.lab.packaged_models import ModelError, demo_model
 
 from . import tiny
 
@@ -296,7 +296,7 @@ def test_the_real_model_converts_exactly_and_stops_where_it_should(
     monkeypatch.setattr(models, "_GGUF_SHA256", SHA256)
     found = demo_model()
     from dynalora.evaluation.generation import generate
-    from dynalora.experiments.finetune import load_model, load_tokenizer
+    from dynalora.jobs.finetune import load_model, load_tokenizer
 
     tokenizer, model = load_tokenizer(found.path), load_model(found.path, dtype="float32")
     assert tokenizer.eos_token == "<|im_end|>"

@@ -19,10 +19,10 @@ import transformers
 import dynalora
 from dynalora import RetentionMonitor, given_text, own_text, plot_retention_curves, read_retention
 from dynalora.errors import CheckpointError, ConfigError, DataError
-from dynalora.experiments import data
-from dynalora.experiments.finetune import adapter_config
 from dynalora.forgetting.monitor import OWN, checkpoint_retention
 from dynalora.forgetting.retention import MeasuredText, adapter_tensors, base_predictions, retention
+from dynalora.jobs.finetune import adapter_config
+from dynalora.lab import data
 from dynalora.methods import method_names
 from tests.unit import tiny
 

@@ -15,11 +15,11 @@ from dynalora.evaluation.generation import chat_prompt, generate
 from dynalora.evaluation.harness import run_harness
 from dynalora.evaluation.multiple_choice import Choice, option_scores
 from dynalora.evaluation.scoring import answer_loss, evaluate
-from dynalora.experiments import data
-from dynalora.experiments.adapters import load_adapter
-from dynalora.experiments.finetune import adapter_config
-from dynalora.experiments.training import held_out_loss, take_off
 from dynalora.forgetting.retention import base_predictions, fingerprint, given_text, own_text, retention
+from dynalora.jobs.finetune import adapter_config
+from dynalora.lab import data
+from dynalora.lab.adapters import load_adapter
+from dynalora.lab.training import held_out_loss, take_off
 from tests.unit import tiny
 
 VIRTUAL = 5

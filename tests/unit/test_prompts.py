@@ -10,7 +10,7 @@ import pytest
 from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.generation import chat_prompt
 from dynalora.evaluation.prompts import TEMPLATES, use_template
-from dynalora.experiments.data import IGNORED, load_conversations, tokenize
+from dynalora.lab.data import IGNORED, load_conversations, tokenize
 
 from . import tiny
 

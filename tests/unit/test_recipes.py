@@ -16,13 +16,13 @@ import torch
 import transformers
 
 from dynalora.evaluation.benchmarks import GROUPS, UNION_NAME, find_benchmark
-from dynalora.experiments import tasks
-from dynalora.experiments.budgets import trainable_parameters
-from dynalora.experiments.compare import CompareSpec, Comparison, plan, run_compare
-from dynalora.experiments.finetune import empty_model
-from dynalora.experiments.forgetting import ForgettingSpec, run_forgetting
-from dynalora.experiments.recovery import RecoverSpec, run_recovery
-from dynalora.experiments.settings import read_yaml, settings_from
+from dynalora.jobs.compare.run import CompareSpec, Comparison, plan, run_compare
+from dynalora.jobs.finetune import empty_model
+from dynalora.jobs.stages.forgetting import ForgettingSpec, run_forgetting
+from dynalora.jobs.stages.recovery import RecoverSpec, run_recovery
+from dynalora.lab import tasks
+from dynalora.lab.budgets import trainable_parameters
+from dynalora.lab.settings import read_yaml, settings_from
 
 from . import test_seq2seq, tiny
 from .test_experiment_tasks import option_rows, problems

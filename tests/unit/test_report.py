@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from dynalora.adapter.method import Panel
-from dynalora.experiments import plots
-from dynalora.experiments.report import (
+from dynalora.drawing import runs as plots
+from dynalora.lab.report import (
     Figure,
     Report,
     Section,

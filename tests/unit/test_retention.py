@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import dynalora
-from dynalora.cache import cache_folder
+from dynalora.common.cache import cache_folder
 from dynalora.errors import ConfigError, UnsupportedError
 from dynalora.forgetting import retention as measured
 from dynalora.forgetting.retention import adapters_off, base_predictions, fingerprint, own_text, retention

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import yaml
 
+from dynalora.common.files import write_file
 from dynalora.errors import RunFolderError
-from dynalora.experiments.run_folder import RunFolder, read_metrics, write_atomic
+from dynalora.lab.run_folder import RunFolder, read_metrics
 
 CONFIG = {"method": "disel", "model": "tiny", "learning_rate": 2e-4, "target_modules": ["q_proj", "v_proj"]}
 
@@ -155,14 +156,14 @@ def test_other_processes_of_a_distributed_run_write_nothing(tmp_path: Path) -> N
 def test_atomic_write_leaves_the_old_content_when_it_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = write_atomic(tmp_path / "file", "old")
+    target = write_file(tmp_path / "file", "old")
 
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_atomic(target, "new")
+        write_file(target, "new")
     assert target.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 

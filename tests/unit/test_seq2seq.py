@@ -18,11 +18,11 @@ from dynalora.evaluation.generation import chat_prompt, generate
 from dynalora.evaluation.run import measure, prepare
 from dynalora.evaluation.scoring import answer_loss
 from dynalora.evaluation.seq2seq import Seq2SeqCollator, shortened
-from dynalora.experiments.compare import CompareSpec, run_compare
-from dynalora.experiments.data import IGNORED, tokenize
-from dynalora.experiments.evaluate import EvaluateSpec, evaluate
-from dynalora.experiments.finetune import empty_model, load_model, load_tokenizer
-from dynalora.experiments.training import TrainSettings, train_adapter
+from dynalora.jobs.compare.run import CompareSpec, run_compare
+from dynalora.jobs.evaluate import EvaluateSpec, evaluate
+from dynalora.jobs.finetune import empty_model, load_model, load_tokenizer
+from dynalora.lab.data import IGNORED, tokenize
+from dynalora.lab.training import TrainSettings, train_adapter
 
 from . import tiny
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dynalora.errors import ConfigError
-from dynalora.experiments.settings import coerce, named_values, read_yaml, settings_from
+from dynalora.lab.settings import coerce, named_values, read_yaml, settings_from
 
 
 @dataclass(frozen=True)

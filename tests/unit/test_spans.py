@@ -19,11 +19,11 @@ from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.benchmarks import Example, benchmark
 from dynalora.evaluation.run import measure, model_kind, prepare
 from dynalora.evaluation.spans import LONGEST_ANSWER, mark_answers, read_windows
-from dynalora.experiments.compare import CompareSpec, run_compare
-from dynalora.experiments.evaluate import EvaluateSpec, evaluate
-from dynalora.experiments.finetune import load_model
-from dynalora.experiments.lab import Lab, LabSettings
-from dynalora.experiments.tasks import SpanTask, load_experiment_task
+from dynalora.jobs.compare.run import CompareSpec, run_compare
+from dynalora.jobs.evaluate import EvaluateSpec, evaluate
+from dynalora.jobs.finetune import load_model
+from dynalora.lab.lab import Lab, LabSettings
+from dynalora.lab.tasks import SpanTask, load_experiment_task
 
 from . import tiny
 

@@ -1,6 +1,6 @@
 """Removing components that contribute nothing, so that a sparse adapter becomes a small one.
 
-A component is the i-th column of ``up`` with the i-th row of ``down``; its size is s·|d_i|·‖up_i‖·‖down_i‖, the only
+A component is the i-th column of `up` with the i-th row of `down`; its size is s·|d_i|·‖up_i‖·‖down_i‖, the only
 singular value of what it adds to the weight. Sizes are compared with the largest singular value that any matrix of the
 adapter has:
 
@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method
-from dynalora.adapter.spectrum import factor_spectrum, factor_svd
+from dynalora.common.processes import grouped, process_count
 from dynalora.driver import drivers_of, mix_state
 from dynalora.errors import ConfigError, DynaloraError, UnsupportedError
+from dynalora.spectral.spectrum import factor_spectrum, factor_svd
 
 if TYPE_CHECKING:
     from dynalora.driver import Driver
@@ -36,7 +37,7 @@ THRESHOLD = 1e-4
 
 
 class RecordedGates(Protocol):
-    """What is needed of a record of gates (:func:`dynalora.record_gates`)."""
+    """What is needed of a record of gates (`dynalora.record_gates`)."""
 
     @property
     def module(self) -> str:
@@ -117,14 +118,14 @@ def compact(
         adapter_name: Which adapter.
         rewrite: Whether factors may be rewritten to singular components where that removes more. Only where the
             diagonal is all ones (DiRA).
-        gates: For an adapter with gates, its record on text that matters (:func:`dynalora.record_gates`): sizes are
+        gates: For an adapter with gates, its record on text that matters (`dynalora.record_gates`): sizes are
             then multiplied by the root mean square of each component's gate, so that components that never open go.
 
     Returns:
         What was removed.
 
     Raises:
-        ConfigError: ``threshold`` is not in [0, 1), or ``gates`` are not this adapter's.
+        ConfigError: `threshold` is not in [0, 1), or `gates` are not this adapter's.
         UnsupportedError: The method's components cannot be removed now, or the adapter is merged, or shapes must stay
             as they are because several processes train.
         DynaloraError: The model has no such adapter.
@@ -149,17 +150,17 @@ def compact_layers(
     rewrite: bool = True,
     openness: Mapping[str, torch.Tensor] | None = None,
 ) -> Compaction:
-    """Remove an adapter's dead components; :func:`compact` for those who have its layers at hand.
+    """Remove an adapter's dead components; `compact` for those who have its layers at hand.
 
     Args:
         driver: The adapter's driver.
         layers: All its layers.
-        threshold: As for :func:`compact`.
-        rewrite: As for :func:`compact`.
+        threshold: As for `compact`.
+        rewrite: As for `compact`.
         openness: How far each component's gate opens, (r) by layer name.
 
     Raises:
-        UnsupportedError: As for :func:`compact`.
+        UnsupportedError: As for `compact`.
     """
     adapter = driver.adapter
     _check(driver, layers)
@@ -205,12 +206,9 @@ def require_free_shapes(layers: Iterable[AdapterLayer], adapter: str) -> None:
     Raises:
         UnsupportedError: Several processes train it, and no room is reserved.
     """
-    together = (
-        distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-    )
-    if together and not all(layer.reserved[adapter] for layer in layers):
+    if grouped() and process_count() > 1 and not all(layer.reserved[adapter] for layer in layers):
         raise UnsupportedError(
-            f"adapter {adapter!r} trains on {distributed.get_world_size()} processes, whose buckets hold its "
+            f"adapter {adapter!r} trains on {process_count()} processes, whose buckets hold its "
             "parameters in the shapes they began with, so no components can be removed; compact it when training is "
             "over (and leave out compact_every)."
         )

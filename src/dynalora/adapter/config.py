@@ -20,22 +20,22 @@ class AdapterConfig(PeftConfig):
 
     Args:
         r: Rank of the adapter, the largest a matrix can get where a method learns ranks.
-        alpha: Scaling numerator: the update is scaled by ``s = alpha / r`` (``alpha / √r`` with ``use_rslora``). None
-            takes the method's default multiple of ``r``.
+        alpha: Scaling numerator: the update is scaled by `s = alpha / r` (`alpha / √r` with `use_rslora`). None
+            takes the method's default multiple of `r`.
         dropout: Probability of dropping entries of the adapter's input during training, in [0, 1).
-        use_rslora: Scale by ``alpha / √r`` (Kalajdzievski, 2023).
-        target_modules: Names (suffixes) of the linear layers to adapt, a regular expression, or ``"all-linear"``; None
+        use_rslora: Scale by `alpha / √r` (Kalajdzievski, 2023).
+        target_modules: Names (suffixes) of the linear layers to adapt, a regular expression, or `"all-linear"`; None
             takes PEFT's choice for the architecture.
         exclude_modules: Names, or a regular expression, of modules to leave out.
-        rank_pattern: Ranks that differ from ``r``: module name or regular expression → rank.
-        alpha_pattern: Alphas that differ from ``alpha``, likewise.
+        rank_pattern: Ranks that differ from `r`: module name or regular expression → rank.
+        alpha_pattern: Alphas that differ from `alpha`, likewise.
         scaling_ranks: Written by training that has moved ranks: the rank that a matrix's scaling still refers to, by
             module name, where that is not its own.
         layers_to_transform: Indices of the transformer blocks to adapt; None adapts all.
-        layers_pattern: Name of the ``nn.ModuleList`` of blocks, needed for uncommon architectures together with
-            ``layers_to_transform``.
+        layers_pattern: Name of the `nn.ModuleList` of blocks, needed for uncommon architectures together with
+            `layers_to_transform`.
         modules_to_save: Further modules to train in full and save with the adapter (a new classifier head, say).
-        bias: Which base biases to train: ``"none"``, ``"all"``, or ``"<method>_only"``, those of the adapted layers.
+        bias: Which base biases to train: `"none"`, `"all"`, or `"<method>_only"`, those of the adapted layers.
         init_weights: True starts as the base model. False gives the update random non-zero factors, for tests.
         total_steps: Optimizer steps of the run, for methods with a schedule. Not needed under transformers' Trainer,
             which tells it; if given, it counts.
@@ -135,7 +135,7 @@ class AdapterConfig(PeftConfig):
             )
 
     def _require(self, holds: bool, name: str, expected: str, value: Any = MISSING) -> None:
-        """Raise a `ConfigError` that names field, value and remedy unless ``holds``."""
+        """Raise a `ConfigError` that names field, value and remedy unless `holds`."""
         if not holds:
             found = getattr(self, name) if value is MISSING else value
             raise ConfigError(f"{type(self).__name__}: {name} must be {expected}, got {found!r}.")
@@ -146,7 +146,7 @@ class AdapterConfig(PeftConfig):
         return False
 
     def scaling(self, rank: int, alpha: float) -> float:
-        """The factor ``s`` in front of an update of the given rank."""
+        """The factor `s` in front of an update of the given rank."""
         return alpha / (rank**0.5 if self.use_rslora else rank)
 
     def to_dict(self) -> dict[str, Any]:
@@ -178,8 +178,8 @@ def check_adapter_folder(folder: str, method: str = "") -> None:
     """Check, without loading any weights, that a folder holds a whole adapter.
 
     Args:
-        folder: Local folder with ``adapter_config.json`` and, unless it is a bare configuration,
-            ``adapter_model.safetensors``.
+        folder: Local folder with `adapter_config.json` and, unless it is a bare configuration,
+            `adapter_model.safetensors`.
         method: Method that is expected to have made it; empty for any.
 
     Raises:

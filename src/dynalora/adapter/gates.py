@@ -1,8 +1,8 @@
-"""Gates per token, as a part that any method's layer can have (DISeL's; see :mod:`dynalora.methods.disel`).
+"""Gates per token, as a part that any method's layer can have (DISeL's; see `dynalora.methods.disel`).
 
     g(x) = σ(W_g·x + b_g) ∈ (0, 1)^r,      d(x) = g(x) ⊙ d
 
-with d the method's own diagonal. W_g meets the input in the same product as ``down``.
+with d the method's own diagonal. W_g meets the input in the same product as `down`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ GATE_ROLES = ("gate_weight", "gate_in", "gate_out", "gate_bias")
 
 @dataclass
 class GatedConfig(AdapterConfig):
-    """Settings of methods whose adapters can have gates. The shared ones are those of :class:`AdapterConfig`.
+    """Settings of methods whose adapters can have gates. The shared ones are those of `AdapterConfig`.
 
     Args:
         gates: Whether the adapter has gates per token; then its update depends on the input.
         gate_bias_init: Start of b_g; −3 opens the gates to σ(−3) ≈ 0.05.
-        gate_weight_init: Start of W_g: ``"kaiming"`` (uniform, a = √5) or ``"zeros"`` (all tokens alike at first).
+        gate_weight_init: Start of W_g: `"kaiming"` (uniform, a = √5) or `"zeros"` (all tokens alike at first).
         gate_normalize: Divide W_g·x by √in, for inputs with large norms. b_g is not divided.
         gate_bottleneck: Width of a narrow layer in the gates, W_g = gate_out·gate_in; None for a full W_g.
         gate_lr_multiplier: Learning rate of the gates as a multiple of the optimizer's.
@@ -132,7 +132,7 @@ class GatedLayer(AdapterLayer):
         return {role: row, "gate_bias": torch.full((1,), float(config.gate_bias_init))}
 
     def update_layer(self, adapter: str, config: Any, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter; see :meth:`AdapterLayer.update_layer`."""
+        """Add an adapter; see `AdapterLayer.update_layer`."""
         super().update_layer(adapter, config, *args, **kwargs)
         self.gate_scale[adapter] = self.in_features**-0.5 if config.gate_normalize else 1.0
 
@@ -158,7 +158,7 @@ class GatedLayer(AdapterLayer):
         return *super().projections(adapter), self.used(gate, adapter)
 
     def narrow(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        """``g(x) ⊙ d ⊙ down(x)``; see :meth:`AdapterLayer.narrow`."""
+        """`g(x) ⊙ d ⊙ down(x)`; see `AdapterLayer.narrow`."""
         if torch.is_grad_enabled() or not self._short_form(x, adapter):
             return super().narrow(x, adapter)
         # Generation: for a few tokens what counts is the number of operations, here three.
@@ -170,7 +170,7 @@ class GatedLayer(AdapterLayer):
         return nn.functional.linear(x, down).mul_(gates if own is None else gates * own)
 
     def _short_form(self, x: torch.Tensor, adapter: str) -> bool:
-        """Whether there are few tokens and nothing but ``g(x) = σ(W_g·x + b_g)`` and the method's own diagonal."""
+        """Whether there are few tokens and nothing but `g(x) = σ(W_g·x + b_g)` and the method's own diagonal."""
         return (
             not self.training  # dropout
             and adapter not in self.held_gates

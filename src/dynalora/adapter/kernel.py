@@ -17,7 +17,7 @@ from torch import nn
 
 
 class _AddLowRankInPlace(torch.autograd.Function):
-    """``result += scaling · m @ [up, frozen].T``, written into ``result``."""
+    """`result += scaling · m @ [up, frozen].T`, written into `result`."""
 
     @staticmethod
     def forward(
@@ -59,14 +59,14 @@ class _AddLowRankInPlace(torch.autograd.Function):
 def _cast_sides(
     m: torch.Tensor, up: torch.Tensor, frozen: torch.Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``m`` as a matrix, and ``[up, frozen]``, in the result's dtype: the wide side has no copy in another."""
+    """`m` as a matrix, and `[up, frozen]`, in the result's dtype: the wide side has no copy in another."""
     if frozen is not None:
         up = torch.cat([up, frozen], dim=1)
     return m.reshape(-1, up.shape[1]).to(dtype), up.to(dtype)
 
 
 class _Project(torch.autograd.Function):
-    """``x @ [down; frozen].T``, where ``frozen`` gets no gradient."""
+    """`x @ [down; frozen].T`, where `frozen` gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, down: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
@@ -91,7 +91,7 @@ class _Project(torch.autograd.Function):
 def _add_without_graph(
     result: torch.Tensor, m: torch.Tensor, up: torch.Tensor, scaling: float, frozen: torch.Tensor | None
 ) -> torch.Tensor:
-    """What :class:`_AddLowRankInPlace` does, where nothing is to be differentiated."""
+    """What `_AddLowRankInPlace` does, where nothing is to be differentiated."""
     width, components = up.shape
     flat = result.view(-1, width)
     m = m.reshape(-1, m.shape[-1])
@@ -116,7 +116,7 @@ def _add_without_graph(
 def apart(x: torch.Tensor, rows: int) -> bool:
     """Whether the products of one input with several matrices had better be done one by one than stacked.
 
-    Stacking writes and reads ``rows · in`` numbers anew, and saves reading the ``tokens · in`` of the input again. In
+    Stacking writes and reads `rows · in` numbers anew, and saves reading the `tokens · in` of the input again. In
     generation there are few tokens, and the copy would cost more than the products. With gradients stacking stays:
     it saves as much again in the backward pass.
 
@@ -134,11 +134,11 @@ def project(x: torch.Tensor, down: torch.Tensor, frozen: torch.Tensor | None) ->
 
     Args:
         x: Input, (..., in).
-        down: Trained rows, (r, in), in ``x``'s dtype (or under autocast).
+        down: Trained rows, (r, in), in `x`'s dtype (or under autocast).
         frozen: Rows that never train, (k, in); None for none.
 
     Returns:
-        ``x @ [down; frozen].T``, (..., r + k).
+        `x @ [down; frozen].T`, (..., r + k).
     """
     if frozen is None:
         return nn.functional.linear(x, down)
@@ -162,14 +162,14 @@ def add_low_rank(
 
     Args:
         result: Result of the base layer, (..., out).
-        m: Narrow activations ``d ⊙ down(x)``, (..., r + k).
+        m: Narrow activations `d ⊙ down(x)`, (..., r + k).
         up: Trained columns of the up factor, (out, r).
-        scaling: The factor ``s``.
-        in_place: Whether ``result`` may be overwritten; see :func:`may_overwrite`.
+        scaling: The factor `s`.
+        in_place: Whether `result` may be overwritten; see `may_overwrite`.
         frozen: Columns that never train, (out, k); None for none.
 
     Returns:
-        ``result + scaling · m @ [up, frozen].T``, (..., out), in ``result``'s dtype.
+        `result + scaling · m @ [up, frozen].T`, (..., out), in `result`'s dtype.
     """
     out = up.shape[0]
     if in_place and type(result) is torch.Tensor and result.is_contiguous():
@@ -199,7 +199,7 @@ def add_low_rank(
 def may_overwrite(base_layer: nn.Module) -> bool:
     """Whether nobody but the adapter sees this layer's result, so that it may be updated in place.
 
-    True for a plain ``nn.Linear`` without forward hooks: its backward does not need its result. Other layers may keep
+    True for a plain `nn.Linear` without forward hooks: its backward does not need its result. Other layers may keep
     theirs, and hooks may have stored it.
     """
     return (

@@ -3,7 +3,7 @@
     x (…, in) ──┬── W0 ─────────────────────────────┐
                 └── [down; …] ── h (…, r) ── ⊙ d ── up ── · s ── + ── y (…, out)
 
-A method subclasses :class:`AdapterLayer` and says what the diagonal ``d`` is, which further parameters there are and
+A method subclasses `AdapterLayer` and says what the diagonal `d` is, which further parameters there are and
 how they start. Forward, merge, export and spectra are written once, here and over these factors.
 """
 
@@ -40,14 +40,14 @@ _order = itertools.count()
 class AdapterLayer(nn.Module, BaseTunerLayer):
     """A linear layer with adapters of one method.
 
-    Parameters live in one ``nn.ParameterDict`` per role, named by method and role (``dira_down``) and keyed by
+    Parameters live in one `nn.ParameterDict` per role, named by method and role (`dira_down`) and keyed by
     adapter, so that a checkpoint key names its owner.
 
     Attributes:
         base_layer: The adapted layer, left as it is.
         in_features, out_features: Its sizes.
-        scaling: The factor ``s`` by adapter.
-        scaling_ranks: The rank that ``s`` refers to: the one the adapter started with in this layer.
+        scaling: The factor `s` by adapter.
+        scaling_ranks: The rank that `s` refers to: the one the adapter started with in this layer.
         ranks: The rank by adapter.
         reserved: Components that there is room for without a change of shape, by adapter; 0 where parameters have
             exactly the size they need.
@@ -108,7 +108,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     @staticmethod
     def supports(base_layer: nn.Module) -> bool:
-        """Whether a module is a linear layer that can be adapted: linear, GPT-2's ``Conv1D``, or quantised."""
+        """Whether a module is a linear layer that can be adapted: linear, GPT-2's `Conv1D`, or quantised."""
         if isinstance(base_layer, NonDynamicallyQuantizableLinear):
             return False  # nn.MultiheadAttention reads its weight and never calls it
         if isinstance(base_layer, (nn.Linear, Conv1D)):
@@ -119,7 +119,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     # Parameters ------------------------------------------------------------------------------------------------
 
     def parameter(self, role: str, adapter: str) -> nn.Parameter:
-        """The parameter of a role (``"down"``, ``"up"``, …) of an adapter."""
+        """The parameter of a role (`"down"`, `"up"`, …) of an adapter."""
         container = self._modules[f"{self.method_name}_{role}"]
         assert container is not None
         # Attributes of modules take microseconds, of which generation would notice several per layer and token.
@@ -169,7 +169,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return {**self.adapter_parameters(adapter), **frozen}
 
     def progress(self, adapter: str) -> torch.Tensor | None:
-        """The adapter's saved clock, int64 ``[step, total_steps]``, if this layer carries it."""
+        """The adapter's saved clock, int64 `[step, total_steps]`, if this layer carries it."""
         return self.running("progress", adapter)
 
     def become_lead(self, adapter: str) -> None:
@@ -224,7 +224,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             alpha: Its alpha in this layer.
             driver: Its driver.
             inference_mode: True makes it without gradients.
-            scaling_rank: The rank that the scaling refers to, where that is not ``r``.
+            scaling_rank: The rank that the scaling refers to, where that is not `r`.
         """
         self.ranks[adapter] = r
         self.reserved[adapter] = self.reserve(config, r)
@@ -292,7 +292,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
         Args:
             adapter: The adapter they are for.
-            found: Tensors by their name in this layer, without the adapter's (``"dira_down"``).
+            found: Tensors by their name in this layer, without the adapter's (`"dira_down"`).
 
         Returns:
             Those that have to be loaded in another shape than found, because room is reserved.
@@ -344,7 +344,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def zero_update(self, adapter: str) -> None:
-        """Make the update zero and leave the adapter able to train again: ``up`` becomes zero, as at LoRA's start.
+        """Make the update zero and leave the adapter able to train again: `up` becomes zero, as at LoRA's start.
 
         Args:
             adapter: The adapter.
@@ -359,7 +359,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return 0
 
     def start(self, config: Any, r: int) -> dict[str, torch.Tensor]:
-        """Tensors of a new adapter by role: LoRA's start, ``down`` Kaiming-uniform(√5) and ``up`` zero."""
+        """Tensors of a new adapter by role: LoRA's start, `down` Kaiming-uniform(√5) and `up` zero."""
         down = kaiming(r, self.in_features)
         up = torch.zeros(self.out_features, r)
         if not config.init_weights:
@@ -367,11 +367,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return {"down": down, "up": up}
 
     def projections(self, adapter: str) -> Sequence[torch.Tensor]:
-        """Matrices (·, in) that meet the input: ``down`` first, then what the diagonal needs. One GEMM does all."""
+        """Matrices (·, in) that meet the input: `down` first, then what the diagonal needs. One GEMM does all."""
         return (self.used("down", adapter),)
 
     def diagonal(self, adapter: str, projected: torch.Tensor | None) -> torch.Tensor | None:
-        """The diagonal ``d``.
+        """The diagonal `d`.
 
         Args:
             adapter: The adapter.
@@ -387,17 +387,17 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def forward(
         self, x: torch.Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """``W0·x + s·up(d ⊙ down(x))`` for every active adapter; x (…, in) → (…, out).
+        """`W0·x + s·up(d ⊙ down(x))` for every active adapter; x (…, in) → (…, out).
 
         Args:
             x: The input, (…, in).
             *args: Passed on to the base layer.
-            adapter_names: For mixed batches, the adapter of every row of ``x`` (its first dimension), ``"__base__"``
+            adapter_names: For mixed batches, the adapter of every row of `x` (its first dimension), `"__base__"`
                 for none; None applies the active adapters to all rows.
             **kwargs: Passed on to the base layer.
 
         Raises:
-            ConfigError: ``adapter_names`` of another length than ``x``, or while an adapter is merged.
+            ConfigError: `adapter_names` of another length than `x`, or while an adapter is merged.
         """
         if self._disable_adapters:
             if self.merged:
@@ -428,13 +428,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Add an adapter's update to the base layer's result.
 
         Args:
-            result: What the base layer made of ``x``, (…, out).
+            result: What the base layer made of `x`, (…, out).
             x: The layer's input, (…, in).
             adapter: The adapter.
-            in_place: Whether ``result`` may be overwritten.
+            in_place: Whether `result` may be overwritten.
 
         Returns:
-            ``result + s·up(d ⊙ down(x))``, (…, out).
+            `result + s·up(d ⊙ down(x))`, (…, out).
         """
         m, up = self.narrow(x, adapter), self.used("up", adapter)
         frozen = self._frozen("frozen_up", adapter)
@@ -455,7 +455,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _add_by_row(
         self, result: torch.Tensor, x: torch.Tensor, adapter_names: Sequence[str]
     ) -> torch.Tensor:
-        """Add to every row of a mixed batch the update of its own adapter; ``result`` is overwritten."""
+        """Add to every row of a mixed batch the update of its own adapter; `result` is overwritten."""
         for adapter in dict.fromkeys(adapter_names):
             if adapter in self.scaling:  # it may be the base model, or adapt other layers only
                 rows = [row for row, name in enumerate(adapter_names) if name == adapter]
@@ -463,7 +463,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return result
 
     def narrow(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        """The narrow activations ``d ⊙ down(x)``: x (…, in) → (…, r + k), in the adapter's dtype."""
+        """The narrow activations `d ⊙ down(x)`: x (…, in) → (…, r + k), in the adapter's dtype."""
         down, *rest = self.projections(adapter)
         frozen = self._frozen("frozen_down", adapter)
         if x.dtype != down.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -518,7 +518,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return weight.t() if isinstance(self.get_base_layer(), Conv1D) else weight
 
     def static_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Factors of the update, ``ΔW = up @ down`` without ``s``: (out, k) and (k, in), in the adapter's dtype.
+        """Factors of the update, `ΔW = up @ down` without `s`: (out, k) and (k, in), in the adapter's dtype.
 
         Raises:
             UnsupportedError: The update depends on the input, so there is no ΔW.
@@ -541,13 +541,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return False
 
     def open_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Factors of the most that the update can be: :meth:`static_factors`, or those with all gates open."""
+        """Factors of the most that the update can be: `static_factors`, or those with all gates open."""
         if self.depends_on_input(adapter):
             return self.used("up", adapter), self.used("down", adapter)
         return self.static_factors(adapter)
 
     def plain(self, adapter: str) -> bool:
-        """Whether the update is ``s·up·down`` and nothing else, so that other factors of it would do as well."""
+        """Whether the update is `s·up·down` and nothing else, so that other factors of it would do as well."""
         carriers = self.adapter_parameters(adapter).keys() & self.rank_dims.keys()
         return (
             carriers == {"down", "up"}
@@ -561,7 +561,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return {}
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """The update ``s·ΔW``, (out, in) whatever the base layer's layout, float32 or the adapter's wider dtype.
+        """The update `s·ΔW`, (out, in) whatever the base layer's layout, float32 or the adapter's wider dtype.
 
         Raises:
             UnsupportedError: The update depends on the input.
@@ -581,7 +581,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             UnsupportedError: The update depends on the input, or the base layer's quantisation cannot be merged into.
-            ValueError: ``safe_merge`` found NaN.
+            ValueError: `safe_merge` found NaN.
         """
         for adapter in check_adapters_to_merge(self, adapter_names):
             if not self.has_adapter(adapter):
@@ -630,7 +630,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Put a weight in the base layer's place, quantised as the one before.
 
         Raises:
-            UnsupportedError: torchao did not quantise it; the layer is as it was.
+            UnsupportedError: Torchao did not quantise it; the layer is as it was.
         """
         base: Any = self.get_base_layer()
         before = getattr(base, "weight", None)
@@ -654,7 +654,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return not self.depends_on_input(adapter_name)
 
     def extra_repr(self) -> str:
-        """Method, ranks and quantisation, for ``print(model)``."""
+        """Method, ranks and quantisation, for `print(model)`."""
         ranks = ", ".join(f"{name}: {self.rank(name)}" for name in self.scaling)
         quantised = (
             f", quantization_backend={self.quantization_backend.backend_name!r}"
@@ -692,7 +692,7 @@ def _unknown_quantization() -> None:
 
 
 def kaiming(rows: int, columns: int) -> torch.Tensor:
-    """A matrix drawn as ``nn.Linear`` draws its weight: Kaiming-uniform with a = √5."""
+    """A matrix drawn as `nn.Linear` draws its weight: Kaiming-uniform with a = √5."""
     matrix = torch.empty(rows, columns)
     nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
     return matrix

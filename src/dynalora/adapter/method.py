@@ -1,4 +1,4 @@
-"""What a method adds to the shared form: the contract of a file in ``dynalora.methods``."""
+"""What a method adds to the shared form: the contract of a file in `dynalora.methods`."""
 
 from __future__ import annotations
 
@@ -69,20 +69,20 @@ class Method:
         return True
 
     def needs_task_loss(self, config: Any) -> bool:
-        """Whether the method acts on the value of the task loss (:attr:`Moment.task_loss`)."""
+        """Whether the method acts on the value of the task loss (`Moment.task_loss`)."""
         return False
 
     def optimizer_overrides(
         self, config: Any, layer: AdapterLayer, adapter: str
     ) -> dict[str, OptimizerOverride]:
-        """Parameter roles (``"gate_weight"``, …) of a layer that the optimizer must treat differently."""
+        """Parameter roles (`"gate_weight"`, …) of a layer that the optimizer must treat differently."""
         return {}
 
     def before_step(self, moment: Moment) -> None:
-        """Act when all gradients are there and the optimizer is about to step (under ``no_grad``)."""
+        """Act when all gradients are there and the optimizer is about to step (under `no_grad`)."""
 
     def after_step(self, moment: Moment) -> None:
-        """Act right after a step that was taken (under ``no_grad``)."""
+        """Act right after a step that was taken (under `no_grad`)."""
 
     def keeps_components(self, moment: Moment, trains: bool) -> str:
         """Why components may not be removed from an adapter now, as the end of a sentence; empty if they may.
@@ -98,7 +98,7 @@ class Method:
         return {}
 
     def report(self, moment: Moment) -> dict[str, Any]:
-        """What the adapter is doing now, for :func:`dynalora.state_report`; may be slow."""
+        """What the adapter is doing now, for `dynalora.state_report`; may be slow."""
         return {}
 
     def decided(self, layers: Mapping[str, AdapterLayer], adapter: str) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method
 from dynalora.adapter.ranks import fit
+from dynalora.common.names import plain_name
 from dynalora.driver import Driver, check_driven
 from dynalora.errors import CheckpointError, ConfigError, UnsupportedError
 
@@ -312,11 +313,11 @@ class AdapterModel(BaseTuner):
         saved: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in state_dict.items():
             owner, _, own = key.rpartition(".")
-            saved.setdefault(owner.removeprefix("base_model.model."), {})[own] = tensor
+            saved.setdefault(plain_name(owner), {})[own] = tensor
         for name, module in model.named_modules():
             if isinstance(module, AdapterLayer) and module.has_adapter(adapter_name):
                 # Names are matched by what the model has: it must have what the file has.
-                module.expect(adapter_name, saved.get(name.removeprefix("base_model.model."), {}))
+                module.expect(adapter_name, saved.get(plain_name(name), {}))
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )

@@ -15,7 +15,7 @@ METHODS: dict[str, Method] = {}
 
 
 def register(method_class: type[Method]) -> type[Method]:
-    """Class decorator that registers a method with dynalora and with PEFT, under ``PeftType.<NAME>``."""
+    """Class decorator that registers a method with dynalora and with PEFT, under `PeftType.<NAME>`."""
     method = method_class()
     name = method.name
     peft_type = _peft_type(name)
@@ -47,8 +47,8 @@ def register(method_class: type[Method]) -> type[Method]:
 def _peft_type(name: str) -> PeftType:
     """The member of PEFT's enumeration, added to it if need be.
 
-    ``register_peft_method`` takes members only, and Python closes enumerations; a member is made here in the way that
-    the ``enum`` module makes its own.
+    `register_peft_method` takes members only, and Python closes enumerations; a member is made here in the way that
+    the `enum` module makes its own.
     """
     value = name.upper()
     if value in PeftType.__members__:

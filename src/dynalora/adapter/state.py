@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dynalora.adapter.method import Method
+from dynalora.common.names import plain_name
 from dynalora.driver import drivers_of
 
 
@@ -45,7 +46,7 @@ def state_report(model: nn.Module) -> list[StateReport]:
     Returns:
         One report per adapter; empty if there is none.
     """
-    names = {id(module): name.removeprefix("base_model.model.") for name, module in model.named_modules()}
+    names = {id(module): plain_name(name) for name, module in model.named_modules()}
     reports = []
     for driver, layers in drivers_of(model):
         method = driver.method

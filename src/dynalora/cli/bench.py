@@ -101,12 +101,12 @@ def bench(
     for name in ("methods", "dtypes"):
         if flags[name] is not None:
             flags[name] = [item.strip() for item in flags[name].split(",") if item.strip()]
+    from dynalora.common.files import write_file
+    from dynalora.common.progress import rich_progress
     from dynalora.errors import ConfigError
-    from dynalora.experiments import bench as benchmark
-    from dynalora.experiments import generation_bench as generation
-    from dynalora.experiments.report import rich_table
-    from dynalora.experiments.run_folder import write_atomic
-    from dynalora.progress import rich_progress
+    from dynalora.jobs.bench import generation
+    from dynalora.jobs.bench import training as benchmark
+    from dynalora.lab.report import rich_table
 
     after_imports()
     spec = settings(benchmark.BenchSpec, config, flags)
@@ -124,5 +124,5 @@ def bench(
     for table in shown:
         screen.print(rich_table(table))
     if output is not None:
-        write_atomic(output, written)
+        write_file(output, written)
         screen.print(f"Written: {output}", highlight=False, markup=False)

@@ -16,9 +16,9 @@ def main() -> int:
     """Run the cell that the command line names."""
     import filelock
 
-    from dynalora.experiments.compare import TAKEN, Cell, CompareSpec
-    from dynalora.experiments.compare_cell import run_cell
-    from dynalora.experiments.settings import settings_from
+    from dynalora.jobs.compare.cell import run_cell
+    from dynalora.jobs.compare.run import TAKEN, Cell, CompareSpec
+    from dynalora.lab.settings import settings_from
 
     quiet()
     after_imports()

@@ -12,7 +12,7 @@ from dynalora.cli.shared import AdapterArgument, ConfigOption, after_imports, co
 
 if TYPE_CHECKING:
     from dynalora.adapter.compaction import CompactedMatrix, Compaction
-    from dynalora.experiments.report import Cell, Table
+    from dynalora.lab.report import Cell, Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +60,9 @@ def compact(
     """
     flags = {"adapter": adapter, "output": output, "threshold": threshold, "rewrite": rewrite}
     spec = settings(CompactSpec, config, flags)
-    from dynalora.experiments.adapters import adapter_folder
-    from dynalora.experiments.report import rich_table
     from dynalora.export.compaction import compact_adapter_folder
+    from dynalora.lab.adapters import adapter_folder
+    from dynalora.lab.report import rich_table
 
     after_imports()
     done = compact_adapter_folder(
@@ -78,7 +78,7 @@ def compact(
 
 
 def _table(done: Compaction) -> Table:
-    from dynalora.experiments.report import Table
+    from dynalora.lab.report import Table
 
     kinds: dict[str, list[CompactedMatrix]] = defaultdict(list)
     for matrix in done.matrices:

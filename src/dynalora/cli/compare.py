@@ -154,8 +154,8 @@ def compare(
     flags = dict(locals())
     flags.pop("config")
     flags.pop("report")
-    from dynalora.experiments.compare import CompareSpec, run_compare, variant_from
-    from dynalora.experiments.settings import read_yaml
+    from dynalora.jobs.compare.run import CompareSpec, run_compare, variant_from
+    from dynalora.lab.settings import read_yaml
 
     after_imports()
     for name in ("tasks", "methods", "learning_rates", "retention_tasks"):

@@ -66,7 +66,7 @@ def demo(
     flags.pop("config")
     if methods is not None:
         flags["methods"] = [item.strip() for item in methods.split(",") if item.strip()]
-    from dynalora.experiments.demo import DemoSpec, run_demo
+    from dynalora.jobs.demo import DemoSpec, run_demo
 
     after_imports()
     run_demo(settings(DemoSpec, config, flags), console=console())

@@ -121,10 +121,10 @@ def evaluate(
     [cyan]dynalora evaluate smollm2 --task humaneval --data benchmarks --run-code[/cyan]
     """
     flags = {name: value for name, value in locals().items() if name != "config"}
-    from dynalora.experiments.evaluate import EvaluateSpec, results_table
-    from dynalora.experiments.evaluate import evaluate as run
-    from dynalora.experiments.report import rich_table
-    from dynalora.progress import rich_progress
+    from dynalora.common.progress import rich_progress
+    from dynalora.jobs.evaluate import EvaluateSpec, results_table
+    from dynalora.jobs.evaluate import evaluate as run
+    from dynalora.lab.report import rich_table
 
     after_imports()
     for name in ("task", "metric"):  # typer gives an empty list where the flag was not given

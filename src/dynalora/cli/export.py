@@ -22,8 +22,8 @@ from dynalora.cli.shared import (
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from dynalora.experiments.report import Cell, Table
     from dynalora.forgetting.gates import GateStatistics
+    from dynalora.lab.report import Cell, Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +133,10 @@ def export(
     }  # fmt: skip
     spec = settings(ExportSpec, config, flags)
     from dynalora.errors import ConfigError
-    from dynalora.experiments.adapters import adapter_folder
-    from dynalora.experiments.finetune import resolve_dtype
-    from dynalora.experiments.report import rich_table
     from dynalora.export.lora import export_adapter_folder, export_lora, export_ranks
+    from dynalora.jobs.finetune import resolve_dtype
+    from dynalora.lab.adapters import adapter_folder
+    from dynalora.lab.report import rich_table
 
     after_imports()
     if spec.dtype not in (None, "float32", "bfloat16", "float16"):
@@ -186,12 +186,12 @@ def export(
 def _snapshot(spec: ExportSpec, calibrate: str) -> tuple[PeftModel, Sequence[GateStatistics], Table]:
     """The adapter on its base model, its gates over the calibration text, and what holding them there costs."""
     from dynalora.errors import ConfigError
-    from dynalora.experiments import data as sets
-    from dynalora.experiments.adapters import read_config
-    from dynalora.experiments.finetune import load_tokenizer
-    from dynalora.experiments.report import Table
     from dynalora.export.snapshot import snapshot_price
     from dynalora.forgetting.gates import record_gates
+    from dynalora.jobs.finetune import load_tokenizer
+    from dynalora.lab import data as sets
+    from dynalora.lab.adapters import read_config
+    from dynalora.lab.report import Table
 
     texts = {
         source: sets.load_conversations(source, split=spec.split, limit=spec.limit)

@@ -80,7 +80,11 @@ def gates(
         "limit": limit,
     }
     flags |= {"max_length": max_length, "batch_size": batch_size, "plot": plot}
-    from dynalora.experiments.gates import (
+    from dynalora.common.files import write_file
+    from dynalora.common.progress import rich_progress
+    from dynalora.drawing.gates import plot_gates
+    from dynalora.drawing.style import rendered
+    from dynalora.jobs.gates import (
         GatesSpec,
         compare_gates,
         domains_table,
@@ -89,11 +93,8 @@ def gates(
         summary,
         write_gates,
     )
-    from dynalora.experiments.report import rich_table
-    from dynalora.experiments.run_folder import RunFolder, write_atomic
-    from dynalora.forgetting.drawing import rendered
-    from dynalora.forgetting.gate_plots import plot_gates
-    from dynalora.progress import rich_progress
+    from dynalora.lab.report import rich_table
+    from dynalora.lab.run_folder import RunFolder
 
     spec = settings(GatesSpec, config, {**flags, "domains": _named(domain)})
     after_imports()
@@ -112,7 +113,7 @@ def gates(
         screen.print(rich_table(separation_table(result)))
         screen.print(summary(result), highlight=False, markup=False)
     if spec.plot is not None:
-        write_atomic(Path(spec.plot), rendered(plot_gates(result.records)))
+        write_file(Path(spec.plot), rendered(plot_gates(result.records)))
         screen.print(f"Written: {spec.plot}", highlight=False, markup=False)
     if spec.output is not None:
         with RunFolder.create(spec.output, spec.settings()) as run:

@@ -20,9 +20,9 @@ from dynalora.cli.shared import (
 )
 
 if TYPE_CHECKING:
-    from dynalora.experiments.report import Cell, Table
+    from dynalora.common.progress import Progress
     from dynalora.forgetting.landscape import LandscapeRow
-    from dynalora.progress import Progress
+    from dynalora.lab.report import Cell, Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +139,10 @@ def landscape(
     flags |= {"data": data, "split": split, "limit": limit, "max_length": max_length, "tau": tau}
     flags |= {"taus": None if taus is None else taus.split(","), "plot": plot, "csv": csv, "json": json}
     spec = settings(LandscapeSpec, config, flags)
+    from dynalora.common.files import records_csv, write_file
+    from dynalora.common.progress import rich_progress
+    from dynalora.drawing.style import rendered
     from dynalora.errors import ConfigError
-    from dynalora.experiments.report import rich_table
-    from dynalora.experiments.run_folder import write_atomic
-    from dynalora.forgetting.drawing import rendered
     from dynalora.forgetting.landscape import (
         QUANTITIES,
         TAUS,
@@ -150,7 +150,7 @@ def landscape(
         landscape_records,
         plot_rank_landscape,
     )
-    from dynalora.progress import rich_progress
+    from dynalora.lab.report import rich_table
 
     after_imports()
     if spec.against is not None and (spec.data is not None or spec.model is not None):
@@ -174,9 +174,9 @@ def landscape(
     screen.print(rich_table(_energies(runs, thresholds)))
     written = []
     if spec.csv is not None:
-        written.append(write_atomic(Path(spec.csv), _as_csv(landscape_records(runs))))
+        written.append(write_file(Path(spec.csv), records_csv(landscape_records(runs))))
     if spec.json is not None:
-        written.append(write_atomic(Path(spec.json), _as_json(landscape_records(runs, spectra=True))))
+        written.append(write_file(Path(spec.json), _as_json(landscape_records(runs, spectra=True))))
     if spec.plot is not None:
         for quantity in QUANTITIES:
             made = plot_rank_landscape(
@@ -185,8 +185,8 @@ def landscape(
             place = Path(spec.plot)
             if quantity != QUANTITIES[0]:
                 place = place.with_name(f"{place.stem}-{quantity}{place.suffix}")
-            written.append(write_atomic(place, rendered(made)))
-            written.append(write_atomic(place.with_suffix(".svg"), rendered(made, "svg")))
+            written.append(write_file(place, rendered(made)))
+            written.append(write_file(place.with_suffix(".svg"), rendered(made, "svg")))
     if written:
         screen.print(
             f"Written: {', '.join(map(str, written))}", highlight=False, markup=False, soft_wrap=True
@@ -223,8 +223,8 @@ def _of_models(
 ) -> dict[str, list[LandscapeRow]]:
     import torch
 
-    from dynalora.experiments.adapters import model_folder
     from dynalora.forgetting.full_models import model_landscape
+    from dynalora.lab.adapters import model_folder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     original = model_folder(str(spec.against))
@@ -241,9 +241,9 @@ def _of_adapters(
 ) -> tuple[dict[str, list[LandscapeRow]], dict[str, str]]:
     """The landscapes, and for each gated adapter how its gates were counted."""
     from dynalora.errors import UnsupportedError
-    from dynalora.experiments.adapters import adapter_folder, read_config
     from dynalora.export.lora import load_without_base
     from dynalora.forgetting.landscape import rank_landscape
+    from dynalora.lab.adapters import adapter_folder, read_config
     from dynalora.methods import METHODS
 
     configs = {name: read_config(source) for name, source in names.items()}
@@ -267,10 +267,10 @@ def _of_adapters(
 
 
 def _gates(spec: LandscapeSpec, adapted: Any, source: str, progress: Progress) -> Any:
-    from dynalora.experiments import data as sets
-    from dynalora.experiments.adapters import read_config
-    from dynalora.experiments.finetune import load_tokenizer
     from dynalora.forgetting.gates import record_gates
+    from dynalora.jobs.finetune import load_tokenizer
+    from dynalora.lab import data as sets
+    from dynalora.lab.adapters import read_config
 
     conversations = sets.load_conversations(str(spec.data), split=spec.split, limit=spec.limit)
     tokenizer = load_tokenizer(spec.model or str(read_config(source).base_model_name_or_path))
@@ -282,17 +282,6 @@ def _gates(spec: LandscapeSpec, adapted: Any, source: str, progress: Progress) -
     )
 
 
-def _as_csv(records: list[dict[str, Any]]) -> str:
-    import csv
-    import io
-
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
-
-
 def _as_json(records: list[dict[str, Any]]) -> str:
     import json
 
@@ -300,7 +289,7 @@ def _as_json(records: list[dict[str, Any]]) -> str:
 
 
 def _table(runs: Mapping[str, list[LandscapeRow]], tau: float, gated: Mapping[str, str]) -> Table:
-    from dynalora.experiments.report import Table
+    from dynalora.lab.report import Table
 
     cells: list[list[Cell]] = []
     for run, rows in runs.items():
@@ -335,8 +324,8 @@ def _table(runs: Mapping[str, list[LandscapeRow]], tau: float, gated: Mapping[st
 
 
 def _energies(runs: Mapping[str, list[LandscapeRow]], taus: list[float]) -> Table:
-    from dynalora.experiments.report import Table
     from dynalora.forgetting.landscape import energy_table
+    from dynalora.lab.report import Table
 
     tables = {run: energy_table(rows, taus) for run, rows in runs.items()}
     cells: list[list[Cell]] = [

@@ -73,6 +73,6 @@ def linear_model(
     """
     flags = dict(locals())
     flags.pop("config")
-    from dynalora.experiments.linear_model import LinearModelSpec, run_linear_model
+    from dynalora.jobs.linear_model import LinearModelSpec, run_linear_model
 
     run_linear_model(settings(LinearModelSpec, config, flags), console=console())

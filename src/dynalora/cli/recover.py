@@ -89,7 +89,7 @@ def recover(
     flags = dict(locals())
     flags.pop("config")
     flags["strategies"] = listed(strategies)
-    from dynalora.experiments.recovery import RecoverSpec, run_recovery
+    from dynalora.jobs.stages.recovery import RecoverSpec, run_recovery
 
     after_imports()
     spec = settings(RecoverSpec, config, flags)

@@ -127,14 +127,14 @@ def settings(kind: type[Settings], config: Path | None, flags: Mapping[str, Any]
     """Settings from a YAML file, overridden by the flags that were given.
 
     Args:
-        kind: the dataclass to make.
-        config: the YAML file; None: none.
-        flags: flag values by the dataclass's field names; None where the flag was not given.
+        kind: The dataclass to make.
+        config: The YAML file; None: none.
+        flags: Flag values by the dataclass's field names; None where the flag was not given.
 
     Raises:
-        ConfigError: the file or a value is wrong.
+        ConfigError: The file or a value is wrong.
     """
-    from dynalora.experiments.settings import read_yaml, settings_from
+    from dynalora.lab.settings import read_yaml, settings_from
 
     values = read_yaml(config) if config is not None else {}
     given = {name: value for name, value in flags.items() if value is not None}
@@ -144,7 +144,7 @@ def settings(kind: type[Settings], config: Path | None, flags: Mapping[str, Any]
 
 def method_options(config: Path | None, pairs: list[str] | None) -> dict[str, Any] | None:
     """What `--option NAME=VALUE` says, over a settings file's own; None, for the file's alone, if nothing is given."""
-    from dynalora.experiments.settings import named_values, read_yaml
+    from dynalora.lab.settings import named_values, read_yaml
 
     if not pairs:
         return None
@@ -156,15 +156,15 @@ def load_adapted(adapter: str | None, model: str | None, *, dtype: str = "auto")
     """An adapter on its base model; the adapter's files are checked before the base model is loaded.
 
     Args:
-        adapter: a run folder, an adapter folder or a Hub id.
-        model: the base model; None: the one the adapter names.
-        dtype: of the base model's weights.
+        adapter: A run folder, an adapter folder or a Hub id.
+        model: The base model; None: the one the adapter names.
+        dtype: Of the base model's weights.
 
     Raises:
-        ConfigError: no adapter is named, or its base model is unknown or cannot be loaded.
-        CheckpointError: there is no adapter, or it is damaged.
+        ConfigError: No adapter is named, or its base model is unknown or cannot be loaded.
+        CheckpointError: There is no adapter, or it is damaged.
     """
-    from dynalora.experiments.adapters import load_adapter
+    from dynalora.lab.adapters import load_adapter
 
     after_imports()
     return load_adapter(adapter, model, dtype=dtype)
@@ -175,8 +175,8 @@ def or_resume(command: str, output: str) -> Iterator[None]:
     """Say, when the user interrupts a run, how it is continued.
 
     Args:
-        command: the command's name.
-        output: its run folder.
+        command: The command's name.
+        output: Its run folder.
     """
     try:
         yield

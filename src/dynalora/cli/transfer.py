@@ -70,7 +70,7 @@ def transfer(
     for name in ("config", "method_option"):
         flags.pop(name)
     flags["methods"] = listed(methods)
-    from dynalora.experiments.transfer import TransferSpec, run_transfer
+    from dynalora.jobs.stages.transfer import TransferSpec, run_transfer
 
     after_imports()
     flags["method_options"] = method_options(config, method_option)

@@ -42,9 +42,9 @@ def carry_state(
         parameter: The parameter.
         dim: The dimension along which the slices lie.
         keep: Indices of the slices that stay, in their new order.
-        new: Values of the new slices, in the parameter's shape but for ``dim``; None makes them zero.
+        new: Values of the new slices, in the parameter's shape but for `dim`; None makes them zero.
         count: How many new slices there are.
-        size: Size of the dimension afterwards, at least ``len(keep) + count``; what is left over is zero.
+        size: Size of the dimension afterwards, at least `len(keep) + count`; what is left over is zero.
     """
 
     def resized(tensor: torch.Tensor, dim: int = dim, values: torch.Tensor | None = None) -> torch.Tensor:
@@ -74,10 +74,10 @@ def carry_state(
 
 
 def mix_state(parameter: nn.Parameter, dim: int, value: torch.Tensor, mix: torch.Tensor, size: int) -> None:
-    """Give a parameter new slices, of whose gradients it is known what they are of the old ones': ``mix`` times them.
+    """Give a parameter new slices, of whose gradients it is known what they are of the old ones': `mix` times them.
 
     The gradient and the optimizers' first moments, which are sums of gradients, follow exactly. Second moments follow
-    by the squares of ``mix``, as if the entries of a gradient were uncorrelated. What is kept in any other form starts
+    by the squares of `mix`, as if the entries of a gradient were uncorrelated. What is kept in any other form starts
     anew, with a warning.
 
     Args:

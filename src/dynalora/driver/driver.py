@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from dynalora.common.processes import grouped
 from dynalora.errors import ScheduleError, TrainingError
 
 if TYPE_CHECKING:
@@ -27,10 +28,10 @@ class DrivenLayer(Protocol):
     order: int
 
     def adapter_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
-        """Trainable tensors of one adapter in this layer, by their role (``"down"``, ``"up"``, …)."""
+        """Trainable tensors of one adapter in this layer, by their role (`"down"`, `"up"`, …)."""
 
     def progress(self, adapter: str) -> torch.Tensor | None:
-        """Saved clock, int64 ``[step, total_steps]``, on the one layer of the adapter that carries it."""
+        """Saved clock, int64 `[step, total_steps]`, on the one layer of the adapter that carries it."""
 
 
 @dataclass
@@ -90,7 +91,7 @@ class Moment:
 
 
 class DrivenMethod(Protocol):
-    """What a method may do around optimizer steps. See :class:`dynalora.adapter.method.Method`."""
+    """What a method may do around optimizer steps. See `dynalora.adapter.method.Method`."""
 
     @property
     def name(self) -> str: ...
@@ -116,9 +117,9 @@ class Driver:
 
     Attributes:
         method: The method, stateless.
-        config: The adapter's configuration; ``config.total_steps``, where given, is what counts.
+        config: The adapter's configuration; `config.total_steps`, where given, is what counts.
         adapter: The adapter's name.
-        optimizer_steps: Calls of ``optimizer.step()`` seen in this process, skipped ones included.
+        optimizer_steps: Calls of `optimizer.step()` seen in this process, skipped ones included.
     """
 
     method: DrivenMethod
@@ -294,7 +295,7 @@ class Driver:
             )
         if not given:
             loss = loss / scale
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if grouped():
             # The processes' gradients are averaged, so the loss is; and all must weigh alike.
             loss = loss.clone()
             torch.distributed.all_reduce(loss)
@@ -328,7 +329,7 @@ class Driver:
 
     @property
     def shared(self) -> dict[Any, Any]:
-        """What lives for one training step; see :class:`Moment`."""
+        """What lives for one training step; see `Moment`."""
         return self._shared
 
     def tell(self, topic: str, message: str) -> None:
@@ -448,7 +449,7 @@ def restart_schedule(model: nn.Module, total_steps: int | None = None) -> None:
 
     Args:
         model: A model with adapters.
-        total_steps: Optimizer steps of the coming run; None keeps the last known number. A ``total_steps`` in the
+        total_steps: Optimizer steps of the coming run; None keeps the last known number. A `total_steps` in the
             adapter's configuration is replaced by it.
     """
     for driver, layers in drivers_of(model):
@@ -470,8 +471,8 @@ def accept_undriven(model: nn.Module) -> None:
 def report_task_loss(model: nn.Module, loss: torch.Tensor | float) -> None:
     """Say what the task loss of the coming optimizer step is, where it cannot be seen.
 
-    It is seen wherever gradients are made by ``loss.backward()``, under any trainer. A loop that makes them otherwise
-    (``torch.autograd.grad``, gradients from another process) calls this before each ``optimizer.step()``.
+    It is seen wherever gradients are made by `loss.backward()`, under any trainer. A loop that makes them otherwise
+    (`torch.autograd.grad`, gradients from another process) calls this before each `optimizer.step()`.
 
     Args:
         model: A model with adapters.
@@ -482,7 +483,7 @@ def report_task_loss(model: nn.Module, loss: torch.Tensor | float) -> None:
 
 
 def check_driven(model: nn.Module, when: str) -> None:
-    """Check every driver of a model; see :meth:`Driver.check_driven`.
+    """Check every driver of a model; see `Driver.check_driven`.
 
     Raises:
         ScheduleError: An adapter was trained past its driver.

@@ -1,6 +1,6 @@
 """The optimizer hooks: how adapters notice training steps under any trainer.
 
-torch lets one register hooks that run before and after ``step()`` of *every* optimizer. Two such hooks, registered
+torch lets one register hooks that run before and after `step()` of *every* optimizer. Two such hooks, registered
 once at import, look up which adapters an optimizer owns and let their methods act:
 
 * before the step: check the schedule, add the regulariser's closed-form gradient, and let parameters with rules of
@@ -221,9 +221,9 @@ def _watch_state_dict(optimizer: Optimizer) -> None:
 
 
 def _steps_around() -> list[Optimizer]:
-    """Optimizers within whose ``step`` the one of the calling hook takes place.
+    """Optimizers within whose `step` the one of the calling hook takes place.
 
-    A subclass that calls ``super().step()`` runs all hooks twice, since torch wraps the ``step`` of every class; and an
+    A subclass that calls `super().step()` runs all hooks twice, since torch wraps the `step` of every class; and an
     optimizer around another (Lookahead, SAM) steps it within its own. A counter would be wrong for ever after a step
     that raised; the stack is always right.
     """
@@ -276,7 +276,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 def _only_makes_state(optimizer: Optimizer) -> bool:
     """Whether this step is none of training: nothing moves, and no gradient is other than zero.
 
-    ``torch.distributed.checkpoint`` (FSDP, Accelerate) takes such a step to have an optimizer make its state, into
+    `torch.distributed.checkpoint` (FSDP, Accelerate) takes such a step to have an optimizer make its state, into
     which it then loads the saved one. A schedule that begins at a learning rate of 0 has gradients.
     """
     if optimizer.state or any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
@@ -311,7 +311,7 @@ def _act_before(optimizer: Optimizer, plan: _Plan) -> None:
 
 
 def _loss_scale(optimizer: Optimizer) -> torch.Tensor | float:
-    """Factor that a gradient scaler gave the loss: that of the scaler within whose ``step`` the optimizer steps."""
+    """Factor that a gradient scaler gave the loss: that of the scaler within whose `step` the optimizer steps."""
     if (scale := getattr(optimizer, "grad_scale", None)) is not None:
         return cast(torch.Tensor, scale)
     frame = sys._getframe(1).f_back
@@ -407,7 +407,7 @@ def _overridden(
 def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Parameter groups for hand-written loops and custom optimizers.
 
-    For an adapter, training with these groups equals training with ``model.parameters()``, where the same rules are
+    For an adapter, training with these groups equals training with `model.parameters()`, where the same rules are
     applied during each step; groups make them visible and let a scheduler treat them apart. Biases and other
     one-dimensional parameters of the model itself, such as those of a trained head, get no weight decay.
 
@@ -417,7 +417,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
         weight_decay: Weight decay of the adapter, and of other parameters of two dimensions.
 
     Returns:
-        Groups with ``params``, ``lr`` and ``weight_decay``, for any ``torch.optim`` optimizer. Frozen parameters
+        Groups with `params`, `lr` and `weight_decay`, for any `torch.optim` optimizer. Frozen parameters
         are left out; no group is empty.
     """
     rules: dict[int, OptimizerOverride] = {}

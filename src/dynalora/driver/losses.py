@@ -2,7 +2,7 @@
 
 A method may weigh its regulariser against the task loss, whose value an optimizer never sees. It is computed by the
 model in one trainer, by the trainer in another, by a line of the user's in a third; what they have in common is that
-they call ``backward`` on it. So that is where it is read: ``torch.autograd.backward``, which every ``loss.backward()``
+they call `backward` on it. So that is where it is read: `torch.autograd.backward`, which every `loss.backward()`
 goes through, is wrapped the first time that an adapter needs the loss, and notes which adapters' gradients the call
 made. The micro-batches of one optimizer step add up, as their gradients do.
 
@@ -23,11 +23,11 @@ _running = False
 
 
 def watch_backward(before: Callable[[], Any], after: Callable[[torch.Tensor, Any], None]) -> None:
-    """Have functions called around every ``backward`` on a scalar; the first call counts, others do nothing.
+    """Have functions called around every `backward` on a scalar; the first call counts, others do nothing.
 
     Args:
         before: Called before the gradients are made.
-        after: Called when they are there, with the scalar and with what ``before`` returned.
+        after: Called when they are there, with the scalar and with what `before` returned.
     """
     global _watching
     if _watching:

@@ -14,13 +14,13 @@ def scheduled(initial: float, schedule: Schedule, step: int, total_steps: int | 
 
     Args:
         initial: Value at the first step.
-        schedule: ``"constant"``; ``"linear"``: ``initial · (1 - t)``; ``"cosine"``: ``initial · (1 + cos πt) / 2``,
-            both with ``t = step / total_steps``, 0 from ``total_steps`` on.
+        schedule: `"constant"`; `"linear"`: `initial · (1 - t)`; `"cosine"`: `initial · (1 + cos πt) / 2`,
+            both with `t = step / total_steps`, 0 from `total_steps` on.
         step: Optimizer steps already done: 0 at the first step.
-        total_steps: Optimizer steps of the whole run; may be None for ``"constant"`` only.
+        total_steps: Optimizer steps of the whole run; may be None for `"constant"` only.
 
     Raises:
-        ValueError: ``total_steps`` is missing or not positive for a decaying schedule.
+        ValueError: `total_steps` is missing or not positive for a decaying schedule.
     """
     if schedule == "constant":
         return initial

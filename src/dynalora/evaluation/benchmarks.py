@@ -29,16 +29,16 @@ class Example:
     """One item of a task.
 
     Attributes:
-        prompt: the question as it is put to the model.
-        reference: what the answer is compared with; its kind is the metrics' affair.
-        response: the text to learn, for training; empty where the task has none.
-        second: for classification, the second text of a pair; the passage that an answer is taken out of; else the
+        prompt: The question as it is put to the model.
+        reference: What the answer is compared with; its kind is the metrics' affair.
+        response: The text to learn, for training; empty where the task has none.
+        second: For classification, the second text of a pair; the passage that an answer is taken out of; else the
             instruction's input.
-        prefix: the beginning of the answer, given to the model; part of the generated code.
-        choice: the same question with its options, for scoring by likelihood.
-        program: for code, (answer) → the program to run.
-        span: where the passage has the answer, in characters, (first, one behind the last); None: nowhere.
-        where: where its row lies, for errors.
+        prefix: The beginning of the answer, given to the model; part of the generated code.
+        choice: The same question with its options, for scoring by likelihood.
+        program: For code, (answer) → the program to run.
+        span: Where the passage has the answer, in characters, (first, one behind the last); None: nowhere.
+        where: Where its row lies, for errors.
     """
 
     prompt: str
@@ -68,16 +68,16 @@ class Benchmark:
     """A task.
 
     Attributes:
-        name: how it is asked for.
-        title: as its paper writes it.
-        source: where its rows are.
+        name: How it is asked for.
+        title: As its paper writes it.
+        source: Where its rows are.
         read: (row, where it lies) → its items; most rows are one, a dialogue is one per turn.
-        metrics: how answers are scored; the first metric's first name stands for the task.
-        how: what the model does: generate, classify, extract (mark the answer in a passage), ….
-        max_new_tokens: longest answer.
-        stop: texts that end an answer.
-        labels: for classification, number of classes; 1: a value.
-        packages: for code, modules beyond Python's own library that its tests import.
+        metrics: How answers are scored; the first metric's first name stands for the task.
+        how: What the model does: generate, classify, extract (mark the answer in a passage), ….
+        max_new_tokens: Longest answer.
+        stop: Texts that end an answer.
+        labels: For classification, number of classes; 1: a value.
+        packages: For code, modules beyond Python's own library that its tests import.
     """
 
     name: str
@@ -523,7 +523,7 @@ def benchmark(name: str) -> Benchmark:
     """A benchmark by its name.
 
     Raises:
-        ConfigError: there is none of this name; lists those there are.
+        ConfigError: There is none of this name; lists those there are.
     """
     found = find_benchmark(name)
     if found is None:
@@ -547,14 +547,14 @@ def commonsense_rows(folder: Any = None) -> list[Example]:
     """The training rows of all eight commonsense tasks together.
 
     Args:
-        folder: with `commonsense/commonsense_170k.train.jsonl[.gz]`, or with the single tasks' training files, which
+        folder: With `commonsense/commonsense_170k.train.jsonl[.gz]`, or with the single tasks' training files, which
             are then put together in the order of the group, those that are there; None: the union from the Hub.
 
     Returns:
         Items whose prompt and response are as the rows have them, with their options where those can be told apart.
 
     Raises:
-        DataError: there are no rows, or one is malformed.
+        DataError: There are no rows, or one is malformed.
     """
     rows: list[tuple[str, Mapping[str, Any]]] = []
     try:
@@ -593,15 +593,15 @@ def commonsense_union(
     validation.
 
     Args:
-        folder: as for [`commonsense_rows`][dynalora.evaluation.benchmarks.commonsense_rows].
-        validation: rows to hold out.
-        seed: fixes which.
+        folder: As for [`commonsense_rows`][dynalora.evaluation.benchmarks.commonsense_rows].
+        validation: Rows to hold out.
+        seed: Fixes which.
 
     Returns:
         Training and validation items; prompt and response are as the rows have them.
 
     Raises:
-        DataError: there are no rows, or not more than `validation` of them.
+        DataError: There are no rows, or not more than `validation` of them.
     """
     import datasets
 

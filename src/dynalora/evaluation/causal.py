@@ -39,12 +39,12 @@ def causal_pass(
     """Logits of a batch, and the cache of keys and values.
 
     Args:
-        model: a causal language model, with or without adapter.
-        tokens: the batch, (B, T), padded on the left, or, continuing a cache, on the right.
-        mask: where there is no padding, (B, C + T), with C tokens in the cache (virtual ones not counted).
-        cache: what a pass with `use_cache` returned, to be continued.
-        keep: number of last positions to compute logits of; 0: all.
-        use_cache: whether to make, or to continue, a cache.
+        model: A causal language model, with or without adapter.
+        tokens: The batch, (B, T), padded on the left, or, continuing a cache, on the right.
+        mask: Where there is no padding, (B, C + T), with C tokens in the cache (virtual ones not counted).
+        cache: What a pass with `use_cache` returned, to be continued.
+        keep: Number of last positions to compute logits of; 0: all.
+        use_cache: Whether to make, or to continue, a cache.
 
     Returns:
         Logits (B, keep or T, V) of the last positions, and the cache if there is one.
@@ -76,10 +76,10 @@ def continued(
     """What `generate` writes after a batch of prompts, (B, N), without the prompts.
 
     Args:
-        model: a causal language model or an encoder-decoder, with or without adapter.
-        tokens: the prompts, (B, T), padded on the left (of an encoder-decoder on the right).
-        mask: where they are no padding, (B, T).
-        **settings: what transformers' `generate` takes.
+        model: A causal language model or an encoder-decoder, with or without adapter.
+        tokens: The prompts, (B, T), padded on the left (of an encoder-decoder on the right).
+        mask: Where they are no padding, (B, T).
+        **settings: What transformers' `generate` takes.
     """
     caller: Any = model.get_base_model() if _learns_prompts(model) else model  # type: ignore[operator]
     virtual = prompt_length(model)

@@ -40,7 +40,7 @@ def load_choices(path: str | os.PathLike[str]) -> list[Choice]:
         One question per row.
 
     Raises:
-        DataError: the file cannot be read or is empty, or a row is malformed; file, row and remedy are named.
+        DataError: The file cannot be read or is empty, or a row is malformed; file, row and remedy are named.
     """
     file = Path(path)
     choices = [choice_from(row, f"'{file}', {where}") for where, row in file_rows(file)]
@@ -53,11 +53,11 @@ def choice_from(row: Mapping[str, Any], where: str = "the row") -> Choice:
     """One question out of a row's `instruction` and `answer`.
 
     Args:
-        row: the row; other fields are not looked at.
-        where: how to call the row in errors.
+        row: The row; other fields are not looked at.
+        where: How to call the row in errors.
 
     Raises:
-        DataError: a field is missing or no text, the options cannot be told apart, or the answer is none of them.
+        DataError: A field is missing or no text, the options cannot be told apart, or the answer is none of them.
     """
     for name in ("instruction", "answer"):
         if not isinstance(row.get(name), str):

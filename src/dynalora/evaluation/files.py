@@ -29,17 +29,17 @@ def read_rows(source: str | Path, *, split: str = "train", subset: str | None = 
     """The rows of a data set as they are, one after the other.
 
     Args:
-        source: a file of `FILE_KINDS` (`.gz` may follow), a folder of such files or one written by
+        source: A file of `FILE_KINDS` (`.gz` may follow), a folder of such files or one written by
             `Dataset.save_to_disk`, or the id of a data set on the Hugging Face Hub.
-        split: which split of a Hub data set; in a folder, the files whose name begins with it, or all files
+        split: Which split of a Hub data set; in a folder, the files whose name begins with it, or all files
             if none does. A single file has no splits.
-        subset: which configuration of a Hub data set, for those that have several.
+        subset: Which configuration of a Hub data set, for those that have several.
 
     Returns:
         Pairs of where a row lies (such as `"line 3"`) and the row; and how to call the source in errors.
 
     Raises:
-        DataError: the source does not exist or cannot be read; of files, while the rows are taken.
+        DataError: The source does not exist or cannot be read; of files, while the rows are taken.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -73,7 +73,7 @@ def file_rows(path: Path) -> Rows:
     """The rows of one data file.
 
     Raises:
-        DataError: while the rows are taken, if the file cannot be read or is of no known kind.
+        DataError: While the rows are taken, if the file cannot be read or is of no known kind.
     """
     kind = _file_kind(path)
     if kind not in FILE_KINDS:
@@ -96,8 +96,8 @@ def split_files(stem: Path, kinds: Sequence[str] = FILE_KINDS) -> dict[str, Path
     """The files of a data set's splits: `<stem>.<split>.jsonl`, or `<split>.jsonl` inside a folder, gzipped or not.
 
     Args:
-        stem: the folder, or the beginning of the files' names.
-        kinds: endings of files that count, without `.gz`.
+        stem: The folder, or the beginning of the files' names.
+        kinds: Endings of files that count, without `.gz`.
 
     Returns:
         Split → file; `valid`, `validation` and `eval` are called `dev`.
@@ -124,7 +124,7 @@ def text_lines(path: Path) -> Rows:
     """The lines of a plain text file as rows with the field `text`, line ends included.
 
     Raises:
-        DataError: while they are taken, if the file cannot be read.
+        DataError: While they are taken, if the file cannot be read.
     """
     with _reading(path) as file:
         for number, line in enumerate(file, start=1):
@@ -135,7 +135,7 @@ def passages(path: Path) -> Iterator[str]:
     """The passages of a plain text file: what lies between blank lines.
 
     Raises:
-        DataError: while they are taken, if the file cannot be read.
+        DataError: While they are taken, if the file cannot be read.
     """
     passage: list[str] = []
     for _, row in text_lines(path):
@@ -158,12 +158,12 @@ def texts_of(rows: Rows, name: str | None, told: str) -> Iterator[str]:
     """The texts in a field of rows; a field that is null is an empty text.
 
     Args:
-        rows: where each row lies, and the row.
-        name: of the field; None: the first of `TEXT_FIELDS` that the first row has.
-        told: how to call the source in errors.
+        rows: Where each row lies, and the row.
+        name: Of the field; None: the first of `TEXT_FIELDS` that the first row has.
+        told: How to call the source in errors.
 
     Raises:
-        DataError: while they are taken, if a row has no text there.
+        DataError: While they are taken, if a row has no text there.
     """
     for where, row in rows:
         if name is None:
@@ -178,7 +178,7 @@ def some_texts(texts: Iterable[str], limit: int | None, told: str) -> list[str]:
     """The first texts that are not empty.
 
     Raises:
-        DataError: there is none.
+        DataError: There is none.
     """
     kept = list(islice((text for text in texts if text.strip()), limit))
     if not kept:
@@ -342,14 +342,14 @@ def hub_rows(
     """The rows of a data set on the Hugging Face Hub.
 
     Args:
-        name: its id.
-        split: the Hub's name of the split.
-        subset: which configuration, for those that have several.
-        revision: the Hub's branch; None: its main one.
-        remedy: what to do where it cannot be loaded, for the error.
+        name: Its id.
+        split: The Hub's name of the split.
+        subset: Which configuration, for those that have several.
+        revision: The Hub's branch; None: its main one.
+        remedy: What to do where it cannot be loaded, for the error.
 
     Raises:
-        DataError: when the first row is taken, if it cannot be loaded.
+        DataError: When the first row is taken, if it cannot be loaded.
     """
     import datasets
 

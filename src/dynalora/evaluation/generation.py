@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError
 from dynalora.evaluation.causal import continued
 from dynalora.evaluation.seq2seq import is_encoder_decoder, pad_right
-from dynalora.progress import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,9 +24,9 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str, system: str =
     tokens.
 
     Args:
-        tokenizer: the model's.
-        question: the user's message.
-        system: a system message before it; empty: none, so that a chat template may add its own.
+        tokenizer: The model's.
+        question: The user's message.
+        system: A system message before it; empty: none, so that a chat template may add its own.
     """
     if not tokenizer.chat_template:
         asked = f"{system}\n\n{question}" if system else question
@@ -58,22 +58,22 @@ def generate(
     only as far as floating-point sums do.
 
     Args:
-        model: a causal language model or an encoder-decoder, with or without adapter. It is left in the mode (train or
+        model: A causal language model or an encoder-decoder, with or without adapter. It is left in the mode (train or
             eval) it was in.
-        tokenizer: the model's.
-        prompts: questions, put into the chat format with `chat_prompt`, or token ids to be used as they are.
-        max_new_tokens: generation stops here, or at the end-of-turn token.
-        batch_size: prompts per batch.
-        stop: texts that end an answer; an answer is cut before the first of them.
-        strip: whether white space around an answer is removed.
-        what: description given to `progress`.
-        progress: called with the number of prompts answered.
+        tokenizer: The model's.
+        prompts: Questions, put into the chat format with `chat_prompt`, or token ids to be used as they are.
+        max_new_tokens: Generation stops here, or at the end-of-turn token.
+        batch_size: Prompts per batch.
+        stop: Texts that end an answer; an answer is cut before the first of them.
+        strip: Whether white space around an answer is removed.
+        what: Description given to `progress`.
+        progress: Called with the number of prompts answered.
 
     Returns:
         One answer per prompt, in the prompts' order, without special tokens.
 
     Raises:
-        ConfigError: max_new_tokens or batch_size below 1, or an empty prompt.
+        ConfigError: Max_new_tokens or batch_size below 1, or an empty prompt.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:

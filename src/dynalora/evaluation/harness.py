@@ -50,12 +50,12 @@ class HarnessResult:
     """One task's result.
 
     Attributes:
-        task: its name in the harness.
-        metric: the metric's name in the harness.
-        value: the metric.
-        error: its standard error as the harness gives it; None where it gives none.
-        samples: number of questions; None where the harness does not say.
-        numbers: every metric of the task by name, with its standard error or None; the harness's filters stand in
+        task: Its name in the harness.
+        metric: The metric's name in the harness.
+        value: The metric.
+        error: Its standard error as the harness gives it; None where it gives none.
+        samples: Number of questions; None where the harness does not say.
+        numbers: Every metric of the task by name, with its standard error or None; the harness's filters stand in
             brackets behind the name, as in `exact_match (strict-match)`.
     """
 
@@ -73,16 +73,16 @@ def find_tasks(
     """Make sure that the harness has these tasks, before a model is loaded.
 
     Args:
-        tasks: names of tasks or groups; `forgetting` stands for the 14 of `FORGETTING_SUITE`.
-        include_path: folder with task files of your own.
+        tasks: Names of tasks or groups; `forgetting` stands for the 14 of `FORGETTING_SUITE`.
+        include_path: Folder with task files of your own.
 
     Returns:
         The names, none twice, and the harness's task manager that knows them.
 
     Raises:
-        ConfigError: no task is named, one is unknown, or one would execute the code that a model writes: the harness
+        ConfigError: No task is named, one is unknown, or one would execute the code that a model writes: the harness
             has no sandbox.
-        UnsupportedError: lm-evaluation-harness is not installed.
+        UnsupportedError: Lm-evaluation-harness is not installed.
     """
     names = list(
         dict.fromkeys(name for task in tasks for name in (FORGETTING_SUITE if task == SUITE else [task]))
@@ -129,25 +129,25 @@ def run_harness(
     """Measure a model on tasks of lm-evaluation-harness.
 
     Args:
-        model: a causal language model, with or without adapters; it is left in the mode it was in.
-        tokenizer: the model's.
-        tasks: names of tasks or groups; `forgetting` stands for the 14 of `FORGETTING_SUITE`.
-        metrics: task → metric to report, where it is to be another one than `FORGETTING_SUITE` says, or for other
+        model: A causal language model, with or without adapters; it is left in the mode it was in.
+        tokenizer: The model's.
+        tasks: Names of tasks or groups; `forgetting` stands for the 14 of `FORGETTING_SUITE`.
+        metrics: Task → metric to report, where it is to be another one than `FORGETTING_SUITE` says, or for other
             tasks than the first there is of acc_norm, acc, exact_match, f1 and perplexity.
-        num_fewshot: examples before each question, 5 in the authors' script; None: each task's own default.
-        limit: only the first questions of each task, for a quick look.
-        batch_size: requests per forward pass.
-        max_length: longest input in tokens (512 in the paper); None: what the model takes.
-        seed: of the choice of examples.
-        include_path: folder with task files of your own.
+        num_fewshot: Examples before each question, 5 in the authors' script; None: each task's own default.
+        limit: Only the first questions of each task, for a quick look.
+        batch_size: Requests per forward pass.
+        max_length: Longest input in tokens (512 in the paper); None: what the model takes.
+        seed: Of the choice of examples.
+        include_path: Folder with task files of your own.
 
     Returns:
         A result for each task in order.
 
     Raises:
-        ConfigError: a number is out of range, a task is unknown to the harness, would execute generated code, or has no
+        ConfigError: A number is out of range, a task is unknown to the harness, would execute generated code, or has no
             such metric.
-        UnsupportedError: lm-evaluation-harness is not installed, or the adapter is of prompt learning.
+        UnsupportedError: Lm-evaluation-harness is not installed, or the adapter is of prompt learning.
     """
     for what, value in (("batch_size", batch_size), ("limit", limit), ("max_length", max_length)):
         if value is not None and value < 1:
@@ -191,7 +191,7 @@ def harness_mean(results: Sequence[HarnessResult]) -> float:
     """Unweighted mean over the tasks: with all of `FORGETTING_SUITE`, the retention score of DISeL.
 
     Raises:
-        ConfigError: there is no result.
+        ConfigError: There is no result.
     """
     if not results:
         raise ConfigError("There are no results to take the mean of; run at least one task.")

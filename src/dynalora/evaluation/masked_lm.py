@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 
+from dynalora.common.progress import Progress, silent
+from dynalora.common.statistics import Estimate, Interval, ratio
 from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.generation import batches_by_length, evaluating, padding_id
 from dynalora.evaluation.perplexity import exponential
-from dynalora.evaluation.statistics import Estimate, Interval, ratio
-from dynalora.progress import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,9 +36,9 @@ class MaskedText:
     """Texts with some tokens masked.
 
     Attributes:
-        rows: token ids of each text, special tokens included, unmasked.
-        masked: for each text the masked positions, ascending.
-        mask_id: the token that stands in the masked positions.
+        rows: Token ids of each text, special tokens included, unmasked.
+        masked: For each text the masked positions, ascending.
+        mask_id: The token that stands in the masked positions.
     """
 
     rows: tuple[tuple[int, ...], ...]
@@ -56,10 +56,10 @@ class MaskedPerplexity:
     """Masked-LM perplexity of a model on a text.
 
     Attributes:
-        perplexity: exp of the loss.
-        loss: mean negative log-likelihood of the masked tokens, nats per token.
-        error: standard error of the loss over the texts; 0 for a single text.
-        tokens: number of masked tokens.
+        perplexity: Exp of the loss.
+        loss: Mean negative log-likelihood of the masked tokens, nats per token.
+        error: Standard error of the loss over the texts; 0 for a single text.
+        tokens: Number of masked tokens.
     """
 
     perplexity: float
@@ -77,14 +77,14 @@ def under_head(classifier: torch.nn.Module, original: PreTrainedModel) -> PreTra
     """The encoder of a classifier, with whatever was trained in it, under the original masked-LM head.
 
     Args:
-        classifier: with or without adapter; it keeps its encoder, which both then share.
-        original: the masked language model that it was made from; its own encoder is replaced.
+        classifier: With or without adapter; it keeps its encoder, which both then share.
+        original: The masked language model that it was made from; its own encoder is replaced.
 
     Returns:
         `original`.
 
     Raises:
-        ConfigError: the two are not of one family.
+        ConfigError: The two are not of one family.
     """
     base: Any = classifier.get_base_model() if isinstance(classifier, PeftModel) else classifier
     name = original.base_model_prefix
@@ -112,17 +112,17 @@ def mask_text(
     Which positions are masked depends on the seed, the text and its place in the list, and on nothing else.
 
     Args:
-        texts: the texts, such as the lines of WikiText-2 that are no headings. Texts without two ordinary tokens are
+        texts: The texts, such as the lines of WikiText-2 that are no headings. Texts without two ordinary tokens are
             left out.
-        tokenizer: the model's; it must have a mask token.
-        share: part of a text's ordinary tokens to mask, rounded; at least one, special tokens never.
-        seed: of the choice. The global random state is neither used nor changed.
-        max_length: tokens at which a text is cut, special tokens included.
+        tokenizer: The model's; it must have a mask token.
+        share: Part of a text's ordinary tokens to mask, rounded; at least one, special tokens never.
+        seed: Of the choice. The global random state is neither used nor changed.
+        max_length: Tokens at which a text is cut, special tokens included.
 
     Raises:
-        ConfigError: the tokenizer has no mask token, `share` is not in (0, 1), `max_length` is below 4, one string
+        ConfigError: The tokenizer has no mask token, `share` is not in (0, 1), `max_length` is below 4, one string
             instead of a list.
-        DataError: no text is left.
+        DataError: No text is left.
     """
     if isinstance(texts, str):
         raise ConfigError("texts must be a list of texts, got one string; put it into a list.")
@@ -152,16 +152,16 @@ def mask_windows(
     """Mask tokens of windows of running text by the rule of `mask_text`.
 
     Args:
-        windows: token ids of each window without special tokens, as
+        windows: Token ids of each window without special tokens, as
             [`windows`][dynalora.evaluation.perplexity.windows] gives them; the tokenizer's first and last token are put
             around each. Windows without two ordinary tokens are left out.
-        tokenizer: the model's; it must have a mask token.
-        share: part of a window's ordinary tokens to mask, rounded; at least one.
-        seed: of the choice.
+        tokenizer: The model's; it must have a mask token.
+        share: Part of a window's ordinary tokens to mask, rounded; at least one.
+        seed: Of the choice.
 
     Raises:
-        ConfigError: the tokenizer has no mask token, or `share` is not in (0, 1).
-        DataError: no window is left.
+        ConfigError: The tokenizer has no mask token, or `share` is not in (0, 1).
+        DataError: No window is left.
     """
     _check_share(share)
     mask_id = _mask_token(tokenizer)
@@ -220,14 +220,14 @@ def masked_lm_perplexity(
     """Perplexity of a masked language model on masked tokens, as defined at the top of this module.
 
     Args:
-        model: a masked language model, with or without adapters; it is left in the mode it was in.
-        text: from `mask_text`, with the model's tokenizer.
-        batch_size: texts per batch; it changes the result by rounding only.
-        name: of the model, for `progress`.
-        progress: called with the number of texts done.
+        model: A masked language model, with or without adapters; it is left in the mode it was in.
+        text: From `mask_text`, with the model's tokenizer.
+        batch_size: Texts per batch; it changes the result by rounding only.
+        name: Of the model, for `progress`.
+        progress: Called with the number of texts done.
 
     Raises:
-        ConfigError: batch_size below 1.
+        ConfigError: Batch_size below 1.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; give 1 or more.")

@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dynalora.common.statistics import Interval, bootstrap, item_interval
 from dynalora.errors import DataError, UnsupportedError
 from dynalora.evaluation.numbers import final_number, last_number, number, same_number
-from dynalora.evaluation.statistics import Interval, bootstrap, item_interval
 
 Items = Mapping[str, Sequence[float | None]]
 """By name, one value per item; None where an item does not count for that name."""
@@ -31,12 +31,12 @@ class Metric:
     """One or several numbers out of answers and references.
 
     Attributes:
-        names: of the numbers.
+        names: Of the numbers.
         items: (answers, references) → per name one value per item; None for a metric over all items.
         whole: (answers, references) → one number over all items.
-        needs: modules that must be importable, each with the package that has it.
-        percent: whether it is a share, shown times 100.
-        resamples: of the bootstrap.
+        needs: Modules that must be importable, each with the package that has it.
+        percent: Whether it is a share, shown times 100.
+        resamples: Of the bootstrap.
     """
 
     names: tuple[str, ...]
@@ -50,7 +50,7 @@ class Metric:
         """Make sure that its library is there.
 
         Raises:
-            UnsupportedError: it is not; says what to install.
+            UnsupportedError: It is not; says what to install.
         """
         for module, package in (self.needs or {}).items():
             if importlib.util.find_spec(module) is None:
@@ -67,7 +67,7 @@ class Metric:
         """The numbers with their intervals, and the values of single items where there are such.
 
         Raises:
-            DataError: there are no items, or not as many references.
+            DataError: There are no items, or not as many references.
         """
         if not answers or len(answers) != len(references):
             raise DataError(

@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from dynalora.common.names import IGNORED_LABEL
+from dynalora.common.progress import Progress, silent
+from dynalora.common.statistics import Estimate, Interval, ratio, wilson
 from dynalora.errors import ConfigError, DataError, UnsupportedError
 from dynalora.evaluation.causal import causal_pass
 from dynalora.evaluation.generation import (
@@ -31,14 +34,10 @@ from dynalora.evaluation.generation import (
     padding_id,
 )
 from dynalora.evaluation.scoring import answer_loss
-from dynalora.evaluation.statistics import Estimate, Interval, ratio, wilson
 from dynalora.evaluation.tasks import Item
-from dynalora.progress import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,12 @@ class Choice:
     """A question with its options, one of them right.
 
     Attributes:
-        question: as it is put to the model; it does not list the options.
-        options: the options' texts, at least two, none empty.
-        right: index of the right one.
+        question: As it is put to the model; it does not list the options.
+        options: The options' texts, at least two, none empty.
+        right: Index of the right one.
 
     Raises:
-        DataError: fewer than two options, an empty one or an empty question, or `right` names none of them.
+        DataError: Fewer than two options, an empty one or an empty question, or `right` names none of them.
     """
 
     question: str
@@ -82,9 +81,9 @@ class OptionScores:
     """How likely a model finds each option of each question.
 
     Attributes:
-        sums: log-likelihoods in nats: one tuple per question, one number per option.
-        counts: numbers of tokens, likewise.
-        right: for each question the index of the right option.
+        sums: Log-likelihoods in nats: one tuple per question, one number per option.
+        counts: Numbers of tokens, likewise.
+        right: For each question the index of the right option.
     """
 
     sums: tuple[tuple[float, ...], ...]
@@ -95,7 +94,7 @@ class OptionScores:
         """For each question the index of the likeliest option; of equally likely ones the first.
 
         Args:
-            normalised: compare log-likelihoods per token; False: their sums.
+            normalised: Compare log-likelihoods per token; False: their sums.
         """
         picked = []
         for sums, counts in zip(self.sums, self.counts, strict=True):
@@ -151,23 +150,23 @@ def option_scores(
     share a batch. Scores depend on the batching only as far as floating-point sums do.
 
     Args:
-        model: a causal language model, with or without adapter. It is left in the mode (train or eval) it was in.
-        tokenizer: the model's; without a chat template the bare question is the prompt.
-        choices: the questions.
+        model: A causal language model, with or without adapter. It is left in the mode (train or eval) it was in.
+        tokenizer: The model's; without a chat template the bare question is the prompt.
+        choices: The questions.
         share_prompt: False computes the prompt again with every option, which takes longer and needs no cache of keys
             and values.
-        system: a system message before every question; empty: none, so that a chat template may add its own.
-        batch_size: questions per batch (options, if `share_prompt` is False).
-        name: of the model, for `progress`.
-        progress: called with the number of questions done (options, if `share_prompt` is False).
+        system: A system message before every question; empty: none, so that a chat template may add its own.
+        batch_size: Questions per batch (options, if `share_prompt` is False).
+        name: Of the model, for `progress`.
+        progress: Called with the number of questions done (options, if `share_prompt` is False).
 
     Returns:
         The scores, in the order of the questions.
 
     Raises:
-        ConfigError: batch_size below 1.
-        DataError: no questions, or a prompt or an option without any token.
-        UnsupportedError: the model keeps no cache whose rows can be repeated, and `share_prompt` is True.
+        ConfigError: Batch_size below 1.
+        DataError: No questions, or a prompt or an option without any token.
+        UnsupportedError: The model keeps no cache whose rows can be repeated, and `share_prompt` is True.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; give 1 or more.")
@@ -215,7 +214,7 @@ def _apart(
 ) -> list[tuple[float, ...]]:
     """Log-likelihoods with one sequence per option."""
     rows = [
-        {"input_ids": prompt + option, "labels": [_IGNORED] * len(prompt) + option}
+        {"input_ids": prompt + option, "labels": [IGNORED_LABEL] * len(prompt) + option}
         for prompt, listed in zip(prompts, options, strict=True)
         for option in listed
     ]
@@ -263,12 +262,12 @@ def _continuations(
     """Log-likelihoods (O,) of continuations of a batch of prompts.
 
     Args:
-        model: in evaluation mode.
-        tokens: the prompts, (B, T), padded on the left.
-        mask: where they are no padding, (B, T).
+        model: In evaluation mode.
+        tokens: The prompts, (B, T), padded on the left.
+        mask: Where they are no padding, (B, T).
         rows: O continuations.
-        owners: for each the row of `tokens` that it continues.
-        padding: a token to pad with.
+        owners: For each the row of `tokens` that it continues.
+        padding: A token to pad with.
     """
     device = tokens.device
     owner = torch.tensor(owners, device=device)

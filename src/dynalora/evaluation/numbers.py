@@ -40,7 +40,7 @@ def final_number(text: str) -> Decimal | None:
     lm-evaluation-harness's GSM8K, except that numbers are compared as numbers.
 
     Args:
-        text: a solution, the reference's or the model's.
+        text: A solution, the reference's or the model's.
     """
     found = _FINAL.search(text)
     return number(found[1]) if found else None
@@ -61,11 +61,11 @@ def solution_from(row: Mapping[str, Any], where: str = "the row") -> Item:
     """The question of a row with its solution, without the calculator notes (`<<48/2=24>>`).
 
     Args:
-        row: with the texts `question` and `answer`.
-        where: how to call the row in errors.
+        row: With the texts `question` and `answer`.
+        where: How to call the row in errors.
 
     Raises:
-        DataError: a field is missing, or the answer has no number after `####`.
+        DataError: A field is missing, or the answer has no number after `####`.
     """
     for name in ("question", "answer"):
         if not isinstance(row.get(name), str) or not row[name].strip():

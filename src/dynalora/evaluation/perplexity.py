@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dynalora.common.names import IGNORED_LABEL
+from dynalora.common.progress import Progress, silent
+from dynalora.common.statistics import Estimate, Interval, ratio
 from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.scoring import answer_loss
-from dynalora.evaluation.statistics import Estimate, Interval, ratio
-from dynalora.progress import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_IGNORED = -100
 
 
 def windows(
@@ -33,14 +32,14 @@ def windows(
     """A text's tokens in pieces of `length`; the last, shorter one is left out unless it is the only one.
 
     Args:
-        tokenizer: the model's; no special tokens are added.
-        text: the text.
-        length: tokens per window, at least 2.
-        limit: the first windows only; None: all.
+        tokenizer: The model's; no special tokens are added.
+        text: The text.
+        length: Tokens per window, at least 2.
+        limit: The first windows only; None: all.
 
     Raises:
         ConfigError: `length` is below 2.
-        DataError: the text has fewer than two tokens.
+        DataError: The text has fewer than two tokens.
     """
     if length < 2:
         raise ConfigError(f"The window is {length} tokens; give at least 2.")
@@ -64,13 +63,13 @@ def perplexity(
     """Perplexity of a causal language model on windows of text, with its interval over the windows.
 
     Args:
-        model: left in the mode it was in.
-        rows: token ids of each window, as `windows` gives them.
-        batch_size: windows per batch.
-        what: description given to `progress`.
-        progress: called with the number of windows done.
+        model: Left in the mode it was in.
+        rows: Token ids of each window, as `windows` gives them.
+        batch_size: Windows per batch.
+        what: Description given to `progress`.
+        progress: Called with the number of windows done.
     """
-    labelled = [{"input_ids": row, "labels": [_IGNORED, *row[1:]]} for row in rows]
+    labelled = [{"input_ids": row, "labels": [IGNORED_LABEL, *row[1:]]} for row in rows]
     found = answer_loss(model, labelled, batch_size=batch_size, what=what, progress=progress)
     return exponential(ratio(found.sums, found.counts))
 

@@ -40,9 +40,9 @@ class Template:
     """A prompt format for one instruction and its response.
 
     Attributes:
-        name: how it is asked for.
-        plain: the prompt, with `{instruction}`.
-        with_input: the prompt where an input comes with the instruction, with `{instruction}` and `{input}`; empty:
+        name: How it is asked for.
+        plain: The prompt, with `{instruction}`.
+        with_input: The prompt where an input comes with the instruction, with `{instruction}` and `{input}`; empty:
             the input follows the instruction after an empty line.
     """
 
@@ -54,8 +54,8 @@ class Template:
         """The text that the model is given, without its first special token.
 
         Args:
-            instruction: what to do.
-            input: what to do it with; empty: nothing.
+            instruction: What to do.
+            input: What to do it with; empty: nothing.
         """
         if not input.strip():
             return self.plain.replace("{instruction}", instruction)
@@ -131,12 +131,12 @@ def use_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Make a tokenizer write prompts in a paper's format.
 
     Args:
-        tokenizer: changed in place; it is saved with its template.
-        name: one of [`TEMPLATES`][dynalora.evaluation.prompts.TEMPLATES], or `chat`, which leaves the tokenizer as it
+        tokenizer: Changed in place; it is saved with its template.
+        name: One of [`TEMPLATES`][dynalora.evaluation.prompts.TEMPLATES], or `chat`, which leaves the tokenizer as it
             is.
 
     Raises:
-        ConfigError: there is no such template.
+        ConfigError: There is no such template.
     """
     if name == "chat":
         return

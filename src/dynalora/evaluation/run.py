@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 
+from dynalora.common.progress import Progress, silent
+from dynalora.common.statistics import Estimate, Interval, unweighted_mean
 from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.benchmarks import GROUPS, Benchmark, Example, benchmark
 from dynalora.evaluation.generation import batches_by_length, chat_prompt, evaluating, generate
@@ -31,9 +33,7 @@ from dynalora.evaluation.sandbox import Limits, check_sandbox, run_program
 from dynalora.evaluation.seq2seq import is_encoder_decoder, shortened
 from dynalora.evaluation.sources import Source
 from dynalora.evaluation.spans import mark_answers
-from dynalora.evaluation.statistics import Estimate, Interval, unweighted_mean
 from dynalora.evaluation.tasks import load_task
-from dynalora.progress import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,16 +50,16 @@ class Prepared:
     """A task that is ready to be measured.
 
     Attributes:
-        task: the benchmark.
-        split: the split that was read.
-        items: its items.
-        metrics: those to compute.
-        likelihood: score options by likelihood instead of generating.
-        weak_sandbox: generated code is executed even where it cannot be contained.
-        limits: of generated code.
-        harness: name of the lm-evaluation-harness task; empty: none.
-        limit: of the harness's items.
-        shots: examples before each of the harness's questions; None: as many as the task has by itself.
+        task: The benchmark.
+        split: The split that was read.
+        items: Its items.
+        metrics: Those to compute.
+        likelihood: Score options by likelihood instead of generating.
+        weak_sandbox: Generated code is executed even where it cannot be contained.
+        limits: Of generated code.
+        harness: Name of the lm-evaluation-harness task; empty: none.
+        limit: Of the harness's items.
+        shots: Examples before each of the harness's questions; None: as many as the task has by itself.
     """
 
     task: Benchmark
@@ -79,18 +79,18 @@ class TaskResult:
     """What a model achieved on a task.
 
     Attributes:
-        task: its name.
-        title: as its paper writes it.
-        split: that was measured on.
-        items: number of items.
-        main: the name of the number that stands for the task.
-        scores: by name, each with its 95 % interval; shares are between 0 and 1.
-        percent: names that are shares.
-        values: by name, one value per item, for comparisons on the same items; None where an item does not count.
-        answers: what the model said, one per item; empty for tasks in which it says nothing.
-        too_long: items that do not fit into the model's window; they count as wrong (classification,
+        task: Its name.
+        title: As its paper writes it.
+        split: That was measured on.
+        items: Number of items.
+        main: The name of the number that stands for the task.
+        scores: By name, each with its 95 % interval; shares are between 0 and 1.
+        percent: Names that are shares.
+        values: By name, one value per item, for comparisons on the same items; None where an item does not count.
+        answers: What the model said, one per item; empty for tasks in which it says nothing.
+        too_long: Items that do not fit into the model's window; they count as wrong (classification,
             encoder-decoders and questions about passages: lose their end).
-        seconds: wall-clock time.
+        seconds: Wall-clock time.
     """
 
     task: str
@@ -114,7 +114,7 @@ def task_list(names: Sequence[str]) -> list[str]:
     """Names with groups replaced by their members, none twice.
 
     Raises:
-        ConfigError: there is no name, or one is unknown.
+        ConfigError: There is no name, or one is unknown.
     """
     if not names:
         raise ConfigError("No task is named; give at least one.")
@@ -144,23 +144,23 @@ def prepare(
     """Read a task's items and make sure that everything is there to score them.
 
     Args:
-        name: of the task, see [`benchmarks`][dynalora.evaluation.benchmarks].
-        data: a folder laid out as [`sources`][dynalora.evaluation.sources] says; None: the Hub.
+        name: Of the task, see [`benchmarks`][dynalora.evaluation.benchmarks].
+        data: A folder laid out as [`sources`][dynalora.evaluation.sources] says; None: the Hub.
         split: None: test, or dev where there is no test.
-        limit: the first items only; None: all (200 of a generated task).
-        seed: of a generated task.
-        likelihood: for multiple choice, take the likeliest option (log-likelihood per token) instead of generating.
-        metrics: names of those to compute; None: all of the task's.
-        run_code: execute generated code, in a sandbox; tasks that need it are refused without.
-        weak_sandbox: execute it even where the system cannot contain it.
-        limits: of generated code; None: the defaults.
-        shots: examples before each question of a task of lm-evaluation-harness; None: the task's own number. Other
+        limit: The first items only; None: all (200 of a generated task).
+        seed: Of a generated task.
+        likelihood: For multiple choice, take the likeliest option (log-likelihood per token) instead of generating.
+        metrics: Names of those to compute; None: all of the task's.
+        run_code: Execute generated code, in a sandbox; tasks that need it are refused without.
+        weak_sandbox: Execute it even where the system cannot contain it.
+        limits: Of generated code; None: the defaults.
+        shots: Examples before each question of a task of lm-evaluation-harness; None: the task's own number. Other
             tasks have none.
 
     Raises:
-        ConfigError: there is no such task, metric or way to score it, or generated code is not to be executed.
-        DataError: the split is missing, cannot be read or is malformed.
-        UnsupportedError: a package is missing, or generated code cannot be contained.
+        ConfigError: There is no such task, metric or way to score it, or generated code is not to be executed.
+        DataError: The split is missing, cannot be read or is malformed.
+        UnsupportedError: A package is missing, or generated code cannot be contained.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; give 1 or more, or leave it out.")
@@ -193,14 +193,14 @@ def check_scoring(
     """Make sure that everything is there, and allowed, to score a task's answers.
 
     Args:
-        task: the benchmark.
-        metrics: those of its metrics that are wanted.
-        run_code: execute generated code, in a sandbox.
-        weak_sandbox: execute it even where the system cannot contain it.
+        task: The benchmark.
+        metrics: Those of its metrics that are wanted.
+        run_code: Execute generated code, in a sandbox.
+        weak_sandbox: Execute it even where the system cannot contain it.
 
     Raises:
-        ConfigError: the task needs generated code to be executed, and that is not allowed.
-        UnsupportedError: a package is missing, or generated code cannot be contained.
+        ConfigError: The task needs generated code to be executed, and that is not allowed.
+        UnsupportedError: A package is missing, or generated code cannot be contained.
     """
     for metric in metrics:
         metric.check()
@@ -228,23 +228,23 @@ def measure(
     """Measure a model on a prepared task.
 
     Args:
-        model: with or without adapter; left in the mode it was in. Classification needs a model with a classification
+        model: With or without adapter; left in the mode it was in. Classification needs a model with a classification
             head, marking answers one with a question-answering head, masked perplexity one with a
             masked-language-modelling head, all else a causal language model; an encoder-decoder can do what is answered
             by generation, code excepted.
-        tokenizer: the model's; its chat template, if it has one, writes the prompts.
-        prepared: as [`prepare`][dynalora.evaluation.run.prepare] returns it.
-        batch_size: items per batch.
-        max_new_tokens: longest answer; None: the task's.
-        window: tokens per window, for perplexity.
-        system: a system message before every question that is answered by generation; empty: what the chat template
+        tokenizer: The model's; its chat template, if it has one, writes the prompts.
+        prepared: As [`prepare`][dynalora.evaluation.run.prepare] returns it.
+        batch_size: Items per batch.
+        max_new_tokens: Longest answer; None: the task's.
+        window: Tokens per window, for perplexity.
+        system: A system message before every question that is answered by generation; empty: what the chat template
             adds by itself.
-        name: of the model, for `progress`.
-        progress: called with the number of items done.
+        name: Of the model, for `progress`.
+        progress: Called with the number of items done.
 
     Raises:
-        ConfigError: the model is of the wrong kind, or the tokenizer lacks what the task needs.
-        DataError: every item is longer than the model's window.
+        ConfigError: The model is of the wrong kind, or the tokenizer lacks what the task needs.
+        DataError: Every item is longer than the model's window.
     """
     began = time.perf_counter()
     task, items = prepared.task, prepared.items
@@ -315,7 +315,7 @@ def group_mean(results: Sequence[TaskResult]) -> Interval:
     """The unweighted mean of the tasks' main numbers; its interval takes the tasks as independent.
 
     Raises:
-        DataError: there are no results.
+        DataError: There are no results.
     """
     return unweighted_mean([result.scores[result.main] for result in results])
 
@@ -349,13 +349,13 @@ def fitting(lengths: Sequence[int], room: int, what: str, *, then: str = "count 
     """Indices of items that fit into the model's window; says how many do not.
 
     Args:
-        lengths: of the items, in tokens.
-        room: tokens that the model can take.
-        what: the items' name.
-        then: what happens with those that do not fit, for the warning.
+        lengths: Of the items, in tokens.
+        room: Tokens that the model can take.
+        what: The items' name.
+        then: What happens with those that do not fit, for the warning.
 
     Raises:
-        DataError: none does.
+        DataError: None does.
     """
     fits = [index for index, length in enumerate(lengths) if length <= room]
     if not fits:
@@ -468,18 +468,18 @@ def class_logits(
     Texts longer than the model's window lose their end.
 
     Args:
-        model: left in the mode it was in.
-        tokenizer: the model's.
-        items: with one text or two.
-        batch_size: items per batch.
-        what: description given to `progress`.
-        progress: called with the number of items done.
+        model: Left in the mode it was in.
+        tokenizer: The model's.
+        items: With one text or two.
+        batch_size: Items per batch.
+        what: Description given to `progress`.
+        progress: Called with the number of items done.
 
     Returns:
         Logits (items, classes), or (items, 1) of a regression, float32 on the CPU; and how many texts were cut.
 
     Raises:
-        ConfigError: the tokenizer has no padding token and batches have more than one item.
+        ConfigError: The tokenizer has no padding token and batches have more than one item.
     """
     if tokenizer.pad_token_id is None and batch_size > 1:
         raise ConfigError(

@@ -50,14 +50,14 @@ class Limits:
     """What a program may use.
 
     Attributes:
-        seconds: processor time, in steps of a second.
-        patience: wall-clock time, as a multiple of `seconds`; above 1, so that a busy machine fails no program.
-        memory: address space in bytes, the interpreter's own ~30 MB included.
-        file_size: bytes of one file.
-        disk: bytes of all its files together, looked at 20 times a second.
+        seconds: Processor time, in steps of a second.
+        patience: Wall-clock time, as a multiple of `seconds`; above 1, so that a busy machine fails no program.
+        memory: Address space in bytes, the interpreter's own ~30 MB included.
+        file_size: Bytes of one file.
+        disk: Bytes of all its files together, looked at 20 times a second.
 
     Raises:
-        ConfigError: a limit is too small to run anything.
+        ConfigError: A limit is too small to run anything.
     """
 
     seconds: float = 5.0
@@ -83,9 +83,9 @@ class Outcome:
     """How a program ended.
 
     Attributes:
-        passed: whether it ran to its end without an exception and without ending the process itself.
-        reason: why not, in a few words: the exception, `"timed out"`, `"too much disk"`, or how the process died.
-        seconds: wall-clock time from the start of the program.
+        passed: Whether it ran to its end without an exception and without ending the process itself.
+        reason: Why not, in a few words: the exception, `"timed out"`, `"too much disk"`, or how the process died.
+        seconds: Wall-clock time from the start of the program.
     """
 
     passed: bool
@@ -99,18 +99,18 @@ def run_program(
     """Run a Python program in the sandbox.
 
     Args:
-        program: its source.
-        limits: what it may use; None: the defaults.
-        weak: run it even where the kernel cannot guarantee the walls.
-        packages: names of installed modules that it finds imported, such as `numpy`; the folder of their package
+        program: Its source.
+        limits: What it may use; None: the defaults.
+        weak: Run it even where the kernel cannot guarantee the walls.
+        packages: Names of installed modules that it finds imported, such as `numpy`; the folder of their package
             can be read, and nothing that lies beside it.
 
     Returns:
         How it ended.
 
     Raises:
-        ConfigError: one of `packages` is not installed.
-        UnsupportedError: the walls cannot be guaranteed here and `weak` is False.
+        ConfigError: One of `packages` is not installed.
+        UnsupportedError: The walls cannot be guaranteed here and `weak` is False.
     """
     if os.name != "posix":
         raise UnsupportedError(
@@ -131,8 +131,8 @@ def check_sandbox(*, weak: bool = False, packages: Sequence[str] = ()) -> None:
     """Make sure that programs can run here, with an empty one.
 
     Raises:
-        ConfigError: one of `packages` is not installed.
-        UnsupportedError: they cannot; says why.
+        ConfigError: One of `packages` is not installed.
+        UnsupportedError: They cannot; says why.
     """
     outcome = run_program("pass", Limits(seconds=10), weak=weak, packages=packages)
     if not outcome.passed:

@@ -76,7 +76,7 @@ def seccomp_program(machine: str, own: int) -> bytes:
 
     Args:
         machine: `x86_64` or `aarch64`.
-        own: process id: the only one that may be sent a signal.
+        own: Process id: the only one that may be sent a signal.
     """
     load, equal, both, back = 0x20, 0x15, 0x54, 0x06
     allow, deny = 0x7FFF0000, 0x00050000 | 1  # EPERM
@@ -139,7 +139,7 @@ def lock_files(libc: Any, readable: list[str], work: str) -> None:
     """Landlock: read under `readable`, anything under `work`, nothing elsewhere.
 
     Raises:
-        OSError: the kernel has no Landlock, or it is switched off.
+        OSError: The kernel has no Landlock, or it is switched off.
     """
     version = libc.syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1))
     if version < 1:
@@ -186,7 +186,7 @@ def lock_calls(libc: Any) -> None:
     """Install the system call filter.
 
     Raises:
-        OSError: the kernel cannot, or the machine is neither x86-64 nor ARM64.
+        OSError: The kernel cannot, or the machine is neither x86-64 nor ARM64.
     """
     machine = platform.machine().replace("arm64", "aarch64").replace("AMD64", "x86_64")
     if sys.platform != "linux" or machine not in _ALLOWED or struct.calcsize("P") != 8:

@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from dynalora.common.names import IGNORED_LABEL
+from dynalora.common.progress import Progress, silent
+from dynalora.common.statistics import Interval, wilson
 from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.causal import causal_pass
 from dynalora.evaluation.generation import batches_by_length, evaluating, generate, pad_left, padding_id
 from dynalora.evaluation.seq2seq import is_encoder_decoder, taught_logits
-from dynalora.evaluation.statistics import Interval, wilson
-from dynalora.progress import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,10 @@ class Score:
     """What a model achieved on a task's held-out items.
 
     Attributes:
-        correct: for each item whether the model answers it right.
-        answer_loss: mean negative log-likelihood of the right answers, in nats per token, end-of-turn token included.
-        answer_tokens: number of tokens `answer_loss` is the mean over.
-        samples: what the model says to the first few items, from `generate`.
+        correct: For each item whether the model answers it right.
+        answer_loss: Mean negative log-likelihood of the right answers, in nats per token, end-of-turn token included.
+        answer_tokens: Number of tokens `answer_loss` is the mean over.
+        samples: What the model says to the first few items, from `generate`.
     """
 
     correct: tuple[bool, ...]
@@ -63,21 +62,21 @@ def evaluate(
     samples to look at.
 
     Args:
-        model: a causal language model, with or without adapter.
-        tokenizer: the model's.
-        rows: for each item `input_ids` and `labels`, where labels are −100 on all but the answer's tokens. The ids
+        model: A causal language model, with or without adapter.
+        tokenizer: The model's.
+        rows: For each item `input_ids` and `labels`, where labels are −100 on all but the answer's tokens. The ids
             before the first labelled one are the prompt. The answer's last token is the one that ends the turn.
-        samples: for how many items, from the first on, to generate the answer as text.
-        batch_size: items per batch.
-        name: of the model, for `progress`.
-        progress: called as losses and samples are computed.
+        samples: For how many items, from the first on, to generate the answer as text.
+        batch_size: Items per batch.
+        name: Of the model, for `progress`.
+        progress: Called as losses and samples are computed.
 
     Returns:
         The score.
 
     Raises:
-        ConfigError: samples below 0 or batch_size below 1.
-        DataError: no item, or a row without answer tokens or prompt.
+        ConfigError: Samples below 0 or batch_size below 1.
+        DataError: No item, or a row without answer tokens or prompt.
     """
     if samples < 0:
         raise ConfigError(f"samples is {samples}; give 0 or more.")
@@ -98,9 +97,9 @@ class AnswerLoss:
     """Negative log-likelihood of the right answers.
 
     Attributes:
-        sums: one per item, in nats, summed over the answer's tokens.
-        counts: one per item, number of answer tokens.
-        greedy: one per item, whether every answer token is the model's most likely one.
+        sums: One per item, in nats, summed over the answer's tokens.
+        counts: One per item, number of answer tokens.
+        greedy: One per item, whether every answer token is the model's most likely one.
     """
 
     sums: tuple[float, ...]
@@ -129,19 +128,19 @@ def answer_loss(
     """Negative log-likelihood of the labelled tokens given everything before them.
 
     Args:
-        model: a causal language model or an encoder-decoder, with or without adapter. It is left in the mode (train or
+        model: A causal language model or an encoder-decoder, with or without adapter. It is left in the mode (train or
             eval) it was in.
         rows: `input_ids` and `labels` of each item, labels −100 where a token is not scored.
-        batch_size: items per batch.
-        what: description given to `progress`.
-        progress: called with the number of items done.
+        batch_size: Items per batch.
+        what: Description given to `progress`.
+        progress: Called with the number of items done.
 
     Returns:
         Sums, counts and greedy agreement per item.
 
     Raises:
-        ConfigError: batch_size below 1.
-        DataError: no rows, or a row has no labelled token after its first.
+        ConfigError: Batch_size below 1.
+        DataError: No rows, or a row has no labelled token after its first.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; give 1 or more.")
@@ -152,7 +151,7 @@ def answer_loss(
             raise DataError(
                 f"Row {index} has {len(row['input_ids'])} ids and {len(row['labels'])} labels; give as many of each."
             )
-        if all(label == _IGNORED for label in row["labels"][1:]):
+        if all(label == IGNORED_LABEL for label in row["labels"][1:]):
             raise DataError(
                 f"Row {index} has no answer token; a label after the first must differ from −100."
             )
@@ -165,7 +164,7 @@ def answer_loss(
     with evaluating(model), torch.no_grad():
         for batch in batches_by_length([len(row["input_ids"]) for row in rows], batch_size):
             logits, wanted = right_logits(model, [rows[index] for index in batch], padding)
-            scored = wanted != _IGNORED
+            scored = wanted != IGNORED_LABEL
             # Selected first, so that no float32 copy is made of logits that carry no label.
             chosen = logits[scored].float()
             losses = torch.zeros(wanted.shape, device=wanted.device)
@@ -188,9 +187,9 @@ def _answer_logits(
     """Logits (B, K, V) at the places of the labelled tokens, and those tokens (B, K), −100 where there is none."""
     device = next(model.parameters()).device
     tokens, mask = pad_left([row["input_ids"] for row in rows], padding)
-    labels, _ = pad_left([row["labels"] for row in rows], _IGNORED)
+    labels, _ = pad_left([row["labels"] for row in rows], IGNORED_LABEL)
     # Padded on the left all answers end together, so only the last few positions need logits.
-    first = int((labels[:, 1:] != _IGNORED).any(dim=0).nonzero()[0])
+    first = int((labels[:, 1:] != IGNORED_LABEL).any(dim=0).nonzero()[0])
     wanted = labels[:, first + 1 :].to(device)
     logits = last_logits(model, tokens.to(device), mask.to(device), wanted.shape[1] + 1)
     return logits[:, :-1], wanted
@@ -202,7 +201,7 @@ def last_logits(model: torch.nn.Module, tokens: torch.Tensor, mask: torch.Tensor
 
 
 def _prompt(row: Mapping[str, Sequence[int]], index: int) -> list[int]:
-    start = next((place for place, label in enumerate(row["labels"]) if label != _IGNORED), 0)
+    start = next((place for place, label in enumerate(row["labels"]) if label != IGNORED_LABEL), 0)
     if start == 0:
         raise DataError(
             f"Row {index} has no prompt before its answer, or no answer; the first label must be −100."

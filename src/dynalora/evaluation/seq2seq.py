@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 
+from dynalora.common.names import IGNORED_LABEL
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -24,8 +26,6 @@ __all__ = [
     "shortened",
     "taught_logits",
 ]
-
-_IGNORED = -100
 
 
 def is_encoder_decoder(model: torch.nn.Module) -> bool:
@@ -53,9 +53,9 @@ def taught_logits(
     """What the decoder says at every token of the right answers, given the tokens before it.
 
     Args:
-        model: an encoder-decoder, with or without adapter.
+        model: An encoder-decoder, with or without adapter.
         rows: `input_ids` and `labels` of each item; labels are −100 on the question.
-        padding: token to pad with.
+        padding: Token to pad with.
 
     Returns:
         Logits (B, K, V), and the right tokens (B, K), −100 where an answer is over.
@@ -72,7 +72,7 @@ class Seq2SeqCollator:
     """Makes batches to train an encoder-decoder on.
 
     Args:
-        padding: token to pad questions with.
+        padding: Token to pad questions with.
 
     Returns (when called with a list of B rows):
         `input_ids` and `attention_mask` (B, T) of the questions, and `labels` (B, K) of the answers, −100 behind them;
@@ -89,14 +89,14 @@ class Seq2SeqCollator:
 def _padded(rows: Sequence[Mapping[str, Any]], padding: int) -> dict[str, torch.Tensor]:
     parts = [_parted(row) for row in rows]
     ids, mask = pad_right([question for question, _ in parts], padding)
-    labels, _ = pad_right([answer for _, answer in parts], _IGNORED)
+    labels, _ = pad_right([answer for _, answer in parts], IGNORED_LABEL)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def _parted(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     """Question and answer of a row."""
     labels = list(row["labels"])
-    start = next((place for place, label in enumerate(labels) if label != _IGNORED), len(labels))
+    start = next((place for place, label in enumerate(labels) if label != IGNORED_LABEL), len(labels))
     return list(row["input_ids"][:start]), labels[start:]
 
 

@@ -35,12 +35,12 @@ class Source:
     """Where a task's rows are.
 
     Attributes:
-        file: group and name in a folder, such as `"commonsense/boolq"`.
-        hub: id on the Hub; empty: it has no usual place there.
-        subsets: the Hub configurations to read, one after the other.
-        splits: the Hub's name of each split.
-        revision: the Hub's branch; for data sets that the Hub converts to Parquet itself.
-        text: whether the files hold running text, one row per line, read into the field `text`.
+        file: Group and name in a folder, such as `"commonsense/boolq"`.
+        hub: Id on the Hub; empty: it has no usual place there.
+        subsets: The Hub configurations to read, one after the other.
+        splits: The Hub's name of each split.
+        revision: The Hub's branch; for data sets that the Hub converts to Parquet itself.
+        text: Whether the files hold running text, one row per line, read into the field `text`.
     """
 
     file: str
@@ -61,14 +61,14 @@ class Source:
 
         Args:
             split: `train`, `dev` or `test`; None: the first of test and dev that there is.
-            folder: read from this folder; None: from the Hub.
-            limit: the first rows only; None: all.
+            folder: Read from this folder; None: from the Hub.
+            limit: The first rows only; None: all.
 
         Returns:
             The split that was read, and its rows.
 
         Raises:
-            DataError: there is no such split, or it cannot be read, or it is empty.
+            DataError: There is no such split, or it cannot be read, or it is empty.
         """
         if split is not None:
             split = SAME_SPLIT.get(split, split)

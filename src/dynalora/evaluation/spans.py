@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError
 from dynalora.evaluation.generation import batches_by_length, evaluating
-from dynalora.progress import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,12 +39,12 @@ class Window:
     """A question with a part of its passage.
 
     Attributes:
-        item: index of the question.
-        inputs: token ids and what else the model takes, one number per token.
-        places: per token its characters in the passage, (first, one behind the last); None for all else.
-        silence: the token that stands for no answer.
-        marks: tokens at which the answer starts and ends; both `silence` where the window does not hold all of it.
-        cut: whether the question was longer than 64 tokens (or half a window) and lost its end.
+        item: Index of the question.
+        inputs: Token ids and what else the model takes, one number per token.
+        places: Per token its characters in the passage, (first, one behind the last); None for all else.
+        silence: The token that stands for no answer.
+        marks: Tokens at which the answer starts and ends; both `silence` where the window does not hold all of it.
+        cut: Whether the question was longer than 64 tokens (or half a window) and lost its end.
     """
 
     item: int
@@ -65,12 +65,12 @@ def read_windows(
     """Questions with their passages as a model reads them, in the order of the items.
 
     Args:
-        tokenizer: a fast one, which knows where its tokens lie in the text.
-        items: question (`prompt`), passage (`second`), and the answer's place in it (`span`; None: no answer).
-        max_length: tokens of a window.
+        tokenizer: A fast one, which knows where its tokens lie in the text.
+        items: Question (`prompt`), passage (`second`), and the answer's place in it (`span`; None: no answer).
+        max_length: Tokens of a window.
 
     Raises:
-        ConfigError: the tokenizer does not know where its tokens lie, or a window has no room for a passage.
+        ConfigError: The tokenizer does not know where its tokens lie, or a window has no room for a passage.
     """
     if not tokenizer.is_fast:
         raise ConfigError(
@@ -142,10 +142,10 @@ class Marked:
     """What a model says to questions about passages.
 
     Attributes:
-        answers: words of the passage, or empty for no answer.
-        losses: per question, negative log-likelihood of the right answer's start and of its end, their mean over both
+        answers: Words of the passage, or empty for no answer.
+        losses: Per question, negative log-likelihood of the right answer's start and of its end, their mean over both
             and over the question's windows; what training minimises.
-        cut: how many questions lost their end.
+        cut: How many questions lost their end.
     """
 
     answers: list[str]
@@ -166,16 +166,16 @@ def mark_answers(
     """Answer questions by marking words of their passages.
 
     Args:
-        model: with a question-answering head; left in the mode it was in.
-        tokenizer: the model's.
-        items: question (`prompt`), passage (`second`) and the right answer's place (`span`).
-        max_length: tokens of a window.
-        batch_size: windows per batch.
-        what: description given to `progress`.
-        progress: called with the number of windows done.
+        model: With a question-answering head; left in the mode it was in.
+        tokenizer: The model's.
+        items: Question (`prompt`), passage (`second`) and the right answer's place (`span`).
+        max_length: Tokens of a window.
+        batch_size: Windows per batch.
+        what: Description given to `progress`.
+        progress: Called with the number of windows done.
 
     Raises:
-        ConfigError: as [`read_windows`][dynalora.evaluation.spans.read_windows], or the tokenizer has no padding token.
+        ConfigError: As [`read_windows`][dynalora.evaluation.spans.read_windows], or the tokenizer has no padding token.
     """
     windows = list(read_windows(tokenizer, items, max_length))
     if tokenizer.pad_token_id is None and batch_size > 1:

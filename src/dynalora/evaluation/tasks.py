@@ -34,7 +34,7 @@ class Item:
         """The item as chat messages: the question from the user, the answer from the assistant.
 
         Args:
-            system: a system message before both; empty: none, so that a chat template may add its own.
+            system: A system message before both; empty: none, so that a chat template may add its own.
         """
         first = [{"role": "system", "content": system}] if system else []
         return [
@@ -49,11 +49,11 @@ class Task:
     """A generated task.
 
     Attributes:
-        name: reasoning-gym's name of it.
-        options: the generator's options that differ from its defaults.
-        seed: what both sets were made from.
-        train: the training items, no question twice.
-        held_out: the held-out items, no question twice and none that is in `train`.
+        name: Reasoning-gym's name of it.
+        options: The generator's options that differ from its defaults.
+        seed: What both sets were made from.
+        train: The training items, no question twice.
+        held_out: The held-out items, no question twice and none that is in `train`.
     """
 
     name: str
@@ -80,19 +80,19 @@ def load_task(
     """Generate a task's training and held-out sets.
 
     Args:
-        name: a task of reasoning-gym, such as `"family_relationships"`.
-        train_size: number of training items.
-        held_out_size: number of held-out items.
-        seed: equal seeds give equal sets; different seeds give different ones.
-        options: options of the task's generator, such as `{"max_words": 5}`.
+        name: A task of reasoning-gym, such as `"family_relationships"`.
+        train_size: Number of training items.
+        held_out_size: Number of held-out items.
+        seed: Equal seeds give equal sets; different seeds give different ones.
+        options: Options of the task's generator, such as `{"max_words": 5}`.
 
     Returns:
         The task. The held-out set depends on `seed` and `options` alone, not on `train_size`.
 
     Raises:
-        ConfigError: an unknown task, a size below 1, a negative seed, or options the generator rejects.
-        DataError: the generator has too few different questions for the two sets.
-        UnsupportedError: reasoning-gym is not installed.
+        ConfigError: An unknown task, a size below 1, a negative seed, or options the generator rejects.
+        DataError: The generator has too few different questions for the two sets.
+        UnsupportedError: Reasoning-gym is not installed.
     """
     for what, size in (("train_size", train_size), ("held_out_size", held_out_size)):
         if not 1 <= size <= _MOST_DRAWS:
@@ -111,7 +111,7 @@ def task_names() -> list[str]:
     """Names of all tasks that the installed reasoning-gym can generate.
 
     Raises:
-        UnsupportedError: reasoning-gym is not installed.
+        UnsupportedError: Reasoning-gym is not installed.
     """
     _reasoning_gym()
     from reasoning_gym.factory import DATASETS
@@ -125,7 +125,7 @@ def check_disjoint(train: Sequence[Item], held_out: Sequence[Item]) -> None:
     Questions that differ only in case or white space count as the same.
 
     Raises:
-        DataError: one does; the sentence quotes it.
+        DataError: One does; the sentence quotes it.
     """
     seen: dict[str, str] = {}
     for where, items in (("training", train), ("held-out", held_out)):

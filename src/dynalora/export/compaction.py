@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 
 from dynalora.adapter.compaction import THRESHOLD, Compaction, compact
+from dynalora.common.files import folder_beside
 from dynalora.errors import DynaloraError
 from dynalora.export.lora import load_without_base
 
@@ -21,7 +21,7 @@ from dynalora.export.lora import load_without_base
 def compact_adapter_folder(
     source: str, path: str | os.PathLike[str], threshold: float = THRESHOLD, *, rewrite: bool = True
 ) -> Compaction:
-    """Write a smaller copy of a saved adapter, without its base model; see :func:`dynalora.compact`.
+    """Write a smaller copy of a saved adapter, without its base model; see `dynalora.compact`.
 
     Whatever else the adapter's file holds (a trained head, biases, its clock) is copied as it is.
 
@@ -36,7 +36,7 @@ def compact_adapter_folder(
 
     Raises:
         CheckpointError: The source holds no whole adapter of dynalora.
-        ConfigError: ``threshold`` is out of range.
+        ConfigError: `threshold` is out of range.
         UnsupportedError: The method's components cannot be removed.
         DynaloraError: The folder to write is not empty.
     """
@@ -53,19 +53,10 @@ def compact_adapter_folder(
     # Loaded onto stand-ins, the configuration names its modules anew; only what follows from the ranks is taken over.
     adapted: Any = model
     settings |= adapted.peft_config["default"].result or {}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with folder_beside(target, replace=False) as beside:
         (beside / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
         save_file(state, beside / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         card = Path(source, "README.md")
         if card.is_file():
             shutil.copy(card, beside)
-        beside.chmod(0o755)  # mkdtemp makes it private
-        if target.exists():
-            target.rmdir()
-        os.replace(beside, target)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
     return done

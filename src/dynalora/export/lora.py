@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,12 +22,12 @@ from dynalora.adapter.config import check_adapter_folder
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.ranks import fit
 from dynalora.adapter.register import METHODS
-from dynalora.adapter.spectrum import factor_svd
+from dynalora.common.files import folder_beside, write_file
+from dynalora.common.names import PREFIX, plain_name
 from dynalora.errors import CheckpointError, ConfigError, DynaloraError, UnsupportedError
 from dynalora.export.serving import Serving, check_serving
 from dynalora.export.snapshot import GateMeans, held_gates
-
-_PREFIX = "base_model.model."
+from dynalora.spectral.spectrum import factor_svd
 
 # up (out, r), down (r, in) and the scaling.
 _Factors = tuple[torch.Tensor, torch.Tensor, float]
@@ -70,7 +68,7 @@ def export_lora(
     uniform_rank: int | None = None,
     gates: Iterable[GateMeans] | None = None,
 ) -> ExportReport:
-    """Write an adapter as a plain PEFT LoRA: ``adapter_config.json`` and safetensors.
+    """Write an adapter as a plain PEFT LoRA: `adapter_config.json` and safetensors.
 
     Exact: the factors are the adapter's own (with its diagonal folded into the up factor), and the scaling of every
     matrix is the same number. What was written is read back and compared on a random input, matrix by matrix.
@@ -85,18 +83,18 @@ def export_lora(
         tolerance: Write each update with the smallest rank that loses at most this share of its Frobenius norm, in
             [0, 1); 0 drops only what is nothing but rounding.
         uniform_rank: Write all matrices with this rank, filled up with zeros, and with one alpha, for servers that
-            read no patterns; 0 takes the largest rank there is. Nothing is cut: combine it with ``max_rank`` for that.
+            read no patterns; 0 takes the largest rank there is. Nothing is cut: combine it with `max_rank` for that.
         gates: For an adapter with gates, their record on the text that the export is for
-            (:func:`dynalora.record_gates`). They are held at their means, a snapshot whose price
-            :func:`dynalora.export.snapshot_price` measures.
+            (`dynalora.record_gates`). They are held at their means, a snapshot whose price
+            `dynalora.export.snapshot_price` measures.
 
     Returns:
         What was written, with the largest error found, the largest share that was cut off, and who can serve it.
 
     Raises:
-        UnsupportedError: The method's update depends on the input and no ``gates`` are given, there are none to hold,
+        UnsupportedError: The method's update depends on the input and no `gates` are given, there are none to hold,
             or biases were trained.
-        ConfigError: ``max_rank``, ``tolerance`` or ``uniform_rank`` is out of range, or ``gates`` are not this
+        ConfigError: `max_rank`, `tolerance` or `uniform_rank` is out of range, or `gates` are not this
             adapter's.
         DynaloraError: The folder is not empty, or the model has no such adapter.
     """
@@ -138,17 +136,17 @@ def export_lora(
         if max_rank is not None or tolerance is not None:
             up, down, share = _recompress(up, down, max_rank, tolerance)
             lost = max(lost, share)
-        factors[_plain_name(name)] = up.detach().cpu(), down.detach().cpu(), layer.scaling[adapter_name]
+        factors[plain_name(name)] = up.detach().cpu(), down.detach().cpu(), layer.scaling[adapter_name]
     if uniform_rank is not None:
         factors = _uniform(factors, uniform_rank)
     factors = {
         name: (up.to(dtype or up.dtype).contiguous(), down.to(dtype or down.dtype).contiguous(), s)
         for name, (up, down, s) in factors.items()
     }
-    state = {f"{_PREFIX}{name}.lora_A.weight": down for name, (_, down, _) in factors.items()}
-    state |= {f"{_PREFIX}{name}.lora_B.weight": up for name, (up, _, _) in factors.items()}
+    state = {f"{PREFIX}{name}.lora_A.weight": down for name, (_, down, _) in factors.items()}
+    state |= {f"{PREFIX}{name}.lora_B.weight": up for name, (up, _, _) in factors.items()}
     extras = {
-        f"{_PREFIX}{_plain_name(name)}.{key}": tensor
+        f"{PREFIX}{plain_name(name)}.{key}": tensor
         for name, layer in layers.items()
         for key, tensor in layer.plain_extras(adapter_name).items()
     }
@@ -163,20 +161,11 @@ def export_lora(
         rslora=bool(config.use_rslora) and uniform_rank is None,
     )
     lora.use_dora = any(key.endswith(".lora_magnitude_vector") for key in extras)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with folder_beside(target, replace=False) as beside:
         lora.save_pretrained(str(beside))
         save_file(state, beside / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         error = _verify(beside, layers, adapter_name)
         serving = check_serving(beside)
-        beside.chmod(0o755)  # mkdtemp makes it private
-        if target.exists():
-            target.rmdir()
-        os.replace(beside, target)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
     return ExportReport(
         path=str(target),
         modules=len(factors),
@@ -230,7 +219,7 @@ def export_adapter_folder(
     tolerance: float | None = None,
     uniform_rank: int | None = None,
 ) -> ExportReport:
-    """Export a saved adapter without its base model; see :func:`export_lora`.
+    """Export a saved adapter without its base model; see `export_lora`.
 
     Args:
         source: Folder of the saved adapter.
@@ -242,7 +231,7 @@ def export_adapter_folder(
 
     Raises:
         CheckpointError: The folder holds no whole adapter of dynalora.
-        ConfigError: ``max_rank``, ``tolerance`` or ``uniform_rank`` is out of range.
+        ConfigError: `max_rank`, `tolerance` or `uniform_rank` is out of range.
         UnsupportedError: The method's update depends on the input.
     """
     return export_lora(
@@ -256,7 +245,7 @@ def export_adapter_folder(
 
 
 def rank_pattern(model: nn.Module, adapter: str = "default") -> dict[str, int]:
-    """The ranks an adapter has come to, for a fresh run with fixed ranks: ``LoraConfig(rank_pattern=...)``.
+    """The ranks an adapter has come to, for a fresh run with fixed ranks: `LoraConfig(rank_pattern=...)`.
 
     Args:
         model: Model with an adapter of dynalora.
@@ -279,14 +268,14 @@ def rank_pattern(model: nn.Module, adapter: str = "default") -> dict[str, int]:
 
 
 def export_ranks(source: str, path: str) -> dict[str, Any]:
-    """Write the ranks of a saved adapter as a JSON file, for a fresh run: ``LoraConfig(**json.load(file))``.
+    """Write the ranks of a saved adapter as a JSON file, for a fresh run: `LoraConfig(**json.load(file))`.
 
     Args:
         source: Folder of the saved adapter.
         path: File to write.
 
     Returns:
-        What was written: ``r``, the commonest rank, ``rank_pattern`` and ``target_modules``.
+        What was written: `r`, the commonest rank, `rank_pattern` and `target_modules`.
 
     Raises:
         CheckpointError: The folder holds no whole adapter of dynalora.
@@ -301,11 +290,7 @@ def export_ranks(source: str, path: str) -> dict[str, Any]:
         "rank_pattern": pattern,
         "target_modules": [layer.name for layer in model.modules() if isinstance(layer, AdapterLayer)],
     }
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    beside.write_text(json.dumps(settled, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, target)
+    write_file(path, json.dumps(settled, indent=2) + "\n")
     return settled
 
 
@@ -338,7 +323,7 @@ def load_without_base(source: str) -> nn.Module:
         )
     state = load_file(weights)
     skeleton = nn.Module()
-    named = re.compile(rf"{re.escape(_PREFIX)}(.+)\.{method.name}_down$")
+    named = re.compile(rf"{re.escape(PREFIX)}(.+)\.{method.name}_down$")
     for key, down in state.items():
         if match := named.match(key):
             up = state[key.removesuffix("_down") + "_up"]
@@ -372,15 +357,11 @@ def _put(root: nn.Module, path: str, module: nn.Module) -> None:
     root.add_module(leaf, module)
 
 
-def _plain_name(name: str) -> str:
-    return name.removeprefix(_PREFIX)
-
-
 def _modules_to_save(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     ours = tuple(f".{name}_" for name in METHODS)
     return {
-        (key if key.startswith(_PREFIX) else _PREFIX + key): tensor
+        (key if key.startswith(PREFIX) else PREFIX + key): tensor
         for key, tensor in state.items()
         if not any(mark in key for mark in ours)
     }
@@ -389,8 +370,8 @@ def _modules_to_save(model: nn.Module, adapter_name: str) -> dict[str, torch.Ten
 def _lora_config(config: Any, factors: dict[str, _Factors], *, conv1d: bool, rslora: bool) -> LoraConfig:
     """PEFT's configuration with the same scaling s for every matrix: α_i = s·r_i, or s·√r_i with rsLoRA.
 
-    ``r`` is the largest rank and ``lora_alpha`` the one that goes with it and the commonest scaling: servers that read
-    no patterns make room for ``r`` and scale by the two.
+    `r` is the largest rank and `lora_alpha` the one that goes with it and the commonest scaling: servers that read
+    no patterns make room for `r` and scale by the two.
     """
     ranks = {name: up.shape[1] for name, (up, _, _) in factors.items()}
     alphas = {
@@ -436,9 +417,9 @@ def _verify(folder: Path, layers: dict[str, AdapterLayer], adapter_name: str) ->
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for name, layer in layers.items():
-        key = _plain_name(name)
-        down = state[f"{_PREFIX}{key}.lora_A.weight"].double()
-        up = state[f"{_PREFIX}{key}.lora_B.weight"].double()
+        key = plain_name(name)
+        down = state[f"{PREFIX}{key}.lora_A.weight"].double()
+        up = state[f"{PREFIX}{key}.lora_B.weight"].double()
         rank = config.rank_pattern.get(f"^{re.escape(key)}", config.r)
         alpha = config.alpha_pattern.get(f"^{re.escape(key)}", config.lora_alpha)
         if rank != down.shape[0]:

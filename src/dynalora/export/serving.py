@@ -1,14 +1,14 @@
 """Where an exported LoRA can be served: the rules of vLLM and llama.cpp, checked on the written files.
 
-Both read less of ``adapter_config.json`` than PEFT does, and where they do not refuse an adapter they may compute
+Both read less of `adapter_config.json` than PEFT does, and where they do not refuse an adapter they may compute
 something else from it:
 
-* vLLM (``vllm.lora.peft_helper.PEFTHelper``) takes ``r``, ``lora_alpha``, ``use_rslora`` and not the patterns, so one
-  scaling must hold for all matrices and ``r`` must be the largest rank, which ``--max-lora-rank`` must allow for. It
-  refuses trained biases (unless enabled), ``modules_to_save``, DoRA and other tensors than ``lora_A`` and ``lora_B``.
-* llama.cpp (``convert_lora_to_gguf.py``) keeps ``lora_alpha`` only, and divides it by each tensor's own rank, so all
-  matrices must have one rank, and rsLoRA is not known. It refuses other tensors than ``lora_A`` and ``lora_B``, and
-  transposes the matrices of GPT-2's ``Conv1D`` as if they were its weights.
+* vLLM (`vllm.lora.peft_helper.PEFTHelper`) takes `r`, `lora_alpha`, `use_rslora` and not the patterns, so one
+  scaling must hold for all matrices and `r` must be the largest rank, which `--max-lora-rank` must allow for. It
+  refuses trained biases (unless enabled), `modules_to_save`, DoRA and other tensors than `lora_A` and `lora_B`.
+* llama.cpp (`convert_lora_to_gguf.py`) keeps `lora_alpha` only, and divides it by each tensor's own rank, so all
+  matrices must have one rank, and rsLoRA is not known. It refuses other tensors than `lora_A` and `lora_B`, and
+  transposes the matrices of GPT-2's `Conv1D` as if they were its weights.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
+from dynalora.common.names import PREFIX
+
 #: Values that vLLM's --max-lora-rank takes.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Serving:
     """Whether a server takes an adapter as it is.
 
     Attributes:
-        server: ``"vLLM"`` or ``"llama.cpp"``.
+        server: `"vLLM"` or `"llama.cpp"`.
         problems: What it refuses, or would compute wrongly; empty if nothing.
         needs: What it has to be told, such as a flag.
     """
@@ -53,7 +53,7 @@ def check_serving(folder: str | os.PathLike[str], max_lora_rank: int | None = No
     """Check a plain LoRA's files against the servers' rules.
 
     Args:
-        folder: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        folder: Folder with `adapter_config.json` and `adapter_model.safetensors`.
         max_lora_rank: What vLLM was started with; None says what it has to be.
 
     Returns:
@@ -66,9 +66,9 @@ def check_serving(folder: str | os.PathLike[str], max_lora_rank: int | None = No
     matrices, others = {}, []
     for name, shape in shapes.items():
         module, _, part = name.rpartition(".lora_")
-        if name.startswith(_PREFIX) and part == "A.weight":
-            matrices[module.removeprefix(_PREFIX)] = shape[0]
-        elif not (name.startswith(_PREFIX) and part == "B.weight"):
+        if name.startswith(PREFIX) and part == "A.weight":
+            matrices[module.removeprefix(PREFIX)] = shape[0]
+        elif not (name.startswith(PREFIX) and part == "B.weight"):
             others.append(name)
     scalings = {module: _scaling(config, module) for module in matrices}
     common = []

@@ -16,15 +16,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from dynalora.adapter.gates import GatedLayer
+from dynalora.common.names import IGNORED_LABEL
 from dynalora.errors import ConfigError, DataError, UnsupportedError
 from dynalora.evaluation.generation import evaluating
 from dynalora.forgetting.retention import adapters_off
 
-_IGNORED = -100
-
 
 class GateMeans(Protocol):
-    """What is needed of a record of gates (:func:`dynalora.record_gates`)."""
+    """What is needed of a record of gates (`dynalora.record_gates`)."""
 
     @property
     def module(self) -> str:
@@ -43,7 +42,7 @@ def held_gates(
 
     Args:
         model: Model with a gated adapter.
-        record: Result of :func:`dynalora.record_gates` on the text that the snapshot is for.
+        record: Result of `dynalora.record_gates` on the text that the snapshot is for.
         adapter_name: Which adapter.
 
     Raises:
@@ -110,8 +109,8 @@ def snapshot_price(
 
     Args:
         model: A PEFT model, the adapter active.
-        record: Result of :func:`dynalora.record_gates`; for an honest price, on other text than ``batches``.
-        batches: Batches for ``model(**batch)`` with ``labels``, −100 where a token does not count.
+        record: Result of `dynalora.record_gates`; for an honest price, on other text than `batches`.
+        batches: Batches for `model(**batch)` with `labels`, −100 where a token does not count.
         adapter_name: Which adapter.
 
     Raises:
@@ -126,7 +125,7 @@ def snapshot_price(
         for batch in batches:
             given = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
             labels = batch["labels"].to(device)[:, 1:]
-            counted = labels != _IGNORED
+            counted = labels != IGNORED_LABEL
             targets = labels[counted]
 
             def predict(given: dict[str, Any] = given, counted: torch.Tensor = counted) -> torch.Tensor:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dynalora.adapter.spectrum import matrix_spectrum
+from dynalora.common.progress import Progress, silent
 from dynalora.errors import CheckpointError, ConfigError
 from dynalora.forgetting.landscape import PAPER_TAU, LandscapeRow, check_tau, landscape_row
-from dynalora.progress import Progress, silent
+from dynalora.spectral.spectrum import matrix_spectrum
 
 _INDEX = "model.safetensors.index.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -39,10 +39,10 @@ def model_landscape(
     """The landscape of W_tuned − W_base, for every matrix that both models have.
 
     Singular values come from the Gram matrix on the shorter side; see
-    :func:`dynalora.adapter.spectrum.matrix_spectrum` for the error and the memory.
+    `dynalora.spectral.spectrum.matrix_spectrum` for the error and the memory.
 
     Args:
-        tuned: Folder of the fine-tuned model, with ``model.safetensors`` or shards and their index.
+        tuned: Folder of the fine-tuned model, with `model.safetensors` or shards and their index.
         base: Folder of the model that it was made from.
         tau: Threshold τ on singular values; the paper's 0.001 by default. Half-precision weights are rounded, which
             by itself leaves a difference: of a weight w by up to 0.4 % of w in bfloat16.
@@ -51,10 +51,10 @@ def model_landscape(
         progress: Called with the number of matrices done.
 
     Returns:
-        One row per matrix, by name, layers in order. ``rank`` is the shorter side.
+        One row per matrix, by name, layers in order. `rank` is the shorter side.
 
     Raises:
-        ConfigError: ``tau`` is negative, or ``modules`` is no regular expression.
+        ConfigError: `tau` is negative, or `modules` is no regular expression.
         CheckpointError: A folder has no safetensors, or is damaged; or no matrix is in both.
     """
     check_tau(tau)
@@ -136,5 +136,5 @@ def _shape(part: Any) -> tuple[int, ...]:
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
-    """Sorts ``layers.10`` after ``layers.9``."""
+    """Sorts `layers.10` after `layers.9`."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]

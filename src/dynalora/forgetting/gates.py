@@ -21,9 +21,10 @@ from peft import PeftModel
 from torch import nn
 
 from dynalora.adapter.gates import GatedLayer
+from dynalora.common.names import IGNORED_LABEL, plain_name
+from dynalora.common.statistics import normal_quantile, t_quantile
 from dynalora.errors import ConfigError, DynaloraError
 from dynalora.evaluation.generation import evaluating
-from dynalora.evaluation.statistics import normal_quantile, t_quantile
 from dynalora.forgetting.landscape import layer_index
 
 logger = logging.getLogger(__name__)
@@ -55,9 +56,9 @@ class GateStatistics:
         tokens: Tokens counted.
         mean: Mean gate per rank component, (r), float64.
         mean_square: Mean squared gate per rank component, (r), float64.
-        rank_histogram: Counts per rank component in equal bins of [0, 1], (r, ``BINS``), int64.
-        token_histogram: Counts of tokens by their mean gate over the components, int32, (``DOCUMENT_GROUPS``,
-            ``TOKEN_BINS``); bins are equal in the logit.
+        rank_histogram: Counts per rank component in equal bins of [0, 1], (r, `BINS`), int64.
+        token_histogram: Counts of tokens by their mean gate over the components, int32, (`DOCUMENT_GROUPS`,
+            `TOKEN_BINS`); bins are equal in the logit.
     """
 
     module: str
@@ -76,7 +77,7 @@ class GateStatistics:
 
     @property
     def histogram(self) -> torch.Tensor:
-        """Counts over all components in equal bins of [0, 1], (``BINS``), int64."""
+        """Counts over all components in equal bins of [0, 1], (`BINS`), int64."""
         return self.rank_histogram.sum(0)
 
     @property
@@ -102,13 +103,13 @@ class GateMean:
 
 @dataclass(frozen=True, eq=False)
 class GateRecord(Sequence[GateStatistics]):
-    """What :func:`record_gates` found: one entry per adapted layer, and what concerns several layers together.
+    """What `record_gates` found: one entry per adapted layer, and what concerns several layers together.
 
     Attributes:
         rows: The layers, in model order; the record itself is a sequence of them.
         documents: Texts (rows of the batches) with at least one counted token.
-        depth_histograms: As ``token_histogram``, of each token's mean gate over the layers of a depth group
-            (``"early"``, ``"middle"``, ``"late"``) and over all layers (``"all"``).
+        depth_histograms: As `token_histogram`, of each token's mean gate over the layers of a depth group
+            (`"early"`, `"middle"`, `"late"`) and over all layers (`"all"`).
         moments: Sums over documents d of S Sᵀ, S Nᵀ and N Nᵀ, (3, layers, layers), float64, with S_l the sum over the
             document's tokens of layer l's mean gate, and N_l the number of those tokens.
     """
@@ -189,8 +190,8 @@ def record_gates(
 
     Args:
         model: Model with a DISeL adapter.
-        texts: Texts, with a tokenizer; or batches ready for ``model(**batch)``. Either may be a generator: nothing is
-            kept. Of batches, ``attention_mask`` says which tokens count, and ``labels`` of the same shape, if there,
+        texts: Texts, with a tokenizer; or batches ready for `model(**batch)`. Either may be a generator: nothing is
+            kept. Of batches, `attention_mask` says which tokens count, and `labels` of the same shape, if there,
             narrow them to the response (labels other than −100). Of texts, all tokens count but the special ones that
             the tokenizer adds. Each text, or row of a batch, is a document.
         tokenizer: A transformers tokenizer, needed for texts.
@@ -245,7 +246,7 @@ def _counted(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     if "attention_mask" in batch and batch["attention_mask"].shape == ids.shape:
         counted &= batch["attention_mask"].bool()
     if "labels" in batch and batch["labels"].shape == ids.shape:
-        counted &= batch["labels"] != -100
+        counted &= batch["labels"] != IGNORED_LABEL
     return counted
 
 
@@ -329,11 +330,11 @@ class _Recorder:
             first = min(self.unplaced)
             logger.warning(
                 "%d layers see other rows than the batch's tokens and are left out of the record (the first: %s).",
-                len(self.unplaced), _plain_name(first),
+                len(self.unplaced), plain_name(first),
             )  # fmt: skip
         kept = [index for index, name in enumerate(self.layers) if name not in self.unplaced]
         names = list(self.layers)
-        rows = tuple(self.collectors[names[index]].result(_plain_name(names[index])) for index in kept)
+        rows = tuple(self.collectors[names[index]].result(plain_name(names[index])) for index in kept)
         if not rows:
             raise DynaloraError("no layer with gates sees the batch's tokens; there is nothing to record.")
         pick = torch.tensor(kept)
@@ -367,7 +368,7 @@ def _token_histogram() -> torch.Tensor:
 
 
 def token_bins(score: torch.Tensor) -> torch.Tensor:
-    """The bin of each mean gate, int64: score (n) in [0, 1] → (n) in 0 … ``TOKEN_BINS`` − 1."""
+    """The bin of each mean gate, int64: score (n) in [0, 1] → (n) in 0 … `TOKEN_BINS` − 1."""
     logit = torch.logit(score.double()).clamp(-TOKEN_LOGIT, TOKEN_LOGIT)
     return ((logit / TOKEN_LOGIT + 1) / 2 * TOKEN_BINS).long().clamp_(0, TOKEN_BINS - 1)
 
@@ -414,10 +415,6 @@ class _Collector:
         )
 
 
-def _plain_name(name: str) -> str:
-    return name.removeprefix("base_model.model.")
-
-
 def _batches(
     texts: Iterable[str] | Iterable[dict[str, Any]], tokenizer: Any, batch_size: int, max_length: int
 ) -> Iterator[tuple[dict[str, Any], int, int]]:
@@ -443,7 +440,7 @@ def _batches(
             )
         )  # fmt: skip
         special = encoded.pop("special_tokens_mask")
-        encoded["labels"] = encoded["input_ids"].masked_fill(special.bool(), -100)
+        encoded["labels"] = encoded["input_ids"].masked_fill(special.bool(), IGNORED_LABEL)
         if encoded["input_ids"].shape[1]:
             yield encoded, len(some), total
 
@@ -453,7 +450,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def depth_group(layer: int | None, layers: int) -> str:
-    """``"early"``, ``"middle"`` or ``"late"``: the third of the blocks that a layer lies in."""
+    """`"early"`, `"middle"` or `"late"`: the third of the blocks that a layer lies in."""
     if layer is None:
         return "none"
     return DEPTHS[min(3 * layer // max(layers, 1), 2)]
@@ -509,7 +506,7 @@ def gate_separation(first: GateRecord, second: GateRecord) -> list[Separation]:
 
 
 def depth_separation(first: GateRecord, second: GateRecord) -> dict[str, Separation]:
-    """The separation by each token's mean gate over a depth group, and over all layers (``"all"``).
+    """The separation by each token's mean gate over a depth group, and over all layers (`"all"`).
 
     Args:
         first: Record on the domain whose gates are expected to be further open.

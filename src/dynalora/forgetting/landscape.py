@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from dynalora.adapter.layer import AdapterLayer
-from dynalora.adapter.spectrum import factor_spectrum
+from dynalora.common.names import plain_name
+from dynalora.drawing.style import panels, save, style
 from dynalora.errors import ConfigError, DynaloraError
-from dynalora.forgetting.drawing import panels, save, style
+from dynalora.spectral.spectrum import factor_spectrum
 
 if TYPE_CHECKING:
     import os
@@ -38,12 +39,12 @@ class LandscapeRow:
     Attributes:
         module: Full module name.
         layer: Index of its transformer block, None outside of blocks.
-        kind: Last part of the name (``q_proj``, …).
+        kind: Last part of the name (`q_proj`, …).
         rank: Rank the adapter has there; for whole weights the shorter side.
         effective_rank: k(τ) = #{σ_i > τ}.
         nuclear_norm: Σ σ_i.
         energy: E(τ) = Σ_{σ_i > τ} σ_i² / Σ σ_i²; 0 for a zero update.
-        singular_values: The σ_i, descending, at most ``rank`` of them.
+        singular_values: The σ_i, descending, at most `rank` of them.
     """
 
     module: str
@@ -67,17 +68,17 @@ def rank_landscape(
 
     Args:
         model: Model with an adapter of dynalora, or PEFT's LoRA or AdaLoRA. Of a DISeL adapter, the ungated factors
-            count (all gates open), the most its update can be, unless ``gates`` are given.
+            count (all gates open), the most its update can be, unless `gates` are given.
         tau: Threshold τ on singular values; the paper's 0.001 by default.
         adapter_name: Which adapter; None takes the active one.
-        gates: Of a DISeL adapter, what :func:`dynalora.record_gates` found on some text: each component then counts
+        gates: Of a DISeL adapter, what `dynalora.record_gates` found on some text: each component then counts
             with its mean gate there, s·up·diag(ḡ)·down.
 
     Returns:
         One row per adapted matrix, in model order.
 
     Raises:
-        ConfigError: ``tau`` is negative, or a gated matrix is missing from ``gates`` or has another rank there.
+        ConfigError: `tau` is negative, or a gated matrix is missing from `gates` or has another rank there.
         DynaloraError: No adapter with low-rank factors is found.
     """
     check_tau(tau)
@@ -157,11 +158,6 @@ def layer_index(module_name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def plain_name(name: str) -> str:
-    """A module's name without what PEFT puts before it."""
-    return name.removeprefix("base_model.model.")
-
-
 @dataclass(frozen=True)
 class EnergyRow:
     """What is left of all updates together above a threshold (DiRA Table 3).
@@ -183,8 +179,8 @@ def energy_table(rows: Sequence[LandscapeRow], taus: Sequence[float] = TAUS) -> 
     """Spectral energy and effective rank above each of several thresholds, over all matrices.
 
     Args:
-        rows: Result of :func:`rank_landscape` or of
-            :func:`model_landscape <dynalora.forgetting.full_models.model_landscape>`.
+        rows: Result of `rank_landscape` or of
+            `model_landscape <dynalora.forgetting.full_models.model_landscape>`.
         taus: The thresholds.
 
     Raises:
@@ -238,9 +234,9 @@ def plot_rank_landscape(
     """Draw the landscape over the layers, one panel per module kind, runs overlaid (DiRA Figures 1, 2, 4–10).
 
     Args:
-        landscape: Result of :func:`rank_landscape`, or several by name.
+        landscape: Result of `rank_landscape`, or several by name.
         path: PNG file to write, and beside it the SVG; None only returns the figure.
-        quantity: What to draw: ``effective_rank``, ``nuclear_norm`` or ``energy``. A dotted line in the first is the
+        quantity: What to draw: `effective_rank`, `nuclear_norm` or `energy`. A dotted line in the first is the
             rank that the adapters have.
         title: Of the figure; by default it says what is drawn.
 

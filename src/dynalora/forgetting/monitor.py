@@ -1,7 +1,7 @@
 """Watching during training how much of the base model is left, and stopping before too much is lost.
 
 At every measurement KL(base ‖ tuned) and the loss shift are taken on text that the base model wrote itself, and on any
-other text that is named (see :mod:`dynalora.forgetting.retention` for their definitions). The base model is the model
+other text that is named (see `dynalora.forgetting.retention` for their definitions). The base model is the model
 in training with its adapters switched off; what it predicts is kept, so that a measurement costs one forward pass over
 the text. Measuring changes nothing that training depends on: weights, gradients, random states, modes and which
 parameters train are afterwards what they were, bit for bit.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,8 +27,11 @@ from torch import nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from dynalora.common.files import file_beside, write_file
+from dynalora.common.processes import first_process, from_first
+from dynalora.common.progress import Progress, silent
+from dynalora.drawing.style import panels, save, style
 from dynalora.errors import CheckpointError, ConfigError, DataError, UnsupportedError
-from dynalora.forgetting.drawing import panels, save, style
 from dynalora.forgetting.retention import (
     BasePredictions,
     MeasuredText,
@@ -42,7 +44,6 @@ from dynalora.forgetting.retention import (
     own_text,
     retention,
 )
-from dynalora.progress import Progress, silent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,11 +60,11 @@ class RetentionPoint:
     """One measurement.
 
     Attributes:
-        run: name of the run.
-        step: optimizer steps done.
-        text: name of the text.
-        retention: what was measured on it.
-        seconds: time that it took.
+        run: Name of the run.
+        step: Optimizer steps done.
+        text: Name of the text.
+        retention: What was measured on it.
+        seconds: Time that it took.
     """
 
     run: str
@@ -112,10 +113,10 @@ class KeptState:
     """The best state under the budget so far.
 
     Attributes:
-        step: optimizer steps done.
-        forgetting: the largest KL over the texts there, in nats per token.
-        score: what `score`, or the trainer's evaluation, gave there; None where nothing was scored.
-        tensors: the adapter's weights and state by their names in the model, on the CPU.
+        step: Optimizer steps done.
+        forgetting: The largest KL over the texts there, in nats per token.
+        score: What `score`, or the trainer's evaluation, gave there; None where nothing was scored.
+        tensors: The adapter's weights and state by their names in the model, on the CPU.
     """
 
     step: int
@@ -150,33 +151,33 @@ class RetentionMonitor(TrainerCallback):
     the same texts, and the first one's numbers count everywhere, so all stop at the same step.
 
     Args:
-        texts: further texts by name, as lists of strings or from `given_text`; all of their tokens but the first count.
-        own: text that the base model wrote itself, from `own_text`; True lets it write when training begins (32 texts
+        texts: Further texts by name, as lists of strings or from `given_text`; all of their tokens but the first count.
+        own: Text that the base model wrote itself, from `own_text`; True lets it write when training begins (32 texts
             of up to 48 tokens; kept in the user's cache), False does without.
-        tokenizer: the model's, for writing and for `texts`. A Trainer's own `processing_class` is used if None.
-        every: optimizer steps between measurements, or below 1 the fraction of a Trainer's run; there is one at the
+        tokenizer: The model's, for writing and for `texts`. A Trainer's own `processing_class` is used if None.
+        every: Optimizer steps between measurements, or below 1 the fraction of a Trainer's run; there is one at the
             start and one at the end besides.
         max_forgetting: KL in nats per token that no text may exceed; None only watches.
         keep_best: False stops the run at the first measurement above `max_forgetting`, with the weights as they are
             then. True lets the run go to its end and then puts back the best weights among those measured under the
             budget: those of the lowest score, or without scores those of the latest step.
-        score: called with the model at measurements under the budget if `keep_best`; lower is better. A Trainer that
+        score: Called with the model at measurements under the budget if `keep_best`; lower is better. A Trainer that
             evaluates needs none: its `eval_loss` is taken, at the steps at which it evaluates.
-        name: of the run, in files and plots.
-        path: file to which every measurement is appended as a line of JSON; several runs may share one.
-        batch_size: texts per forward pass.
-        cache_bytes: memory for the base model's predictions; what does not fit is computed anew at every measurement.
+        name: Of the run, in files and plots.
+        path: File to which every measurement is appended as a line of JSON; several runs may share one.
+        batch_size: Texts per forward pass.
+        cache_bytes: Memory for the base model's predictions; what does not fit is computed anew at every measurement.
             They are kept as the model gives them, so that the cache changes no bit of the result: number of tokens ×
             vocabulary × 4 bytes, or 2 for a model in half precision; 300 MB for 1500 tokens and 50,000 words. 1 GiB.
-        progress: told of the base model's first passes.
+        progress: Told of the base model's first passes.
 
     Attributes:
-        points: all measurements of the run, in order.
-        exceeded: the first measurement above `max_forgetting` (the text that forgot most); None if there was none.
-        best: the state that is kept with `keep_best`; None before the start.
+        points: All measurements of the run, in order.
+        exceeded: The first measurement above `max_forgetting` (the text that forgot most); None if there was none.
+        best: The state that is kept with `keep_best`; None before the start.
 
     Raises:
-        ConfigError: a setting has a value that cannot work, or there is no text at all.
+        ConfigError: A setting has a value that cannot work, or there is no text at all.
     """
 
     def __init__(
@@ -242,14 +243,14 @@ class RetentionMonitor(TrainerCallback):
         """Take up a run: write or tokenise the texts, keep the base model's predictions, and measure.
 
         Args:
-            model: the PEFT model that is going to be trained.
-            step: optimizer steps done, if the run is being continued. Measurements from that step on are taken again.
+            model: The PEFT model that is going to be trained.
+            step: Optimizer steps done, if the run is being continued. Measurements from that step on are taken again.
 
         Raises:
-            ConfigError: there is no tokenizer to make the texts with; weights of the base model are trained too, so
+            ConfigError: There is no tokenizer to make the texts with; weights of the base model are trained too, so
                 that there is nothing to compare with; the model has already forgotten more than it may; or the file
                 holds another run of this name.
-            UnsupportedError: the adapters are merged or cannot be switched off, or weights are sharded and `keep_best`
+            UnsupportedError: The adapters are merged or cannot be switched off, or weights are sharded and `keep_best`
                 is set.
         """
         if self._every < 1:
@@ -290,7 +291,7 @@ class RetentionMonitor(TrainerCallback):
         """Count one optimizer step of a loop of your own, and measure when it is time to.
 
         Args:
-            model: the model in training.
+            model: The model in training.
 
         Returns:
             Whether to stop, because more was forgotten than `max_forgetting`; never with `keep_best`.
@@ -314,7 +315,7 @@ class RetentionMonitor(TrainerCallback):
         """Close a run: measure unless that was just done, and with `keep_best` put the best weights back.
 
         Args:
-            model: the model that was trained.
+            model: The model that was trained.
         """
         if not self._begun:
             return
@@ -329,7 +330,7 @@ class RetentionMonitor(TrainerCallback):
         """Put the best weights under the budget back into the model; without any, the model stays as it is.
 
         Args:
-            model: the model that they came from, with the same adapters.
+            model: The model that they came from, with the same adapters.
         """
         if self.best is None:
             warnings.warn(
@@ -360,7 +361,7 @@ class RetentionMonitor(TrainerCallback):
             texts[OWN] = self.own
         elif self.own:
             assert self.tokenizer is not None
-            texts[OWN] = _from_first(own_text(model, self.tokenizer, progress=self.progress))
+            texts[OWN] = from_first(own_text(model, self.tokenizer, progress=self.progress))
         for name, text in self.texts.items():
             if not isinstance(text, MeasuredText):
                 assert self.tokenizer is not None
@@ -380,10 +381,10 @@ class RetentionMonitor(TrainerCallback):
             began = time.perf_counter()
             measured = retention(model, kept.text, base=kept, batch_size=self.batch_size)
             found.append((name, measured, time.perf_counter() - began))
-        found = _from_first(found)
+        found = from_first(found)
         new = [RetentionPoint(self.name, self._step, name, value, seconds) for name, value, seconds in found]
         self.points.extend(new)
-        if self.path is not None and _is_first():
+        if self.path is not None and first_process():
             with open(self.path, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(point.as_record()) + "\n" for point in new)
         if self.max_forgetting is None:
@@ -396,7 +397,7 @@ class RetentionMonitor(TrainerCallback):
 
     def _consider(self, model: nn.Module, score: float | None) -> None:
         """Keep the model's present state if it is better than the one kept; any score is better than none."""
-        score = _from_first(score)
+        score = from_first(score)
         better = self.best is None or (
             self.best.score is None if score is None else self.best.score is None or score < self.best.score
         )
@@ -414,7 +415,7 @@ class RetentionMonitor(TrainerCallback):
         self.points = [point for point in self.points if point.step < step]
         if self.path is None:
             return
-        if _is_first():
+        if first_process():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             before = _read(self.path) if self.path.exists() else []
             if step == 0 and not own and any(point.run == self.name for point in before):
@@ -429,19 +430,15 @@ class RetentionMonitor(TrainerCallback):
             cut = bool(content) and not content.endswith(b"\n")
             if cut or len(stays) < len(before):
                 _write_lines(self.path, stays)
-        self.points = _from_first(self.points)
+        self.points = from_first(self.points)
 
     def _save_best(self, folder: Path) -> None:
         if self.best is None or not folder.is_dir():
             return
         about = {"step": self.best.step, "forgetting": self.best.forgetting, "score": self.best.score}
-        beside = folder / f".{_KEPT}.tmp"
-        save_file(
-            {name: value.contiguous() for name, value in self.best.tensors.items()},
-            beside,
-            metadata={"format": "pt", "kept": json.dumps(about)},
-        )
-        os.replace(beside, folder / _KEPT)
+        tensors = {name: value.contiguous() for name, value in self.best.tensors.items()}
+        with file_beside(folder / _KEPT) as beside:
+            save_file(tensors, beside, metadata={"format": "pt", "kept": json.dumps(about)})
 
     def _load_best(self, folder: Path) -> None:
         file = folder / _KEPT
@@ -516,7 +513,7 @@ class RetentionMonitor(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self.keep_best and _is_first():
+        if self.keep_best and first_process():
             self._save_best(_checkpoint(args, state))
 
     def on_train_end(
@@ -548,23 +545,6 @@ def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
-def _is_first() -> bool:
-    return not _distributed() or torch.distributed.get_rank() == 0
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _from_first(value: Any) -> Any:
-    """The first process's value, on all of them."""
-    if not _distributed() or torch.distributed.get_world_size() == 1:
-        return value
-    shared = [value]
-    torch.distributed.broadcast_object_list(shared, src=0)
-    return shared[0]
-
-
 # --- curves -------------------------------------------------------------------------------------------------
 
 
@@ -581,19 +561,19 @@ def checkpoint_retention(
     """The retention curve of a run that was trained without a monitor, from its checkpoints.
 
     Args:
-        model: the base model, without adapters; it is left as it was.
-        folder: what the Trainer's `output_dir` was: each `checkpoint-N` in it is an adapter after N steps.
-        texts: what to measure on, by name, from `own_text` and `given_text`.
-        name: of the run.
-        batch_size: texts per forward pass.
-        cache_bytes: memory for the base model's predictions; what does not fit is computed anew for every checkpoint.
-        progress: called with the number of checkpoints done.
+        model: The base model, without adapters; it is left as it was.
+        folder: What the Trainer's `output_dir` was: each `checkpoint-N` in it is an adapter after N steps.
+        texts: What to measure on, by name, from `own_text` and `given_text`.
+        name: Of the run.
+        batch_size: Texts per forward pass.
+        cache_bytes: Memory for the base model's predictions; what does not fit is computed anew for every checkpoint.
+        progress: Called with the number of checkpoints done.
 
     Returns:
         Points by step.
 
     Raises:
-        CheckpointError: there is no checkpoint.
+        CheckpointError: There is no checkpoint.
     """
     found = sorted(
         (int(entry.name.rpartition("-")[2]), entry)
@@ -629,14 +609,14 @@ def read_retention(*paths: str | os.PathLike[str]) -> dict[str, list[RetentionPo
     """The measurements in files that monitors wrote.
 
     Args:
-        paths: the files. A last line that a kill cut short is left out.
+        paths: The files. A last line that a kill cut short is left out.
 
     Returns:
         Points by the name of their run, by step. Runs of the same name in different files get the file's folder's name
         before theirs.
 
     Raises:
-        DataError: a file cannot be read, or a line in it is no measurement.
+        DataError: A file cannot be read, or a line in it is no measurement.
     """
     found: dict[str, list[RetentionPoint]] = {}
     for path in map(Path, paths):
@@ -670,14 +650,7 @@ def _read(path: Path) -> list[RetentionPoint]:
 
 
 def _write_lines(path: Path, points: Iterable[RetentionPoint]) -> None:
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(point.as_record()) + "\n" for point in points)
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+    write_file(path, "".join(json.dumps(point.as_record()) + "\n" for point in points))
 
 
 def plot_retention_curves(
@@ -690,16 +663,16 @@ def plot_retention_curves(
     """Draw KL(base ‖ tuned) and loss shift against the optimizer step, runs overlaid, a row for each text.
 
     Args:
-        runs: points of one run, or of several by name.
+        runs: Points of one run, or of several by name.
         path: PNG file to write, and beside it the SVG; None only returns the figure.
-        max_forgetting: the budget, drawn as a dotted line into the plots of KL.
-        title: of the figure.
+        max_forgetting: The budget, drawn as a dotted line into the plots of KL.
+        title: Of the figure.
 
     Returns:
         The matplotlib figure. Bars on KL are its standard error over the texts.
 
     Raises:
-        ConfigError: there is no point to draw.
+        ConfigError: There is no point to draw.
     """
     named: dict[str, list[RetentionPoint]] = {}
     for name, point in (

@@ -24,16 +24,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from dynalora.adapter.layer import AdapterLayer
+from dynalora.common.names import plain_name
+from dynalora.common.progress import Progress, silent
 from dynalora.driver import param_groups, restart_schedule
 from dynalora.errors import ConfigError, DataError, DynaloraError, TrainingError, UnsupportedError
 from dynalora.forgetting.landscape import LandscapeRow, layer_index
-from dynalora.progress import Progress, silent
 
 STRATEGIES = ("rlgr", "random", "naive")
 LOW_RANK = 1
 """The largest effective rank at which a matrix is taken to have mattered little (DiRA §5.1: 0 or 1)."""
-
-_PREFIX = "base_model.model."
 
 
 # --- which matrices -----------------------------------------------------------------------------------------
@@ -43,14 +42,14 @@ def low_rank_modules(landscape: Sequence[LandscapeRow], *, tau: float | None = N
     """Names of the matrices whose effective rank is 0 or 1.
 
     Args:
-        landscape: of the adapter after Task A, from [`rank_landscape`][dynalora.rank_landscape].
-        tau: count singular values of s·ΔW above this; None: the landscape's own effective ranks.
+        landscape: Of the adapter after Task A, from [`rank_landscape`][dynalora.rank_landscape].
+        tau: Count singular values of s·ΔW above this; None: the landscape's own effective ranks.
 
     Returns:
         Module names, in the landscape's order.
 
     Raises:
-        ConfigError: ``tau`` is negative.
+        ConfigError: `tau` is negative.
     """
     if tau is not None and not tau >= 0:
         raise ConfigError(f"tau is {tau}; give a number of at least 0.")
@@ -67,17 +66,17 @@ def modules_to_zero(
     """The matrices that a recovery begins by zeroing.
 
     Args:
-        strategy: ``"rlgr"``: those of effective rank 0 or 1; ``"random"``: as many, drawn from all; ``"naive"``: none.
-        landscape: of the adapter after Task A; ``"naive"`` needs none.
-        tau: threshold on singular values, as in
+        strategy: `"rlgr"`: those of effective rank 0 or 1; `"random"`: as many, drawn from all; `"naive"`: none.
+        landscape: Of the adapter after Task A; `"naive"` needs none.
+        tau: Threshold on singular values, as in
             [`low_rank_modules`][dynalora.forgetting.recovery.low_rank_modules].
-        seed: fixes the draw.
+        seed: Fixes the draw.
 
     Returns:
         Module names, in the landscape's order.
 
     Raises:
-        ConfigError: the strategy is unknown, or it needs a landscape and there is none.
+        ConfigError: The strategy is unknown, or it needs a landscape and there is none.
     """
     if strategy not in STRATEGIES:
         raise ConfigError(f"strategy is '{strategy}'; choose one of {', '.join(STRATEGIES)}.")
@@ -101,13 +100,13 @@ def zero_updates(model: nn.Module, modules: Sequence[str], adapter_name: str | N
     DisLoRA's factors go back to their start, which is the zero update.
 
     Args:
-        model: model with an adapter of dynalora or a PEFT LoRA.
-        modules: names of the matrices, as a landscape has them.
-        adapter_name: which adapter; None: the active one.
+        model: Model with an adapter of dynalora or a PEFT LoRA.
+        modules: Names of the matrices, as a landscape has them.
+        adapter_name: Which adapter; None: the active one.
 
     Raises:
-        DynaloraError: a name belongs to no matrix of the adapter; then nothing is changed.
-        UnsupportedError: the adapter is merged, or the update has a part besides its factors (PEFT's DoRA, biases).
+        DynaloraError: A name belongs to no matrix of the adapter; then nothing is changed.
+        UnsupportedError: The adapter is merged, or the update has a part besides its factors (PEFT's DoRA, biases).
     """
     layers = {
         name: (module, adapter)
@@ -167,7 +166,7 @@ def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
 
 def _outside_of_adapters(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Modules by name, without what adapted layers are made of."""
-    yield name.removeprefix(_PREFIX), module
+    yield plain_name(name), module
     if not isinstance(module, BaseTunerLayer):
         for child_name, child in module.named_children():
             yield from _outside_of_adapters(child, f"{name}.{child_name}" if name else child_name)
@@ -182,8 +181,8 @@ class Recovery:
 
     Attributes:
         strategy: `rlgr`, `random` or `naive`.
-        zeroed: names of the matrices whose updates were zeroed before training.
-        losses: training loss of each optimizer step, as the model gives it.
+        zeroed: Names of the matrices whose updates were zeroed before training.
+        losses: Training loss of each optimizer step, as the model gives it.
     """
 
     strategy: str
@@ -211,27 +210,27 @@ def recover(
     one optimizer step per batch. The paper takes 8 examples in one batch, twice.
 
     Args:
-        model: the model after Task B, its active adapter trainable. It is changed in place and left in evaluation mode.
-        batches: what the model is called with, labels included, so that its output has a `loss`.
-        strategy: ``"rlgr"``, ``"random"`` or ``"naive"``; see
+        model: The model after Task B, its active adapter trainable. It is changed in place and left in evaluation mode.
+        batches: What the model is called with, labels included, so that its output has a `loss`.
+        strategy: `"rlgr"`, `"random"` or `"naive"`; see
             [`modules_to_zero`][dynalora.forgetting.recovery.modules_to_zero].
-        landscape: of the adapter after Task A; not needed for ``"naive"``.
-        tau: threshold on singular values; None: the landscape's own.
-        epochs: passes over the batches.
-        learning_rate: of AdamW; gates and the like get their usual multiple.
-        weight_decay: of the factors.
-        max_grad_norm: gradients are scaled down to this norm; 0: never.
-        seed: of the random choice of matrices and of dropout.
-        progress: called after every step.
+        landscape: Of the adapter after Task A; not needed for `"naive"`.
+        tau: Threshold on singular values; None: the landscape's own.
+        epochs: Passes over the batches.
+        learning_rate: Of AdamW; gates and the like get their usual multiple.
+        weight_decay: Of the factors.
+        max_grad_norm: Gradients are scaled down to this norm; 0: never.
+        seed: Of the random choice of matrices and of dropout.
+        progress: Called after every step.
 
     Returns:
         What was zeroed, and the losses.
 
     Raises:
-        ConfigError: a setting is out of range, the strategy is unknown or lacks its landscape, or nothing is trainable.
-        DataError: there is no batch.
-        TrainingError: the loss is no longer a number.
-        DynaloraError: as [`zero_updates`][dynalora.forgetting.recovery.zero_updates].
+        ConfigError: A setting is out of range, the strategy is unknown or lacks its landscape, or nothing is trainable.
+        DataError: There is no batch.
+        TrainingError: The loss is no longer a number.
+        DynaloraError: As [`zero_updates`][dynalora.forgetting.recovery.zero_updates].
     """
     if epochs < 1:
         raise ConfigError(f"epochs is {epochs}; give a whole number of at least 1.")
@@ -286,18 +285,18 @@ def ablated(model: nn.Module, layers: str | Sequence[int]) -> Iterator[list[str]
     that wraps layers. Weights outside of blocks, trained biases and modules trained in full stay in effect.
 
     Args:
-        model: a model with one or more adapters, not merged.
-        layers: ``"front"``: the first half of the transformer blocks (of an odd number, the smaller half); ``"back"``:
+        model: A model with one or more adapters, not merged.
+        layers: `"front"`: the first half of the transformer blocks (of an odd number, the smaller half); `"back"`:
             the others; or indices of blocks, from 0.
 
     Yields:
         Names of the matrices that are switched off.
 
     Raises:
-        ConfigError: ``layers`` is no known word, names no block or one that the model does not have, or the model
+        ConfigError: `layers` is no known word, names no block or one that the model does not have, or the model
             has no numbered blocks.
-        DynaloraError: there is nothing to switch off there.
-        UnsupportedError: an adapter is merged into the base weights.
+        DynaloraError: There is nothing to switch off there.
+        UnsupportedError: An adapter is merged into the base weights.
 
     Example:
         ```python
@@ -327,14 +326,14 @@ def ablated(model: nn.Module, layers: str | Sequence[int]) -> Iterator[list[str]
 
 
 def ablated_layers(model: nn.Module, layers: str | Sequence[int]) -> list[int]:
-    """The indices of transformer blocks that ``"front"``, ``"back"`` or a list of indices means.
+    """The indices of transformer blocks that `"front"`, `"back"` or a list of indices means.
 
     Args:
-        model: the model, with or without adapters.
-        layers: as in [`ablated`][dynalora.forgetting.recovery.ablated].
+        model: The model, with or without adapters.
+        layers: As in [`ablated`][dynalora.forgetting.recovery.ablated].
 
     Raises:
-        ConfigError: as `ablated`.
+        ConfigError: As `ablated`.
     """
     indices = [layer_index(name) for name, _ in _outside_of_adapters(model)]
     count = max((index for index in indices if index is not None), default=-1) + 1

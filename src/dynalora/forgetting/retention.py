@@ -18,7 +18,6 @@ import hashlib
 import itertools
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -30,13 +29,14 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from dynalora.cache import cache_folder
+from dynalora.common.cache import cache_folder
+from dynalora.common.files import write_file
+from dynalora.common.progress import Progress, silent
+from dynalora.common.statistics import ratio
 from dynalora.errors import ConfigError, UnsupportedError
 from dynalora.evaluation.causal import continued
 from dynalora.evaluation.generation import chat_prompt, end_ids, evaluating, pad_left, padding_id
 from dynalora.evaluation.scoring import last_logits
-from dynalora.evaluation.statistics import ratio
-from dynalora.progress import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,8 +87,8 @@ class MeasuredText:
     """Texts to measure on.
 
     Attributes:
-        rows: token ids of each text, context included.
-        starts: for each text the index, at least 1, of the first token that counts; those before it are context.
+        rows: Token ids of each text, context included.
+        starts: For each text the index, at least 1, of the first token that counts; those before it are context.
     """
 
     rows: tuple[tuple[int, ...], ...]
@@ -105,8 +105,8 @@ class OwnText(MeasuredText):
     """Texts that a model wrote: what counts is what it wrote, the openings are context.
 
     Attributes:
-        fingerprint: of the model that wrote them, as `fingerprint` gives it.
-        seed: of the sampling.
+        fingerprint: Of the model that wrote them, as `fingerprint` gives it.
+        seed: Of the sampling.
     """
 
     fingerprint: str
@@ -119,10 +119,10 @@ class Retention:
 
     Attributes:
         kl: KL(base ‖ tuned), mean over the tokens.
-        loss_shift: loss of the tuned model minus loss of the base model.
-        base_loss: loss of the base model on the text.
-        tokens: number of tokens the means are over.
-        kl_error: standard error of `kl` over the texts (0 for a single text).
+        loss_shift: Loss of the tuned model minus loss of the base model.
+        base_loss: Loss of the base model on the text.
+        tokens: Number of tokens the means are over.
+        kl_error: Standard error of `kl` over the texts (0 for a single text).
     """
 
     kl: float
@@ -142,8 +142,8 @@ class BasePredictions:
     """The base model's log-probabilities on a text, kept so that they are computed once for many adapters.
 
     Attributes:
-        text: the text they belong to.
-        log_probs: one tensor per text, (tokens that count, V), on the CPU: log-probabilities, or logits, which differ
+        text: The text they belong to.
+        log_probs: One tensor per text, (tokens that count, V), on the CPU: log-probabilities, or logits, which differ
             from them by a constant per token; None for a text whose predictions were not kept and are made anew.
     """
 
@@ -177,21 +177,21 @@ def own_text(
     same text; sampling the same text again is only certain on the same machine and versions.
 
     Args:
-        model: a causal language model, with or without adapters.
-        tokenizer: the model's.
-        texts: number of texts; with more than there are openings, openings are used again.
-        tokens: most tokens per text; a text may end earlier by itself.
-        seed: of the sampling. The global random state is left as it was.
-        batch_size: texts per batch.
+        model: A causal language model, with or without adapters.
+        tokenizer: The model's.
+        texts: Number of texts; with more than there are openings, openings are used again.
+        tokens: Most tokens per text; a text may end earlier by itself.
+        seed: Of the sampling. The global random state is left as it was.
+        batch_size: Texts per batch.
         cache: True for the user's cache folder, a folder, or False to neither read nor write a file.
-        progress: called with the number of texts written.
+        progress: Called with the number of texts written.
 
     Returns:
         The texts. A text whose first token already ends it counts with that one token.
 
     Raises:
-        ConfigError: texts, tokens or batch_size below 1.
-        UnsupportedError: the model holds weights merged from an adapter, so its base cannot be asked.
+        ConfigError: Texts, tokens or batch_size below 1.
+        UnsupportedError: The model holds weights merged from an adapter, so its base cannot be asked.
     """
     for name, value in (("texts", texts), ("tokens", tokens), ("batch_size", batch_size)):
         if value < 1:
@@ -220,12 +220,12 @@ def given_text(
     """Texts of the user's choice, to measure on; every token but the first of each text counts.
 
     Args:
-        texts: the texts; those of fewer than two tokens are left out.
-        tokenizer: the model's; special tokens are added as it does by default.
-        max_length: tokens at which a text is cut.
+        texts: The texts; those of fewer than two tokens are left out.
+        tokenizer: The model's; special tokens are added as it does by default.
+        max_length: Tokens at which a text is cut.
 
     Raises:
-        ConfigError: one string instead of a list, max_length below 2, or no text with two tokens.
+        ConfigError: One string instead of a list, max_length below 2, or no text with two tokens.
     """
     if isinstance(texts, str):
         raise ConfigError("texts must be a list of texts, got one string; put it into a list.")
@@ -378,15 +378,7 @@ def _write(file: Path, text: OwnText) -> None:
     """Keep the text; a cache that cannot be written is no reason to stop."""
     content = json.dumps({"fingerprint": text.fingerprint, "seed": text.seed, "rows": text.rows})
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as target:
-                target.write(content)
-            os.replace(beside, file)
-        except BaseException:
-            Path(beside).unlink(missing_ok=True)
-            raise
+        write_file(file, content)
     except OSError:
         return
 
@@ -414,20 +406,20 @@ def retention(
 
     Args:
         model: a PEFT model; its active adapters are what is measured. Without any, all distances are 0.
-        text: from `own_text`, written by this very base model, or from `given_text`.
-        base: from `base_predictions`, to leave the base model's pass out; or the base model itself, where switching
+        text: From `own_text`, written by this very base model, or from `given_text`.
+        base: From `base_predictions`, to leave the base model's pass out; or the base model itself, where switching
             adapters off does not give it back (full fine-tuning, PiSSA).
-        batch_size: texts per batch.
-        chunk: positions of which all V probabilities are held in float32 at a time.
-        name: of the model, for `progress`.
-        progress: called with the number of texts done.
+        batch_size: Texts per batch.
+        chunk: Positions of which all V probabilities are held in float32 at a time.
+        name: Of the model, for `progress`.
+        progress: Called with the number of texts done.
 
     Returns:
         The distances.
 
     Raises:
-        ConfigError: batch_size or chunk below 1; the text was written by another model; or `base` is for another text.
-        UnsupportedError: an adapter is merged into the weights.
+        ConfigError: Batch_size or chunk below 1; the text was written by another model; or `base` is for another text.
+        UnsupportedError: An adapter is merged into the weights.
     """
     apart = base if isinstance(base, torch.nn.Module) else None
     made = base if isinstance(base, BasePredictions) else None
@@ -471,18 +463,18 @@ def base_predictions(
     Takes `text.tokens` × V numbers of memory: 300 MB for 1500 tokens and a vocabulary of 50,000 in float32.
 
     Args:
-        model: the base model, with or without adapters.
-        text: from `own_text`, written by this very base model, or from `given_text`.
-        batch_size: texts per batch. With the same one, `retention` gives bit for bit what it would give without.
-        dtype: what to keep them in. Half precision halves the memory and costs accuracy below about 1e-3 nats. None
+        model: The base model, with or without adapters.
+        text: From `own_text`, written by this very base model, or from `given_text`.
+        batch_size: Texts per batch. With the same one, `retention` gives bit for bit what it would give without.
+        dtype: What to keep them in. Half precision halves the memory and costs accuracy below about 1e-3 nats. None
             keeps the model's logits as they are: exact, and half the size for a model in half precision.
-        max_bytes: keep no more than this, in whole batches, those of long texts first; `retention` makes the rest
+        max_bytes: Keep no more than this, in whole batches, those of long texts first; `retention` makes the rest
             anew each time. None keeps all.
-        progress: called with the number of texts done.
+        progress: Called with the number of texts done.
 
     Raises:
-        ConfigError: batch_size below 1, max_bytes below 0, or the text was written by another model.
-        UnsupportedError: an adapter is merged into the weights.
+        ConfigError: Batch_size below 1, max_bytes below 0, or the text was written by another model.
+        UnsupportedError: An adapter is merged into the weights.
     """
     _check(model, text, batch_size, 1)
     if max_bytes is not None and max_bytes < 0:
@@ -573,10 +565,10 @@ def _distances(base: torch.Tensor, tuned: torch.Tensor, targets: torch.Tensor, c
     """Sums of KL, base loss and tuned loss over the positions of one text, (3,), float64 on the CPU.
 
     Args:
-        base: logits or log-probabilities (T, V); the difference cancels in the softmax.
-        tuned: logits (T, V).
-        targets: the tokens that follow, (T,).
-        chunk: positions at a time.
+        base: Logits or log-probabilities (T, V); the difference cancels in the softmax.
+        tuned: Logits (T, V).
+        targets: The tokens that follow, (T,).
+        chunk: Positions at a time.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     for start in range(0, len(targets), chunk):

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import nn
 
+from dynalora.drawing import style as drawing
 from dynalora.errors import DynaloraError
-from dynalora.forgetting import drawing
 from dynalora.forgetting.landscape import PAPER_TAU, LandscapeRow, layer_index, rank_landscape
 from dynalora.methods.pedyra import adjustments
 
@@ -116,7 +116,7 @@ def plot_rank_trajectory(trajectory: RankTrajectory, path: str | None = None) ->
     variance of log(G^{2/3} / r) over the steps.
 
     Args:
-        trajectory: Result of :func:`rank_trajectory`.
+        trajectory: Result of `rank_trajectory`.
         path: File to write, as PNG and SVG side by side; None only returns the figure.
 
     Returns:

@@ -1,10 +1,10 @@
 """DiRA: a nuclear-norm penalty decides how much rank each layer gets.
 
-    L = L_task + λ(t) Σ_l Σ_i ‖up_:,i‖₂ ‖down_i,:‖₂                                 (eq. 5, ``penalty="product"``)
-    L = L_task + λ(t)/2 Σ_l (‖up‖_F² + ‖down‖_F²)                              (App. B.2, ``penalty="variational"``)
+    L = L_task + λ(t) Σ_l Σ_i ‖up_:,i‖₂ ‖down_i,:‖₂                                 (eq. 5, `penalty="product"`)
+    L = L_task + λ(t)/2 Σ_l (‖up‖_F² + ‖down‖_F²)                              (App. B.2, `penalty="variational"`)
 
 The sum is over the rank-1 components i of every adapted layer l, without the factor s. λ decays from
-``penalty_weight`` over the run. The penalty's gradient has a closed form in the factors,
+`penalty_weight` over the run. The penalty's gradient has a closed form in the factors,
 
     ∂/∂down_i = λ (‖up_i‖ / ‖down_i‖) down_i,     ∂/∂up_i = λ (‖down_i‖ / ‖up_i‖) up_i,
 
@@ -34,17 +34,17 @@ Penalty = Literal["product", "variational"]
 
 @dataclass
 class DiraConfig(GatedConfig):
-    """Configuration of DiRA. The shared settings are those of :class:`dynalora.adapter.config.AdapterConfig`, and with
-    ``gates=True`` those of :class:`dynalora.adapter.gates.GatedConfig`; the penalty is on the factors, gates left out.
+    """Configuration of DiRA. The shared settings are those of `dynalora.adapter.config.AdapterConfig`, and with
+    `gates=True` those of `dynalora.adapter.gates.GatedConfig`; the penalty is on the factors, gates left out.
 
-    ``alpha`` defaults to ``r``, so that ΔW = up·down as the paper writes it.
+    `alpha` defaults to `r`, so that ΔW = up·down as the paper writes it.
 
     Args:
-        penalty: ``"product"`` (eq. 5) or ``"variational"`` (App. B.2).
+        penalty: `"product"` (eq. 5) or `"variational"` (App. B.2).
         penalty_weight: λ at the first step. 0 makes DiRA a plain LoRA.
-        penalty_schedule: How λ decays to 0 over the run: ``"linear"`` (the paper's), ``"cosine"`` or ``"constant"``.
+        penalty_schedule: How λ decays to 0 over the run: `"linear"` (the paper's), `"cosine"` or `"constant"`.
         compact_every: Remove dead components after every so many optimizer steps, so that later steps are faster; None
-            leaves them where they are (see :func:`dynalora.compact`). On one process only.
+            leaves them where they are (see `dynalora.compact`). On one process only.
         compact_threshold: What is removed then: components of at most this share of the adapter's largest singular
             value, in [0, 1).
     """

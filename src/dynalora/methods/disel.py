@@ -27,9 +27,9 @@ from dynalora.driver.driver import Moment, OptimizerOverride
 
 @dataclass
 class DiselConfig(GatedConfig):
-    """Configuration of DISeL: the gates' settings (:class:`dynalora.adapter.gates.GatedConfig`) and the shared ones.
+    """Configuration of DISeL: the gates' settings (`dynalora.adapter.gates.GatedConfig`) and the shared ones.
 
-    ``alpha`` defaults to ``2r``, as in the paper's runs.
+    `alpha` defaults to `2r`, as in the paper's runs.
 
     Args:
         gates: Always True: without gates DISeL is a plain LoRA.

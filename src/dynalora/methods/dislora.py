@@ -7,7 +7,7 @@ U (up), S (sigma) and Vᵀ (down) start at U₀, S₀, V₀ᵀ and train; the st
 begins as the base model whatever s is, and W0 is never edited. After the warm-up, once, the singular pairs (u_i, v_i)
 of W0 with the largest rate of change are chosen as task-specific directions and frozen, with trained weights α:
 
-    δ_i = |u_iᵀ M v_i| / σ_i,     M = U·S·Vᵀ (``tsd_score="residual"``) or U·S·Vᵀ − U₀·S₀·V₀ᵀ (``"update"``)  (eq. 4)
+    δ_i = |u_iᵀ M v_i| / σ_i,     M = U·S·Vᵀ (`tsd_score="residual"`) or U·S·Vᵀ − U₀·S₀·V₀ᵀ (`"update"`)  (eq. 4)
 
 U and V are kept near orthonormal by a penalty with weights that follow the losses' own magnitudes:
 
@@ -18,8 +18,8 @@ U and V are kept near orthonormal by a penalty with weights that follow the loss
 Its gradient has a closed form, 4U(UᵀU − I)/N and likewise for V (eq. 27–28), and is added right before the optimizer's
 step; only r × r matrices are formed.
 
-Three choices are not in the paper. The learning rates of the factors are matched to LoRA's (``match_step``, see
-:meth:`Dislora.optimizer_overrides`). Weight decay never acts on the factors: it would pull U·S·Vᵀ to zero, and with
+Three choices are not in the paper. The learning rates of the factors are matched to LoRA's (`match_step`, see
+`Dislora.optimizer_overrides`). Weight decay never acts on the factors: it would pull U·S·Vᵀ to zero, and with
 it a part of the base weight. And L_task counts by its magnitude, since the losses of preference and policy optimization
 can be negative.
 
@@ -39,14 +39,14 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from dynalora.adapter.config import AdapterConfig
-from dynalora.adapter.decomposition import Triplets, decompose, smallest_triplets
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method, Panel
 from dynalora.adapter.register import register
-from dynalora.adapter.spectrum import factor_spectrum
+from dynalora.common.progress import late_progress
 from dynalora.driver.driver import Moment, OptimizerOverride
 from dynalora.errors import ConfigError
-from dynalora.progress import late_progress
+from dynalora.spectral.decomposition import Triplets, decompose, smallest_triplets
+from dynalora.spectral.spectrum import factor_spectrum
 
 TsdScore = Literal["residual", "update"]
 TsdInit = Literal["zero", "sigma"]
@@ -66,19 +66,19 @@ NOTES = len(BALANCE)
 
 @dataclass
 class DisloraConfig(AdapterConfig):
-    """Configuration of DisLoRA. The shared settings are those of :class:`dynalora.adapter.config.AdapterConfig`.
+    """Configuration of DisLoRA. The shared settings are those of `dynalora.adapter.config.AdapterConfig`.
 
-    ``alpha`` defaults to ``1.5 r``, the paper's. DisLoRA* of the paper is ``ortho_weight=5e-5``.
+    `alpha` defaults to `1.5 r`, the paper's. DisLoRA* of the paper is `ortho_weight=5e-5`.
 
     Args:
         warmup_steps: Optimizer steps before the task-specific directions are chosen; None: a fraction of the run.
         warmup_fraction: That fraction, in (0, 1); the paper's third by default.
         tsd_count: Number of task-specific directions per matrix; 0 for none.
-        tsd_score: What their rate of change is taken of: ``"residual"``, all of U·S·Vᵀ (eq. 4 as printed), or
-            ``"update"``, its change since the start.
-        tsd_init: Where their weights start: ``"zero"``, so that the model's function does not change when they are
-            switched on, or ``"sigma"``, at their singular values, which adds s·σ_i·u_i·v_iᵀ to the function at once.
-        ortho_weight: ``"adaptive"`` (eq. 12–15), or a fixed weight of L_ortho beside an unweighted L_task.
+        tsd_score: What their rate of change is taken of: `"residual"`, all of U·S·Vᵀ (eq. 4 as printed), or
+            `"update"`, its change since the start.
+        tsd_init: Where their weights start: `"zero"`, so that the model's function does not change when they are
+            switched on, or `"sigma"`, at their singular values, which adds s·σ_i·u_i·v_iᵀ to the function at once.
+        ortho_weight: `"adaptive"` (eq. 12–15), or a fixed weight of L_ortho beside an unweighted L_task.
         match_step: Scale the learning rate of U and V, matrix by matrix, so that a step moves the model's function
             about as far as LoRA's (alpha = 2r) would with the optimizer's learning rate. False takes the optimizer's
             learning rate for all matrices, as in the paper: then choose it for this method.
@@ -150,7 +150,7 @@ class DisloraLayer(AdapterLayer):
     """The shared form with a trained diagonal, and with frozen components: the start, and the directions.
 
     The components are, in this order: the r trained ones with diagonal S; the r of the start with −S₀; the
-    ``tsd_count`` directions with α, zero vectors until they are chosen.
+    `tsd_count` directions with α, zero vectors until they are chosen.
     """
 
     method_name = "dislora"
@@ -160,7 +160,7 @@ class DisloraLayer(AdapterLayer):
     rank_dims: ClassVar[dict[str, int]] = {}  # its rank never changes
 
     def start(self, config: DisloraConfig, r: int) -> dict[str, torch.Tensor]:
-        """Room for everything; :meth:`Dislora.prepare` fills it in from the base weight."""
+        """Room for everything; `Dislora.prepare` fills it in from the base weight."""
         sides = min(self.in_features, self.out_features)
         count = min(config.tsd_count, sides)
         if r > sides:
@@ -531,7 +531,7 @@ def choose_directions(
     """The task-specific directions of every layer: the largest δ of eq. 4 among all singular pairs of W0.
 
     Few pairs need to be looked at. δ_i is at most ‖M‖₂ / σ_i, so once the smallest pairs are known, and σ of the next
-    one is so large that this bound is below the ``tsd_count``-th best score, no other can be among the best.
+    one is so large that this bound is below the `tsd_count`-th best score, no other can be among the best.
     """
     found = []
     with late_progress() as progress:

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import weakref
 import zlib
 from collections.abc import Mapping, Sequence
@@ -38,15 +37,16 @@ import torch
 from torch import distributed, nn
 from transformers.pytorch_utils import Conv1D
 
-from dynalora.adapter.decomposition import Triplets, decompose
 from dynalora.adapter.gates import GATE_ROLES, GatedConfig, GatedLayer
 from dynalora.adapter.layer import AdapterLayer, kaiming
 from dynalora.adapter.method import Method, Panel
 from dynalora.adapter.ranks import fit
 from dynalora.adapter.register import register
+from dynalora.common.processes import grouped, process_count
 from dynalora.driver import Driver, drivers_of, layers_of
 from dynalora.driver.driver import Moment, OptimizerOverride
 from dynalora.errors import ConfigError, ScheduleError, UnsupportedError
+from dynalora.spectral.decomposition import Triplets, decompose
 
 Mode = Literal["both", "prune", "expand"]
 Importance = Literal["score", "random"]
@@ -60,12 +60,12 @@ _FORGOTTEN = 1e-9
 
 @dataclass
 class PedyraConfig(GatedConfig):
-    """Configuration of PE-DyRA. The shared settings are those of :class:`dynalora.adapter.config.AdapterConfig`.
+    """Configuration of PE-DyRA. The shared settings are those of `dynalora.adapter.config.AdapterConfig`.
 
-    With ``gates=True`` there are those of :class:`dynalora.adapter.gates.GatedConfig` too: d = e ⊙ g(x), and a new
+    With `gates=True` there are those of `dynalora.adapter.gates.GatedConfig` too: d = e ⊙ g(x), and a new
     triple brings its gate along.
 
-    ``alpha`` defaults to ``r``. The scaling s = alpha / r stays what it is while ranks move.
+    `alpha` defaults to `r`. The scaling s = alpha / r stays what it is while ranks move.
 
     Args:
         adjust_start: First adjustment, as a number of optimizer steps, or as a fraction of the run if below 1.
@@ -76,8 +76,8 @@ class PedyraConfig(GatedConfig):
         beta1: β1, decay of the sensitivities' and the inputs' moving averages.
         beta2: β2, decay of the uncertainties' moving averages.
         ortho_weight: γ, weight of the orthogonality penalty.
-        mode: ``"both"``; ``"prune"`` removes without expanding; ``"expand"`` adds without pruning.
-        importance: ``"score"``, or ``"random"`` numbers in its place.
+        mode: `"both"`; `"prune"` removes without expanding; `"expand"` adds without pruning.
+        importance: `"score"`, or `"random"` numbers in its place.
         gradient_weighting: Weigh the parts of S_grad by their gradients' norms; False takes their plain sum.
         normalize_scores: Divide S_grad and S_inp by their means before mixing them.
         max_rank: The largest rank that a matrix can reach; None sets no limit. Where shapes must not change
@@ -87,9 +87,9 @@ class PedyraConfig(GatedConfig):
             as LoRA's (alpha = 2r) would with the optimizer's learning rate. False takes the optimizer's for all, as in
             the paper, which needs many more steps.
         use_dora: Train the norms of the adapted weight's rows apart from their directions (DoRA, Liu et al., 2024).
-        init_weights: All but False start as the base model: ``"orthogonal"`` with random orthonormal directions and
+        init_weights: All but False start as the base model: `"orthogonal"` with random orthonormal directions and
             e = 0, as new triples do; True with factors drawn from N(0, 0.02²) and e = 0, as in the paper, which the
-            penalty has to bring to length 1 first; ``"pissa"`` with the weight's own largest singular triplets (Meng et
+            penalty has to bring to length 1 first; `"pissa"` with the weight's own largest singular triplets (Meng et
             al., 2024). False starts with a random update, for tests.
     """
 
@@ -314,16 +314,16 @@ class PedyraLayer(GatedLayer):
 
     def reserve(self, config: PedyraConfig, r: int) -> int:
         """Room for what the rank can become, where shapes must stay as they are."""
-        if config.inference_mode or (config.max_rank is None and not _several_processes()):
+        if config.inference_mode or (config.max_rank is None and not process_count() > 1):
             return 0
         return max(r, self.limit(config, r))
 
     def limit(self, config: PedyraConfig, r: int) -> int:
-        """The largest rank that can come of rank ``r``."""
+        """The largest rank that can come of rank `r`."""
         orthogonal = min(self.in_features, self.out_features)
         if config.max_rank is not None:
             return min(orthogonal, config.max_rank)
-        if not _several_processes():
+        if not process_count() > 1:
             return orthogonal
         try:
             growth = AdjustmentPlan.of(config, config.total_steps).count
@@ -336,7 +336,7 @@ class PedyraLayer(GatedLayer):
         return min(orthogonal, r + (growth if config.mode != "prune" else 0))
 
     def update_layer(self, adapter: str, config: Any, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter; see :meth:`AdapterLayer.update_layer`."""
+        """Add an adapter; see `AdapterLayer.update_layer`."""
         super().update_layer(adapter, config, *args, **kwargs)
         # Until the first step says what its schedule is, every input may matter.
         self.gathering[adapter] = config.uses_inputs
@@ -360,7 +360,7 @@ class PedyraLayer(GatedLayer):
 
     @torch.no_grad()
     def zero_update(self, adapter: str) -> None:
-        """Make the update zero: ``up`` is, and what else changes the function goes back to where it changes nothing."""
+        """Make the update zero: `up` is, and what else changes the function goes back to where it changes nothing."""
         super().zero_update(adapter)
         # They cancel PiSSA's start, of which nothing is left.
         self.set_running("frozen_down", adapter, None)
@@ -398,7 +398,7 @@ class PedyraLayer(GatedLayer):
     # DoRA: y = g ⊙ (W0·x + s·ΔW·x) + b with g = magnitude / ‖W0 + s·ΔW‖ by rows, the norms taken as constants.
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The shared form; an adapter with ``use_dora`` must be the only one that acts on an input."""
+        """The shared form; an adapter with `use_dora` must be the only one that acts on an input."""
         if kwargs.get("adapter_names") is None and len(self.active_adapters) > 1:
             self._check_alone()
         return super().forward(x, *args, **kwargs)
@@ -416,7 +416,7 @@ class PedyraLayer(GatedLayer):
     def add_update(
         self, result: torch.Tensor, x: torch.Tensor, adapter: str, in_place: bool = False
     ) -> torch.Tensor:
-        """Add an adapter's update; with ``use_dora`` the rows are given their trained norms."""
+        """Add an adapter's update; with `use_dora` the rows are given their trained norms."""
         result = super().add_update(result, x, adapter, in_place)
         if not self.has_parameter("magnitude", adapter):
             return result
@@ -425,7 +425,7 @@ class PedyraLayer(GatedLayer):
         return result + more * (result if bias is None else result - bias)
 
     def _gain(self, adapter: str) -> torch.Tensor:
-        """``g``, (out). The norms come from the factors: ‖W0 + U·D‖² = ‖W0‖² + 2⟨W0·Dᵀ, U⟩ + ‖U·D‖², row by row."""
+        """`g`, (out). The norms come from the factors: ‖W0 + U·D‖² = ‖W0‖² + 2⟨W0·Dᵀ, U⟩ + ‖U·D‖², row by row."""
         with torch.no_grad():
             up, down = self.static_factors(adapter)
             up = self.scaling[adapter] * up
@@ -453,7 +453,7 @@ class PedyraLayer(GatedLayer):
         return self.base_squares
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """The update (out, in); with ``use_dora``, by what the whole weight changes."""
+        """The update (out, in); with `use_dora`, by what the whole weight changes."""
         update = super().get_delta_weight(adapter)
         if not self.has_parameter("magnitude", adapter):
             return update
@@ -550,7 +550,7 @@ class Pedyra(Method):
     panels = (Panel("smallest and largest rank", ("pedyra_rank_min", "pedyra_rank_max")),)
 
     def prepare(self, layers: Mapping[str, PedyraLayer], adapter: str, config: PedyraConfig) -> None:  # type: ignore[override]
-        """Start at the largest singular triplets of the base weights, with ``init_weights="pissa"``."""
+        """Start at the largest singular triplets of the base weights, with `init_weights="pissa"`."""
         if config.init_weights != "pissa":
             return
         for name, layer in layers.items():
@@ -690,14 +690,6 @@ def adjustments(model: nn.Module, adapter: str = "default") -> list[Adjustment]:
     return []
 
 
-def _several_processes() -> bool:
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_world_size() > 1
-    return (
-        int(os.environ.get("WORLD_SIZE") or 1) > 1
-    )  # set by torchrun and accelerate, before the group exists
-
-
 def _adjustable(driver: Driver) -> list[PedyraLayer]:
     """The adapter's layers that train, in model order."""
     layers: list[PedyraLayer] = layers_of(driver)
@@ -825,7 +817,7 @@ def _gathered(layers: list[PedyraLayer], adapter: str, means: list[torch.Tensor]
     for layer, mean in zip(layers, means, strict=True):
         found = layer.gathered.get(adapter)
         sums.append(mean.new_zeros(len(mean) + 1) if found is None else found.to(mean.device, mean.dtype))
-    if _several_processes() and distributed.is_initialized():
+    if process_count() > 1 and grouped():
         flat = torch.cat([one.to(means[0].device) for one in sums])
         distributed.all_reduce(flat)
         sums = [
@@ -899,7 +891,7 @@ def _wide(layer: PedyraLayer) -> torch.dtype:
 
 def _shared_with_all(scores: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     """The first process's scores, so that no rounding can make another one decide differently."""
-    if not (_several_processes() and distributed.is_initialized()):
+    if not (process_count() > 1 and grouped()):
         return scores
     flat = torch.cat(scores).to(device)
     distributed.broadcast(flat, 0)
@@ -922,7 +914,7 @@ def choose(
 
     Returns:
         (layer, index) of the pruned triples, lowest score first, and the expanded layers, highest mean first. With
-        both they are equally many: ``size``, or as many as can be pruned and placed.
+        both they are equally many: `size`, or as many as can be pruned and placed.
     """
     ranks = [len(layer) for layer in scores]
     order = sorted((s, layer, i) for layer, own in enumerate(scores) for i, s in enumerate(own))

@@ -1,0 +1,108 @@
+"""Files and folders that appear whole or not at all: written beside their place, then moved there."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def file_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` when the block ends without an error.
+
+    A reader, or a crash, sees the old content or the new one and nothing between. The file follows the user's umask.
+
+    Args:
+        path: The file to replace or to make; its folder is made if needed.
+
+    Yields:
+        An empty file in the same folder.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    os.close(handle)
+    beside = Path(name)
+    try:
+        yield beside
+        with beside.open("rb") as written:
+            os.fsync(written.fileno())
+        beside.chmod(0o666 & ~_umask())  # mkstemp makes it private
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_file(path: str | os.PathLike[str], content: str | bytes) -> Path:
+    """Write a file whole or not at all; see [`file_beside`][dynalora.common.files.file_beside].
+
+    Args:
+        path: The file to write; its folder is made if needed.
+        content: Text (written as UTF-8) or bytes.
+
+    Returns:
+        The path written.
+    """
+    with file_beside(path) as beside:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+    return Path(path)
+
+
+@contextmanager
+def folder_beside(path: str | os.PathLike[str], *, replace: bool = True) -> Iterator[Path]:
+    """A fresh folder to fill, which takes the place of `path` when the block ends without an error.
+
+    Args:
+        path: The folder to replace or to make.
+        replace: Whether a folder that holds something gives way; otherwise only an empty one does.
+
+    Yields:
+        An empty folder on the same disk.
+
+    Raises:
+        OSError: `path` holds something and must not be replaced, or cannot be written.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as beside:
+        fresh = Path(beside) / "new"
+        fresh.mkdir()
+        yield fresh
+        if not replace and target.exists():
+            target.rmdir()
+        elif target.exists():
+            # A folder cannot be replaced by os.replace unless it is empty: move the old one aside first.
+            os.replace(target, Path(beside) / "old")
+        os.replace(fresh, target)
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table as CSV.
+
+    Args:
+        header: Names of the columns.
+        rows: As many values each; None is an empty cell.
+    """
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def records_csv(records: Iterable[Mapping[str, Any]]) -> str:
+    """Records with the same names as CSV; empty without any."""
+    rows = list(records)
+    return csv_text(list(rows[0]), [list(row.values()) for row in rows]) if rows else ""
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

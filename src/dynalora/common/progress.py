@@ -1,0 +1,127 @@
+"""How long jobs say where they are, without knowing who listens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+Progress = Callable[[str, int, int | None], None]
+"""Called as `progress(what, done, total)`: a short description, units done so far, units in all or None if unknown.
+
+A job calls it first with `done = 0` and last with `done = total`; a new description is a new job.
+"""
+
+
+_PLAIN_EVERY = 10.0  # seconds between lines where nothing can be animated
+_PATIENCE = 2.0  # seconds that a library call may take without a word
+
+
+def silent(what: str, done: int, total: int | None) -> None:
+    """A listener that does nothing: the default everywhere."""
+
+
+@contextmanager
+def rich_progress(console: Console | None) -> Iterator[Progress]:
+    """Show jobs on a console: one live line for each, with bar, count, elapsed and remaining time.
+
+    A line is live only from a job's first call to its last, so other displays may use the console in between. Where
+    the console is no terminal, a job prints a plain line now and then and one when it is done.
+
+    Args:
+        console: Where to draw; None shows nothing.
+
+    Example:
+        ```python
+        with rich_progress(Console()) as progress:
+            generate(model, tokenizer, prompts, progress=progress)
+        ```
+    """
+    if console is None:
+        yield silent
+        return
+    shown = _Shown(console)
+    try:
+        yield shown
+    finally:
+        shown.stop()
+
+
+@contextmanager
+def late_progress() -> Iterator[Progress]:
+    """Show a library call's job on standard error, once it has taken two seconds."""
+    from rich.console import Console
+
+    shown = _Shown(Console(stderr=True))
+    began = time.monotonic()
+
+    def once_late(what: str, done: int, total: int | None) -> None:
+        if time.monotonic() - began > _PATIENCE:
+            shown(what, done, total)
+
+    try:
+        yield once_late
+    finally:
+        shown.stop()
+
+
+class _Shown:
+    """The listener behind `rich_progress`: at most one job is live at a time."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._what: str | None = None
+        self._began = 0.0
+        self._told = 0.0
+        self._bars: Bars | None = None
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        if what != self._what:
+            self.stop()
+            self._begin(what)
+        if self._bars is not None:
+            self._bars.update(self._bars.task_ids[0], completed=done, total=total)
+        elif (total is None or done < total) and time.monotonic() - self._told >= _PLAIN_EVERY:
+            self._told = time.monotonic()
+            self.console.print(
+                f"{what}: {done}" + (f" of {total}" if total is not None else ""),
+                highlight=False,
+                markup=False,
+            )
+        if total is not None and done >= total:
+            seconds = time.monotonic() - self._began
+            self.stop()
+            if not self.console.is_terminal and seconds >= 1:
+                self.console.print(f"{what}: done in {seconds:.0f} s", highlight=False, markup=False)
+
+    def _begin(self, what: str) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as Bars
+
+        self._what, self._began = what, time.monotonic()
+        self._told = self._began
+        if not self.console.is_terminal:
+            return
+        self._bars = Bars(
+            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), console=self.console,
+        )  # fmt: skip
+        self._bars.add_task(what, total=None)
+        self._bars.start()
+
+    def stop(self) -> None:
+        self._what = None
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None

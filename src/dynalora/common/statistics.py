@@ -1,0 +1,316 @@
+"""Estimates with their errors and intervals, and comparisons of models on the same items: one place for all numbers.
+
+| of | interval |
+|---|---|
+| a share | Wilson's |
+| a mean over runs or items | Student's t |
+| a mean per token, over texts of different lengths | normal, with the error of a ratio estimate |
+| a number over all items that is no mean | percentile bootstrap |
+| a difference of two shares on the same items | Bonett and Price's, with McNemar's test |
+| a difference over several runs on the same items | Student's t, of both runs and items drawn at random |
+
+All are 95 % intervals unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist, stdev
+from typing import Any
+
+from dynalora.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number with its interval.
+
+    Attributes:
+        value: The estimate.
+        low: Lower end.
+        high: Upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its standard error over the items (0 for a single one)."""
+
+    value: float
+    error: float
+
+    @property
+    def interval(self) -> Interval:
+        """The normal 95 % interval."""
+        half = normal_quantile() * self.error
+        return Interval(self.value, self.value - half, self.value + half)
+
+
+def wilson(correct: int, total: int, confidence: float = 0.95) -> Interval:
+    """A proportion with Wilson's score interval (E. B. Wilson, JASA 22, 1927), which stays inside [0, 1].
+
+    Args:
+        correct: Number of successes.
+        total: Number of trials.
+        confidence: Coverage, between 0 and 1.
+
+    Raises:
+        ConfigError: Total below 1, correct outside 0 … total, or confidence outside (0, 1).
+    """
+    if total < 1 or not 0 <= correct <= total:
+        raise ConfigError(f"{correct} of {total} is no share; give 0 ≤ correct ≤ total and total ≥ 1.")
+    z = normal_quantile(confidence)
+    share = correct / total
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
+    # The exact ends at 0 and at `total` are 0 and 1; rounding must not put the estimate outside its interval.
+    return Interval(share, 0.0 if correct == 0 else centre - half, 1.0 if correct == total else centre + half)
+
+
+def paired_difference(first: Sequence[bool], second: Sequence[bool], confidence: float = 0.95) -> Interval:
+    """Accuracy of `second` minus accuracy of `first` on the same items, with its interval.
+
+    The interval is the adjusted Wald interval of D. G. Bonett and R. M. Price, J. Educ. Behav. Stat. 37 (2012): one
+    observation is added to each of the two cells in which the models differ, which keeps the coverage near nominal
+    for small samples and extreme proportions. The estimate itself is the plain difference.
+
+    Raises:
+        DataError: No items, or different numbers of them.
+    """
+    gained, lost = _discordant(first, second)
+    total = len(first)
+    plus, minus = (gained + 1) / (total + 2), (lost + 1) / (total + 2)
+    half = normal_quantile(confidence) * math.sqrt((plus + minus - (plus - minus) ** 2) / (total + 2))
+    return Interval((gained - lost) / total, max(-1.0, plus - minus - half), min(1.0, plus - minus + half))
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """Two-sided p-value of the exact McNemar test: do two models differ in accuracy on the same items?
+
+    The items on which exactly one of them is right are fair coin tosses if they do not (Q. McNemar, Psychometrika 12,
+    1947; the binomial form).
+
+    Raises:
+        DataError: No items, or different numbers of them.
+    """
+    gained, lost = _discordant(first, second)
+    tosses = gained + lost
+    tail = sum(math.comb(tosses, k) for k in range(min(gained, lost) + 1))
+    return float(min(1.0, 2 * tail / 2**tosses))
+
+
+def _discordant(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int]:
+    """How many items only `second` has right, and how many only `first`."""
+    if not first or len(first) != len(second):
+        raise DataError(
+            f"Paired comparison of {len(first)} and {len(second)} items; give both on the same items."
+        )
+    gained = sum(b and not a for a, b in zip(first, second, strict=True))
+    lost = sum(a and not b for a, b in zip(first, second, strict=True))
+    return gained, lost
+
+
+@dataclass(frozen=True)
+class Difference(Interval):
+    """A difference with its interval.
+
+    Attributes:
+        p: Two-sided p-value of no difference.
+    """
+
+    p: float
+
+
+def crossed_difference(
+    first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], confidence: float = 0.95
+) -> Difference:
+    """Mean of `second` minus `first`, where the same runs (seeds) were measured on the same items.
+
+    Runs and items both count as drawn at random, so the result speaks of other seeds and other questions. With
+    differences d of run r on item i, the variance of their mean is taken as
+
+        var_r(mean_i d) / R + var_i(mean_r d) / I
+
+    which is the unbiased estimate of the crossed random-effects model without its small negative third term (what is
+    left over counts twice), and so errs on the safe side. Degrees of freedom by Satterthwaite (Biometrics Bulletin 2,
+    1946). A single run has no variance between runs, and the result speaks of that run only.
+
+    Args:
+        first: One sequence per run, one value per item.
+        second: Likewise, runs and items in the same order.
+        confidence: Coverage, between 0 and 1.
+
+    Raises:
+        DataError: No runs, fewer than two items, or different numbers of either.
+        ConfigError: Confidence outside (0, 1).
+    """
+    normal_quantile(confidence)
+    shape = [len(run) for run in first]
+    if not shape or shape != [len(run) for run in second] or len(set(shape)) > 1 or shape[0] < 2:
+        raise DataError(
+            f"Paired comparison of {len(first)} and {len(second)} runs; give the same runs on the same items, at least "
+            "two of these."
+        )
+    apart = [
+        [b - a for a, b in zip(own, other, strict=True)] for own, other in zip(first, second, strict=True)
+    ]
+    runs, items = len(apart), shape[0]
+    by_run = [math.fsum(run) / items for run in apart]
+    by_item = [math.fsum(run[index] for run in apart) / runs for index in range(items)]
+    mean = math.fsum(by_run) / runs
+    parts = [(stdev(by_item) ** 2 / items, items - 1)]
+    if runs > 1:
+        parts.append((stdev(by_run) ** 2 / runs, runs - 1))
+    variance = math.fsum(part for part, _ in parts)
+    if variance == 0:
+        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+    degrees = max(1, int(variance**2 / math.fsum(part**2 / free for part, free in parts)))
+    error = math.sqrt(variance)
+    half = t_quantile(0.5 + confidence / 2, degrees) * error
+    return Difference(mean, mean - half, mean + half, max(0.0, 1 - _t_central(abs(mean) / error, degrees)))
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number (S. Holm, Scand. J. Stat. 6, 1979): below 0.05 means so for all of them."""
+    adjusted, largest = [0.0] * len(values), 0.0
+    for rank, index in enumerate(sorted(range(len(values)), key=lambda place: values[place])):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def normal_quantile(confidence: float = 0.95) -> float:
+    """Standard errors on either side of an estimate that an interval of this coverage takes, 1.96 for 95 %.
+
+    Raises:
+        ConfigError: Confidence outside (0, 1).
+    """
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence is {confidence}; give a number between 0 and 1.")
+    return NormalDist().inv_cdf(0.5 + confidence / 2)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard error of a mean; None for fewer than two values, whose spread is unknown."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """A mean with Student's t interval, for a number measured in several independent runs.
+
+    Args:
+        values: One per run. Of a single run the spread is unknown, and the interval is that value alone.
+        confidence: Coverage, between 0 and 1.
+
+    Raises:
+        DataError: No values.
+        ConfigError: Confidence outside (0, 1).
+    """
+    if not values:
+        raise DataError("There are no values to average; give at least one.")
+    normal_quantile(confidence)
+    mean = math.fsum(values) / len(values)
+    error = standard_error(values)
+    if error is None:
+        return Interval(mean, mean, mean)
+    half = t_quantile(0.5 + confidence / 2, len(values) - 1) * error
+    return Interval(mean, mean - half, mean + half)
+
+
+def unweighted_mean(scores: Sequence[Interval]) -> Interval:
+    """The mean of several tasks' scores, each counting the same; its interval takes the tasks as independent.
+
+    Raises:
+        DataError: There are no scores.
+    """
+    if not scores:
+        raise DataError("There are no results to average; give at least one.")
+    value = math.fsum(score.value for score in scores) / len(scores)
+    below = math.sqrt(math.fsum((score.value - score.low) ** 2 for score in scores)) / len(scores)
+    above = math.sqrt(math.fsum((score.high - score.value) ** 2 for score in scores)) / len(scores)
+    return Interval(value, value - below, value + above)
+
+
+def item_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """A mean over a task's items: Wilson's interval if all values are 0 or 1, else Student's.
+
+    Raises:
+        DataError: No values.
+        ConfigError: Confidence outside (0, 1).
+    """
+    if values and all(value in (0, 1) for value in values):
+        return wilson(round(sum(values)), len(values), confidence)
+    return mean_interval(values, confidence)
+
+
+def ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
+    """Σ sums / Σ counts with the standard error of a ratio estimate; with equal counts, that of a mean.
+
+    Args:
+        sums: One per item, such as negative log-likelihoods.
+        counts: One per item, such as numbers of tokens; not all 0.
+    """
+    number, whole = len(sums), sum(counts)
+    value = math.fsum(sums) / whole
+    if number < 2:
+        return Estimate(value, 0.0)
+    spread = math.fsum((own - value * count) ** 2 for own, count in zip(sums, counts, strict=True))
+    return Estimate(value, math.sqrt(spread / (number - 1) / number) / (whole / number))
+
+
+def bootstrap(
+    whole: Callable[[Sequence[Any], Sequence[Any]], float],
+    answers: Sequence[Any],
+    references: Sequence[Any],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """A number over all items with its percentile bootstrap interval; items are drawn with their references."""
+    value = whole(answers, references)
+    chance = random.Random(seed)
+    drawn = []
+    for _ in range(resamples):
+        picked = chance.choices(range(len(answers)), k=len(answers))
+        drawn.append(whole([answers[i] for i in picked], [references[i] for i in picked]))
+    drawn.sort()
+    low, high = drawn[int(0.025 * resamples)], drawn[min(resamples - 1, int(0.975 * resamples))]
+    return Interval(value, min(low, value), max(high, value))
+
+
+@lru_cache
+def t_quantile(probability: float, degrees: int) -> float:
+    """The quantile of Student's t distribution, by bisection on its distribution function.
+
+    Args:
+        probability: In [0.5, 1).
+        degrees: Degrees of freedom, at least 1.
+    """
+    low, high = 0.0, 1.0
+    while _t_central(high, degrees) < 2 * probability - 1:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_central(middle, degrees) < 2 * probability - 1 else (low, middle)
+    return (low + high) / 2
+
+
+def _t_central(t: float, degrees: int) -> float:
+    """P(|T| < t) for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan2(t, math.sqrt(degrees))
+    cosine, sine = math.cos(angle), math.sin(angle)
+    odd = degrees % 2
+    term = cosine if odd else 1.0
+    total = 0.0
+    # 1 + cos²/2·(1 + 3/4·cos²·(…)) for even, cos·(1 + 2/3·cos²·(…)) for odd degrees.
+    for step in range(odd, degrees - 1, 2):
+        total += term
+        term *= cosine * cosine * (step + 1) / (step + 2)
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total

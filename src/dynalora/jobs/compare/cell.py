@@ -1,0 +1,232 @@
+"""One cell of a comparison: a training run with everything that is measured of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dynalora.common.progress import Progress, rich_progress
+from dynalora.errors import DynaloraError
+from dynalora.evaluation.masked_lm import under_head
+from dynalora.evaluation.run import measure, model_kind, model_window, within_window
+from dynalora.forgetting.landscape import rank_landscape
+from dynalora.forgetting.monitor import OWN
+from dynalora.forgetting.retention import MeasuredText, given_text, own_text, retention
+from dynalora.jobs.compare.run import (
+    BASE,
+    SEQ2SEQ,
+    Cell,
+    CellStore,
+    CompareSpec,
+    kept_tasks,
+    load_text,
+    shared_settings,
+    task_type_of,
+)
+from dynalora.jobs.finetune import (
+    MONITORED_LENGTH,
+    load_model,
+    load_tokenizer,
+    local_model_name,
+    placed,
+)
+from dynalora.lab.baselines import edits_base
+from dynalora.lab.lab import train_settings
+from dynalora.lab.machine import forget_peak, machine, peak
+from dynalora.lab.training import TrainResult, train_adapter
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def run_cell(spec: CompareSpec, cell: Cell, *, console: Console | None = None) -> dict[str, Any]:
+    """Train and measure one cell, and keep its result.
+
+    Args:
+        spec: What is compared.
+        cell: Which one.
+        console: Where progress is shown; None: nowhere.
+
+    Returns:
+        The result: `test` and `validation` scores, `retention` by text, `kept` by benchmark, `training` (loss by step,
+        times, memory, parameters) and `landscape`.
+
+    Raises:
+        filelock.Timeout: Another process has the cell.
+        DynaloraError: Whatever is wrong with the settings or the data, or training has diverged.
+    """
+    store = CellStore(spec.output, shared_settings(spec))
+    with store.lock(cell):
+        found = store.read(cell)
+        if found is None:
+            found = _Run(spec, cell, console).run()
+            store.write(cell, found)
+    return found
+
+
+class _Run:
+    """The work of one cell."""
+
+    def __init__(self, spec: CompareSpec, cell: Cell, console: Console | None) -> None:
+        self.spec, self.cell, self.console = spec, cell, console
+        self.base = cell.method == BASE
+
+    def run(self) -> dict[str, Any]:
+        began = time.perf_counter()
+        spec, cell = self.spec, self.cell
+        if spec.threads is not None:
+            torch.set_num_threads(spec.threads)
+        task = spec.load_task(cell.task)
+        held_out = task
+        chosen_on = None
+        if spec.validation:
+            task, chosen_on = task.validation(spec.validation, seed=spec.data_seed)
+        self.head, self.labels = task.head, task.labels
+        with rich_progress(self.console) as progress:
+            self.path = local_model_name(spec.model, progress=progress)
+        model: Any = self._load(self.cell.quantization)
+        self.task_type = task_type_of(model, self.head)
+        tokenizer = load_tokenizer(
+            self.path, template=spec.template if self.task_type == "CAUSAL_LM" else None
+        )
+        if self.task_type == SEQ2SEQ:
+            tokenizer.model_max_length = model_window(model, tokenizer)
+        texts = self._texts(model, tokenizer)
+        result: dict[str, Any] = {"machine": machine(), "task": task.about}
+        if not self.base:
+            longest = within_window(spec.max_length, model, tokenizer)
+            rows = task.training(tokenizer, system=spec.system or "", max_length=longest)
+            how = train_settings(spec)
+            how = type(how)(
+                **{
+                    **asdict(how),
+                    "seed": cell.seed,
+                    "learning_rate": cell.learning_rate,
+                    "log_every": 1,
+                    "eval_every": 0,
+                    "save_every": 0,
+                }
+            )
+            _forget_peak()
+            trained = train_adapter(
+                model, tokenizer, cell.config(self.task_type), rows, settings=how, label=cell.label,
+                console=self.console, collator=None if self.head == "text" else task.collator(tokenizer),
+            )  # fmt: skip
+            model = trained.model
+            result |= {"training": _training(trained, len(rows)), "landscape": self._landscape(model)}
+        with rich_progress(self.console) as progress:
+            for name, part in (("test", held_out), ("validation", chosen_on)):
+                if part is not None:
+                    score = part.measure(model, tokenizer, spec.measuring, name=name, progress=progress)
+                    result[name] = score.record()
+            result["retention"] = self._retention(model, texts, progress)
+            result["kept"] = self._kept(model, tokenizer, progress)
+        return {**result, "seconds": time.perf_counter() - began}
+
+    def _landscape(self, model: Any) -> list[dict[str, Any]] | None:
+        """Effective ranks and nuclear norms by matrix; None where factors are not the whole change of the weights."""
+        if self._edits_base():
+            return None
+        try:
+            rows = rank_landscape(model)
+        except DynaloraError:
+            return None
+        return [{name: getattr(row, name) for name in _OF_A_MATRIX} for row in rows]
+
+    def _edits_base(self) -> bool:
+        """Whether switching the adapter off does not give back the base model."""
+        return edits_base(self.cell.method, self.cell.config(self.task_type))
+
+    def _on_the_base(self) -> bool:
+        """Whether the adapter stands on the base model that all are measured against."""
+        return self.cell.quantization == self.spec.quantization
+
+    def _load(self, quantization: str | None) -> PreTrainedModel:
+        torch.manual_seed(self.cell.seed)  # a new head
+        model: PreTrainedModel = load_model(
+            self.path, dtype=self.spec.dtype, quantization=quantization, head=self.head, labels=self.labels
+        )
+        there = torch.accelerator.is_available()
+        placed(model, torch.accelerator.current_accelerator() if there else None)
+        return model
+
+    def _texts(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, MeasuredText]:
+        if not self.spec.retention or self.task_type != "CAUSAL_LM":
+            return {}
+        base = model if self._on_the_base() else self._load(self.spec.quantization)
+        with rich_progress(self.console) as progress:
+            found: dict[str, MeasuredText] = {OWN: own_text(base, tokenizer, progress=progress)}
+        for text in self.spec.texts:
+            name, given = load_text(text)
+            found[name] = given_text(given, tokenizer, max_length=MONITORED_LENGTH)
+        return found
+
+    def _retention(
+        self, model: Any, texts: Mapping[str, MeasuredText], progress: Progress
+    ) -> dict[str, Any] | None:
+        if not texts:
+            return None
+        if self.base:
+            return {name: {"kl": 0.0, "kl_error": 0.0, "loss_shift": 0.0} for name in texts}
+        ours = self._on_the_base() and not self._edits_base()
+        first = None if ours else self._load(self.spec.quantization)
+        found = {}
+        for name, text in texts.items():
+            kept = retention(model, text, base=first, name=f"{self.cell.label} on {name}", progress=progress)
+            found[name] = {**asdict(kept), "tokens": text.tokens}
+        return found
+
+    def _kept(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, progress: Progress
+    ) -> dict[str, dict[str, Any]]:
+        """The main number of every benchmark that shows what was kept."""
+        found = {}
+        for prepared in kept_tasks(self.spec):
+            asked = model
+            if model_kind(prepared)[0] == "masked":
+                original = load_model(self.path, dtype=self.spec.dtype, head="masked").to(model.device)
+                asked = under_head(model, original)
+            got = measure(
+                asked, tokenizer, prepared, batch_size=self.spec.measuring.batch_size,
+                max_new_tokens=min(prepared.task.max_new_tokens, self.spec.generated_tokens),
+                system=self.spec.system or "", name=self.cell.label, progress=progress,
+            )  # fmt: skip
+            number = got.scores[got.main]
+            found[got.task] = {
+                "title": got.title, "metric": got.main, "share": got.main in got.percent, "items": got.items,
+                "value": number.value, "low": number.low, "high": number.high,
+            }  # fmt: skip
+        return found
+
+
+def _training(trained: TrainResult, rows: int) -> dict[str, Any]:
+    return {
+        "rows": rows,
+        "steps": trained.steps,
+        "trainable_parameters": trained.trainable_parameters,
+        "parameters": trained.parameters,
+        "step_seconds": trained.step_seconds,
+        "step_seconds_quartiles": trained.step_seconds_quartiles,
+        "seconds": trained.seconds,
+        "peak_bytes": _peak(),
+        "losses": [[record["step"], record["loss"]] for record in trained.records if "loss" in record],
+    }
+
+
+_OF_A_MATRIX = ("module", "layer", "kind", "rank", "effective_rank", "nuclear_norm")
+
+
+def _forget_peak() -> None:
+    forget_peak()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak() -> int | None:
+    """Most memory that training held, in bytes: on the GPU if there is one; else of this process, weights included."""
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else peak()

@@ -1,0 +1,1 @@
+"""Forgetting in stages, recovery from it, and transfer between tasks."""

@@ -1,0 +1,1 @@
+"""What jobs share: models, data, tasks, training, run folders, reports."""

@@ -1,0 +1,164 @@
+"""Load a saved adapter onto its base model, refusing a damaged one before any weights are loaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynalora.adapter.config import check_adapter_folder
+from dynalora.errors import CheckpointError, ConfigError
+from dynalora.jobs.finetune import load_model
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+
+def adapter_folder(source: str | os.PathLike[str]) -> str:
+    """The local folder of an adapter: a run folder's `adapter/`, the folder itself, or what is fetched from the Hub.
+
+    Raises:
+        CheckpointError: The folder holds no adapter, or only part of one.
+    """
+    path = Path(source)
+    if not path.exists():
+        if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
+            raise CheckpointError(
+                f"There is no adapter '{source}'; give a run folder, an adapter folder or a Hub id."
+            )
+        return _fetched(str(source))
+    if path.is_file():
+        path = path.parent
+    inside = path / "adapter"
+    folder = inside if not (path / "adapter_config.json").exists() and inside.is_dir() else path
+    if not (folder / "adapter_config.json").exists():
+        unfinished = (path / "run.json").exists()
+        reason = "the run did not finish; resume it" if unfinished else "it has no adapter_config.json"
+        raise CheckpointError(f"'{source}' holds no adapter ({reason}).")
+    check_adapter_folder(str(folder))
+    if not (folder / "adapter_model.safetensors").exists():
+        raise CheckpointError(f"'{folder}' has no adapter_model.safetensors; save the adapter again.")
+    return str(folder)
+
+
+def model_folder(source: str | os.PathLike[str]) -> str:
+    """The local folder of a full model: the folder itself, or what is fetched from the Hub, in safetensors only.
+
+    Raises:
+        CheckpointError: There is no such folder, and nothing of that name on the Hub.
+    """
+    if Path(source).is_dir():
+        return str(source)
+    if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+        raise CheckpointError(f"There is no model '{source}'; give the folder or the Hub id of a full model.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return str(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:  # the hub client's, the network's and the file system's errors
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"There is no folder '{source}', and it cannot be fetched from the Hub "
+            f"({reason[0].rstrip('.') if reason else type(error).__name__}); give the folder or the Hub id of a model."
+        ) from error
+
+
+def _fetched(name: str) -> str:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(name, allow_patterns=["adapter_config.json", "adapter_model.safetensors"])
+    except Exception as error:  # the hub client's, the network's and the file system's errors
+        reason = str(error).strip().splitlines()
+        told = reason[0].rstrip(".") if reason else type(error).__name__
+        raise CheckpointError(
+            f"There is no folder '{name}', and it cannot be fetched from the Hub ({told}); "
+            "give a run folder, an adapter folder or a Hub id."
+        ) from error
+    check_adapter_folder(folder)
+    return str(folder)
+
+
+def read_config(source: str | os.PathLike[str]) -> PeftConfig:
+    """The configuration of a saved adapter, after its files were checked.
+
+    Raises:
+        CheckpointError: There is no adapter, it is damaged, or its method is unknown here.
+    """
+    from peft import PeftConfig
+
+    folder = adapter_folder(source)
+    try:
+        config: PeftConfig = PeftConfig.from_pretrained(folder)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"The adapter '{source}' cannot be read ({reason[0].rstrip('.') if reason else type(error).__name__})."
+        ) from error
+    return config
+
+
+def load_adapter(
+    source: str | os.PathLike[str] | None,
+    model: str | None = None,
+    *,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    head: str = "lm",
+    labels: int = 2,
+) -> PeftModel:
+    """A saved adapter on its base model, for inference.
+
+    Args:
+        source: A run folder, an adapter folder or a Hub id.
+        model: The base model; None: the one the adapter names.
+        dtype: Of the base model's weights, as in
+            [`FinetuneSpec`][dynalora.jobs.finetune.FinetuneSpec].
+        quantization: Likewise.
+        head: Of the base model, as in [`load_model`][dynalora.jobs.finetune.load_model].
+        labels: For a classifier, number of classes; 1: a value.
+
+    Raises:
+        CheckpointError: There is no adapter, it is damaged, or it does not fit the base model.
+        ConfigError: No adapter is given, or the base model is unknown or cannot be loaded.
+    """
+    from peft import PeftModel
+
+    if not source:
+        raise ConfigError("No adapter is given; name a run folder, an adapter folder or a Hub id.")
+    config = read_config(source)
+    name = model or config.base_model_name_or_path
+    if not name:
+        raise ConfigError(
+            f"The adapter '{source}' does not say which base model it belongs to; name it with --model."
+        )
+    base = load_model(name, dtype=dtype, quantization=quantization, head=head, labels=labels)
+    folder = adapter_folder(source)
+    try:
+        adapted = PeftModel.from_pretrained(base, folder)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"The adapter '{source}' does not fit the model '{name}' ({reason[0] if reason else type(error).__name__})."
+        ) from error
+    _refuse_leftovers(adapted, folder, name)
+    return adapted
+
+
+def _refuse_leftovers(adapted: PeftModel, folder: str, name: str) -> None:
+    """Weights without a module in the model would be left out in silence: another base model's adapter."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(os.path.join(folder, "adapter_model.safetensors"), framework="pt") as file:
+        saved = set(file.keys())
+    leftover = sorted(saved - set(get_peft_model_state_dict(adapted)))
+    if leftover:
+        raise CheckpointError(
+            f"The adapter in '{folder}' does not fit the model '{name}': {len(leftover)} of its {len(saved)} weights "
+            f"have no place there (the first: {leftover[0]}); name its base model with --model."
+        )

@@ -1,0 +1,368 @@
+"""Methods to compare with: how each is configured by name, and what must be done while it trains.
+
+All but full fine-tuning are PEFT's own. AdaLoRA is the reason for the second part: without a call of its
+`update_and_allocate` after every optimizer step it trains as plain LoRA in the form of an SVD, and says nothing. LoRA+
+is another: it is LoRA with an optimizer of its own.
+
+What there is no name for is read from a file as PEFT writes it (`config_from_file`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast
+
+import peft
+import yaml
+from peft import PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.optimizers import create_loraplus_optimizer
+from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback
+
+from dynalora.errors import ConfigError, ScheduleError
+from dynalora.lab.settings import did_you_mean
+
+__all__ = [
+    "BASELINES",
+    "Baseline",
+    "DriveBaseline",
+    "LoraPlusConfig",
+    "config_from_file",
+    "driver_of",
+    "edits_base",
+    "is_config_file",
+    "label_of",
+    "optimizer_of",
+    "prompt_only",
+]
+
+# AdaLoRA's schedule where none is given, as parts of the run: ranks are cut from the first to the second.
+_ADALORA_START, _ADALORA_END, _ADALORA_CUTS = 0.1, 0.7, 20
+
+# Starts of PEFT's LoRA that take a part of the base weight away, so that disabling the adapter does not bring it back.
+_SUBTRACTING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+# Prompt learning that puts embeddings before the input, which evaluation knows how to do.
+_PROMPTS = ("P_TUNING", "PROMPT_TUNING")
+
+
+@dataclass
+class LoraPlusConfig(peft.LoraConfig):
+    """PEFT's LoRA with LoRA+ (Hayou et al., 2024): up-projections step with a multiple of the learning rate.
+
+    The multiple concerns training only and is not saved: what comes out is a LoRA like any other.
+
+    Args:
+        loraplus_lr_ratio: The multiple, η_B / η_A, at least 1; the paper advises 16 and more.
+
+    Raises:
+        ConfigError: The multiple is below 1.
+    """
+
+    loraplus_lr_ratio: float = field(
+        default=16.0, metadata={"help": "Learning rate of up-projections as a multiple."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        ratio = self.loraplus_lr_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 1 <= ratio < math.inf:
+            raise ConfigError(f"loraplus_lr_ratio is {ratio!r}; give a number of at least 1.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as they are saved: those of a LoRA."""
+        saved: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
+        return {name: value for name, value in saved.items() if name != "loraplus_lr_ratio"}
+
+
+def _loraplus(model: PeftModel, kind: type[Optimizer], settings: Mapping[str, Any]) -> Optimizer:
+    config = model.active_peft_config
+    assert isinstance(config, LoraPlusConfig)
+    given = dict(settings)
+    made: Optimizer = create_loraplus_optimizer(
+        model,
+        kind,
+        lr=given.pop("lr"),
+        loraplus_lr_ratio=config.loraplus_lr_ratio,
+        loraplus_weight_decay=given.pop("weight_decay", 0.0),
+        **given,
+    )
+    return made
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A method to compare with.
+
+    Attributes:
+        title: Its name as its paper writes it.
+        config: The class of its configuration; None: there is no adapter, and every weight is trained.
+        alpha_per_rank: Alpha, where none is given, as a multiple of the rank.
+        options: Fields that make the method what it is, or that PEFT has no default for.
+        rank: The field of the rank.
+        alpha: The field of alpha; None: its update has no scaling.
+        dropout: The field of the dropout on the adapter's input; None: there is none.
+        adapts_modules: Whether it adapts linear layers, so that target modules mean something.
+        edits_base: Whether it changes the base weights, so that disabling the adapter does not give the base model.
+        has_factors: Whether its update is a product of factors, whose singular values can be measured.
+        more: Further fields by rank.
+        optimizer: Makes its own optimizer of the given class and settings (`lr`, `weight_decay`, …); None: it is
+            trained as all others are.
+    """
+
+    title: str
+    config: type[PeftConfig] | None
+    alpha_per_rank: float = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rank: str = "r"
+    alpha: str | None = "lora_alpha"
+    dropout: str | None = "lora_dropout"
+    adapts_modules: bool = True
+    edits_base: bool = False
+    has_factors: bool = True
+    more: Callable[[int], dict[str, Any]] = lambda r: {}
+    optimizer: Callable[[PeftModel, type[Optimizer], Mapping[str, Any]], Optimizer] | None = None
+
+    def fields(self, r: int, alpha: float | None, dropout: float) -> dict[str, Any]:
+        """Fields of the configuration for a rank, a scaling alpha / r and a dropout on the adapter's input.
+
+        Raises:
+            ConfigError: Alpha or dropout is given and the method has none.
+        """
+        made: dict[str, Any] = {self.rank: r}
+        if self.alpha is not None:
+            chosen = self.alpha_per_rank * r if alpha is None else alpha
+            made[self.alpha] = int(chosen) if chosen == int(chosen) else chosen
+        elif alpha is not None:
+            raise ConfigError(
+                f"{self.title} has no scaling, so alpha ({alpha:g}) means nothing; leave it out."
+            )
+        if self.dropout is not None:
+            made[self.dropout] = dropout
+        elif dropout:
+            raise ConfigError(
+                f"{self.title} has no dropout on an adapter's input ({dropout:g} is given); leave it at 0."
+            )
+        return {**made, **self.more(r), **self.options}
+
+
+BASELINES: dict[str, Baseline] = {
+    "lora": Baseline("LoRA", peft.LoraConfig, alpha_per_rank=2),
+    "rslora": Baseline("rsLoRA", peft.LoraConfig, alpha_per_rank=1, options={"use_rslora": True}),
+    "lora+": Baseline("LoRA+", LoraPlusConfig, alpha_per_rank=2, optimizer=_loraplus),
+    "dora": Baseline("DoRA", peft.LoraConfig, alpha_per_rank=2, options={"use_dora": True}),
+    # Its factors start at the length of the weight's own singular values.
+    "pissa": Baseline(
+        "PiSSA",
+        peft.LoraConfig,
+        alpha_per_rank=1,
+        options={"init_lora_weights": "pissa"},
+        edits_base=True,
+    ),
+    # total_step is set when training begins and its length is known; PEFT asks for a number before that.
+    "adalora": Baseline(
+        "AdaLoRA",
+        peft.AdaLoraConfig,
+        alpha_per_rank=2,
+        rank="target_r",
+        options={"total_step": 2**31},
+        more=lambda r: {"init_r": round(1.5 * r)},
+    ),
+    # The rank is that of each of its random bases: the smaller it is, the more of them there are, and the more weights
+    # are trained. PEFT advises 20 times the rank for alpha.
+    "randlora": Baseline(
+        "RandLoRA",
+        peft.RandLoraConfig,
+        alpha_per_rank=20,
+        alpha="randlora_alpha",
+        dropout="randlora_dropout",
+        has_factors=False,
+    ),
+    "miss": Baseline("MiSS", peft.MissConfig, alpha=None, dropout="miss_dropout", has_factors=False),
+    # PEFT's default is an encoder as wide as the model, in which nearly all trained weights would be.
+    "p-tuning": Baseline(
+        "P-Tuning",
+        peft.PromptEncoderConfig,
+        rank="num_virtual_tokens",
+        options={"encoder_hidden_size": 128},
+        alpha=None,
+        dropout=None,
+        adapts_modules=False,
+        has_factors=False,
+    ),
+    "full": Baseline(
+        "full fine-tuning",
+        None,
+        alpha=None,
+        dropout=None,
+        adapts_modules=False,
+        edits_base=True,
+        has_factors=False,
+    ),
+}
+
+
+def edits_base(method: str, config: PeftConfig | None) -> bool:
+    """Whether training changes the base weights, so that the model without its adapter is not the base model.
+
+    Args:
+        method: The method's name.
+        config: Its configuration; None: every weight is trained.
+    """
+    known = BASELINES.get(method.lower())
+    start = getattr(config, "init_lora_weights", None)
+    return (
+        config is None
+        or (known is not None and known.edits_base)
+        or (isinstance(start, str) and start.lower().startswith(_SUBTRACTING_STARTS))
+    )
+
+
+def is_config_file(method: str) -> bool:
+    """Whether a method's name is the name of a configuration file."""
+    return Path(method).suffix.lower() in (".json", ".yaml", ".yml")
+
+
+def label_of(method: str) -> str:
+    """What a method is called in tables and file names: its name, or that of its file."""
+    return Path(method).stem if is_config_file(method) else method.lower()
+
+
+def config_from_file(
+    path: str | Path,
+    *,
+    target_modules: list[str] | str = "all-linear",
+    options: Mapping[str, Any] | None = None,
+    task_type: str = "CAUSAL_LM",
+) -> PeftConfig:
+    """The configuration of any of PEFT's methods, for training.
+
+    Args:
+        path: A file as PEFT's `adapter_config.json`, or the same as YAML; `peft_type` says which method it is.
+        target_modules: What to adapt where the file does not say.
+        options: Fields that replace the file's.
+        task_type: PEFT's name of what the model does, whatever the file says.
+
+    Raises:
+        ConfigError: The file cannot be read, its method or one of its fields is unknown, or they do not fit together.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+        given = json.loads(text) if file.suffix.lower() == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"The configuration '{path}' cannot be read ({reason}); give a file as PEFT's adapter_config.json."
+        ) from error
+    if not isinstance(given, dict):
+        raise ConfigError(
+            f"The configuration '{path}' is no mapping; give a file as PEFT's adapter_config.json."
+        )
+    known = {str(getattr(name, "value", name)): kind for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    name = str(given.get("peft_type", "")).rpartition(".")[2].upper()
+    if name not in known:
+        remedy = did_you_mean(name, sorted(known)) if name else "name PEFT's method there, as LORA"
+        raise ConfigError(f"'{path}' has the peft_type '{given.get('peft_type', '')}'; {remedy}.")
+    kind = known[name]
+    valid = {item.name for item in fields(kind)}
+    bookkeeping = {item.name for item in fields(PeftConfig)}
+    chosen = {**given, **(options or {})}
+    for option in chosen:
+        if option not in valid and option != "runtime_config":  # which PEFT writes and does not read
+            raise ConfigError(
+                f"'{path}': {name} has no field '{option}'; {did_you_mean(option, sorted(valid - bookkeeping))}."
+            )
+    for option in {*bookkeeping, "runtime_config"}:
+        chosen.pop(option, None)
+    if "target_modules" in valid and not chosen.get("target_modules"):
+        chosen["target_modules"] = target_modules
+    try:
+        made: PeftConfig = kind(task_type=task_type, **chosen)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"The settings in '{path}' do not fit together: {error}") from error
+    if made.is_prompt_learning and name not in _PROMPTS:
+        raise ConfigError(
+            f"'{path}' is for {name}, whose prompt cannot be measured here; of prompt learning choose "
+            f"{' or '.join(_PROMPTS)}."
+        )
+    return made
+
+
+def prompt_only(config: PeftConfig | None) -> bool:
+    """Whether a method trains virtual tokens before the input and adapts no layer."""
+    return config is not None and bool(config.is_prompt_learning)
+
+
+def optimizer_of(model: nn.Module, kind: type[Optimizer], settings: Mapping[str, Any]) -> Optimizer | None:
+    """The optimizer that a method brings; None if it is trained as all others are.
+
+    Args:
+        model: A model with an adapter, or without.
+        kind: The class of the optimizer.
+        settings: What the class takes, `lr` and `weight_decay` among it.
+    """
+    if not isinstance(model, PeftModel):
+        return None
+    config = model.active_peft_config
+    for known in BASELINES.values():
+        if known.optimizer is not None and type(config) is known.config:
+            return known.optimizer(model, kind, settings)
+    return None
+
+
+def driver_of(model: nn.Module, total_steps: int) -> Callable[[int], None] | None:
+    """What must be called after every optimizer step and before the gradients are cleared.
+
+    AdaLoRA's own fields `tinit`, `tfinal` (steps before the first and after the last cut) and `deltaT` (steps between)
+    are kept where any is given; else ranks are cut from 10 % to 70 % of the run, about 20 times.
+
+    Args:
+        model: A model with an adapter.
+        total_steps: Optimizer steps of the run.
+
+    Returns:
+        A function of the number of steps done before, or None if the method needs nothing.
+
+    Raises:
+        ScheduleError: The run is too short for AdaLoRA's schedule.
+    """
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    if not isinstance(config, peft.AdaLoraConfig):
+        return None
+    if (config.tinit, config.tfinal, config.deltaT) == (0, 0, 1):
+        config.tinit = round(_ADALORA_START * total_steps)
+        config.tfinal = total_steps - round(_ADALORA_END * total_steps)
+        config.deltaT = max(1, (total_steps - config.tfinal - config.tinit) // _ADALORA_CUTS)
+    config.total_step = total_steps
+    if config.tinit >= total_steps - config.tfinal:
+        raise ScheduleError(
+            f"AdaLoRA with tinit={config.tinit} and tfinal={config.tfinal} has no step to cut ranks at in a run of "
+            f"{total_steps} optimizer steps; train longer, or lower tinit and tfinal."
+        )
+    tuner: Any = model.base_model
+    return cast("Callable[[int], None]", tuner.update_and_allocate)
+
+
+class DriveBaseline(TrainerCallback):
+    """Calls what `driver_of` returns, under transformers' Trainer."""
+
+    def __init__(self) -> None:
+        self._driver: Callable[[int], None] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
+        """The length of the run is known."""
+        self._driver = driver_of(getattr(model, "module", model), state.max_steps)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """The weights have moved, and the gradients are still there."""
+        if self._driver is not None:
+            self._driver(state.global_step)

@@ -1,0 +1,207 @@
+"""A run on one page: tables and plots in a single HTML file, and the same tables in the terminal.
+
+The page carries its images inside it and asks nothing of any server, so it can be mailed, archived and opened
+anywhere, on a phone too.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynalora.common.files import write_file
+
+if TYPE_CHECKING:
+    import jinja2
+    from rich.table import Table as RichTable
+
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with one name column and any number of others.
+
+    Attributes:
+        columns: The headings.
+        rows: One sequence of cells per row, as long as `columns`. Text is shown as it is; whole numbers get
+            thousands separators, other numbers four significant digits, None a dash.
+        title: Heading above it.
+        note: One line below it: how to read it, what the intervals mean.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    title: str = ""
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"A row of the table '{self.title}' has {len(row)} cells for {len(self.columns)} columns."
+                )
+
+    @property
+    def text(self) -> list[list[str]]:
+        """The cells as they are shown."""
+        return [[show(cell) for cell in row] for row in self.rows]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """For each column whether it holds numbers, which are then set flush right."""
+        shown = self.text
+        return [
+            bool(shown) and all(_NUMBER.match(row[index]) is not None for row in shown)
+            for index in range(len(self.columns))
+        ]
+
+
+# A number with an optional unit, interval or parenthesis behind it; or a dash for none.
+_NUMBER = re.compile(r"^\s*([+\-−±×]?\d|–\s*$|$)")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture.
+
+    Attributes:
+        png: The bytes of a PNG file, or its path.
+        caption: What it shows; also read out where the picture cannot be seen.
+    """
+
+    png: bytes | Path
+    caption: str
+
+    @property
+    def data_uri(self) -> str:
+        """The picture as text that goes into the page itself."""
+        content = self.png if isinstance(self.png, bytes) else Path(self.png).read_bytes()
+        return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report: heading, a paragraph, tables, figures, and text to be shown as it is.
+
+    Attributes:
+        heading: Its title.
+        text: One paragraph.
+        tables: Shown after the text.
+        figures: Shown after the tables.
+        listing: Preformatted text, such as a configuration, folded away until opened.
+    """
+
+    heading: str
+    text: str = ""
+    tables: Sequence[Table] = ()
+    figures: Sequence[Figure] = ()
+    listing: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole report.
+
+    Attributes:
+        title: What was done.
+        summary: The result in a sentence or two.
+        sections: The rest, in order.
+    """
+
+    title: str
+    summary: str
+    sections: Sequence[Section]
+
+
+def show(cell: Cell) -> str:
+    """A cell as text: thousands separators for whole numbers, four significant digits for others, a dash for None."""
+    if cell is None:
+        return "–"
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    if isinstance(cell, int):
+        return f"{cell:,}"
+    if isinstance(cell, float):
+        return f"{cell:.4g}"
+    return cell
+
+
+def render_html(report: Report) -> str:
+    """The report as one HTML page that refers to nothing outside itself. All text is escaped."""
+    return _template().render(report=report)
+
+
+@lru_cache(maxsize=1)
+def _template() -> jinja2.Template:
+    import jinja2
+
+    source = resources.files("dynalora.lab").joinpath("report.html.j2").read_text(encoding="utf-8")
+    # Autoescape by name, not by file ending: data set texts and user settings end up in this page.
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(source)
+
+
+def write_report(report: Report, path: str | PathLike[str]) -> Path:
+    """Write the report as an HTML file, atomically, and return its path."""
+    return write_file(path, render_html(report))
+
+
+def markdown_table(table: Table) -> str:
+    """The table in Markdown, numbers flush right."""
+    heads = [_markdown(column) for column in table.columns]
+    rule = ["---:" if numeric else "---" for numeric in table.numeric]
+    rows = [[_markdown(cell) for cell in row] for row in table.text]
+    lines = ["| " + " | ".join(line) + " |" for line in (heads, rule, *rows)]
+    head = [f"**{_markdown(table.title)}**", ""] if table.title else []
+    return "\n".join([*head, *lines, *(["", _markdown(table.note)] if table.note else [])]) + "\n"
+
+
+def _markdown(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "×": r"$\times$",
+    "–": "--", "≤": r"$\le$", "‖": r"$\Vert$", "τ": r"$\tau$", "→": r"$\to$", "…": r"\ldots{}",
+}  # fmt: skip
+
+
+def latex_table(table: Table) -> str:
+    """The table for LaTeX, in the style of booktabs (which the document must load)."""
+
+    def told(text: str) -> str:
+        return "".join(_LATEX.get(sign, sign) for sign in text)
+
+    columns = "".join("r" if numeric else "l" for numeric in table.numeric)
+    lines = [r"\begin{tabular}{" + columns + "}", r"\toprule"]
+    lines += [" & ".join(map(told, table.columns)) + r" \\", r"\midrule"]
+    lines += [" & ".join(map(told, row)) + r" \\" for row in table.text]
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    comments = [f"% {line}" for line in (table.title, table.note) if line]
+    return "\n".join([*comments, *lines]) + "\n"
+
+
+def rich_table(table: Table) -> RichTable:
+    """The table for a terminal, numbers flush right."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table as RichTable
+
+    made = RichTable(
+        title=escape(table.title) or None, caption=escape(table.note) or None, box=box.SIMPLE_HEAD,
+        title_justify="left", caption_justify="left", title_style="bold",
+    )  # fmt: skip
+    for column, numeric in zip(table.columns, table.numeric, strict=True):
+        made.add_column(escape(column), justify="right" if numeric else "left", overflow="fold")
+    for row in table.text:
+        made.add_row(*map(escape, row))
+    return made

@@ -1,0 +1,408 @@
+"""One folder per run, which no other run can overwrite.
+
+Layout::
+
+    runs/my-run/
+      config.yaml     what was asked for; `dynalora finetune --config` accepts it again
+      run.json        when, with which versions, and whether the run finished
+      metrics.jsonl   one JSON object per line, flushed line by line
+      adapter/        the trained adapter, as `save_pretrained` writes it
+      plots/          PNG files
+      report.html     everything above on one page, self-contained
+      run.lock        held by the process that is writing the folder
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import filelock
+import yaml
+
+from dynalora.common.files import folder_beside, write_file
+from dynalora.errors import RunFolderError
+
+CONFIG = "config.yaml"
+STATUS = "run.json"
+METRICS = "metrics.jsonl"
+REPORT = "report.html"
+LOCK = "run.lock"
+_OWN_BEFORE_START = {LOCK}
+_VERSIONS_OF = ("dynalora", "torch", "transformers", "peft", "accelerate", "datasets")
+
+
+class RunFolder:
+    """A run's folder, locked for as long as the object is open.
+
+    Make one with [`RunFolder.create`][dynalora.lab.run_folder.RunFolder.create], use it as a context
+    manager or call `close()`. The lock belongs to the process, so the lock of a process that died, however it
+    died, is free again.
+
+    Attributes:
+        path: The folder.
+        config: The settings that were written to `config.yaml`.
+        resumed: Whether the folder already held this run and is being continued.
+    """
+
+    def __init__(
+        self, path: Path, config: dict[str, Any], lock: filelock.BaseFileLock | None, resumed: bool
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.resumed = resumed
+        self._lock = lock
+        self._metrics_file: Any = None
+
+    # --- opening and closing -------------------------------------------------------------------------------
+
+    @classmethod
+    def check(
+        cls,
+        path: str | os.PathLike[str],
+        config: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Raise what `create` would raise, and change nothing: for use before anything expensive is loaded.
+
+        Raises:
+            RunFolderError: As [`create`][dynalora.lab.run_folder.RunFolder.create].
+        """
+        folder = Path(path)
+        if folder.exists() and not folder.is_dir():
+            raise RunFolderError(f"The run folder '{folder}' is a file; choose another output folder.")
+        parent = next(ancestor for ancestor in (folder, *folder.absolute().parents) if ancestor.exists())
+        if not parent.is_dir():
+            raise RunFolderError(
+                f"The run folder '{folder}' cannot be made because '{parent}' is a file; choose another output folder."
+            )
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise RunFolderError(
+                f"The run folder '{folder}' cannot be written (no permission in '{parent}'); "
+                "choose another output folder."
+            )
+        if (folder / LOCK).exists():
+            lock = _lock_of(folder)
+            lock.release()
+        cls._refuse_what_is_there(folder, _plain(config), resume, _plain(defaults or {}))
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        config: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        defaults: Mapping[str, Any] | None = None,
+        main_process: bool = True,
+    ) -> RunFolder:
+        """Make a new run folder, or continue the run that it holds.
+
+        Args:
+            path: An empty folder or one that does not exist yet; with `resume`, one that holds this very run.
+            config: The run's settings, made of what YAML can hold; written to `config.yaml`.
+            resume: Continue the run in `path`, which must have been made with an equal `config`.
+            defaults: What the settings are that its `config.yaml` lacks, because an older version has written it.
+            main_process: False on all but one process of a distributed run: such a folder writes nothing.
+
+        Returns:
+            The open, locked folder.
+
+        Raises:
+            RunFolderError: The folder holds another run or files that belong to no run, is being written by a
+                live process, cannot be written, or (with `resume`) holds no run or one with other settings.
+        """
+        folder = Path(path)
+        plain = _plain(config)
+        if not main_process:
+            return cls(folder, plain, None, resume)
+        cls.check(folder, plain, resume=resume, defaults=defaults)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock_of(folder)
+        try:
+            # Looked at again under the lock: two processes may both have passed the first look.
+            cls._refuse_what_is_there(folder, plain, resume, _plain(defaults or {}))
+            run = cls(folder, plain, lock, resume)
+            run._start()
+        except BaseException:
+            lock.release()
+            raise
+        return run
+
+    @staticmethod
+    def _refuse_what_is_there(
+        folder: Path, config: dict[str, Any], resume: bool, defaults: Mapping[str, Any]
+    ) -> None:
+        found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        found = [name for name in found if name not in _OWN_BEFORE_START and not name.endswith(".tmp")]
+        if resume:
+            if CONFIG not in found:
+                raise RunFolderError(
+                    f"There is no run to resume in '{folder}' (it has no {CONFIG}); start it without resume."
+                )
+            if _status(folder).get("finished"):
+                raise RunFolderError(f"The run in '{folder}' has finished; there is nothing to resume.")
+            known = {name: value for name, value in defaults.items() if name in config}
+            differing = _differences({**known, **_read_config(folder)}, config)
+            if differing:
+                raise RunFolderError(
+                    f"The run in '{folder}' was started with other settings ({'; '.join(differing)}); "
+                    "resume with the same settings or choose another output folder."
+                )
+            return
+        if not found:
+            return
+        if CONFIG in found and STATUS in found:
+            raise RunFolderError(
+                f"The run folder '{folder}' already holds a run ({_describe(folder)}); choose another output folder, "
+                "or resume that run with the same settings."
+            )
+        listed = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        raise RunFolderError(
+            f"The run folder '{folder}' is not empty and holds no run (found {listed}); choose another output folder."
+        )
+
+    def _start(self) -> None:
+        if not self.resumed:
+            write_file(self.path / CONFIG, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
+            self._write_status({"started": _now(), "finished": None})
+        else:
+            status = self.status()
+            self._write_status({**status, "finished": None, "resumed": [*status.get("resumed", []), _now()]})
+
+    def _write_status(self, status: Mapping[str, Any]) -> None:
+        own = {"process": os.getpid(), "host": socket.gethostname(), "python": platform.python_version()}
+        versions = {name: version_of(name) for name in _VERSIONS_OF}
+        write_file(self.path / STATUS, json.dumps({**status, **own, "versions": versions}, indent=2) + "\n")
+
+    def finish(self) -> None:
+        """Record in `run.json` that the run reached its end."""
+        if self.writable:
+            self._write_status({**self.status(), "finished": _now()})
+
+    def close(self) -> None:
+        """Close the metrics file and give up the lock. Safe to call twice."""
+        if self._metrics_file is not None:
+            self._metrics_file.close()
+            self._metrics_file = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- what is in it -------------------------------------------------------------------------------------
+
+    @property
+    def writable(self) -> bool:
+        """Whether this process is the one that writes the folder."""
+        return self._lock is not None
+
+    @property
+    def adapter(self) -> Path:
+        """Where the trained adapter is saved."""
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the trainer keeps what it needs to continue a killed run."""
+        return self.path / "checkpoints"
+
+    @property
+    def plots(self) -> Path:
+        """Where plots go, as PNG files."""
+        return self.path / "plots"
+
+    @property
+    def report(self) -> Path:
+        """The self-contained report."""
+        return self.path / REPORT
+
+    def status(self) -> dict[str, Any]:
+        """The content of `run.json`, empty if the file is missing or damaged."""
+        return _status(self.path)
+
+    # --- metrics -------------------------------------------------------------------------------------------
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one record to `metrics.jsonl` and flush it, so that a killed run keeps what it measured.
+
+        Numbers that JSON cannot hold (NaN, infinities) are written as null.
+        """
+        if not self.writable:
+            return
+        if self._metrics_file is None:
+            self._metrics_file = open(self.path / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self._metrics_file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+        self._metrics_file.flush()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All records so far. A last line cut short by a kill is left out."""
+        return list(read_metrics(self.path))
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the records of steps later than `step`, which a resumed run is going to take again.
+
+        Args:
+            step: The step, counted in optimizer steps, of the checkpoint that the run continues from.
+        """
+        if not self.writable:
+            return
+        if self._metrics_file is not None:
+            self._metrics_file.close()
+            self._metrics_file = None
+        kept = [record for record in self.metrics() if int(record.get("step") or 0) <= step]
+        write_file(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+
+    # --- files ---------------------------------------------------------------------------------------------
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        """Write a file of the run, atomically; `name` is relative to the folder."""
+        target = self.path / name
+        return write_file(target, content) if self.writable else target
+
+    @contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        """A fresh folder to fill, which takes the place of `name` when the block ends without an error.
+
+        On processes that do not write the run, the folder is a temporary one and goes away again.
+
+        Args:
+            name: Relative to the run folder, such as `"adapter"`.
+
+        Example:
+            ```python
+            with run.replacing("adapter") as folder:
+                model.save_pretrained(folder)
+            ```
+        """
+        if self.writable:
+            with folder_beside(self.path / name) as fresh:
+                yield fresh
+        else:
+            with tempfile.TemporaryDirectory() as scratch:
+                yield Path(scratch)
+
+
+def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """Records of a run's `metrics.jsonl`, oldest first.
+
+    Args:
+        path: The run folder. A folder without metrics gives nothing.
+    """
+    file = Path(path) / METRICS
+    if not file.exists():
+        return
+    with open(file, encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # the one line that a kill may have cut short
+            if isinstance(record, dict):
+                yield record
+
+
+def _lock_of(folder: Path) -> filelock.BaseFileLock:
+    lock = filelock.FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise RunFolderError(
+            f"The run folder '{folder}' is in use by {_owner(folder)}; "
+            "wait for it to end or choose another output folder."
+        ) from None
+    except OSError as error:
+        raise RunFolderError(
+            f"The run folder '{folder}' cannot be locked ({error.strerror or error}); choose another output folder."
+        ) from error
+    return lock
+
+
+def _status(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / STATUS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _owner(folder: Path) -> str:
+    status = _status(folder)
+    return (
+        f"process {status['process']} on {status.get('host')}" if "process" in status else "another process"
+    )
+
+
+def _describe(folder: Path) -> str:
+    status, config = _status(folder), _read_config(folder)
+    began = str(status.get("started") or "at an unknown time")[:16].replace("T", " ")
+    named = [f"{name} {config[name]}" for name in ("method", "model") if config.get(name)]
+    return ", ".join([*named, f"started {began}", "finished" if status.get("finished") else "not finished"])
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    missing = object()
+    return [
+        f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name, missing) != new.get(name, missing)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """`value` in terms that JSON and YAML hold: paths as text, tuples as lists, NaN and infinities as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(item) for item in value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        return _plain(value.item())  # a NumPy or torch scalar
+    return str(value)
+
+
+def version_of(name: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
