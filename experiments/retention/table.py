@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dynalora.forgetting.monitor import OWN, RetentionPoint, plot_retention_curves, read_retention
+from dynalora.drawing.retention import plot_retention_curves
+from dynalora.forgetting.monitor import OWN, RetentionPoint, read_retention
 from dynalora.lab.report import Table, markdown_table
 from dynalora.lab.run_folder import read_metrics
 

@@ -12,6 +12,9 @@ from dynalora import methods as _methods
 from dynalora.adapter.compaction import Compaction, compact
 from dynalora.adapter.state import StateReport, state_report
 from dynalora.drawing.gates import plot_gates
+from dynalora.drawing.landscape import plot_rank_landscape
+from dynalora.drawing.retention import plot_retention_curves
+from dynalora.drawing.trajectory import plot_rank_trajectory
 from dynalora.driver import (
     accept_undriven,
     hooks,
@@ -23,11 +26,11 @@ from dynalora.driver import (
 from dynalora.errors import DynaloraError
 from dynalora.export import export_lora, rank_pattern
 from dynalora.forgetting.gates import record_gates
-from dynalora.forgetting.landscape import plot_rank_landscape, rank_landscape
-from dynalora.forgetting.monitor import RetentionMonitor, plot_retention_curves, read_retention
+from dynalora.forgetting.landscape import rank_landscape
+from dynalora.forgetting.monitor import RetentionMonitor, read_retention
 from dynalora.forgetting.recovery import ablated, recover
 from dynalora.forgetting.retention import given_text, own_text
-from dynalora.forgetting.trajectory import plot_rank_trajectory, rank_trajectory
+from dynalora.forgetting.trajectory import rank_trajectory
 
 if TYPE_CHECKING:
     from dynalora.methods.dira import DiraConfig as DiraConfig

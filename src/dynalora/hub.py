@@ -24,7 +24,8 @@ from torch import nn
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.common.files import file_beside, write_file
-from dynalora.forgetting.landscape import LandscapeRow, plot_rank_landscape, rank_landscape
+from dynalora.drawing.landscape import plot_rank_landscape
+from dynalora.forgetting.landscape import LandscapeRow, rank_landscape
 from dynalora.methods import METHODS
 
 PICTURE = "rank_map.png"

@@ -141,6 +141,7 @@ def landscape(
     spec = settings(LandscapeSpec, config, flags)
     from dynalora.common.files import records_csv, write_file
     from dynalora.common.progress import rich_progress
+    from dynalora.drawing.landscape import plot_rank_landscape
     from dynalora.drawing.style import rendered
     from dynalora.errors import ConfigError
     from dynalora.forgetting.landscape import (
@@ -148,7 +149,6 @@ def landscape(
         TAUS,
         check_tau,
         landscape_records,
-        plot_rank_landscape,
     )
     from dynalora.lab.report import rich_table
 

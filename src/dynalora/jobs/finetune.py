@@ -29,13 +29,14 @@ from dynalora.common.names import plain_name
 from dynalora.common.progress import Progress, rich_progress, silent
 from dynalora.drawing import runs as plots
 from dynalora.drawing.gates import plot_gates
+from dynalora.drawing.retention import plot_retention_curves
 from dynalora.drawing.style import rendered
 from dynalora.errors import ConfigError, DynaloraError
 from dynalora.evaluation.prompts import use_template
 from dynalora.evaluation.run import within_window
 from dynalora.forgetting.gates import record_gates
 from dynalora.forgetting.landscape import rank_landscape
-from dynalora.forgetting.monitor import RetentionMonitor, plot_retention_curves
+from dynalora.forgetting.monitor import RetentionMonitor
 from dynalora.forgetting.retention import MeasuredText, Retention, given_text, own_text, retention
 from dynalora.lab import data
 from dynalora.lab.baselines import (
