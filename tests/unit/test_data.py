@@ -10,10 +10,10 @@ import datasets
 import pytest
 import torch
 
+from dynalora.common.names import IGNORED_LABEL
 from dynalora.errors import DataError
 from dynalora.lab import data
 from dynalora.lab.data import (
-    IGNORED,
     Collator,
     Fields,
     ensure_chat_template,
@@ -31,7 +31,7 @@ PAIR = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": 
 
 
 def learned(tokens: Any, tokenizer: Any) -> str:
-    return tokenizer.decode([label for label in tokens["labels"] if label != IGNORED])
+    return tokenizer.decode([label for label in tokens["labels"] if label != IGNORED_LABEL])
 
 
 # --- reading ----------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def test_only_the_response_and_its_end_are_learned() -> None:
     prompt = tokenizer.apply_chat_template(PAIR[:1], tokenize=False, add_generation_prompt=True)
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert tokens["input_ids"][: len(prompt_ids)] == prompt_ids
-    assert tokens["labels"] == [IGNORED] * len(prompt_ids) + tokens["input_ids"][len(prompt_ids) :]
+    assert tokens["labels"] == [IGNORED_LABEL] * len(prompt_ids) + tokens["input_ids"][len(prompt_ids) :]
 
 
 def test_every_answer_of_a_chat_is_learned() -> None:
@@ -328,11 +328,11 @@ def test_collator_pads_to_the_longest_without_loss_or_attention() -> None:
     tokenizer = tiny.tokenizer()
     assert tokenizer.pad_token_id is None
     ensure_pad_token(tokenizer)
-    short, long = {"input_ids": [5], "labels": [5]}, {"input_ids": [6, 7, 8], "labels": [IGNORED, 7, 8]}
+    short, long = {"input_ids": [5], "labels": [5]}, {"input_ids": [6, 7, 8], "labels": [IGNORED_LABEL, 7, 8]}
     batch = Collator(tokenizer.pad_token_id)([short, long])
     pad = tokenizer.eos_token_id
     assert batch["input_ids"].tolist() == [[5, pad, pad], [6, 7, 8]]
-    assert batch["labels"].tolist() == [[5, IGNORED, IGNORED], [IGNORED, 7, 8]]
+    assert batch["labels"].tolist() == [[5, IGNORED_LABEL, IGNORED_LABEL], [IGNORED_LABEL, 7, 8]]
     assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
     assert Collator(0, pad_to_multiple_of=8)([long])["labels"].shape == torch.Size([1, 8])
 

@@ -173,6 +173,12 @@ class TestClosedForms:
             replace(problem, update=torch.zeros(2, 2))
         with pytest.raises(ConfigError, match="positive definite"):
             replace(problem, covariance=-torch.eye(6))
+        uneven = torch.eye(6).double()
+        uneven[0, 1] = 1e-15
+        replace(problem, covariance=uneven)  # symmetric to rounding, as a product of matrices is
+        uneven[0, 1] = 1e-6
+        with pytest.raises(ConfigError, match="symmetric"):
+            replace(problem, covariance=uneven)
         with pytest.raises(ConfigError, match="are equal"):
             replace(problem, pre_training_mean=problem.fine_tuning_mean)
         with pytest.raises(ConfigError, match="task_rank is 9; give at most 5"):

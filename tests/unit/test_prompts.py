@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from dynalora.common.names import IGNORED_LABEL
 from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.generation import chat_prompt
 from dynalora.evaluation.prompts import TEMPLATES, use_template
-from dynalora.lab.data import IGNORED, load_conversations, tokenize
+from dynalora.lab.data import load_conversations, tokenize
 
 from . import tiny
 
@@ -57,8 +58,10 @@ WRITTEN = {
 
 def learned(tokenizer: Any, row: Any) -> tuple[str, str]:
     """What the model is given and what carries loss, as text."""
-    given = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORED]
-    answer = [label for label in row["labels"] if label != IGNORED]
+    given = [
+        token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORED_LABEL
+    ]
+    answer = [label for label in row["labels"] if label != IGNORED_LABEL]
     return tokenizer.decode(given), tokenizer.decode(answer)
 
 
@@ -77,7 +80,7 @@ def test_the_loss_falls_on_the_response_and_its_end_and_on_nothing_else(name: st
     for row, prompt, answer in zip(rows, WRITTEN[name], ("It is 4.", "3 4"), strict=True):
         assert learned(tokenizer, row) == (prompt, f"{answer}<|im_end|>")
         # All labels stand in one piece at the end and repeat the ids there.
-        start = row["labels"].index(next(label for label in row["labels"] if label != IGNORED))
+        start = row["labels"].index(next(label for label in row["labels"] if label != IGNORED_LABEL))
         assert row["labels"][start:] == row["input_ids"][start:]
     # Generation is given the very ids that training saw before the response.
     first = rows[0]

@@ -13,6 +13,7 @@ import transformers
 from tokenizers import processors
 
 import dynalora
+from dynalora.common.names import IGNORED_LABEL
 from dynalora.errors import ConfigError
 from dynalora.evaluation.generation import chat_prompt, generate
 from dynalora.evaluation.run import measure, prepare
@@ -21,7 +22,7 @@ from dynalora.evaluation.seq2seq import Seq2SeqCollator, shortened
 from dynalora.jobs.compare.run import CompareSpec, run_compare
 from dynalora.jobs.evaluate import EvaluateSpec, evaluate
 from dynalora.jobs.finetune import empty_model, load_model, load_tokenizer
-from dynalora.lab.data import IGNORED, tokenize
+from dynalora.lab.data import tokenize
 from dynalora.lab.training import TrainSettings, train_adapter
 
 from . import tiny
@@ -88,12 +89,12 @@ def test_question_and_answer_carry_the_tokenizers_own_tokens_and_the_answer_the_
     (row,) = tokenize(conversations(1), tokenizer).rows
     question, answer = tokenizer(ARTICLES[0])["input_ids"], tokenizer(SUMMARIES[0])["input_ids"]
     assert row["input_ids"] == question + answer
-    assert row["labels"] == [IGNORED] * len(question) + answer
+    assert row["labels"] == [IGNORED_LABEL] * len(question) + answer
     assert tokenizer.decode(answer) == f"<s>{SUMMARIES[0]}</s>"
     # What is learned from is what is asked, system message included.
     system: Any = [{"role": "system", "content": "Be short."}, *conversations(1)[0]]
     (row,) = tokenize([system], tokenizer).rows
-    assert row["input_ids"][: row["labels"].count(IGNORED)] == chat_prompt(
+    assert row["input_ids"][: row["labels"].count(IGNORED_LABEL)] == chat_prompt(
         tokenizer, ARTICLES[0], "Be short."
     )
 
@@ -104,7 +105,7 @@ def test_long_questions_lose_their_end_and_are_counted(caplog: pytest.LogCapture
     with caplog.at_level(logging.WARNING):
         rows = tokenize([long, *conversations(3)], tokenizer).rows
     assert "1 of 4 questions are longer than the 96 tokens" in caplog.text
-    assert rows[0]["labels"].count(IGNORED) == 96
+    assert rows[0]["labels"].count(IGNORED_LABEL) == 96
     assert rows[0]["input_ids"][:96] == tokenizer("x" * 94)["input_ids"]
     assert rows[0]["input_ids"][96:] == tokenizer("An x.")["input_ids"]
     assert shortened([1, 2, 3], None) == [1, 2, 3] == shortened([1, 2, 3], 3)
@@ -128,7 +129,7 @@ def test_the_loss_of_answers_is_that_of_one_token_after_the_other(kind: str, ada
     rows = tokenize(conversations(7), tokenizer).rows
     found = answer_loss(model, rows, batch_size=3)
     for index, row in enumerate(rows):
-        start = row["labels"].count(IGNORED)
+        start = row["labels"].count(IGNORED_LABEL)
         question, answer = row["input_ids"][:start], row["labels"][start:]
         said = [next_token(model, question, answer[:place]) for place in range(len(answer))]
         by_hand = -sum(float(one[token]) for one, token in zip(said, answer, strict=True))

@@ -130,7 +130,9 @@ class LinearModel:
                     f"{name} has shape {tuple(getattr(self, name).shape)}; base_weight asks for {wanted}."
                 )
         root, failed = torch.linalg.cholesky_ex(self.covariance)
-        if int(failed) or not torch.equal(self.covariance, self.covariance.mT):
+        # A product such as X Xᵀ is symmetric only to rounding.
+        rounding = 1e-12 * float(self.covariance.abs().max())
+        if int(failed) or not torch.allclose(self.covariance, self.covariance.mT, rtol=0, atol=rounding):
             raise ConfigError("covariance must be symmetric and positive definite.")
         if torch.equal(self.fine_tuning_mean, self.pre_training_mean):
             raise ConfigError(
