@@ -21,8 +21,8 @@ from dynalora import PedyraConfig
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.errors import ConfigError, DynaloraError, ScheduleError, UnsupportedError
 from dynalora.export import export_adapter_folder, export_ranks
-from dynalora.methods import pedyra
 from dynalora.methods.pedyra import AdjustmentPlan, PedyraLayer, adjustments, choose
+from dynalora.methods.pedyra import method as pedyra_method
 from tests.matrix.test_precision import forward_on, quantised_mlp
 from tests.reference import pedyra as reference
 from tests.toys import TOYS
@@ -802,7 +802,7 @@ def test_pissa_starts_at_the_base_from_its_largest_triplets(
 
     model.save_pretrained(tmp_path / "own")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pedyra, "decompose", None)  # loading decomposes nothing
+        patch.setattr(pedyra_method, "decompose", None)  # loading decomposes nothing
         loaded = peft.PeftModel.from_pretrained(toy.build(), tmp_path / "own")
     assert torch.equal(toy.logits(loaded), trained)
     assert loaded.rank_pattern == model.rank_pattern

@@ -1,0 +1,204 @@
+"""The layer of PE-DyRA: the shared form with a trained diagonal, and the inputs' squares that its scores need."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+
+from dynalora.adapter.gates import GATE_ROLES
+from dynalora.adapter.layer import kaiming
+from dynalora.common.processes import process_count
+from dynalora.methods.pedyra.dora import DoraLayer
+from dynalora.methods.pedyra.settings import AdjustmentPlan, PedyraConfig
+from dynalora.spectral.decomposition import Triplets
+
+ROLES = ("down", "e", "up")
+
+
+class PedyraLayer(DoraLayer):
+    """The shared form with d = e, times gates where they are wanted."""
+
+    method_name = "pedyra"
+    # magnitude, (out): the rows' norms, with use_dora only
+    roles = ("down", "up", "e", "magnitude", *GATE_ROLES)
+    rank_dims: ClassVar[dict[str, int]] = {**DoraLayer.rank_dims, "e": 0}
+    # Averages: Ī and Ū of each parameter, and m of the inputs. The first layer also keeps the record.
+    running_roles = (
+        *(f"{kind}_{role}" for kind in ("sensitivity", "uncertainty") for role in ("down", "up", "e")),
+        # The triplets that training began with, with init_weights="pissa": the update is what has become of them since.
+        *("frozen_down", "frozen_up"),
+        *("inputs", "record"),
+    )
+
+    def __init__(self, base_layer: nn.Module, quantization: dict[str, Any] | None = None) -> None:
+        super().__init__(base_layer, quantization)
+        # Plain attributes: as buffers, data parallelism would overwrite them with the first process's.
+        self.gathering: dict[str, bool] = {}
+        self.gathered: dict[str, torch.Tensor] = {}
+
+    def start(self, config: PedyraConfig, r: int) -> dict[str, torch.Tensor]:
+        """Orthonormal directions, or factors drawn from N(0, 0.02²), and e = 0."""
+        more = self.start_gates(config, r)
+        if config.use_dora:
+            more["magnitude"] = self._base_squares().sqrt()
+        if not config.init_weights:
+            return {
+                "down": kaiming(r, self.in_features),
+                "up": kaiming(self.out_features, r),
+                "e": torch.ones(r),
+                **more,
+            }
+        if config.init_weights == "orthogonal":
+            down, up = _directions(r, self.in_features), _directions(r, self.out_features).t().contiguous()
+            return {"down": down, "up": up, "e": torch.zeros(r), **more}
+        return {
+            "down": 0.02 * torch.randn(r, self.in_features),
+            "up": 0.02 * torch.randn(self.out_features, r),
+            "e": torch.zeros(r),
+            **more,
+        }
+
+    def reserve(self, config: PedyraConfig, r: int) -> int:
+        """Room for what the rank can become, where shapes must stay as they are."""
+        if config.inference_mode or (config.max_rank is None and not process_count() > 1):
+            return 0
+        return max(r, self.limit(config, r))
+
+    def limit(self, config: PedyraConfig, r: int) -> int:
+        """The largest rank that can come of rank `r`."""
+        orthogonal = min(self.in_features, self.out_features)
+        if config.max_rank is not None:
+            return min(orthogonal, config.max_rank)
+        if not process_count() > 1:
+            return orthogonal
+        try:
+            growth = AdjustmentPlan.of(config, config.total_steps).count
+        except ValueError:  # fractions of a run of unknown length: rounding can only make adjustments fewer
+            times = (config.adjust_start, config.adjust_interval, config.adjust_end)
+            if any(time >= 1 for time in times):
+                growth = 3 * r
+            else:
+                growth = int((times[2] - times[0]) / times[1] + 1e-6) + 1
+        return min(orthogonal, r + (growth if config.mode != "prune" else 0))
+
+    def update_layer(self, adapter: str, config: Any, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter; see `AdapterLayer.update_layer`."""
+        super().update_layer(adapter, config, *args, **kwargs)
+        # Until the first step says what its schedule is, every input may matter.
+        self.gathering[adapter] = config.uses_inputs
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter from this layer."""
+        super().delete_adapter(adapter_name)
+        self.gathering.pop(adapter_name, None)
+        self.gathered.pop(adapter_name, None)
+
+    @torch.no_grad()
+    def start_from(self, adapter: str, largest: Triplets) -> None:
+        """W0's largest singular triplets become the triples, and their frozen negative cancels them at the start."""
+        u, sigma, vt = largest.up, largest.values / self.scaling[adapter], largest.down
+        for role, value in (("down", vt), ("up", u), ("e", sigma)):
+            self.used(role, adapter).copy_(value)
+        dtype = self.parameter("e", adapter).dtype
+        self.set_running("frozen_down", adapter, vt.to(dtype).contiguous())
+        self.set_running("frozen_up", adapter, (-u * sigma).to(dtype).contiguous())
+
+    @torch.no_grad()
+    def zero_update(self, adapter: str) -> None:
+        """Make the update zero: `up` is, and what else changes the function goes back to where it changes nothing."""
+        super().zero_update(adapter)
+        # They cancel PiSSA's start, of which nothing is left.
+        self.set_running("frozen_down", adapter, None)
+        self.set_running("frozen_up", adapter, None)
+
+    def own_diagonal(self, adapter: str) -> torch.Tensor:
+        """e, (r); with the frozen triplets of PiSSA's start (e, 1), since theirs is in their up factor."""
+        e, frozen = self.used("e", adapter), self.running("frozen_up", adapter)
+        return e if frozen is None else torch.cat([e, e.new_ones(frozen.shape[1])])
+
+    def narrow(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
+        """The narrow activations; in training the inputs' squares are added up on the way."""
+        if self.training and self.gathering[adapter]:
+            self._gather(x, adapter)
+        return super().narrow(x, adapter)
+
+    def resize(self, adapter: str, keep: Sequence[int], new: Any = None) -> None:
+        """Keep some triples and add new ones; survivors keep their averages, newcomers have none."""
+        super().resize(adapter, keep, new)
+        for role in ROLES:
+            dim = self.rank_dims[role]
+            for kind in ("sensitivity", "uncertainty"):
+                average = self.running(f"{kind}_{role}", adapter)
+                if average is not None:
+                    index = torch.tensor(list(keep), dtype=torch.int64, device=average.device)
+                    shape = list(average.shape)
+                    shape[dim] = self.rank(adapter) - len(keep)
+                    kept = average.index_select(dim, index)
+                    self.set_running(
+                        f"{kind}_{role}", adapter, torch.cat([kept, average.new_zeros(shape)], dim)
+                    )
+
+    @torch.no_grad()
+    def _gather(self, x: torch.Tensor, adapter: str) -> None:
+        if not torch.compiler.is_compiling() and (
+            x.is_inference()
+            or not self.parameter("e", adapter).requires_grad
+            # Gradient checkpointing runs the forward pass once more, within the backward pass.
+            or torch._C._current_graph_task_id() != -1
+        ):
+            return
+        squares = _squares(x)
+        # Out of place, since layers with the same input share the tensor.
+        sofar = self.gathered.get(adapter)
+        self.gathered[adapter] = squares if sofar is None else sofar + squares.to(sofar.device)
+
+
+def _directions(count: int, features: int) -> torch.Tensor:
+    """Random unit rows (count, features), orthogonal to each other as long as there are no more than features."""
+    rows = torch.randn(count, features)
+    unit: torch.Tensor = rows / rows.norm(dim=1, keepdim=True)
+    basis: torch.Tensor = torch.linalg.qr(rows.t()).Q.t()
+    return unit if count > features else basis.contiguous()
+
+
+# The last input and its sums: q, k and v projections, and those of a gated MLP, have theirs in common.
+_last: tuple[weakref.ref[torch.Tensor], int, torch.Tensor] | None = None
+
+
+def _squares(x: torch.Tensor) -> torch.Tensor:
+    """Sums over all tokens of the squares of x (…, in), and the number of tokens: (in + 1)."""
+    global _last
+    if torch.compiler.is_compiling():
+        return _sum_squares(x)
+    if _last is not None and _last[0]() is x and _last[1] == x._version:
+        return _last[2]
+    result = _sum_squares(x)
+    _last = weakref.ref(x), x._version, result
+    return result
+
+
+def _sum_squares(x: torch.Tensor) -> torch.Tensor:
+    flat = x.detach().reshape(-1, x.shape[-1])
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if flat.device.type == "cpu":
+        # A product with ones is the fastest sum over rows on a CPU.
+        with torch.autocast("cpu", enabled=False):
+            squares = (flat.new_ones(1, flat.shape[0], dtype=dtype) @ flat.to(dtype).square())[0]
+    else:
+        squares = torch.linalg.vector_norm(flat, dim=0, dtype=dtype).square()
+    return torch.cat([squares, squares.new_full((1,), flat.shape[0])])
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in full, where FSDP2 has spread it over processes."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else cast(torch.Tensor, full())
+
+
+def in_use(layer: PedyraLayer, role: str, adapter: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor of a parameter's shape that its triples fill."""
+    return _whole(tensor).narrow(layer.rank_dims[role], 0, layer.rank(adapter))

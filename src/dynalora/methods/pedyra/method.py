@@ -1,0 +1,236 @@
+"""What PE-DyRA does around optimizer steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from dynalora.adapter.layer import AdapterLayer
+from dynalora.adapter.method import Method, Panel
+from dynalora.adapter.register import register
+from dynalora.driver import Driver, drivers_of, layers_of
+from dynalora.driver.driver import Moment, OptimizerOverride
+from dynalora.errors import ConfigError, ScheduleError
+from dynalora.methods.pedyra.adjustment import Adjustment, adjust, read_record
+from dynalora.methods.pedyra.layer import PedyraLayer
+from dynalora.methods.pedyra.orthogonality import add_orthogonality
+from dynalora.methods.pedyra.scores import shared_with_all, triple_scores, update_averages
+from dynalora.methods.pedyra.settings import AdjustmentPlan, PedyraConfig
+from dynalora.spectral.decomposition import decompose
+
+# With match_step: e's steps as a multiple of LoRA's, and up's learning rate at s = 1 (found in experiments/compare).
+_E_STEPS, _UP_RATE = 2.0, 8.0
+
+
+@register
+class Pedyra(Method):
+    """PE-DyRA's part in training: the orthogonality gradient, the scores, and the adjustments."""
+
+    name = "pedyra"
+    title = "PE-DyRA"
+    config_class = PedyraConfig
+    layer_class = PedyraLayer
+    panels = (Panel("smallest and largest rank", ("pedyra_rank_min", "pedyra_rank_max")),)
+
+    def prepare(self, layers: Mapping[str, PedyraLayer], adapter: str, config: PedyraConfig) -> None:  # type: ignore[override]
+        """Start at the largest singular triplets of the base weights, with `init_weights="pissa"`."""
+        if config.init_weights != "pissa":
+            return
+        for name, layer in layers.items():
+            rank, sides = layer.rank(adapter), min(layer.in_features, layer.out_features)
+            if rank > sides:
+                raise ConfigError(
+                    f"PedyraConfig: r must be at most {sides} for {name!r} of shape "
+                    f"{(layer.out_features, layer.in_features)} with init_weights='pissa', got {rank}."
+                )
+        fresh = [layer for layer in layers.values() if not layer.parameter("up", adapter).is_meta]
+        found = decompose(
+            [layer.base_matrix for layer in fresh],
+            [layer.rank(adapter) for layer in fresh],
+            which="largest",
+            describe="Decomposing the base weights",
+        )
+        for layer, largest in zip(fresh, found, strict=True):
+            layer.start_from(adapter, largest)
+
+    def optimizer_overrides(
+        self, config: PedyraConfig, layer: AdapterLayer, adapter: str
+    ) -> dict[str, OptimizerOverride]:
+        """Rates that match LoRA's steps; no weight decay on DoRA's magnitudes, which start at the base's.
+
+        An optimizer such as Adam moves every entry by about the learning rate, η. A component of LoRA's function
+        (alpha = 2r) then moves by 2·η·√out / √3 in a step, in any direction of the output. Here a triple with
+        directions of length 1 moves by s·η through e, in one direction, and by s·|e|·η·√out through up, in all others.
+        So e's rate is a multiple of 2·√out / (√3·s), since it has a single direction to make up for all of LoRA's,
+        and up's is such that its steps are as long as LoRA's once |e| is about an eighth. The two belong together: e
+        moves along directions that the task did not choose, up turns them to where it wants to go.
+        """
+        rules = config.gate_overrides()
+        if config.use_dora:
+            rules["magnitude"] = OptimizerOverride(weight_decay=0.0)
+        if config.match_step:
+            scaling = layer.scaling[adapter]
+            lora = 2 / math.sqrt(3) * math.sqrt(layer.out_features)
+            # Powers of two, so that matrices of like size step in one group.
+            for role, multiple in (("e", _E_STEPS * lora / scaling), ("up", _UP_RATE / scaling)):
+                rules[role] = OptimizerOverride(lr_multiplier=2.0 ** round(math.log2(multiple)))
+        return rules
+
+    def needs_total_steps(self, config: PedyraConfig) -> bool:
+        """Fractions of the run need its length."""
+        return min(config.adjust_start, config.adjust_interval, config.adjust_end) < 1
+
+    def keeps_components(self, moment: Moment, trains: bool) -> str:
+        """While ranks still move, a new triple has e = 0 and is not dead."""
+        try:
+            plan = AdjustmentPlan.of(moment.config, moment.total_steps)
+        except ValueError:
+            return ""
+        if not trains or moment.step >= plan.end:
+            return ""
+        return f"PE-DyRA moves its ranks until step {plan.end}, and is at step {moment.step}; compact it after that."
+
+    def before_step(self, moment: Moment) -> None:
+        """Learn from the task's gradients, score the triples if it is time, then add the orthogonality gradient."""
+        config: PedyraConfig = moment.config
+        driver: Driver = moment.layers[0].drivers[moment.adapter]
+        plan = AdjustmentPlan.of(config, moment.total_steps)
+        step = moment.step + 1
+        if (
+            "scored" not in moment.shared
+        ):  # by the first of several optimizers, while all gradients are the task's
+            moment.shared["scored"] = True
+            layers = _adjustable(driver)
+            _check(driver, config, plan, layers, moment)
+            if not moment.skipped:
+                if plan.matters(step):
+                    update_averages(moment, layers, fresh=not plan.matters(step - 1))
+                if plan.due(step):
+                    moment.shared["scores"] = shared_with_all(
+                        triple_scores(moment, layers, step), layers[0].parameter("e", moment.adapter).device
+                    )
+            for layer in layers:
+                layer.gathered.pop(moment.adapter, None)
+                layer.gathering[moment.adapter] = config.uses_inputs and (
+                    plan.matters(step) or plan.matters(step + 1)
+                )
+        if config.ortho_weight:
+            add_orthogonality(moment, config.ortho_weight)
+
+    def after_step(self, moment: Moment) -> None:
+        """Adjust the ranks if it is time."""
+        scores = moment.shared.pop("scores", None)
+        if scores is None:
+            return
+        config: PedyraConfig = moment.config
+        driver: Driver = moment.layers[0].drivers[moment.adapter]
+        layers, step = _adjustable(driver), moment.step + 1
+        adjust(layers, moment.adapter, config, scores, step)
+        if not AdjustmentPlan.of(config, moment.total_steps).matters(step + 1):
+            for layer in layers:
+                for role in layer.running_roles:
+                    if role.startswith(("sensitivity", "uncertainty", "inputs")):
+                        layer.set_running(role, moment.adapter, None)
+
+    def metrics(self, moment: Moment) -> dict[str, float]:
+        """The smallest and the largest rank."""
+        ranks = [layer.rank(moment.adapter) for layer in moment.layers]
+        return {"pedyra_rank_min": float(min(ranks)), "pedyra_rank_max": float(max(ranks))}
+
+    def report(self, moment: Moment) -> dict[str, Any]:
+        """The schedule in steps, the adjustments done, and the next."""
+        done = len(read_record(moment.layers, moment.adapter))
+        try:
+            plan = AdjustmentPlan.of(moment.config, moment.total_steps)
+        except ValueError:
+            return {"adjustments_done": done}
+        ahead = range(moment.step + 1, plan.end + 1)
+        return {
+            "adjustments_done": done,
+            "adjustments_planned": plan.count,
+            "next_adjustment": next((step for step in ahead if plan.due(step)), None),
+            "total_rank": sum(layer.rank(moment.adapter) for layer in moment.layers),
+        }
+
+    def decided(self, layers: Mapping[str, AdapterLayer], adapter: str) -> list[dict[str, Any]]:
+        """The rank that every matrix has come to."""
+        return [{"module": name, "rank": layer.rank(adapter)} for name, layer in layers.items()]
+
+
+def adjustments(model: nn.Module, adapter: str = "default") -> list[Adjustment]:
+    """What was decided at every adjustment so far, in this run and those it continues.
+
+    Args:
+        model: A model with a PE-DyRA adapter.
+        adapter: The adapter's name.
+
+    Returns:
+        The adjustments in order; empty before the first.
+    """
+    for driver, layers in drivers_of(model):
+        if driver.adapter == adapter and isinstance(driver.method, Pedyra):
+            return read_record(layers, adapter)
+    return []
+
+
+def _adjustable(driver: Driver) -> list[PedyraLayer]:
+    """The adapter's layers that train, in model order."""
+    layers: list[PedyraLayer] = layers_of(driver)
+    trainable = [
+        layer
+        for layer in layers
+        if any(p.requires_grad for p in layer.adapter_parameters(driver.adapter).values())
+    ]
+    return trainable
+
+
+def _check(
+    driver: Driver, config: PedyraConfig, plan: AdjustmentPlan, layers: list[PedyraLayer], moment: Moment
+) -> None:
+    """Say before the first step what would keep ranks from moving.
+
+    Raises:
+        ScheduleError: Not a single adjustment could take place.
+    """
+    total = moment.total_steps
+    last = plan.end if total is None else min(plan.end, total)
+    if plan.start > last:
+        run = "" if total is None else f" in a run of {total} optimizer steps"
+        raise ScheduleError(
+            f"PedyraConfig(adjust_start={config.adjust_start}, adjust_end={config.adjust_end}) leaves no time for a "
+            f"single adjustment{run} (it would be from step {plan.start} to {last}), so ranks would never move; lower "
+            "adjust_start, raise adjust_end, or train longer."
+        )
+    ranks = [layer.rank(driver.adapter) for layer in layers]
+    prunable = sum(ranks) - len(ranks)
+    if config.mode != "expand" and not prunable and moment.step < plan.start:
+        raise ScheduleError(
+            f"PedyraConfig(r={config.r}) leaves no rank that could be pruned, since every layer keeps one; set r to "
+            "2 or more."
+        )
+    if total is not None and plan.end > total:
+        driver.tell(
+            "adjust_end",
+            f"PedyraConfig(adjust_end={config.adjust_end}) is after the end of training: there are {total} optimizer "
+            f"steps, and adjustments planned for later do not take place; set it to {total} or less.",
+        )
+    if config.mode == "both" and len(layers) == 1:
+        driver.tell(
+            "one layer",
+            f"only one layer ({layers[0].name!r}) is adapted, so PE-DyRA has nowhere to move its ranks to; adapt more "
+            "layers with target_modules.",
+        )
+    possible = {
+        "prune": (prunable, "ranks can be pruned, since every layer keeps one"),
+        "expand": (len(layers), "layers are adapted, and each gets one rank at most"),
+    }
+    for mode, (most, why) in possible.items():
+        if config.mode in (mode, "both") and config.adjust_size > most > 0 and moment.step < plan.start:
+            driver.tell(
+                "adjust_size",
+                f"PedyraConfig(adjust_size={config.adjust_size}) is more than can move at an adjustment: only {most} "
+                f"{why}; that many move. Set adjust_size to at most {most}.",
+            )

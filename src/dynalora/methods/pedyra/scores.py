@@ -1,0 +1,153 @@
+"""How much every triple matters: Algorithm 1, and the moving averages that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import distributed
+
+from dynalora.common.processes import grouped, process_count
+from dynalora.driver.driver import Moment
+from dynalora.methods.pedyra.layer import ROLES, PedyraLayer, in_use
+from dynalora.methods.pedyra.settings import PedyraConfig
+
+
+def _gradient(layer: PedyraLayer, role: str, adapter: str) -> torch.Tensor:
+    """The gradient as it stands; zero for a layer that took no part in this step."""
+    parameter = layer.parameter(role, adapter)
+    gradient = parameter.grad
+    found = torch.zeros_like(parameter) if gradient is None else gradient
+    return in_use(layer, role, adapter, found)
+
+
+def update_averages(moment: Moment, layers: list[PedyraLayer], fresh: bool) -> None:
+    """Eq. 3 for all layers at once, and the inputs' mean squares."""
+    config, adapter = moment.config, moment.adapter
+
+    def average(layer: PedyraLayer, role: str, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        found = layer.running(role, adapter)
+        if found is None or fresh:
+            dtype = torch.promote_types(layer.parameter("e", adapter).dtype, torch.float32)
+            found = torch.zeros(shape, dtype=dtype, device=device)
+            layer.set_running(role, adapter, found)
+        return found
+
+    if config.uses_gradients:
+        weights, gradients, sensitivity, uncertainty = [], [], [], []
+        for layer in layers:
+            for role in ROLES:
+                weight = in_use(layer, role, adapter, layer.parameter(role, adapter).detach())
+                mean = average(layer, f"sensitivity_{role}", weight.shape, weight.device)
+                weights.append(weight.to(mean.dtype))
+                gradients.append(_gradient(layer, role, adapter).to(mean.dtype))
+                sensitivity.append(mean)
+                uncertainty.append(average(layer, f"uncertainty_{role}", weight.shape, weight.device))
+        products = list(torch._foreach_mul(weights, gradients))
+        torch._foreach_abs_(products)
+        if isinstance(moment.grad_scale, torch.Tensor) or moment.grad_scale != 1.0:
+            torch._foreach_div_(products, cast(Any, moment.grad_scale))
+        torch._foreach_lerp_(sensitivity, products, 1 - config.beta1)
+        torch._foreach_sub_(products, sensitivity)
+        torch._foreach_abs_(products)
+        torch._foreach_lerp_(uncertainty, products, 1 - config.beta2)
+    if config.uses_inputs:
+        means = [
+            average(layer, "inputs", (layer.in_features,), layer.parameter("e", adapter).device)
+            for layer in layers
+        ]
+        seen = _gathered(layers, adapter, means)
+        torch._foreach_lerp_(means, seen, 1 - config.beta1)
+
+
+def _gathered(layers: list[PedyraLayer], adapter: str, means: list[torch.Tensor]) -> list[torch.Tensor]:
+    """This step's mean squares of the inputs, over all processes; a layer without input keeps its average."""
+    sums = []
+    for layer, mean in zip(layers, means, strict=True):
+        found = layer.gathered.get(adapter)
+        sums.append(mean.new_zeros(len(mean) + 1) if found is None else found.to(mean.device, mean.dtype))
+    if process_count() > 1 and grouped():
+        flat = torch.cat([one.to(means[0].device) for one in sums])
+        distributed.all_reduce(flat)
+        sums = [
+            part.to(one.device) for part, one in zip(flat.split([len(s) for s in sums]), sums, strict=True)
+        ]
+    result = []
+    for total, mean in zip(sums, means, strict=True):
+        now = total[:-1] / total[-1]
+        # Not finite without input, or where a gradient scaler is about to skip a step for an overflow.
+        result.append(torch.where(now.isfinite(), now, mean))
+    return result
+
+
+def triple_scores(moment: Moment, layers: list[PedyraLayer], step: int) -> list[torch.Tensor]:
+    """Every triple's score (Algorithm 1), float64 on the CPU, a tensor (r) per layer."""
+    config: PedyraConfig = moment.config
+    if config.importance == "random":
+        generator = generator_for(config, step, 1)
+        return [
+            torch.rand(layer.rank(moment.adapter), generator=generator, dtype=torch.float64)
+            for layer in layers
+        ]
+    parts = []
+    if config.uses_gradients:
+        parts.append(
+            (config.score_mix, [_gradient_scores(layer, moment.adapter, config) for layer in layers])
+        )
+    if config.uses_inputs:
+        parts.append((1 - config.score_mix, [_input_scores(layer, moment.adapter) for layer in layers]))
+    total = [torch.zeros(layer.rank(moment.adapter), dtype=torch.float64) for layer in layers]
+    for share, scores in parts:
+        on_cpu = [score.to("cpu", torch.float64) for score in scores]
+        mean = float(torch.cat(on_cpu).mean()) if config.normalize_scores else 1.0
+        for sum_so_far, score in zip(total, on_cpu, strict=True):
+            sum_so_far.add_(score, alpha=share / mean if mean > 0 else 0.0)
+    return total
+
+
+def _gradient_scores(layer: PedyraLayer, adapter: str, config: PedyraConfig) -> torch.Tensor:
+    """S_grad (eq. 4–5) of a layer's triples, (r)."""
+    norms = torch.stack([_gradient(layer, role, adapter).to(_wide(layer)).norm() for role in ROLES])
+    shares = norms / norms.sum().clamp_min(torch.finfo(norms.dtype).tiny)
+    result = torch.zeros(layer.rank(adapter), dtype=norms.dtype, device=norms.device)
+    for role, share in zip(ROLES, shares, strict=True):
+        sensitivity, uncertainty = (
+            cast(torch.Tensor, layer.running(f"{kind}_{role}", adapter)).to(norms.dtype)
+            for kind in ("sensitivity", "uncertainty")
+        )
+        score = sensitivity * uncertainty
+        if score.ndim == 2:
+            score = score.mean(1 - layer.rank_dims[role])
+        result += score * share if config.gradient_weighting else score
+    return result
+
+
+def _input_scores(layer: PedyraLayer, adapter: str) -> torch.Tensor:
+    """S_inp (eq. 6) of a layer's triples, (r)."""
+    down, e, up = (
+        in_use(layer, role, adapter, layer.parameter(role, adapter).detach()).to(_wide(layer))
+        for role in ROLES
+    )
+    inputs = cast(torch.Tensor, layer.running("inputs", adapter)).to(down.dtype)
+    score: torch.Tensor = e.abs() * (down.abs() @ inputs) * up.norm(dim=0)
+    return score
+
+
+def _wide(layer: PedyraLayer) -> torch.dtype:
+    # Products of products of small numbers: in float32 they could vanish.
+    return torch.float32 if next(layer.parameters()).device.type == "mps" else torch.float64
+
+
+def shared_with_all(scores: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """The first process's scores, so that no rounding can make another one decide differently."""
+    if not (process_count() > 1 and grouped()):
+        return scores
+    flat = torch.cat(scores).to(device)
+    distributed.broadcast(flat, 0)
+    return list(flat.cpu().split([len(score) for score in scores]))
+
+
+def generator_for(config: PedyraConfig, step: int, purpose: int) -> torch.Generator:
+    """Random numbers made of seed and step alone: the same on every process, and after resuming."""
+    return torch.Generator().manual_seed(((config.seed * 1_000_003 + step) * 2 + purpose) % 2**63)

@@ -1,0 +1,199 @@
+"""The settings of PE-DyRA, and the plan of adjustments that they make of a run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, cast, get_args
+
+from dynalora.adapter.gates import GatedConfig
+
+Mode = Literal["both", "prune", "expand"]
+Importance = Literal["score", "random"]
+
+# What an average has forgotten: older steps weigh less than this.
+_FORGOTTEN = 1e-9
+
+
+@dataclass
+class PedyraConfig(GatedConfig):
+    """Configuration of PE-DyRA. The shared settings are those of `dynalora.adapter.config.AdapterConfig`.
+
+    With `gates=True` there are those of `dynalora.adapter.gates.GatedConfig` too: d = e ⊙ g(x), and a new
+    triple brings its gate along.
+
+    `alpha` defaults to `r`. The scaling s = alpha / r stays what it is while ranks move.
+
+    Args:
+        adjust_start: First adjustment, as a number of optimizer steps, or as a fraction of the run if below 1.
+        adjust_interval: Steps between adjustments, likewise.
+        adjust_end: Last step at which an adjustment may take place, likewise.
+        adjust_size: k, the number of triples that move at each adjustment.
+        score_mix: Share of the gradients in the score; 1 leaves out the inputs, 0 the gradients.
+        beta1: β1, decay of the sensitivities' and the inputs' moving averages.
+        beta2: β2, decay of the uncertainties' moving averages.
+        ortho_weight: γ, weight of the orthogonality penalty.
+        mode: `"both"`; `"prune"` removes without expanding; `"expand"` adds without pruning.
+        importance: `"score"`, or `"random"` numbers in its place.
+        gradient_weighting: Weigh the parts of S_grad by their gradients' norms; False takes their plain sum.
+        normalize_scores: Divide S_grad and S_inp by their means before mixing them.
+        max_rank: The largest rank that a matrix can reach; None sets no limit. Where shapes must not change
+            (distributed training, or whenever this is given) memory for it is reserved.
+        seed: Seed of the new directions, and of random importance.
+        match_step: Multiply e's learning rate, matrix by matrix, so that a step moves the model's function about as far
+            as LoRA's (alpha = 2r) would with the optimizer's learning rate. False takes the optimizer's for all, as in
+            the paper, which needs many more steps.
+        use_dora: Train the norms of the adapted weight's rows apart from their directions (DoRA, Liu et al., 2024).
+        init_weights: All but False start as the base model: `"orthogonal"` with random orthonormal directions and
+            e = 0, as new triples do; True with factors drawn from N(0, 0.02²) and e = 0, as in the paper, which the
+            penalty has to bring to length 1 first; `"pissa"` with the weight's own largest singular triplets (Meng et
+            al., 2024). False starts with a random update, for tests.
+    """
+
+    adjust_start: float = field(
+        default=0.1, metadata={"help": "First adjustment: steps, or a fraction of the run below 1."}
+    )
+    adjust_interval: float = field(
+        default=0.05, metadata={"help": "Between adjustments: steps, or a fraction of the run below 1."}
+    )
+    adjust_end: float = field(
+        default=0.6, metadata={"help": "Last adjustment: steps, or a fraction of the run below 1."}
+    )
+    adjust_size: int = field(default=12, metadata={"help": "Triples that move at each adjustment."})
+    score_mix: float = field(default=0.5, metadata={"help": "Share of the gradients in the score."})
+    beta1: float = field(default=0.85, metadata={"help": "Decay of the sensitivities' moving averages."})
+    beta2: float = field(default=0.85, metadata={"help": "Decay of the uncertainties' moving averages."})
+    ortho_weight: float = field(default=0.1, metadata={"help": "Weight of the orthogonality penalty."})
+    mode: Mode = field(default="both", metadata={"help": "both, prune or expand."})
+    importance: Importance = field(default="score", metadata={"help": "score or random."})
+    gradient_weighting: bool = field(
+        default=True, metadata={"help": "Weigh the parts of a triple's score by their gradients' norms."}
+    )
+    normalize_scores: bool = field(
+        default=True, metadata={"help": "Divide both scores by their means before mixing them."}
+    )
+    max_rank: int | None = field(default=None, metadata={"help": "Largest rank that a matrix can reach."})
+    seed: int = field(default=0, metadata={"help": "Seed of the new directions."})
+    match_step: bool = field(
+        default=True,
+        metadata={"help": "Scale e's learning rate so that a step moves the function like LoRA's."},
+    )
+    use_dora: bool = field(
+        default=False, metadata={"help": "Train the norms of the weight's rows apart from their directions."}
+    )
+
+    init_weights: bool | Literal["orthogonal", "pissa"] = field(  # type: ignore[assignment]
+        default="orthogonal",
+        metadata={
+            "help": "orthogonal, True (the paper's small factors), pissa (singular triplets), or False for tests."
+        },
+    )
+
+    method: ClassVar[str] = "pedyra"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        start = self.init_weights
+        known = (True, False, "orthogonal", "pissa")
+        self._require(start in known, "init_weights", "'orthogonal', True, 'pissa' or False")
+        # Gates would not let the start cancel, and DoRA needs the norms of one fixed weight.
+        self._require(
+            not (self.gates and start == "pissa"),
+            "init_weights",
+            "'orthogonal', True or False with gates=True",
+        )
+        self._require(not (self.gates and self.use_dora), "use_dora", "False with gates=True")
+        for name in ("adjust_start", "adjust_interval", "adjust_end"):
+            value = getattr(self, name)
+            valid = _is_number(value) and (0 < value < 1 or (value >= 1 and value == int(value)))
+            self._require(valid, name, "a whole number of steps, or a fraction of the run between 0 and 1")
+        whole = isinstance(self.adjust_size, int) and not isinstance(self.adjust_size, bool)
+        self._require(whole and self.adjust_size > 0, "adjust_size", "a positive integer")
+        for name, top in (("score_mix", "1]"), ("beta1", "1)"), ("beta2", "1)")):
+            value = getattr(self, name)
+            valid = _is_number(value) and 0 <= value <= 1 and (value < 1 or top == "1]")
+            self._require(valid, name, f"in [0, {top}")
+        valid = _is_number(self.ortho_weight) and 0 <= self.ortho_weight < math.inf
+        self._require(valid, "ortho_weight", "a number of at least 0")
+        for name, choices in (("mode", get_args(Mode)), ("importance", get_args(Importance))):
+            self._require(getattr(self, name) in choices, name, f"one of {', '.join(map(repr, choices))}")
+        largest = self.max_rank
+        valid = largest is None or (
+            isinstance(largest, int) and not isinstance(largest, bool) and largest >= self.r
+        )
+        self._require(valid, "max_rank", f"an integer of at least r={self.r}, or None")
+        self._require(isinstance(self.seed, int), "seed", "an integer")
+        if (self.adjust_start < 1) == (self.adjust_end < 1):
+            self._require(
+                self.adjust_end >= self.adjust_start,
+                "adjust_end",
+                f"at least adjust_start={self.adjust_start}",
+            )
+
+    @property
+    def uses_gradients(self) -> bool:
+        """Whether scores need the gradients' averages."""
+        return self.importance == "score" and self.score_mix > 0
+
+    @property
+    def uses_inputs(self) -> bool:
+        """Whether scores need the inputs' averages."""
+        return self.importance == "score" and self.score_mix < 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class AdjustmentPlan:
+    """When ranks are adjusted, in optimizer steps counted from 1.
+
+    Attributes:
+        start: The first adjustment.
+        interval: Steps from one to the next.
+        end: The last step at which one may take place.
+        horizon: Steps before an adjustment that its scores remember.
+    """
+
+    start: int
+    interval: int
+    end: int
+    horizon: int
+
+    @classmethod
+    def of(cls, config: PedyraConfig, total_steps: int | None) -> AdjustmentPlan:
+        """The plan of a run.
+
+        Raises:
+            ValueError: A fraction is given, and the number of steps is unknown.
+        """
+
+        def steps(value: float, rounded: Any) -> int:
+            if value >= 1:
+                return int(value)
+            if not total_steps:
+                raise ValueError("a fraction of a run needs its number of steps")
+            return cast(int, rounded(round(value * total_steps, 6)))  # 0.1 · 30 is a little more than 3
+
+        decay = max(config.beta1, config.beta2)
+        return cls(
+            start=max(1, steps(config.adjust_start, math.ceil)),
+            interval=max(1, steps(config.adjust_interval, math.ceil)),
+            end=steps(config.adjust_end, math.floor),
+            horizon=math.ceil(math.log(_FORGOTTEN) / math.log(decay)) if decay else 1,
+        )
+
+    def due(self, step: int) -> bool:
+        """Whether ranks are adjusted after this step."""
+        return self.start <= step <= self.end and (step - self.start) % self.interval == 0
+
+    def matters(self, step: int) -> bool:
+        """Whether the next adjustment's scores remember this step."""
+        coming = self.start + max(0, -(-(step - self.start) // self.interval)) * self.interval
+        return step >= 1 and coming <= self.end and coming - step < self.horizon
+
+    @property
+    def count(self) -> int:
+        """Number of adjustments."""
+        return max(0, (self.end - self.start) // self.interval + 1)
