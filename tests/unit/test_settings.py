@@ -1,13 +1,22 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import pytest
 
 from dynalora.errors import ConfigError
-from dynalora.lab.settings import coerce, named_values, read_yaml, settings_from
+from dynalora.lab.settings import (
+    Setting,
+    Settings,
+    coerce,
+    describe,
+    named_values,
+    read_yaml,
+    settings_from,
+)
 
 
 @dataclass(frozen=True)
@@ -89,3 +98,106 @@ def test_lists_are_made_of_what_the_field_says() -> None:
     for wrong in (["x"], 0.1, [True]):
         with pytest.raises(ConfigError, match="rates must be a list"):
             coerce(wrong, list[float], "rates")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk(Settings, panel="Way"):
+    """How to walk.
+
+    Attributes:
+        steps: How far to go; None: to the end; 0: nowhere. Said in
+            two lines.
+        rate: How fast, see [`Sample`][tests.Sample].
+        pace: In words.
+    """
+
+    steps: Annotated[int | None, Setting("-s", least=0)] = None
+    rate: Annotated[float, Setting(above=0, below=1, panel="Speed")] = 0.5
+    pace: Annotated[list[str], Setting(choices=("slow", "fast"))] = field(default_factory=lambda: ["slow"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongWalk(Walk):
+    """How to walk far.
+
+    Attributes:
+        goal: Where to.
+        again: Go on.
+    """
+
+    unused: ClassVar[Mapping[str, Any]] = {"shoes": None}
+
+    goal: str
+    steps: int | None = 100
+    again: Annotated[bool, Setting(recorded=False)] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Same(Settings, like=Walk, absent="as before"):
+    """Like another walk.
+
+    Attributes:
+        goal: Where to.
+    """
+
+    goal: str = "home"
+    steps: int | None = None
+
+
+def test_a_field_says_all_there_is_to_say() -> None:
+    steps = describe(Walk)["steps"]
+    assert (steps.text, steps.summary, steps.absent) == (
+        "How far to go; None: to the end; 0: nowhere. Said in two lines.", "How far to go; 0: nowhere.", "to the end",
+    )  # fmt: skip
+    assert (steps.setting.alias, steps.panel, steps.default) == ("-s", "Way", None)
+    assert describe(Walk)["rate"].panel == "Speed"
+    assert describe(Walk)["pace"].default == ["slow"]
+
+
+def test_a_subclass_may_change_the_default_alone() -> None:
+    described = describe(LongWalk)
+    assert list(described) == ["goal", "steps", "again", "rate", "pace"]
+    assert (described["steps"].default, described["steps"].setting.alias, described["steps"].panel) == (
+        100,
+        "-s",
+        "Way",
+    )
+    assert described["steps"].summary == "How far to go; 0: nowhere."
+    assert (described["goal"].default, described["goal"].panel) == (MISSING, None)
+
+
+def test_descriptions_of_another_class_hold_for_equal_names() -> None:
+    steps, goal = (describe(Same)[name] for name in ("steps", "goal"))
+    assert (steps.summary, steps.absent, steps.setting.alias) == (
+        "How far to go; 0: nowhere.",
+        "as before",
+        "-s",
+    )
+    assert goal.absent is None
+
+
+def test_settings_of_a_run_leave_out_what_changes_no_result() -> None:
+    assert LongWalk(goal="sea", again=True).settings() == {
+        "goal": "sea", "steps": 100, "rate": 0.5, "pace": ["slow"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": -1}, "steps is -1; give a whole number of at least 0."),
+        ({"rate": 0.0}, "rate is 0.0; give a number above 0 and below 1."),
+        ({"rate": float("nan")}, "rate is nan; give a number above 0 and below 1."),
+        ({"pace": ["fast", "none"]}, "pace is 'none'; choose one of slow, fast."),
+    ],
+)
+def test_values_out_of_bounds_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        Walk(**values)
+    assert str(raised.value) == message
+
+
+def test_settings_that_never_had_an_effect_may_stand_in_old_files_only() -> None:
+    assert settings_from(LongWalk, {"goal": "sea", "shoes": None}) == LongWalk(goal="sea")
+    with pytest.raises(ConfigError, match="shoes is red, and this experiment does not use it"):
+        settings_from(LongWalk, {"goal": "sea", "shoes": "red"})

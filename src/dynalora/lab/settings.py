@@ -1,20 +1,256 @@
-"""Settings from YAML files and flags, checked against the fields of a dataclass."""
+"""Settings of jobs: dataclasses whose fields say everything of a setting once, read from YAML files and flags.
+
+A field has its name, its type and its default as in any dataclass; the class's docstring describes it under
+`Attributes:`. What is not said by these stands in a [`Setting`][dynalora.lab.settings.Setting] inside `Annotated`:
+a short flag, bounds, the group of flags in `--help`. The command line, the checks and the file `config.yaml` of a
+run folder all come from there.
+
+Modules with settings are imported to show `--help`, so they import nothing heavy on top: what a check needs of torch
+or PEFT is imported inside the check.
+"""
 
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import math
+import re
 import types
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
 from dynalora.errors import ConfigError
 
-Settings = TypeVar("Settings")
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a field of a settings class needs beyond its name, type, default and description.
+
+    Attributes:
+        alias: A second flag, such as `-m` or `--lr`.
+        name: The flag's name; None: the field's, with hyphens.
+        panel: Heading in `--help`; None: that of the class that declares the field.
+        metavar: What stands for the value in `--help`; None: what the type suggests.
+        positional: Whether it is an argument instead of a flag.
+        negative: The flag that switches it off; None: `--no-` and its name.
+        commas: Whether a list may be written with commas.
+        parse: Makes the value of the texts that were given; None: by the type.
+        merge: Whether flags add to what the settings file holds, instead of replacing it.
+        recorded: Whether it belongs into `config.yaml`; what does not change the result is left out.
+        least: The smallest number allowed.
+        above: All numbers above this one are allowed.
+        below: All numbers below this one are allowed.
+        choices: The values allowed, or a function that names them.
+    """
+
+    alias: str | None = None
+    name: str | None = None
+    panel: str | None = None
+    metavar: str | None = None
+    positional: bool = False
+    negative: str | None = None
+    commas: bool = False
+    parse: Callable[[list[str]], Any] | None = None
+    merge: bool = False
+    recorded: bool = True
+    least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: Sequence[str] | Callable[[], Sequence[str]] | None = None
+
+    def options(self) -> Sequence[str]:
+        """The values allowed; empty: all."""
+        return (self.choices() if callable(self.choices) else self.choices) or ()
+
+    def refusal(self, name: str, value: Any, *, whole: bool) -> str | None:
+        """Why a value is not allowed, with the remedy; None if it is allowed.
+
+        Args:
+            name: The field.
+            value: A single value.
+            whole: Whether the field takes whole numbers only.
+        """
+        options = self.options()
+        if options and value not in options:
+            return f"{name} is '{value}'; choose one of {', '.join(options)}."
+        if self.least is None and self.above is None and self.below is None:
+            return None
+        inside = (
+            math.isfinite(value)
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+        if inside:
+            return None
+        number = "a whole number" if whole else "a number"
+        if self.least is not None and self.below is not None:
+            return f"{name} is {value}; give {number} from {self.least:g} up to, but without, {self.below:g}."
+        limits = [
+            f"{words} {limit:g}"
+            for words, limit in (
+                ("of at least", self.least), ("above", self.above), ("below", self.below)
+            )
+            if limit is not None
+        ]  # fmt: skip
+        return f"{name} is {value}; give {number} {' and '.join(limits)}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of all settings classes.
+
+    `panel=` in the class statement names the heading of its flags in `--help`. `like=` names another settings class
+    whose descriptions, bounds and flags hold for fields of the same name; where such a field is None, its value comes
+    from elsewhere, which `absent=` says in words.
+    """
+
+    unused: ClassVar[Mapping[str, Any]] = {}
+    """Settings of older versions that had no effect, with the values at which files may still hold them."""
+    _panel: ClassVar[str | None] = None
+    _like: ClassVar[type[Settings] | None] = None
+    _absent: ClassVar[str | None] = None
+
+    def __init_subclass__(
+        cls, *, panel: str | None = None, like: type[Settings] | None = None, absent: str | None = None
+    ) -> None:
+        super().__init_subclass__()
+        cls._panel, cls._like, cls._absent = panel, like, absent
+
+    def __post_init__(self) -> None:
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse what cannot be; classes with rules of their own call `super()._check()` first.
+
+        Raises:
+            ConfigError: A value, named in one sentence with the remedy.
+        """
+        for name, described in describe(type(self)).items():
+            value = getattr(self, name)
+            for single in value if isinstance(value, (list, tuple)) else [value]:
+                if single is None or isinstance(single, Mapping):
+                    continue
+                refusal = described.setting.refusal(name, single, whole=int in described.types)
+                if refusal:
+                    raise ConfigError(refusal)
+
+    def settings(self) -> dict[str, Any]:
+        """What `config.yaml` holds: everything but what does not change the result; its own settings come first."""
+        return {
+            name: getattr(self, name)
+            for name, described in describe(type(self)).items()
+            if described.setting.recorded
+        }
+
+
+@dataclass(frozen=True)
+class Described:
+    """A field of a settings class with all that its declaration says.
+
+    Attributes:
+        name: The field's name.
+        hint: Its type, without `Annotated`.
+        setting: What `Annotated` adds.
+        text: Its description, from the docstring.
+        panel: Heading in `--help`.
+        default: Its default; `dataclasses.MISSING` if it must be given.
+        absent: What None stands for, in words; None if nothing says.
+    """
+
+    name: str
+    hint: Any
+    setting: Setting
+    text: str
+    panel: str | None
+    default: Any
+    absent: str | None
+
+    @property
+    def types(self) -> tuple[Any, ...]:
+        """The types that a value may have, without None."""
+        return tuple(kind for kind in _alternatives(self.hint) if kind is not type(None))
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the description, without what None stands for."""
+        return _NONE.sub("", _first_sentence(self.text)).strip()
+
+
+_NONE = re.compile(r";\s*None: ([^;]*?)(?=;|\.?$)")
+
+
+def describe(kind: type[Any]) -> dict[str, Described]:
+    """The fields of a settings class: those of the class itself first, then those of its bases.
+
+    A subclass that changes only a default keeps the description, the bounds and the flags of its base.
+    """
+    return _describe(
+        cast(Any, kind)
+    )  # a class is hashable, which mypy denies where its instances define a hash
+
+
+@functools.cache
+def _describe(kind: type[Any]) -> dict[str, Described]:
+    known = {item.name: item for item in fields(kind) if item.init}
+    annotated = get_type_hints(kind)
+    like = getattr(kind, "_like", None)
+    described = {}
+    for name in dict.fromkeys(name for base in kind.__mro__ for name in _declared(base) if name in known):
+        declaring = [base for base in kind.__mro__ if name in _declared(base)]
+        borrowed = [base for base in getattr(like, "__mro__", ()) if name in _declared(base)]
+        sources = declaring + borrowed
+        setting = next((found for base in sources if (found := _setting(base, name))), Setting())
+        text = next((texts[name] for base in sources if name in (texts := _descriptions(base))), "")
+        item = known[name]
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        none = _NONE.search(_first_sentence(text))
+        described[name] = Described(
+            name=name,
+            hint=annotated[name],
+            setting=setting,
+            text=text,
+            panel=setting.panel or getattr(sources[-1], "_panel", None),
+            default=default,
+            absent=kind._absent if borrowed else none and none[1].strip(),
+        )
+    return described
+
+
+def _declared(kind: type[Any]) -> dict[str, Any]:
+    return inspect.get_annotations(kind)
+
+
+def _setting(kind: type[Any], name: str) -> Setting | None:
+    extras = getattr(get_type_hints(kind, include_extras=True)[name], "__metadata__", ())
+    return next((extra for extra in extras if isinstance(extra, Setting)), None)
+
+
+def _descriptions(kind: type[Any]) -> dict[str, str]:
+    """The texts below `Attributes:` in a class's docstring, each on one line."""
+    _, _, section = inspect.cleandoc(kind.__dict__.get("__doc__") or "").partition("\nAttributes:\n")
+    texts: dict[str, str] = {}
+    name = ""
+    for line in section.splitlines():
+        start = re.match(r"    (\w+): (.*)", line)
+        if line and not line.startswith(" "):
+            break
+        if start:
+            name, texts[start[1]] = start[1], start[2]
+        elif name and line.strip():
+            texts[name] += " " + line.strip()
+    return texts
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=\.)\s+(?=[A-Z`])", text, maxsplit=1)[0]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -56,9 +292,7 @@ def defaults_of(kind: type[Any]) -> dict[str, Any]:
     return values | made
 
 
-def settings_from(
-    kind: type[Settings], values: Mapping[str, Any], *, source: str = "the settings"
-) -> Settings:
+def settings_from(kind: type[Kind], values: Mapping[str, Any], *, source: str = "the settings") -> Kind:
     """Make a settings dataclass from loosely typed values.
 
     Numbers may come as text (YAML 1.1 reads `2e-4` as text), whole numbers as floats, and lists as tuples.
@@ -72,6 +306,14 @@ def settings_from(
         ConfigError: An unknown name (with the closest known one), a missing one, or a value of the wrong kind.
     """
     known = {item.name: item for item in fields(kind) if item.init}  # type: ignore[arg-type]
+    unused: Mapping[str, Any] = getattr(kind, "unused", {})
+    for name in unused.keys() & values.keys():
+        if values[name] != unused[name]:
+            raise ConfigError(
+                f"{name} is {values[name]}, and this experiment does not use it: its runs are measured and saved at "
+                "their end; leave it out."
+            )
+    values = {name: value for name, value in values.items() if name not in unused}
     for name in values:
         if name not in known:
             raise ConfigError(f"Unknown setting '{name}' in {source}; {did_you_mean(name, known)}.")
@@ -135,7 +377,7 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
     Raises:
         ConfigError: It cannot be that.
     """
-    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    choices = _alternatives(hint)
     if value is None and type(None) in choices:
         return None
     for choice in choices:
@@ -147,8 +389,12 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
         for choice in choices
         if choice is not type(None)
     ]
-    wanted = " or ".join(words)
-    raise ConfigError(f"{name} must be {wanted}, got {value!r}.")
+    raise ConfigError(f"{name} must be {' or '.join(words)}, got {value!r}.")
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """The types that a union names; of another type, itself."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 _WORDS: dict[Any, str] = {
