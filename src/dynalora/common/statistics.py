@@ -9,7 +9,8 @@
 | a difference of two shares on the same items | Bonett and Price's, with McNemar's test |
 | a difference over several runs on the same items | Student's t, of both runs and items drawn at random |
 
-All are 95 % intervals unless said otherwise.
+All are 95 % intervals unless said otherwise. SciPy, which takes a moment to import and belongs to the extra `lab`, is
+imported where it is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from statistics import NormalDist, stdev
 from typing import Any
 
@@ -67,12 +67,11 @@ def wilson(correct: int, total: int, confidence: float = 0.95) -> Interval:
     """
     if total < 1 or not 0 <= correct <= total:
         raise ConfigError(f"{correct} of {total} is no share; give 0 ≤ correct ≤ total and total ≥ 1.")
-    z = normal_quantile(confidence)
-    share = correct / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-    # The exact ends at 0 and at `total` are 0 and 1; rounding must not put the estimate outside its interval.
-    return Interval(share, 0.0 if correct == 0 else centre - half, 1.0 if correct == total else centre + half)
+    normal_quantile(confidence)
+    from scipy.stats import binomtest
+
+    ends = binomtest(correct, total).proportion_ci(confidence, method="wilson")
+    return Interval(correct / total, float(ends.low), float(ends.high))
 
 
 def paired_difference(first: Sequence[bool], second: Sequence[bool], confidence: float = 0.95) -> Interval:
@@ -102,13 +101,15 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
         DataError: No items, or different numbers of them.
     """
     gained, lost = _discordant(first, second)
-    tosses = gained + lost
-    tail = sum(math.comb(tosses, k) for k in range(min(gained, lost) + 1))
-    return float(min(1.0, 2 * tail / 2**tosses))
+    if gained + lost == 0:
+        return 1.0
+    from scipy.stats import binomtest
+
+    return float(binomtest(gained, gained + lost).pvalue)
 
 
 def _discordant(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int]:
-    """How many items only `second` has right, and how many only `first`."""
+    """Numbers of items that only `second`, and that only `first`, has right."""
     if not first or len(first) != len(second):
         raise DataError(
             f"Paired comparison of {len(first)} and {len(second)} items; give both on the same items."
@@ -159,12 +160,13 @@ def crossed_difference(
             f"Paired comparison of {len(first)} and {len(second)} runs; give the same runs on the same items, at least "
             "two of these."
         )
-    apart = [
-        [b - a for a, b in zip(own, other, strict=True)] for own, other in zip(first, second, strict=True)
+    differences = [
+        [b - a for a, b in zip(before, after, strict=True)]
+        for before, after in zip(first, second, strict=True)
     ]
-    runs, items = len(apart), shape[0]
-    by_run = [math.fsum(run) / items for run in apart]
-    by_item = [math.fsum(run[index] for run in apart) / runs for index in range(items)]
+    runs, items = len(differences), shape[0]
+    by_run = [math.fsum(run) / items for run in differences]
+    by_item = [math.fsum(run[index] for run in differences) / runs for index in range(items)]
     mean = math.fsum(by_run) / runs
     parts = [(stdev(by_item) ** 2 / items, items - 1)]
     if runs > 1:
@@ -173,9 +175,11 @@ def crossed_difference(
     if variance == 0:
         return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0)
     degrees = max(1, int(variance**2 / math.fsum(part**2 / free for part, free in parts)))
+    from scipy.stats import t
+
     error = math.sqrt(variance)
     half = t_quantile(0.5 + confidence / 2, degrees) * error
-    return Difference(mean, mean - half, mean + half, max(0.0, 1 - _t_central(abs(mean) / error, degrees)))
+    return Difference(mean, mean - half, mean + half, float(2 * t.sf(abs(mean) / error, degrees)))
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -262,7 +266,7 @@ def ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
     value = math.fsum(sums) / whole
     if number < 2:
         return Estimate(value, 0.0)
-    spread = math.fsum((own - value * count) ** 2 for own, count in zip(sums, counts, strict=True))
+    spread = math.fsum((total - value * count) ** 2 for total, count in zip(sums, counts, strict=True))
     return Estimate(value, math.sqrt(spread / (number - 1) / number) / (whole / number))
 
 
@@ -285,32 +289,13 @@ def bootstrap(
     return Interval(value, min(low, value), max(high, value))
 
 
-@lru_cache
 def t_quantile(probability: float, degrees: int) -> float:
-    """The quantile of Student's t distribution, by bisection on its distribution function.
+    """The quantile of Student's t distribution.
 
     Args:
-        probability: In [0.5, 1).
+        probability: Between 0 and 1.
         degrees: Degrees of freedom, at least 1.
     """
-    low, high = 0.0, 1.0
-    while _t_central(high, degrees) < 2 * probability - 1:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_central(middle, degrees) < 2 * probability - 1 else (low, middle)
-    return (low + high) / 2
+    from scipy.stats import t
 
-
-def _t_central(t: float, degrees: int) -> float:
-    """P(|T| < t) for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    angle = math.atan2(t, math.sqrt(degrees))
-    cosine, sine = math.cos(angle), math.sin(angle)
-    odd = degrees % 2
-    term = cosine if odd else 1.0
-    total = 0.0
-    # 1 + cos²/2·(1 + 3/4·cos²·(…)) for even, cos·(1 + 2/3·cos²·(…)) for odd degrees.
-    for step in range(odd, degrees - 1, 2):
-        total += term
-        term *= cosine * cosine * (step + 1) / (step + 2)
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+    return float(t.ppf(probability, degrees))
