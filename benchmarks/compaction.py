@@ -98,7 +98,7 @@ def run_cell(cell: Cell, data_folder: Path, threads: int | None, console: Consol
     from peft import PeftModel
 
     import dynalora
-    from dynalora.evaluation.commonsense import load_choices
+    from dynalora.evaluation.run import prepare
     from dynalora.forgetting.retention import base_predictions, own_text, retention
     from dynalora.jobs.bench.training import ratios, sharing_copy
     from dynalora.jobs.finetune import adapter_config, load_model, load_tokenizer
@@ -110,7 +110,8 @@ def run_cell(cell: Cell, data_folder: Path, threads: int | None, console: Consol
     if threads is not None:
         torch.set_num_threads(threads)
     train, dev = (
-        load_choices(data_folder / "commonsense" / f"ARC-Easy.{split}.jsonl.gz") for split in ("train", "dev")
+        [item.choice for item in prepare("arc_easy", data=data_folder, split=split).items if item.choice]
+        for split in ("train", "dev")
     )
     held_out = {" ".join(choice.question.split()).casefold() for choice in dev}
     # A few dev questions stand among the training ones, too.

@@ -17,7 +17,7 @@ import transformers
 from dynalora.common.statistics import Interval, bootstrap, item_interval
 from dynalora.errors import ConfigError, DataError, UnsupportedError
 from dynalora.evaluation import metrics
-from dynalora.evaluation.benchmarks import BENCHMARKS, GROUPS, benchmark, commonsense_union
+from dynalora.evaluation.benchmarks import BENCHMARKS, GROUPS, benchmark
 from dynalora.evaluation.generation import chat_prompt, generate
 from dynalora.evaluation.harness import FORGETTING_SUITE
 from dynalora.evaluation.masked_lm import mask_windows
@@ -37,6 +37,7 @@ from dynalora.evaluation.run import (
     task_list,
 )
 from dynalora.evaluation.sources import Source
+from dynalora.lab.tasks import AnswerTask, load_experiment_task
 
 from . import benchmark_files, tiny
 
@@ -163,16 +164,18 @@ def test_splits_of_a_folder(folder: Path) -> None:
     assert prepare("arc_easy", data=folder, limit=3).items[2].reference == "answer2"
 
 
-def test_the_union_holds_rows_out_as_its_authors_do(folder: Path) -> None:
-    train, held = commonsense_union(folder, validation=7)
-    assert (len(train), len(held)) == (23, 7)
-    assert {item.prompt for item in train}.isdisjoint(item.prompt for item in held)
-    assert commonsense_union(folder, validation=7) == (train, held)
-    first: Any = held[0].conversation()
+def test_the_union_is_trained_on_with_rows_held_out(folder: Path) -> None:
+    task = load_experiment_task("commonsense_union -> svamp", data=folder, by_generation=True)
+    train, held = task.validation(7)
+    assert isinstance(held, AnswerTask)
+    assert (len(train.items), len(held.held_out)) == (23, 7)
+    assert {item.question for item in train.items}.isdisjoint(item.question for item in held.held_out)
+    assert task.validation(7) == (train, held)
+    first = held.held_out[0].conversation()
     assert [turn["role"] for turn in first] == ["user", "assistant"]
     assert first[1]["content"].startswith("the correct answer is")
-    with pytest.raises(DataError, match="has 30 training rows, too few to hold 120 out"):
-        commonsense_union(folder)
+    with pytest.raises(ConfigError, match=r"120 questions .* cannot be set aside of the 30"):
+        task.validation(120)
 
 
 # --- answers out of texts -----------------------------------------------------------------------------------

@@ -10,9 +10,16 @@ from typing import Any
 import pytest
 
 from dynalora.errors import DataError
-from dynalora.evaluation.commonsense import choice_from, load_choices
+from dynalora.evaluation.commonsense import choice_from
+from dynalora.evaluation.files import file_rows
+from dynalora.evaluation.multiple_choice import Choice
+from dynalora.evaluation.sources import Source
 
 from . import tiny
+
+
+def load_choices(path: Path) -> list[Choice]:
+    return [choice_from(row, f"'{path}', {where}") for where, row in file_rows(path)]
 
 
 def row(*options: str, answer: int = 1, word: str = "answer", question: str = "Why: how?") -> dict[str, Any]:
@@ -73,7 +80,7 @@ def test_a_file_with_and_without_gzip(tmp_path: Path, packed: bool) -> None:
     if packed:
         file = tmp_path / "some.jsonl.gz"
         file.write_bytes(gzip.compress((tmp_path / "some.jsonl").read_bytes()))
-    first, second = load_choices(str(file))
+    first, second = load_choices(file)
     assert first.options == ("a", "b")
     assert second.item.answer == "e"
 
@@ -123,10 +130,9 @@ def test_a_malformed_row_is_named_with_file_row_and_remedy(
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
-    file = tmp_path / "some.jsonl"
-    file.write_bytes(content)
+    (tmp_path / "some.test.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=message):
-        load_choices(file)
+        Source("some").rows(folder=tmp_path)
 
 
 def test_a_missing_or_cut_off_file_is_refused(tmp_path: Path) -> None:

@@ -404,6 +404,21 @@ def test_the_union_is_learned_in_words_or_by_its_options(benchmarks: Path) -> No
     assert own.items[0].answer == "the correct answer is answer1"
 
 
+def test_what_has_no_training_rows_is_known_by_its_error_and_not_by_its_words(
+    benchmarks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = ("commonsense -> piqa", "commonsense_union -> piqa", "arithmetic -> piqa")
+    lengths = [len(load_experiment_task(source, data=benchmarks).items) for source in sources]
+    monkeypatch.setattr(DataError, "__str__", lambda error: "said in other words")
+    assert [len(load_experiment_task(source, data=benchmarks).items) for source in sources] == lengths
+
+
+def test_a_damaged_union_is_told_and_not_replaced(benchmarks: Path) -> None:
+    (benchmarks / "commonsense" / "commonsense_170k.train.jsonl").write_text("{", encoding="utf-8")
+    with pytest.raises(DataError, match=r"commonsense_170k.*not valid JSON"):
+        load_experiment_task("commonsense_union -> piqa", data=benchmarks)
+
+
 def test_instruction_data_is_trained_on_and_mixed_with_benchmarks(benchmarks: Path) -> None:
     taught = load_experiment_task(f"{benchmarks / 'taught.jsonl'} -> svamp", data=benchmarks)
     # "2 + 1?" and "3 + 1?" are measured, however they are spaced.

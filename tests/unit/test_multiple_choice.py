@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from dynalora.common.statistics import ratio
 from dynalora.errors import ConfigError, DataError, UnsupportedError
 from dynalora.evaluation import multiple_choice
 from dynalora.evaluation.generation import chat_prompt
@@ -237,10 +238,11 @@ def test_losses_of_the_right_options() -> None:
     assert scores.right_counts == (1, 2, 3)
     assert scores.right_loss.value == pytest.approx(3.0)
     assert scores.right_loss.error == pytest.approx(statistics.stdev([1, 2, 6]) / math.sqrt(3))
-    assert scores.right_loss_per_token.value == pytest.approx(9 / 6)
+    per_token = ratio(scores.right_losses, scores.right_counts)
+    assert per_token.value == pytest.approx(9 / 6)
     # Ratio estimate: residuals 1 − 1.5, 2 − 3, 6 − 4.5; mean number of tokens 2.
     spread = math.sqrt((0.25 + 1 + 2.25) / 2 / 3) / 2
-    assert scores.right_loss_per_token.error == pytest.approx(spread)
+    assert per_token.error == pytest.approx(spread)
 
 
 def test_a_single_question_has_no_standard_error() -> None:

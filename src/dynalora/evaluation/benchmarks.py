@@ -8,6 +8,7 @@ any task of lm-evaluation-harness.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from dynalora.evaluation.commonsense import choice_from
 from dynalora.evaluation.metrics import Metric
 from dynalora.evaluation.multiple_choice import Choice
 from dynalora.evaluation.numbers import final_number, number, solution_from
-from dynalora.evaluation.sources import Source
+from dynalora.evaluation.sources import MissingSplitError, Source
 
 How = Literal["generate", "code", "classify", "extract", "perplexity", "masked perplexity"]
 
@@ -540,7 +541,6 @@ UNION_NAME = "commonsense_union"
 """What the union is called where something to train on is named."""
 
 UNION = Source("commonsense/commonsense_170k", "zwhe99/commonsense_170k", splits={"train": "train"})
-UNION_VALIDATION = 120
 
 
 def commonsense_rows(folder: Any = None) -> list[Example]:
@@ -559,15 +559,12 @@ def commonsense_rows(folder: Any = None) -> list[Example]:
     rows: list[tuple[str, Mapping[str, Any]]] = []
     try:
         rows = UNION.rows("train", folder=folder)[1]
-    except DataError:
-        if folder is None:
-            raise
+    except MissingSplitError:
         for name in GROUPS["commonsense"]:
-            try:
+            with contextlib.suppress(MissingSplitError):
                 rows += BENCHMARKS[name].source.rows("train", folder=folder)[1]
-            except DataError as error:
-                if "has no split" not in str(error):
-                    raise
+        if not rows:
+            raise
     return [_union_item(row, where) for where, row in rows]
 
 
@@ -582,38 +579,3 @@ def _union_item(row: Mapping[str, Any], where: str) -> Example:
     except DataError:  # a response to learn all the same
         return plain
     return replace(plain, choice=read.choice)
-
-
-def commonsense_union(
-    folder: Any = None, *, validation: int = UNION_VALIDATION, seed: int = 42
-) -> tuple[list[Example], list[Example]]:
-    """The training rows of all eight commonsense tasks together, and the rows held out of them for validation.
-
-    As in LLM-Adapters' training script: shuffled with `datasets`' `train_test_split` at seed 42, 120 rows for
-    validation.
-
-    Args:
-        folder: As for [`commonsense_rows`][dynalora.evaluation.benchmarks.commonsense_rows].
-        validation: Rows to hold out.
-        seed: Fixes which.
-
-    Returns:
-        Training and validation items; prompt and response are as the rows have them.
-
-    Raises:
-        DataError: There are no rows, or not more than `validation` of them.
-    """
-    import datasets
-
-    examples = commonsense_rows(folder)
-    if len(examples) <= validation:
-        raise DataError(
-            f"The commonsense union has {len(examples)} training rows, too few to hold {validation} out; "
-            "give a folder with commonsense/*.train.jsonl.gz, or a smaller validation."
-        )
-    parts = datasets.Dataset.from_dict({"place": list(range(len(examples)))}).train_test_split(
-        test_size=validation, shuffle=True, seed=seed
-    )
-    return [examples[place] for place in parts["train"]["place"]], [
-        examples[place] for place in parts["test"]["place"]
-    ]

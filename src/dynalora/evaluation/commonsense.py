@@ -15,38 +15,16 @@ learn to say an option but not to name its number.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from dynalora.errors import DataError
-from dynalora.evaluation.files import file_rows
-from dynalora.evaluation.multiple_choice import Choice
+from dynalora.evaluation.multiple_choice import Choice, choice_problem
 
 _FORMAT = re.compile(r"\s*Answer format:\s*(\S+)\s*$")
 _LEAD = re.compile(r"^Please [^:\n]*:\s*")
 _REMEDY = "give rows as in the LLM-Adapters commonsense files, or leave this one out"
-
-
-def load_choices(path: str | os.PathLike[str]) -> list[Choice]:
-    """The questions of one file, in its order.
-
-    Args:
-        path: a `.jsonl` or `.jsonl.gz` file.
-
-    Returns:
-        One question per row.
-
-    Raises:
-        DataError: The file cannot be read or is empty, or a row is malformed; file, row and remedy are named.
-    """
-    file = Path(path)
-    choices = [choice_from(row, f"'{file}', {where}") for where, row in file_rows(file)]
-    if not choices:
-        raise DataError(f"'{file}' holds no row; give a file with at least one.")
-    return choices
 
 
 def choice_from(row: Mapping[str, Any], where: str = "the row") -> Choice:
@@ -83,9 +61,8 @@ def choice_from(row: Mapping[str, Any], where: str = "the row") -> Choice:
         position = mark.end()
     ends = [start for start, _ in marks[1:]] + [len(body)]
     options = tuple(body[start:end].strip() for (_, start), end in zip(marks, ends, strict=True))
-    try:
-        return Choice(_LEAD.sub("", body[: marks[0][0]]).strip(), options, labels.index(answer))
-    except DataError as error:
-        raise DataError(
-            f"{where}: {str(error)[0].lower()}{str(error)[1:].rstrip('.')}, or leave it out."
-        ) from error
+    question, right = _LEAD.sub("", body[: marks[0][0]]).strip(), labels.index(answer)
+    problem = choice_problem(question, options, right)
+    if problem is not None:
+        raise DataError(f"{where}: {problem}, or leave it out.")
+    return Choice(question, options, right)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError
 from dynalora.evaluation.causal import continued
-from dynalora.evaluation.seq2seq import is_encoder_decoder, pad_right
+from dynalora.evaluation.padding import padded
+from dynalora.evaluation.seq2seq import is_encoder_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,13 +86,13 @@ def generate(
     padding = padding_id(model, tokenizer)
     device = next(model.parameters()).device
     stopping = {"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}
-    padded = pad_right if is_encoder_decoder(model) else pad_left
+    side: Literal["left", "right"] = "right" if is_encoder_decoder(model) else "left"
     answers = [""] * len(ids)
     done = 0
     progress(what, 0, len(ids))
     with evaluating(model), torch.inference_mode():
         for batch in batches_by_length([len(prompt_ids) for prompt_ids in ids], batch_size):
-            tokens, mask = padded([ids[index] for index in batch], padding)
+            tokens, mask = padded([ids[index] for index in batch], padding, side)
             written = continued(
                 model, tokens.to(device), mask.to(device), do_sample=False, num_beams=1,
                 max_new_tokens=max_new_tokens, pad_token_id=padding, use_cache=True,
@@ -121,17 +122,6 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
     """Indices in batches of similar length, longest first; equal lengths keep their order."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def pad_left(rows: Sequence[Sequence[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ids as one tensor (B, T), padded on the left, with its attention mask (B, T), both int64."""
-    longest = max(len(row) for row in rows)
-    tokens = torch.full((len(rows), longest), padding, dtype=torch.long)
-    mask = torch.zeros((len(rows), longest), dtype=torch.long)
-    for index, row in enumerate(rows):
-        tokens[index, longest - len(row) :] = torch.tensor(list(row), dtype=torch.long)
-        mask[index, longest - len(row) :] = 1
-    return tokens, mask
 
 
 def padding_id(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> int:

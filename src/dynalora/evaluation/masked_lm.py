@@ -25,6 +25,7 @@ from dynalora.common.progress import Progress, silent
 from dynalora.common.statistics import Estimate, Interval, ratio
 from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.generation import batches_by_length, evaluating, padding_id
+from dynalora.evaluation.padding import padded
 from dynalora.evaluation.perplexity import exponential
 
 if TYPE_CHECKING:
@@ -239,18 +240,14 @@ def masked_lm_perplexity(
     progress(what, 0, len(text.rows))
     with evaluating(model), torch.inference_mode():
         for batch in batches_by_length([len(row) for row in text.rows], batch_size):
-            longest = max(len(text.rows[index]) for index in batch)
-            ids = torch.full((len(batch), longest), padding)
-            mask = torch.zeros_like(ids)
-            labels = torch.full_like(ids, -1)
             # Padded on the right: encoders count their positions from the left, some from the first token that is no
             # padding, which is the same here.
+            ids, mask = padded([text.rows[index] for index in batch], padding, "right")
+            labels = torch.full_like(ids, -1)
             for row, index in enumerate(batch):
-                tokens = torch.tensor(text.rows[index])
                 places = torch.tensor(text.masked[index])
-                ids[row, : len(tokens)] = tokens.index_fill(0, places, text.mask_id)
-                mask[row, : len(tokens)] = 1
-                labels[row, places] = tokens[places]
+                labels[row, places] = ids[row, places]
+                ids[row, places] = text.mask_id
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
             scored = labels >= 0
             losses = F.cross_entropy(

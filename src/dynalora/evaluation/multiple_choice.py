@@ -26,13 +26,8 @@ from dynalora.common.progress import Progress, silent
 from dynalora.common.statistics import Estimate, Interval, ratio, wilson
 from dynalora.errors import ConfigError, DataError, UnsupportedError
 from dynalora.evaluation.causal import causal_pass
-from dynalora.evaluation.generation import (
-    batches_by_length,
-    chat_prompt,
-    evaluating,
-    pad_left,
-    padding_id,
-)
+from dynalora.evaluation.generation import batches_by_length, chat_prompt, evaluating, padding_id
+from dynalora.evaluation.padding import padded
 from dynalora.evaluation.scoring import answer_loss
 from dynalora.evaluation.tasks import Item
 
@@ -58,22 +53,28 @@ class Choice:
     right: int
 
     def __post_init__(self) -> None:
-        if not self.question.strip():
-            raise DataError("The question is empty; give its text.")
-        if len(self.options) < 2:
-            raise DataError(f"The question has {len(self.options)} options; give at least two.")
-        for place, option in enumerate(self.options, start=1):
-            if not option.strip():
-                raise DataError(f"Option {place} is empty; give its text.")
-        if not 0 <= self.right < len(self.options):
-            raise DataError(
-                f"The right option has index {self.right}; give one from 0 to {len(self.options) - 1}."
-            )
+        problem = choice_problem(self.question, self.options, self.right)
+        if problem is not None:
+            raise DataError(f"{problem[0].upper()}{problem[1:]}.")
 
     @property
     def item(self) -> Item:
         """The question with the right option's text as its answer, for training."""
         return Item(self.question, self.options[self.right])
+
+
+def choice_problem(question: str, options: Sequence[str], right: int) -> str | None:
+    """What is wrong with a question and its options, and what to do about it, as part of a sentence; None: nothing."""
+    if not question.strip():
+        return "the question is empty; give its text"
+    if len(options) < 2:
+        return f"the question has {len(options)} options; give at least two"
+    for number, option in enumerate(options, start=1):
+        if not option.strip():
+            return f"option {number} is empty; give its text"
+    if not 0 <= right < len(options):
+        return f"the right option has index {right}; give one from 0 to {len(options) - 1}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,6 @@ class OptionScores:
     def right_loss(self) -> Estimate:
         """Mean negative log-likelihood of the right option, in nats per question."""
         return ratio(self.right_losses, [1] * len(self.right))
-
-    @property
-    def right_loss_per_token(self) -> Estimate:
-        """The same in nats per token, every token counting the same."""
-        return ratio(self.right_losses, self.right_counts)
 
 
 def option_scores(
@@ -239,7 +235,7 @@ def _shared(
     progress(what, 0, len(prompts))
     with evaluating(model), torch.inference_mode():
         for batch in batches_by_length(lengths, batch_size):
-            tokens, mask = pad_left([prompts[index] for index in batch], padding)
+            tokens, mask = padded([prompts[index] for index in batch], padding, "left")
             rows = [option for index in batch for option in options[index]]
             owners = [place for place, index in enumerate(batch) for _ in options[index]]
             losses = _continuations(model, tokens.to(device), mask.to(device), rows, owners, padding)
@@ -272,12 +268,8 @@ def _continuations(
     device = tokens.device
     owner = torch.tensor(owners, device=device)
     longest = max(map(len, rows))
-    aims = torch.full((len(rows), longest), padding, dtype=torch.long)
-    real = torch.zeros((len(rows), longest), dtype=torch.bool)
-    for index, row in enumerate(rows):
-        aims[index, : len(row)] = torch.tensor(row)
-        real[index, : len(row)] = True
-    aims, real = aims.to(device), real.to(device)
+    aims, present = (tensor.to(device) for tensor in padded(rows, padding, "right"))
+    real = present.bool()
     logits, cache = causal_pass(model, tokens, mask, keep=1, use_cache=True)
     first = F.log_softmax(logits[:, -1].float(), dim=-1)
     total = first[owner, aims[:, 0]]

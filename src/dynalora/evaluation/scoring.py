@@ -15,7 +15,8 @@ from dynalora.common.progress import Progress, silent
 from dynalora.common.statistics import Interval, wilson
 from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.causal import causal_pass
-from dynalora.evaluation.generation import batches_by_length, evaluating, generate, pad_left, padding_id
+from dynalora.evaluation.generation import batches_by_length, evaluating, generate, padding_id
+from dynalora.evaluation.padding import padded
 from dynalora.evaluation.seq2seq import is_encoder_decoder, taught_logits
 
 if TYPE_CHECKING:
@@ -186,8 +187,8 @@ def _answer_logits(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (B, K, V) at the places of the labelled tokens, and those tokens (B, K), −100 where there is none."""
     device = next(model.parameters()).device
-    tokens, mask = pad_left([row["input_ids"] for row in rows], padding)
-    labels, _ = pad_left([row["labels"] for row in rows], IGNORED_LABEL)
+    tokens, mask = padded([row["input_ids"] for row in rows], padding, "left")
+    labels, _ = padded([row["labels"] for row in rows], IGNORED_LABEL, "left")
     # Padded on the left all answers end together, so only the last few positions need logits.
     first = int((labels[:, 1:] != IGNORED_LABEL).any(dim=0).nonzero()[0])
     wanted = labels[:, first + 1 :].to(device)

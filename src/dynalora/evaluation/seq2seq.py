@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 
 from dynalora.common.names import IGNORED_LABEL
+from dynalora.evaluation.padding import padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Seq2SeqCollator",
     "is_encoder_decoder",
-    "pad_right",
     "question_room",
     "shortened",
     "taught_logits",
@@ -88,8 +88,8 @@ class Seq2SeqCollator:
 
 def _padded(rows: Sequence[Mapping[str, Any]], padding: int) -> dict[str, torch.Tensor]:
     parts = [_parted(row) for row in rows]
-    ids, mask = pad_right([question for question, _ in parts], padding)
-    labels, _ = pad_right([answer for _, answer in parts], IGNORED_LABEL)
+    ids, mask = padded([question for question, _ in parts], padding, "right")
+    labels, _ = padded([answer for _, answer in parts], IGNORED_LABEL, "right")
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -98,11 +98,3 @@ def _parted(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     labels = list(row["labels"])
     start = next((place for place, label in enumerate(labels) if label != IGNORED_LABEL), len(labels))
     return list(row["input_ids"][:start]), labels[start:]
-
-
-def pad_right(rows: Sequence[Sequence[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ids as one tensor (B, T), padded on the right, with its attention mask (B, T), both int64."""
-    wide = [torch.tensor(list(row), dtype=torch.long) for row in rows]
-    tokens = torch.nn.utils.rnn.pad_sequence(wide, batch_first=True, padding_value=padding)
-    ones = [torch.ones_like(row) for row in wide]
-    return tokens, torch.nn.utils.rnn.pad_sequence(ones, batch_first=True)

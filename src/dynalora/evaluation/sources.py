@@ -24,6 +24,11 @@ from dynalora.evaluation.files import (
     text_lines,
 )
 
+
+class MissingSplitError(DataError):
+    """A source has no such split; other splits of it may be there."""
+
+
 Row = tuple[str, Mapping[str, Any]]
 """Where a row lies, for errors, and its fields."""
 
@@ -68,7 +73,8 @@ class Source:
             The split that was read, and its rows.
 
         Raises:
-            DataError: There is no such split, or it cannot be read, or it is empty.
+            MissingSplitError: There is no such split.
+            DataError: The folder is missing, or the split cannot be read or is empty.
         """
         if split is not None:
             split = SAME_SPLIT.get(split, split)
@@ -87,7 +93,7 @@ class Source:
         if chosen is None or chosen not in files:
             wanted = f"split '{chosen}'" if chosen else "split test or dev"
             there = f"there is {', '.join(sorted(files))}" if files else "there is none of its files"
-            raise DataError(
+            raise MissingSplitError(
                 f"'{self.file}' has no {wanted} in '{folder}' ({there}); name another split, or put "
                 f"'{self.file}.{chosen or 'test'}{kinds[0]}' there."
             )
@@ -97,12 +103,12 @@ class Source:
 
     def _hub(self, split: str | None) -> tuple[str, Iterator[Row]]:
         if not self.hub:
-            raise DataError(
+            raise MissingSplitError(
                 f"'{self.file}' has no usual place on the Hub; give a folder that holds '{self.file}.test.jsonl'."
             )
         chosen = split or next((name for name in _MEASURED_ON if name in self.splits), None)
         if chosen is None or chosen not in self.splits:
-            raise DataError(
+            raise MissingSplitError(
                 f"'{self.hub}' has no split '{chosen or 'test'}'; its splits are {', '.join(self.splits)}."
             )
         return chosen, self._hub_rows(self.splits[chosen])

@@ -35,7 +35,8 @@ from dynalora.common.progress import Progress, silent
 from dynalora.common.statistics import ratio
 from dynalora.errors import ConfigError, UnsupportedError
 from dynalora.evaluation.causal import continued
-from dynalora.evaluation.generation import chat_prompt, end_ids, evaluating, pad_left, padding_id
+from dynalora.evaluation.generation import chat_prompt, end_ids, evaluating, padding_id
+from dynalora.evaluation.padding import padded
 from dynalora.evaluation.scoring import last_logits
 
 if TYPE_CHECKING:
@@ -345,7 +346,7 @@ def _sample(
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
-            given, mask = pad_left(batch, padding)
+            given, mask = padded(batch, padding, "left")
             output = continued(
                 model, given.to(device), mask.to(device), do_sample=True, num_beams=1,
                 max_new_tokens=tokens, pad_token_id=padding, use_cache=True,
@@ -550,7 +551,7 @@ def _written(
 ) -> list[torch.Tensor]:
     """For each text of a batch the logits (tokens written, V) that predict the tokens the model wrote."""
     device = next(model.parameters()).device
-    tokens, mask = pad_left([text.rows[index] for index in batch], 0)
+    tokens, mask = padded([text.rows[index] for index in batch], 0, "left")
     counts = [len(text.rows[index]) - text.starts[index] for index in batch]
     with adapters_off(model) if off else nullcontext():
         logits = last_logits(model, tokens.to(device), mask.to(device), max(counts) + 1)

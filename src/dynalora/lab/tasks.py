@@ -73,7 +73,7 @@ from dynalora.evaluation.run import (
 )
 from dynalora.evaluation.scoring import AnswerLoss, answer_loss
 from dynalora.evaluation.seq2seq import is_encoder_decoder
-from dynalora.evaluation.sources import Row
+from dynalora.evaluation.sources import MissingSplitError, Row
 from dynalora.evaluation.spans import mark_answers, read_windows
 from dynalora.evaluation.tasks import Item, load_task
 from dynalora.lab.data import (
@@ -1033,9 +1033,7 @@ def _group_lessons(name: str, group: Sequence[str], wanted: _Wanted) -> Iterator
     for known in map(benchmark, group):
         try:
             rows = _training_rows(known, wanted)
-        except DataError as error:
-            if "has no split" not in str(error) and "no usual place" not in str(error):
-                raise
+        except MissingSplitError as error:
             first = first or error
             continue
         none = False
