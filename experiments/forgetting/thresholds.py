@@ -18,9 +18,10 @@ from rich.console import Console
 from dynalora.common.files import write_file
 from dynalora.common.statistics import mean_interval
 from dynalora.forgetting.recovery import low_rank_modules, zero_updates
-from dynalora.jobs.stages.forgetting import stage_folder
-from dynalora.lab.lab import ADAPTER, Lab, LabSettings, read_landscape
+from dynalora.jobs.stages.stage_files import ADAPTER, read_landscape, stage_folder
+from dynalora.lab.lab_settings import LabSettings
 from dynalora.lab.report import Table, markdown_table
+from dynalora.lab.workbench import Workbench
 
 PARTS = (0.2, 0.5)
 DRAWS = 2
@@ -30,7 +31,7 @@ def main(data: Path, out: Path, method: str, questions: int) -> None:
     """Measure all of it and write the table."""
     source = str(data / "commonsense" / "ARC-Easy")
     how = LabSettings(held_out=questions, system="Answer.", max_length=200, dtype="float32", threads=1)
-    lab = Lab(how, [source], Console())
+    lab = Workbench(how, [source], Console())
     run = out / method
     landscape = read_landscape(stage_folder(run, 42, "initial"))
     names = [row.module for row in landscape]

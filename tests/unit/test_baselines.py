@@ -22,7 +22,7 @@ from dynalora.jobs.finetune import (
     finetune,
     method_names,
 )
-from dynalora.jobs.stages.forgetting import ForgettingSpec
+from dynalora.jobs.stages.settings import ForgettingSpec
 from dynalora.lab import training
 from dynalora.lab.baselines import BASELINES, driver_of, edits_base, label_of, optimizer_of
 from dynalora.lab.run_folder import RunFolder

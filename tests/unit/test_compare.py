@@ -24,17 +24,12 @@ from dynalora.errors import ConfigError, DataError, RunFolderError, TrainingErro
 from dynalora.evaluation.run import measure, prepare
 from dynalora.forgetting.retention import given_text, own_text, retention
 from dynalora.jobs.compare import cell as compare_cell
-from dynalora.jobs.compare import report as compare_report
-from dynalora.jobs.compare import run as compare
-from dynalora.jobs.compare.run import (
-    Cell,
-    CellStore,
-    CompareSpec,
-    Comparison,
-    run_compare,
-    shared_settings,
-    variant_from,
-)
+from dynalora.jobs.compare import planning, plots, runner, summaries, tables, writing
+from dynalora.jobs.compare.contestants import Cell
+from dynalora.jobs.compare.grid import Comparison
+from dynalora.jobs.compare.run import run_compare
+from dynalora.jobs.compare.settings import CompareSpec, variant_from
+from dynalora.jobs.compare.store import CellStore, shared_settings
 from dynalora.jobs.finetune import MONITORED_LENGTH, load_model, load_tokenizer
 from dynalora.lab.report import Table, latex_table, markdown_table
 
@@ -186,12 +181,12 @@ def test_a_task_that_is_trained_elsewhere_is_compared_by_its_mean(place: Path) -
     assert score["accuracy"] == pytest.approx(
         (sum(score["correct"][:4]) / 4 + sum(score["correct"][4:]) / 2) / 2
     )
-    (base, first, second) = compare_report.summaries(comparison)["mixed"]
+    (base, first, second) = summaries.summaries(comparison)["mixed"]
     assert base.accuracy is not None
     assert base.accuracy.value == pytest.approx(cells["mixed/base"]["test"]["accuracy"])
     assert {"colour", "sums"} <= set(first.metrics)
     assert second.accuracy_apart is not None
-    table = compare_report.result_table(comparison, "mixed", [base, first, second])
+    table = tables.result_table(comparison, "mixed", [base, first, second])
     assert {"colour", "sums"} <= set(table.columns)
     assert "accuracy is the unweighted mean of theirs" in table.note
 
@@ -248,7 +243,7 @@ def test_cells_run_in_processes_of_their_own_and_one_that_dies_is_reported(
         place, "apart", learning_rates=[1e-2], seeds=1, retention=False, methods=["lora"], jobs=2, threads=1
     )
     broken = {**json.loads(json.dumps(spec.settings())), "data_seed": "none"}
-    original = compare._Runner._process
+    original = runner._Runner._process
 
     def process(self: Any, cell: Cell, slot: int) -> Any:
         if cell.method == "lora":
@@ -257,9 +252,9 @@ def test_cells_run_in_processes_of_their_own_and_one_that_dies_is_reported(
             return original(self, cell, slot)
         finally:
             monkeypatch.undo()
-            monkeypatch.setattr(compare._Runner, "_process", process)
+            monkeypatch.setattr(runner._Runner, "_process", process)
 
-    monkeypatch.setattr(compare._Runner, "_process", process)
+    monkeypatch.setattr(runner._Runner, "_process", process)
     found = run_compare(spec)
     assert sorted(results(found)) == ["colour/base"]
     ((cell, why),) = found.failed
@@ -272,7 +267,7 @@ def test_cells_run_in_processes_of_their_own_and_one_that_dies_is_reported(
 
 
 def test_summaries_are_those_of_the_cells(done: Comparison) -> None:
-    found = {one.label: one for one in compare_report.summaries(done)["colour"]}
+    found = {one.label: one for one in summaries.summaries(done)["colour"]}
     assert list(found) == ["base", "lora", "dira"]
     for label in ("lora", "dira"):
         one, cells = found[label], found[label].results
@@ -309,7 +304,7 @@ def test_a_report_runs_nothing(place: Path, done: Comparison) -> None:
 
 def test_the_table_of_cells_has_one_row_per_cell(done: Comparison) -> None:
     folder = done.grid.store.folder
-    compare_report.write_results(done)  # another comparison may have used the folder
+    writing.write_results(done)  # another comparison may have used the folder
     rows = list(csv.DictReader((folder / "cells.csv").read_text(encoding="utf-8").splitlines()))
     assert len(rows) == done.grid.done() == len(results(done))
     names = {f"{row['place']}/{row['label']}" for row in rows}
@@ -324,16 +319,16 @@ def test_the_table_of_cells_has_one_row_per_cell(done: Comparison) -> None:
 
 def test_kl_at_equal_loss_is_read_off_the_curve() -> None:
     points = [(1e-4, 0.01, 3.0), (1e-3, 0.1, 2.0), (1e-2, 1.0, 2.5)]
-    assert compare_report._at_loss(points, 2.5) == pytest.approx(10**-1.5)
-    assert compare_report._at_loss(points, 2.0) == pytest.approx(0.1)
-    assert compare_report._at_loss(points, 1.9) is None
-    assert compare_report._at_loss(points, 3.1) is None
-    assert compare_report._at_loss(points[:1], 3.0) is None
+    assert summaries._at_loss(points, 2.5) == pytest.approx(10**-1.5)
+    assert summaries._at_loss(points, 2.0) == pytest.approx(0.1)
+    assert summaries._at_loss(points, 1.9) is None
+    assert summaries._at_loss(points, 3.1) is None
+    assert summaries._at_loss(points[:1], 3.0) is None
 
 
 def test_the_frontier_has_a_line_per_method_with_a_point_per_rate(done: Comparison) -> None:
     task = done.grid.spec.tasks[0]
-    drawn = compare_report.plot_frontier(done, task, "lines")
+    drawn = plots.plot_frontier(done, task, "lines")
     assert drawn is not None
     (axis,) = drawn.axes
     lines = {line.get_label(): line for line in axis.get_lines()}
@@ -368,8 +363,8 @@ def test_the_frontier_has_a_line_per_method_with_a_point_per_rate(done: Comparis
 
 
 def test_the_other_plots_show_what_was_measured(done: Comparison) -> None:
-    found = compare_report.summaries(done)
-    drawn = compare_report.plot_parameters(done, "colour", found["colour"])
+    found = summaries.summaries(done)
+    drawn = plots.plot_parameters(done, "colour", found["colour"])
     assert drawn is not None
     heights = {
         container.get_label(): container.lines[0].get_ydata()[0] for container in drawn.axes[0].containers
@@ -379,16 +374,16 @@ def test_the_other_plots_show_what_was_measured(done: Comparison) -> None:
         for one in found["colour"]
         if one.label != "base"
     }
-    curves = compare_report.plot_learning(done, "colour", found["colour"])
+    curves = plots.plot_learning(done, "colour", found["colour"])
     assert curves is not None
     assert [line.get_label() for line in curves.axes[0].get_lines()] == ["lora", "dira"]
     assert list(curves.axes[0].get_lines()[0].get_xdata()) == [1, 2, 3, 4]
-    maps = compare_report.plot_ranks(found["colour"], "colour")
+    maps = plots.plot_ranks(found["colour"], "colour")
     assert maps is not None
     shown = maps.axes[1].get_images()[0].get_array()
     rows = next(iter(found["colour"][2].results.values()))["landscape"]
     assert float(shown.sum()) == sum(row["effective_rank"] for row in rows)
-    bars = compare_report.plot_cost(done, found)
+    bars = plots.plot_cost(done, found)
     assert bars is not None
     assert {text.get_text() for text in bars.axes[0].get_xticklabels()} == {"lora", "dira"}
 
@@ -489,8 +484,8 @@ def test_benchmarks_that_nothing_was_trained_for_show_what_was_kept(place: Path,
         assert base["items"] == own.items == (1 if name == "gsm8k" else 2)
     after = {name: result["kept"]["wikitext2"]["value"] for name, result in found.items()}
     assert len(set(after.values())) == 5  # the base model, and two seeds of two methods
-    (own,) = compare_report.summaries(comparison).values()
-    table = compare_report.kept_table(comparison, "colour", own)
+    (own,) = summaries.summaries(comparison).values()
+    table = tables.kept_table(comparison, "colour", own)
     assert table is not None
     row = dict(zip(table.columns, table.text[1], strict=True))
     lora = statistics.fmean(after[f"colour/lora_r2_lr0.03_seed{seed}"] for seed in (42, 43))
@@ -511,9 +506,9 @@ def test_benchmarks_that_nothing_was_trained_for_show_what_was_kept(place: Path,
 
 def test_several_shares_have_a_mean() -> None:
     kept = {"a": {"value": 0.5, "share": True}, "b": {"value": 0.25, "share": True}}
-    assert compare_report.kept_numbers({"kept": kept}) == {"a": 0.5, "b": 0.25, "mean": 0.375}
-    assert compare_report.kept_numbers({"kept": {"a": kept["a"]}}) == {"a": 0.5}
-    assert compare_report.kept_numbers({}) == {}
+    assert summaries.kept_numbers({"kept": kept}) == {"a": 0.5, "b": 0.25, "mean": 0.375}
+    assert summaries.kept_numbers({"kept": {"a": kept["a"]}}) == {"a": 0.5}
+    assert summaries.kept_numbers({}) == {}
 
 
 @pytest.mark.parametrize(
@@ -558,9 +553,9 @@ def test_methods_of_all_kinds_are_matched_and_those_that_change_the_base_are_mea
         assert found["retention"]["own text"]["kl"] > 1e-6, own.label
         assert (found["landscape"] is None) == (own.label in ("pissa", "full"))
     # A step of 1e-2 changes all weights a lot more than it changes those of an adapter.
-    kl = {one.label: one.kl["own text"].value for one in compare_report.summaries(done)["colour"]}
+    kl = {one.label: one.kl["own text"].value for one in summaries.summaries(done)["colour"]}
     assert kl["full"] > kl["lora"] > kl["adalora"]
-    table = compare_report.plan_table(done.grid.contestants)
+    table = tables.plan_table(done.grid.contestants)
     ranks = {row[0]: row[2] for row in table.rows}
     assert ranks["full"] is None
     assert ranks["lora"] == "4"
@@ -594,7 +589,7 @@ def test_variants_on_quantised_weights_are_measured_against_the_base_as_it_is(pl
     words = load_tokenizer(spec.model)
     texts = {
         "own text": own_text(plain, words),
-        "lines": given_text(compare.load_text(spec.texts[0])[1], words, max_length=MONITORED_LENGTH),
+        "lines": given_text(planning.load_text(spec.texts[0])[1], words, max_length=MONITORED_LENGTH),
     }
     for name, text in texts.items():
         kept = {label: result["retention"][name] for label, result in found.items() if result is not None}
@@ -602,7 +597,7 @@ def test_variants_on_quantised_weights_are_measured_against_the_base_as_it_is(pl
         assert kept["lora"]["kl"] == pytest.approx(0, abs=1e-7)
         assert kept["qlora"]["kl"] == pytest.approx(retention(four, text, base=plain).kl, rel=1e-4)
         assert kept["qlora"]["kl"] > kept["qdira"]["kl"] > 1e-6
-    table = compare_report.plan_table(done.grid.contestants)
+    table = tables.plan_table(done.grid.contestants)
     assert [row[table.columns.index("base weights")] for row in table.rows] == [None, "4bit", "8bit"]
 
 
@@ -761,7 +756,7 @@ def test_variants_on_the_command_line() -> None:
 
 def test_equal_tasks_get_places_of_their_own(place: Path) -> None:
     task = spec_of(place, "x").load_task(str(place / "data" / "colour"))
-    found = compare.task_places(
+    found = planning.task_places(
         {"a": task, "b": replace(task, name="colour"), "c": replace(task, name="a/b: c")}
     )
     assert list(found.values()) == ["colour", "colour-2", "a-b-c"]

@@ -15,7 +15,7 @@ from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation import run
 from dynalora.evaluation.numbers import solution_from
 from dynalora.lab import tasks
-from dynalora.lab.lab import mean_accuracy
+from dynalora.lab.scores import mean_accuracy
 from dynalora.lab.tasks import (
     AnswerTask,
     ChoiceTask,

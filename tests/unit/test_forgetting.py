@@ -23,11 +23,15 @@ from dynalora.drawing.stages import plot_bars, plot_stages, plot_transfer
 from dynalora.drawing.style import rendered
 from dynalora.errors import CheckpointError, ConfigError, RunFolderError
 from dynalora.forgetting.landscape import LandscapeRow
-from dynalora.jobs.stages.forgetting import STAGES, ForgettingSpec, run_forgetting
-from dynalora.jobs.stages.recovery import RecoverSpec, comparison_table, recovery_figures, run_recovery
-from dynalora.jobs.stages.transfer import TransferSpec, run_transfer
-from dynalora.lab.lab import Lab, LabSettings, mean_accuracy, mean_loss, read_landscape
+from dynalora.jobs.stages.forgetting import STAGES, run_forgetting
+from dynalora.jobs.stages.recovery import comparison_table, recovery_figures, run_recovery
+from dynalora.jobs.stages.settings import ForgettingSpec, RecoverSpec, TransferSpec
+from dynalora.jobs.stages.stage_files import read_landscape
+from dynalora.jobs.stages.transfer import run_transfer
+from dynalora.lab.lab_settings import LabSettings
 from dynalora.lab.run_folder import read_metrics
+from dynalora.lab.scores import mean_accuracy, mean_loss
+from dynalora.lab.workbench import Workbench
 
 from . import tiny
 from .program import Program
@@ -118,7 +122,9 @@ def test_every_stage_is_kept_with_its_scores(ran: Any) -> None:
 def test_stages_follow_each_other(ran: Any, place: Path) -> None:
     """Stage B's adapter measured again gives its scores; its training began where stage A ended."""
     results, folder = ran
-    lab = Lab(LabSettings(**common(place)), [str(place / "data" / "colour"), str(place / "data" / "sums")])
+    lab = Workbench(
+        LabSettings(**common(place)), [str(place / "data" / "colour"), str(place / "data" / "sums")]
+    )
     model = lab.attach(folder / "seed-42" / "interference" / "adapter")
     again = lab.measure(model, "again")
     stage = next(done for done in results if done["stage"] == "interference")
@@ -163,15 +169,15 @@ def test_a_killed_run_goes_on_with_the_stage_that_is_missing(
 ) -> None:
     spec = spec_of(place, f"killed-{method}", method=method)
     trained: list[str] = []
-    train = Lab.train
+    train = Workbench.train
 
-    def until_b(self: Lab, *arguments: Any, label: str, **more: Any) -> Any:
+    def until_b(self: Workbench, *arguments: Any, label: str, **more: Any) -> Any:
         if len(trained) == 1:
             raise Killed
         trained.append(label)
         return train(self, *arguments, label=label, **more)
 
-    monkeypatch.setattr(Lab, "train", until_b)
+    monkeypatch.setattr(Workbench, "train", until_b)
     with pytest.raises(Killed):
         run_forgetting(spec)
     # As a kill in the middle of writing leaves it.
@@ -179,11 +185,11 @@ def test_a_killed_run_goes_on_with_the_stage_that_is_missing(
     kept = {file: file.stat().st_mtime_ns for file in Path(spec.output).rglob("initial/**/*")}
     assert kept
 
-    def noted(self: Lab, *arguments: Any, label: str, **more: Any) -> Any:
+    def noted(self: Workbench, *arguments: Any, label: str, **more: Any) -> Any:
         trained.append(label)
         return train(self, *arguments, label=label, **more)
 
-    monkeypatch.setattr(Lab, "train", noted)
+    monkeypatch.setattr(Workbench, "train", noted)
     with pytest.raises(RunFolderError, match="already holds a run"):
         run_forgetting(spec)
     with pytest.raises(RunFolderError, match="other settings"):
@@ -361,15 +367,15 @@ def test_transfer_fills_the_matrix_and_goes_on_where_it_was_killed(
     )  # fmt: skip
     assert spec.config("dira").penalty_weight == 0.01
     trained: list[str] = []
-    train = Lab.train
+    train = Workbench.train
 
-    def dying(self: Lab, *arguments: Any, label: str, **more: Any) -> Any:
+    def dying(self: Workbench, *arguments: Any, label: str, **more: Any) -> Any:
         trained.append(label)
         if len(trained) == 3:
             raise Killed
         return train(self, *arguments, label=label, **more)
 
-    monkeypatch.setattr(Lab, "train", dying)
+    monkeypatch.setattr(Workbench, "train", dying)
     with pytest.raises(Killed):
         run_transfer(spec)
     results = run_transfer(replace(spec, resume=True))

@@ -19,7 +19,8 @@ from dynalora.evaluation.generation import chat_prompt, generate
 from dynalora.evaluation.run import measure, prepare
 from dynalora.evaluation.scoring import answer_loss
 from dynalora.evaluation.seq2seq import Seq2SeqCollator, shortened
-from dynalora.jobs.compare.run import CompareSpec, run_compare
+from dynalora.jobs.compare.run import run_compare
+from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.jobs.evaluate import EvaluateSpec, evaluate
 from dynalora.jobs.finetune import empty_model, load_model, load_tokenizer
 from dynalora.lab.data import tokenize

@@ -19,11 +19,13 @@ from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.benchmarks import Example, benchmark
 from dynalora.evaluation.run import measure, model_kind, prepare
 from dynalora.evaluation.spans import LONGEST_ANSWER, mark_answers, read_windows
-from dynalora.jobs.compare.run import CompareSpec, run_compare
+from dynalora.jobs.compare.run import run_compare
+from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.jobs.evaluate import EvaluateSpec, evaluate
 from dynalora.jobs.finetune import load_model
-from dynalora.lab.lab import Lab, LabSettings
+from dynalora.lab.lab_settings import LabSettings
 from dynalora.lab.tasks import SpanTask, load_experiment_task
+from dynalora.lab.workbench import Workbench
 
 from . import tiny
 
@@ -365,7 +367,7 @@ def test_what_takes_another_model_is_refused(data: Path, tmp_path: Path) -> None
         with pytest.raises(ConfigError, match="squad_v2_spans is the marking of answers"):
             load_experiment_task(source, data=data)
     with pytest.raises(ConfigError, match="'squad_v2_spans' is the marking of answers, and language models"):
-        Lab(LabSettings(data=str(data), model=str(data / "encoder")), ["squad_v2_spans"])
+        Workbench(LabSettings(data=str(data), model=str(data / "encoder")), ["squad_v2_spans"])
     with pytest.raises(ConfigError, match="needs a model with a question-answering head"):
         measure(transformers.BertForMaskedLM(encoder().config), WORDS, prepare("squad_v2_spans", data=data))
     with pytest.raises(ConfigError, match="needs a causal language model"):

@@ -17,7 +17,9 @@ def main() -> int:
     import filelock
 
     from dynalora.jobs.compare.cell import run_cell
-    from dynalora.jobs.compare.run import TAKEN, Cell, CompareSpec
+    from dynalora.jobs.compare.contestants import Cell
+    from dynalora.jobs.compare.runner import TAKEN
+    from dynalora.jobs.compare.settings import CompareSpec
     from dynalora.lab.settings import settings_from
 
     quiet()

@@ -154,7 +154,8 @@ def compare(
     flags = dict(locals())
     flags.pop("config")
     flags.pop("report")
-    from dynalora.jobs.compare.run import CompareSpec, run_compare, variant_from
+    from dynalora.jobs.compare.run import run_compare
+    from dynalora.jobs.compare.settings import CompareSpec, variant_from
     from dynalora.lab.settings import read_yaml
 
     after_imports()

@@ -97,7 +97,8 @@ def forgetting(
     flags = dict(locals())
     for name in ("config", "method_option"):
         flags.pop(name)
-    from dynalora.jobs.stages.forgetting import ForgettingSpec, run_forgetting
+    from dynalora.jobs.stages.forgetting import run_forgetting
+    from dynalora.jobs.stages.settings import ForgettingSpec
 
     after_imports()
     flags["method_options"] = method_options(config, method_option)

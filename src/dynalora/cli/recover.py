@@ -89,7 +89,8 @@ def recover(
     flags = dict(locals())
     flags.pop("config")
     flags["strategies"] = listed(strategies)
-    from dynalora.jobs.stages.recovery import RecoverSpec, run_recovery
+    from dynalora.jobs.stages.recovery import run_recovery
+    from dynalora.jobs.stages.settings import RecoverSpec
 
     after_imports()
     spec = settings(RecoverSpec, config, flags)

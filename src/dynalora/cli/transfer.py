@@ -70,7 +70,8 @@ def transfer(
     for name in ("config", "method_option"):
         flags.pop(name)
     flags["methods"] = listed(methods)
-    from dynalora.jobs.stages.transfer import TransferSpec, run_transfer
+    from dynalora.jobs.stages.settings import TransferSpec
+    from dynalora.jobs.stages.transfer import run_transfer
 
     after_imports()
     flags["method_options"] = method_options(config, method_option)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from dynalora.common.files import write_file
 
@@ -147,6 +149,11 @@ def _template() -> jinja2.Template:
     # Autoescape by name, not by file ending: data set texts and user settings end up in this page.
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(source)
+
+
+def listing(settings: Mapping[str, Any]) -> str:
+    """Settings as YAML, for a report."""
+    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
 
 
 def write_report(report: Report, path: str | PathLike[str]) -> Path:

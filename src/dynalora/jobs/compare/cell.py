@@ -16,17 +16,10 @@ from dynalora.evaluation.run import measure, model_kind, model_window, within_wi
 from dynalora.forgetting.landscape import rank_landscape
 from dynalora.forgetting.monitor import OWN
 from dynalora.forgetting.retention import MeasuredText, given_text, own_text, retention
-from dynalora.jobs.compare.run import (
-    BASE,
-    SEQ2SEQ,
-    Cell,
-    CellStore,
-    CompareSpec,
-    kept_tasks,
-    load_text,
-    shared_settings,
-    task_type_of,
-)
+from dynalora.jobs.compare.contestants import BASE, Cell
+from dynalora.jobs.compare.planning import SEQ2SEQ, kept_tasks, load_text, task_type_of
+from dynalora.jobs.compare.settings import CompareSpec
+from dynalora.jobs.compare.store import CellStore, shared_settings
 from dynalora.jobs.finetune import (
     MONITORED_LENGTH,
     load_model,
@@ -35,9 +28,9 @@ from dynalora.jobs.finetune import (
     placed,
 )
 from dynalora.lab.baselines import edits_base
-from dynalora.lab.lab import train_settings
 from dynalora.lab.machine import forget_peak, machine, peak
 from dynalora.lab.training import TrainResult, train_adapter
+from dynalora.lab.workbench import train_settings
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -19,44 +19,27 @@ import io
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynalora.common.statistics import Interval, mean_interval
 from dynalora.drawing.runs import save_figure
 from dynalora.drawing.stages import plot_bars, plot_stages
-from dynalora.errors import ConfigError
-from dynalora.forgetting.landscape import PAPER_TAU, LandscapeRow, rank_landscape
+from dynalora.forgetting.landscape import LandscapeRow, rank_landscape
 from dynalora.forgetting.recovery import LOW_RANK, ablated
-from dynalora.jobs.finetune import adapter_config
-from dynalora.lab.baselines import BASELINES
-from dynalora.lab.lab import (
-    ADAPTER,
-    RESULT,
-    UNUSED,
-    Lab,
-    LabSettings,
-    as_json,
-    listing,
-    mean_accuracy,
-    mean_loss,
-    percent,
-    read_landscape,
-    read_result,
-    refuse_unused,
-    shown_accuracy,
-    shown_loss,
-    train_settings,
-    write_landscape,
-)
-from dynalora.lab.report import Cell, Figure, Report, Section, Table, rich_table, write_report
+from dynalora.jobs.stages.settings import ForgettingSpec
+from dynalora.jobs.stages.stage_files import ADAPTER, RESULT, read_landscape, stage_folder, write_landscape
+from dynalora.lab.report import Cell, Figure, Report, Section, Table, listing, rich_table, write_report
 from dynalora.lab.run_folder import RunFolder
+from dynalora.lab.scores import mean_accuracy, mean_loss, percent, shown_accuracy, shown_loss
 from dynalora.lab.settings import defaults_of
-from dynalora.lab.training import TrainResult, TrainSettings
+from dynalora.lab.training import TrainResult
+from dynalora.lab.units import as_json, read_result
+from dynalora.lab.workbench import Workbench, train_settings
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from rich.console import Console
 
 BASE = "base"
@@ -70,100 +53,6 @@ TITLES = {
 HALVES = ("front", "back")
 TAUS = (5e-3, 1e-3, 5e-4, 1e-4)
 """Thresholds of the energy table (DiRA Table 3 has the first two)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForgettingSpec(LabSettings, TrainSettings):
-    """What `dynalora forgetting` does.
-
-    Attributes:
-        task_a: The task that is learned, forgotten and learned again; see
-            [`dynalora.lab.tasks`][dynalora.lab.tasks].
-        task_b: The task that makes it forgotten.
-        output: The run folder, new or empty.
-        method: `dira`, any other method, or `lora` (PEFT's LoRA, to compare with).
-        r: Rank of the adapter.
-        alpha: The update is scaled by alpha / r; None: the method's default (twice the rank for `lora`).
-        dropout: On the adapter's input, in [0, 1).
-        target_modules: Names of the modules to adapt, a regular expression, or `all-linear`.
-        method_options: Further fields of the method's configuration, by name.
-        steps: Optimizer steps on Task A.
-        steps_b: Optimizer steps on Task B; None: as many as on A.
-        steps_recovered: Optimizer steps on Task A the second time; None: as many as the first.
-        seeds: Number of runs; their seeds are `seed`, `seed` + 1, …
-        tau: Threshold on singular values for effective ranks.
-        ablation: Also measure Task A after the first stage without the updates of the first and of the second half of
-            the layers (DiRA App. B.3).
-        resume: Continue the killed run in `output`.
-    """
-
-    task_a: str
-    task_b: str
-    output: str
-    method: str = "dira"
-    r: int = 16
-    alpha: float | None = None
-    dropout: float = 0.0
-    target_modules: list[str] | str = "all-linear"
-    method_options: dict[str, Any] = field(default_factory=dict)
-    steps: int | None = 60
-    steps_b: int | None = None
-    steps_recovered: int | None = None
-    seeds: int = 1
-    tau: float = PAPER_TAU
-    ablation: bool = False
-    resume: bool = False
-
-    def _check(self) -> None:
-        super()._check()
-        self._check_lab()
-        refuse_unused(self)
-        for name in ("steps_b", "steps_recovered"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; give a whole number of at least 1.")
-        if self.steps is None:
-            raise ConfigError("steps is missing; give the number of optimizer steps.")
-        if self.seeds < 1:
-            raise ConfigError(f"seeds is {self.seeds}; give the number of runs, at least 1.")
-        if not (math.isfinite(self.tau) and self.tau >= 0):
-            raise ConfigError(f"tau is {self.tau}; give a number of at least 0.")
-        if self.task_a == self.task_b:
-            raise ConfigError(f"task_a and task_b are both '{self.task_a}'; give two different tasks.")
-
-    def settings(self) -> dict[str, Any]:
-        """What `config.yaml` holds: everything but `resume`, which does not change the result."""
-        names = [item.name for item in fields(self) if item.name not in ("resume", *UNUSED)]
-        own = [name for name in ForgettingSpec.__annotations__ if name in names]
-        return {name: getattr(self, name) for name in [*own, *(n for n in names if n not in own)]}
-
-    def config(self) -> PeftConfig:
-        """A fresh adapter's configuration.
-
-        Raises:
-            ConfigError: The method or one of its settings, or the update's ranks cannot be measured.
-        """
-        known = BASELINES.get(self.method.lower())
-        if known is not None and not known.has_factors and known.config is not None:
-            raise ConfigError(
-                f"The update of {known.title} has no factors, so its ranks cannot be measured; choose another method."
-            )
-        return adapter_config(
-            self.method, r=self.r, alpha=self.alpha, dropout=self.dropout, target_modules=self.target_modules,
-            options=self.method_options,
-        )  # fmt: skip
-
-    @property
-    def stage_steps(self) -> dict[str, int]:
-        """Optimizer steps by stage."""
-        assert self.steps is not None  # checked
-        later = {"interference": self.steps_b, "recovered": self.steps_recovered}
-        return {"initial": self.steps, **{name: count or self.steps for name, count in later.items()}}
-
-
-def stage_folder(run: Path, seed: int, stage: str) -> Path:
-    """Where a stage is kept."""
-    return run / f"seed-{seed}" / stage
 
 
 def run_forgetting(spec: ForgettingSpec, *, console: Console | None = None) -> list[dict[str, Any]]:
@@ -182,7 +71,7 @@ def run_forgetting(spec: ForgettingSpec, *, console: Console | None = None) -> l
     """
     config = spec.config()
     RunFolder.check(spec.output, spec.settings(), resume=spec.resume, defaults=defaults_of(type(spec)))
-    lab = Lab(spec, [spec.task_a, spec.task_b], console)
+    lab = Workbench(spec, [spec.task_a, spec.task_b], console)
     lab.check(config)
     with RunFolder.create(
         spec.output, spec.settings(), resume=spec.resume, defaults=defaults_of(type(spec))
@@ -200,7 +89,7 @@ class _Stages:
     """One run of the experiment."""
 
     spec: ForgettingSpec
-    lab: Lab
+    lab: Workbench
     folder: RunFolder
     results: list[dict[str, Any]] = field(default_factory=list)
 
@@ -368,7 +257,7 @@ def _cost(trained: TrainResult) -> dict[str, Any]:
     }
 
 
-def _line(done: Mapping[str, Any], lab: Lab, sources: Mapping[str, str]) -> str:
+def _line(done: Mapping[str, Any], lab: Workbench, sources: Mapping[str, str]) -> str:
     name = TITLES[done["stage"]] + (f", seed {done['seed']}" if done["seed"] is not None else "")
     told = []
     for which, source in sources.items():
@@ -530,17 +419,3 @@ def _csv(results: Sequence[Mapping[str, Any]]) -> str:
             numbers = [score[name] for name in names] + [done.get(name) for name in extra]
             writer.writerow([done["seed"], done["stage"], which, *numbers])
     return buffer.getvalue()
-
-
-__all__ = [
-    "BASE",
-    "STAGES",
-    "TITLES",
-    "ForgettingSpec",
-    "ablation_table",
-    "energy_table",
-    "landscape_table",
-    "run_forgetting",
-    "stage_folder",
-    "stage_table",
-]

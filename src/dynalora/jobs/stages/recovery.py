@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import random
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,28 +28,18 @@ from dynalora.common.statistics import Interval, mean_interval
 from dynalora.drawing.runs import save_figure
 from dynalora.drawing.stages import plot_bars
 from dynalora.errors import CheckpointError, ConfigError
-from dynalora.forgetting.landscape import PAPER_TAU, LandscapeRow, rank_landscape
+from dynalora.forgetting.landscape import LandscapeRow, rank_landscape
 from dynalora.forgetting.recovery import STRATEGIES, low_rank_modules, recover
-from dynalora.jobs.stages.forgetting import stage_folder
+from dynalora.jobs.stages.settings import RecoverSpec
+from dynalora.jobs.stages.stage_files import ADAPTER, RESULT, read_landscape, stage_folder
 from dynalora.lab.adapters import adapter_folder, read_config
-from dynalora.lab.lab import (
-    ADAPTER,
-    RESULT,
-    Lab,
-    LabSettings,
-    as_json,
-    listing,
-    mean_accuracy,
-    mean_loss,
-    percent,
-    read_landscape,
-    read_result,
-    shown_accuracy,
-    shown_loss,
-)
-from dynalora.lab.report import Cell, Figure, Report, Section, Table, rich_table, write_report
+from dynalora.lab.lab_settings import LabSettings
+from dynalora.lab.report import Cell, Figure, Report, Section, Table, listing, rich_table, write_report
 from dynalora.lab.run_folder import CONFIG, RunFolder
+from dynalora.lab.scores import mean_accuracy, mean_loss, percent, shown_accuracy, shown_loss
 from dynalora.lab.settings import defaults_of, read_yaml, settings_from
+from dynalora.lab.units import as_json, read_result
+from dynalora.lab.workbench import Workbench
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,106 +48,6 @@ BEFORE = "before"
 LABELS = {BEFORE: "before recovery", "rlgr": "RLGR", "random": "random", "naive": "naive"}
 
 _INHERITED = tuple(LabSettings.__dataclass_fields__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecoverSpec:
-    """What `dynalora recover` does. Settings of model, data and measuring that are None are those of the source run.
-
-    Attributes:
-        source: Run folder of `dynalora forgetting`, or an adapter that was trained on Task A and then on Task B.
-        output: The run folder, new or empty.
-        initial: The adapter after Task A, for its landscape; only where `source` is an adapter.
-        task_a: The task to recover; see [`dynalora.lab.tasks`][dynalora.lab.tasks].
-        task_b: The other task.
-        strategies: Which of `rlgr`, `random` and `naive`.
-        examples: Number of examples of Task A; another draw for every seed.
-        batch_size: Examples per optimizer step.
-        epochs: Passes over the examples.
-        learning_rate: Of AdamW, constant.
-        weight_decay: Never applied to gates.
-        max_grad_norm: Gradients are scaled down to this norm; 0: never.
-        tau: A matrix counts as low-rank if at most one singular value of s·ΔW after Task A is above this.
-        seed: Of the first recovery.
-        seeds: Recoveries per strategy and checkpoint; their seeds are `seed`, `seed` + 1, …
-        checkpoints: Use only the first so many seeds of the source run; None: all that have finished Task B.
-        model: As in [`LabSettings`][dynalora.lab.lab.LabSettings], as all that follow.
-        data: Folder with the files of benchmarks.
-        held_out: Number of held-out questions per task.
-        train_limit: Number of training questions to draw examples from.
-        generated: Number of word problems that are solved by generation.
-        generated_tokens: Longest generated solution.
-        max_length: Longer training questions are left out.
-        eval_batch_size: Questions per forward pass when measuring.
-        system: System message of every question.
-        template: Prompts in the model's own chat format, or a paper's.
-        by_generation: Multiple choice in words instead of by likelihood.
-        run_code: Execute the code that the model writes.
-        data_seed: Of generated questions.
-        dtype: Of the base model's weights.
-        threads: Threads that torch computes with.
-        resume: Continue the killed run in `output`.
-    """
-
-    source: str
-    output: str
-    initial: str | None = None
-    task_a: str | None = None
-    task_b: str | None = None
-    strategies: list[str] = field(default_factory=lambda: list(STRATEGIES))
-    examples: int = 8
-    batch_size: int = 8
-    epochs: int = 2
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    tau: float = PAPER_TAU
-    seed: int = 0
-    seeds: int = 5
-    checkpoints: int | None = None
-    model: str | None = None
-    data: str | None = None
-    held_out: int | None = None
-    train_limit: int | None = None
-    generated: int | None = None
-    generated_tokens: int | None = None
-    max_length: int | None = None
-    eval_batch_size: int | None = None
-    system: str | None = None
-    template: str | None = None
-    by_generation: bool | None = None
-    run_code: bool | None = None
-    data_seed: int | None = None
-    dtype: str | None = None
-    threads: int | None = None
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("examples", "batch_size", "epochs", "seeds", "checkpoints"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; give a whole number of at least 1.")
-        for name in ("weight_decay", "max_grad_norm", "tau"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{name} is {value}; give a number of at least 0.")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ConfigError(f"learning_rate is {self.learning_rate}; give a number above 0.")
-        unknown = [name for name in self.strategies if name not in STRATEGIES]
-        if unknown or not self.strategies or len(set(self.strategies)) < len(self.strategies):
-            told = f"'{unknown[0]}'" if unknown else (", ".join(self.strategies) or "empty")
-            raise ConfigError(
-                f"strategies is {told}; name some of {', '.join(STRATEGIES)}, each at most once."
-            )
-
-    def settings(self) -> dict[str, Any]:
-        """What `config.yaml` holds: everything but `resume`, which does not change the result."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "resume"}
-
-    @property
-    def run_seeds(self) -> range:
-        """The seeds of the recoveries."""
-        return range(self.seed, self.seed + self.seeds)
 
 
 @dataclass(frozen=True)
@@ -272,7 +161,7 @@ def run_recovery(spec: RecoverSpec, *, console: Console | None = None) -> list[d
     how._check_lab()
     assert spec.task_a is not None  # resolved
     assert spec.task_b is not None
-    lab = Lab(how, [spec.task_a, spec.task_b], console)
+    lab = Workbench(how, [spec.task_a, spec.task_b], console)
     if len(pool := lab.training(spec.task_a)) < spec.examples:
         raise ConfigError(
             f"examples is {spec.examples}, and {spec.task_a} has {len(pool)} training questions of at most "
@@ -297,7 +186,7 @@ class _Recoveries:
     """One run of the experiment."""
 
     spec: RecoverSpec
-    lab: Lab
+    lab: Workbench
     folder: RunFolder
     checkpoints: Sequence[Checkpoint]
     results: list[dict[str, Any]] = field(default_factory=list)

@@ -16,110 +16,23 @@ import io
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from dynalora.drawing.runs import save_figure
 from dynalora.drawing.stages import plot_transfer
-from dynalora.errors import ConfigError
-from dynalora.jobs.finetune import adapter_config
-from dynalora.lab.lab import (
-    UNUSED,
-    Lab,
-    LabSettings,
-    as_json,
-    listing,
-    mean_accuracy,
-    mean_loss,
-    percent,
-    read_result,
-    refuse_unused,
-    shown_accuracy,
-    shown_loss,
-    train_settings,
-)
-from dynalora.lab.report import Cell, Figure, Report, Section, Table, rich_table, write_report
+from dynalora.jobs.stages.settings import TransferSpec
+from dynalora.lab.report import Cell, Figure, Report, Section, Table, listing, rich_table, write_report
 from dynalora.lab.run_folder import RunFolder
+from dynalora.lab.scores import mean_accuracy, mean_loss, percent, shown_accuracy, shown_loss
 from dynalora.lab.settings import defaults_of
-from dynalora.lab.training import TrainSettings
+from dynalora.lab.units import as_json, read_result
+from dynalora.lab.workbench import Workbench, train_settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
-    from peft import PeftConfig
     from rich.console import Console
 
 BASE = "base"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransferSpec(LabSettings, TrainSettings):
-    """What `dynalora transfer` does.
-
-    Attributes:
-        tasks: At least two; see [`dynalora.lab.tasks`][dynalora.lab.tasks].
-        output: The run folder, new or empty.
-        methods: What to compare; `lora` is PEFT's LoRA.
-        r: Rank of every adapter.
-        alpha: The update is scaled by alpha / r; None: each method's default.
-        target_modules: Names of the modules to adapt, a regular expression, or `all-linear`.
-        method_options: Further fields of a method's configuration, by method and name: `dira.penalty_weight`.
-        steps: Optimizer steps on each task.
-        seeds: Number of runs per cell; their seeds are `seed`, `seed` + 1, …
-        resume: Continue the killed run in `output`.
-    """
-
-    tasks: list[str]
-    output: str
-    methods: list[str] = field(default_factory=lambda: ["lora", "dira"])
-    r: int = 16
-    alpha: float | None = None
-    target_modules: list[str] | str = "all-linear"
-    method_options: dict[str, Any] = field(default_factory=dict)
-    steps: int | None = 60
-    seeds: int = 1
-    resume: bool = False
-
-    def _check(self) -> None:
-        super()._check()
-        self._check_lab()
-        refuse_unused(self)
-        for name, least in (("tasks", 2), ("methods", 1)):
-            given = getattr(self, name)
-            if len(set(given)) < max(least, len(given)):
-                raise ConfigError(
-                    f"{name} is {', '.join(given) or 'empty'}; name at least {least}, each at most once."
-                )
-        if self.steps is None:
-            raise ConfigError("steps is missing; give the number of optimizer steps.")
-        if self.seeds < 1:
-            raise ConfigError(f"seeds is {self.seeds}; give the number of runs, at least 1.")
-        wrong = [name for name in self.method_options if name.partition(".")[0] not in self.methods]
-        if wrong:
-            raise ConfigError(
-                f"The method option '{wrong[0]}' belongs to none of {', '.join(self.methods)}; "
-                "write METHOD.NAME, such as dira.penalty_weight."
-            )
-
-    def settings(self) -> dict[str, Any]:
-        """What `config.yaml` holds: everything but `resume`, which does not change the result."""
-        names = [item.name for item in fields(self) if item.name not in ("resume", *UNUSED)]
-        own = [name for name in TransferSpec.__annotations__ if name in names]
-        return {name: getattr(self, name) for name in [*own, *(n for n in names if n not in own)]}
-
-    def config(self, method: str) -> PeftConfig:
-        """A fresh adapter's configuration.
-
-        Raises:
-            ConfigError: The method or one of its settings.
-        """
-        options = {
-            name.partition(".")[2]: value
-            for name, value in self.method_options.items()
-            if name.partition(".")[0] == method
-        }
-        return adapter_config(
-            method, r=self.r, alpha=self.alpha, target_modules=self.target_modules, options=options
-        )
 
 
 def run_transfer(spec: TransferSpec, *, console: Console | None = None) -> list[dict[str, Any]]:
@@ -138,7 +51,7 @@ def run_transfer(spec: TransferSpec, *, console: Console | None = None) -> list[
     """
     configs = {method: spec.config(method) for method in spec.methods}
     RunFolder.check(spec.output, spec.settings(), resume=spec.resume, defaults=defaults_of(type(spec)))
-    lab = Lab(spec, spec.tasks, console)
+    lab = Workbench(spec, spec.tasks, console)
     for config in configs.values():
         lab.check(config)
     results: list[dict[str, Any]] = []
@@ -159,14 +72,14 @@ def run_transfer(spec: TransferSpec, *, console: Console | None = None) -> list[
     return results
 
 
-def lab_names(lab: Lab) -> dict[str, str]:
+def lab_names(lab: Workbench) -> dict[str, str]:
     """The tasks' names by their source."""
     return {source: task.name for source, task in lab.tasks.items()}
 
 
 def _cell(
     spec: TransferSpec,
-    lab: Lab,
+    lab: Workbench,
     run: RunFolder,
     results: list[dict[str, Any]],
     method: str,
@@ -289,7 +202,7 @@ def transfer_figures(
     return figures
 
 
-def _report(spec: TransferSpec, lab: Lab, run: RunFolder, results: Sequence[Mapping[str, Any]]) -> None:
+def _report(spec: TransferSpec, lab: Workbench, run: RunFolder, results: Sequence[Mapping[str, Any]]) -> None:
     names = lab_names(lab)
     pictures = [
         Figure(save_figure(run, name, drawn), caption)

@@ -1,0 +1,99 @@
+"""What is compared and what is run: methods with their settings, and the cells of the grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dynalora.jobs.finetune import compared_config
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+BASE = "base"
+"""The label of the untouched model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A method with the settings of its adapter.
+
+    Attributes:
+        label: For tables, plots and file names.
+        method: Its name; `base`: nothing is trained.
+        r: Its rank.
+        alpha: None: the method's default.
+        dropout: On the adapter's input.
+        target_modules: Which modules it adapts.
+        quantization: How the base weights are held; None: as they are.
+        options: Further fields of its configuration.
+    """
+
+    label: str
+    method: str
+    r: int = 0
+    alpha: float | None = None
+    dropout: float = 0.0
+    target_modules: list[str] | str = "all-linear"
+    quantization: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def config(self, task_type: str) -> PeftConfig | None:
+        """The adapter's configuration; None for full fine-tuning.
+
+        Raises:
+            ConfigError: The method or one of its settings.
+        """
+        return compared_config(
+            self.method, r=self.r, alpha=self.alpha, dropout=self.dropout, target_modules=self.target_modules,
+            options=self.options, task_type=task_type,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant(Setup):
+    """One method that is compared.
+
+    Attributes:
+        learning_rates: Rising.
+        matches: Whether its rank is chosen by the number of parameters.
+        parameters: Number of parameters that it trains; None: not counted yet.
+        off: Their number relative to the reference's, minus 1.
+    """
+
+    learning_rates: tuple[float, ...]
+    matches: bool
+    parameters: int | None = None
+    off: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell(Setup):
+    """One run: what its numbers depend on, besides the settings that all cells share.
+
+    Attributes:
+        task: As the settings name it.
+        place: The task's name in file names.
+        learning_rate: The peak.
+        seed: Of the adapter's start, the order of the data and dropout.
+    """
+
+    task: str
+    place: str
+    learning_rate: float = 0.0
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """The cell's place in the folder, without its ending."""
+        if self.method == BASE:
+            return f"{self.place}/{BASE}"
+        return f"{self.place}/{self.label}_r{self.r}_lr{self.learning_rate:g}_seed{self.seed}"
+
+    @property
+    def title(self) -> str:
+        """The cell in words."""
+        if self.method == BASE:
+            return f"{self.place}: base model"
+        return f"{self.place}: {self.label}, lr {self.learning_rate:g}, seed {self.seed}"

@@ -1,0 +1,124 @@
+"""Which cells a comparison has, and which are to be run next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from dynalora.jobs.compare.contestants import BASE, Cell, Contestant, Setup
+from dynalora.jobs.compare.settings import CompareSpec
+from dynalora.jobs.compare.store import CellStore
+
+if TYPE_CHECKING:
+    from dynalora.lab.tasks import ExperimentTask
+
+
+class Grid:
+    """Which cells there are, and which are to be run next.
+
+    Args:
+        spec: What is compared.
+        contestants: With their ranks.
+        places: Each task's name in file names.
+        store: The cells' results.
+    """
+
+    def __init__(
+        self,
+        spec: CompareSpec,
+        contestants: Sequence[Contestant],
+        places: Mapping[str, str],
+        store: CellStore,
+    ) -> None:
+        self.spec, self.contestants, self.places, self.store = spec, list(contestants), dict(places), store
+        self._found: dict[str, dict[str, Any]] = {}
+
+    @property
+    def total(self) -> int:
+        """Number of cells in all."""
+        runs = 0
+        for own in self.contestants:
+            rates, seeds = len(own.learning_rates), self.spec.seeds
+            runs += rates * seeds if self.spec.all_rates else rates + seeds - 1
+        return len(self.places) * (1 + runs)
+
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        """A cell's result, read once."""
+        if cell.name not in self._found:
+            found = self.store.read(cell)
+            if found is None:
+                return None
+            self._found[cell.name] = found
+        return self._found[cell.name]
+
+    def cell(self, task: str, own: Contestant, rate: float, seed: int) -> Cell:
+        """One cell of a contestant."""
+        setup = {item.name: getattr(own, item.name) for item in fields(Setup)}
+        return Cell(task=task, place=self.places[task], learning_rate=rate, seed=seed, **setup)
+
+    def base(self, task: str) -> Cell:
+        """The untouched model on a task."""
+        return Cell(
+            task=task, place=self.places[task], label=BASE, method=BASE, quantization=self.spec.quantization
+        )
+
+    def tried(self, task: str, own: Contestant) -> list[Cell]:
+        """The cells that the learning rate is chosen from."""
+        return [self.cell(task, own, rate, self.spec.seed) for rate in own.learning_rates]
+
+    def chosen_rate(self, task: str, own: Contestant) -> float | None:
+        """The learning rate of the lowest loss on the questions set aside; None: not all have been tried."""
+        if len(own.learning_rates) == 1:
+            return own.learning_rates[0]
+        losses = {}
+        for cell in self.tried(task, own):
+            found = self.result(cell)
+            if found is None:
+                return None
+            loss = (found.get("validation") or {}).get("loss")
+            losses[cell.learning_rate] = math.inf if loss is None else float(loss)
+        return min(losses, key=lambda rate: (losses[rate], rate))
+
+    def known(self) -> Iterator[Cell]:
+        """All cells that can be named now; more come to be known as learning rates are chosen.
+
+        Ordered so that what others wait for comes first, and one seed of everything before the next.
+        """
+        spec = self.spec
+        for task in self.places:
+            yield self.base(task)
+        for task in self.places:
+            for own in self.contestants:
+                yield from self.tried(task, own)
+        for seed in spec.run_seeds[1:]:
+            for task in self.places:
+                for own in self.contestants:
+                    if spec.all_rates:
+                        yield from (self.cell(task, own, rate, seed) for rate in own.learning_rates)
+                    elif (rate := self.chosen_rate(task, own)) is not None:
+                        yield self.cell(task, own, rate, seed)
+
+    def open_cells(self) -> list[Cell]:
+        """Known cells without a result."""
+        return [cell for cell in self.known() if self.result(cell) is None]
+
+    def done(self) -> int:
+        """Number of cells with a result."""
+        return sum(self.result(cell) is not None for cell in self.known())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison came to.
+
+    Attributes:
+        grid: The cells with their results.
+        tasks: By their source.
+        failed: Cells that failed in this call, each with the last line it said.
+    """
+
+    grid: Grid
+    tasks: Mapping[str, ExperimentTask]
+    failed: tuple[tuple[Cell, str], ...]

@@ -1,0 +1,180 @@
+"""Checks of a comparison before anything runs: tasks, target modules, and ranks that match parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from dynalora.errors import ConfigError
+from dynalora.evaluation.run import Prepared, model_kind, prepare, task_list
+from dynalora.evaluation.seq2seq import is_encoder_decoder
+from dynalora.jobs.compare.contestants import Contestant
+from dynalora.jobs.compare.settings import CompareSpec
+from dynalora.jobs.finetune import MONITORED_TEXTS, check_targets, empty_model, local_model_name
+from dynalora.lab import data
+from dynalora.lab.baselines import prompt_only
+from dynalora.lab.budgets import match_parameters, trainable_parameters
+from dynalora.lab.settings import named_source
+from dynalora.lab.tasks import ExperimentTask
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+
+
+SEQ2SEQ = "SEQ_2_SEQ_LM"
+
+
+QUESTION_ANSWERING = "QUESTION_ANS"
+
+
+def plan(
+    spec: CompareSpec, tasks: Mapping[str, ExperimentTask], *, model: nn.Module | None = None
+) -> list[Contestant]:
+    """The contestants with their ranks and numbers of parameters.
+
+    Args:
+        spec: What is compared.
+        tasks: By their source; all with the same head.
+        model: The base model, on the meta device; None: made from the settings.
+
+    Raises:
+        ConfigError: Target modules that do not exist, or tasks of both kinds.
+    """
+    heads = {task.head for task in tasks.values()}
+    if len(heads) > 1:
+        raise ConfigError(
+            "Some tasks take another kind of model (classification, the marking of answers, and all others each have "
+            "one); compare them one after the other, each with its model."
+        )
+    first = next(iter(tasks.values()))
+    if model is None:
+        model = empty_model(local_model_name(spec.model), head=first.head, labels=first.labels)
+    task_type = task_type_of(model, first.head)
+    contestants = spec.contestants()
+    if task_type == SEQ2SEQ:
+        _check_seq2seq(spec, tasks.values())
+    if task_type in (SEQ2SEQ, QUESTION_ANSWERING):
+        _check_prompts(contestants, task_type)
+    _check_kept(spec, task_type)
+    for own in contestants:
+        config = own.config(task_type)
+        if getattr(config, "target_modules", None) is not None:
+            assert config is not None
+            check_targets(model, config)
+    counted: list[Contestant] = []
+    aim = trainable_parameters(model, contestants[0].config(task_type))
+    for own in contestants:
+        config = own.config(task_type)
+        found = trainable_parameters(model, config)
+        # Virtual tokens enough to match would be thousands.
+        fixed = config is None or prompt_only(config) or own.label == spec.reference
+        if own.matches and not fixed and found != aim:
+
+            def make(r: int, pattern: dict[str, int] | None, own: Contestant = own) -> PeftConfig:
+                options = {**own.options, **({"rank_pattern": pattern} if pattern else {})}
+                made = replace(own, r=r, options=options).config(task_type)
+                assert made is not None
+                return made
+
+            matched = match_parameters(make, model, aim)
+            patterns = {
+                name: dict(pattern)
+                for name in ("rank_pattern", "alpha_pattern")
+                if matched.mixed and (pattern := getattr(matched.config, name, None))
+            }
+            own = replace(own, r=matched.r, options={**own.options, **patterns})
+            found = matched.parameters
+        counted.append(replace(own, parameters=found, off=found / aim - 1))
+    return counted
+
+
+def task_type_of(model: nn.Module, head: str) -> str:
+    """PEFT's name for what a model does, with the head that a task asks for."""
+    if head == "text":
+        return SEQ2SEQ if is_encoder_decoder(model) else "CAUSAL_LM"
+    return {"classes": "SEQ_CLS", "spans": QUESTION_ANSWERING}[head]
+
+
+def _check_seq2seq(spec: CompareSpec, tasks: Iterable[ExperimentTask]) -> None:
+    """Refuse what an encoder-decoder cannot do."""
+    for task in tasks:
+        if task.causal:
+            raise ConfigError(
+                f"The model '{spec.model}' is an encoder-decoder, and {task.name} needs a causal language model "
+                "(options are compared by likelihood, or code is continued); take another model, or for multiple "
+                "choice by_generation (--by-generation)."
+            )
+    if spec.template != "chat":
+        raise ConfigError(
+            f"The model '{spec.model}' is an encoder-decoder, which has no prompt template; leave out template "
+            f"'{spec.template}'."
+        )
+
+
+def _check_prompts(contestants: Sequence[Contestant], task_type: str) -> None:
+    """Refuse virtual tokens where they cannot be measured."""
+    kind = {SEQ2SEQ: "encoder-decoders", QUESTION_ANSWERING: "models that mark answers"}[task_type]
+    for own in contestants:
+        config = own.config(task_type)
+        if config is not None and prompt_only(config):
+            raise ConfigError(
+                f"{own.label} learns virtual tokens, which are not measured with {kind} here; leave it out."
+            )
+
+
+def _check_kept(spec: CompareSpec, task_type: str) -> None:
+    """Make sure that the tasks that show what was kept are there, and fit the models."""
+    kinds, wanted = {
+        "SEQ_CLS": (("masked",), "masked-LM perplexity (wikitext2_masked)"),
+        QUESTION_ANSWERING: (("masked",), "masked-LM perplexity (wikitext2_masked)"),
+        SEQ2SEQ: (("text",), "benchmarks that are answered by generation"),
+    }.get(task_type, (("lm", "text"), "tasks of language models"))
+    for prepared in kept_tasks(spec):
+        if model_kind(prepared)[0] not in kinds:
+            raise ConfigError(
+                f"retention_tasks names {prepared.task.name}, which the models of this comparison cannot do; name "
+                f"{wanted}."
+            )
+
+
+def kept_tasks(spec: CompareSpec) -> list[Prepared]:
+    """The tasks that show what was kept, with their items; none where the settings name none.
+
+    Raises:
+        ConfigError: There is no such task, or it would execute code that may not be.
+        DataError: Its rows are missing or malformed.
+        UnsupportedError: A package is missing, or generated code cannot be contained.
+    """
+    names = task_list(spec.retention_tasks) if spec.retention_tasks else []
+    return [
+        prepare(
+            name,
+            data=spec.data,
+            limit=spec.retention_items,
+            seed=spec.data_seed,
+            run_code=spec.run_code,
+            shots=spec.retention_shots,
+        )
+        for name in names
+    ]
+
+
+def load_text(text: str) -> tuple[str, list[str]]:
+    """The name and the texts of `NAME=SOURCE`."""
+    name, source = named_source(text, "texts")
+    return name, data.load_texts(source, limit=MONITORED_TEXTS)
+
+
+def task_places(tasks: Mapping[str, ExperimentTask]) -> dict[str, str]:
+    """Each task's name in file names: its own, made fit for a file and unique."""
+    found: dict[str, str] = {}
+    for source, task in tasks.items():
+        plain = re.sub(r"[^\w.\-]+", "-", task.name).strip("-") or "task"
+        place, number = plain, 2
+        while place in found.values():
+            place, number = f"{plain}-{number}", number + 1
+        found[source] = place
+    return found

@@ -1,0 +1,197 @@
+"""What a comparison came to: means over seeds with intervals, and paired differences from the reference."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dynalora.common.statistics import Difference, Interval, crossed_difference, holm, mean_interval
+from dynalora.jobs.compare.contestants import Contestant
+from dynalora.jobs.compare.grid import Comparison
+from dynalora.lab.scores import mean_accuracy, mean_loss
+
+Result = Mapping[str, Any]
+
+
+MEAN = "mean"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One method on one task, at its learning rate, over the seeds that are there.
+
+    Attributes:
+        label: Which.
+        place: The task.
+        learning_rate: Chosen or only one; None for the base model.
+        edge: The chosen rate is the grid's smallest or largest, and there were others.
+        results: The cells, by seed.
+        accuracy: Over the seeds, a share; None where no answer is right or wrong.
+        loss: Of the right answers, nats per token (per text for classification, per question for marking).
+        metrics: The benchmark's own numbers.
+        kl: KL(base ‖ tuned) by text, nats per token.
+        kept: Main numbers of the retention tasks, over the seeds, and where all are shares `mean`, their unweighted
+            mean.
+        accuracy_apart: Accuracy minus the reference's.
+        loss_apart: Loss minus the reference's.
+        at_reference_loss: KL by text where the method's curve over learning rates has the reference's loss; None where
+            it does not reach it.
+    """
+
+    label: str
+    place: str
+    learning_rate: float | None
+    edge: bool
+    results: Mapping[int, Result] = field(repr=False)
+    accuracy: Interval | None = None
+    loss: Interval | None = None
+    metrics: dict[str, Interval] = field(default_factory=dict)
+    kl: dict[str, Interval] = field(default_factory=dict)
+    kept: dict[str, Interval] = field(default_factory=dict)
+    accuracy_apart: Difference | None = None
+    loss_apart: Difference | None = None
+    at_reference_loss: dict[str, float | None] = field(default_factory=dict)
+
+    def training(self, name: str) -> list[float]:
+        """A number of the trainings, by seed; without those that do not have it."""
+        values = [result["training"][name] for result in self.results.values() if result.get("training")]
+        return [float(value) for value in values if value is not None]
+
+
+def summaries(comparison: Comparison) -> dict[str, list[Summary]]:
+    """By task: the base model, the reference, the others; what has no result yet is left out."""
+    grid, found = comparison.grid, {}
+    for task, place in grid.places.items():
+        own: list[Summary] = []
+        if (base := grid.result(grid.base(task))) is not None:
+            own.append(_summary("base", place, None, False, {0: base}))
+        for contestant in grid.contestants:
+            rate = grid.chosen_rate(task, contestant)
+            if rate is None:
+                continue
+            cells = [grid.cell(task, contestant, rate, seed) for seed in grid.spec.run_seeds]
+            results = {cell.seed: result for cell in cells if (result := grid.result(cell)) is not None}
+            if results:
+                rates = contestant.learning_rates
+                edge = len(rates) > 1 and rate in (rates[0], rates[-1])
+                own.append(_summary(contestant.label, place, rate, edge, results))
+        found[place] = _against(comparison, task, own)
+    return found
+
+
+def _summary(
+    label: str, place: str, rate: float | None, edge: bool, results: Mapping[int, Result]
+) -> Summary:
+    scores = [result["test"] for result in results.values()]
+    accuracy, loss = mean_accuracy(scores), mean_loss(scores)
+    metrics = {
+        name: mean_interval([score["metrics"][name] for score in scores])
+        for name in scores[0].get("metrics", {})
+    }
+    kept = [result.get("retention") or {} for result in results.values()]
+    kl = {name: mean_interval([own[name]["kl"] for own in kept]) for name in kept[0]}
+    numbers = [kept_numbers(result) for result in results.values()]
+    still = {name: mean_interval([own[name] for own in numbers]) for name in numbers[0]}
+    return Summary(label, place, rate, edge, results, accuracy, loss, metrics, kl, still)
+
+
+def kept_numbers(result: Result) -> dict[str, float]:
+    """A run's main numbers on the retention tasks, and `mean`, where there are several and all are shares."""
+    tasks = result.get("kept") or {}
+    found = {name: float(own["value"]) for name, own in tasks.items()}
+    if len(tasks) > 1 and all(own["share"] for own in tasks.values()):
+        found[MEAN] = statistics.fmean(found.values())
+    return found
+
+
+def _against(comparison: Comparison, task: str, own: list[Summary]) -> list[Summary]:
+    """The same with differences from the reference, p-values adjusted for their number."""
+    grid = comparison.grid
+    reference = next((one for one in own if one.label == grid.spec.reference), None)
+    if reference is None:
+        return own
+    compared = []
+    for one in own:
+        if one is reference or one.label == "base":
+            compared.append(one)
+            continue
+        contestant = next(own for own in grid.contestants if own.label == one.label)
+        compared.append(
+            replace(
+                one,
+                accuracy_apart=_apart(reference, one, _right),
+                loss_apart=_apart(reference, one, _nats),
+                at_reference_loss={
+                    text: _at_loss(curve(comparison, task, contestant, text), _value(reference.loss))
+                    for text in one.kl
+                },
+            )
+        )
+    for name in ("accuracy_apart", "loss_apart"):
+        known = [index for index, one in enumerate(compared) if getattr(one, name) is not None]
+        adjusted = holm([getattr(compared[index], name).p for index in known])
+        for index, p in zip(known, adjusted, strict=True):
+            compared[index] = replace(compared[index], **{name: replace(getattr(compared[index], name), p=p)})
+    return compared
+
+
+def _value(interval: Interval | None) -> float:
+    return math.nan if interval is None else interval.value
+
+
+def _right(score: Mapping[str, Any]) -> list[float]:
+    return [float(own) for own in score["correct"]]
+
+
+def _nats(score: Mapping[str, Any]) -> list[float]:
+    """Per item a value whose mean over the items is the loss per token."""
+    mean = sum(score["counts"]) / max(1, len(score["counts"]))
+    return [own / mean for own in score["losses"]]
+
+
+def _apart(
+    reference: Summary, one: Summary, values: Callable[[Mapping[str, Any]], list[float]]
+) -> Difference | None:
+    """`one` minus the reference over the seeds and items that both have."""
+    seeds = [seed for seed in one.results if seed in reference.results]
+    first = [values(reference.results[seed]["test"]) for seed in seeds]
+    second = [values(one.results[seed]["test"]) for seed in seeds]
+    if not seeds or len(first[0]) < 2 or len(first[0]) != len(second[0]):
+        return None
+    return crossed_difference(first, second)
+
+
+def curve(
+    comparison: Comparison, task: str, contestant: Contestant, text: str
+) -> list[tuple[float, float, float]]:
+    """(learning rate, KL on the text, loss) with growing rates: means over the seeds that ran at each."""
+    grid, points = comparison.grid, []
+    for rate in contestant.learning_rates:
+        results = [grid.result(grid.cell(task, contestant, rate, seed)) for seed in grid.spec.run_seeds]
+        there = [
+            result for result in results if result is not None and text in (result.get("retention") or {})
+        ]
+        if there:
+            kl = statistics.fmean(result["retention"][text]["kl"] for result in there)
+            points.append((rate, kl, statistics.fmean(result["test"]["loss"] for result in there)))
+    return points
+
+
+def _at_loss(points: Sequence[tuple[float, float, float]], loss: float) -> float | None:
+    """KL at which a curve first reaches a loss, linear in log KL between its points; None if it never does."""
+    for (_, first, high), (_, second, low) in itertools.pairwise(points):
+        if high >= loss >= low and high > low and first > 0 and second > 0:
+            part = (high - loss) / (high - low)
+            return math.exp((1 - part) * math.log(first) + part * math.log(second))
+    return None
+
+
+def training_numbers(found: Mapping[str, Sequence[Summary]], label: str, name: str) -> list[float]:
+    """A number of all trainings of one method, over all tasks and seeds."""
+    return [
+        value for own in found.values() for one in own if one.label == label for value in one.training(name)
+    ]
