@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dynalora.errors import ConfigError, DataError
-from dynalora.jobs.gates import DomainSpec, GatesSpec, read_domain
+from dynalora.jobs.gates.domains import read_domain
+from dynalora.jobs.gates.settings import DomainSpec, GatesSpec
 from tests.unit import tiny
 
 

@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from dynalora.errors import ConfigError
-from dynalora.jobs import linear_model
-from dynalora.jobs.linear_model import (
+from dynalora.jobs.linear_model import report
+from dynalora.jobs.linear_model.populations import (
     LinearModel,
-    LinearModelResult,
-    LinearModelSpec,
-    compare_on_linear_model,
+    PopulationLosses,
+    Sample,
     measure_losses,
     random_linear_model,
 )
+from dynalora.jobs.linear_model.settings import LinearModelSpec
+from dynalora.jobs.linear_model.training import LinearModelResult, compare_on_linear_model
 from tests.unit.program import Program
 
 QUICK = LinearModelSpec(
@@ -50,16 +51,14 @@ def problem(request: pytest.FixtureRequest) -> LinearModel:
     return found
 
 
-def sampled(
-    problem: LinearModel, correction: torch.Tensor, sample: linear_model.Sample
-) -> list[torch.Tensor]:
+def sampled(problem: LinearModel, correction: torch.Tensor, sample: Sample) -> list[torch.Tensor]:
     """Per-input losses of each population, straight from the definition."""
     wanted = sample.y - sample.x @ problem.base_weight.T
     loss = (correction - wanted).square().sum(1)
     return [loss[sample.fine_tuning], loss[~sample.fine_tuning]]
 
 
-def agrees(losses: list[torch.Tensor], exact: linear_model.PopulationLosses) -> None:
+def agrees(losses: list[torch.Tensor], exact: PopulationLosses) -> None:
     for found, known in zip(losses, (exact.fine_tuning, exact.pre_training), strict=True):
         error = float(found.std() / len(found) ** 0.5)
         assert abs(float(found.mean()) - known) < 4 * error
@@ -260,7 +259,7 @@ def test_lora_of_too_small_a_rank_ends_at_the_optimum_of_its_rank() -> None:
 
 
 def test_figures_draw_the_numbers(quick: LinearModelResult) -> None:
-    (axis,) = linear_model.plot_losses(quick).axes
+    (axis,) = report.plot_losses(quick).axes
     heights = [[bar.get_height() for bar in group] for group in axis.containers if hasattr(group, "patches")]
     assert [label.get_text() for label in axis.get_xticklabels()] == [
         "full fine-tuning", "LoRA", "best fixed\n(closed form)", "DISeL", "Bayes\n(closed form)",
@@ -269,12 +268,12 @@ def test_figures_draw_the_numbers(quick: LinearModelResult) -> None:
     assert heights[1][3] == quick.row("disel").losses.pre_training
     assert heights[0][4] == quick.bayes.fine_tuning
     assert "both populations" in axis.get_title()
-    (axis,) = linear_model.plot_training(quick).axes
+    (axis,) = report.plot_training(quick).axes
     labelled = {line.get_label(): line for line in axis.lines}
     assert labelled["best fixed correction"].get_ydata()[0] == quick.fixed.mixture
     assert labelled["Bayes-optimal correction"].get_ydata()[0] == quick.bayes.mixture
     assert labelled["DISeL"].get_xdata()[-1] == QUICK.steps
-    (axis,) = linear_model.plot_gate_curve(quick).axes
+    (axis,) = report.plot_gate_curve(quick).axes
     labelled = {line.get_label(): line for line in axis.lines}
     assert tuple(labelled["mean gate"].get_ydata()) == quick.gates.gate
 

@@ -84,15 +84,9 @@ def gates(
     from dynalora.common.progress import rich_progress
     from dynalora.drawing.gates import plot_gates
     from dynalora.drawing.style import rendered
-    from dynalora.jobs.gates import (
-        GatesSpec,
-        compare_gates,
-        domains_table,
-        kinds_table,
-        separation_table,
-        summary,
-        write_gates,
-    )
+    from dynalora.jobs.gates.record import compare_gates
+    from dynalora.jobs.gates.report import domains_table, kinds_table, separation_table, summary, write_gates
+    from dynalora.jobs.gates.settings import GatesSpec
     from dynalora.lab.report import rich_table
     from dynalora.lab.run_folder import RunFolder
 

@@ -73,6 +73,7 @@ def linear_model(
     """
     flags = dict(locals())
     flags.pop("config")
-    from dynalora.jobs.linear_model import LinearModelSpec, run_linear_model
+    from dynalora.jobs.linear_model.report import run_linear_model
+    from dynalora.jobs.linear_model.settings import LinearModelSpec
 
     run_linear_model(settings(LinearModelSpec, config, flags), console=console())

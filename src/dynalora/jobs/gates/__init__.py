@@ -1,0 +1,1 @@
+"""The job of `dynalora gates`: where an adapter's gates open over text of several domains."""

@@ -1,0 +1,269 @@
+"""What the gates do, as tables, and as a folder with numbers, histograms, plots and a report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save
+
+from dynalora.common.files import records_csv
+from dynalora.drawing import runs as plots
+from dynalora.drawing.gates import (
+    plot_gate_heatmap,
+    plot_gate_means,
+    plot_gates,
+    plot_gates_by_kind,
+    plot_separation,
+)
+from dynalora.forgetting.gates import ALL, DEPTHS, GateMean, GateRecord, Separation
+from dynalora.jobs.gates.record import GatesResult
+from dynalora.lab.report import Cell, Report, Section, Table, render_html
+from dynalora.lab.report import Figure as Picture
+from dynalora.lab.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def kinds_table(record: GateRecord, title: str = "Mean gate, 0 closed to 1 open", note: str = "") -> Table:
+    """Mean gates by kind of module (rows) and depth (columns)."""
+    kinds = list(dict.fromkeys(row.kind for row in record))
+    rows: list[list[Cell]] = []
+    for kind in (*kinds, None):
+        cells: list[Cell] = [kind or "all"]
+        for group in (*DEPTHS, None):
+            mean = record.mean(
+                lambda row, kind=kind, group=group: (  # type: ignore[misc]
+                    kind in (None, row.kind) and group in (None, record.depth(row))
+                )
+            )
+            cells.append(None if mean is None else f"{mean.value:.4f}")
+        rows.append(cells)
+    return Table(
+        ["module", *DEPTHS, "all layers"], rows, title=title,
+        note=note or f"Over {record.tokens:,} tokens; early, middle and late are thirds of the layers.",
+    )  # fmt: skip
+
+
+def domains_table(result: GatesResult) -> Table:
+    """Mean gates by domain (rows) and depth (columns), with intervals."""
+    rows: list[list[Cell]] = []
+    for name, record in result.records.items():
+        means = [record.mean(lambda row, group=group: record.depth(row) == group) for group in DEPTHS]  # type: ignore[misc]  # noqa: B023
+        rows.append(
+            [
+                name,
+                *map(_interval, [*means, record.mean()]),
+                record.documents,
+                record.tokens,
+                result.counted[name],
+            ]
+        )
+    return Table(
+        ["domain", *DEPTHS, "all layers", "documents", "tokens", "counted"], rows,
+        title="Mean gate, 0 closed to 1 open",
+        note="With 95 % intervals over documents; early, middle and late are thirds of the layers.",
+    )  # fmt: skip
+
+
+def separation_table(result: GatesResult) -> Table:
+    """Areas under the ROC curve by pair of domains (rows) and depth (columns), and their extremes over layers."""
+    rows: list[list[Cell]] = []
+    for pair, by_depth in result.depth_separations.items():
+        layers = result.separations[pair]
+        least, most = min(layers, key=lambda item: item.auc), max(layers, key=lambda item: item.auc)
+        rows.append(
+            [
+                pair,
+                *(_interval(by_depth.get(group)) for group in (*DEPTHS, ALL)),
+                f"{most.auc:.3f} {most.name}",
+                f"{least.auc:.3f} {least.name}",
+            ]
+        )
+    error = max(
+        item.bin_error
+        for pair in result.separations
+        for item in (*result.separations[pair], *result.depth_separations[pair].values())
+    )
+    return Table(
+        ["pair", *DEPTHS, "all layers", "most in a layer", "least in a layer"], rows,
+        title="Separation: area under the ROC curve of a token's mean gate",
+        note="The probability that a token of the first domain opens the gates further than one of the second; 0.5 is "
+        f"no difference. 95 % intervals over documents; exact within ±{error:.1g}.",
+    )  # fmt: skip
+
+
+def _interval(value: GateMean | Separation | None) -> Cell:
+    if value is None:
+        return None
+    if isinstance(value, Separation):
+        number, digits = value.auc, 3
+    else:
+        number, digits = value.value, 4
+    text = f"{number:.{digits}f}"
+    return text if value.low is None else f"{text} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+
+
+def write_gates(result: GatesResult, run: RunFolder) -> None:
+    """Write tables, tensors, plots and the report.
+
+    `layers.csv`, `ranks.csv` and `separation.csv` hold one number per line and column, `gates.json` the same with
+    histograms, `histograms.safetensors` the histograms of every rank component and of tokens' mean gates.
+
+    Args:
+        result: What was found.
+        run: An open folder.
+    """
+    run.write("layers.csv", records_csv(_layer_rows(result)))
+    run.write("ranks.csv", records_csv(_rank_rows(result)))
+    if result.separations:
+        run.write("separation.csv", records_csv(_separation_rows(result)))
+    run.write("gates.json", json.dumps(_plain(result), indent=1) + "\n")
+    run.write(
+        "histograms.safetensors",
+        save(
+            {
+                f"{domain}/{row.module}/{name}": value.contiguous()
+                for domain, record in result.records.items()
+                for row in record
+                for name, value in (
+                    ("rank_histogram", row.rank_histogram),
+                    ("token_histogram", row.token_histogram.sum(0)),
+                )
+            }
+        ),
+    )
+    sections = []
+    for heading, text, tables, drawn in _sections(result):
+        pictures = []
+        for name, made, caption in drawn:
+            pictures.append(Picture(plots.save_figure(run, name, made), caption))
+        sections.append(Section(heading, text, tables=tables, figures=pictures))
+    run.write("report.html", render_html(Report(f"Gates of {result.adapter}", summary(result), sections)))
+
+
+def summary(result: GatesResult) -> str:
+    """What was found, in a sentence per pair of domains."""
+    if not result.depth_separations:
+        (name, record), *_ = result.records.items()
+        return f"On {name}, the mean gate is {_interval(record.mean())}."
+    sentences = []
+    for pair, by_depth in result.depth_separations.items():
+        first, _, second = pair.partition(" / ")
+        sentences.append(
+            f"A token of {first} opens the gates further than a token of {second} with probability "
+            f"{_interval(by_depth[ALL])}."
+        )
+    return " ".join(sentences)
+
+
+_Drawn = tuple[str, "Figure", str]
+
+
+def _sections(result: GatesResult) -> Iterable[tuple[str, str, list[Table], list[_Drawn]]]:
+    records = result.records
+    yield (
+        "How far the gates open",
+        "",
+        [domains_table(result)],
+        [
+            ("gates", plot_gates(records), "Histograms of all gates by depth; each adds up to 1."),
+            (
+                "means",
+                plot_gate_means(records),
+                "Mean gate of every layer, with 95 % intervals over documents.",
+            ),
+        ],
+    )
+    if result.separations:
+        yield (
+            "How well they tell the domains apart",
+            "",
+            [separation_table(result)],
+            [("separation", plot_separation(result.separations), "Area under the ROC curve of every layer.")],
+        )
+    tables = [kinds_table(record, f"Mean gate on {name}") for name, record in records.items()]
+    drawn = [
+        (
+            f"kinds-{_file_name(name, index)}",
+            plot_gates_by_kind(record, title=f"Gates on {name} by depth and kind of module"),
+            f"Histograms by kind of module on {name}.",
+        )
+        for index, (name, record) in enumerate(records.items())
+    ]
+    yield "Kinds of module", "", tables, drawn
+    drawn = [
+        (
+            f"ranks-{_file_name(name, index)}",
+            plot_gate_heatmap(record, title=f"Mean gate per rank component on {name}"),
+            f"Mean gate of every rank component on {name}.",
+        )
+        for index, (name, record) in enumerate(records.items())
+    ]
+    yield "Rank components", "", [], drawn
+
+
+def _file_name(name: str, index: int) -> str:
+    """A domain's name as part of a file name: anything unusual is replaced, and a number keeps names apart."""
+    plain = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name)
+    return plain if plain == name else f"{plain}-{index + 1}"
+
+
+def _layer_rows(result: GatesResult) -> Iterable[dict[str, Any]]:
+    for domain, record in result.records.items():
+        for row in record:
+            mean = record.mean(lambda other, row=row: other is row)  # type: ignore[misc]
+            assert mean is not None
+            yield {
+                "domain": domain, "module": row.module, "layer": row.layer, "kind": row.kind,
+                "depth": record.depth(row), "tokens": row.tokens, "documents": record.documents,
+                "mean": mean.value, "low": mean.low, "high": mean.high,
+            }  # fmt: skip
+
+
+def _rank_rows(result: GatesResult) -> Iterable[dict[str, Any]]:
+    for domain, record in result.records.items():
+        for row in record:
+            for index, (mean, deviation) in enumerate(
+                zip(row.mean.tolist(), row.deviation.tolist(), strict=True)
+            ):
+                yield {
+                    "domain": domain, "module": row.module, "layer": row.layer, "kind": row.kind,
+                    "rank": index, "mean": mean, "deviation": deviation,
+                }  # fmt: skip
+
+
+def _separation_rows(result: GatesResult) -> Iterable[dict[str, Any]]:
+    for pair in result.separations:
+        for item in (*result.separations[pair], *result.depth_separations[pair].values()):
+            yield {"pair": pair, **vars(item)}
+
+
+def _plain(result: GatesResult) -> dict[str, Any]:
+    domains = {}
+    for name, record in result.records.items():
+        layers = {row["module"]: row for row in _layer_rows(result) if row["domain"] == name}
+        domains[name] = {
+            "documents": record.documents,
+            "tokens": record.tokens,
+            "counted": result.counted[name],
+            "layers": [
+                {
+                    **{key: value for key, value in layers[row.module].items() if key != "domain"},
+                    "mean_per_rank": row.mean.tolist(),
+                    "deviation_per_rank": row.deviation.tolist(),
+                    "histogram": row.histogram.tolist(),
+                }
+                for row in record
+            ],
+        }
+    separations = {
+        pair: {
+            "layers": [vars(item) for item in items],
+            "depth": {group: vars(item) for group, item in result.depth_separations[pair].items()},
+        }
+        for pair, items in result.separations.items()
+    }
+    return {"adapter": result.adapter, "domains": domains, "separation": separations}
