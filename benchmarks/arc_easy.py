@@ -86,10 +86,11 @@ def run_cell(cell: Cell, data_folder: Path, threads: int, console: Console) -> d
 
     from dynalora.evaluation.commonsense import load_choices
     from dynalora.evaluation.multiple_choice import option_scores
-    from dynalora.jobs.finetune import load_model, load_tokenizer
-    from dynalora.lab import data
+    from dynalora.lab.data.tokens import tokenize
+    from dynalora.lab.models import load_model, load_tokenizer
     from dynalora.lab.packaged_models import demo_model
-    from dynalora.lab.training import TrainSettings, train_adapter
+    from dynalora.lab.training.settings import TrainSettings
+    from dynalora.lab.training.train import train_adapter
 
     began = time.perf_counter()
     torch.set_num_threads(threads)
@@ -117,7 +118,7 @@ def run_cell(cell: Cell, data_folder: Path, threads: int, console: Console) -> d
             weight_decay=cell.weight_decay, batch_size=cell.batch_size, seed=cell.seed, log_every=1, eval_every=0,
             save_every=0,
         )  # fmt: skip
-        rows = data.tokenize([choice.item.conversation() for choice in train], tokenizer)
+        rows = tokenize([choice.item.conversation() for choice in train], tokenizer)
         rows.rows = [row for row in rows.rows if len(row["input_ids"]) <= LONGEST]
         computed = time.process_time()
         trained = train_adapter(
@@ -201,7 +202,7 @@ def wikitext(
 
 
 def _config(cell: Cell) -> Any:
-    from dynalora.jobs.finetune import adapter_config
+    from dynalora.lab.configs import adapter_config
 
     options = dict(cell.options)
     common: dict[str, Any] = {"r": cell.r, "alpha": cell.alpha}

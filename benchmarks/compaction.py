@@ -72,7 +72,7 @@ class Timed:
         self.seconds: list[float] = []
 
     def step(self, tokens: Any, *, record: bool) -> None:
-        from dynalora.jobs.bench.training import now
+        from dynalora.jobs.bench.setup import now
 
         began = now(tokens.device)
         self.model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
@@ -100,11 +100,13 @@ def run_cell(cell: Cell, data_folder: Path, threads: int | None, console: Consol
     import dynalora
     from dynalora.evaluation.run import prepare
     from dynalora.forgetting.retention import base_predictions, own_text, retention
-    from dynalora.jobs.bench.training import ratios, sharing_copy
-    from dynalora.jobs.finetune import adapter_config, load_model, load_tokenizer
-    from dynalora.lab import data
+    from dynalora.jobs.bench.setup import ratios, sharing_copy
+    from dynalora.lab.configs import adapter_config
+    from dynalora.lab.data.tokens import ensure_chat_template, ensure_pad_token, tokenize
+    from dynalora.lab.models import load_model, load_tokenizer
     from dynalora.lab.packaged_models import demo_model
-    from dynalora.lab.training import TrainSettings, held_out_loss, take_off, train_adapter
+    from dynalora.lab.training.settings import TrainSettings
+    from dynalora.lab.training.train import held_out_loss, take_off, train_adapter
 
     began = time.perf_counter()
     if threads is not None:
@@ -122,13 +124,13 @@ def run_cell(cell: Cell, data_folder: Path, threads: int | None, console: Consol
             source = demo_model(progress=progress)
             path, origin = source.path, source.origin
     tokenizer = load_tokenizer(path)
-    data.ensure_chat_template(tokenizer)
-    data.ensure_pad_token(tokenizer)
+    ensure_chat_template(tokenizer)
+    ensure_pad_token(tokenizer)
     base: Any = load_model(path, dtype="float32")
     if torch.cuda.is_available():
         base = base.to("cuda")
     rows, questions = (
-        data.tokenize([choice.item.conversation() for choice in part], tokenizer)
+        tokenize([choice.item.conversation() for choice in part], tokenizer)
         for part in (train, dev[: cell.questions])
     )
     config = adapter_config(

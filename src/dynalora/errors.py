@@ -38,3 +38,11 @@ class TrainingError(DynaloraError, RuntimeError):
 
 class UnsupportedError(DynaloraError, TypeError):
     """The method or layer cannot do what was asked."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without its full stop; without a message, the error's class."""
+    # A KeyError's text is its key with quotes.
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    lines = str(message).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -262,7 +262,8 @@ def test_a_packed_layer_without_its_library_is_refused() -> None:
 
 
 def test_finetune_holds_the_base_in_int8(int8: Any, tmp_path: Path) -> None:
-    from dynalora.jobs.finetune import FinetuneSpec, finetune
+    from dynalora.jobs.finetune.run import finetune
+    from dynalora.jobs.finetune.settings import FinetuneSpec
     from tests.unit import tiny
 
     tiny.saved_model(tmp_path / "model")

@@ -17,9 +17,9 @@ import transformers
 
 import dynalora
 from dynalora.errors import CheckpointError, ConfigError, DynaloraError, ScheduleError
-from dynalora.jobs import finetune
-from dynalora.jobs.finetune import adapter_config
+from dynalora.jobs.finetune import run as finetune
 from dynalora.lab.adapters import load_adapter
+from dynalora.lab.configs import adapter_config, method_names
 from dynalora.lab.run_folder import RunFolder
 from tests.unit import tiny
 from tests.unit.program import Program, Shown
@@ -39,7 +39,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One saved adapter of each method, in folders of that name."""
     folder = tmp_path_factory.mktemp("adapters")
-    for method in finetune.method_names():
+    for method in method_names():
         base = transformers.AutoModelForCausalLM.from_pretrained(model)
         peft.get_peft_model(base, adapter_config(method, r=2, target_modules=["q_proj"])).save_pretrained(
             folder / method
@@ -77,7 +77,7 @@ class TestFinetune:
     def test_unknown_method(self, asking: Any) -> None:
         one_sentence(
             asking(method="qlora"),
-            f"Unknown method 'qlora'; choose one of {', '.join(finetune.method_names())}.",
+            f"Unknown method 'qlora'; choose one of {', '.join(method_names())}.",
         )
 
     def test_rank_0(self, asking: Any) -> None:

@@ -14,19 +14,16 @@ from dynalora.errors import ConfigError, ScheduleError
 from dynalora.forgetting.landscape import rank_landscape
 from dynalora.forgetting.monitor import RetentionMonitor, checkpoint_retention
 from dynalora.forgetting.retention import given_text, retention
-from dynalora.jobs.finetune import (
-    adapter_config,
-    check_targets,
-    compared_config,
-    compared_names,
-    finetune,
-    method_names,
-)
+from dynalora.jobs.finetune.run import finetune
 from dynalora.jobs.stages.settings import ForgettingSpec
-from dynalora.lab import training
 from dynalora.lab.baselines import BASELINES, driver_of, edits_base, label_of, optimizer_of
+from dynalora.lab.configs import adapter_config, compared_config, compared_names, method_names
 from dynalora.lab.run_folder import RunFolder
-from dynalora.lab.training import TrainSettings, train_adapter
+from dynalora.lab.targets import check_targets
+from dynalora.lab.training import train
+from dynalora.lab.training.checkpoints import last_checkpoint
+from dynalora.lab.training.settings import TrainSettings
+from dynalora.lab.training.train import train_adapter
 from tests.unit import tiny
 from tests.unit.test_finetune import spec, tokenized
 
@@ -138,7 +135,7 @@ def test_a_killed_run_goes_on(method: str, tmp_path: Path, monkeypatch: pytest.M
             )
 
     whole = run("whole")
-    measured = training.held_out_loss
+    measured = train.held_out_loss
     calls = []
 
     def killing(*given: Any, **more: Any) -> float:
@@ -148,7 +145,7 @@ def test_a_killed_run_goes_on(method: str, tmp_path: Path, monkeypatch: pytest.M
         return measured(*given, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "held_out_loss", killing)
+        patch.setattr(train, "held_out_loss", killing)
         with pytest.raises(Killed):
             run("killed")
     kept = sorted(entry.name for entry in (tmp_path / "killed" / "checkpoints").iterdir())
@@ -172,13 +169,13 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path: Path) -> None:
             train_adapter(tiny.model(len(tokenizer)), tokenizer, config, rows, settings=settings, run=run)
         folder = tmp_path / method / "checkpoints"
         needs = "prompt_encoder.safetensors" if method == "p-tuning" else None
-        assert training.last_checkpoint(folder, needs=needs) == folder / "checkpoint-4"
+        assert last_checkpoint(folder, needs=needs) == folder / "checkpoint-4"
         damaged = folder / "checkpoint-4" / (needs or "model.safetensors")
         if needs:
             damaged.unlink()
         else:
             damaged.write_bytes(damaged.read_bytes()[:-10])
-        assert training.last_checkpoint(folder, needs=needs) == folder / "checkpoint-2"
+        assert last_checkpoint(folder, needs=needs) == folder / "checkpoint-2"
 
 
 # --- full fine-tuning -----------------------------------------------------------------------------------------

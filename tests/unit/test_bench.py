@@ -9,17 +9,15 @@ import pytest
 import torch
 
 from dynalora.errors import ConfigError
+from dynalora.jobs.bench.settings import BenchSpec
+from dynalora.jobs.bench.setup import CONTROL, random_tokens, sharing_copy
 from dynalora.jobs.bench.training import (
-    CONTROL,
     PHASES,
-    BenchSpec,
     Measured,
     _Contestant,
     as_json,
     bench,
-    random_tokens,
     saved_for_backward,
-    sharing_copy,
     tables,
 )
 from tests.unit import tiny

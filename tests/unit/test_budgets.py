@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynalora.errors import ConfigError
-from dynalora.jobs.finetune import adapter_config, compared_names, method_names
 from dynalora.lab.budgets import match_parameters, trainable_parameters
+from dynalora.lab.configs import adapter_config, compared_names, method_names
 from tests.toys import assert_same_state, gpt2, snapshot
 from tests.unit import tiny
 

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 
 from dynalora import __version__
 from dynalora.cli.main import app
-from dynalora.jobs import demo, finetune
-from dynalora.jobs.finetune import adapter_config, method_names
+from dynalora.jobs.demo import run as demo
+from dynalora.jobs.finetune import run as finetune
+from dynalora.jobs.finetune.settings import FinetuneSpec
+from dynalora.lab.configs import adapter_config, method_names
 from tests.unit import tiny
 from tests.unit.program import Program
 
@@ -135,7 +137,7 @@ def test_every_setting_has_a_flag(asked: list[Any], program: Program) -> None:
     from dynalora.cli.finetune import finetune as command
 
     flags = set(inspect.signature(command).parameters) - {"config", "option"}
-    settings = {item.name for item in dataclasses.fields(finetune.FinetuneSpec)}
+    settings = {item.name for item in dataclasses.fields(FinetuneSpec)}
     assert settings - flags == {"method_options"}
     assert flags <= settings
 

@@ -12,19 +12,11 @@ import torch
 
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.errors import DataError
-from dynalora.lab import data
-from dynalora.lab.data import (
-    Collator,
-    Fields,
-    ensure_chat_template,
-    ensure_pad_token,
-    find_fields,
-    load_conversations,
-    split,
-    to_conversations,
-    tokenize,
-    without_repeats,
-)
+from dynalora.lab.data.collator import Collator
+from dynalora.lab.data.conversations import load_conversations, load_texts, to_conversations
+from dynalora.lab.data.fields import Fields, find_fields
+from dynalora.lab.data.splitting import split, without_repeats
+from dynalora.lab.data.tokens import ensure_chat_template, ensure_pad_token, tokenize
 from tests.unit import tiny
 
 PAIR = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
@@ -339,15 +331,15 @@ def test_collator_pads_to_the_longest_without_loss_or_attention() -> None:
 
 def test_texts_are_paragraphs_or_the_field_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("One\nof two lines.\n \n\nAnother.\n", encoding="utf-8")
-    assert data.load_texts(tmp_path / "a.txt") == ["One\nof two lines.", "Another."]
-    assert data.load_texts(str(tmp_path / "a.txt"), limit=1) == ["One\nof two lines."]
+    assert load_texts(tmp_path / "a.txt") == ["One\nof two lines.", "Another."]
+    assert load_texts(str(tmp_path / "a.txt"), limit=1) == ["One\nof two lines."]
     rows = tmp_path / "a.jsonl"
     rows.write_text('{"text": ""}\n{"text": " b "}\n{"text": "c"}\n{"txt": "d"}\n', encoding="utf-8")
-    assert data.load_texts(rows, limit=2) == ["b", "c"]
+    assert load_texts(rows, limit=2) == ["b", "c"]
     with pytest.raises(DataError, match="line 4: there is no text in the field 'text'; its fields are 'txt'"):
-        data.load_texts(rows)
+        load_texts(rows)
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(DataError, match="holds no text"):
-        data.load_texts(tmp_path / "empty.txt")
+        load_texts(tmp_path / "empty.txt")
     with pytest.raises(DataError, match="There is no file or folder"):
-        data.load_texts(tmp_path / "none.txt")
+        load_texts(tmp_path / "none.txt")

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from dynalora.errors import ConfigError, RunFolderError
-from dynalora.jobs import demo
-from dynalora.jobs.demo import DemoSpec, run_demo
-from dynalora.lab import training
+from dynalora.jobs.demo import report
+from dynalora.jobs.demo import run as demo
+from dynalora.jobs.demo.run import run_demo
+from dynalora.jobs.demo.settings import DemoSpec
 from dynalora.lab.run_folder import read_metrics
+from dynalora.lab.training.train import take_off
 
 from . import tiny
 
@@ -94,7 +96,7 @@ def test_the_run_folder_has_everything(ran: Any) -> None:
 
 def test_the_saved_adapters_give_the_measured_loss_again(ran: Any) -> None:
     from dynalora.evaluation.scoring import answer_loss
-    from dynalora.lab.data import tokenize
+    from dynalora.lab.data.tokens import tokenize
 
     result, folder, _, model = ran
     words = tiny.tokenizer()
@@ -102,12 +104,12 @@ def test_the_saved_adapters_give_the_measured_loss_again(ran: Any) -> None:
     for row, name in zip(result.rows, ("adapter", "adapter-lora"), strict=True):
         loaded = peft.PeftModel.from_pretrained(model, folder / name)
         assert answer_loss(loaded, rows).mean == pytest.approx(row.answer_loss_after, rel=1e-5)
-        training.take_off(loaded)
+        take_off(loaded)
 
 
 def test_the_table_shows_base_and_methods(ran: Any) -> None:
     result, _, _, _ = ran
-    shown = demo.summary_table(result.rows).text
+    shown = report.summary_table(result.rows).text
     assert [line[0] for line in shown] == ["base model", "disel", "lora"]
     assert shown[2][3].startswith(f"{result.rows[1].kl:.4f}")
 

@@ -16,8 +16,9 @@ from dynalora.common.statistics import Interval
 from dynalora.errors import ConfigError
 from dynalora.evaluation.prompts import TEMPLATES, use_template
 from dynalora.evaluation.run import TaskResult, measure, prepare
-from dynalora.jobs.evaluate import EvaluateSpec, evaluate, is_adapter, results_table
-from dynalora.jobs.finetune import load_model
+from dynalora.jobs.evaluate.run import evaluate, is_adapter, results_table
+from dynalora.jobs.evaluate.settings import EvaluateSpec
+from dynalora.lab.models import load_model
 
 from . import benchmark_files, tiny
 from .program import Program
@@ -197,7 +198,8 @@ def test_mistakes_are_told_before_the_model_is_loaded(
 
 
 def test_finetune_takes_a_template(model: Path, tmp_path: Path, program: Program) -> None:
-    from dynalora.jobs.finetune import FinetuneSpec, prepare
+    from dynalora.jobs.finetune.prepare import prepare
+    from dynalora.jobs.finetune.settings import FinetuneSpec
 
     rows = tiny.write_jsonl(tmp_path / "data.jsonl", tiny.rows(6))
     spec = FinetuneSpec(

@@ -17,7 +17,7 @@ from dynalora.common.progress import rich_progress
 from dynalora.errors import ConfigError, DataError, UnsupportedError
 from dynalora.evaluation import generation, scoring, tasks
 from dynalora.evaluation.tasks import Item, check_disjoint, load_task
-from dynalora.lab import data
+from dynalora.lab.data.tokens import Tokens, tokenize
 
 from . import tiny
 
@@ -204,12 +204,12 @@ def test_without_a_chat_template_the_question_itself_is_the_prompt() -> None:
 
 
 @pytest.fixture(scope="module")
-def rows(words: Any) -> list[data.Tokens]:
+def rows(words: Any) -> list[Tokens]:
     items = [
         Item(question, answer)
         for question, answer in zip(QUESTIONS, ["one", "two", "three", "four", "5"], strict=True)
     ]
-    return data.tokenize([item.conversation() for item in items], words).rows
+    return tokenize([item.conversation() for item in items], words).rows
 
 
 def reference_loss(model: Any, row: Any) -> tuple[float, int]:

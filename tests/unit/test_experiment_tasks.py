@@ -662,7 +662,8 @@ def test_questions_longer_than_the_window_are_left_out_and_counted(
 
 
 def test_texts_to_learn_are_cut_to_the_window(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from dynalora.jobs.finetune import FinetuneSpec, prepare
+    from dynalora.jobs.finetune.prepare import prepare
+    from dynalora.jobs.finetune.settings import FinetuneSpec
 
     words = tiny.tokenizer()
     words.save_pretrained(tmp_path / "model")

@@ -21,26 +21,22 @@ from safetensors.torch import load_file
 
 from dynalora.errors import ConfigError, DataError, RunFolderError, TrainingError
 from dynalora.forgetting.monitor import read_retention
-from dynalora.jobs import finetune as job
-from dynalora.jobs.finetune import (
-    FinetuneSpec,
-    adapter_config,
-    check_targets,
-    empty_model,
-    finetune,
-    prepare,
-)
-from dynalora.lab import data, training
+from dynalora.jobs.finetune import run
+from dynalora.jobs.finetune.prepare import prepare
+from dynalora.jobs.finetune.run import finetune
+from dynalora.jobs.finetune.settings import FinetuneSpec
 from dynalora.lab.baselines import BASELINES
+from dynalora.lab.configs import adapter_config, method_names
+from dynalora.lab.data.collator import Collator
+from dynalora.lab.data.conversations import to_conversations
+from dynalora.lab.data.tokens import PLAIN_CHAT_TEMPLATE, TokenizedSet, ensure_pad_token, tokenize
+from dynalora.lab.models import empty_model
 from dynalora.lab.run_folder import read_metrics
-from dynalora.lab.training import (
-    TrainSettings,
-    held_out_loss,
-    last_checkpoint,
-    take_off,
-    takes_last_logits,
-    train_adapter,
-)
+from dynalora.lab.targets import check_targets
+from dynalora.lab.training.checkpoints import last_checkpoint
+from dynalora.lab.training.recorder import Recorder
+from dynalora.lab.training.settings import TrainSettings
+from dynalora.lab.training.train import held_out_loss, take_off, takes_last_logits, train_adapter
 from tests.unit import tiny
 
 
@@ -66,18 +62,18 @@ def spec(folder: Path, rows: Path, output: Path, **more: Any) -> FinetuneSpec:
     return FinetuneSpec(model=str(folder), data=str(rows), output=str(output), **{**given, **more})
 
 
-def tokenized(count: int = 8) -> tuple[Any, data.TokenizedSet]:
+def tokenized(count: int = 8) -> tuple[Any, TokenizedSet]:
     tokenizer = tiny.tokenizer()
-    data.ensure_pad_token(tokenizer)
-    chats = data.to_conversations((f"row {i}", row) for i, row in enumerate(tiny.rows(count)))
-    return tokenizer, data.tokenize(chats, tokenizer)
+    ensure_pad_token(tokenizer)
+    chats = to_conversations((f"row {i}", row) for i, row in enumerate(tiny.rows(count)))
+    return tokenizer, tokenize(chats, tokenizer)
 
 
 # --- configurations ---------------------------------------------------------------------------------------
 
 
 def test_every_method_has_a_configuration() -> None:
-    for name in job.method_names():
+    for name in method_names():
         config = adapter_config(name, r=4, target_modules="q_proj,v_proj")
         assert name in BASELINES or str(config.peft_type).upper().endswith(name.upper())
         assert getattr(config, "target_modules", {"q_proj", "v_proj"}) == {"q_proj", "v_proj"}
@@ -96,7 +92,7 @@ def test_options_reach_the_configuration_as_numbers() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"method": "qlora"}, re.escape(f"Unknown method 'qlora'; choose one of {', '.join(job.method_names())}")),
+        ({"method": "qlora"}, re.escape(f"Unknown method 'qlora'; choose one of {', '.join(method_names())}")),
         ({"method": "disel", "r": 0}, "The rank r is 0; give a whole number of at least 1"),
         ({"method": "dira", "options": {"penalty_wieght": 1}}, "no option 'penalty_wieght'; did you mean"),
         ({"method": "lora", "options": {"penalty_weight": 1}}, "Method 'lora' has no option 'penalty_weight'"),
@@ -222,7 +218,7 @@ def test_logits_of_the_last_positions_alone_give_the_same_loss_and_gradients(
     assert takes_last_logits(adapted) == (family != "gpt2")  # whose class has no loss by name
     found = []
     for last_logits in (False, True):
-        batch = data.Collator(tokenizer.pad_token_id, last_logits=last_logits)(rows.rows[:5])
+        batch = Collator(tokenizer.pad_token_id, last_logits=last_logits)(rows.rows[:5])
         adapted.zero_grad()
         output = adapted(**batch)
         output.loss.backward()
@@ -254,12 +250,12 @@ def test_training_asks_for_the_logits_of_the_last_positions_alone() -> None:
 
 
 def test_a_batch_without_labels_keeps_one_position() -> None:
-    batch = data.Collator(0, last_logits=True)([{"input_ids": [5, 6, 7], "labels": [-100] * 3}])
+    batch = Collator(0, last_logits=True)([{"input_ids": [5, 6, 7], "labels": [-100] * 3}])
     assert batch["logits_to_keep"].tolist() == [2]
     assert batch["shift_labels"].tolist() == [[-100]]
 
 
-@pytest.mark.parametrize("method", job.method_names())
+@pytest.mark.parametrize("method", method_names())
 def test_training_learns_and_gives_the_base_model_back(method: str) -> None:
     tokenizer, rows = tokenized()
     model = tiny.model(len(tokenizer))
@@ -316,7 +312,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
 def test_empty_training_set_is_refused() -> None:
     tokenizer, _ = tokenized()
     with pytest.raises(DataError, match="The training set is empty"):
-        train_adapter(tiny.model(len(tokenizer)), tokenizer, adapter_config("lora"), data.TokenizedSet())
+        train_adapter(tiny.model(len(tokenizer)), tokenizer, adapter_config("lora"), TokenizedSet())
 
 
 # --- the whole job ----------------------------------------------------------------------------------------
@@ -444,7 +440,7 @@ def test_killed_run_continues_exactly(
 ) -> None:
     more = {"method": method, "save_every": 4, "log_every": 1, "eval_every": 3, "dropout": 0.1}
     finetune(spec(folder, rows, tmp_path / "whole", **more))
-    on_step_end = training._Recorder.on_step_end
+    on_step_end = Recorder.on_step_end
 
     def killed(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
         on_step_end(self, args, state, control, **rest)
@@ -452,7 +448,7 @@ def test_killed_run_continues_exactly(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Recorder, "on_step_end", killed)
+        patch.setattr(Recorder, "on_step_end", killed)
         with pytest.raises(KeyboardInterrupt):
             finetune(spec(folder, rows, tmp_path / "run", **more))
     assert last_checkpoint(tmp_path / "run" / "checkpoints").name == "checkpoint-4"
@@ -525,7 +521,7 @@ def test_moving_ranks_continue_exactly_wherever_the_run_is_killed(
 def _die_at(point: str) -> None:
     """Have this process killed, without any clean-up, at a point of its run."""
     on_step_end, save, save_adapter = (
-        training._Recorder.on_step_end,
+        Recorder.on_step_end,
         torch.save,
         peft.PeftModel.save_pretrained,
     )
@@ -556,7 +552,7 @@ def _die_at(point: str) -> None:
         if point == "the middle of writing the adapter" and step == 8:
             cut(Path(path) / "adapter_model.safetensors")
 
-    training._Recorder.on_step_end = counted  # type: ignore[method-assign]
+    Recorder.on_step_end = counted  # type: ignore[method-assign]
     torch.save = half_an_optimizer
     peft.PeftModel.save_pretrained = half_an_adapter
 
@@ -576,7 +572,7 @@ def test_two_processes_train_as_one(method: str, folder: Path, rows: Path, tmp_p
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     launcher = subprocess.Popen(
         [*launch, "-m", "dynalora.cli.main", *arguments],
-        env={**os.environ, "PYTHONPATH": str(Path(job.__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(Path(run.__file__).parents[2]), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -600,7 +596,7 @@ def test_two_processes_train_as_one(method: str, folder: Path, rows: Path, tmp_p
 def test_nothing_is_loaded_or_made_before_everything_is_checked(
     folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(run, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     broken = tiny.write_jsonl(tmp_path / "broken.jsonl", [{"text": "a"}])
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.tex").write_text("")
@@ -621,7 +617,7 @@ def test_base_model_without_chat_template_is_tuned_and_remembered(rows: Path, tm
     model = tiny.saved_model(tmp_path / "base", chat=False)
     finetune(spec(model, rows, tmp_path / "run", steps=2))
     kept = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").chat_template
-    assert kept == data.PLAIN_CHAT_TEMPLATE
+    assert kept == PLAIN_CHAT_TEMPLATE
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_why() -> None:

@@ -29,7 +29,9 @@ from dynalora.forgetting.gates import (
     depth_separation,
     gate_separation,
 )
-from dynalora.lab import data
+from dynalora.lab.data.collator import Collator
+from dynalora.lab.data.conversations import Conversation
+from dynalora.lab.data.tokens import ensure_pad_token, tokenize
 from tests.toys import TOYS
 from tests.unit import tiny
 
@@ -363,7 +365,7 @@ def test_records_of_different_layers_are_not_compared(record: GateRecord) -> Non
 
 def words_model() -> tuple[Any, Any]:
     words = tiny.tokenizer()
-    data.ensure_pad_token(words)
+    ensure_pad_token(words)
     torch.manual_seed(0)
     made = peft.get_peft_model(
         tiny.model(len(words)), DiselConfig(r=2, target_modules=["q_proj", "up_proj"], init_weights=False)
@@ -373,7 +375,7 @@ def words_model() -> tuple[Any, Any]:
 
 def test_of_instruction_data_exactly_the_response_tokens_count() -> None:
     made, words = words_model()
-    chats: list[data.Conversation] = [
+    chats: list[Conversation] = [
         [{"role": "user", "content": "Say 1."}, {"role": "assistant", "content": "One!"}],
         [
             {"role": "user", "content": "A longer question."},
@@ -382,8 +384,8 @@ def test_of_instruction_data_exactly_the_response_tokens_count() -> None:
             {"role": "assistant", "content": "The second answer."},
         ],
     ]
-    rows = data.tokenize(chats, words).rows
-    found = dynalora.record_gates(made, [data.Collator(0)(rows)])
+    rows = tokenize(chats, words).rows
+    found = dynalora.record_gates(made, [Collator(0)(rows)])
     answers = [["One!<|im_end|>"], ["First.<|im_end|>", "The second answer.<|im_end|>"]]
     expected = []
     for chat, spoken in zip(chats, answers, strict=True):

@@ -13,7 +13,8 @@ from dynalora.jobs.bench.generation import (
     generation_json,
     generation_tables,
 )
-from dynalora.jobs.bench.training import CONTROL, BenchSpec
+from dynalora.jobs.bench.settings import BenchSpec
+from dynalora.jobs.bench.setup import CONTROL
 from tests.unit import tiny
 
 

@@ -14,7 +14,7 @@ from dynalora.errors import CheckpointError, ConfigError, DynaloraError, Unsuppo
 from dynalora.export import export_adapter_folder, load_without_base
 from dynalora.forgetting.landscape import QUANTITIES, TAUS, energy_table
 from dynalora.forgetting.recovery import zero_updates
-from dynalora.jobs.finetune import adapter_config
+from dynalora.lab.configs import adapter_config
 from tests.toys import TOYS
 
 LLAMA = TOYS["llama"]

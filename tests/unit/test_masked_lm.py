@@ -14,7 +14,7 @@ import transformers
 from dynalora import DiselConfig
 from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.masked_lm import mask_text, mask_windows, masked_lm_perplexity, under_head
-from dynalora.jobs.finetune import load_model
+from dynalora.lab.models import load_model
 from tests.unit import tiny
 
 TEXTS = [

@@ -296,7 +296,7 @@ def test_the_real_model_converts_exactly_and_stops_where_it_should(
     monkeypatch.setattr(models, "_GGUF_SHA256", SHA256)
     found = demo_model()
     from dynalora.evaluation.generation import generate
-    from dynalora.jobs.finetune import load_model, load_tokenizer
+    from dynalora.lab.models import load_model, load_tokenizer
 
     tokenizer, model = load_tokenizer(found.path), load_model(found.path, dtype="float32")
     assert tokenizer.eos_token == "<|im_end|>"

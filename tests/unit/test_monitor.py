@@ -21,8 +21,8 @@ from dynalora import RetentionMonitor, given_text, own_text, plot_retention_curv
 from dynalora.errors import CheckpointError, ConfigError, DataError
 from dynalora.forgetting.monitor import OWN, checkpoint_retention
 from dynalora.forgetting.retention import MeasuredText, adapter_tensors, base_predictions, retention
-from dynalora.jobs.finetune import adapter_config
-from dynalora.lab import data
+from dynalora.lab.configs import adapter_config
+from dynalora.lab.data.tokens import ensure_pad_token
 from dynalora.methods import method_names
 from tests.unit import tiny
 
@@ -33,7 +33,7 @@ STEPS = 9
 @pytest.fixture(scope="module")
 def words() -> Any:
     made = tiny.tokenizer()
-    data.ensure_pad_token(made)
+    ensure_pad_token(made)
     return made
 
 

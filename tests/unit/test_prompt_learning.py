@@ -16,10 +16,11 @@ from dynalora.evaluation.harness import run_harness
 from dynalora.evaluation.multiple_choice import Choice, option_scores
 from dynalora.evaluation.scoring import answer_loss, evaluate
 from dynalora.forgetting.retention import base_predictions, fingerprint, given_text, own_text, retention
-from dynalora.jobs.finetune import adapter_config
-from dynalora.lab import data
 from dynalora.lab.adapters import load_adapter
-from dynalora.lab.training import held_out_loss, take_off
+from dynalora.lab.configs import adapter_config
+from dynalora.lab.data.conversations import to_conversations
+from dynalora.lab.data.tokens import ensure_pad_token, tokenize
+from dynalora.lab.training.train import held_out_loss, take_off
 from tests.unit import tiny
 
 VIRTUAL = 5
@@ -28,7 +29,7 @@ VIRTUAL = 5
 def prompted(*, loaded: Path | None = None) -> tuple[Any, Any]:
     """A base model and the same with a P-Tuning adapter that matters, both in float64."""
     tokenizer = tiny.tokenizer()
-    data.ensure_pad_token(tokenizer)
+    ensure_pad_token(tokenizer)
     base = tiny.model(len(tokenizer)).double().eval()
     config = adapter_config("p-tuning", r=VIRTUAL, options={"encoder_hidden_size": 16})
     torch.manual_seed(3)
@@ -87,7 +88,7 @@ def test_logits_of_every_position_and_of_the_last() -> None:
 def test_option_scores(shared: bool) -> None:
     base, model = prompted()
     tokenizer = tiny.tokenizer()
-    data.ensure_pad_token(tokenizer)
+    ensure_pad_token(tokenizer)
     choices = [
         Choice("What?", ("yes", "no way", "a"), 0),
         Choice("Which of these is it, then?", ("x", "longer than all"), 1),
@@ -106,7 +107,7 @@ def test_option_scores(shared: bool) -> None:
 def test_greedy_answers_do_not_depend_on_the_batch() -> None:
     base, model = prompted()
     tokenizer = tiny.tokenizer()
-    data.ensure_pad_token(tokenizer)
+    ensure_pad_token(tokenizer)
     prompts = texts()
     expected = []
     for prompt in prompts:
@@ -127,7 +128,7 @@ def test_greedy_answers_do_not_depend_on_the_batch() -> None:
 def test_retention() -> None:
     base, model = prompted()
     tokenizer = tiny.tokenizer()
-    data.ensure_pad_token(tokenizer)
+    ensure_pad_token(tokenizer)
     text = given_text(["Some text.", "Something else that is rather longer.", "Hi"], tokenizer)
     found = retention(model, text, batch_size=3)
     kl = count = 0.0
@@ -147,7 +148,7 @@ def test_retention() -> None:
 def test_the_base_model_writes_its_own_text() -> None:
     base, model = prompted()
     tokenizer = tiny.tokenizer()
-    data.ensure_pad_token(tokenizer)
+    ensure_pad_token(tokenizer)
     assert fingerprint(model) == fingerprint(base)
     own, other = (own_text(each, tokenizer, texts=6, tokens=5, cache=False) for each in (base, model))
     assert own.rows == other.rows
@@ -157,10 +158,8 @@ def test_the_base_model_writes_its_own_text() -> None:
 def test_held_out_loss_and_exact_answers() -> None:
     base, model = prompted()
     tokenizer = tiny.tokenizer()
-    data.ensure_pad_token(tokenizer)
-    rows = data.tokenize(
-        data.to_conversations((f"row {i}", row) for i, row in enumerate(tiny.rows(12))), tokenizer
-    )
+    ensure_pad_token(tokenizer)
+    rows = tokenize(to_conversations((f"row {i}", row) for i, row in enumerate(tiny.rows(12))), tokenizer)
     by_batch = held_out_loss(model, rows, batch_size=5)
     total, count = 0.0, 0
     for row in rows.rows:  # one by one, without padding, as PEFT runs it

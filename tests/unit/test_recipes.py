@@ -20,12 +20,12 @@ from dynalora.jobs.compare.grid import Comparison
 from dynalora.jobs.compare.planning import plan
 from dynalora.jobs.compare.run import run_compare
 from dynalora.jobs.compare.settings import CompareSpec
-from dynalora.jobs.finetune import empty_model
 from dynalora.jobs.stages.forgetting import run_forgetting
 from dynalora.jobs.stages.recovery import run_recovery
 from dynalora.jobs.stages.settings import ForgettingSpec, RecoverSpec
 from dynalora.lab import tasks
 from dynalora.lab.budgets import trainable_parameters
+from dynalora.lab.models import empty_model
 from dynalora.lab.settings import read_yaml, settings_from
 
 from . import test_seq2seq, tiny

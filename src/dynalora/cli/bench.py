@@ -105,11 +105,12 @@ def bench(
     from dynalora.common.progress import rich_progress
     from dynalora.errors import ConfigError
     from dynalora.jobs.bench import generation
-    from dynalora.jobs.bench import training as benchmark
+    from dynalora.jobs.bench.settings import BenchSpec
+    from dynalora.jobs.bench.training import as_json, bench, tables
     from dynalora.lab.report import rich_table
 
     after_imports()
-    spec = settings(benchmark.BenchSpec, config, flags)
+    spec = settings(BenchSpec, config, flags)
     if output is not None and output.is_dir():
         raise ConfigError(f"'{output}' is a folder; give --json the name of a file.")
     screen = console()
@@ -119,8 +120,8 @@ def bench(
             shown = generation.generation_tables(spec, generated)
             written = generation.generation_json(spec, generated)
         else:
-            results = benchmark.bench(spec, progress=progress)
-            shown, written = benchmark.tables(spec, results), benchmark.as_json(spec, results)
+            results = bench(spec, progress=progress)
+            shown, written = tables(spec, results), as_json(spec, results)
     for table in shown:
         screen.print(rich_table(table))
     if output is not None:

@@ -66,7 +66,8 @@ def demo(
     flags.pop("config")
     if methods is not None:
         flags["methods"] = [item.strip() for item in methods.split(",") if item.strip()]
-    from dynalora.jobs.demo import DemoSpec, run_demo
+    from dynalora.jobs.demo.run import run_demo
+    from dynalora.jobs.demo.settings import DemoSpec
 
     after_imports()
     run_demo(settings(DemoSpec, config, flags), console=console())

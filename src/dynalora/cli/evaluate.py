@@ -122,8 +122,9 @@ def evaluate(
     """
     flags = {name: value for name, value in locals().items() if name != "config"}
     from dynalora.common.progress import rich_progress
-    from dynalora.jobs.evaluate import EvaluateSpec, results_table
-    from dynalora.jobs.evaluate import evaluate as run
+    from dynalora.jobs.evaluate.run import evaluate as run
+    from dynalora.jobs.evaluate.run import results_table
+    from dynalora.jobs.evaluate.settings import EvaluateSpec
     from dynalora.lab.report import rich_table
 
     after_imports()

@@ -134,8 +134,8 @@ def export(
     spec = settings(ExportSpec, config, flags)
     from dynalora.errors import ConfigError
     from dynalora.export.lora import export_adapter_folder, export_lora, export_ranks
-    from dynalora.jobs.finetune import resolve_dtype
     from dynalora.lab.adapters import adapter_folder
+    from dynalora.lab.precision import resolve_dtype
     from dynalora.lab.report import rich_table
 
     after_imports()
@@ -188,13 +188,15 @@ def _snapshot(spec: ExportSpec, calibrate: str) -> tuple[PeftModel, Sequence[Gat
     from dynalora.errors import ConfigError
     from dynalora.export.snapshot import snapshot_price
     from dynalora.forgetting.gates import record_gates
-    from dynalora.jobs.finetune import load_tokenizer
-    from dynalora.lab import data as sets
     from dynalora.lab.adapters import read_config
+    from dynalora.lab.data.collator import Collator
+    from dynalora.lab.data.conversations import load_conversations
+    from dynalora.lab.data.tokens import tokenize
+    from dynalora.lab.models import load_tokenizer
     from dynalora.lab.report import Table
 
     texts = {
-        source: sets.load_conversations(source, split=spec.split, limit=spec.limit)
+        source: load_conversations(source, split=spec.split, limit=spec.limit)
         for source in dict.fromkeys([calibrate, *spec.measure])
     }
     if not spec.measure:
@@ -207,10 +209,10 @@ def _snapshot(spec: ExportSpec, calibrate: str) -> tuple[PeftModel, Sequence[Gat
     adapted = load_adapted(spec.adapter, spec.model)
     saved = read_config(spec.adapter)
     tokenizer = load_tokenizer(spec.model or str(saved.base_model_name_or_path))
-    collator = sets.Collator(tokenizer.pad_token_id or 0)
+    collator = Collator(tokenizer.pad_token_id or 0)
     batches = {}
     for source, conversations in texts.items():
-        tokens = sets.tokenize(conversations, tokenizer, max_length=spec.max_length)
+        tokens = tokenize(conversations, tokenizer, max_length=spec.max_length)
         batches[source] = [collator(tokens.rows[start : start + 8]) for start in range(0, len(tokens), 8)]
     record = record_gates(adapted, batches[calibrate])
     measured = spec.measure or [source for source in texts if source != calibrate]

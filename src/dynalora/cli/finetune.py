@@ -210,8 +210,8 @@ def finetune(
     flags = dict(locals())
     for name in ("config", "option"):
         flags.pop(name)
-    from dynalora.jobs.finetune import FinetuneSpec
-    from dynalora.jobs.finetune import finetune as run
+    from dynalora.jobs.finetune.run import finetune as run
+    from dynalora.jobs.finetune.settings import FinetuneSpec
 
     after_imports()
     flags["method_options"] = method_options(config, option)

@@ -268,14 +268,16 @@ def _of_adapters(
 
 def _gates(spec: LandscapeSpec, adapted: Any, source: str, progress: Progress) -> Any:
     from dynalora.forgetting.gates import record_gates
-    from dynalora.jobs.finetune import load_tokenizer
-    from dynalora.lab import data as sets
     from dynalora.lab.adapters import read_config
+    from dynalora.lab.data.collator import Collator
+    from dynalora.lab.data.conversations import load_conversations
+    from dynalora.lab.data.tokens import tokenize
+    from dynalora.lab.models import load_tokenizer
 
-    conversations = sets.load_conversations(str(spec.data), split=spec.split, limit=spec.limit)
+    conversations = load_conversations(str(spec.data), split=spec.split, limit=spec.limit)
     tokenizer = load_tokenizer(spec.model or str(read_config(source).base_model_name_or_path))
-    tokens = sets.tokenize(conversations, tokenizer, max_length=spec.max_length)
-    collator = sets.Collator(tokenizer.pad_token_id or 0)
+    tokens = tokenize(conversations, tokenizer, max_length=spec.max_length)
+    collator = Collator(tokenizer.pad_token_id or 0)
     batches = [collator(tokens.rows[start : start + 8]) for start in range(0, len(tokens), 8)]
     return record_gates(
         adapted, batches, progress=lambda done, total: progress("Recording gates", done, total or None)

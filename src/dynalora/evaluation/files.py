@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from dynalora.errors import DataError
+from dynalora.errors import DataError, first_line
 
 FILE_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 SAME_SPLIT = {"valid": "dev", "validation": "dev", "eval": "dev"}
@@ -236,8 +236,8 @@ def _json_rows(path: Path, file: IO[str]) -> Rows:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         # Many files called .json hold JSON lines: told by a first line that is an object of its own.
-        first_line = text.lstrip().split("\n", 1)[0]
-        if first_line.startswith("{") and first_line.rstrip().endswith("}"):
+        beginning = text.lstrip().split("\n", 1)[0]
+        if beginning.startswith("{") and beginning.rstrip().endswith("}"):
             yield from _json_lines(path, io.StringIO(text))
             return
         raise DataError(f"'{path}', line {error.lineno}: not valid JSON ({error.msg}).") from None
@@ -364,9 +364,3 @@ def hub_rows(
         ) from error
     for number, row in enumerate(loaded, start=1):
         yield f"row {number}", row
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without its full stop."""
-    text = str(error).strip().splitlines()
-    return text[0].rstrip(".") if text else type(error).__name__

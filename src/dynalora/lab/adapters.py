@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynalora.adapter.config import check_adapter_folder
-from dynalora.errors import CheckpointError, ConfigError
-from dynalora.jobs.finetune import load_model
+from dynalora.errors import CheckpointError, ConfigError, first_line
+from dynalora.lab.models import load_model
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -56,10 +56,9 @@ def model_folder(source: str | os.PathLike[str]) -> str:
     try:
         return str(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
     except Exception as error:  # the hub client's, the network's and the file system's errors
-        reason = str(error).strip().splitlines()
         raise CheckpointError(
             f"There is no folder '{source}', and it cannot be fetched from the Hub "
-            f"({reason[0].rstrip('.') if reason else type(error).__name__}); give the folder or the Hub id of a model."
+            f"({first_line(error)}); give the folder or the Hub id of a model."
         ) from error
 
 
@@ -69,10 +68,8 @@ def _fetched(name: str) -> str:
     try:
         folder = snapshot_download(name, allow_patterns=["adapter_config.json", "adapter_model.safetensors"])
     except Exception as error:  # the hub client's, the network's and the file system's errors
-        reason = str(error).strip().splitlines()
-        told = reason[0].rstrip(".") if reason else type(error).__name__
         raise CheckpointError(
-            f"There is no folder '{name}', and it cannot be fetched from the Hub ({told}); "
+            f"There is no folder '{name}', and it cannot be fetched from the Hub ({first_line(error)}); "
             "give a run folder, an adapter folder or a Hub id."
         ) from error
     check_adapter_folder(folder)
@@ -93,10 +90,7 @@ def read_config(source: str | os.PathLike[str]) -> PeftConfig:
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"The adapter '{source}' cannot be read ({reason[0].rstrip('.') if reason else type(error).__name__})."
-        ) from error
+        raise CheckpointError(f"The adapter '{source}' cannot be read ({first_line(error)}).") from error
     return config
 
 
@@ -115,9 +109,9 @@ def load_adapter(
         source: A run folder, an adapter folder or a Hub id.
         model: The base model; None: the one the adapter names.
         dtype: Of the base model's weights, as in
-            [`FinetuneSpec`][dynalora.jobs.finetune.FinetuneSpec].
+            [`FinetuneSpec`][dynalora.jobs.finetune.settings.FinetuneSpec].
         quantization: Likewise.
-        head: Of the base model, as in [`load_model`][dynalora.jobs.finetune.load_model].
+        head: Of the base model, as in [`load_model`][dynalora.lab.models.load_model].
         labels: For a classifier, number of classes; 1: a value.
 
     Raises:
@@ -141,9 +135,8 @@ def load_adapter(
     except (RuntimeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        reason = str(error).strip().splitlines()
         raise CheckpointError(
-            f"The adapter '{source}' does not fit the model '{name}' ({reason[0] if reason else type(error).__name__})."
+            f"The adapter '{source}' does not fit the model '{name}' ({first_line(error)})."
         ) from error
     _refuse_leftovers(adapted, folder, name)
     return adapted

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dynalora.errors import ConfigError
 from dynalora.evaluation.prompts import TEMPLATES
-from dynalora.jobs.finetune import DTYPES
+from dynalora.lab.precision import DTYPES
 from dynalora.lab.tasks import ExperimentTask, Measuring, load_experiment_task
 
 

@@ -432,3 +432,14 @@ def _as(value: Any, kind: Any) -> Any:
     if origin is int:
         return int(number) if math.isfinite(number) and number == int(number) else MISSING
     return number if origin is float else MISSING
+
+
+def names_or_pattern(targets: list[str] | str) -> list[str] | str:
+    """Module names written with commas as a list; `all-linear` and regular expressions stay as they are."""
+    if (
+        isinstance(targets, str)
+        and targets != "all-linear"
+        and re.fullmatch(r"[\w.\-]+(\s*,\s*[\w.\-]+)*,?", targets)
+    ):
+        return [name.strip() for name in targets.split(",") if name.strip()]
+    return targets

@@ -76,14 +76,9 @@ from dynalora.evaluation.seq2seq import is_encoder_decoder
 from dynalora.evaluation.sources import MissingSplitError, Row
 from dynalora.evaluation.spans import mark_answers, read_windows
 from dynalora.evaluation.tasks import Item, load_task
-from dynalora.lab.data import (
-    Collator,
-    Conversation,
-    TokenizedSet,
-    Tokens,
-    load_conversations,
-    tokenize,
-)
+from dynalora.lab.data.collator import Collator
+from dynalora.lab.data.conversations import Conversation, load_conversations
+from dynalora.lab.data.tokens import TokenizedSet, Tokens, tokenize
 from dynalora.lab.settings import named_values
 
 if TYPE_CHECKING:
@@ -638,7 +633,7 @@ class Chat(Item):
 
     @classmethod
     def of(cls, messages: Conversation) -> Chat:
-        """Out of what [`load_conversations`][dynalora.lab.data.load_conversations] returns."""
+        """Out of what [`load_conversations`][dynalora.lab.data.conversations.load_conversations] returns."""
         asked = [turn["content"] for turn in messages if turn["role"] == "user"]
         return cls(asked[-1] if asked else "", messages[-1]["content"], tuple(messages))
 

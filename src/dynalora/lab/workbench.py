@@ -12,17 +12,14 @@ import torch
 from dynalora.common.progress import Progress, rich_progress
 from dynalora.errors import ConfigError
 from dynalora.evaluation.run import within_window
-from dynalora.jobs.finetune import (
-    check_targets,
-    empty_model,
-    load_model,
-    load_tokenizer,
-    local_model_name,
-)
-from dynalora.lab import data
+from dynalora.lab.data.collator import Collator
+from dynalora.lab.data.tokens import TokenizedSet
 from dynalora.lab.lab_settings import LabSettings
+from dynalora.lab.models import empty_model, load_model, load_tokenizer, local_model_name
+from dynalora.lab.targets import check_targets
 from dynalora.lab.tasks import KINDS, TaskScore
-from dynalora.lab.training import TrainResult, TrainSettings, take_off, train_adapter
+from dynalora.lab.training.settings import TrainSettings
+from dynalora.lab.training.train import TrainResult, take_off, train_adapter
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -61,7 +58,7 @@ class Workbench:
             self._model_path = local_model_name(settings.model, progress=progress)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self._model_path, template=settings.template)
         self._model: PreTrainedModel | None = None
-        self._training: dict[str, data.TokenizedSet] = {}
+        self._training: dict[str, TokenizedSet] = {}
 
     def check(self, config: PeftConfig) -> None:
         """Make sure that an adapter fits the model, before its weights are loaded.
@@ -93,11 +90,11 @@ class Workbench:
             self.console.print(line, highlight=False, markup=False)
 
     @property
-    def collator(self) -> data.Collator:
+    def collator(self) -> Collator:
         """Makes batches of tokenised questions."""
-        return data.Collator(self.tokenizer.pad_token_id or 0)
+        return Collator(self.tokenizer.pad_token_id or 0)
 
-    def training(self, source: str) -> data.TokenizedSet:
+    def training(self, source: str) -> TokenizedSet:
         """A task's training questions as tokens."""
         if source not in self._training:
             how = self.settings

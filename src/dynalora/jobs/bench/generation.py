@@ -17,8 +17,8 @@ import torch
 
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError
-from dynalora.jobs.bench.training import (
-    BenchSpec,
+from dynalora.jobs.bench.settings import BenchSpec
+from dynalora.jobs.bench.setup import (
     adapted,
     entries,
     frozen_base,

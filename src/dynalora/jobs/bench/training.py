@@ -7,124 +7,41 @@ share one copy of the base weights and differ in their adapters only. There is n
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from dynalora.common.progress import Progress, silent
-from dynalora.errors import ConfigError
-from dynalora.jobs.finetune import (
-    adapter_config,
-    check_targets,
-    empty_model,
-    load_model,
-    local_model_name,
-    method_names,
+from dynalora.jobs.bench.settings import BenchSpec
+from dynalora.jobs.bench.setup import (
+    adapted,
+    entries,
+    frozen_base,
+    now,
+    random_tokens,
+    ratios,
+    setting,
+    start,
+    with_machine,
 )
-from dynalora.lab.baselines import BASELINES, driver_of, optimizer_of
-from dynalora.lab.machine import forget_peak, machine, peak, resident
+from dynalora.lab.baselines import driver_of, optimizer_of
+from dynalora.lab.machine import forget_peak, peak, resident
+from dynalora.lab.models import load_model
 from dynalora.lab.report import Table
 from dynalora.lab.settings import settings_from
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
 logger = logging.getLogger(__name__)
 
+
 PHASES = ("forward", "backward", "optimizer")
-REFERENCE = "lora"
-CONTROL = "lora (again)"
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchSpec:
-    """What to measure.
-
-    Attributes:
-        model: Hub id or folder of a causal language model; `smollm2`: the demo's.
-        methods: Methods to compare; the ratios are to `lora` if it is among them, else to the first.
-        dtypes: Of the base weights; each is measured apart. Adapter weights are float32 in all of them.
-        r: Rank, the same for all.
-        target_modules: The same for all.
-        batch_size: Sequences per step.
-        length: Tokens per sequence.
-        rounds: Measured steps per method.
-        warmup: Steps per method before measuring.
-        seed: Of the tokens, which are random and the same for all methods.
-        threads: Of the CPU; None: torch's choice.
-        device: `cpu`, `cuda`, or `auto`.
-        control: Run the reference twice, as if it were two methods: their ratio shows the noise of the measurement.
-        memory: Measure memory too (training steps only).
-        generate: Measure greedy generation instead of training steps; `length` is then the prompt's.
-        new_tokens: Tokens generated per sequence and round, at least 2: the first comes with the prompt.
-    """
-
-    model: str = "smollm2"
-    methods: list[str] = field(default_factory=lambda: ["lora", "dira", "disel"])
-    dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
-    r: int = 16
-    target_modules: list[str] | str = "all-linear"
-    batch_size: int = 4
-    length: int = 128
-    rounds: int = 20
-    warmup: int = 3
-    seed: int = 0
-    threads: int | None = None
-    device: str = "auto"
-    control: bool = False
-    memory: bool = True
-    generate: bool = False
-    new_tokens: int = 32
-
-    def __post_init__(self) -> None:
-        for name in ("r", "batch_size", "rounds", "warmup"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give a whole number of at least 1.")
-        if self.length < 2:
-            raise ConfigError(f"length is {self.length}; give at least 2 tokens.")
-        if self.new_tokens < 2:
-            raise ConfigError(f"new_tokens is {self.new_tokens}; give at least 2.")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"threads is {self.threads}; give a whole number of at least 1.")
-        if not self.methods:
-            raise ConfigError("methods is empty; name at least one.")
-        for name in self.methods:
-            if name not in method_names():
-                raise ConfigError(f"Unknown method '{name}'; choose from {', '.join(method_names())}.")
-        if len(set(self.methods)) < len(self.methods):
-            raise ConfigError("A method is named twice; --control measures the reference twice.")
-        known = ("float32", "bfloat16", "float16")
-        for name in self.dtypes:
-            if name not in known:
-                raise ConfigError(f"dtype is '{name}'; choose from {', '.join(known)}.")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ConfigError(f"device is '{self.device}'; choose one of auto, cpu, cuda.")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device is 'cuda', but torch finds no CUDA device; choose cpu.")
-
-    @property
-    def torch_device(self) -> torch.device:
-        """Where to run."""
-        return torch.device(
-            "cuda"
-            if self.device == "auto" and torch.cuda.is_available()
-            else self.device.replace("auto", "cpu")
-        )
-
-    @property
-    def reference(self) -> str:
-        """The method that ratios are to."""
-        return REFERENCE if REFERENCE in self.methods else self.methods[0]
 
 
 @dataclass(frozen=True)
@@ -197,19 +114,6 @@ class _Contestant:
                 self.seconds[phase].append(end - begin)
 
 
-def now(device: torch.device) -> float:
-    """The time in seconds once a device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def sharing_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model with modules of its own but the very same weights: it costs next to no memory."""
-    kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, kept)
-
-
 def saved_for_backward(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
     """Bytes that a forward pass keeps for the backward pass.
 
@@ -235,12 +139,6 @@ def saved_for_backward(model: nn.Module, forward: Callable[[], torch.Tensor]) ->
     return sum(size for address, size in storages.items() if address not in held)
 
 
-def random_tokens(vocabulary: int, spec: BenchSpec, round_number: int) -> torch.Tensor:
-    """Tokens of one round, (batch_size, length), the same whatever the method and device."""
-    generator = torch.Generator().manual_seed(spec.seed * 100_003 + round_number)
-    return torch.randint(0, vocabulary, (spec.batch_size, spec.length), generator=generator)
-
-
 def bench(spec: BenchSpec, *, progress: Progress = silent) -> list[Measured]:
     """Measure training steps.
 
@@ -260,52 +158,6 @@ def bench(spec: BenchSpec, *, progress: Progress = silent) -> list[Measured]:
     for dtype in spec.dtypes:
         results += _bench_dtype(spec, name, dtype, progress)
     return results
-
-
-def start(spec: BenchSpec, progress: Progress) -> str:
-    """Set the threads, and find the model and check the target modules before weights are loaded; the model's name."""
-    if spec.threads is not None:
-        torch.set_num_threads(spec.threads)
-    name = local_model_name(spec.model, progress=progress)
-    skeleton = empty_model(name)
-    check_targets(skeleton, adapter_config(spec.reference, r=spec.r, target_modules=spec.target_modules))
-    return name
-
-
-def frozen_base(spec: BenchSpec, name: str, dtype: str) -> Any:
-    """The base model that all methods share."""
-    base: Any = load_model(name, dtype=dtype).to(spec.torch_device)  # type: ignore[arg-type]
-    for parameter in base.parameters():
-        parameter.requires_grad_(False)
-    return base
-
-
-def entries(spec: BenchSpec) -> list[tuple[str, str]]:
-    """Label and method of every contender; with `control` the reference stands last once more."""
-    control = [(CONTROL, spec.reference)] if spec.control else []
-    return [(method, method) for method in spec.methods] + control
-
-
-def adapted(method: str, base: nn.Module, spec: BenchSpec, total_steps: int) -> PeftModel:
-    """A method's model on the shared base weights."""
-    import peft
-
-    torch.manual_seed(spec.seed)
-    known = BASELINES.get(method)
-    options = {} if known is not None else {"total_steps": total_steps}
-    alpha = None if known is not None and known.alpha is None else 2.0 * spec.r
-    config = adapter_config(
-        method, r=spec.r, alpha=alpha, target_modules=spec.target_modules, options=options
-    )
-    shared: Any = sharing_copy(base)
-    return cast("PeftModel", peft.get_peft_model(shared, config))
-
-
-def ratios(own: Sequence[float], reference: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """Median and quartiles over the rounds of one time over another, within each round."""
-    found = [one / other for one, other in zip(own, reference, strict=True)]
-    low, _, high = statistics.quantiles(found, n=4) if len(found) > 1 else (found[0],) * 3
-    return statistics.median(found), (low, high)
 
 
 def _bench_dtype(spec: BenchSpec, name: str, dtype: str, progress: Progress) -> list[Measured]:
@@ -372,9 +224,6 @@ def _cuda_memory(contestant: _Contestant, tokens: torch.Tensor) -> tuple[int, in
     return peak - before, peak
 
 
-# --- memory on the CPU: one fresh process per method ------------------------------------------------------
-
-
 def _cpu_memory(
     spec: BenchSpec, name: str, dtype: str, methods: Sequence[str], progress: Progress
 ) -> dict[str, tuple[int, int]]:
@@ -423,9 +272,6 @@ def _memory_of_one(job: dict[str, Any]) -> tuple[int, int]:
     return most - before, most
 
 
-# --- results ----------------------------------------------------------------------------------------------
-
-
 def tables(spec: BenchSpec, results: Sequence[Measured]) -> list[Table]:
     """The results, a table per dtype."""
     made = []
@@ -466,12 +312,6 @@ def tables(spec: BenchSpec, results: Sequence[Measured]) -> list[Table]:
     return made
 
 
-def setting(spec: BenchSpec, dtype: str) -> str:
-    """Model, dtype, rank and target modules, for titles."""
-    targets = spec.target_modules if isinstance(spec.target_modules, str) else ", ".join(spec.target_modules)
-    return f"{spec.model}, {dtype}, r = {spec.r}, {targets}"
-
-
 def as_json(spec: BenchSpec, results: Sequence[Measured]) -> str:
     """Everything measured, round by round, with the settings and the machine."""
     return with_machine(
@@ -484,14 +324,6 @@ def as_json(spec: BenchSpec, results: Sequence[Measured]) -> str:
             for item in results
         ],
     )
-
-
-def with_machine(spec: BenchSpec, rows: list[dict[str, Any]]) -> str:
-    """Results as JSON, with the settings and the machine."""
-    found = machine()
-    if spec.torch_device.type != "cuda":
-        found["device"] = "cpu"
-    return json.dumps({"settings": asdict(spec), "machine": found, "results": rows}, indent=2) + "\n"
 
 
 if __name__ == "__main__":

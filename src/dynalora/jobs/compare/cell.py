@@ -20,16 +20,11 @@ from dynalora.jobs.compare.contestants import BASE, Cell
 from dynalora.jobs.compare.planning import SEQ2SEQ, kept_tasks, load_text, task_type_of
 from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.jobs.compare.store import CellStore, shared_settings
-from dynalora.jobs.finetune import (
-    MONITORED_LENGTH,
-    load_model,
-    load_tokenizer,
-    local_model_name,
-    placed,
-)
 from dynalora.lab.baselines import edits_base
 from dynalora.lab.machine import forget_peak, machine, peak
-from dynalora.lab.training import TrainResult, train_adapter
+from dynalora.lab.models import load_model, load_tokenizer, local_model_name, placed
+from dynalora.lab.monitoring import MONITORED_LENGTH
+from dynalora.lab.training.train import TrainResult, train_adapter
 from dynalora.lab.workbench import train_settings
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dynalora.jobs.finetune import compared_config
+from dynalora.lab.configs import compared_config
 
 if TYPE_CHECKING:
     from peft import PeftConfig

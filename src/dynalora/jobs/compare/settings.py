@@ -10,11 +10,11 @@ from typing import Any
 
 from dynalora.errors import ConfigError
 from dynalora.jobs.compare.contestants import BASE, Contestant
-from dynalora.jobs.finetune import check_quantization
 from dynalora.lab.baselines import label_of
 from dynalora.lab.lab_settings import LabSettings
+from dynalora.lab.precision import check_quantization
 from dynalora.lab.settings import coerce, did_you_mean, named_source, named_values
-from dynalora.lab.training import TrainSettings
+from dynalora.lab.training.settings import TrainSettings
 from dynalora.methods import method_names as own_methods
 
 _OF_A_VARIANT = (

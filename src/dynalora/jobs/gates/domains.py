@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 from dynalora.errors import DataError
 from dynalora.evaluation import files
 from dynalora.jobs.gates.settings import DomainSpec
-from dynalora.lab import data
+from dynalora.lab.data.collator import Collator
+from dynalora.lab.data.conversations import Conversation, load_texts, to_conversations
+from dynalora.lab.data.fields import Fields, find_fields
+from dynalora.lab.data.tokens import tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +29,7 @@ class Domain:
         texts: Empty for conversations.
     """
 
-    conversations: tuple[data.Conversation, ...] = ()
+    conversations: tuple[Conversation, ...] = ()
     texts: tuple[str, ...] = ()
 
     @property
@@ -44,8 +47,8 @@ class Domain:
         """
         if not self.conversations:
             return self.texts
-        rows = data.tokenize(self.conversations, tokenizer, max_length=max_length).rows
-        collator = data.Collator(tokenizer.pad_token_id or 0)
+        rows = tokenize(self.conversations, tokenizer, max_length=max_length).rows
+        collator = Collator(tokenizer.pad_token_id or 0)
         return [collator(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
 
 
@@ -57,7 +60,7 @@ def read_domain(spec: DomainSpec) -> Domain:
     """
     if spec.limit is not None and spec.limit < 1:
         raise DataError(f"limit is {spec.limit}; give 1 or more.")
-    fields = data.Fields(
+    fields = Fields(
         prompt=spec.prompt_field,
         response=spec.response_field,
         input=spec.input_field,
@@ -74,7 +77,7 @@ def read_domain(spec: DomainSpec) -> Domain:
                 f"'{path}' is plain text and has no fields; leave the field names out, or give a data file "
                 f"({', '.join(files.FILE_KINDS)})."
             )
-        return Domain(texts=tuple(data.load_texts(path, limit=spec.limit)))
+        return Domain(texts=tuple(load_texts(path, limit=spec.limit)))
     rows, told = files.read_rows(spec.data, split=spec.split, subset=spec.subset)
     first = next(rows, None)
     if first is None:
@@ -82,17 +85,17 @@ def read_domain(spec: DomainSpec) -> Domain:
     whole = itertools.chain([first], rows)
     text_field = spec.text_field or _text_field(list(first[1]), fields)
     if text_field is None:
-        found = data.to_conversations(
+        found = to_conversations(
             whole, fields=fields if fields.named else None, source=told, limit=spec.limit
         )
         return Domain(conversations=tuple(found))
     return Domain(texts=tuple(files.some_texts(files.texts_of(whole, text_field, told), spec.limit, told)))
 
 
-def _text_field(names: Sequence[str], fields: data.Fields) -> str | None:
+def _text_field(names: Sequence[str], fields: Fields) -> str | None:
     """The field with plain text, if the rows are no conversations."""
     try:
-        data.find_fields(names, fields)
+        find_fields(names, fields)
     except DataError:
         found = files.text_field_of(names)
         if found is None or fields.named:

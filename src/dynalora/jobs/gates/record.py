@@ -9,10 +9,10 @@ from typing import Any
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import UnsupportedError
 from dynalora.forgetting.gates import GateRecord, Separation, depth_separation, gate_separation, record_gates
-from dynalora.jobs.finetune import load_tokenizer
 from dynalora.jobs.gates.domains import read_domain
 from dynalora.jobs.gates.settings import GatesSpec
 from dynalora.lab.adapters import load_adapter, read_config
+from dynalora.lab.models import load_tokenizer
 from dynalora.methods import METHODS
 
 

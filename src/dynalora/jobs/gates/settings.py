@@ -17,13 +17,13 @@ class DomainSpec:
 
     Attributes:
         data: A file, a folder or a Hub id, as for
-            [`load_conversations`][dynalora.lab.data.load_conversations]; any other file is plain text, whose
-            passages are separated by blank lines.
+            [`load_conversations`][dynalora.lab.data.conversations.load_conversations]; any other file is plain
+            text, whose passages are separated by blank lines.
         split: Which split.
         subset: Which configuration of a Hub data set.
         limit: Use only the first rows or passages; None: all.
         text_field: Read this field of each row as plain text.
-        prompt_field: The field with the prompt, and so on, as in [`Fields`][dynalora.lab.data.Fields]; None:
+        prompt_field: The field with the prompt, and so on, as in [`Fields`][dynalora.lab.data.fields.Fields]; None:
             found by their usual names. Rows with neither prompts and responses nor messages are plain text, in a
             field called text, content or document.
         response_field: The field with the response.

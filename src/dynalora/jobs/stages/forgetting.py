@@ -34,7 +34,7 @@ from dynalora.lab.report import Cell, Figure, Report, Section, Table, listing, r
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.scores import mean_accuracy, mean_loss, percent, shown_accuracy, shown_loss
 from dynalora.lab.settings import defaults_of
-from dynalora.lab.training import TrainResult
+from dynalora.lab.training.train import TrainResult
 from dynalora.lab.units import as_json, read_result
 from dynalora.lab.workbench import Workbench, train_settings
 

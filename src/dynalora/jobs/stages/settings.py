@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 from dynalora.errors import ConfigError
 from dynalora.forgetting.landscape import PAPER_TAU
 from dynalora.forgetting.recovery import STRATEGIES
-from dynalora.jobs.finetune import adapter_config
 from dynalora.lab.baselines import BASELINES
+from dynalora.lab.configs import adapter_config
 from dynalora.lab.lab_settings import LabSettings
-from dynalora.lab.training import TrainSettings
+from dynalora.lab.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 
 UNUSED = ("epochs", "eval_every", "save_every")
-"""Fields of [`TrainSettings`][dynalora.lab.training.TrainSettings] that staged experiments do not have."""
+"""Fields of [`TrainSettings`][dynalora.lab.training.settings.TrainSettings] that staged experiments do not have."""
 
 
 def refuse_unused(spec: TrainSettings) -> None:

@@ -1,55 +1,40 @@
 """Attach one adapter to a base model and train it: the part that every experiment shares.
 
-Training is transformers' Trainer with PEFT; this module adds what an experiment wants to know of it: the held-out
+Training is transformers' Trainer with PEFT; this package adds what an experiment wants to know of it: the held-out
 loss, the step time, a record of everything logged, and checkpoints that a killed run continues from.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
-import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from dynalora.common.files import file_beside
 from dynalora.common.names import IGNORED_LABEL
-from dynalora.errors import CheckpointError, ConfigError, DataError, TrainingError
+from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.scoring import answer_loss
 from dynalora.evaluation.seq2seq import Seq2SeqCollator, is_encoder_decoder
 from dynalora.forgetting.monitor import RetentionMonitor
-from dynalora.lab import data
 from dynalora.lab.baselines import DriveBaseline, optimizer_of, prompt_only
+from dynalora.lab.data.collator import Collator
+from dynalora.lab.data.tokens import TokenizedSet
 from dynalora.lab.run_folder import RunFolder
+from dynalora.lab.training.checkpoints import KeepPrompt, last_checkpoint
+from dynalora.lab.training.recorder import UNTIMED_STEPS, Display, Recorder
+from dynalora.lab.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-SCHEDULES = ("cosine", "linear", "constant_with_warmup")
-UNTIMED_STEPS = 3
-"""Steps at the start that are left out of the step time: they pay for allocation and warm-up once."""
 
 # transformers renamed the setting; the old name warns in new versions, the new one is unknown to old ones.
 _CHECKPOINTING = (
@@ -57,73 +42,6 @@ _CHECKPOINTING = (
     if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
     else "gradient_checkpointing"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """How to train. The optimizer is AdamW (0.9, 0.999, 1e-8).
-
-    Attributes:
-        steps: Optimizer steps; None: as many as `epochs` needs.
-        epochs: Passes over the training data, where `steps` is None.
-        learning_rate: The peak.
-        schedule: Shape of the learning rate after warm-up: `cosine`, `linear` (both to 0) or
-            `constant_with_warmup`.
-        warmup: Part of the steps over which the learning rate rises from 0, in [0, 1).
-        weight_decay: Never applied to biases, norms and gates.
-        batch_size: Sequences per device and forward pass.
-        gradient_accumulation: Forward passes per optimizer step.
-        max_grad_norm: Gradients are scaled down to this norm; 0: never.
-        seed: Fixes the adapter's start, the order of the data and dropout.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
-        log_every: Optimizer steps between log lines; None: a hundredth of the run.
-        eval_every: Optimizer steps between measurements of the held-out loss; None: a fifth of the run; 0: only
-            before and after.
-        save_every: Optimizer steps between checkpoints, from which a killed run is resumed; None: a tenth of
-            the run; 0: never.
-    """
-
-    steps: int | None = None
-    epochs: float = 1.0
-    learning_rate: float = 2e-4
-    schedule: str = "cosine"
-    warmup: float = 0.03
-    weight_decay: float = 0.0
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    max_grad_norm: float = 1.0
-    seed: int = 42
-    gradient_checkpointing: bool = False
-    log_every: int | None = None
-    eval_every: int | None = None
-    save_every: int | None = None
-
-    def __post_init__(self) -> None:
-        self._check()
-
-    def _check(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation", "log_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; give a whole number of at least 1.")
-        for name in ("eval_every", "save_every"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ConfigError(f"{name} is {value}; give a number of steps, or 0 for never.")
-        for name in ("epochs", "learning_rate"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name} is {value}; give a number above 0.")
-        for name in ("weight_decay", "max_grad_norm"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{name} is {value}; give a number of at least 0.")
-        if not 0 <= self.warmup < 1:
-            raise ConfigError(
-                f"warmup is {self.warmup}; give a part of the steps, from 0 up to, but without, 1."
-            )
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(f"schedule is '{self.schedule}'; choose one of {', '.join(SCHEDULES)}.")
 
 
 @dataclass(frozen=True)
@@ -158,7 +76,7 @@ class TrainResult:
     records: list[dict[str, Any]]
 
 
-def held_out_loss(model: nn.Module, rows: data.TokenizedSet, *, batch_size: int = 8) -> float:
+def held_out_loss(model: nn.Module, rows: TokenizedSet, *, batch_size: int = 8) -> float:
     """Mean loss over all response tokens of a set, in nats per token; every token counts the same.
 
     Args:
@@ -193,192 +111,12 @@ def takes_last_logits(model: nn.Module) -> bool:
     return further and {"logits_to_keep", "position_ids"} <= set(accepted)
 
 
-class _Recorder(TrainerCallback):
-    """Times steps, measures the held-out loss, and passes both to the run folder and the progress display."""
-
-    def __init__(
-        self,
-        label: str,
-        run: RunFolder | None,
-        show: _Show,
-        measure: Callable[[], float] | None,
-        eval_every: int | None,
-        records: list[dict[str, Any]],
-    ) -> None:
-        self.label, self.run, self.show, self.measure = label, run, show, measure
-        self.eval_every = eval_every
-        self.records = records
-        self.durations: list[float] = []
-        self.held_out: float | None = None
-        self._began = 0.0
-
-    def record(self, values: Mapping[str, Any]) -> None:
-        self.records.append({"run": self.label, **values})
-        if self.run is not None:
-            self.run.log(self.records[-1])
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.eval_every is None:
-            self.eval_every = max(1, math.ceil(state.max_steps / 5))
-        self.show.begin(state.max_steps, state.global_step)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        _wait_for_device()
-        self._began = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        _wait_for_device()
-        self.durations.append(time.perf_counter() - self._began)
-        due = bool(self.eval_every) and state.global_step % self.eval_every == 0
-        if self.measure is not None and (due or state.global_step == state.max_steps):
-            self.held_out = self.measure()
-            self.record({"step": state.global_step, "held_out_loss": self.held_out})
-        self.show.step(state.global_step, held_out=self.held_out)
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
-        # The trainer's closing line has totals only.
-        if logs and "loss" in logs:
-            if not math.isfinite(float(logs["loss"])):
-                raise TrainingError(
-                    f"The loss of {self.label} is {logs['loss']} at step {state.global_step}: training has diverged; "
-                    f"lower learning_rate ({args.learning_rate:g}), or train in float32 or bfloat16 if this is float16."
-                )
-            seconds = {"step_seconds": self.durations[-1]} if self.durations else {}
-            self.record({"step": state.global_step, **logs, **seconds})
-            self.show.step(state.global_step, loss=logs["loss"])
-
-
-def _wait_for_device() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-class _Show:
-    """Progress: a live bar in a terminal, about ten plain lines in a file or pipe, nothing without a console."""
-
-    def __init__(self, label: str, console: Console | None) -> None:
-        self.label, self.console = label, console
-        self.loss: float | None = None
-        self.held_out: float | None = None
-        self._progress: Progress | None = None
-        self._task: Any = None
-        self._total = 0
-        self._printed = -1
-
-    def begin(self, total: int, done: int) -> None:
-        self._total = total
-        if self.console is None:
-            return
-        if self.console.is_terminal:
-            self._progress = Progress(
-                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-                TextColumn("{task.fields[told]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-                console=self.console,
-            )  # fmt: skip
-            self._progress.start()
-            self._task = self._progress.add_task(self.label, total=total, completed=done, told="")
-
-    def step(self, step: int, *, loss: float | None = None, held_out: float | None = None) -> None:
-        self.loss = self.loss if loss is None else loss
-        self.held_out = self.held_out if held_out is None else held_out
-        told = "  ".join(
-            f"{name} {value:.4f}"
-            for name, value in (("loss", self.loss), ("held out", self.held_out))
-            if value is not None
-        )
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, told=told)
-        elif self.console is not None and loss is not None and self._due(step):
-            self._printed = step
-            self.console.print(
-                f"{self.label}: step {step}/{self._total}  {told}", highlight=False, markup=False
-            )
-
-    def _due(self, step: int) -> bool:
-        return self._printed < 0 or step - self._printed >= max(1, self._total // 10) or step == self._total
-
-    def end(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
-
-def last_checkpoint(folder: Path, *, needs: str | None = None) -> Path | None:
-    """The newest checkpoint in a folder that was written to its end; None if there is none.
-
-    A run may be killed while it writes a checkpoint, so the newest folder is not always a whole one.
-
-    Args:
-        folder: What holds the checkpoints.
-        needs: A further file that a whole one has.
-    """
-    if not folder.is_dir():
-        return None
-    numbered = [
-        (int(found[1]), entry)
-        for entry in folder.iterdir()
-        if (found := re.fullmatch(r"checkpoint-(\d+)", entry.name)) and entry.is_dir()
-    ]
-    for _, entry in sorted(numbered, reverse=True):
-        # The trainer writes its state last but for the arguments.
-        if (entry / "trainer_state.json").exists() and _is_whole(entry) and (entry / (needs or "")).exists():
-            return entry
-    return None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    from dynalora.adapter.config import check_adapter_folder
-
-    try:
-        check_adapter_folder(str(checkpoint))
-        for part in checkpoint.glob("model*.safetensors"):
-            with safe_open(part, framework="pt"):
-                pass
-    except (CheckpointError, SafetensorError):
-        return False
-    # A full model's weights may lie in several files; their index is written last.
-    weights = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
-    return any((checkpoint / name).exists() for name in weights) and (checkpoint / "optimizer.pt").exists()
-
-
-class _KeepPrompt(TrainerCallback):
-    """Checkpoints of prompt learning that a run can go on from.
-
-    PEFT saves the virtual tokens that come out of the prompt's encoder, which is all that inference needs; what trains
-    are the encoder and its inputs.
-    """
-
-    FILE = "prompt_encoder.safetensors"
-
-    def __init__(self, model: PeftModel, checkpoint: Path | None) -> None:
-        self._model, self._checkpoint = model, checkpoint
-
-    def _trained(self) -> dict[str, torch.Tensor]:
-        named = self._model.named_parameters()
-        return {name: parameter.data for name, parameter in named if parameter.requires_grad}
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        target = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE
-        with file_beside(target) as beside:
-            save_file({name: tensor.contiguous() for name, tensor in self._trained().items()}, beside)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._checkpoint is not None:  # the trainer has loaded its part by now
-            saved = load_file(self._checkpoint / self.FILE)
-            for name, tensor in self._trained().items():
-                tensor.copy_(saved[name])
-
-
 def train_adapter(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     config: PeftConfig | None,
-    train_dataset: data.TokenizedSet,
-    eval_dataset: data.TokenizedSet | None = None,
+    train_dataset: TokenizedSet,
+    eval_dataset: TokenizedSet | None = None,
     *,
     settings: TrainSettings | None = None,
     run: RunFolder | None = None,
@@ -395,7 +133,7 @@ def train_adapter(
             or one without, all of whose weights are trained (full fine-tuning) and then are no longer the base's.
         tokenizer: For padding.
         config: The adapter's configuration, PEFT's own included; None: the model has its adapter, or is to have none.
-        train_dataset: What [`tokenize`][dynalora.lab.data.tokenize] returns.
+        train_dataset: What [`tokenize`][dynalora.lab.data.tokens.tokenize] returns.
         eval_dataset: Held-out set; None or empty: not measured.
         settings: How to train; None: the defaults.
         run: Where metrics and checkpoints go; if it was opened to resume, the last whole checkpoint is continued.
@@ -440,7 +178,7 @@ def train_adapter(
 
     checkpoint = None
     if run is not None and run.resumed:
-        checkpoint = last_checkpoint(run.checkpoints, needs=_KeepPrompt.FILE if prompts else None)
+        checkpoint = last_checkpoint(run.checkpoints, needs=KeepPrompt.FILE if prompts else None)
     records: list[dict[str, Any]] = []
     if run is not None and run.resumed:
         done = int(checkpoint.name.rsplit("-", 1)[-1]) if checkpoint is not None else -1
@@ -488,21 +226,21 @@ def train_adapter(
     if collator is None and is_encoder_decoder(adapted):
         collator = Seq2SeqCollator(pad)
     if collator is None:
-        collator = data.Collator(
+        collator = Collator(
             pad,
             pad_to_multiple_of=8 if device_is_cuda else 1,
             # DataParallel would deal out the positions among its devices as if they were rows.
             last_logits=takes_last_logits(adapted) and arguments.n_gpu <= 1,
         )
-    show = _Show(name, console)
-    recorder = _Recorder(name, run, show, measure if has_eval else None, how.eval_every, records)
+    show = Display(name, console)
+    recorder = Recorder(name, run, show, measure if has_eval else None, how.eval_every, records)
     if monitor is not None and monitor.keep_best and monitor.score is None and has_eval:
         monitor.score = lambda _: measure()
     kind_of_optimizer, optimizer_settings = Trainer.get_optimizer_cls_and_kwargs(arguments, adapted)
     own_optimizer = optimizer_of(
         adapted, kind_of_optimizer, {**optimizer_settings, "weight_decay": how.weight_decay}
     )
-    callbacks = [DriveBaseline(), *([_KeepPrompt(adapted, checkpoint)] if prompts else []), recorder]
+    callbacks = [DriveBaseline(), *([KeepPrompt(adapted, checkpoint)] if prompts else []), recorder]
     trainer = Trainer(
         model=adapted,
         args=arguments,
@@ -556,16 +294,6 @@ def train_adapter(
         seconds=seconds,
         records=records,
     )
-
-
-def save_adapter(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, run: RunFolder, *, name: str = "adapter"
-) -> Path:
-    """Save an adapter with its tokenizer into a run folder, all or nothing; returns the folder."""
-    with run.replacing(name) as folder:
-        model.save_pretrained(str(folder))
-        tokenizer.save_pretrained(str(folder))
-    return run.path / name
 
 
 def _train_all(model: nn.Module, monitor: RetentionMonitor | None) -> None:

@@ -1,0 +1,106 @@
+"""What both benchmarks share: one base model for all methods, tokens, clocks and ratios."""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from dynalora.common.progress import Progress
+from dynalora.jobs.bench.settings import BenchSpec
+from dynalora.lab.baselines import BASELINES
+from dynalora.lab.configs import adapter_config
+from dynalora.lab.machine import machine
+from dynalora.lab.models import empty_model, load_model, local_model_name
+from dynalora.lab.targets import check_targets
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+CONTROL = "lora (again)"
+
+
+def now(device: torch.device) -> float:
+    """The time in seconds once a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model with modules of its own but the very same weights: it costs next to no memory."""
+    kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, kept)
+
+
+def random_tokens(vocabulary: int, spec: BenchSpec, round_number: int) -> torch.Tensor:
+    """Tokens of one round, (batch_size, length), the same whatever the method and device."""
+    generator = torch.Generator().manual_seed(spec.seed * 100_003 + round_number)
+    return torch.randint(0, vocabulary, (spec.batch_size, spec.length), generator=generator)
+
+
+def start(spec: BenchSpec, progress: Progress) -> str:
+    """Set the threads, and find the model and check the target modules before weights are loaded; the model's name."""
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    name = local_model_name(spec.model, progress=progress)
+    skeleton = empty_model(name)
+    check_targets(skeleton, adapter_config(spec.reference, r=spec.r, target_modules=spec.target_modules))
+    return name
+
+
+def frozen_base(spec: BenchSpec, name: str, dtype: str) -> Any:
+    """The base model that all methods share."""
+    base: Any = load_model(name, dtype=dtype).to(spec.torch_device)  # type: ignore[arg-type]
+    for parameter in base.parameters():
+        parameter.requires_grad_(False)
+    return base
+
+
+def entries(spec: BenchSpec) -> list[tuple[str, str]]:
+    """Label and method of every contender; with `control` the reference stands last once more."""
+    control = [(CONTROL, spec.reference)] if spec.control else []
+    return [(method, method) for method in spec.methods] + control
+
+
+def adapted(method: str, base: nn.Module, spec: BenchSpec, total_steps: int) -> PeftModel:
+    """A method's model on the shared base weights."""
+    import peft
+
+    torch.manual_seed(spec.seed)
+    known = BASELINES.get(method)
+    options = {} if known is not None else {"total_steps": total_steps}
+    alpha = None if known is not None and known.alpha is None else 2.0 * spec.r
+    config = adapter_config(
+        method, r=spec.r, alpha=alpha, target_modules=spec.target_modules, options=options
+    )
+    shared: Any = sharing_copy(base)
+    return cast("PeftModel", peft.get_peft_model(shared, config))
+
+
+def ratios(own: Sequence[float], reference: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Median and quartiles over the rounds of one time over another, within each round."""
+    found = [one / other for one, other in zip(own, reference, strict=True)]
+    low, _, high = statistics.quantiles(found, n=4) if len(found) > 1 else (found[0],) * 3
+    return statistics.median(found), (low, high)
+
+
+def setting(spec: BenchSpec, dtype: str) -> str:
+    """Model, dtype, rank and target modules, for titles."""
+    targets = spec.target_modules if isinstance(spec.target_modules, str) else ", ".join(spec.target_modules)
+    return f"{spec.model}, {dtype}, r = {spec.r}, {targets}"
+
+
+def with_machine(spec: BenchSpec, rows: list[dict[str, Any]]) -> str:
+    """Results as JSON, with the settings and the machine."""
+    found = machine()
+    if spec.torch_device.type != "cuda":
+        found["device"] = "cpu"
+    return json.dumps({"settings": asdict(spec), "machine": found, "results": rows}, indent=2) + "\n"

@@ -1,0 +1,177 @@
+"""The demo's results as tables, figures and sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dynalora.common.statistics import Interval, mcnemar, paired_difference
+from dynalora.drawing import runs as plots
+from dynalora.evaluation.scoring import Score
+from dynalora.evaluation.tasks import Task
+from dynalora.lab.report import Cell, Table
+
+SHOWN = 8
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One method's result, before (the base model) and after training.
+
+    Attributes:
+        method: Its name.
+        accuracy_before: Share of held-out questions answered right, with its 95 % interval.
+        accuracy_after: The same after training.
+        answer_loss_before: Loss of the right answers, nats per token.
+        answer_loss_after: The same after training.
+        kl: KL(base ‖ tuned) on text that the base model wrote, nats per token.
+        kl_error: Its standard error.
+        loss_shift: Loss on that text minus the base model's, nats per token.
+        trainable_parameters: Number of trained parameters.
+        step_seconds: Median time of an optimizer step; None for runs of very few steps.
+        train_seconds: Time of the whole training.
+    """
+
+    method: str
+    accuracy_before: Interval
+    accuracy_after: Interval
+    answer_loss_before: float
+    answer_loss_after: float
+    kl: float
+    kl_error: float
+    loss_shift: float
+    trainable_parameters: int
+    step_seconds: float | None
+    train_seconds: float
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything the demo found.
+
+    Attributes:
+        rows: One per method, in the order they were trained.
+        scores: Base model and methods by name → their held-out scores.
+        task: What they were trained on.
+        origin: Where the base model came from.
+        seconds: Time of the whole demo.
+        peak_memory: Most memory the process has held, in bytes; None where the system does not say.
+    """
+
+    rows: list[DemoRow]
+    scores: dict[str, Score]
+    task: Task
+    origin: str
+    seconds: float
+    peak_memory: int | None
+
+
+def summary_table(rows: Sequence[DemoRow]) -> Table:
+    """The demo's one table: the base model's row first, then each method's."""
+    first = rows[0]
+    shown: list[list[Cell]] = [
+        ["base model", _share(first.accuracy_before), f"{first.answer_loss_before:.3f}", "0", "0", None, None]
+    ]
+    for row in rows:
+        shown.append(
+            [
+                row.method,
+                _share(row.accuracy_after),
+                f"{row.answer_loss_after:.3f}",
+                f"{row.kl:.4f} ± {row.kl_error:.4f}",
+                f"{row.loss_shift:+.4f}",
+                row.trainable_parameters,
+                None if row.step_seconds is None else f"{row.step_seconds:.2f}",
+            ]
+        )
+    return Table(
+        ["", "accuracy", "answer loss", "KL from base", "loss shift", "trainable parameters", "step (s)"],
+        shown,
+        note=(
+            "Accuracy: held-out questions answered exactly right by greedy decoding, with Wilson's 95 % interval. "
+            "Answer loss: nats per token of the right answers. KL(base ‖ tuned), with its standard error, and loss "
+            "shift: nats per token of text that the base model itself wrote; 0 is an unchanged model. Step: median "
+            "time of an optimizer step; `dynalora bench` compares step times precisely."
+        ),
+    )
+
+
+def comparison_table(result: DemoResult) -> Table:
+    """Differences in accuracy on the same questions: each method against the base model and against the others."""
+    names = list(result.scores)
+    rows: list[list[Cell]] = []
+    for index, first in enumerate(names):
+        for second in names[index + 1 :]:
+            a, b = result.scores[first].correct, result.scores[second].correct
+            difference, p = paired_difference(a, b), mcnemar(a, b)
+            interval = (
+                f"{100 * difference.value:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
+            )
+            rows.append([f"{second} − {first}", interval, "< 0.0001" if p < 1e-4 else f"{p:.4f}"])
+    return Table(
+        ["accuracy on the same questions", "difference in points (95 % interval)", "McNemar's p"],
+        rows,
+        note="Interval: adjusted Wald for paired proportions. p: exact, two-sided. One training run per method.",
+    )
+
+
+def _share(accuracy: Interval) -> str:
+    return f"{100 * accuracy.value:.1f} % ({100 * accuracy.low:.1f}–{100 * accuracy.high:.1f})"
+
+
+def summary(result: DemoResult) -> str:
+    """The result in two sentences."""
+    base = result.rows[0]
+    reached = ", ".join(f"{100 * row.accuracy_after.value:.1f} % with {row.method}" for row in result.rows)
+    memory = f" and {result.peak_memory / 1e9:.1f} GB of memory" if result.peak_memory else ""
+    before = f"{100 * base.accuracy_before.value:.1f} %"
+    return (
+        f"Accuracy on {len(result.task.held_out):,} held-out questions went from {before} to {reached}. "
+        f"All of it took {result.seconds / 60:.1f} minutes{memory}."
+    )
+
+
+READING = (
+    "Higher accuracy and lower answer loss mean that more of the task was learned; part of that is to answer in the "
+    "form asked for, as the samples below show. KL and loss shift nearer to 0 mean that more of the base model was "
+    "kept. The two have to be read together: an adapter that learns nothing forgets nothing either."
+)
+
+
+def samples_table(result: DemoResult) -> Table:
+    """What the base model and each method answer to the first held-out questions."""
+    names = list(result.scores)
+    rows: list[list[Cell]] = []
+    for index, item in enumerate(result.task.held_out[:SHOWN]):
+        said = [(score.samples[index : index + 1] or ("",))[0][:200] for score in result.scores.values()]
+        rows.append([item.question, item.answer, *said])
+    return Table(
+        ["question", "right answer", *names], rows, title="The first held-out questions",
+        note="Greedy decoding, cut at the length of the longest right answer.",
+    )  # fmt: skip
+
+
+def figures(result: DemoResult, records: dict[str, list[dict[str, Any]]]) -> dict[str, tuple[bytes, str]]:
+    """The plots by name, each with its caption."""
+    accuracy: dict[str, float | tuple[float, float, float]] = {
+        name: (score.accuracy.value, score.accuracy.low, score.accuracy.high)
+        for name, score in result.scores.items()
+    }
+    draw: list[tuple[str, Callable[[], bytes], str]] = [
+        (
+            "accuracy",
+            lambda: plots.bars(accuracy, ylabel="held-out accuracy"),
+            "Held-out accuracy, 95 % intervals.",
+        ),
+        ("loss", lambda: plots.loss_curves(records), "Training loss of each method, on the same batches."),
+        (
+            "retention",
+            lambda: plots.retention_bars(
+                {row.method: row.kl for row in result.rows},
+                {row.method: row.loss_shift for row in result.rows},
+            ),
+            "Distance from the base model on the base model's own text; smaller is better.",
+        ),
+    ]
+    return {name: (make(), caption) for name, make, caption in draw}

@@ -1,0 +1,1 @@
+"""Measure a model, or an adapter on its base model, on benchmarks by name."""

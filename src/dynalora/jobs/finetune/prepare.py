@@ -1,0 +1,118 @@
+"""Check everything that can be wrong with a fine-tuning run before the model's weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from peft import PeftConfig
+
+from dynalora.errors import ConfigError
+from dynalora.evaluation.run import within_window
+from dynalora.forgetting.retention import MeasuredText, given_text
+from dynalora.jobs.finetune.settings import FinetuneSpec
+from dynalora.lab.baselines import (
+    edits_base,
+    label_of,
+)
+from dynalora.lab.configs import adapter_config, title_of
+from dynalora.lab.data.conversations import load_conversations, load_texts
+from dynalora.lab.data.splitting import split, without_repeats
+from dynalora.lab.data.tokens import TokenizedSet, tokenize
+from dynalora.lab.models import empty_model, load_tokenizer, local_model_name
+from dynalora.lab.monitoring import MONITORED_LENGTH, MONITORED_TEXTS
+from dynalora.lab.run_folder import RunFolder
+from dynalora.lab.settings import defaults_of, named_source
+from dynalora.lab.targets import check_targets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked job, before any weights are loaded.
+
+    Attributes:
+        spec: What was asked for.
+        model: What to load the model from.
+        config: The adapter's configuration.
+        tokenizer: The model's.
+        training: The training set, tokenised.
+        held_out: The held-out set, tokenised; may be empty.
+        modules: Number of modules that get an adapter.
+        texts: What retention is measured on during training besides the base model's own text, by name.
+    """
+
+    spec: FinetuneSpec
+    model: str
+    config: PeftConfig
+    tokenizer: PreTrainedTokenizerBase
+    training: TokenizedSet
+    held_out: TokenizedSet
+    modules: int
+    texts: dict[str, MeasuredText] = field(default_factory=dict)
+
+
+def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
+    """Check everything that can be checked without the model's weights, cheapest first.
+
+    Args:
+        spec: What is asked for.
+        main_process: False on all but one process of a distributed run, which leave the run folder alone.
+
+    Raises:
+        ConfigError: The method, its options, the model or the target modules.
+        DataError: The data.
+        RunFolderError: The run folder.
+    """
+    config = adapter_config(
+        spec.method,
+        r=spec.r,
+        alpha=spec.alpha,
+        dropout=spec.dropout,
+        target_modules=spec.target_modules,
+        options=spec.method_options,
+    )
+    if spec.max_forgetting is not None and edits_base(spec.method, config):
+        raise ConfigError(
+            f"max_forgetting is {spec.max_forgetting:g}, but {title_of(label_of(spec.method))} changes the base "
+            "weights, so what it forgets cannot be followed; leave it out, or choose another method."
+        )
+    if main_process:
+        RunFolder.check(spec.output, spec.settings(), resume=spec.resume, defaults=defaults_of(type(spec)))
+    conversations = load_conversations(
+        spec.data, fields=spec.fields, split=spec.split, subset=spec.subset, limit=spec.limit
+    )
+    if spec.eval_data is not None or spec.eval_split is not None:
+        elsewhere = load_conversations(
+            spec.eval_data or spec.data,
+            fields=spec.fields,
+            split=spec.eval_split or spec.split,
+            subset=spec.subset if spec.eval_data is None else None,
+        )
+        training, held_out = conversations, without_repeats(elsewhere, conversations)
+    else:
+        training, held_out = split(conversations, spec.eval_fraction, seed=spec.seed)
+    named = {}
+    for text in spec.monitor_text if spec.monitored else ():
+        called, source = named_source(text, "monitor_text")
+        named[called] = load_texts(source, limit=MONITORED_TEXTS)
+    name = local_model_name(spec.model)
+    empty = empty_model(name, trust_remote_code=spec.trust_remote_code)
+    modules = check_targets(empty, config)
+    tokenizer = load_tokenizer(name, trust_remote_code=spec.trust_remote_code, template=spec.template)
+    max_length = within_window(spec.max_length, empty, tokenizer)
+    return Prepared(
+        spec=spec,
+        model=name,
+        config=config,
+        tokenizer=tokenizer,
+        training=tokenize(training, tokenizer, max_length=max_length),
+        held_out=tokenize(held_out, tokenizer, max_length=max_length),
+        modules=len(modules),
+        texts={
+            called: given_text(texts, tokenizer, max_length=MONITORED_LENGTH)
+            for called, texts in named.items()
+        },
+    )

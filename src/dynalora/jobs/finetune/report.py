@@ -1,0 +1,219 @@
+"""What a fine-tuning run leaves in its folder: plots, tables and the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.console import Console
+
+from dynalora.adapter.layer import AdapterLayer
+from dynalora.adapter.method import Method
+from dynalora.common.names import plain_name
+from dynalora.drawing import runs as plots
+from dynalora.drawing.gates import plot_gates
+from dynalora.drawing.retention import plot_retention_curves
+from dynalora.drawing.style import rendered
+from dynalora.errors import DynaloraError
+from dynalora.forgetting.gates import record_gates
+from dynalora.forgetting.landscape import rank_landscape
+from dynalora.forgetting.monitor import RetentionMonitor
+from dynalora.forgetting.retention import Retention
+from dynalora.jobs.finetune.prepare import Prepared
+from dynalora.jobs.finetune.settings import FinetuneSpec
+from dynalora.lab.configs import title_of
+from dynalora.lab.data.collator import Collator
+from dynalora.lab.data.tokens import TokenizedSet
+from dynalora.lab.report import Cell, Figure, Report, Section, Table, rich_table, write_report
+from dynalora.lab.run_folder import RunFolder
+from dynalora.lab.training.recorder import UNTIMED_STEPS
+from dynalora.lab.training.train import TrainResult
+from dynalora.methods import METHODS
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+
+def method_of(model: PeftModel) -> Method | None:
+    """The method of a model's active adapter; None if it is not one of dynalora's."""
+    kind = str(model.active_peft_config.peft_type).rpartition(".")[2]
+    return METHODS.get(kind.lower())
+
+
+def decisions(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, held_out: TokenizedSet
+) -> tuple[str, bytes, str] | None:
+    """What the adapter decided, as a plot.
+
+    Args:
+        model: The adapted model.
+        tokenizer: For padding.
+        held_out: Where gates are recorded, on response tokens only; empty: no gates are.
+
+    Returns:
+        File name, PNG and caption: the gates of an adapter that has any, the rank landscape of any other; None if
+        there is nothing to see.
+    """
+    collator = Collator(tokenizer.pad_token_id or 0)
+    try:
+        if getattr(getattr(model, "active_peft_config", None), "gated", False):
+            if len(held_out) == 0:
+                return None
+            batches = [
+                collator(held_out.rows[start : start + 8]) for start in range(0, min(len(held_out), 128), 8)
+            ]
+            drawn = plot_gates({"held-out responses": record_gates(model, batches)})
+            return (
+                "gates",
+                rendered(drawn),
+                "How far the gates open on the tokens of held-out responses, by depth.",
+            )
+        rows = rank_landscape(model)
+    except DynaloraError:
+        return None
+    return (
+        "rank_landscape",
+        plots.rank_heatmap(rows),
+        "Singular values above 0.001 of every adapted matrix's update.",
+    )
+
+
+def decided_by(model: PeftModel, method: Method) -> list[dict[str, Any]]:
+    """What the active adapter decided, as rows of a table."""
+    adapter = model.active_adapter
+    layers = {
+        plain_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, AdapterLayer) and module.has_adapter(adapter)
+    }
+    return method.decided(layers, adapter)
+
+
+def summary_table(
+    results: Sequence[TrainResult], *, more: Mapping[str, Sequence[Cell]] | None = None
+) -> Table:
+    """Results as one table, a row per run.
+
+    Args:
+        results: The runs.
+        more: Further columns, name → one cell per run.
+    """
+    extra = dict(more or {})
+
+    def loss(value: float | None) -> Cell:
+        return None if value is None else f"{value:.4f}"
+
+    rows = [
+        [
+            result.label,
+            loss(result.held_out_before),
+            loss(result.held_out_after),
+            result.trainable_parameters,
+            None if result.step_seconds is None else f"{result.step_seconds:.3f}",
+            *(cells[index] for cells in extra.values()),
+        ]
+        for index, result in enumerate(results)
+    ]
+    columns = ["method", "held-out loss before", "after", "trainable parameters", "step (s)", *extra]
+    note = (
+        "Losses in nats per response token; step: median time of an optimizer step "
+        f"without the first {UNTIMED_STEPS}."
+    )
+    if "KL from base" in extra:
+        note += (
+            " KL(base ‖ tuned), with its standard error, and loss shift in nats per token of text that the base "
+            "model wrote."
+        )
+    return Table(columns, rows, note=note)
+
+
+def _forgetting_told(monitor: RetentionMonitor | None) -> str:
+    """What became of the budget of forgetting, as the end of a summary; nothing if it was kept without more ado."""
+    if monitor is None or monitor.exceeded is None:
+        return ""
+    point = monitor.exceeded
+    told = (
+        f" At step {point.step:,} KL on '{point.text}' was {point.retention.kl:.4f} nats per token, above the budget "
+        f"of {monitor.max_forgetting:g}"
+    )
+    if not monitor.keep_best:
+        return f"{told}, and the run was stopped."
+    if monitor.best is None:
+        return f"{told}, and no weights within it were measured."
+    return f"{told}; the weights are those of step {monitor.best.step:,}, at {monitor.best.forgetting:.4f}."
+
+
+def _short(source: str) -> str:
+    """A Hub id as it is, a path by its last part."""
+    return Path(source).resolve().name if Path(source).exists() else source
+
+
+def write_results(
+    spec: FinetuneSpec,
+    ready: Prepared,
+    result: TrainResult,
+    kept: Retention | None,
+    run: RunFolder,
+    console: Console | None,
+    monitor: RetentionMonitor | None = None,
+) -> None:
+    """Write the plots and the report, and show the closing table."""
+    pictures = {"loss": plots.loss_curves({result.label: result.records})}
+    captions = {"loss": "Training loss (thin: each logged step; thick: running mean) and held-out loss."}
+    decided = decisions(result.model, ready.tokenizer, ready.held_out)
+    if decided is not None:
+        name, pictures[name], captions[name] = decided
+    method = method_of(result.model)
+    if method is not None and (drawn := plots.metric_panels(result.records, method.panels)) is not None:
+        pictures["method"] = drawn
+        captions["method"] = f"What {method.title or method.name} weighed and measured in training."
+    if method is not None and (rows := decided_by(result.model, method)):
+        run.write("decisions.json", json.dumps(rows, indent=1))
+    if monitor is not None and monitor.points:
+        curves = plot_retention_curves(monitor.points, max_forgetting=spec.max_forgetting)
+        pictures["retention"] = plots.save_figure(run, "retention", curves)
+        captions["retention"] = (
+            "KL from the base model, with its standard error, and loss shift during training."
+        )
+    for name, content in pictures.items():
+        run.write(f"plots/{name}.png", content)
+    more: dict[str, list[Cell]] = {}
+    if kept is not None:
+        more = {
+            "KL from base": [f"{kept.kl:.4f} ± {kept.kl_error:.4f}"],
+            "loss shift": [f"{kept.loss_shift:+.4f}"],
+        }
+    table = summary_table([result], more=more)
+    change = ""
+    if result.held_out_before is not None and result.held_out_after is not None:
+        change = f" took the held-out loss from {result.held_out_before:.4f} to {result.held_out_after:.4f}"
+    share = 100 * result.trainable_parameters / result.parameters
+    summary = (
+        f"{result.steps:,} optimizer steps{change or ' were taken'}, training "
+        f"{result.trainable_parameters:,} parameters ({share:.2f} % of the model)"
+        f"{f' in {ready.modules} modules' if ready.modules else ''}.{_forgetting_told(monitor)}"
+    )
+    counts = Table(
+        ["", "conversations", "tokens to learn from", "truncated", "left out"],
+        [
+            [name, len(part), part.response_tokens, part.truncated, part.dropped]
+            for name, part in (("training", ready.training), ("held out", ready.held_out))
+        ],
+    )
+    sections = [
+        Section("Result", tables=[table]),
+        Section("Data", tables=[counts]),
+        Section("Plots", figures=[Figure(content, captions[name]) for name, content in pictures.items()]),
+        Section("Settings", listing=yaml.safe_dump(spec.settings(), sort_keys=False, allow_unicode=True)),
+    ]
+    title = f"{_short(spec.model)} fine-tuned with {title_of(result.label)} on {_short(spec.data)}"
+    write_report(Report(title, summary, sections), run.report)
+    if console is not None:
+        console.print(rich_table(table))
+        if told := _forgetting_told(monitor):
+            console.print(told.strip(), highlight=False, markup=False)
+        console.print(f"Adapter: {run.adapter}\nReport:  {run.report}", highlight=False, markup=False)

@@ -1,0 +1,125 @@
+"""Fine-tune a user's own model on the user's own data: the job behind `dynalora finetune`.
+
+Everything that can be wrong with the settings, the data, the run folder or the target modules is found before the
+model's weights are loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from dynalora.common.progress import rich_progress
+from dynalora.forgetting.monitor import RetentionMonitor
+from dynalora.forgetting.retention import Retention, own_text, retention
+from dynalora.jobs.finetune.prepare import Prepared, prepare
+from dynalora.jobs.finetune.report import write_results
+from dynalora.jobs.finetune.settings import FinetuneSpec
+from dynalora.lab.baselines import (
+    edits_base,
+    label_of,
+)
+from dynalora.lab.configs import title_of
+from dynalora.lab.models import load_model
+from dynalora.lab.run_folder import RunFolder
+from dynalora.lab.settings import defaults_of
+from dynalora.lab.training.checkpoints import save_adapter
+from dynalora.lab.training.train import TrainResult, train_adapter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+
+def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResult:
+    """Do the whole job: check, load, train, measure, write the run folder.
+
+    Args:
+        spec: What to do.
+        console: Where progress and the closing table are shown; None: nowhere.
+
+    Returns:
+        The trained model with its measurements; everything is also in the run folder.
+
+    Raises:
+        DynaloraError: As [`prepare`][dynalora.jobs.finetune.prepare.prepare], before any weights are loaded.
+    """
+    # Set by torchrun, accelerate and deepspeed before the first line of Python runs.
+    main = int(os.environ.get("RANK", "0")) == 0
+    say = console if console is not None and main else None
+    ready = prepare(spec, main_process=main)
+    with RunFolder.create(
+        spec.output, spec.settings(), resume=spec.resume, defaults=defaults_of(type(spec)), main_process=main
+    ) as run:
+        if say is not None:
+            say.print(
+                f"{len(ready.training):,} training and {len(ready.held_out):,} held-out conversations, "
+                f"{ready.training.response_tokens:,} tokens to learn from. Loading {spec.model} …",
+                highlight=False,
+                markup=False,
+            )
+        model = load_model(
+            ready.model,
+            dtype=spec.dtype,
+            quantization=spec.quantization,
+            trust_remote_code=spec.trust_remote_code,
+        )
+        result = train_adapter(
+            model,
+            ready.tokenizer,
+            ready.config,
+            ready.training,
+            ready.held_out,
+            settings=spec,
+            run=run,
+            label=label_of(spec.method),
+            console=say,
+            monitor=(watcher := _monitor(spec, ready, run)),
+        )
+        if main:
+            save_adapter(result.model, ready.tokenizer, run)
+            kept = None
+            if spec.retention and edits_base(spec.method, ready.config):
+                if say is not None:
+                    say.print(
+                        f"{title_of(label_of(spec.method))} changes the base weights, so disabling it does not tell "
+                        "what was forgotten; retention is left out.",
+                        highlight=False,
+                    )
+            elif spec.retention:
+                kept = measure_retention(result.model, ready.tokenizer, console=say)
+            if kept is not None:
+                run.log({"run": result.label, "step": result.steps, "retention": asdict(kept)})
+            write_results(spec, ready, result, kept, run, say, watcher)
+            run.finish()
+            # The adapter is saved; optimizer states are of no more use and larger than everything else.
+            shutil.rmtree(run.checkpoints, ignore_errors=True)
+    return result
+
+
+def _monitor(spec: FinetuneSpec, ready: Prepared, run: RunFolder) -> RetentionMonitor | None:
+    if not spec.monitored or edits_base(spec.method, ready.config):
+        return None
+    return RetentionMonitor(
+        ready.texts,
+        tokenizer=ready.tokenizer,
+        every=spec.monitor_every or 0.1,
+        max_forgetting=spec.max_forgetting,
+        keep_best=spec.keep_best,
+        name=label_of(spec.method),
+        path=run.path / "retention.jsonl",
+    )
+
+
+def measure_retention(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, *, console: Console | None = None
+) -> Retention:
+    """KL from the base model and loss shift, on text that the base model itself writes."""
+    if console is None:
+        return retention(model, own_text(model, tokenizer))
+    with rich_progress(console) as progress:
+        return retention(model, own_text(model, tokenizer, progress=progress), progress=progress)

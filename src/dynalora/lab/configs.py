@@ -1,0 +1,171 @@
+"""Configurations of adapters by the method's name, dynalora's and PEFT's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+from peft import PeftConfig
+
+from dynalora.adapter.model import leave_out_head
+from dynalora.errors import ConfigError
+from dynalora.lab.baselines import (
+    BASELINES,
+    config_from_file,
+    is_config_file,
+)
+from dynalora.lab.settings import coerce, did_you_mean, names_or_pattern
+from dynalora.methods import METHODS
+
+
+def method_names() -> list[str]:
+    """Methods whose adapters can be trained: dynalora's, and PEFT's to compare with."""
+    from dynalora import methods
+
+    return [*methods.method_names(), *(name for name, known in BASELINES.items() if known.config is not None)]
+
+
+def compared_names() -> list[str]:
+    """Methods that can be compared: those of `method_names`, and `full` fine-tuning."""
+    return [*method_names(), *(name for name, known in BASELINES.items() if known.config is None)]
+
+
+def title_of(method: str) -> str:
+    """A method's name as its paper writes it."""
+    titles = {name: known.title for name, known in BASELINES.items()}
+    titles |= {name: known.title for name, known in METHODS.items()}
+    return titles.get(method) or method
+
+
+def compared_config(
+    method: str,
+    *,
+    r: int = 16,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: list[str] | str = "all-linear",
+    options: Mapping[str, Any] | None = None,
+    task_type: str = "CAUSAL_LM",
+) -> PeftConfig | None:
+    """As [`adapter_config`][dynalora.lab.configs.adapter_config], and None for full fine-tuning.
+
+    Args:
+        method: One of [`compared_names`][dynalora.lab.configs.compared_names], or a configuration file.
+        r: Rank; full fine-tuning has none.
+        alpha: As for `adapter_config`.
+        dropout: Likewise.
+        target_modules: Likewise; full fine-tuning trains every weight.
+        options: Likewise.
+        task_type: Likewise.
+
+    Raises:
+        ConfigError: As `adapter_config`; alpha, dropout or options are given for full fine-tuning.
+    """
+    known = BASELINES.get(method.lower())
+    if known is None or known.config is not None:
+        return adapter_config(
+            method, r=r, alpha=alpha, dropout=dropout, target_modules=target_modules, options=options,
+            task_type=task_type,
+        )  # fmt: skip
+    known.fields(r, alpha, dropout)
+    if options:
+        raise ConfigError(
+            f"Method '{method}' has no adapter and no option '{next(iter(options))}'; leave it out."
+        )
+    return None
+
+
+def adapter_config(
+    method: str,
+    *,
+    r: int = 16,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: list[str] | str = "all-linear",
+    options: Mapping[str, Any] | None = None,
+    task_type: str = "CAUSAL_LM",
+) -> PeftConfig:
+    """The configuration of an adapter, by the method's name.
+
+    Args:
+        method: One of [`method_names`][dynalora.lab.configs.method_names], or a `.json` or `.yaml` file as
+            PEFT's `adapter_config.json`, to which `r`, `alpha` and `dropout` do not apply.
+        r: Rank; for `randlora` that of each random basis, of which there are the fewer the larger it is; for
+            `p-tuning` the number of virtual tokens.
+        alpha: The update is scaled by alpha / r; None: the method's default, for LoRA twice the rank.
+        dropout: On the adapter's input.
+        target_modules: Names, a regular expression, or `all-linear`; means nothing to `p-tuning`, and to a file that
+            names its own.
+        options: Further fields of the method's configuration.
+        task_type: PEFT's name of what the model does.
+
+    Raises:
+        ConfigError: An unknown method, an unknown option (lists the valid ones), or a value that cannot be.
+    """
+    from dynalora import methods
+
+    targets = names_or_pattern(target_modules)
+    if is_config_file(method):
+        told = config_from_file(method, target_modules=targets, options=options, task_type=task_type)
+        leave_out_head(told)
+        return told
+    name = method.lower()
+    if name not in method_names():
+        if name in BASELINES:
+            raise ConfigError(
+                f"Method '{method}' has no adapter and cannot be used here; choose one of {', '.join(method_names())}."
+            )
+        raise ConfigError(f"Unknown method '{method}'; choose one of {', '.join(method_names())}.")
+    if r < 1:
+        raise ConfigError(f"The rank r is {r}; give a whole number of at least 1.")
+    common: dict[str, Any] = {"task_type": task_type, "target_modules": targets}
+    preset: dict[str, Any] = {}
+    if name in BASELINES:
+        baseline = BASELINES[name]
+        kind: Any = baseline.config
+        own = baseline.fields(r, alpha, dropout)
+        preset = {key: own.pop(key) for key in {*baseline.options, *baseline.more(r)}}
+        common |= own
+        if not baseline.adapts_modules:
+            del common["target_modules"]
+        valid = {item.name for item in fields(kind)} - {item.name for item in fields(PeftConfig)}
+    else:
+        kind = methods.config_class(name)
+        common |= {"r": r, "alpha": alpha, "dropout": dropout}
+        valid = set(kind.own_fields())
+    valid -= set(common)
+    chosen = dict(options or {})
+    for option in chosen:
+        if option in common:
+            raise ConfigError(
+                f"'{option}' is a setting of its own; give it there and not among the method's options."
+            )
+        if option not in valid:
+            raise ConfigError(
+                f"Method '{name}' has no option '{option}'; {did_you_mean(option, sorted(valid))}."
+            )
+    try:
+        made: PeftConfig = kind(**common, **{**preset, **_typed(kind, chosen)})
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"The settings of method '{name}' do not fit together: {error}") from error
+    leave_out_head(made)
+    return made
+
+
+def _typed(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers that came as text, as YAML 1.1 has it for `1e-4`, as the numbers the field wants."""
+    try:
+        hints = get_type_hints(kind)
+    except NameError:  # a field annotated with a type that is imported for type checkers only
+        return dict(options)
+
+    def typed(name: str, value: Any) -> Any:
+        try:
+            return coerce(value, hints[name], name) if isinstance(value, str) else value
+        except ConfigError:
+            return value  # the configuration says itself what it wants
+
+    return {name: typed(name, value) for name, value in options.items()}

@@ -1,0 +1,217 @@
+"""Read data sets, and bring every row to one form: a list of chat messages."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypedDict
+
+from dynalora.errors import DataError
+from dynalora.evaluation.files import (
+    is_text,
+    kind_of,
+    passages,
+    read_rows,
+    some_texts,
+    texts_of,
+)
+from dynalora.lab.data.fields import Fields, find_fields
+
+logger = logging.getLogger(__name__)
+
+
+ROLES = ("system", "user", "assistant", "tool", "developer")
+
+
+class _Message(TypedDict):
+    role: str
+    content: str
+
+
+class Message(_Message, total=False):
+    """One turn of a conversation: `role` and `content`.
+
+    Where the content was put together from an instruction and an input, both are there, too, for prompt templates that
+    set them apart (Alpaca's).
+    """
+
+    instruction: str
+    input: str
+
+
+Conversation = list[Message]
+
+
+def load_conversations(
+    source: str | Path,
+    *,
+    fields: Fields | None = None,
+    split: str = "train",
+    subset: str | None = None,
+    limit: int | None = None,
+) -> list[Conversation]:
+    """Read a data set and bring every row to one form.
+
+    Args:
+        source: A file (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`; `.gz` may follow), a folder of such files or
+            one written by `Dataset.save_to_disk`, or the id of a data set on the Hugging Face Hub.
+        fields: Which fields hold prompt and response, or the messages; None: found by their usual names.
+        split: Which split of a Hub data set; in a folder, the files whose name begins with it, or all files
+            if none does. A single file has no splits.
+        subset: Which configuration of a Hub data set, for those that have several.
+        limit: Keep only the first rows; None: all.
+
+    Returns:
+        One conversation per row, ending with an assistant's message. Rows with an empty response are left out
+        and their number is logged as a warning.
+
+    Raises:
+        DataError: The source does not exist, cannot be read (with the line number), is empty, lacks the fields,
+            or has no row with a response.
+    """
+    rows, name = read_rows(source, split=split, subset=subset)
+    return to_conversations(rows, fields=fields, source=name, limit=limit)
+
+
+def load_texts(
+    source: str | Path,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    limit: int | None = None,
+    text_field: str | None = None,
+) -> list[str]:
+    """Plain texts to measure on.
+
+    Args:
+        source: A plain text file, whose passages, parted by empty lines, are the texts; or whatever
+            [`load_conversations`][dynalora.lab.data.conversations.load_conversations] reads.
+        split: Which split of a Hub data set or folder.
+        subset: Which configuration of a Hub data set.
+        limit: Keep only the first texts; None: all.
+        text_field: The field of a row that is the text; None: the first there is of
+            `dynalora.evaluation.files.TEXT_FIELDS`.
+
+    Raises:
+        DataError: The source does not exist, cannot be read, has no such field, or holds no text.
+    """
+    path = Path(source).expanduser()
+    if is_text(path):
+        return some_texts(passages(path), limit, f"'{source}'")
+    rows, name = read_rows(source, split=split, subset=subset)
+    return some_texts(texts_of(rows, text_field, name), limit, f"'{source}'")
+
+
+def to_conversations(
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    *,
+    fields: Fields | None = None,
+    source: str = "the data",
+    limit: int | None = None,
+) -> list[Conversation]:
+    """Bring rows to conversations.
+
+    Args:
+        rows: Pairs of where the row lies (such as `"line 3"`) and the row.
+        fields: As in [`load_conversations`][dynalora.lab.data.conversations.load_conversations].
+        source: How to call the data in errors.
+        limit: Keep only the first rows; None: all.
+
+    Raises:
+        DataError: As `load_conversations`.
+    """
+    by_names: dict[tuple[str, ...], Fields] = {}  # rows of JSON lines need not all have the same fields
+    conversations: list[Conversation] = []
+    empty = 0
+    first_empty = ""
+    for where, row in rows:
+        names = tuple(row)
+        if names not in by_names:
+            wanted = fields
+            if by_names and fields is not None and fields.input and fields.input not in row:
+                wanted = replace(fields, input=None)  # an optional input may be absent from single rows
+            by_names[names] = find_fields(names, wanted, source=f"{source}, {where}" if by_names else source)
+        found = by_names[names]
+        conversation = _conversation(row, found, f"{source}, {where}")
+        if conversation is None:
+            empty += 1
+            first_empty = first_empty or where
+            continue
+        conversations.append(conversation)
+        if len(conversations) == limit:
+            break
+    if not by_names:
+        raise DataError(f"{source} is empty; give a data set with at least one row.")
+    if not conversations:
+        raise DataError(f"{source} has no row with a response: all {empty} are empty in '{found.named[-1]}'.")
+    if empty:
+        logger.warning(
+            "%s: %d of %d rows have an empty response and are left out (the first: %s).",
+            source, empty, empty + len(conversations), first_empty,
+        )  # fmt: skip
+    return conversations
+
+
+def _conversation(row: Mapping[str, Any], fields: Fields, where: str) -> Conversation | None:
+    if fields.messages:
+        return _chat(row[fields.messages], fields.messages, where)
+    assert fields.prompt is not None  # Fields guarantees both
+    assert fields.response is not None
+    prompt = _text(row[fields.prompt], fields.prompt, where)
+    response = _text(row[fields.response], fields.response, where)
+    extra = _text(row.get(fields.input), fields.input, where) if fields.input else ""
+    if not response.strip():
+        return None
+    asked: Message = {"role": "user", "content": prompt}
+    if extra.strip():
+        asked = {"role": "user", "content": f"{prompt}\n\n{extra}", "instruction": prompt, "input": extra}
+    return [asked, {"role": "assistant", "content": response}]
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (bool, int, float)):
+        return str(value)
+    raise DataError(f"{where}: field '{name}' holds a {kind_of(value)}, not text; name a field with text.")
+
+
+# ShareGPT's names beside the usual ones.
+_ROLE_ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+
+
+def _chat(value: Any, name: str, where: str) -> Conversation | None:
+    if isinstance(value, str):
+        try:  # CSV has no lists: a chat in a CSV cell is JSON text
+            value = json.loads(value)
+        except ValueError:
+            raise DataError(f"{where}: field '{name}' holds text, not a list of messages.") from None
+    if not isinstance(value, Sequence) or not all(isinstance(turn, Mapping) for turn in value):
+        raise DataError(f"{where}: field '{name}' holds a {kind_of(value)}, not a list of messages.")
+    chat: Conversation = []
+    for number, turn in enumerate(value, start=1):
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if role is None or content is None:
+            has = ", ".join(f"'{key}'" for key in turn) or "none"
+            raise DataError(
+                f"{where}: message {number} in '{name}' needs 'role' and 'content'; its fields are {has}."
+            )
+        role = _ROLE_ALIASES.get(str(role), str(role))
+        if role not in ROLES:
+            raise DataError(
+                f"{where}: message {number} in '{name}' has the role '{role}'; known roles are {', '.join(ROLES)}."
+            )
+        chat.append(
+            {"role": role, "content": _text(content, "content", f"{where}, message {number} in '{name}'")}
+        )
+    # An answer to nothing cannot be learned as a response, and turns after the last answer teach nothing.
+    while chat and chat[0]["role"] == "assistant":
+        chat.pop(0)
+    while chat and (chat[-1]["role"] != "assistant" or not chat[-1]["content"].strip()):
+        chat.pop()
+    return chat or None

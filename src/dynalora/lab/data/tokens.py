@@ -1,0 +1,251 @@
+"""Write conversations in a model's own chat format, and mark which tokens are the response."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from dynalora.common.names import IGNORED_LABEL
+from dynalora.errors import DataError, first_line
+from dynalora.evaluation.seq2seq import question_room, shortened
+from dynalora.lab.data.conversations import Conversation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+# Used for models that come without a chat template (base models), and saved with the adapter's tokenizer, so that
+# generation later sees the very format of training.
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and bos_token %}{{ bos_token }}{% endif %}"
+    "{{ '### ' + message['role'].capitalize() + ':\\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+)
+
+
+class Tokens(TypedDict):
+    """A tokenised conversation: ids and labels, each of length T; a label is `IGNORED_LABEL` without a loss."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass
+class TokenizedSet:
+    """Tokenised conversations, usable as a map-style torch data set.
+
+    Attributes:
+        rows: The tokenised conversations.
+        truncated: How many were cut to the maximum length.
+        dropped: How many had no response token left after the cut, and are not among `rows`.
+    """
+
+    rows: list[Tokens] = field(default_factory=list)
+    truncated: int = 0
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tokens:
+        return self.rows[index]
+
+    @property
+    def response_tokens(self) -> int:
+        """Number of tokens that carry loss."""
+        return sum(label != IGNORED_LABEL for row in self.rows for label in row["labels"])
+
+
+def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Give a tokenizer without a chat template a plain one, so that base models can be tuned too.
+
+    Returns:
+        True if the tokenizer had none and now has the plain one.
+
+    Raises:
+        DataError: The tokenizer has no end-of-text token, without which a model cannot learn to stop.
+    """
+    if tokenizer.chat_template:
+        return False
+    if not tokenizer.eos_token:
+        raise DataError(
+            "The tokenizer has neither a chat template nor an end-of-text token; set its eos_token."
+        )
+    tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    logger.warning(
+        "The model has no chat template; a plain one is used and saved with the adapter's tokenizer."
+    )
+    return True
+
+
+def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set a padding token where there is none. Padding carries no loss and no attention, so any token will do."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+
+
+def tokenize(
+    conversations: Iterable[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = 512,
+    on_progress: Callable[[int], None] | None = None,
+) -> TokenizedSet:
+    """Write conversations in the model's chat format and mark the response tokens.
+
+    The loss falls on every assistant's turn and its end-of-turn token, and on nothing else. The ids before a
+    response are exactly those the model is given when it generates that response.
+
+    Without a chat template, as encoder-decoders have none, the last answer is learned, and all that was said before it
+    is the question, its messages a blank line apart. Both are encoded for themselves with the tokenizer's own special
+    tokens. A question that is longer than the tokenizer's `model_max_length` loses its end, with a warning that counts
+    them; the answer stays whole.
+
+    Args:
+        conversations: As [`load_conversations`][dynalora.lab.data.conversations.load_conversations] returns them.
+        tokenizer: With a chat template (see
+            [`ensure_chat_template`][dynalora.lab.data.tokens.ensure_chat_template]), or an encoder-decoder's.
+        max_length: Longest sequence in tokens; longer ones lose their end, with a warning that counts them.
+        on_progress: Called with the number of conversations done so far.
+
+    Returns:
+        The tokenised set.
+
+    Raises:
+        DataError: The chat template rejects a conversation, or no response token is left in any of them.
+    """
+    if max_length < 2:
+        raise DataError(f"max_length is {max_length}; give at least 2 tokens.")
+    result = TokenizedSet()
+    done = shortened_ones = 0
+    for done, conversation in enumerate(conversations, start=1):
+        if tokenizer.chat_template:
+            tokens = _encode(conversation, tokenizer)
+        else:
+            tokens, whole = _pair(conversation, tokenizer)
+            shortened_ones += not whole
+        if len(tokens["input_ids"]) > max_length:
+            result.truncated += 1
+            tokens = {"input_ids": tokens["input_ids"][:max_length], "labels": tokens["labels"][:max_length]}
+        if all(label == IGNORED_LABEL for label in tokens["labels"][1:]):
+            result.dropped += 1
+        else:
+            result.rows.append(tokens)
+        if on_progress is not None:
+            on_progress(done)
+    if done and not result.rows:
+        raise DataError(
+            f"No response token is left in any of the {done} conversations at max_length {max_length}; "
+            "raise max_length."
+        )
+    if shortened_ones:
+        logger.warning(
+            "%d of %d questions are longer than the %d tokens that the model reads and lose their end.",
+            shortened_ones, done, tokenizer.model_max_length,
+        )  # fmt: skip
+    if result.truncated:
+        logger.warning(
+            "%d of %d conversations are longer than %d tokens (max_length or the model's window) and lose their end%s.",
+            result.truncated, done, max_length,
+            f"; {result.dropped} of them have no response left and are left out" if result.dropped else "",
+        )  # fmt: skip
+    return result
+
+
+def _pair(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, bool]:
+    """Ids and labels of a question for an encoder and the answer for a decoder, and whether the question is whole."""
+    *before, last = conversation
+    asked = "\n\n".join(message["content"] for message in before)
+    question = list(tokenizer(asked, verbose=False)["input_ids"])
+    answer = list(tokenizer(text_target=last["content"])["input_ids"])
+    kept = shortened(question, question_room(tokenizer))
+    tokens: Tokens = {"input_ids": kept + answer, "labels": [IGNORED_LABEL] * len(kept) + answer}
+    return tokens, len(kept) == len(question)
+
+
+def _encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """Ids and labels of one conversation, cut into what the model is given and what it has to say."""
+    parts = _parts(conversation, tokenizer)
+    whole = "".join(text for text, _ in parts)
+    ids = _ids(tokenizer, whole)
+    labels: list[int] = []
+    upto = ""
+    for text, learned in parts:
+        upto += text
+        head = ids if len(upto) == len(whole) else _ids(tokenizer, upto)
+        if ids[: len(head)] != head or len(head) < len(labels):
+            break  # a token spans the boundary
+        labels += ids[len(labels) : len(head)] if learned else [IGNORED_LABEL] * (len(head) - len(labels))
+    else:
+        return {"input_ids": ids, "labels": labels}
+    # A token that spans prompt and response never occurs in generation, where the prompt is encoded alone.
+    pieces = [(_ids(tokenizer, text), learned) for text, learned in parts]
+    return {
+        "input_ids": [token for piece, _ in pieces for token in piece],
+        "labels": [token if learned else IGNORED_LABEL for piece, learned in pieces for token in piece],
+    }
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # The template writes the special tokens itself.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _parts(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """The conversation as text in alternating parts, each with whether the model has to learn it."""
+    whole = _render(tokenizer, conversation, False)
+    parts: list[tuple[str, bool]] = []
+    position = 0
+    for index, message in enumerate(conversation):
+        if message["role"] != "assistant" or not message["content"]:
+            continue
+        before = _render(tokenizer, conversation[:index], True)
+        after = _render(tokenizer, conversation[: index + 1], False)
+        # Templates that rewrite earlier turns (dropping their reasoning, say) break this; see below.
+        if len(before) < position or not whole.startswith(before) or not whole.startswith(after):
+            parts = []
+            break
+        end = _end_of_turn(after, len(before), tokenizer)
+        parts += [(whole[position : len(before)], False), (whole[len(before) : end], True)]
+        position = end
+    if parts:
+        return parts
+    # Then only the last answer is learned, as the model would say it after exactly this prompt.
+    before = _render(tokenizer, conversation[:-1], True)
+    if whole.startswith(before):
+        return [(before, False), (whole[len(before) : _end_of_turn(whole, len(before), tokenizer)], True)]
+    return [(before, False), (conversation[-1]["content"] + (tokenizer.eos_token or ""), True)]
+
+
+def _end_of_turn(text: str, start: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Where the turn that begins at `start` ends: after its end-of-turn token, without the line break behind it."""
+    body = text[start:].rstrip()
+    ends = [token for token in tokenizer.all_special_tokens if token and body.endswith(token)]
+    return start + len(body) if ends else len(text)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, add_generation_prompt: bool
+) -> str:
+    if not conversation:
+        return ""
+    turns: list[Any] = [dict(message) for message in conversation]
+    try:
+        text = tokenizer.apply_chat_template(
+            turns,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except Exception as error:  # templates raise jinja2's errors with the template author's words
+        roles = " → ".join(message["role"] for message in conversation)
+        raise DataError(
+            f"The model's chat template rejects a conversation with the roles {roles} ({first_line(error)})."
+        ) from error
+    return str(text)

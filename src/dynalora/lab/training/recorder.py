@@ -1,0 +1,138 @@
+"""What a training run records and shows: losses, step times, progress."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers import TrainerCallback
+
+from dynalora.errors import TrainingError
+from dynalora.lab.run_folder import RunFolder
+
+UNTIMED_STEPS = 3
+"""Steps at the start that are left out of the step time: they pay for allocation and warm-up once."""
+
+
+class Recorder(TrainerCallback):
+    """Times steps, measures the held-out loss, and passes both to the run folder and the progress display."""
+
+    def __init__(
+        self,
+        label: str,
+        run: RunFolder | None,
+        show: Display,
+        measure: Callable[[], float] | None,
+        eval_every: int | None,
+        records: list[dict[str, Any]],
+    ) -> None:
+        self.label, self.run, self.show, self.measure = label, run, show, measure
+        self.eval_every = eval_every
+        self.records = records
+        self.durations: list[float] = []
+        self.held_out: float | None = None
+        self._began = 0.0
+
+    def record(self, values: Mapping[str, Any]) -> None:
+        self.records.append({"run": self.label, **values})
+        if self.run is not None:
+            self.run.log(self.records[-1])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.eval_every is None:
+            self.eval_every = max(1, math.ceil(state.max_steps / 5))
+        self.show.begin(state.max_steps, state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        _wait_for_device()
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        _wait_for_device()
+        self.durations.append(time.perf_counter() - self._began)
+        due = bool(self.eval_every) and state.global_step % self.eval_every == 0
+        if self.measure is not None and (due or state.global_step == state.max_steps):
+            self.held_out = self.measure()
+            self.record({"step": state.global_step, "held_out_loss": self.held_out})
+        self.show.step(state.global_step, held_out=self.held_out)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        # The trainer's closing line has totals only.
+        if logs and "loss" in logs:
+            if not math.isfinite(float(logs["loss"])):
+                raise TrainingError(
+                    f"The loss of {self.label} is {logs['loss']} at step {state.global_step}: training has diverged; "
+                    f"lower learning_rate ({args.learning_rate:g}), or train in float32 or bfloat16 if this is float16."
+                )
+            seconds = {"step_seconds": self.durations[-1]} if self.durations else {}
+            self.record({"step": state.global_step, **logs, **seconds})
+            self.show.step(state.global_step, loss=logs["loss"])
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Display:
+    """Progress: a live bar in a terminal, about ten plain lines in a file or pipe, nothing without a console."""
+
+    def __init__(self, label: str, console: Console | None) -> None:
+        self.label, self.console = label, console
+        self.loss: float | None = None
+        self.held_out: float | None = None
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._total = 0
+        self._printed = -1
+
+    def begin(self, total: int, done: int) -> None:
+        self._total = total
+        if self.console is None:
+            return
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
+                TextColumn("{task.fields[told]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+                console=self.console,
+            )  # fmt: skip
+            self._progress.start()
+            self._task = self._progress.add_task(self.label, total=total, completed=done, told="")
+
+    def step(self, step: int, *, loss: float | None = None, held_out: float | None = None) -> None:
+        self.loss = self.loss if loss is None else loss
+        self.held_out = self.held_out if held_out is None else held_out
+        told = "  ".join(
+            f"{name} {value:.4f}"
+            for name, value in (("loss", self.loss), ("held out", self.held_out))
+            if value is not None
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, told=told)
+        elif self.console is not None and loss is not None and self._due(step):
+            self._printed = step
+            self.console.print(
+                f"{self.label}: step {step}/{self._total}  {told}", highlight=False, markup=False
+            )
+
+    def _due(self, step: int) -> bool:
+        return self._printed < 0 or step - self._printed >= max(1, self._total // 10) or step == self._total
+
+    def end(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
