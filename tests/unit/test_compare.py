@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import re
+import shutil
 import statistics
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
+import dynalora
 from dynalora.cli.compare import compare as compare_command
 from dynalora.common.statistics import crossed_difference, holm
 from dynalora.drawing import style as drawing
@@ -24,7 +28,7 @@ from dynalora.errors import ConfigError, DataError, RunFolderError, TrainingErro
 from dynalora.evaluation.run import measure, prepare
 from dynalora.forgetting.retention import given_text, own_text, retention
 from dynalora.jobs.compare import cell as compare_cell
-from dynalora.jobs.compare import planning, plots, runner, summaries, tables, writing
+from dynalora.jobs.compare import contestants, planning, plots, runner, summaries, tables, writing
 from dynalora.jobs.compare.contestants import Cell
 from dynalora.jobs.compare.grid import Comparison
 from dynalora.jobs.compare.run import run_compare
@@ -151,6 +155,79 @@ def test_cells_of_before_a_setting_was_there_have_its_default(place: Path, done:
     other = CellStore(spec.output, shared_settings(replace(spec, by_generation=True)))
     with pytest.raises(RunFolderError, match="by_generation was False, now True"):
         other.read(cell)
+
+
+def copied(done: Comparison, output: Path) -> tuple[CompareSpec, Path]:
+    """A copy of a comparison's folder with settings for it, and a trained cell's file there."""
+    shutil.copytree(done.grid.store.folder, output)
+    cell = done.grid.cell(done.grid.spec.tasks[0], done.grid.contestants[1], 1e-2, 42)
+    return replace(done.grid.spec, output=str(output)), CellStore(output, {}).file(cell)
+
+
+def test_a_cell_records_the_version_and_every_default_of_its_method(done: Comparison) -> None:
+    cell = done.grid.cell(done.grid.spec.tasks[0], done.grid.contestants[1], 1e-2, 42)
+    content = json.loads(done.grid.store.file(cell).read_text(encoding="utf-8"))
+    assert content["version"] == dynalora.__version__
+    assert cell.options == {}
+    assert content["configuration"]["penalty_weight"] == dynalora.DiraConfig().penalty_weight
+    fields_of_it = {item.name for item in fields(dynalora.DiraConfig)}
+    assert fields_of_it - set(content["configuration"]) <= set(contestants._OF_A_SAVED_ADAPTER) | {
+        "runtime_config"
+    }
+    base = json.loads(done.grid.store.file(done.grid.base(cell.task)).read_text(encoding="utf-8"))
+    assert base["configuration"] is None
+
+
+def test_a_cell_from_before_a_default_changed_is_another_cell(done: Comparison, tmp_path: Path) -> None:
+    spec, file = copied(done, tmp_path / "changed")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["configuration"]["penalty_weight"] = 0.5
+    content["configuration"]["gone"] = 1  # fields that came or went are no difference
+    del content["configuration"]["compact_every"]
+    file.write_text(json.dumps({**content, "version": "0.0.9"}), encoding="utf-8")
+    with pytest.raises(RunFolderError) as refused:
+        run_compare(spec, apart=False)
+    assert re.search(
+        r"run by dynalora 0\.0\.9, where dira had other defaults \(penalty_weight was 0\.5, now 0\.0001\)",
+        str(refused.value),
+    )
+    assert "compact_every" not in str(refused.value)
+    # What is there can still be reported.
+    comparison = run_compare(spec, run=False)
+    (sentence,) = comparison.grid.provenance()
+    assert sentence.startswith(
+        "dira was run by dynalora 0.0.9, where it had other defaults (penalty_weight was 0.5"
+    )
+    assert sentence in (tmp_path / "changed" / "report.html").read_text(encoding="utf-8")
+    file.unlink()
+    assert run_compare(spec, apart=False).grid.provenance() == []
+
+
+def test_cells_of_versions_that_recorded_no_defaults_are_used_and_said(
+    done: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, file = copied(done, tmp_path / "old")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    del content["version"], content["configuration"]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    before = file.read_bytes()
+    monkeypatch.delattr(compare_cell._Run, "run")  # nothing is run
+    console = Console(file=io.StringIO(), width=500)
+    comparison = run_compare(spec, console=console, apart=False)
+    assert comparison.failed == ()
+    assert file.read_bytes() == before
+    trained = sum(cell.method != "base" for cell, _ in comparison.grid.results())
+    sentence = f"1 of the {trained} trained cells in '{spec.output}' come from an older version of dynalora"
+    assert console.file.getvalue().count(sentence) == 1  # type: ignore[attr-defined]
+
+
+def test_cells_do_not_depend_on_when_a_training_would_log_and_save(done: Comparison, tmp_path: Path) -> None:
+    spec, file = copied(done, tmp_path / "logged")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    # As versions wrote it that took these settings and did nothing with them.
+    content["settings"] |= {"log_every": 7, "eval_every": 3, "save_every": 5}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert run_compare(spec, run=False).grid.open_cells() == []
 
 
 def test_runs_may_be_as_long_as_epochs_say(place: Path) -> None:

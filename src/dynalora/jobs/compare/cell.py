@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,12 +48,7 @@ def run_cell(spec: CompareSpec, cell: Cell, *, console: Console | None = None) -
         DynaloraError: Whatever is wrong with the settings or the data, or training has diverged.
     """
     store = CellStore(spec.output, shared_settings(spec))
-    with store.lock(cell):
-        found = store.read(cell)
-        if found is None:
-            found = _Run(spec, cell, console).run()
-            store.write(cell, found)
-    return found
+    return store.complete(cell, lambda: _Run(spec, cell, console).run())
 
 
 class _Run:
@@ -65,7 +59,6 @@ class _Run:
         self.base = cell.method == BASE
 
     def run(self) -> dict[str, Any]:
-        began = time.perf_counter()
         spec, cell = self.spec, self.cell
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
@@ -89,17 +82,10 @@ class _Run:
         if not self.base:
             longest = within_window(spec.max_length, model, tokenizer)
             rows = task.training(tokenizer, system=spec.system or "", max_length=longest)
-            how = train_settings(spec)
-            how = type(how)(
-                **{
-                    **asdict(how),
-                    "seed": cell.seed,
-                    "learning_rate": cell.learning_rate,
-                    "log_every": 1,
-                    "eval_every": 0,
-                    "save_every": 0,
-                }
-            )
+            how = replace(
+                train_settings(spec), seed=cell.seed, learning_rate=cell.learning_rate, log_every=1, eval_every=0,
+                save_every=0,
+            )  # fmt: skip
             _forget_peak()
             trained = train_adapter(
                 model, tokenizer, cell.config(self.task_type), rows, settings=how, label=cell.label,
@@ -114,7 +100,7 @@ class _Run:
                     result[name] = score.record()
             result["retention"] = self._retention(model, texts, progress)
             result["kept"] = self._kept(model, tokenizer, progress)
-        return {**result, "seconds": time.perf_counter() - began}
+        return result
 
     def _landscape(self, model: Any) -> list[dict[str, Any]] | None:
         """Effective ranks and nuclear norms by matrix; None where factors are not the whole change of the weights."""

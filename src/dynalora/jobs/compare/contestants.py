@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
 BASE = "base"
 """The label of the untouched model."""
+_OF_A_SAVED_ADAPTER = (
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,18 @@ class Setup:
             self.method, r=self.r, alpha=self.alpha, dropout=self.dropout, target_modules=self.target_modules,
             options=self.options, task_type=task_type,
         )  # fmt: skip
+
+    def configuration(self) -> dict[str, Any] | None:
+        """All fields of the adapter's configuration, defaults included, as JSON holds them.
+
+        What belongs to a saved adapter and not to the method is left out. None: nothing is adapted.
+        """
+        config = None if self.method == BASE else self.config("CAUSAL_LM")
+        if config is None:
+            return None
+        values = {name: value for name, value in config.to_dict().items() if name not in _OF_A_SAVED_ADAPTER}
+        plain: dict[str, Any] = json.loads(json.dumps(values, default=_jsonable))
+        return plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,3 +113,8 @@ class Cell(Setup):
         if self.method == BASE:
             return f"{self.place}: base model"
         return f"{self.place}: {self.label}, lr {self.learning_rate:g}, seed {self.seed}"
+
+
+def _jsonable(value: Any) -> Any:
+    """What JSON does not know, in its terms: sets as sorted lists, all else as text."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)

@@ -104,9 +104,17 @@ class Grid:
         """Known cells without a result."""
         return [cell for cell in self.known() if self.result(cell) is None]
 
+    def results(self) -> list[tuple[Cell, dict[str, Any]]]:
+        """The known cells that have a result, each with it."""
+        return [(cell, result) for cell in self.known() if (result := self.result(cell)) is not None]
+
     def done(self) -> int:
         """Number of cells with a result."""
-        return sum(self.result(cell) is not None for cell in self.known())
+        return len(self.results())
+
+    def provenance(self) -> list[str]:
+        """Sentences on cells that another version of the package may have run otherwise."""
+        return self.store.provenance(self.results())
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def plot_frontier(comparison: Comparison, task: str, text: str) -> Drawn | None:
 def plot_kept(comparison: Comparison, task: str) -> Drawn | None:
     """Accuracy against the retention tasks (their mean, or the first), a line over learning rates per method."""
     grid = comparison.grid
-    results = [(cell, result) for cell in grid.known() if cell.task == task and (result := grid.result(cell))]
+    results = [(cell, result) for cell, result in grid.results() if cell.task == task]
     first = next((result["kept"] for _, result in results if result.get("kept")), None)
     if first is None or any(result["test"]["accuracy"] is None for _, result in results):
         return None

@@ -57,7 +57,7 @@ def run_compare(
         DynaloraError: Whatever is wrong with the settings, the tasks, the folder or the target modules, before
             anything is run; or nothing is to be run, and no cell is there.
     """
-    store = CellStore(spec.output, shared_settings(spec))
+    store = CellStore(spec.output, shared_settings(spec), report_only=not run)
     store.check()
     tasks = {source: spec.load_task(source) for source in spec.tasks}
     for name in spec.texts:
@@ -75,6 +75,8 @@ def run_compare(
     store.open(spec.settings())
     if console is not None:
         console.print(rich_table(plan_table(contestants)))
+        for sentence in grid.provenance():
+            console.print(sentence, highlight=False, markup=False)
     failed = (_Runner if apart else _Here)(grid, console).run() if run else []
     comparison = Comparison(grid, tasks, tuple(failed))
     report = write_results(comparison)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import filelock
 import yaml
 
+import dynalora
 from dynalora.common.files import write_file
 from dynalora.errors import RunFolderError
-from dynalora.jobs.compare.contestants import Cell
+from dynalora.jobs.compare.contestants import BASE, Cell
 from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.lab.run_folder import CONFIG
 from dynalora.lab.settings import defaults_of, read_yaml
-from dynalora.lab.units import read_result
+from dynalora.lab.units import UnitStore, plain_json
 
 CELLS = "cells"
 
@@ -29,81 +28,127 @@ _GROWS = (
 )  # fmt: skip
 """Settings that may differ between calls on the same folder: what more to run, and how many at once."""
 
+_OF_EACH_CELL = ("r", "alpha", "dropout", "target_modules", "quantization", "match_parameters")
+_WITHOUT_EFFECT = ("log_every", "eval_every", "save_every")
+"""Settings of trainings that a cell sets for itself: it logs every step, and is measured at its end."""
+
 
 def shared_settings(spec: CompareSpec) -> dict[str, Any]:
     """The settings that all cells of a folder have in common, as JSON holds them."""
     kept = {name: value for name, value in spec.settings().items() if name not in _GROWS}
-    for name in ("r", "alpha", "dropout", "target_modules", "quantization", "match_parameters"):
-        kept.pop(name)  # each cell says its own
-    plain: dict[str, Any] = json.loads(json.dumps(kept))
+    for name in (*_OF_EACH_CELL, *_WITHOUT_EFFECT):
+        kept.pop(name, None)
+    plain: dict[str, Any] = plain_json(kept)
     return plain
 
 
-class CellStore:
-    """Where cells are kept and taken.
+def changed_defaults(cell: Cell, content: Mapping[str, Any]) -> list[str]:
+    """Fields of the method's configuration that are not what they were when the cell was run.
+
+    Fields that came or went since are left out: a new one has the effect of before by default.
+
+    Args:
+        cell: The cell as it would be run today.
+        content: What its file holds.
+    """
+    now, then = cell.configuration() or {}, content.get("configuration") or {}
+    return [
+        f"{name} was {then[name]!r}, now {value!r}"
+        for name, value in now.items()
+        if name in then and then[name] != value
+    ]
+
+
+class CellStore(UnitStore[Cell]):
+    """The cells of a comparison, which any number of processes may work on at once.
+
+    A cell's file holds, beside its result, the settings that all cells share, its own, the version of the package that
+    ran it, and every field of its method's configuration. So a cell that was run before a default changed is told
+    from one of today. Cells of versions that recorded no configuration are taken as they are; see
+    [`provenance`][dynalora.jobs.compare.store.CellStore.provenance].
 
     Args:
         folder: The comparison's folder.
         shared: What all cells have in common.
+        report_only: Nothing will be run, so cells whose method had other defaults are read, and not refused.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], shared: Mapping[str, Any]) -> None:
-        self.folder = Path(folder)
-        self.shared = dict(shared)
+    def __init__(
+        self, folder: str | os.PathLike[str], shared: Mapping[str, Any], *, report_only: bool = False
+    ) -> None:
+        super().__init__(folder, shared=True)
+        self.settings, self.report_only = dict(shared), report_only
 
-    def file(self, cell: Cell) -> Path:
+    def file(self, unit: Cell) -> Path:
         """Where a cell's result is, or will be."""
-        return self.folder / CELLS / f"{cell.name}.json"
+        return self.folder / CELLS / f"{unit.name}.json"
 
     def log(self, cell: Cell) -> Path:
         """Where a cell says what it does."""
         return self.folder / "logs" / f"{cell.name}.log"
 
-    def read(self, cell: Cell) -> dict[str, Any] | None:
-        """A cell's result; None if it has not been run.
+    def content(self, unit: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
+        """What a cell's file holds."""
+        return {
+            "version": dynalora.__version__,
+            "settings": self.settings,
+            "cell": asdict(unit),
+            "configuration": unit.configuration(),
+            **result,
+        }
+
+    def verify(self, unit: Cell, content: Mapping[str, Any]) -> None:
+        """Make sure that a cell was run with today's settings.
 
         Raises:
-            RunFolderError: The file is damaged, or the cell was run with other settings.
+            RunFolderError: It was not.
         """
-        file = self.file(cell)
-        found = read_result(file)
-        if found is None:
-            return None
-        wanted = {**self.shared, **json.loads(json.dumps(asdict(cell)))}
-        there = {**defaults_of(CompareSpec), **found.get("settings", {}), **found.get("cell", {})}
+        expected = {**self.settings, **plain_json(asdict(unit))}
+        recorded = {**defaults_of(CompareSpec), **content.get("settings", {}), **content.get("cell", {})}
         # The same files may lie elsewhere, as on another machine.
         differing = [
-            f"{name} was {there.get(name)!r}, now {value!r}"
-            for name, value in wanted.items()
-            if there.get(name) != value and name not in ("task", "data", "model", "texts")
+            f"{name} was {recorded.get(name)!r}, now {value!r}"
+            for name, value in expected.items()
+            if recorded.get(name) != value and name not in ("task", "data", "model", "texts")
         ]
         if differing:
             raise RunFolderError(
-                f"The cell '{file}' was run with other settings ({'; '.join(differing)}); take the same ones, choose "
-                "another output folder, or delete the cell to run it anew."
+                f"The cell '{self.file(unit)}' was run with other settings ({'; '.join(differing)}); take the same "
+                "ones, choose another output folder, or delete the cell to run it anew."
             )
-        return found
+        changed = [] if self.report_only else changed_defaults(unit, content)
+        if changed:
+            raise RunFolderError(
+                f"The cell '{self.file(unit)}' was run by dynalora {content.get('version')}, where {unit.method} had "
+                f"other defaults ({'; '.join(changed)}); delete the cell to run it anew, choose another output folder, "
+                "or call the command with --report to see what is there."
+            )
 
-    def write(self, cell: Cell, result: Mapping[str, Any]) -> None:
-        """Keep a cell's result, all of it or nothing."""
-        content = {"settings": self.shared, "cell": asdict(cell), **result}
-        write_file(self.file(cell), json.dumps(content) + "\n")
+    def provenance(self, results: Iterable[tuple[Cell, Mapping[str, Any]]]) -> list[str]:
+        """Sentences on cells that another version of the package may have run otherwise; none if there are none.
 
-    def lock(self, cell: Cell) -> filelock.BaseFileLock:
-        """A lock that belongs to whoever runs the cell, and to nobody once that process is dead."""
-        file = self.file(cell)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return filelock.FileLock(f"{file}.lock", timeout=0)
-
-    def taken(self, cell: Cell) -> bool:
-        """Whether a live process runs the cell."""
-        lock = self.lock(cell)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            return True
-        lock.release()
-        return False
+        Args:
+            results: The cells with their files' content.
+        """
+        trained = [(cell, content) for cell, content in results if cell.method != BASE]
+        older = sum("configuration" not in content for _, content in trained)
+        sentences = []
+        if older:
+            sentences.append(
+                f"{older} of the {len(trained)} trained cells in '{self.folder}' come from an older version of "
+                "dynalora, which did not record the defaults of its methods; they are used as they are, and run anew "
+                "if you delete them."
+            )
+        changed = {
+            (cell.label, str(content.get("version")), "; ".join(changes))
+            for cell, content in trained
+            if (changes := changed_defaults(cell, content))
+        }
+        sentences += [
+            f"{label} was run by dynalora {version}, where it had other defaults ({changes})."
+            for label, version, changes in sorted(changed)
+        ]
+        return sentences
 
     def check(self) -> None:
         """Make sure that the folder is new or holds cells of a comparison; changes nothing.
@@ -134,7 +179,7 @@ class CellStore:
         self.check()
         try:
             (self.folder / CELLS).mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(json.loads(json.dumps(dict(settings))), sort_keys=False, allow_unicode=True)
+            text = yaml.safe_dump(plain_json(dict(settings)), sort_keys=False, allow_unicode=True)
             write_file(self.folder / CONFIG, text)
         except OSError as error:
             raise RunFolderError(

@@ -109,7 +109,7 @@ def write_results(comparison: Comparison) -> Path:
     write_file(folder / "results.json", json.dumps(records, indent=1) + "\n")
     write_file(folder / "results.md", "\n".join(map(markdown_table, [*tables, cost])))
     write_file(folder / "results.tex", "\n".join(map(latex_table, [*tables, cost])))
-    sections = [Section("Compared", tables=[plan_table(grid.contestants)])]
+    sections = [Section("Compared", text=" ".join(grid.provenance()), tables=[plan_table(grid.contestants)])]
     for task, place in grid.places.items():
         own = found[place]
         drawn: dict[str, tuple[Drawn | None, str]] = {}
