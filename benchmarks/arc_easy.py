@@ -86,7 +86,7 @@ def run_cell(cell: Cell, data_folder: Path, threads: int, console: Console) -> d
 
     from dynalora.evaluation.commonsense import load_choices
     from dynalora.evaluation.multiple_choice import option_scores
-    from dynalora.lab.data.tokens import tokenize
+    from dynalora.evaluation.tokens import tokenize
     from dynalora.lab.models import load_model, load_tokenizer
     from dynalora.lab.packaged_models import demo_model
     from dynalora.lab.training.settings import TrainSettings

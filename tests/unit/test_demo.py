@@ -96,7 +96,7 @@ def test_the_run_folder_has_everything(ran: Any) -> None:
 
 def test_the_saved_adapters_give_the_measured_loss_again(ran: Any) -> None:
     from dynalora.evaluation.scoring import answer_loss
-    from dynalora.lab.data.tokens import tokenize
+    from dynalora.evaluation.tokens import tokenize
 
     result, folder, _, model = ran
     words = tiny.tokenizer()

@@ -17,7 +17,7 @@ from dynalora.common.progress import rich_progress
 from dynalora.errors import ConfigError, DataError, UnsupportedError
 from dynalora.evaluation import generation, scoring, tasks
 from dynalora.evaluation.tasks import Item, check_disjoint, load_task
-from dynalora.lab.data.tokens import Tokens, tokenize
+from dynalora.evaluation.tokens import Tokens, tokenize
 
 from . import tiny
 

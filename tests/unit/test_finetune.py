@@ -20,6 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from dynalora.errors import ConfigError, DataError, RunFolderError, TrainingError
+from dynalora.evaluation.tokens import PLAIN_CHAT_TEMPLATE, TokenizedSet, ensure_pad_token, tokenize
 from dynalora.forgetting.monitor import read_retention
 from dynalora.jobs.finetune import run
 from dynalora.jobs.finetune.prepare import prepare
@@ -29,7 +30,6 @@ from dynalora.lab.baselines import BASELINES
 from dynalora.lab.configs import adapter_config, method_names
 from dynalora.lab.data.collator import Collator
 from dynalora.lab.data.conversations import to_conversations
-from dynalora.lab.data.tokens import PLAIN_CHAT_TEMPLATE, TokenizedSet, ensure_pad_token, tokenize
 from dynalora.lab.models import empty_model
 from dynalora.lab.run_folder import read_metrics
 from dynalora.lab.targets import check_targets

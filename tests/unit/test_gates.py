@@ -19,6 +19,7 @@ import dynalora
 from dynalora import DiraConfig, DiselConfig
 from dynalora.drawing import gates as gate_plots
 from dynalora.errors import ConfigError, DynaloraError
+from dynalora.evaluation.tokens import Conversation, ensure_pad_token, tokenize
 from dynalora.forgetting.gates import (
     BINS,
     DOCUMENT_GROUPS,
@@ -30,8 +31,6 @@ from dynalora.forgetting.gates import (
     gate_separation,
 )
 from dynalora.lab.data.collator import Collator
-from dynalora.lab.data.conversations import Conversation
-from dynalora.lab.data.tokens import ensure_pad_token, tokenize
 from tests.toys import TOYS
 from tests.unit import tiny
 

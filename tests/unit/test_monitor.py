@@ -19,10 +19,10 @@ import transformers
 import dynalora
 from dynalora import RetentionMonitor, given_text, own_text, plot_retention_curves, read_retention
 from dynalora.errors import CheckpointError, ConfigError, DataError
+from dynalora.evaluation.tokens import ensure_pad_token
 from dynalora.forgetting.monitor import OWN, checkpoint_retention
 from dynalora.forgetting.retention import MeasuredText, adapter_tensors, base_predictions, retention
 from dynalora.lab.configs import adapter_config
-from dynalora.lab.data.tokens import ensure_pad_token
 from dynalora.methods import method_names
 from tests.unit import tiny
 

@@ -15,11 +15,11 @@ from dynalora.evaluation.generation import chat_prompt, generate
 from dynalora.evaluation.harness import run_harness
 from dynalora.evaluation.multiple_choice import Choice, option_scores
 from dynalora.evaluation.scoring import answer_loss, evaluate
+from dynalora.evaluation.tokens import ensure_pad_token, tokenize
 from dynalora.forgetting.retention import base_predictions, fingerprint, given_text, own_text, retention
 from dynalora.lab.adapters import load_adapter
 from dynalora.lab.configs import adapter_config
 from dynalora.lab.data.conversations import to_conversations
-from dynalora.lab.data.tokens import ensure_pad_token, tokenize
 from dynalora.lab.training.train import held_out_loss, take_off
 from tests.unit import tiny
 

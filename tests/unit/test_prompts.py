@@ -11,8 +11,8 @@ from dynalora.common.names import IGNORED_LABEL
 from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.generation import chat_prompt
 from dynalora.evaluation.prompts import TEMPLATES, use_template
+from dynalora.evaluation.tokens import tokenize
 from dynalora.lab.data.conversations import load_conversations
-from dynalora.lab.data.tokens import tokenize
 
 from . import tiny
 

@@ -186,12 +186,12 @@ def export(
 def _snapshot(spec: ExportSpec, calibrate: str) -> tuple[PeftModel, Sequence[GateStatistics], Table]:
     """The adapter on its base model, its gates over the calibration text, and what holding them there costs."""
     from dynalora.errors import ConfigError
+    from dynalora.evaluation.tokens import tokenize
     from dynalora.export.snapshot import snapshot_price
     from dynalora.forgetting.gates import record_gates
     from dynalora.lab.adapters import read_config
     from dynalora.lab.data.collator import Collator
     from dynalora.lab.data.conversations import load_conversations
-    from dynalora.lab.data.tokens import tokenize
     from dynalora.lab.models import load_tokenizer
     from dynalora.lab.report import Table
 

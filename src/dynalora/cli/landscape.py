@@ -267,11 +267,11 @@ def _of_adapters(
 
 
 def _gates(spec: LandscapeSpec, adapted: Any, source: str, progress: Progress) -> Any:
+    from dynalora.evaluation.tokens import tokenize
     from dynalora.forgetting.gates import record_gates
     from dynalora.lab.adapters import read_config
     from dynalora.lab.data.collator import Collator
     from dynalora.lab.data.conversations import load_conversations
-    from dynalora.lab.data.tokens import tokenize
     from dynalora.lab.models import load_tokenizer
 
     conversations = load_conversations(str(spec.data), split=spec.split, limit=spec.limit)

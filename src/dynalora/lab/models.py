@@ -10,7 +10,7 @@ from torch import nn
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError, first_line
 from dynalora.evaluation.prompts import use_template
-from dynalora.lab.data.tokens import ensure_chat_template, ensure_pad_token
+from dynalora.evaluation.tokens import ensure_chat_template, ensure_pad_token
 from dynalora.lab.precision import new_layers, not_installed, quantization_config, resolve_dtype
 
 if TYPE_CHECKING:

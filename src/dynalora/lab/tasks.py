@@ -76,9 +76,9 @@ from dynalora.evaluation.seq2seq import is_encoder_decoder
 from dynalora.evaluation.sources import MissingSplitError, Row
 from dynalora.evaluation.spans import mark_answers, read_windows
 from dynalora.evaluation.tasks import Item, load_task
+from dynalora.evaluation.tokens import Conversation, TokenizedSet, Tokens, tokenize
 from dynalora.lab.data.collator import Collator
-from dynalora.lab.data.conversations import Conversation, load_conversations
-from dynalora.lab.data.tokens import TokenizedSet, Tokens, tokenize
+from dynalora.lab.data.conversations import load_conversations
 from dynalora.lab.settings import named_values
 
 if TYPE_CHECKING:

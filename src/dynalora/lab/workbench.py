@@ -12,8 +12,8 @@ import torch
 from dynalora.common.progress import Progress, rich_progress
 from dynalora.errors import ConfigError
 from dynalora.evaluation.run import within_window
+from dynalora.evaluation.tokens import TokenizedSet
 from dynalora.lab.data.collator import Collator
-from dynalora.lab.data.tokens import TokenizedSet
 from dynalora.lab.lab_settings import LabSettings
 from dynalora.lab.models import empty_model, load_model, load_tokenizer, local_model_name
 from dynalora.lab.targets import check_targets

@@ -23,6 +23,7 @@ from dynalora.common.progress import Progress, rich_progress
 from dynalora.errors import ConfigError
 from dynalora.evaluation.scoring import Score, evaluate
 from dynalora.evaluation.tasks import Task, load_task
+from dynalora.evaluation.tokens import TokenizedSet, Tokens, tokenize
 from dynalora.forgetting.retention import (
     BasePredictions,
     OwnText,
@@ -47,7 +48,6 @@ from dynalora.jobs.demo.report import (
 from dynalora.jobs.demo.settings import DemoSpec
 from dynalora.lab.configs import adapter_config
 from dynalora.lab.data.collator import Collator
-from dynalora.lab.data.tokens import TokenizedSet, Tokens, tokenize
 from dynalora.lab.machine import peak
 from dynalora.lab.models import load_model, load_tokenizer
 from dynalora.lab.packaged_models import demo_model

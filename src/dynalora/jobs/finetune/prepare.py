@@ -9,6 +9,7 @@ from peft import PeftConfig
 
 from dynalora.errors import ConfigError
 from dynalora.evaluation.run import within_window
+from dynalora.evaluation.tokens import TokenizedSet, tokenize
 from dynalora.forgetting.retention import MeasuredText, given_text
 from dynalora.jobs.finetune.settings import FinetuneSpec
 from dynalora.lab.baselines import (
@@ -18,7 +19,6 @@ from dynalora.lab.baselines import (
 from dynalora.lab.configs import adapter_config, title_of
 from dynalora.lab.data.conversations import load_conversations, load_texts
 from dynalora.lab.data.splitting import split, without_repeats
-from dynalora.lab.data.tokens import TokenizedSet, tokenize
 from dynalora.lab.models import empty_model, load_tokenizer, local_model_name
 from dynalora.lab.monitoring import MONITORED_LENGTH, MONITORED_TEXTS
 from dynalora.lab.run_folder import RunFolder

@@ -18,6 +18,7 @@ from dynalora.drawing.gates import plot_gates
 from dynalora.drawing.retention import plot_retention_curves
 from dynalora.drawing.style import rendered
 from dynalora.errors import DynaloraError
+from dynalora.evaluation.tokens import TokenizedSet
 from dynalora.forgetting.gates import record_gates
 from dynalora.forgetting.landscape import rank_landscape
 from dynalora.forgetting.monitor import RetentionMonitor
@@ -26,7 +27,6 @@ from dynalora.jobs.finetune.prepare import Prepared
 from dynalora.jobs.finetune.settings import FinetuneSpec
 from dynalora.lab.configs import title_of
 from dynalora.lab.data.collator import Collator
-from dynalora.lab.data.tokens import TokenizedSet
 from dynalora.lab.report import Cell, Figure, Report, Section, Table, rich_table, write_report
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.training.recorder import UNTIMED_STEPS

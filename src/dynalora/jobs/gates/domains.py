@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from dynalora.errors import DataError
 from dynalora.evaluation import files
+from dynalora.evaluation.tokens import Conversation, tokenize
 from dynalora.jobs.gates.settings import DomainSpec
 from dynalora.lab.data.collator import Collator
-from dynalora.lab.data.conversations import Conversation, load_texts, to_conversations
+from dynalora.lab.data.conversations import load_texts, to_conversations
 from dynalora.lab.data.fields import Fields, find_fields
-from dynalora.lab.data.tokens import tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

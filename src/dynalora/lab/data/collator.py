@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dynalora.common.names import IGNORED_LABEL
-from dynalora.lab.data.tokens import Tokens
+from dynalora.evaluation.tokens import Tokens
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from dynalora.errors import DataError
 from dynalora.evaluation.files import (
@@ -18,31 +18,13 @@ from dynalora.evaluation.files import (
     some_texts,
     texts_of,
 )
+from dynalora.evaluation.tokens import Conversation, Message
 from dynalora.lab.data.fields import Fields, find_fields
 
 logger = logging.getLogger(__name__)
 
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
-
-
-class _Message(TypedDict):
-    role: str
-    content: str
-
-
-class Message(_Message, total=False):
-    """One turn of a conversation: `role` and `content`.
-
-    Where the content was put together from an instruction and an input, both are there, too, for prompt templates that
-    set them apart (Alpaca's).
-    """
-
-    instruction: str
-    input: str
-
-
-Conversation = list[Message]
 
 
 def load_conversations(

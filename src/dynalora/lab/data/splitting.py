@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 
 from dynalora.errors import DataError
-from dynalora.lab.data.conversations import Conversation
+from dynalora.evaluation.tokens import Conversation
 
 logger = logging.getLogger(__name__)
 

@@ -23,10 +23,10 @@ from dynalora.common.names import IGNORED_LABEL
 from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.scoring import answer_loss
 from dynalora.evaluation.seq2seq import Seq2SeqCollator, is_encoder_decoder
+from dynalora.evaluation.tokens import TokenizedSet
 from dynalora.forgetting.monitor import RetentionMonitor
 from dynalora.lab.baselines import DriveBaseline, optimizer_of, prompt_only
 from dynalora.lab.data.collator import Collator
-from dynalora.lab.data.tokens import TokenizedSet
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.training.checkpoints import KeepPrompt, last_checkpoint
 from dynalora.lab.training.recorder import UNTIMED_STEPS, Display, Recorder
@@ -133,7 +133,7 @@ def train_adapter(
             or one without, all of whose weights are trained (full fine-tuning) and then are no longer the base's.
         tokenizer: For padding.
         config: The adapter's configuration, PEFT's own included; None: the model has its adapter, or is to have none.
-        train_dataset: What [`tokenize`][dynalora.lab.data.tokens.tokenize] returns.
+        train_dataset: What [`tokenize`][dynalora.evaluation.tokens.tokenize] returns.
         eval_dataset: Held-out set; None or empty: not measured.
         settings: How to train; None: the defaults.
         run: Where metrics and checkpoints go; if it was opened to resume, the last whole checkpoint is continued.

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.errors import DataError, first_line
 from dynalora.evaluation.seq2seq import question_room, shortened
-from dynalora.lab.data.conversations import Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +27,25 @@ PLAIN_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
+
+
+class _Message(TypedDict):
+    role: str
+    content: str
+
+
+class Message(_Message, total=False):
+    """One turn of a conversation: `role` and `content`.
+
+    Where the content was put together from an instruction and an input, both are there, too, for prompt templates that
+    set them apart (Alpaca's).
+    """
+
+    instruction: str
+    input: str
+
+
+Conversation = list[Message]
 
 
 class Tokens(TypedDict):
@@ -111,7 +129,7 @@ def tokenize(
     Args:
         conversations: As [`load_conversations`][dynalora.lab.data.conversations.load_conversations] returns them.
         tokenizer: With a chat template (see
-            [`ensure_chat_template`][dynalora.lab.data.tokens.ensure_chat_template]), or an encoder-decoder's.
+            [`ensure_chat_template`][dynalora.evaluation.tokens.ensure_chat_template]), or an encoder-decoder's.
         max_length: Longest sequence in tokens; longer ones lose their end, with a warning that counts them.
         on_progress: Called with the number of conversations done so far.
 
