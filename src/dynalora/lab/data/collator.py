@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Literal
+
+import torch
+from torch.nn.functional import pad
 
 from dynalora.common.names import IGNORED_LABEL
+from dynalora.evaluation.padding import padded
 from dynalora.evaluation.tokens import Tokens
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -35,30 +36,26 @@ class Collator:
     last_logits: bool = False
 
     def __call__(self, rows: Sequence[Tokens]) -> dict[str, torch.Tensor]:
-        import torch
-
-        longest = max(len(row["input_ids"]) for row in rows)
-        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        ids = torch.full((len(rows), length), self.pad_token_id, dtype=torch.long)
-        labels = torch.full((len(rows), length), IGNORED_LABEL, dtype=torch.long)
-        mask = torch.zeros((len(rows), length), dtype=torch.long)
-        for index, row in enumerate(rows):
-            size = len(row["input_ids"])
-            place = slice(length - size, length) if self.last_logits else slice(size)
-            ids[index, place] = torch.tensor(row["input_ids"])
-            labels[index, place] = torch.tensor(row["labels"])
-            mask[index, place] = 1
+        side: Literal["left", "right"] = "left" if self.last_logits else "right"
+        ids, mask = padded([row["input_ids"] for row in rows], self.pad_token_id, side)
+        labels, _ = padded([row["labels"] for row in rows], IGNORED_LABEL, side)
+        missing = -ids.shape[1] % self.pad_to_multiple_of
+        beside = (missing, 0) if self.last_logits else (0, missing)
+        ids, mask, labels = (
+            pad(tensor, beside, value=value)
+            for tensor, value in ((ids, self.pad_token_id), (mask, 0), (labels, IGNORED_LABEL))
+        )
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         if not self.last_logits:
             return batch
         labelled = (labels[:, 1:] != IGNORED_LABEL).any(dim=0).nonzero()
-        first = int(labelled[0]) if len(labelled) else length - 1
+        first = int(labelled[0]) if len(labelled) else labels.shape[1] - 1
         return {
             **batch,
             "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
             # Positions and not their number: the output layer then gets a contiguous input, and multiplies once for the
             # batch and not once for every row.
-            "logits_to_keep": torch.arange(first, length),
+            "logits_to_keep": torch.arange(first, labels.shape[1]),
             # The last position predicts what would come after the end.
-            "shift_labels": torch.nn.functional.pad(labels[:, first + 1 :], (0, 1), value=IGNORED_LABEL),
+            "shift_labels": pad(labels[:, first + 1 :], (0, 1), value=IGNORED_LABEL),
         }

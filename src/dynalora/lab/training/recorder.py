@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from rich.progress import (
 from transformers import TrainerCallback
 
 from dynalora.errors import TrainingError
+from dynalora.forgetting.monitor import RetentionMonitor
 from dynalora.lab.run_folder import RunFolder
 
 UNTIMED_STEPS = 3
@@ -33,12 +35,12 @@ class Recorder(TrainerCallback):
         self,
         label: str,
         run: RunFolder | None,
-        show: Display,
+        display: Display,
         measure: Callable[[], float] | None,
         eval_every: int | None,
         records: list[dict[str, Any]],
     ) -> None:
-        self.label, self.run, self.show, self.measure = label, run, show, measure
+        self.label, self.run, self.display, self.measure = label, run, display, measure
         self.eval_every = eval_every
         self.records = records
         self.durations: list[float] = []
@@ -46,14 +48,48 @@ class Recorder(TrainerCallback):
         self._began = 0.0
 
     def record(self, values: Mapping[str, Any]) -> None:
+        """Add one record, in memory and in the run folder."""
         self.records.append({"run": self.label, **values})
         if self.run is not None:
             self.run.log(self.records[-1])
 
+    def loss_before(self) -> float | None:
+        """The held-out loss before the first step; a resumed run has it in its records."""
+        if self.measure is None:
+            return None
+        for record in self.records:
+            if record.get("step") == 0 and "held_out_loss" in record:
+                return float(record["held_out_loss"])
+        before = self.measure()
+        self.record({"step": 0, "held_out_loss": before})
+        return before
+
+    def loss_after(self, step: int, monitor: RetentionMonitor | None) -> float | None:
+        """The held-out loss of the weights that the run ends with, after its last step."""
+        if self.measure is None:
+            return None
+        if monitor is not None and monitor.best is not None and monitor.best.step != step:
+            return self.measure()  # of the weights that were put back
+        if monitor is not None and monitor.stopping:
+            self.held_out = self.measure()
+            self.record({"step": step, "held_out_loss": self.held_out})
+        if self.held_out is None:  # nothing was left to train after a resume
+            recorded = [record["held_out_loss"] for record in self.records if "held_out_loss" in record]
+            return recorded[-1] if recorded else None
+        return self.held_out
+
+    def step_seconds(self) -> tuple[float | None, tuple[float, float] | None]:
+        """Median and quartiles of the time of a step, without the first few; None where there are too few others."""
+        timed = self.durations[UNTIMED_STEPS:]
+        if len(timed) < 2:
+            return (timed[0] if timed else None), None
+        low, _, high = statistics.quantiles(timed, n=4)
+        return statistics.median(timed), (low, high)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.eval_every is None:
             self.eval_every = max(1, math.ceil(state.max_steps / 5))
-        self.show.begin(state.max_steps, state.global_step)
+        self.display.begin(state.max_steps, state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         _wait_for_device()
@@ -66,7 +102,7 @@ class Recorder(TrainerCallback):
         if self.measure is not None and (due or state.global_step == state.max_steps):
             self.held_out = self.measure()
             self.record({"step": state.global_step, "held_out_loss": self.held_out})
-        self.show.step(state.global_step, held_out=self.held_out)
+        self.display.step(state.global_step, held_out=self.held_out)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
@@ -80,7 +116,7 @@ class Recorder(TrainerCallback):
                 )
             seconds = {"step_seconds": self.durations[-1]} if self.durations else {}
             self.record({"step": state.global_step, **logs, **seconds})
-            self.show.step(state.global_step, loss=logs["loss"])
+            self.display.step(state.global_step, loss=logs["loss"])
 
 
 def _wait_for_device() -> None:
@@ -107,26 +143,26 @@ class Display:
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-                TextColumn("{task.fields[told]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+                TextColumn("{task.fields[losses]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
                 console=self.console,
             )  # fmt: skip
             self._progress.start()
-            self._task = self._progress.add_task(self.label, total=total, completed=done, told="")
+            self._task = self._progress.add_task(self.label, total=total, completed=done, losses="")
 
     def step(self, step: int, *, loss: float | None = None, held_out: float | None = None) -> None:
         self.loss = self.loss if loss is None else loss
         self.held_out = self.held_out if held_out is None else held_out
-        told = "  ".join(
+        losses = "  ".join(
             f"{name} {value:.4f}"
             for name, value in (("loss", self.loss), ("held out", self.held_out))
             if value is not None
         )
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, told=told)
+            self._progress.update(self._task, completed=step, losses=losses)
         elif self.console is not None and loss is not None and self._due(step):
             self._printed = step
             self.console.print(
-                f"{self.label}: step {step}/{self._total}  {told}", highlight=False, markup=False
+                f"{self.label}: step {step}/{self._total}  {losses}", highlight=False, markup=False
             )
 
     def _due(self, step: int) -> bool:

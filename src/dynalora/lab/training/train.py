@@ -7,10 +7,11 @@ loss, the step time, a record of everything logged, and checkpoints that a kille
 from __future__ import annotations
 
 import inspect
-import statistics
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -21,6 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.errors import ConfigError, DataError
+from dynalora.evaluation.generation import padding_id
 from dynalora.evaluation.scoring import answer_loss
 from dynalora.evaluation.seq2seq import Seq2SeqCollator, is_encoder_decoder
 from dynalora.evaluation.tokens import TokenizedSet
@@ -29,7 +31,7 @@ from dynalora.lab.baselines import DriveBaseline, optimizer_of, prompt_only
 from dynalora.lab.data.collator import Collator
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.training.checkpoints import KeepPrompt, last_checkpoint
-from dynalora.lab.training.recorder import UNTIMED_STEPS, Display, Recorder
+from dynalora.lab.training.recorder import Display, Recorder
 from dynalora.lab.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -152,145 +154,62 @@ def train_adapter(
         DataError: The training set is empty.
         TrainingError: The loss is no longer a number.
     """
-    how = settings or TrainSettings()
+    settings = settings or TrainSettings()
     if len(train_dataset) == 0:
         raise DataError("The training set is empty; give at least one row.")
-    set_seed(how.seed)
+    set_seed(settings.seed)
     caching = getattr(model.config, "use_cache", None)
     adapted: Any = model if config is None else peft.get_peft_model(model, config)
-    prompts = False
     if isinstance(adapted, peft.PeftModel):
-        kind = adapted.active_peft_config.peft_type
-        prompts = prompt_only(adapted.active_peft_config)
-        name = label or str(getattr(kind, "value", kind)).lower()
+        peft_type = adapted.active_peft_config.peft_type
+        label = label or str(getattr(peft_type, "value", peft_type)).lower()
         trainable, parameters = adapted.get_nb_trainable_parameters()
     else:
         _train_all(adapted, monitor)
-        name = label or "full"
+        label = label or "full"
         trainable = parameters = sum(parameter.numel() for parameter in adapted.parameters())
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    device_is_cuda = torch.cuda.is_available()
-    has_eval = eval_dataset is not None and len(eval_dataset) > 0
-
-    def measure() -> float:
-        assert eval_dataset is not None
-        return held_out_loss(adapted, eval_dataset, batch_size=how.batch_size)
-
-    checkpoint = None
-    if run is not None and run.resumed:
-        checkpoint = last_checkpoint(run.checkpoints, needs=KeepPrompt.FILE if prompts else None)
-    records: list[dict[str, Any]] = []
-    if run is not None and run.resumed:
-        done = int(checkpoint.name.rsplit("-", 1)[-1]) if checkpoint is not None else -1
-        run.forget_metrics_after(done)
-        records = [record for record in run.metrics() if record.get("run") == name]
-        if monitor is not None and monitor.path is not None and checkpoint is None and run.writable:
-            monitor.path.unlink(missing_ok=True)  # the run begins anew
-    saves = run is not None and how.save_every != 0
-    # The trainer makes its output folder even if it saves nothing.
-    scratch = tempfile.TemporaryDirectory(prefix="dynalora-")
-    output = str(run.checkpoints) if run is not None and how.save_every != 0 else scratch.name
-    checkpointing: dict[str, Any] = {}
-    if how.gradient_checkpointing:
-        checkpointing = {_CHECKPOINTING: True, f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False}}
-    arguments = TrainingArguments(
-        output_dir=output,
-        max_steps=how.steps if how.steps is not None else -1,
-        num_train_epochs=how.epochs,
-        per_device_train_batch_size=how.batch_size,
-        gradient_accumulation_steps=how.gradient_accumulation,
-        learning_rate=how.learning_rate,
-        lr_scheduler_type=how.schedule,
-        warmup_steps=how.warmup,
-        weight_decay=how.weight_decay,
-        max_grad_norm=how.max_grad_norm,
-        seed=how.seed,
-        fp16=next(model.parameters()).dtype == torch.float16,
-        **checkpointing,
-        logging_steps=how.log_every if how.log_every is not None else 0.01,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if saves else "no",
-        save_steps=how.save_every if how.save_every else 0.1,
-        save_total_limit=2,
-        eval_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        log_level_replica="error",  # one process speaks for all
-        remove_unused_columns=False,
-        label_names=["labels"],
-        # Said outright, since several CPU processes would otherwise each train alone.
-        use_cpu=not torch.accelerator.is_available(),
-        dataloader_pin_memory=device_is_cuda,
-    )
-    if collator is None and is_encoder_decoder(adapted):
-        collator = Seq2SeqCollator(pad)
-    if collator is None:
-        collator = Collator(
-            pad,
-            pad_to_multiple_of=8 if device_is_cuda else 1,
-            # DataParallel would deal out the positions among its devices as if they were rows.
-            last_logits=takes_last_logits(adapted) and arguments.n_gpu <= 1,
-        )
-    show = Display(name, console)
-    recorder = Recorder(name, run, show, measure if has_eval else None, how.eval_every, records)
-    if monitor is not None and monitor.keep_best and monitor.score is None and has_eval:
-        monitor.score = lambda _: measure()
-    kind_of_optimizer, optimizer_settings = Trainer.get_optimizer_cls_and_kwargs(arguments, adapted)
-    own_optimizer = optimizer_of(
-        adapted, kind_of_optimizer, {**optimizer_settings, "weight_decay": how.weight_decay}
-    )
-    callbacks = [DriveBaseline(), *([KeepPrompt(adapted, checkpoint)] if prompts else []), recorder]
-    trainer = Trainer(
-        model=adapted,
-        args=arguments,
-        optimizers=(own_optimizer, None),
-        train_dataset=train_dataset,
-        data_collator=collator,
-        processing_class=tokenizer,
-        # Called before the recorder, so that a step's time contains what the method does in it.
-        callbacks=[*callbacks, *([monitor] if monitor is not None else [])],
-    )
-    trainer.remove_callback(PrinterCallback)
-    # The trainer has put the model on its device by now.
-    before = next((r["held_out_loss"] for r in records if r.get("step") == 0 and "held_out_loss" in r), None)
-    if has_eval and before is None:
-        before = measure()
-        recorder.record({"step": 0, "held_out_loss": before})
-    began = time.perf_counter()
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-    finally:
-        show.end()
-        scratch.cleanup()
-        if caching is not None:
-            adapted.config.use_cache = caching
-        if how.gradient_checkpointing:
-            getattr(model, f"{_CHECKPOINTING}_disable")()
+    measure = None
+    if eval_dataset is not None and len(eval_dataset) > 0:
+        measure = partial(held_out_loss, adapted, eval_dataset, batch_size=settings.batch_size)
+        if monitor is not None and monitor.keep_best and monitor.score is None:
+            monitor.score = lambda _, loss=measure: loss()
+    checkpoint, records = _continued(run, label, adapted, monitor)
+    recorder = Recorder(label, run, Display(label, console), measure, settings.eval_every, records)
+    with tempfile.TemporaryDirectory(prefix="dynalora-") as scratch:
+        arguments = _arguments(settings, run, scratch, half=next(model.parameters()).dtype == torch.float16)
+        trainer = _trainer(adapted, tokenizer, train_dataset, arguments, collator)
+        if isinstance(adapted, peft.PeftModel) and prompt_only(adapted.active_peft_config):
+            trainer.add_callback(KeepPrompt(adapted, checkpoint))
+        # After what the method does, so that a step's time contains it.
+        trainer.add_callback(recorder)
+        if monitor is not None:
+            trainer.add_callback(monitor)
+        # The trainer has put the model on its device by now.
+        before = recorder.loss_before()
+        began = time.perf_counter()
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        finally:
+            recorder.display.end()
+            if caching is not None:
+                adapted.config.use_cache = caching
+            if settings.gradient_checkpointing:
+                getattr(model, f"{_CHECKPOINTING}_disable")()
     seconds = time.perf_counter() - began
     adapted.eval()
-    timed = recorder.durations[UNTIMED_STEPS:]
-    quartiles = tuple(statistics.quantiles(timed, n=4)[::2]) if len(timed) > 1 else None
-    after = recorder.held_out
-    if has_eval and after is None:  # nothing left to train after a resume
-        after = next((r["held_out_loss"] for r in reversed(records) if "held_out_loss" in r), None)
-    if has_eval and monitor is not None:
-        done = int(trainer.state.global_step)
-        if monitor.best is not None and monitor.best.step != done:
-            after = measure()  # of the weights that were put back
-        elif monitor.stopping:
-            after = measure()
-            recorder.record({"step": done, "held_out_loss": after})
+    steps = int(trainer.state.global_step)
+    after = recorder.loss_after(steps, monitor)
+    step_seconds, quartiles = recorder.step_seconds()
     return TrainResult(
         model=adapted,
-        label=name,
+        label=label,
         held_out_before=before,
         held_out_after=after,
         trainable_parameters=int(trainable),
         parameters=int(parameters),
-        steps=int(trainer.state.global_step),
-        step_seconds=statistics.median(timed) if timed else None,
-        step_seconds_quartiles=quartiles,  # type: ignore[arg-type]
+        steps=steps,
+        step_seconds=step_seconds,
+        step_seconds_quartiles=quartiles,
         seconds=seconds,
         records=records,
     )
@@ -308,6 +227,99 @@ def _train_all(model: nn.Module, monitor: RetentionMonitor | None) -> None:
     if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
         raise ConfigError("Weights in float16 cannot be trained; load the model in float32 or bfloat16.")
     model.requires_grad_(True)
+
+
+def _continued(
+    run: RunFolder | None, label: str, model: nn.Module, monitor: RetentionMonitor | None
+) -> tuple[Path | None, list[dict[str, Any]]]:
+    """The checkpoint that a resumed run goes on from, and what it recorded until then."""
+    if run is None or not run.resumed:
+        return None, []
+    prompts = isinstance(model, peft.PeftModel) and prompt_only(model.active_peft_config)
+    checkpoint = last_checkpoint(run.checkpoints, needs=KeepPrompt.FILE if prompts else None)
+    run.forget_metrics_after(-1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
+    if monitor is not None and monitor.path is not None and checkpoint is None and run.writable:
+        monitor.path.unlink(missing_ok=True)  # the run begins anew
+    return checkpoint, [record for record in run.metrics() if record.get("run") == label]
+
+
+def _arguments(
+    settings: TrainSettings, run: RunFolder | None, scratch: str, *, half: bool
+) -> TrainingArguments:
+    """The trainer's settings.
+
+    Args:
+        settings: How to train.
+        run: Where checkpoints go.
+        scratch: The output folder of a run that saves none: the trainer makes one all the same.
+        half: Whether the weights are in float16, whose gradients must be scaled.
+    """
+    saves = run is not None and settings.save_every != 0
+    checkpointing: dict[str, Any] = {}
+    if settings.gradient_checkpointing:
+        checkpointing = {_CHECKPOINTING: True, f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False}}
+    return TrainingArguments(
+        output_dir=str(run.checkpoints) if run is not None and saves else scratch,
+        max_steps=settings.steps if settings.steps is not None else -1,
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        fp16=half,
+        **checkpointing,
+        logging_steps=settings.log_every if settings.log_every is not None else 0.01,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if saves else "no",
+        save_steps=settings.save_every or 0.1,
+        save_total_limit=2,
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        log_level_replica="error",  # one process speaks for all
+        remove_unused_columns=False,
+        label_names=["labels"],
+        # Said outright, since several CPU processes would otherwise each train alone.
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _trainer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: TokenizedSet,
+    arguments: TrainingArguments,
+    collator: Any,
+) -> Trainer:
+    """A trainer with the method's optimizer and schedule of ranks, silent but for its callbacks."""
+    if collator is None and is_encoder_decoder(model):
+        collator = Seq2SeqCollator(padding_id(model, tokenizer))
+    if collator is None:
+        collator = Collator(
+            padding_id(model, tokenizer),
+            pad_to_multiple_of=8 if torch.cuda.is_available() else 1,
+            # DataParallel would deal out the positions among its devices as if they were rows.
+            last_logits=takes_last_logits(model) and arguments.n_gpu <= 1,
+        )
+    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    optimizer = optimizer_of(model, optimizer_class, {**options, "weight_decay": arguments.weight_decay})
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        optimizers=(optimizer, None),
+        train_dataset=rows,
+        data_collator=collator,
+        processing_class=tokenizer,
+        callbacks=[DriveBaseline()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def take_off(model: PeftModel) -> PreTrainedModel:
