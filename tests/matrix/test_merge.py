@@ -36,7 +36,7 @@ def test_delta_weight_is_what_the_forward_applies(row: Row, toy: Toy) -> None:
         with torch.no_grad():
             update = layer(x) - layer.base_layer(x)
         torch.testing.assert_close(update, x @ delta.T, atol=2e-5, rtol=1e-4)
-        factor_up, factor_down = layer.static_factors("default")
+        factor_up, factor_down = layer.factors("default")
         torch.testing.assert_close(
             (layer.scaling["default"] * factor_up @ factor_down).detach(),
             delta.detach(),
@@ -148,6 +148,6 @@ def test_input_dependent_updates_refuse_to_merge(row: Row, toy: Toy) -> None:
     refuses(model.merge_adapter)
     refuses(model.merge_and_unload)
     refuses(lambda: next(iter(adapted_layers(model).values())).get_delta_weight("default"))
-    refuses(lambda: next(iter(adapted_layers(model).values())).static_factors("default"))
+    refuses(lambda: next(iter(adapted_layers(model).values())).factors("default"))
     assert_same_state(model, state)
     assert torch.equal(toy.logits(model), expected)

@@ -114,7 +114,7 @@ def test_gradients_equal_those_of_the_plain_form(shape: tuple[int, int], seed: i
     x = torch.randn(4, shape[1], dtype=torch.float64, requires_grad=True)
     own = {role: p for role, p in layer.adapter_parameters("default").items()}
     got = torch.autograd.grad(model(x).sin().sum(), (x, *own.values()))
-    up, down = layer.static_factors("default")
+    up, down = layer.factors("default")
     plain = layer.base_layer(x) + layer.scaling["default"] * (x @ down.t() @ up.t())
     wanted = torch.autograd.grad(plain.sin().sum(), (x, *own.values()))
     for one, other in zip(got, wanted, strict=True):

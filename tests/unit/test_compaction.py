@@ -336,6 +336,20 @@ def test_gates_that_never_open_take_their_components_with_them(tmp_path: Path) -
         dynalora.compact(model, gates=recorded)
 
 
+@pytest.mark.parametrize("gates", [False, True])
+def test_a_trained_diagonal_of_zero_is_dead_with_gates_too(gates: bool) -> None:
+    model = adapted(PedyraConfig, gates=gates, mode="prune", adjust_start=1, adjust_interval=1, adjust_end=1)
+    model.double()
+    for parameter in trainable(model):
+        parameter.requires_grad_(False)
+    with torch.no_grad():
+        for layer in layers_of(model):
+            layer.parameter("e", "default")[DEAD] = 0
+    logits = TOY.logits(model)
+    assert [row.after for row in dynalora.compact(model).matrices] == [len(ALIVE)] * 4
+    torch.testing.assert_close(TOY.logits(model), logits, atol=1e-12, rtol=1e-10)
+
+
 @pytest.mark.parametrize("bottleneck", [None, 3])
 def test_gated_adapters_train_on(bottleneck: int | None) -> None:
     model = adapted(DiselConfig, gate_bottleneck=bottleneck).double()

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import dynalora
-from dynalora import DiraConfig, DiselConfig
+from dynalora import DiraConfig, DiselConfig, PedyraConfig
 from dynalora.errors import CheckpointError, ConfigError, DynaloraError, UnsupportedError
-from dynalora.export import export_adapter_folder, load_without_base
+from dynalora.export import export_adapter_folder, held_gates, load_without_base
 from dynalora.forgetting.landscape import QUANTITIES, TAUS, energy_table
 from dynalora.forgetting.recovery import zero_updates
 from dynalora.lab.configs import adapter_config
@@ -88,6 +88,45 @@ def test_every_statistic_is_that_of_a_full_decomposition(method: str) -> None:
     assert energy.energy == pytest.approx(share)
     assert energy.effective_rank == pytest.approx(sum(row.effective_rank for row in rows) / 14)
     assert (energy.tau, energy.matrices) == (tau, 14)
+
+
+def gated_pedyra(e: float) -> peft.PeftModel:
+    config = PedyraConfig(
+        gates=True, r=3, alpha=6, target_modules=["q_proj"], init_weights=False, total_steps=20
+    )
+    model = peft.get_peft_model(LLAMA.build(), config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("pedyra_e.default"):
+            parameter.data = e * torch.rand_like(parameter)
+    return model
+
+
+def test_open_gates_leave_the_trained_diagonal_in_the_landscape() -> None:
+    assert [(row.effective_rank, row.nuclear_norm) for row in dynalora.rank_landscape(gated_pedyra(0))] == [
+        (0, 0.0)
+    ] * 2
+    model = gated_pedyra(2.0)
+    for row in dynalora.rank_landscape(model):
+        layer = model.get_submodule("base_model.model." + row.module)
+        up, down, e = (layer.parameter(role, "default").double() for role in ("up", "down", "e"))
+        sigma = torch.linalg.svdvals((2 * up @ e.diag() @ down).detach())[:3]
+        torch.testing.assert_close(torch.tensor(row.singular_values, dtype=torch.float64), sigma)
+
+
+def test_held_gates_count_alike_wherever_they_are_held() -> None:
+    model = gated_pedyra(2.0)
+    gates = dynalora.record_gates(model, [{"input_ids": torch.arange(3, 20)[None]}])
+    rows = dynalora.rank_landscape(model, gates=gates)
+    with held_gates(model, gates):
+        assert dynalora.rank_landscape(model) == rows
+        for row in rows:
+            delta = model.get_submodule("base_model.model." + row.module).get_delta_weight("default")
+            sigma = torch.linalg.svdvals(delta.double().detach())[:3]
+            torch.testing.assert_close(torch.tensor(row.singular_values, dtype=torch.float64), sigma)
+    assert dynalora.rank_landscape(model) != rows
+    model = peft.get_peft_model(LLAMA.build(), DiraConfig(r=3, target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="gates were given, but adapter 'default' has none"):
+        dynalora.rank_landscape(model, gates=gates)
 
 
 def test_mean_gates_count_each_component_as_far_as_it_opens() -> None:

@@ -166,7 +166,7 @@ def compact_layers(
     _check(driver, layers)
     before = _parameters(layers, adapter)
     largest = max(
-        float(layer.scaling[adapter] * factor_spectrum(*layer.open_factors(adapter))[0]) for layer in layers
+        float(layer.scaling[adapter] * factor_spectrum(*_factors(layer, adapter))[0]) for layer in layers
     )
     if not largest:
         rows = [
@@ -222,7 +222,7 @@ def _compact_layer(
     keep = torch.nonzero(own > least).flatten().tolist()
     stayed = own[keep].tolist()
     keep = keep or [int(own.argmax())]
-    up, down = (factor.detach().to(torch.float64, copy=True) for factor in layer.open_factors(adapter))
+    up, down = (factor.detach().to(torch.float64, copy=True) for factor in _factors(layer, adapter))
     parts = None
     if rewrite and layer.plain(adapter) and len(keep) > 1:
         u, values, v = factor_svd(up, down)
@@ -235,7 +235,7 @@ def _compact_layer(
         # Of all components, also of those that alone are too small: together they may count.
         _rewrite(layer, adapter, *parts)
         stayed = [size for size in (layer.scaling[adapter] * parts[1]).tolist() if size > least]
-        new_up, new_down = (factor.detach().double() for factor in layer.open_factors(adapter))
+        new_up, new_down = (factor.detach().double() for factor in _factors(layer, adapter))
         lost = _share((torch.cat([up, -new_up], 1), torch.cat([down, new_down])), (up, down))
     elif len(keep) < rank:
         layer.resize(adapter, keep)
@@ -244,9 +244,14 @@ def _compact_layer(
     return CompactedMatrix(layer.name, rank, layer.rank(adapter), lost, parts is not None), stayed
 
 
+def _factors(layer: AdapterLayer, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors (out, k) and (k, in) of the update, or of the most that it can be where gates move."""
+    return layer.factors(adapter, gates="open" if layer.depends_on_input(adapter) else "held")
+
+
 def _sizes(layer: AdapterLayer, adapter: str) -> torch.Tensor:
     """s·|d_i|·‖up_i‖·‖down_i‖ of every component, (r), float64."""
-    up, down = (factor.detach().double() for factor in layer.open_factors(adapter))
+    up, down = (factor.detach().double() for factor in _factors(layer, adapter))
     r = layer.rank(adapter)
     sizes: torch.Tensor = layer.scaling[adapter] * up[:, :r].norm(dim=0) * down[:r].norm(dim=1)
     return sizes

@@ -2,27 +2,34 @@
 
     g(x) = σ(W_g·x + b_g) ∈ (0, 1)^r,      d(x) = g(x) ⊙ d
 
-with d the method's own diagonal. W_g meets the input in the same product as `down`.
+with d the method's fixed diagonal. W_g meets the input in the same product as `down`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.kernel import apart
-from dynalora.adapter.layer import AdapterLayer, kaiming
+from dynalora.adapter.layer import AdapterLayer, Gates, kaiming
+from dynalora.adapter.storage import Role
 from dynalora.driver import OptimizerOverride
 
 GateWeightInit = Literal["kaiming", "zeros"]
 
-#: gate_weight is W_g; with a bottleneck it is gate_out (r, width) · gate_in (width, in) instead.
-GATE_ROLES = ("gate_weight", "gate_in", "gate_out", "gate_bias")
+#: gate_weight (r, in) is W_g; with a bottleneck it is gate_out (r, width) · gate_in (width, in) instead. gate_bias (r).
+GATE_ROLES = (
+    Role("gate_weight", rank_dim=0),
+    Role("gate_in"),
+    Role("gate_out", rank_dim=0),
+    Role("gate_bias", rank_dim=0),
+)
 
 
 @dataclass
@@ -78,19 +85,13 @@ class GatedConfig(AdapterConfig):
         if not self.gates:
             return {}
         rule = OptimizerOverride(lr_multiplier=self.gate_lr_multiplier, weight_decay=0.0)
-        return dict.fromkeys(GATE_ROLES, rule)
+        return dict.fromkeys((role.name for role in GATE_ROLES), rule)
 
 
 class GatedLayer(AdapterLayer):
     """The shared form with gates, for the adapters whose configuration has them."""
 
-    roles: ClassVar[tuple[str, ...]] = ("down", "up", *GATE_ROLES)
-    rank_dims: ClassVar[dict[str, int]] = {
-        **AdapterLayer.rank_dims,
-        "gate_weight": 0,
-        "gate_out": 0,
-        "gate_bias": 0,
-    }
+    roles = (*AdapterLayer.roles, *GATE_ROLES)
 
     def __init__(self, base_layer: nn.Module, quantization: dict[str, Any] | None = None) -> None:
         super().__init__(base_layer, quantization)
@@ -166,11 +167,11 @@ class GatedLayer(AdapterLayer):
         if x.dtype != down.dtype:
             x = self._cast_input_dtype(x, down.dtype)
         gates = nn.functional.linear(x, weight, self.used("gate_bias", adapter)).sigmoid_()
-        own = self.own_diagonal(adapter)
-        return nn.functional.linear(x, down).mul_(gates if own is None else gates * own)
+        fixed = self.fixed_diagonal(adapter)
+        return nn.functional.linear(x, down).mul_(gates if fixed is None else gates * fixed)
 
     def _short_form(self, x: torch.Tensor, adapter: str) -> bool:
-        """Whether there are few tokens and nothing but `g(x) = σ(W_g·x + b_g)` and the method's own diagonal."""
+        """Whether there are few tokens and nothing but `g(x) = σ(W_g·x + b_g)` and the method's fixed diagonal."""
         return (
             not self.training  # dropout
             and adapter not in self.held_gates
@@ -181,21 +182,21 @@ class GatedLayer(AdapterLayer):
             and not torch.is_autocast_enabled(x.device.type)
         )
 
-    def own_diagonal(self, adapter: str) -> torch.Tensor | None:
-        """The method's own diagonal, which gates multiply, (r) for gated adapters; None for all ones."""
+    def fixed_diagonal(self, adapter: str) -> torch.Tensor | None:
+        """The part of the diagonal that gates multiply, (r) for gated adapters; None for all ones."""
         return None
 
-    def diagonal(self, adapter: str, projected: torch.Tensor | None) -> torch.Tensor | None:
-        """g(x) ⊙ d, (…, r); the method's own diagonal without gates."""
-        own = self.own_diagonal(adapter)
-        if not self.gated(adapter):
-            return own
-        if projected is None:
+    def diagonal(self, adapter: str, projected: torch.Tensor | Gates) -> torch.Tensor | None:
+        """g(x) ⊙ d, (…, r), with gates of 1 where they are open; the fixed diagonal alone without gates."""
+        fixed = self.fixed_diagonal(adapter)
+        if not self.gated(adapter) or (isinstance(projected, str) and projected == "open"):
+            return fixed
+        if isinstance(projected, str):
             up = self.parameter("up", adapter)
             gates = self.held_gates[adapter].to(up.device, up.dtype)
         else:
             gates = self._gates(adapter, projected)
-        return gates if own is None else gates * own
+        return gates if fixed is None else gates * fixed
 
     def _gates(self, adapter: str, logits: torch.Tensor) -> torch.Tensor:
         if self.has_parameter("gate_out", adapter):
@@ -203,6 +204,19 @@ class GatedLayer(AdapterLayer):
         if self.gate_scale[adapter] != 1.0:
             logits = logits * self.gate_scale[adapter]
         return torch.sigmoid(logits + self.used("gate_bias", adapter))
+
+    @contextmanager
+    def holding(self, adapter: str, gates: torch.Tensor) -> Iterator[None]:
+        """Hold an adapter's gates at values, (r), inside, so that its update is fixed; then they are as before."""
+        before = self.held_gates.get(adapter)
+        self.held_gates[adapter] = gates.detach().clone()
+        try:
+            yield
+        finally:
+            if before is None:
+                self.held_gates.pop(adapter, None)
+            else:
+                self.held_gates[adapter] = before
 
     @torch.no_grad()
     def gates(self, x: torch.Tensor, adapter: str) -> torch.Tensor:

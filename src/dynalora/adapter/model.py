@@ -164,7 +164,7 @@ class AdapterModel(BaseTuner):
             if isinstance(module, AdapterLayer):
                 for adapter in module.active_adapters:
                     if module.has_adapter(adapter):
-                        module.static_factors(adapter)
+                        module.factors(adapter)
                         module.check_mergeable()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

@@ -132,7 +132,7 @@ def export_lora(
     factors: dict[str, _Factors] = {}
     lost = 0.0
     for name, layer in layers.items():
-        up, down = layer.static_factors(adapter_name)
+        up, down = layer.factors(adapter_name)
         if max_rank is not None or tolerance is not None:
             up, down, share = _recompress(up, down, max_rank, tolerance)
             lost = max(lost, share)
@@ -429,7 +429,7 @@ def _verify(folder: Path, layers: dict[str, AdapterLayer], adapter_name: str) ->
             )
         scaling = alpha / (rank**0.5 if config.use_rslora else rank)
         x = torch.randn(4, layer.in_features, generator=generator, dtype=torch.float64)
-        own_up, own_down = (t.detach().cpu().double() for t in layer.static_factors(adapter_name))
+        own_up, own_down = (t.detach().cpu().double() for t in layer.factors(adapter_name))
         expected = layer.scaling[adapter_name] * (x @ own_down.t() @ own_up.t())
         written = scaling * (x @ down.t() @ up.t())
         size = float(expected.abs().max())

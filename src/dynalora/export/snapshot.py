@@ -7,7 +7,7 @@ matters is measured against the gated adapter itself.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,17 +67,10 @@ def held_gates(
                 f"the record has {held} for {layer.name!r}, whose adapter {adapter_name!r} has "
                 f"{layer.rank(adapter_name)}; record them anew with record_gates()."
             )
-    before = {layer: layer.held_gates.get(adapter_name) for layer in layers}
-    try:
+    with ExitStack() as stack:
         for layer in layers:
-            layer.held_gates[adapter_name] = means[layer.name].detach().clone()
+            stack.enter_context(layer.holding(adapter_name, means[layer.name]))
         yield
-    finally:
-        for layer, gates in before.items():
-            if gates is None:
-                layer.held_gates.pop(adapter_name, None)
-            else:
-                layer.held_gates[adapter_name] = gates
 
 
 @dataclass(frozen=True)

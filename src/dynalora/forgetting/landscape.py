@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 
+from dynalora.adapter.gates import GatedLayer
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.common.names import plain_name
 from dynalora.errors import ConfigError, DynaloraError
@@ -61,30 +62,29 @@ def rank_landscape(
     """The landscape of an adapter, exact from its factors.
 
     Args:
-        model: Model with an adapter of dynalora, or PEFT's LoRA or AdaLoRA. Of a DISeL adapter, the ungated factors
-            count (all gates open), the most its update can be, unless `gates` are given.
+        model: Model with an adapter of dynalora, or PEFT's LoRA or AdaLoRA. Gates that move count as open, which gives
+            the most that the update can be, unless `gates` are given.
         tau: Threshold τ on singular values; the paper's 0.001 by default.
         adapter_name: Which adapter; None takes the active one.
-        gates: Of a DISeL adapter, what `dynalora.record_gates` found on some text: each component then counts
-            with its mean gate there, s·up·diag(ḡ)·down.
+        gates: Of an adapter with gates, what `dynalora.record_gates` measured on some text: each component then counts
+            with its mean gate there, s·up·diag(ḡ ⊙ d)·down.
 
     Returns:
         One row per adapted matrix, in model order.
 
     Raises:
-        ConfigError: `tau` is negative, or a gated matrix is missing from `gates` or has another rank there.
+        ConfigError: `tau` is negative, or `gates` lack a matrix, have another rank for it, or are given for an adapter
+            without gates.
         DynaloraError: No adapter with low-rank factors is found.
     """
     check_tau(tau)
     means = None if gates is None else {row.module: row.mean for row in gates}
     rows = []
     for name, module in model.named_modules():
-        factors = _factors(module, adapter_name)
+        factors = _factors(module, adapter_name, means)
         if factors is None:
             continue
         up, down, scaling = factors
-        if means is not None:
-            up = _gated(up, means, plain_name(name))
         sigma = abs(scaling) * factor_spectrum(up, down)
         rows.append(landscape_row(plain_name(name), up.shape[1], sigma, tau))
     if not rows:
@@ -99,24 +99,34 @@ def check_tau(tau: float) -> None:
         raise ConfigError(f"tau must be at least 0, got {tau}.")
 
 
-def _gated(up: torch.Tensor, means: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    mean = means.get(name)
-    if mean is None or len(mean) != up.shape[1]:
-        found = "none" if mean is None else f"{len(mean)}"
+def _layer_factors(
+    layer: AdapterLayer, adapter: str, means: Mapping[str, torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors (out, k) and (k, in) of an update, with its gates held at their means, or open where they move."""
+    if means is None:
+        return layer.factors(adapter, gates="open" if layer.depends_on_input(adapter) else "held")
+    if not isinstance(layer, GatedLayer) or not layer.gated(adapter):
+        raise ConfigError(f"gates were given, but adapter {adapter!r} has none; leave them out.")
+    mean, rank = means.get(layer.name), layer.rank(adapter)
+    if mean is None or len(mean) != rank:
+        count = "none" if mean is None else f"{len(mean)}"
         raise ConfigError(
-            f"gates has {found} for '{name}', which has rank {up.shape[1]}; record the gates of this very adapter."
+            f"gates has {count} for '{layer.name}', which has rank {rank}; record the gates of this very adapter."
         )
-    return up.double() * mean.to(up.device)
+    with layer.holding(adapter, mean):
+        return layer.factors(adapter)
 
 
-def _factors(module: nn.Module, adapter_name: str | None) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+def _factors(
+    module: nn.Module, adapter_name: str | None, means: Mapping[str, torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor, float] | None:
     active: Sequence[str] = (
         getattr(module, "active_adapters", ()) if adapter_name is None else (adapter_name,)
     )
     if isinstance(module, AdapterLayer):
         for adapter in active:
             if module.has_adapter(adapter):
-                return *module.open_factors(adapter), module.scaling[adapter]
+                return *_layer_factors(module, adapter, means), module.scaling[adapter]
         return None
     lora: Any = module
     if hasattr(module, "lora_A") and hasattr(module, "lora_B"):

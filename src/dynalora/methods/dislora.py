@@ -39,9 +39,10 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from dynalora.adapter.config import AdapterConfig
-from dynalora.adapter.layer import AdapterLayer
+from dynalora.adapter.layer import AdapterLayer, Gates
 from dynalora.adapter.method import Method, Panel
 from dynalora.adapter.register import register
+from dynalora.adapter.storage import Role
 from dynalora.common.progress import late_progress
 from dynalora.driver.driver import Moment, OptimizerOverride
 from dynalora.errors import ConfigError
@@ -62,6 +63,9 @@ FASTEST = 4.0
 # What the lead's buffer `balance` holds, in this order: the losses and weights of the last step, and moving averages.
 BALANCE = ("task_loss", "ortho_loss", "k", "task_weight", "ortho_weight")
 NOTES = len(BALANCE)
+
+# Tensors that are saved and never train: the start and, once chosen, the directions.
+FROZEN = ("frozen_down", "frozen_up", "start_sigma", "tsd_index", "tsd_sigma", "tsd_rate")
 
 
 @dataclass
@@ -154,10 +158,11 @@ class DisloraLayer(AdapterLayer):
     """
 
     method_name = "dislora"
-    roles = ("down", "up", "sigma", "tsd_weight")
-    frozen_roles = ("frozen_down", "frozen_up", "start_sigma", "tsd_index", "tsd_sigma", "tsd_rate")
-    lead_roles = (*AdapterLayer.lead_roles, "balance")
-    rank_dims: ClassVar[dict[str, int]] = {}  # its rank never changes
+    roles = (  # without a rank's dimension, since ranks never change
+        *(Role(name) for name in ("down", "up", "sigma", "tsd_weight")),
+        *(Role(name, trains=False) for name in FROZEN),
+        Role("balance", trains=False, saved="first"),
+    )
 
     def start(self, config: DisloraConfig, r: int) -> dict[str, torch.Tensor]:
         """Room for everything; `Dislora.prepare` fills it in from the base weight."""
@@ -201,7 +206,7 @@ class DisloraLayer(AdapterLayer):
         """The losses and weights of the last step, and moving averages of the losses with their count."""
         return {**super().start_lead(), "balance": torch.zeros(NOTES + 3, dtype=torch.float64)}
 
-    def diagonal(self, adapter: str, projected: torch.Tensor | None) -> torch.Tensor:
+    def diagonal(self, adapter: str, projected: torch.Tensor | Gates) -> torch.Tensor:
         """(S, −S₀, α), (2r + tsd_count)."""
         parts = [self.parameter("sigma", adapter), -self.buffer("start_sigma", adapter)]
         if self.has_parameter("tsd_weight", adapter):
@@ -219,7 +224,7 @@ class DisloraLayer(AdapterLayer):
             parameter.data = value.to(
                 parameter.device, torch.promote_types(parameter.dtype, torch.float32)
             ).clone()
-        for role in self.frozen_roles:
+        for role in FROZEN:
             if self.has_buffer(role, adapter) and (kept := self.buffer(role, adapter)).is_floating_point():
                 container = getattr(self, f"{self.method_name}_{role}")
                 container[adapter] = kept.to(torch.promote_types(kept.dtype, torch.float32))
@@ -334,7 +339,7 @@ class Dislora(Method):
         a component of the function then moves by 2·η·√out·‖down_i‖, with ‖down_i‖ ≈ 1/√3; here by
         s·η·σ_i·√(out + in). So where σ_i is large, the same learning rate moves the function many times as far.
         """
-        rules = dict.fromkeys(layer.roles, OptimizerOverride(weight_decay=0.0))
+        rules = dict.fromkeys(layer.parameter_roles, OptimizerOverride(weight_decay=0.0))
         if config.match_step:
             sigma = float(layer.buffer("start_sigma", adapter).double().square().mean().sqrt())
             sides = layer.out_features + layer.in_features

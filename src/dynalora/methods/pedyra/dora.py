@@ -68,7 +68,7 @@ class DoraLayer(GatedLayer):
     def _gain(self, adapter: str) -> torch.Tensor:
         """`g`, (out). The norms come from the factors: ‖W0 + U·D‖² = ‖W0‖² + 2⟨W0·Dᵀ, U⟩ + ‖U·D‖², row by row."""
         with torch.no_grad():
-            up, down = self.static_factors(adapter)
+            up, down = self.factors(adapter)
             up = self.scaling[adapter] * up
             # The rows of D take the way of an input, so that quantised weights need not be unpacked.
             base: Any = self.get_base_layer()

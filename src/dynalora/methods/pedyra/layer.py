@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from dynalora.adapter.gates import GATE_ROLES
 from dynalora.adapter.layer import kaiming
+from dynalora.adapter.storage import FACTORS, Role
 from dynalora.common.processes import process_count
 from dynalora.methods.pedyra.dora import DoraLayer
 from dynalora.methods.pedyra.settings import AdjustmentPlan, PedyraConfig
@@ -23,15 +23,22 @@ class PedyraLayer(DoraLayer):
     """The shared form with d = e, times gates where they are wanted."""
 
     method_name = "pedyra"
-    # magnitude, (out): the rows' norms, with use_dora only
-    roles = ("down", "up", "e", "magnitude", *GATE_ROLES)
-    rank_dims: ClassVar[dict[str, int]] = {**DoraLayer.rank_dims, "e": 0}
-    # Averages: Ī and Ū of each parameter, and m of the inputs. The first layer also keeps the record.
-    running_roles = (
-        *(f"{kind}_{role}" for kind in ("sensitivity", "uncertainty") for role in ("down", "up", "e")),
+    roles = (
+        *FACTORS,
+        Role("e", rank_dim=0),
+        Role("magnitude"),  # (out): the rows' norms, with use_dora only
+        *GATE_ROLES,
+        # Ī and Ū of each parameter, in its shape without room, and m of the inputs, (in).
+        *(
+            Role(f"{kind}_{name}", trains=False, rank_dim=dim, saved="present")
+            for kind in ("sensitivity", "uncertainty")
+            for name, dim in (("down", 0), ("up", 1), ("e", 0))
+        ),
+        Role("inputs", trains=False, saved="present"),
         # The triplets that training began with, with init_weights="pissa": the update is what has become of them since.
-        *("frozen_down", "frozen_up"),
-        *("inputs", "record"),
+        Role("frozen_down", trains=False, saved="present"),
+        Role("frozen_up", trains=False, saved="present"),
+        Role("record", trains=False, saved="present"),  # kept by the first layer
     )
 
     def __init__(self, base_layer: nn.Module, quantization: dict[str, Any] | None = None) -> None:
@@ -115,7 +122,7 @@ class PedyraLayer(DoraLayer):
         self.set_running("frozen_down", adapter, None)
         self.set_running("frozen_up", adapter, None)
 
-    def own_diagonal(self, adapter: str) -> torch.Tensor:
+    def fixed_diagonal(self, adapter: str) -> torch.Tensor:
         """e, (r); with the frozen triplets of PiSSA's start (e, 1), since theirs is in their up factor."""
         e, frozen = self.used("e", adapter), self.running("frozen_up", adapter)
         return e if frozen is None else torch.cat([e, e.new_ones(frozen.shape[1])])
@@ -125,22 +132,6 @@ class PedyraLayer(DoraLayer):
         if self.training and self.gathering[adapter]:
             self._gather(x, adapter)
         return super().narrow(x, adapter)
-
-    def resize(self, adapter: str, keep: Sequence[int], new: Any = None) -> None:
-        """Keep some triples and add new ones; survivors keep their averages, newcomers have none."""
-        super().resize(adapter, keep, new)
-        for role in ROLES:
-            dim = self.rank_dims[role]
-            for kind in ("sensitivity", "uncertainty"):
-                average = self.running(f"{kind}_{role}", adapter)
-                if average is not None:
-                    index = torch.tensor(list(keep), dtype=torch.int64, device=average.device)
-                    shape = list(average.shape)
-                    shape[dim] = self.rank(adapter) - len(keep)
-                    kept = average.index_select(dim, index)
-                    self.set_running(
-                        f"{kind}_{role}", adapter, torch.cat([kept, average.new_zeros(shape)], dim)
-                    )
 
     @torch.no_grad()
     def _gather(self, x: torch.Tensor, adapter: str) -> None:

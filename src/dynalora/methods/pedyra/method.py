@@ -131,7 +131,7 @@ class Pedyra(Method):
         adjust(layers, moment.adapter, config, scores, step)
         if not AdjustmentPlan.of(config, moment.total_steps).matters(step + 1):
             for layer in layers:
-                for role in layer.running_roles:
+                for role in layer.buffer_roles:
                     if role.startswith(("sensitivity", "uncertainty", "inputs")):
                         layer.set_running(role, moment.adapter, None)
 

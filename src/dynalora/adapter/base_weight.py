@@ -1,0 +1,205 @@
+"""The weight below an adapter: reading it, merging updates into it and taking them out, quantised weights included."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils.quantization_utils import (
+    ForwardOnlyQuantizationBackend,
+    QuantizationBackend,
+    TorchaoBackend,
+    resolve_quantization_backend,
+)
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from dynalora.errors import UnsupportedError
+
+
+class BaseWeight(BaseTunerLayer):
+    """What a layer does with the weight of the layer it adapts.
+
+    Attributes:
+        base_layer: The adapted layer, left as it is.
+        in_features, out_features: Its sizes.
+        name: The layer's name in the model.
+        quantization_backend: PEFT's way to read and write the weight; None if it is not quantised.
+        merged_adapters: The adapters whose updates are in the weight now.
+    """
+
+    method_name: ClassVar[str]
+    name: str
+    base_layer: nn.Module
+
+    def take_base_layer(self, base_layer: nn.Module, quantization: dict[str, Any] | None) -> None:
+        """Put this layer around another.
+
+        Args:
+            base_layer: The layer to adapt.
+            quantization: What the model tells of its quantisation; see `quantization_of`.
+        """
+        self.base_layer = base_layer
+        self.merged_adapters: list[str] = []
+        base = self.get_base_layer()
+        self.quantization_backend = quantization_of(base, quantization)
+        self.in_features, self.out_features = cast("tuple[int, int]", _get_in_out_features(base))
+
+    @staticmethod
+    def supports(base_layer: nn.Module) -> bool:
+        """Whether a module is a linear layer that can be adapted: linear, GPT-2's `Conv1D`, or quantised."""
+        if isinstance(base_layer, NonDynamicallyQuantizableLinear):
+            return False  # nn.MultiheadAttention reads its weight and never calls it
+        if isinstance(base_layer, (nn.Linear, Conv1D)):
+            return True
+        backend = quantization_of(base_layer)
+        return backend is not None and backend.layer_type == "linear"
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the base layer holds its weight as (in, out), as transformers' `Conv1D` does."""
+        return isinstance(self.get_base_layer(), Conv1D)
+
+    def get_base_weight(self) -> torch.Tensor:
+        """The base layer's weight in its own layout, (out, in) or (in, out), dequantised if need be.
+
+        Raises:
+            UnsupportedError: The layer's quantisation does not give its weights back.
+        """
+        base = self.get_base_layer()
+        if isinstance(self.quantization_backend, ForwardOnlyQuantizationBackend):
+            raise UnsupportedError(
+                f"{self.name or 'the layer'}: the values of {self.quantization_backend.backend_name} weights cannot "
+                f"be read, which {self.method_name} needs with these settings; load the base model with "
+                "bitsandbytes, torchao or without quantisation, or choose another method or start (init_weights)."
+            )
+        state = getattr(getattr(base, "weight", None), "quant_state", None)
+        if not getattr(state, "packing_format_for_cpu", False):
+            return super().get_base_weight()
+        # For the CPU, bitsandbytes packs 4-bit weights anew at their first call, in an order that its dequantisation
+        # does not know: it would return wrong numbers. What the layer makes of unit vectors is right in any order.
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            columns: torch.Tensor = base(torch.eye(self.in_features))
+            bias = getattr(base, "bias", None)
+            return (columns if bias is None else columns - bias.to(columns)).t().contiguous()
+
+    def base_matrix(self) -> torch.Tensor:
+        """The base layer's weight as a matrix (out, in), dequantised if need be."""
+        weight = self.get_base_weight().detach()
+        return weight.t() if self.transposed else weight
+
+    # Merging ---------------------------------------------------------------------------------------------------
+
+    def has_adapter(self, adapter: str) -> bool:
+        """Whether the adapter adapts this layer."""
+        raise NotImplementedError
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """The update that is merged, (out, in)."""
+        raise NotImplementedError
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add updates into the base weight.
+
+        Args:
+            safe_merge: Check the merged weight for NaN before it is put in place.
+            adapter_names: Adapters to merge; None merges the active ones.
+
+        Raises:
+            UnsupportedError: The update depends on the input, or the base layer's quantisation cannot be merged into.
+            ValueError: `safe_merge` found NaN.
+        """
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if not self.has_adapter(adapter):
+                continue
+            self._add_to_base(adapter, 1.0, safe_merge)
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Take merged updates out of the base weight again, within rounding."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            adapter = self.merged_adapters.pop()
+            if self.has_adapter(adapter):
+                self._add_to_base(adapter, -1.0, False)
+
+    def check_mergeable(self) -> None:
+        """Raise `UnsupportedError` if updates cannot be merged into the base layer, whatever they are."""
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            with_config = " with transformers' TorchAoConfig" if isinstance(backend, TorchaoBackend) else ""
+            raise UnsupportedError(
+                f"cannot merge into a {backend.backend_name} layer, which cannot be quantised again; keep the "
+                f"adapter attached, or load the base model{with_config} or without quantisation to merge."
+            )
+
+    @torch.no_grad()
+    def _add_to_base(self, adapter: str, sign: float, check: bool) -> None:
+        self.check_mergeable()
+        delta = self.get_delta_weight(adapter)
+        weight = self.get_base_weight()
+        if self.transposed:
+            delta = delta.t()
+        if check or self.quantization_backend is not None:
+            merged = (weight.to(delta.dtype) + sign * delta.to(weight.device)).to(weight.dtype)
+            if check and not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken"
+                )
+            self._put_base_weight(merged)
+        else:
+            weight.copy_(weight.to(delta.dtype) + sign * delta.to(weight.device))
+
+    def _put_base_weight(self, weight: torch.Tensor) -> None:
+        """Put a weight in the base layer's place, quantised as the one before.
+
+        Raises:
+            UnsupportedError: Torchao did not quantise it; the layer is as it was.
+        """
+        base: Any = self.get_base_layer()
+        before = getattr(base, "weight", None)
+        refused: ValueError | None = None
+        try:
+            self.set_base_weight(weight)
+        except ValueError as error:  # settings by module name (FqnToConfig), which fit no layer alone
+            if not isinstance(self.quantization_backend, TorchaoBackend):
+                raise
+            refused = error
+        if isinstance(self.quantization_backend, TorchaoBackend) and type(base.weight) is not type(before):
+            del base.weight
+            base.weight = before
+            raise UnsupportedError(
+                f"cannot merge into {self.name or 'the layer'}: the model's TorchAoConfig does not say how to quantise "
+                "this layer by itself; keep the adapter attached, or load the base model without quantisation to merge."
+            ) from refused
+
+
+def quantization_of(
+    base_layer: nn.Module, settings: Mapping[str, Any] | None = None
+) -> QuantizationBackend | None:
+    """PEFT's way to read and write a quantised layer's weight; None if the layer is not quantised.
+
+    Args:
+        base_layer: The layer.
+        settings: What the model tells of its quantisation (`peft.utils.quantization_utils.get_quantization_kwargs`).
+            Without it, torchao's layers can do everything but merge.
+    """
+    settings = {"get_apply_tensor_subclass": None, **(settings or {})}
+    mergeable = settings["get_apply_tensor_subclass"] is not None
+    if not mergeable:  # PEFT refuses such a layer as a whole, for what merging alone needs
+        settings["get_apply_tensor_subclass"] = _unknown_quantization
+    backend: QuantizationBackend | None = resolve_quantization_backend(base_layer, **settings)
+    if isinstance(backend, TorchaoBackend) and not mergeable:
+        backend.supports_merge = False
+    return backend
+
+
+def _unknown_quantization() -> None:
+    """Stand in for torchao's way to quantise; never called, since such layers are not merged into."""
+    raise UnsupportedError("torchao was not told how to quantise this layer.")
