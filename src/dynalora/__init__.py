@@ -25,7 +25,7 @@ from dynalora.driver import (
 )
 from dynalora.errors import DynaloraError
 from dynalora.export import export_lora, rank_pattern
-from dynalora.forgetting.gates import record_gates
+from dynalora.forgetting.gate_recording import record_gates
 from dynalora.forgetting.landscape import rank_landscape
 from dynalora.forgetting.monitor import RetentionMonitor, read_retention
 from dynalora.forgetting.recovery import ablated, recover

@@ -872,5 +872,5 @@ def test_cells_hold_what_their_numbers_depend_on(done: Comparison) -> None:
 
 
 def test_many_methods_are_told_apart_without_lines() -> None:
-    looks = [drawing.style(index) for index in range(20)]
-    assert len({(look["color"], look["marker"]) for look in looks}) == len(looks)
+    looks = [drawing.look(index) for index in range(20)]
+    assert len({(look.color, look.marker) for look in looks}) == len(looks)

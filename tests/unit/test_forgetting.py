@@ -19,8 +19,10 @@ from dynalora.cli.forgetting import forgetting as forgetting_command
 from dynalora.cli.recover import recover as recover_command
 from dynalora.cli.transfer import transfer as transfer_command
 from dynalora.common.statistics import Interval, mean_interval, t_quantile
-from dynalora.drawing.stages import plot_bars, plot_stages, plot_transfer
+from dynalora.drawing.bars import plot_bars
+from dynalora.drawing.landscape import plot_stages
 from dynalora.drawing.style import rendered
+from dynalora.drawing.transfer import plot_transfer
 from dynalora.errors import CheckpointError, ConfigError, RunFolderError
 from dynalora.forgetting.landscape import LandscapeRow
 from dynalora.jobs.stages.forgetting import STAGES, run_forgetting

@@ -259,7 +259,8 @@ def test_lora_of_too_small_a_rank_ends_at_the_optimum_of_its_rank() -> None:
 
 
 def test_figures_draw_the_numbers(quick: LinearModelResult) -> None:
-    (axis,) = report.plot_losses(quick).axes
+    figures = report.figures(quick)
+    (axis,) = figures["losses"][0].axes
     heights = [[bar.get_height() for bar in group] for group in axis.containers if hasattr(group, "patches")]
     assert [label.get_text() for label in axis.get_xticklabels()] == [
         "full fine-tuning", "LoRA", "best fixed\n(closed form)", "DISeL", "Bayes\n(closed form)",
@@ -268,12 +269,12 @@ def test_figures_draw_the_numbers(quick: LinearModelResult) -> None:
     assert heights[1][3] == quick.row("disel").losses.pre_training
     assert heights[0][4] == quick.bayes.fine_tuning
     assert "both populations" in axis.get_title()
-    (axis,) = report.plot_training(quick).axes
+    (axis,) = figures["training"][0].axes
     labelled = {line.get_label(): line for line in axis.lines}
     assert labelled["best fixed correction"].get_ydata()[0] == quick.fixed.mixture
     assert labelled["Bayes-optimal correction"].get_ydata()[0] == quick.bayes.mixture
     assert labelled["DISeL"].get_xdata()[-1] == QUICK.steps
-    (axis,) = report.plot_gate_curve(quick).axes
+    (axis,) = figures["gates"][0].axes
     labelled = {line.get_label(): line for line in axis.lines}
     assert tuple(labelled["mean gate"].get_ydata()) == quick.gates.gate
 

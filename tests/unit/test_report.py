@@ -7,10 +7,16 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure as MplFigure
 from rich.console import Console
 
 from dynalora.adapter.method import Panel
-from dynalora.drawing import runs as plots
+from dynalora.common.statistics import Interval
+from dynalora.drawing.bars import plot_bars
+from dynalora.drawing.landscape import plot_rank_heatmap
+from dynalora.drawing.style import PALETTE, look, looks, rendered
+from dynalora.drawing.training import plot_losses, plot_metrics
+from dynalora.lab.baselines import BASELINES
 from dynalora.lab.report import (
     Figure,
     Report,
@@ -21,6 +27,7 @@ from dynalora.lab.report import (
     show,
     write_report,
 )
+from dynalora.methods import METHODS
 
 EVIL = "<script>alert('x')</script>"
 
@@ -56,7 +63,7 @@ def report() -> Report:
         ["method", "loss", "parameters", "note"],
         [["disel", "0.5100", 1234567, EVIL], ["lora", "0.61", None, "b"]],
     )
-    picture = Figure(plots.bars({"a": 1.0}, ylabel="y"), caption=EVIL)
+    picture = Figure(plot_bars({"": {"a": Interval(1, 1, 1)}}, label="y"), caption=EVIL)
     return Report(EVIL, EVIL, [Section(EVIL, text=EVIL, tables=[table], figures=[picture], listing=EVIL)])
 
 
@@ -132,13 +139,13 @@ def test_terminal_table_has_colours_in_a_terminal_only() -> None:
     assert len(first.rstrip()) == len(second.rstrip())  # flush right
 
 
-def pixels(content: bytes) -> np.ndarray:
-    return np.asarray(matplotlib.image.imread(io.BytesIO(content), format="png"))
+def pixels(drawn: MplFigure) -> np.ndarray:
+    return np.asarray(matplotlib.image.imread(io.BytesIO(rendered(drawn)), format="png"))
 
 
-def has_colour(content: bytes, colour: str) -> bool:
+def has_colour(drawn: MplFigure, colour: str) -> bool:
     wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-    return bool((np.abs(pixels(content)[..., :3] - wanted).max(-1) < 0.02).any())
+    return bool((np.abs(pixels(drawn)[..., :3] - wanted).max(-1) < 0.02).any())
 
 
 def test_loss_curves_draw_every_run_and_skip_what_is_missing() -> None:
@@ -148,27 +155,39 @@ def test_loss_curves_draw_every_run_and_skip_what_is_missing() -> None:
         {"step": 2, "loss": None},
         {"epoch": 1},
     ]
-    drawn = plots.loss_curves({"a": records, "b": [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]})
-    assert has_colour(drawn, plots.PALETTE[0])
-    assert has_colour(drawn, plots.PALETTE[1])
-    assert pixels(plots.loss_curves({})).ndim == 3
+    drawn = plot_losses({"a": records, "b": [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]})
+    assert has_colour(drawn, PALETTE[0])
+    assert has_colour(drawn, PALETTE[1])
+    assert pixels(plot_losses({})).ndim == 3
 
 
 def test_bars_retention_and_landscape_are_drawn() -> None:
-    bars = plots.bars({"base": 0.1, "disel": (0.5, 0.4, 0.6), "lora": 0.3}, ylabel="accuracy")
+    numbers = {
+        "base": Interval(0.1, 0.1, 0.1),
+        "disel": Interval(0.5, 0.4, 0.6),
+        "lora": Interval(0.3, 0.3, 0.3),
+    }
+    bars = plot_bars({"": numbers}, label="accuracy")
     assert has_colour(bars, "#999999")  # the base model, so that methods keep their colours from plot to plot
-    assert has_colour(bars, plots.PALETTE[0])
-    assert has_colour(bars, plots.PALETTE[1])
-    assert not has_colour(bars, plots.PALETTE[2])
-    assert has_colour(plots.retention_bars({"disel": 0.01}, {"disel": -0.02}), plots.PALETTE[0])
+    disel, lora = (looks([name])[name].color for name in ("disel", "lora"))
+    assert disel != lora
+    assert has_colour(bars, disel)
+    assert has_colour(bars, lora)
+    other = next(colour for colour in PALETTE if colour not in (disel, lora))
+    assert not has_colour(bars, other)
+    distances = {
+        "KL": {"disel": Interval(0.01, 0.01, 0.01)},
+        "shift": {"disel": Interval(-0.02, -0.02, -0.02)},
+    }
+    assert has_colour(plot_bars(distances, label="nats per token"), disel)
     rows = [
         {"kind": kind, "layer": layer, "effective_rank": layer}
         for kind in ("q", "v")
         for layer in (0, 1, None)
         if layer is not None
     ]
-    small = plots.rank_heatmap(rows)
-    large = plots.rank_heatmap([{**row, "layer": row["layer"] + 40 * n} for n in range(2) for row in rows])
+    small = plot_rank_heatmap(rows)
+    large = plot_rank_heatmap([{**row, "layer": row["layer"] + 40 * n} for n in range(2) for row in rows])
     assert pixels(small).shape[0] > 100
     assert pixels(large).ndim == 3
 
@@ -177,7 +196,7 @@ def test_plots_leave_pyplot_alone() -> None:
     import matplotlib.pyplot as plt
 
     before = plt.get_fignums()
-    plots.bars({"a": 1.0}, ylabel="y")
+    plot_bars({"": {"a": Interval(1, 1, 1)}}, label="y")
     assert plt.get_fignums() == before
 
 
@@ -189,12 +208,31 @@ def test_metric_panels_draw_the_panels_that_have_numbers() -> None:
         Panel("absent", ("nowhere",)),
         Panel("ratio", ("ratio",), log=True),
     )
-    drawn = plots.metric_panels(records, panels)
+    drawn = plot_metrics(records, panels)
     assert drawn is not None
-    assert has_colour(drawn, plots.PALETTE[1])  # the second curve of the second panel
+    assert has_colour(drawn, PALETTE[1])  # the second curve of the second panel
     three = pixels(drawn).shape
-    one = pixels(plots.metric_panels(records, panels[:1]) or b"").shape
+    one = pixels(plot_metrics(records, panels[:1])).shape
     assert three[1] > 2.5 * one[1]
     assert three[0] == one[0]
-    assert plots.metric_panels(records, panels[2:3]) is None
-    assert plots.metric_panels([], panels) is None
+    assert plot_metrics(records, panels[2:3]) is None
+    assert plot_metrics([], panels) is None
+
+
+def test_a_method_has_one_look_everywhere() -> None:
+    known = [*METHODS, *BASELINES]
+    everything = looks(known)
+    assert len({(style.color, style.marker) for style in everything.values()}) == len(known)
+    for name, method in {**METHODS, **BASELINES}.items():
+        # Alone, under its title, and beside labels that are no method's.
+        assert looks([name])[name] == everything[name]
+        assert looks([method.title])[method.title] == everything[name]
+        assert looks(["mine", name])[name] == everything[name]
+
+
+def test_other_labels_take_looks_that_no_method_in_the_figure_has() -> None:
+    assert list(looks(["a", "b"]).values()) == [look(0), look(1)]
+    mixed = looks(["a", *METHODS, "b", "base"])
+    assert len({(style.color, style.marker) for style in mixed.values()}) == len(mixed)
+    assert mixed == looks(["a", *METHODS, "b", "base"])
+    assert mixed["base"].color not in PALETTE

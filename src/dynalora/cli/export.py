@@ -188,7 +188,7 @@ def _snapshot(spec: ExportSpec, calibrate: str) -> tuple[PeftModel, Sequence[Gat
     from dynalora.errors import ConfigError
     from dynalora.evaluation.tokens import tokenize
     from dynalora.export.snapshot import snapshot_price
-    from dynalora.forgetting.gates import record_gates
+    from dynalora.forgetting.gate_recording import record_gates
     from dynalora.lab.adapters import read_config
     from dynalora.lab.data.collator import Collator
     from dynalora.lab.data.conversations import load_conversations

@@ -142,7 +142,7 @@ def landscape(
     from dynalora.common.files import records_csv, write_file
     from dynalora.common.progress import rich_progress
     from dynalora.drawing.landscape import plot_rank_landscape
-    from dynalora.drawing.style import rendered
+    from dynalora.drawing.style import save
     from dynalora.errors import ConfigError
     from dynalora.forgetting.landscape import (
         QUANTITIES,
@@ -185,8 +185,7 @@ def landscape(
             place = Path(spec.plot)
             if quantity != QUANTITIES[0]:
                 place = place.with_name(f"{place.stem}-{quantity}{place.suffix}")
-            written.append(write_file(place, rendered(made)))
-            written.append(write_file(place.with_suffix(".svg"), rendered(made, "svg")))
+            written += save(made, place)
     if written:
         screen.print(
             f"Written: {', '.join(map(str, written))}", highlight=False, markup=False, soft_wrap=True
@@ -268,7 +267,7 @@ def _of_adapters(
 
 def _gates(spec: LandscapeSpec, adapted: Any, source: str, progress: Progress) -> Any:
     from dynalora.evaluation.tokens import tokenize
-    from dynalora.forgetting.gates import record_gates
+    from dynalora.forgetting.gate_recording import record_gates
     from dynalora.lab.adapters import read_config
     from dynalora.lab.data.collator import Collator
     from dynalora.lab.data.conversations import load_conversations

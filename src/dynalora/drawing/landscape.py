@@ -1,16 +1,19 @@
-"""The rank landscape, drawn over the layers (DiRA Figures 1, 2, 4–10)."""
+"""The rank landscape over the layers (DiRA Figures 1, 2, 4–10)."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dynalora.drawing.style import panels, save, style
+import numpy as np
+
+from dynalora.drawing.style import describe, figure, heat_map, legend, looks, over_layers, save
 from dynalora.errors import ConfigError
 from dynalora.forgetting.landscape import QUANTITIES, LandscapeRow, Quantity
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _LARGEST_CEILING = 512  # ranks of whole weights would press the curves onto the axis
@@ -45,30 +48,106 @@ def plot_rank_landscape(
     """
     if quantity not in QUANTITIES:
         raise ConfigError(f"quantity is {quantity!r}; choose one of {', '.join(QUANTITIES)}.")
-    from matplotlib.ticker import MaxNLocator
-
     runs = landscape if isinstance(landscape, Mapping) else {"": landscape}
-    kinds = list(dict.fromkeys(row.kind for rows in runs.values() for row in rows))
-    if not kinds:
+    rows = [row for run in runs.values() for row in run]
+    if not rows:
         raise ConfigError("There are no matrices to draw; take a landscape first.")
-    figure, axes = panels(len(kinds), share_y=quantity != "nuclear_norm")
     ranked = quantity == "effective_rank"
-    for axis, kind in zip(axes, kinds, strict=True):
-        ceiling = 0
-        for index, (name, rows) in enumerate(runs.items()):
-            chosen = [row for row in rows if row.kind == kind]
-            x = [row.layer if row.layer is not None else i for i, row in enumerate(chosen)]
-            axis.plot(x, [getattr(row, quantity) for row in chosen], label=name, **style(index))
-            ceiling = max(ceiling, *(row.rank for row in chosen), 0)
+    drawn, axes = _curves(
+        {name: [run] for name, run in runs.items()},
+        quantity,
+        label=_LABELS[quantity],
+        title=title or f"{_LABELS[quantity].capitalize()} of the weight updates, by layer",
+        share_y=quantity != "nuclear_norm",
+    )
+    for kind, axis in axes.items():
+        ceiling = max(row.rank for row in rows if row.kind == kind)
         if ranked and ceiling <= _LARGEST_CEILING:
             axis.axhline(ceiling, color="0.6", linestyle=":", linewidth=1)
-        axis.set_title(kind, fontsize=9)
         axis.set_ylim(bottom=-0.5 if ranked else 0)
-        axis.set_xlabel("layer", fontsize=8)
-        axis.set_ylabel(_LABELS[quantity], fontsize=8)
-        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # half layers there are none
-    figure.suptitle(title or f"{_LABELS[quantity].capitalize()} of the weight updates, by layer", fontsize=10)
+    save(drawn, path)
+    return drawn
+
+
+def plot_stages(
+    stages: Mapping[str, Sequence[Sequence[LandscapeRow]]], value: str, *, label: str, title: str
+) -> Figure:
+    """One number of every matrix over the layers, a panel per kind of module and a line per stage (DiRA Figures 1, 2).
+
+    Lines are means over the seeds; a band spans the least and the largest of several.
+
+    Args:
+        stages: Name of a stage → one landscape per seed; all of the same adapter.
+        value: Which number: a field of [`LandscapeRow`][dynalora.forgetting.landscape.LandscapeRow].
+        label: What it is, with its unit, for the axis.
+        title: Heading.
+    """
+    drawn, axes = _curves(stages, value, label=label, title=title)
+    for axis in axes.values():
+        axis.set_ylim(bottom=0)
+    return drawn
+
+
+def _curves(
+    runs: Mapping[str, Sequence[Sequence[LandscapeRow]]],
+    value: str,
+    *,
+    label: str,
+    title: str,
+    share_y: bool = False,
+) -> tuple[Figure, dict[str, Axes]]:
+    """A figure and its plots by kind of module: of each run the mean over its landscapes, with a band if several."""
+    kinds = list(dict.fromkeys(row.kind for run in runs.values() for rows in run for row in rows))
+    drawn, axes = over_layers(kinds, label, share_y=share_y)
+    chosen = looks(runs)
+    for axis, kind in zip(axes, kinds, strict=True):
+        for name, run in runs.items():
+            matrices = [[row for row in rows if row.kind == kind] for rows in run]
+            layers = [index if row.layer is None else row.layer for index, row in enumerate(matrices[0])]
+            values = np.array([[float(getattr(row, value)) for row in rows] for rows in matrices])
+            axis.plot(layers, values.mean(0), label=name, **chosen[name].line())
+            if len(values) > 1:
+                low, high, color = values.min(0), values.max(0), chosen[name].color
+                axis.fill_between(layers, low, high, color=color, alpha=0.15, linewidth=0)
     if any(runs):
-        axes[0].legend(fontsize=7, frameon=False)
-    save(figure, path)
-    return figure
+        legend(axes[0])
+    drawn.suptitle(title, fontsize=10)
+    return drawn, dict(zip(kinds, axes, strict=True))
+
+
+def plot_rank_heatmap(rows: Sequence[Any], *, title: str = "") -> Figure:
+    """Effective rank of every adapted matrix: one row per kind of module, one column per layer.
+
+    Args:
+        rows: Rows of [`dynalora.rank_landscape`][dynalora.rank_landscape], as objects or mappings with `layer`,
+            `kind` and `effective_rank`.
+        title: Heading of the plot.
+    """
+    kinds, layers, grid = rank_grid(rows)
+    drawn, (axis,) = figure(max(4.5, 0.24 * len(layers) + 2.2), max(2.2, 0.34 * len(kinds) + 1.4))
+    image = heat_map(axis, grid, rows=kinds, columns=layers, cmap="cividis", vmin=0)
+    describe(axis, title=title, x="layer")
+    drawn.colorbar(image, ax=axis, label="effective rank")
+    return drawn
+
+
+def rank_grid(rows: Sequence[Any]) -> tuple[list[str], list[str], np.ndarray[Any, Any]]:
+    """Effective ranks as a grid.
+
+    Args:
+        rows: As in [`plot_rank_heatmap`][dynalora.drawing.landscape.plot_rank_heatmap].
+
+    Returns:
+        Kinds of modules, names of the layers (a dash for matrices outside of blocks), and the effective ranks,
+        (kinds, layers), float64; NaN where a layer has no such matrix.
+    """
+
+    def value(row: Any, name: str) -> Any:
+        return row[name] if isinstance(row, Mapping) else getattr(row, name)
+
+    places = [-1 if value(row, "layer") is None else int(value(row, "layer")) for row in rows]
+    kinds, layers = list(dict.fromkeys(str(value(row, "kind")) for row in rows)), sorted(set(places))
+    grid = np.full((len(kinds), len(layers)), np.nan)
+    for row, place in zip(rows, places, strict=True):
+        grid[kinds.index(str(value(row, "kind"))), layers.index(place)] = float(value(row, "effective_rank"))
+    return kinds, ["–" if layer < 0 else str(layer) for layer in layers], grid

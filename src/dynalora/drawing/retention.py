@@ -1,4 +1,4 @@
-"""Distance from the base model during training, drawn."""
+"""Distance from the base model, during training and after it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from dynalora.drawing.style import panels, save, style
+from dynalora.drawing.style import describe, legend, looks, panels, save
 from dynalora.errors import ConfigError
 from dynalora.forgetting.monitor import RetentionPoint
 
@@ -36,41 +36,33 @@ def plot_retention_curves(
         ConfigError: There is no point to draw.
     """
     named: dict[str, list[RetentionPoint]] = {}
-    for name, point in (
-        ((point.run, point) for point in runs)
-        if not isinstance(runs, Mapping)
-        else ((name, point) for name, points in runs.items() for point in points)
-    ):
-        named.setdefault(name, []).append(point)
+    if isinstance(runs, Mapping):
+        named = {name: list(points) for name, points in runs.items() if points}
+    else:
+        for point in runs:
+            named.setdefault(point.run, []).append(point)
     texts = list(dict.fromkeys(point.text for points in named.values() for point in points))
     if not texts:
         raise ConfigError("There are no measurements to draw; train with a RetentionMonitor first.")
-    made, axes = panels(2 * len(texts), width=4.2, height=2.9, columns=2)
-    for row, text in enumerate(texts):
-        kl, shift = axes[2 * row], axes[2 * row + 1]
-        for index, (name, points) in enumerate(named.items()):
-            chosen = sorted((point for point in points if point.text == text), key=lambda point: point.step)
-            steps = [point.step for point in chosen]
+    drawn, axes = panels(2 * len(texts), width=4.2, height=2.9, columns=2)
+    chosen = looks(named)
+    for text, kl, shift in zip(texts, axes[::2], axes[1::2], strict=True):
+        for name, points in named.items():
+            curve = sorted((point for point in points if point.text == text), key=lambda point: point.step)
+            steps = [point.step for point in curve]
+            errors = [point.retention.kl_error for point in curve]
+            line = chosen[name].line() | {"label": name}
             kl.errorbar(
-                steps,
-                [point.retention.kl for point in chosen],
-                yerr=[point.retention.kl_error for point in chosen],
-                capsize=2,
-                elinewidth=0.7,
-                label=name,
-                **style(index),
+                steps, [point.retention.kl for point in curve], yerr=errors, capsize=2, elinewidth=0.7, **line
             )
-            shift.plot(steps, [point.retention.loss_shift for point in chosen], label=name, **style(index))
+            shift.plot(steps, [point.retention.loss_shift for point in curve], **line)
         if max_forgetting is not None:
             kl.axhline(max_forgetting, color="black", linestyle=":", linewidth=1, label="budget")
         shift.axhline(0, color="0.5", linewidth=0.8)
         kl.set_ylim(bottom=0)
-        kl.set_ylabel("KL(base ‖ tuned) (nats per token)", fontsize=8)
-        shift.set_ylabel("loss shift (nats per token)", fontsize=8)
-        for axis in (kl, shift):
-            axis.set_title(text, fontsize=9)
-            axis.set_xlabel("optimizer step", fontsize=8)
-    axes[0].legend(fontsize=7, frameon=False)
-    made.suptitle(title, fontsize=10)
-    save(made, path)
-    return made
+        describe(kl, title=text, x="optimizer step", y="KL(base ‖ tuned) (nats per token)")
+        describe(shift, title=text, x="optimizer step", y="loss shift (nats per token)")
+    legend(axes[0])
+    drawn.suptitle(title, fontsize=10)
+    save(drawn, path)
+    return drawn

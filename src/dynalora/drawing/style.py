@@ -1,17 +1,23 @@
-"""What the plots of this package share: runs told apart without colour, and files as PNG and SVG."""
+"""What all figures share: one look for each label, empty canvases, and files as PNG and SVG."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynalora.common.files import write_file
+from dynalora.methods import METHODS
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 # Okabe and Ito, "Color Universal Design" (2008), ordered so that the first few differ in lightness too.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -19,33 +25,84 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 2)))
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++")
 
+BASE = "base"
+"""Label of the untouched model, which is grey in every figure."""
 
-def style(index: int, *, marker: bool = True) -> dict[str, Any]:
-    """How the run of this number is drawn: colour, marker and line all differ, so that grey print will do.
+BASELINES = ("lora", "full", "dora", "pissa", "adalora", "rslora", "lora+", "randlora", "miss", "p-tuning")
+"""Methods to compare with, in the order in which they get their looks, after the methods of this package."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one label is drawn.
+
+    Attributes:
+        color: Of its line, points or bar.
+        marker: Of its points.
+        linestyle: Of its line.
+        hatch: Of its bar.
+    """
+
+    color: str
+    marker: str
+    linestyle: Any
+    hatch: str
+
+    def line(self, *, marker: bool = True) -> dict[str, Any]:
+        """Arguments of a curve.
+
+        Args:
+            marker: Whether points are marked; False for curves with many.
+        """
+        arguments = {"color": self.color, "linestyle": self.linestyle, "linewidth": 1.2}
+        return arguments | ({"marker": self.marker, "markersize": 3.5} if marker else {})
+
+
+def look(number: int) -> Look:
+    """The look with a number: colour, marker, line and hatch all differ, so that grey print will do.
 
     Args:
-        index: Number of the run, from 0.
-        marker: Whether points are marked; False for curves with many.
+        number: From 0.
     """
-    drawn: dict[str, Any] = {
-        "color": PALETTE[index % len(PALETTE)],
-        "linestyle": LINES[index % len(LINES)],
-        "linewidth": 1.2,
-    }
-    if marker:
-        # A colour that comes again comes with another marker.
-        drawn |= {"marker": MARKERS[(index + index // len(PALETTE)) % len(MARKERS)], "markersize": 3.5}
-    return drawn
+    # A colour that comes again comes with another marker.
+    shift = number + number // len(PALETTE)
+    return Look(
+        PALETTE[number % len(PALETTE)],
+        MARKERS[shift % len(MARKERS)],
+        LINES[number % len(LINES)],
+        HATCHES[number % len(HATCHES)],
+    )
+
+
+def looks(labels: Iterable[str]) -> dict[str, Look]:
+    """The look of every label in a figure.
+
+    A method has the same look in every figure, whether it is called by its name or its title: first come the methods of
+    the registry in its order, then [`BASELINES`][dynalora.drawing.style.BASELINES]. The untouched model is grey. Other
+    labels take the first looks that no method in the figure has, in order.
+
+    Args:
+        labels: The labels; figures that belong together and share other labels should be given the same ones.
+
+    Returns:
+        Label → look, in the order of the labels.
+    """
+    names = list(dict.fromkeys(labels))
+    order = {name: number for number, name in enumerate((*METHODS, *BASELINES))}
+    order |= {method.title.casefold(): order[name] for name, method in METHODS.items()}
+    fixed = {name: order.get(name.casefold().removesuffix(" fine-tuning")) for name in names}
+    free = (number for number in itertools.count() if number not in fixed.values())
+    result = {}
+    for name, number in fixed.items():
+        if name == BASE:
+            result[name] = Look("0.6", "x", ":", "")
+        else:
+            result[name] = look(next(free) if number is None else number)
+    return result
 
 
 def figure(
-    width: float = 6.4,
-    height: float = 3.8,
-    *,
-    columns: int = 1,
-    rows: int = 1,
-    share_y: bool = False,
-    labels: float | None = None,
+    width: float = 6.4, height: float = 3.8, *, columns: int = 1, rows: int = 1, share_y: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """An empty figure with plots side by side, row after row, on a canvas of its own (pyplot is not touched).
 
@@ -55,65 +112,135 @@ def figure(
         columns: Number of plots in a row.
         rows: Number of rows.
         share_y: Whether all have the same vertical axis.
-        labels: Size of the ticks' labels in points; None: matplotlib's.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(made)
+    drawn = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(drawn)
     axes: list[Axes] = []
     for index in range(rows * columns):
-        axes.append(made.add_subplot(rows, columns, index + 1, sharey=axes[0] if axes and share_y else None))
+        axes.append(drawn.add_subplot(rows, columns, index + 1, sharey=axes[0] if axes and share_y else None))
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(True, alpha=0.25, linewidth=0.6)
         axis.set_axisbelow(True)
-        if labels is not None:
-            axis.tick_params(labelsize=labels)
-    return made, axes
+        axis.tick_params(labelsize=8)
+    return drawn, axes
 
 
 def panels(
-    count: int, *, width: float = 3.2, height: float = 2.4, columns: int = 4, share_y: bool = False
+    count: int, *, width: float | None = None, height: float = 2.5, columns: int = 4, share_y: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """A figure with this many plots, row after row.
 
     Args:
         count: Number of plots.
-        width: Of a plot, in inches.
+        width: Of a plot, in inches; None: 3.2, and 4.2 of a single one, which carries the figure's heading alone.
         height: Of a plot, in inches.
         columns: Plots in a row at most.
         share_y: Whether all have the same vertical axis.
     """
+    if width is None:
+        width = 3.2 if count > 1 else 4.2
     columns = max(1, min(columns, count))
     rows = max(1, -(-count // columns))
-    made, axes = figure(width * columns, height * rows, columns=columns, rows=rows, share_y=share_y, labels=8)
+    drawn, axes = figure(width * columns, height * rows + 0.4, columns=columns, rows=rows, share_y=share_y)
     for axis in axes[count:]:
-        made.delaxes(axis)
-    return made, axes[:count]
+        drawn.delaxes(axis)
+    return drawn, axes[:count]
 
 
-def rendered(made: Figure, kind: str = "png", *, dpi: int = 150) -> bytes:
+def over_layers(kinds: Sequence[str], label: str, *, share_y: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure with a plot for each kind of module, with the layers on its horizontal axis.
+
+    Args:
+        kinds: Names of the kinds.
+        label: Of the vertical axes.
+        share_y: Whether all have the same vertical axis.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    drawn, axes = panels(len(kinds), share_y=share_y)
+    for axis, kind in zip(axes, kinds, strict=True):
+        describe(axis, title=kind, x="layer", y=label)
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # there are no half layers
+    return drawn, axes
+
+
+def describe(axis: Axes, *, title: str = "", x: str = "", y: str = "") -> None:
+    """Write a plot's heading and what its axes mean; what is empty is left out."""
+    if title:
+        axis.set_title(title, fontsize=9)
+    if x:
+        axis.set_xlabel(x, fontsize=8)
+    if y:
+        axis.set_ylabel(y, fontsize=8)
+
+
+def legend(axis: Axes) -> None:
+    """Explain a plot's labels in the plot, if it has any."""
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7, frameon=True, framealpha=0.85, edgecolor="none")
+
+
+def heat_map(
+    axis: Axes,
+    grid: np.ndarray[Any, Any],
+    *,
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    turned: float = 0,
+    **options: Any,
+) -> AxesImage:
+    """Numbers as shades; what is not a number stays empty.
+
+    Args:
+        axis: The plot to draw into.
+        grid: The numbers, (rows, columns).
+        rows: Names of the rows, of which at most 16 are written; None numbers them.
+        columns: Names of the columns, likewise.
+        turned: Degrees by which the columns' names are turned.
+        options: Of matplotlib's `imshow`, such as `cmap`, `vmin` and `vmax`.
+    """
+    image = axis.imshow(grid, aspect="auto", interpolation="nearest", **options)
+    axis.grid(False)
+    for axle, names in ((axis.yaxis, rows), (axis.xaxis, columns)):
+        if names is None:
+            axle.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # a MaxNLocator
+        else:
+            every = max(1, -(-len(names) // 16))
+            axle.set_ticks(range(0, len(names), every), list(names[::every]))
+    if turned:
+        for text in axis.get_xticklabels():
+            text.set(rotation=turned, ha="right")
+    return image
+
+
+def rendered(drawn: Figure, kind: str = "png", *, dpi: int = 150) -> bytes:
     """A figure as the bytes of a file of this kind, `png` or `svg`; equal figures give equal files."""
     import matplotlib
 
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "dynalora", "svg.fonttype": "none"}):
-        made.savefig(buffer, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
+        drawn.savefig(buffer, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()
 
 
-def save(made: Figure, path: str | os.PathLike[str] | None, *, dpi: int = 150) -> None:
+def save(drawn: Figure, path: str | os.PathLike[str] | None, *, dpi: int = 150) -> list[Path]:
     """Write a figure as PNG and SVG side by side, each of them whole or not at all.
 
     Args:
-        made: The figure.
+        drawn: The figure.
         path: File to write; both files have its name, with their own endings. None writes nothing.
         dpi: Of the PNG.
+
+    Returns:
+        The files written.
     """
     if path is None:
-        return
-    target = Path(path)
-    for ending in ("png", "svg"):
-        write_file(target.with_suffix(f".{ending}"), rendered(made, ending, dpi=dpi))
+        return []
+    return [
+        write_file(Path(path).with_suffix(f".{kind}"), rendered(drawn, kind, dpi=dpi))
+        for kind in ("png", "svg")
+    ]

@@ -1,4 +1,4 @@
-"""How the ranks of a PE-DyRA adapter moved during training, drawn."""
+"""How the ranks of a PE-DyRA adapter moved during training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dynalora.drawing import style as drawing
+from dynalora.drawing.style import describe, figure, heat_map, legend, look, save
 from dynalora.forgetting.landscape import layer_index
 from dynalora.forgetting.trajectory import RankTrajectory
 
@@ -29,58 +29,49 @@ def plot_rank_trajectory(trajectory: RankTrajectory, path: str | None = None) ->
     Returns:
         The matplotlib figure.
     """
-    made, (over_time, ranking, heat, against, used, pareto) = drawing.figure(
-        13, 7.5, columns=3, rows=2, labels=8
-    )
+    drawn, (over_time, ranking, final, against, used, pareto) = figure(13, 7.5, columns=3, rows=2)
     kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in trajectory.modules))
-    for number, name in enumerate(trajectory.modules):
-        line = drawing.style(kinds.index(name.rpartition(".")[2]), marker=False)
-        label = name.rpartition(".")[2]
-        label = label if label not in over_time.get_legend_handles_labels()[1] else "_"
-        over_time.step(
-            [0, *trajectory.steps],
-            [row[number] for row in trajectory.ranks],
-            where="post",
-            alpha=0.7,
-            label=label,
-            **line,
-        )
-        places = [row[number] for row in trajectory.importance]
-        ranking.plot(trajectory.steps, places, alpha=0.7, marker=".", markersize=3, **line)
-    over_time.legend(fontsize=7)
-    _titled(over_time, "rank", "optimizer step", "rank")
-    ranking.invert_yaxis()
-    _titled(ranking, "importance ranking (1: highest score)", "optimizer step", "place")
-    _heat_map(made, heat, trajectory, kinds)
+    _over_time(over_time, ranking, trajectory, kinds)
+    _final_ranks(drawn, final, trajectory, kinds)
     against.scatter(np.mean(trajectory.importance, axis=0), np.mean(trajectory.ranks, axis=0), s=14)
-    _titled(against, f"Spearman's ρ = {trajectory.spearman:.2f}", "mean importance rank", "mean rank")
+    rho = f"Spearman's ρ = {trajectory.spearman:.2f}"
+    describe(against, title=rho, x="mean importance rank", y="mean rank")
     shown = [row.effective_rank for row in trajectory.landscape]
     used.bar(range(len(shown)), [row.rank for row in trajectory.landscape], color="0.85", label="rank")
-    used.bar(range(len(shown)), shown, color=drawing.PALETTE[0], label="effective rank")
-    used.legend(fontsize=7)
+    used.bar(range(len(shown)), shown, color=look(0).color, label="effective rank")
+    legend(used)
     mean = float(np.mean(list(trajectory.utilisation.values())))
-    _titled(used, f"effective rank, utilisation {mean:.0%}", "module", "rank")
+    describe(used, title=f"effective rank, utilisation {mean:.0%}", x="module", y="rank")
     pareto.plot(trajectory.steps, trajectory.pareto_variance, marker="o", markersize=3)
-    _titled(pareto, "variance of log(G^(2/3) / r)", "optimizer step", "variance")
-    drawing.save(made, path)
-    return made
+    describe(pareto, title="variance of log(G^(2/3) / r)", x="optimizer step", y="variance")
+    save(drawn, path)
+    return drawn
 
 
-def _titled(axis: Axes, title: str, x: str, y: str) -> None:
-    axis.set_title(title, fontsize=10)
-    axis.set_xlabel(x, fontsize=8)
-    axis.set_ylabel(y, fontsize=8)
-    axis.tick_params(labelsize=8)
+def _over_time(ranks: Axes, ranking: Axes, trajectory: RankTrajectory, kinds: list[str]) -> None:
+    """Ranks and importance ranking of every module over the steps, a colour and line for each kind of module."""
+    steps = [0, *trajectory.steps]
+    labelled = set()
+    for number, name in enumerate(trajectory.modules):
+        kind = name.rpartition(".")[2]
+        line = look(kinds.index(kind)).line(marker=False) | {"alpha": 0.7}
+        label = "_" if kind in labelled else kind  # one entry of the legend per kind
+        labelled.add(kind)
+        ranks.step(steps, [row[number] for row in trajectory.ranks], where="post", label=label, **line)
+        places = [row[number] for row in trajectory.importance]
+        ranking.plot(trajectory.steps, places, marker=".", markersize=3, **line)
+    legend(ranks)
+    ranking.invert_yaxis()
+    describe(ranks, title="rank", x="optimizer step", y="rank")
+    describe(ranking, title="importance ranking (1: highest score)", x="optimizer step", y="place")
 
 
-def _heat_map(figure: Figure, axis: Axes, trajectory: RankTrajectory, kinds: list[str]) -> None:
+def _final_ranks(drawn: Figure, axis: Axes, trajectory: RankTrajectory, kinds: list[str]) -> None:
     blocks = sorted({layer_index(name) or 0 for name in trajectory.modules})
     grid = np.full((len(blocks), len(kinds)), np.nan)
     for name, rank in zip(trajectory.modules, trajectory.ranks[-1], strict=True):
         grid[blocks.index(layer_index(name) or 0), kinds.index(name.rpartition(".")[2])] = rank
-    image = axis.imshow(grid, aspect="auto", origin="lower", cmap="cividis")
-    axis.grid(False)
-    axis.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right")
-    axis.set_yticks(range(len(blocks)), [str(block) for block in blocks])
-    figure.colorbar(image, ax=axis)
-    _titled(axis, "final rank", "", "block")
+    names = [str(block) for block in blocks]
+    image = heat_map(axis, grid, rows=names, columns=kinds, turned=45, origin="lower", cmap="cividis")
+    drawn.colorbar(image, ax=axis)
+    describe(axis, title="final rank", y="block")

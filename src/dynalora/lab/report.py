@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import resources
 from os import PathLike
 from pathlib import Path
@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dynalora.common.files import write_file
+from dynalora.drawing.style import rendered
 
 if TYPE_CHECKING:
     import jinja2
+    from matplotlib.figure import Figure as Drawn
     from rich.table import Table as RichTable
 
 Cell = str | int | float | None
@@ -72,21 +74,25 @@ _NUMBER = re.compile(r"^\s*([+\-−±×]?\d|–\s*$|$)")
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture.
+    """A drawn figure with its caption.
 
     Attributes:
-        png: The bytes of a PNG file, or its path.
+        drawn: A matplotlib figure, as the functions of [`drawing`][dynalora.drawing] return it.
         caption: What it shows; also read out where the picture cannot be seen.
     """
 
-    png: bytes | Path
+    drawn: Drawn
     caption: str
+
+    @cached_property
+    def png(self) -> bytes:
+        """The bytes of a PNG file."""
+        return rendered(self.drawn)
 
     @property
     def data_uri(self) -> str:
         """The picture as text that goes into the page itself."""
-        content = self.png if isinstance(self.png, bytes) else Path(self.png).read_bytes()
-        return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,33 @@ def listing(settings: Mapping[str, Any]) -> str:
 def write_report(report: Report, path: str | PathLike[str]) -> Path:
     """Write the report as an HTML file, atomically, and return its path."""
     return write_file(path, render_html(report))
+
+
+def save_figures(
+    write: Callable[[str, bytes], object],
+    drawn: Mapping[str, tuple[Drawn | None, str]],
+    *,
+    svg: bool = True,
+) -> list[Figure]:
+    """Write figures as `plots/NAME.png` and `plots/NAME.svg`.
+
+    Args:
+        write: Writes a file with this name and content, as [`RunFolder.write`][dynalora.lab.run_folder.RunFolder.write]
+            does.
+        drawn: Name → figure and caption; None in place of a figure: there is nothing to draw.
+        svg: Whether to write SVG as well as PNG.
+
+    Returns:
+        The figures that are there, for a report.
+    """
+    figures = []
+    for name, (picture, caption) in drawn.items():
+        if picture is not None:
+            figures.append(Figure(picture, caption))
+            write(f"plots/{name}.png", figures[-1].png)
+            if svg:
+                write(f"plots/{name}.svg", rendered(picture, "svg"))
+    return figures
 
 
 def markdown_table(table: Table) -> str:

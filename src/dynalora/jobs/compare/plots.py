@@ -1,23 +1,27 @@
-"""The plots of a comparison."""
+"""The plots of a comparison: what each of them shows is read from the summaries here, and drawn in the drawing room."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dynalora.common.statistics import Interval
-from dynalora.drawing import runs as plots
-from dynalora.drawing.stages import plot_bars
-from dynalora.drawing.style import figure, panels, style
+from dynalora.drawing.bars import plot_bars
+from dynalora.drawing.comparison import (
+    plot_learning_curves,
+    plot_learning_rates,
+    plot_rank_maps,
+    plot_sizes,
+)
 from dynalora.jobs.compare.grid import Comparison
 from dynalora.jobs.compare.summaries import MEAN, Summary, curve, kept_numbers, training_numbers
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Drawn
+    from matplotlib.figure import Figure
 
 
-def plot_frontier(comparison: Comparison, task: str, text: str) -> Drawn | None:
+def plot_frontier(comparison: Comparison, task: str, text: str) -> Figure | None:
     """Loss on the task against distance from the base model, a line over learning rates per method.
 
     Below and to the left is better: more learned, less forgotten. Where the base model has been measured, the axes show
@@ -25,139 +29,108 @@ def plot_frontier(comparison: Comparison, task: str, text: str) -> Drawn | None:
     """
     grid = comparison.grid
     curves = {own.label: curve(comparison, task, own, text) for own in grid.contestants}
-    points = [(kl, loss) for line in curves.values() for _, kl, loss in line]
-    if not points:
+    losses = [loss for points in curves.values() for *_, loss in points]
+    if not losses:
         return None
-    made, (axis,) = figure(6.6, 4.6)
     base = grid.result(grid.base(task))
-    shown, against = points, ""
+    highest, against = None, ""
     if base is not None:
-        best = min(loss for _, loss in points)
-        worst = best + (base["test"]["loss"] - best) / 4
-        shown = [point for point in points if point[1] <= worst]
+        highest = min(losses) + (base["test"]["loss"] - min(losses)) / 4
         against = f"; base model: {base['test']['loss']:.3f}"
-    for index, (label, line) in enumerate(curves.items()):
-        if not line:
-            continue
-        looks = style(index) | {"markersize": 5}
-        axis.plot([kl for _, kl, _ in line], [loss for *_, loss in line], label=label, **looks)
-        seen = [point for point in line if point[1:] in shown]
-        for rate, kl, loss in seen[:1] + seen[1:][-1:]:
-            axis.annotate(f"{rate:g}", (kl, loss), xytext=(3, 3), textcoords="offset points", fontsize=6)
-    axis.set_xscale("log")
-    if len(shown) > 1 and len(shown) < len(points):
-        kls, losses = zip(*shown, strict=True)
-        room = 0.08 * (max(losses) - min(losses))
-        axis.set_xlim(min(kls) / 1.3, max(kls) * 1.3)
-        axis.set_ylim(min(losses) - room, max(losses) + room)
-    axis.set_xlabel(f"KL(base ‖ tuned) on {text}, nats per token (log scale)")
-    axis.set_ylabel(f"loss of the right answers{against}")
-    axis.set_title(f"{grid.places[task]}: learned against forgotten, by learning rate", fontsize=10)
-    axis.legend(fontsize=7, frameon=False)
-    return made
+    return plot_learning_rates(
+        curves,
+        title=f"{grid.places[task]}: learned against forgotten, by learning rate",
+        x=f"KL(base ‖ tuned) on {text}, nats per token (log scale)",
+        y=f"loss of the right answers{against}",
+        highest=highest,
+        log=True,
+    )
 
 
-def plot_kept(comparison: Comparison, task: str) -> Drawn | None:
+def plot_kept(comparison: Comparison, task: str) -> Figure | None:
     """Accuracy against the retention tasks (their mean, or the first), a line over learning rates per method."""
     grid = comparison.grid
     results = [(cell, result) for cell, result in grid.results() if cell.task == task]
     first = next((result["kept"] for _, result in results if result.get("kept")), None)
     if first is None or any(result["test"]["accuracy"] is None for _, result in results):
         return None
-    name = MEAN if MEAN in kept_numbers({"kept": first}) else next(iter(first))
-    scale = 100 if name == MEAN or first[name]["share"] else 1
-    told = (
-        "retention tasks, unweighted mean"
-        if name == MEAN
-        else f"{first[name]['title']}, {first[name]['metric']}"
-    )
-    made, (axis,) = figure(6.6, 4.6)
-    for index, own in enumerate(grid.contestants):
-        line = []
-        for rate in own.learning_rates:
-            there = [one for cell, one in results if cell.label == own.label and cell.learning_rate == rate]
-            if there:
-                kept = statistics.fmean(kept_numbers(one)[name] for one in there)
-                right = statistics.fmean(one["test"]["accuracy"] for one in there)
-                line.append((rate, scale * kept, 100 * right))
-        if line:
-            looks = style(index) | {"markersize": 5}
-            axis.plot([kept for _, kept, _ in line], [right for *_, right in line], label=own.label, **looks)
-            for rate, kept, right in line[:1] + line[1:][-1:]:
-                axis.annotate(
-                    f"{rate:g}", (kept, right), xytext=(3, 3), textcoords="offset points", fontsize=6
-                )
-    base = grid.result(grid.base(task))
-    if base is not None:
-        axis.axvline(
-            scale * kept_numbers(base)[name], color="0.5", linewidth=1, linestyle=":", label="base model"
+    if MEAN in kept_numbers({"kept": first}):
+        name, scale, title = MEAN, 100, "retention tasks, unweighted mean"
+    else:
+        name = next(iter(first))
+        scale, title = (
+            (100 if first[name]["share"] else 1),
+            f"{first[name]['title']}, {first[name]['metric']}",
         )
-    axis.set_xlabel(told + (", %" if scale == 100 else ""))
-    axis.set_ylabel("accuracy, %")
-    axis.set_title(f"{grid.places[task]}: learned against kept, by learning rate", fontsize=10)
-    axis.legend(fontsize=7, frameon=False)
-    return made
+    curves: dict[str, list[tuple[float, float, float]]] = {}
+    for contestant in grid.contestants:
+        curves[contestant.label] = []
+        for rate in contestant.learning_rates:
+            runs = [
+                result
+                for cell, result in results
+                if cell.label == contestant.label and cell.learning_rate == rate
+            ]
+            if runs:
+                retained = statistics.fmean(kept_numbers(result)[name] for result in runs)
+                right = statistics.fmean(result["test"]["accuracy"] for result in runs)
+                curves[contestant.label].append((rate, scale * retained, 100 * right))
+    base = grid.result(grid.base(task))
+    return plot_learning_rates(
+        curves,
+        title=f"{grid.places[task]}: learned against kept, by learning rate",
+        x=title + (", %" if scale == 100 else ""),
+        y="accuracy, %",
+        base=None if base is None else scale * kept_numbers(base)[name],
+    )
 
 
-def plot_parameters(comparison: Comparison, place: str, found: Sequence[Summary]) -> Drawn | None:
+def plot_parameters(comparison: Comparison, place: str, found: Sequence[Summary]) -> Figure | None:
     """Accuracy (or loss) against the number of trained parameters."""
-    counts = {own.label: own.parameters for own in comparison.grid.contestants}
-    shares = all(one.accuracy is not None for one in found)
-    made, (axis,) = figure(6.0, 4.0)
-    index = 0
-    for one in found:
-        number = one.accuracy if shares else one.loss
-        count = counts.get(one.label)
-        if number is None or not count:
-            continue
-        scale = 100 if shares else 1
-        error = [[scale * (number.value - number.low)], [scale * (number.high - number.value)]]
-        looks = style(index) | {"linestyle": "none", "markersize": 6}
-        axis.errorbar([count], [scale * number.value], yerr=error, capsize=3, label=one.label, **looks)
-        index += 1
-    if not index:
+    shares = all(summary.accuracy is not None for summary in found)
+    scale = 100 if shares else 1
+    by_label = {summary.label: summary.accuracy if shares else summary.loss for summary in found}
+    points: dict[str, tuple[int, Interval] | None] = {}
+    for contestant in comparison.grid.contestants:
+        number, count = by_label.get(contestant.label), contestant.parameters
+        points[contestant.label] = None
+        if number is not None and count:
+            scaled = Interval(scale * number.value, scale * number.low, scale * number.high)
+            points[contestant.label] = (count, scaled)
+    if not any(points.values()):
         return None
-    axis.set_xscale("log")
-    axis.set_xlabel("trained parameters (log scale)")
-    axis.set_ylabel("accuracy, %" if shares else "loss of the right answers")
-    axis.set_title(f"{place}: quality against size", fontsize=10)
-    axis.legend(fontsize=7, frameon=False)
-    return made
+    return plot_sizes(
+        points,
+        title=f"{place}: quality against size",
+        y="accuracy, %" if shares else "loss of the right answers",
+    )
 
 
-def plot_learning(comparison: Comparison, place: str, found: Sequence[Summary]) -> Drawn | None:
+def plot_learning(comparison: Comparison, place: str, found: Sequence[Summary]) -> Figure | None:
     """Training loss by step, running means over the seeds."""
-    made, (axis,) = figure(6.6, 4.0)
-    index = 0
-    for one in found:
-        runs = [result["training"]["losses"] for result in one.results.values() if result.get("training")]
-        length = min((len(run) for run in runs), default=0)
-        if not length:
-            continue
-        steps = [step for step, _ in runs[0][:length]]
-        means = [statistics.fmean(run[place][1] for run in runs) for place in range(length)]
-        axis.plot(steps, plots.running_mean(means), label=one.label, **style(index, marker=False))
-        index += 1
-    if not index:
+    curves: dict[str, list[tuple[int, float]]] = {own.label: [] for own in comparison.grid.contestants}
+    for summary in found:
+        runs = [result["training"]["losses"] for result in summary.results.values() if result.get("training")]
+        if runs:
+            curves[summary.label] = [
+                (points[0][0], statistics.fmean(loss for _, loss in points))
+                for points in zip(*runs, strict=False)
+            ]
+    if not any(curves.values()):
         return None
-    axis.set_xlabel("optimizer step")
-    axis.set_ylabel("training loss (running mean)")
-    axis.set_title(f"{place}: learning curves at the chosen learning rates", fontsize=10)
-    axis.legend(fontsize=7, frameon=False)
-    return made
+    return plot_learning_curves(curves, title=f"{place}: learning curves at the chosen learning rates")
 
 
-def plot_cost(comparison: Comparison, found: Mapping[str, Sequence[Summary]]) -> Drawn | None:
+def plot_cost(comparison: Comparison, found: Mapping[str, Sequence[Summary]]) -> Figure | None:
     """Time of a step and peak of memory, a bar per method."""
     bars: dict[str, dict[str, Interval | None]] = {"step, s": {}, "peak of training, GiB": {}}
-    for own in comparison.grid.contestants:
-        for title, name, scale in (
-            ("step, s", "step_seconds", 1.0), ("peak of training, GiB", "peak_bytes", 2.0**-30)
-        ):  # fmt: skip
-            values = [scale * value for value in training_numbers(found, own.label, name)]
+    numbers = (("step, s", "step_seconds", 1.0), ("peak of training, GiB", "peak_bytes", 2.0**-30))
+    for contestant in comparison.grid.contestants:
+        for title, name, scale in numbers:
+            values = [scale * value for value in training_numbers(found, contestant.label, name)]
             if values:
                 middle = statistics.median(values)
-                bars[title][own.label] = Interval(middle, min(values), max(values))
+                bars[title][contestant.label] = Interval(middle, min(values), max(values))
     if not all(bars.values()):
         return None
     return plot_bars(
@@ -165,29 +138,11 @@ def plot_cost(comparison: Comparison, found: Mapping[str, Sequence[Summary]]) ->
     )
 
 
-def plot_ranks(found: Sequence[Summary], place: str) -> Drawn | None:
+def plot_ranks(found: Sequence[Summary], place: str) -> Figure | None:
     """Effective ranks by layer and kind of module, a panel per method, of the first seed."""
-    import numpy as np
-    from matplotlib.ticker import MaxNLocator
-
-    maps: dict[str, tuple[list[str], Any]] = {}
-    for one in found:
-        rows = next(iter(one.results.values())).get("landscape")
-        if rows:
-            maps[one.label] = plots.rank_grid(rows)
-    if not maps:
-        return None
-    most = max(float(np.nanmax(grid)) for _, grid in maps.values())
-    made, axes = panels(len(maps), width=3.4, height=2.2, columns=3)
-    image = None
-    for axis, (label, (kinds, grid)) in zip(axes, maps.items(), strict=True):
-        image = axis.imshow(grid, aspect="auto", cmap="cividis", vmin=0, vmax=max(most, 1))
-        axis.grid(False)
-        axis.set_yticks(range(len(kinds)), kinds, fontsize=6)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_xlabel("layer", fontsize=7)
-        axis.set_title(label, fontsize=9)
-    if image is not None:
-        made.colorbar(image, ax=axes, label="effective rank", fraction=0.04)
-    made.suptitle(f"{place}: effective ranks", fontsize=10)
-    return made
+    landscapes = {
+        summary.label: rows
+        for summary in found
+        if (rows := next(iter(summary.results.values())).get("landscape"))
+    }
+    return plot_rank_maps(landscapes, title=f"{place}: effective ranks") if landscapes else None

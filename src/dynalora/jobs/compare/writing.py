@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynalora.common.files import csv_text, write_file
-from dynalora.drawing.style import rendered
 from dynalora.jobs.compare.grid import Comparison
 from dynalora.jobs.compare.plots import (
     plot_cost,
@@ -24,7 +23,6 @@ from dynalora.jobs.compare.plots import (
 from dynalora.jobs.compare.summaries import Summary, _value, kept_numbers, summaries
 from dynalora.jobs.compare.tables import cost_table, kept_table, plan_table, result_table
 from dynalora.lab.report import (
-    Figure,
     Report,
     Section,
     Table,
@@ -32,6 +30,7 @@ from dynalora.lab.report import (
     listing,
     markdown_table,
     rich_table,
+    save_figures,
     write_report,
 )
 
@@ -109,6 +108,10 @@ def write_results(comparison: Comparison) -> Path:
     write_file(folder / "results.json", json.dumps(records, indent=1) + "\n")
     write_file(folder / "results.md", "\n".join(map(markdown_table, [*tables, cost])))
     write_file(folder / "results.tex", "\n".join(map(latex_table, [*tables, cost])))
+
+    def write(name: str, content: bytes) -> None:
+        write_file(folder / name, content)
+
     sections = [Section("Compared", text=" ".join(grid.provenance()), tables=[plan_table(grid.contestants)])]
     for task, place in grid.places.items():
         own = found[place]
@@ -131,11 +134,14 @@ def write_results(comparison: Comparison) -> Path:
         drawn[f"ranks-{place}"] = plot_ranks(own, place), "Singular values of s·ΔW above 0.001, first seed."
         sections.append(
             Section(
-                place, text=comparison.tasks[task].about, tables=by_place[place], figures=_kept(folder, drawn)
+                place,
+                text=comparison.tasks[task].about,
+                tables=by_place[place],
+                figures=save_figures(write, drawn),
             )
         )
-    bars = _kept(
-        folder, {"cost": (plot_cost(comparison, found), "Whiskers: smallest and largest of the cells.")}
+    bars = save_figures(
+        write, {"cost": (plot_cost(comparison, found), "Whiskers: smallest and largest of the cells.")}
     )
     sections.append(Section("Cost", tables=[cost], figures=bars))
     if comparison.failed:
@@ -153,18 +159,6 @@ def _tables(comparison: Comparison, place: str, own: Sequence[Summary]) -> list[
     """The tables of one task."""
     kept = kept_table(comparison, place, own)
     return [result_table(comparison, place, own), *([kept] if kept is not None else [])]
-
-
-def _kept(folder: Path, drawn: Mapping[str, tuple[Drawn | None, str]]) -> list[Figure]:
-    """Write figures as PNG and SVG."""
-    figures = []
-    for name, (made, caption) in drawn.items():
-        if made is not None:
-            picture = rendered(made)
-            write_file(folder / "plots" / f"{name}.png", picture)
-            write_file(folder / "plots" / f"{name}.svg", rendered(made, "svg"))
-            figures.append(Figure(picture, caption))
-    return figures
 
 
 def _told(comparison: Comparison, found: Mapping[str, Sequence[Summary]]) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynalora.common.statistics import Interval, mcnemar, paired_difference
-from dynalora.drawing import runs as plots
+from dynalora.drawing.bars import plot_bars
+from dynalora.drawing.training import plot_losses
 from dynalora.evaluation.scoring import Score
 from dynalora.evaluation.tasks import Task
 from dynalora.lab.report import Cell, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN = 8
 
@@ -152,26 +156,25 @@ def samples_table(result: DemoResult) -> Table:
     )  # fmt: skip
 
 
-def figures(result: DemoResult, records: dict[str, list[dict[str, Any]]]) -> dict[str, tuple[bytes, str]]:
+def figures(
+    result: DemoResult, records: dict[str, list[dict[str, Any]]]
+) -> dict[str, tuple[Figure | None, str]]:
     """The plots by name, each with its caption."""
-    accuracy: dict[str, float | tuple[float, float, float]] = {
-        name: (score.accuracy.value, score.accuracy.low, score.accuracy.high)
-        for name, score in result.scores.items()
+    distances: dict[str, dict[str, Interval | None]] = {
+        "KL(base ‖ tuned)": {row.method: Interval(row.kl, row.kl, row.kl) for row in result.rows},
+        "loss shift": {
+            row.method: Interval(row.loss_shift, row.loss_shift, row.loss_shift) for row in result.rows
+        },
     }
-    draw: list[tuple[str, Callable[[], bytes], str]] = [
-        (
-            "accuracy",
-            lambda: plots.bars(accuracy, ylabel="held-out accuracy"),
+    accuracy = {name: score.accuracy for name, score in result.scores.items()}
+    return {
+        "accuracy": (
+            plot_bars({"": accuracy}, label="held-out accuracy", decimals=3),
             "Held-out accuracy, 95 % intervals.",
         ),
-        ("loss", lambda: plots.loss_curves(records), "Training loss of each method, on the same batches."),
-        (
-            "retention",
-            lambda: plots.retention_bars(
-                {row.method: row.kl for row in result.rows},
-                {row.method: row.loss_shift for row in result.rows},
-            ),
+        "loss": (plot_losses(records), "Training loss of each method, on the same batches."),
+        "retention": (
+            plot_bars(distances, label="nats per token", decimals=4),
             "Distance from the base model on the base model's own text; smaller is better.",
         ),
-    ]
-    return {name: (make(), caption) for name, make, caption in draw}
+    }

@@ -51,13 +51,14 @@ from dynalora.lab.data.collator import Collator
 from dynalora.lab.machine import peak
 from dynalora.lab.models import load_model, load_tokenizer
 from dynalora.lab.packaged_models import demo_model
-from dynalora.lab.report import Figure, Report, Section, rich_table, write_report
+from dynalora.lab.report import Report, Section, rich_table, save_figures, write_report
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.targets import check_targets
 from dynalora.lab.training.checkpoints import save_adapter
 from dynalora.lab.training.train import TrainResult, take_off, train_adapter
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
     from peft import PeftModel
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -191,7 +192,7 @@ class _Demo:
         rows: list[DemoRow] = []
         scores = {"base": base}
         records: dict[str, list[dict[str, Any]]] = {}
-        gates: bytes | None = None
+        gates: Drawing | None = None
         for index, (name, config) in enumerate(configs.items()):
             trained = train_adapter(
                 self.model, self.tokenizer, config, training, settings=how, run=self.run_folder, label=name,
@@ -229,11 +230,10 @@ class _Demo:
             progress=self.progress,
         )  # fmt: skip
 
-    def _gates(self, model: PeftModel, held_out: TokenizedSet, text: OwnText) -> bytes:
+    def _gates(self, model: PeftModel, held_out: TokenizedSet, text: OwnText) -> Drawing:
         """Histograms of DISeL's gates on the task and on the base model's own text."""
         from dynalora.drawing.gates import plot_gates
-        from dynalora.drawing.style import rendered
-        from dynalora.forgetting.gates import record_gates
+        from dynalora.forgetting.gate_recording import record_gates
 
         collator = Collator(self.tokenizer.pad_token_id or 0)
         own: list[Tokens] = [
@@ -247,13 +247,13 @@ class _Demo:
             listen = functools.partial(self.progress, f"Recording the gates on {name}")
             listen(0, len(batches))
             found[name] = record_gates(model, batches, progress=listen)
-        return rendered(plot_gates(found))
+        return plot_gates(found)
 
     def _report(
         self,
         result: DemoResult,
         records: dict[str, list[dict[str, Any]]],
-        gates: bytes | None,
+        gates: Drawing | None,
         reference: BasePredictions,
     ) -> None:
         figures = figures_of(result, records)
@@ -262,8 +262,7 @@ class _Demo:
                 gates,
                 "DISeL's gates on the task's answers and on the base model's own text, by depth.",
             )
-        for name, (content, _) in figures.items():
-            self.run_folder.write(f"plots/{name}.png", content)
+        pictures = save_figures(self.run_folder.write, figures, svg=False)
         task, how = self.task, self.how
         options = ", ".join(f"{name} = {value}" for name, value in task.options.items())
         batch = how.batch_size * how.gradient_accumulation
@@ -278,7 +277,7 @@ class _Demo:
         )
         sections = [
             Section("Result", text=READING, tables=[summary_table(result.rows), comparison_table(result)]),
-            Section("Plots", figures=[Figure(content, caption) for content, caption in figures.values()]),
+            Section("Plots", figures=pictures),
             Section("What the models say", text=about, tables=[samples_table(result)]),
             Section("Settings", listing=yaml.safe_dump(how.settings(), sort_keys=False, allow_unicode=True)),
         ]

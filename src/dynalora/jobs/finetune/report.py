@@ -13,13 +13,13 @@ from rich.console import Console
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method
 from dynalora.common.names import plain_name
-from dynalora.drawing import runs as plots
 from dynalora.drawing.gates import plot_gates
+from dynalora.drawing.landscape import plot_rank_heatmap
 from dynalora.drawing.retention import plot_retention_curves
-from dynalora.drawing.style import rendered
+from dynalora.drawing.training import plot_losses, plot_metrics
 from dynalora.errors import DynaloraError
 from dynalora.evaluation.tokens import TokenizedSet
-from dynalora.forgetting.gates import record_gates
+from dynalora.forgetting.gate_recording import record_gates
 from dynalora.forgetting.landscape import rank_landscape
 from dynalora.forgetting.monitor import RetentionMonitor
 from dynalora.forgetting.retention import Retention
@@ -27,13 +27,14 @@ from dynalora.jobs.finetune.prepare import Prepared
 from dynalora.jobs.finetune.settings import FinetuneSpec
 from dynalora.lab.configs import title_of
 from dynalora.lab.data.collator import Collator
-from dynalora.lab.report import Cell, Figure, Report, Section, Table, rich_table, write_report
+from dynalora.lab.report import Cell, Report, Section, Table, rich_table, save_figures, write_report
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.training.recorder import UNTIMED_STEPS
 from dynalora.lab.training.train import TrainResult
 from dynalora.methods import METHODS
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
@@ -46,7 +47,7 @@ def method_of(model: PeftModel) -> Method | None:
 
 def decisions(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, held_out: TokenizedSet
-) -> tuple[str, bytes, str] | None:
+) -> tuple[str, Figure, str] | None:
     """What the adapter decided, as a plot.
 
     Args:
@@ -55,7 +56,7 @@ def decisions(
         held_out: Where gates are recorded, on response tokens only; empty: no gates are.
 
     Returns:
-        File name, PNG and caption: the gates of an adapter that has any, the rank landscape of any other; None if
+        File name, figure and caption: the gates of an adapter that has any, the rank landscape of any other; None if
         there is nothing to see.
     """
     collator = Collator(tokenizer.pad_token_id or 0)
@@ -69,7 +70,7 @@ def decisions(
             drawn = plot_gates({"held-out responses": record_gates(model, batches)})
             return (
                 "gates",
-                rendered(drawn),
+                drawn,
                 "How far the gates open on the tokens of held-out responses, by depth.",
             )
         rows = rank_landscape(model)
@@ -77,7 +78,7 @@ def decisions(
         return None
     return (
         "rank_landscape",
-        plots.rank_heatmap(rows),
+        plot_rank_heatmap(rows),
         "Singular values above 0.001 of every adapted matrix's update.",
     )
 
@@ -162,25 +163,28 @@ def write_results(
     monitor: RetentionMonitor | None = None,
 ) -> None:
     """Write the plots and the report, and show the closing table."""
-    pictures = {"loss": plots.loss_curves({result.label: result.records})}
-    captions = {"loss": "Training loss (thin: each logged step; thick: running mean) and held-out loss."}
-    decided = decisions(result.model, ready.tokenizer, ready.held_out)
-    if decided is not None:
-        name, pictures[name], captions[name] = decided
+    pictures: dict[str, tuple[Figure | None, str]] = {
+        "loss": (
+            plot_losses({result.label: result.records}),
+            "Training loss (thin: each logged step; thick: running mean) and held-out loss.",
+        )
+    }
+    if (decided := decisions(result.model, ready.tokenizer, ready.held_out)) is not None:
+        name, drawn, caption = decided
+        pictures[name] = (drawn, caption)
     method = method_of(result.model)
-    if method is not None and (drawn := plots.metric_panels(result.records, method.panels)) is not None:
-        pictures["method"] = drawn
-        captions["method"] = f"What {method.title or method.name} weighed and measured in training."
-    if method is not None and (rows := decided_by(result.model, method)):
-        run.write("decisions.json", json.dumps(rows, indent=1))
+    if method is not None:
+        pictures["method"] = (
+            plot_metrics(result.records, method.panels),
+            f"What {method.title or method.name} weighed and measured in training.",
+        )
+        if rows := decided_by(result.model, method):
+            run.write("decisions.json", json.dumps(rows, indent=1))
+    figures = save_figures(run.write, pictures, svg=False)
     if monitor is not None and monitor.points:
         curves = plot_retention_curves(monitor.points, max_forgetting=spec.max_forgetting)
-        pictures["retention"] = plots.save_figure(run, "retention", curves)
-        captions["retention"] = (
-            "KL from the base model, with its standard error, and loss shift during training."
-        )
-    for name, content in pictures.items():
-        run.write(f"plots/{name}.png", content)
+        caption = "KL from the base model, with its standard error, and loss shift during training."
+        figures += save_figures(run.write, {"retention": (curves, caption)})
     more: dict[str, list[Cell]] = {}
     if kept is not None:
         more = {
@@ -207,7 +211,7 @@ def write_results(
     sections = [
         Section("Result", tables=[table]),
         Section("Data", tables=[counts]),
-        Section("Plots", figures=[Figure(content, captions[name]) for name, content in pictures.items()]),
+        Section("Plots", figures=figures),
         Section("Settings", listing=yaml.safe_dump(spec.settings(), sort_keys=False, allow_unicode=True)),
     ]
     title = f"{_short(spec.model)} fine-tuned with {title_of(result.label)} on {_short(spec.data)}"

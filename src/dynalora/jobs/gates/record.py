@@ -8,7 +8,9 @@ from typing import Any
 
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import UnsupportedError
-from dynalora.forgetting.gates import GateRecord, Separation, depth_separation, gate_separation, record_gates
+from dynalora.forgetting.gate_recording import record_gates
+from dynalora.forgetting.gates import GateRecord
+from dynalora.forgetting.separation import Separation, depth_separation, gate_separation
 from dynalora.jobs.gates.domains import read_domain
 from dynalora.jobs.gates.settings import GatesSpec
 from dynalora.lab.adapters import load_adapter, read_config

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save
 
 from dynalora.common.files import records_csv
-from dynalora.drawing import runs as plots
 from dynalora.drawing.gates import (
     plot_gate_heatmap,
     plot_gate_means,
@@ -17,10 +16,10 @@ from dynalora.drawing.gates import (
     plot_gates_by_kind,
     plot_separation,
 )
-from dynalora.forgetting.gates import ALL, DEPTHS, GateMean, GateRecord, Separation
+from dynalora.forgetting.gates import ALL, DEPTHS, GateMean, GateRecord
+from dynalora.forgetting.separation import Separation
 from dynalora.jobs.gates.record import GatesResult
-from dynalora.lab.report import Cell, Report, Section, Table, render_html
-from dynalora.lab.report import Figure as Picture
+from dynalora.lab.report import Cell, Report, Section, Table, render_html, save_figures
 from dynalora.lab.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -135,12 +134,10 @@ def write_gates(result: GatesResult, run: RunFolder) -> None:
             }
         ),
     )
-    sections = []
-    for heading, text, tables, drawn in _sections(result):
-        pictures = []
-        for name, made, caption in drawn:
-            pictures.append(Picture(plots.save_figure(run, name, made), caption))
-        sections.append(Section(heading, text, tables=tables, figures=pictures))
+    sections = [
+        Section(heading, tables=tables, figures=save_figures(run.write, drawn))
+        for heading, tables, drawn in _sections(result)
+    ]
     run.write("report.html", render_html(Report(f"Gates of {result.adapter}", summary(result), sections)))
 
 
@@ -159,50 +156,41 @@ def summary(result: GatesResult) -> str:
     return " ".join(sentences)
 
 
-_Drawn = tuple[str, "Figure", str]
-
-
-def _sections(result: GatesResult) -> Iterable[tuple[str, str, list[Table], list[_Drawn]]]:
+def _sections(result: GatesResult) -> Iterable[tuple[str, list[Table], dict[str, tuple[Figure, str]]]]:
+    """Heading, tables and figures (name → figure and caption) of every section."""
     records = result.records
     yield (
         "How far the gates open",
-        "",
         [domains_table(result)],
-        [
-            ("gates", plot_gates(records), "Histograms of all gates by depth; each adds up to 1."),
-            (
-                "means",
+        {
+            "gates": (plot_gates(records), "Histograms of all gates by depth; each adds up to 1."),
+            "means": (
                 plot_gate_means(records),
                 "Mean gate of every layer, with 95 % intervals over documents.",
             ),
-        ],
+        },
     )
     if result.separations:
+        drawn = (plot_separation(result.separations), "Area under the ROC curve of every layer.")
         yield (
             "How well they tell the domains apart",
-            "",
             [separation_table(result)],
-            [("separation", plot_separation(result.separations), "Area under the ROC curve of every layer.")],
+            {"separation": drawn},
         )
-    tables = [kinds_table(record, f"Mean gate on {name}") for name, record in records.items()]
-    drawn = [
-        (
-            f"kinds-{_file_name(name, index)}",
-            plot_gates_by_kind(record, title=f"Gates on {name} by depth and kind of module"),
+    kinds, ranks = {}, {}
+    for index, (name, record) in enumerate(records.items()):
+        place = _file_name(name, index)
+        kinds[f"kinds-{place}"] = (
+            plot_gates_by_kind(record, f"Gates on {name} by depth and kind of module"),
             f"Histograms by kind of module on {name}.",
         )
-        for index, (name, record) in enumerate(records.items())
-    ]
-    yield "Kinds of module", "", tables, drawn
-    drawn = [
-        (
-            f"ranks-{_file_name(name, index)}",
-            plot_gate_heatmap(record, title=f"Mean gate per rank component on {name}"),
+        ranks[f"ranks-{place}"] = (
+            plot_gate_heatmap(record, f"Mean gate per rank component on {name}"),
             f"Mean gate of every rank component on {name}.",
         )
-        for index, (name, record) in enumerate(records.items())
-    ]
-    yield "Rank components", "", [], drawn
+    tables = [kinds_table(record, f"Mean gate on {name}") for name, record in records.items()]
+    yield "Kinds of module", tables, kinds
+    yield "Rank components", [], ranks
 
 
 def _file_name(name: str, index: int) -> str:
@@ -214,8 +202,7 @@ def _file_name(name: str, index: int) -> str:
 def _layer_rows(result: GatesResult) -> Iterable[dict[str, Any]]:
     for domain, record in result.records.items():
         for row in record:
-            mean = record.mean(lambda other, row=row: other is row)  # type: ignore[misc]
-            assert mean is not None
+            mean = record.layer_mean(row)
             yield {
                 "domain": domain, "module": row.module, "layer": row.layer, "kind": row.kind,
                 "depth": record.depth(row), "tokens": row.tokens, "documents": record.documents,

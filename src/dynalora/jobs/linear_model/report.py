@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from dynalora.common.files import csv_text
 from dynalora.common.progress import rich_progress
-from dynalora.drawing import runs as plots
-from dynalora.drawing import style as drawing
+from dynalora.drawing.linear_model import plot_gate_curve, plot_mixture_losses, plot_population_losses
 from dynalora.jobs.linear_model.populations import PopulationLosses
 from dynalora.jobs.linear_model.settings import LinearModelSpec
 from dynalora.jobs.linear_model.training import (
@@ -23,8 +18,7 @@ from dynalora.jobs.linear_model.training import (
     LinearModelResult,
     compare_on_linear_model,
 )
-from dynalora.lab.report import Cell, Report, Section, Table, rich_table, write_report
-from dynalora.lab.report import Figure as Picture
+from dynalora.lab.report import Cell, Report, Section, Table, rich_table, save_figures, write_report
 from dynalora.lab.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -56,17 +50,7 @@ def run_linear_model(
         table = losses_table(result)
         run.write("losses.csv", _csv(result))
         run.write("losses.json", json.dumps(_plain(result), indent=2) + "\n")
-        drawn = {
-            "losses": (plot_losses(result), "Loss on each population; closed forms are hatched."),
-            "training": (
-                plot_training(result),
-                "Loss on the mixture during training, with the closed forms.",
-            ),
-            "gates": (plot_gate_curve(result), "What the gates have learned, against the Bayes posterior."),
-        }
-        pictures = []
-        for name, (made, caption) in drawn.items():
-            pictures.append(Picture(plots.save_figure(run, name, made), caption))
+        pictures = save_figures(run.write, figures(result))
         sections = [Section("Losses", _reading(result), tables=[table], figures=pictures)]
         write_report(Report("A fixed update against a gated one", _verdict(result), sections), run.report)
         run.finish()
@@ -75,6 +59,38 @@ def run_linear_model(
         console.print(_verdict(result), highlight=False, markup=False)
         console.print(f"Report: {run.report}", highlight=False, markup=False)
     return result
+
+
+def figures(result: LinearModelResult) -> dict[str, tuple[Figure, str]]:
+    """The figures of the report with their captions, by the name of their file."""
+    trained = {NAMES[row.method]: row.losses for row in result.rows}
+    gated = trained.pop(NAMES[DISEL])
+    fixed, bayes = "best fixed\n(closed form)", "Bayes\n(closed form)"
+    shown = {**trained, fixed: result.fixed, NAMES[DISEL]: gated, bayes: result.bayes}
+    curves = {
+        NAMES[row.method]: [(step, losses.mixture) for step, losses in row.curve] for row in result.rows
+    }
+    levels = {
+        "best fixed correction": result.fixed.mixture,
+        "Bayes-optimal correction": result.bayes.mixture,
+    }
+    return {
+        "losses": (
+            plot_population_losses(
+                {name: (losses.fine_tuning, losses.pre_training) for name, losses in shown.items()},
+                closed_forms=(fixed, bayes),
+            ),
+            "Loss on each population; closed forms are hatched.",
+        ),
+        "training": (
+            plot_mixture_losses(curves, levels),
+            "Loss on the mixture during training, with the closed forms.",
+        ),
+        "gates": (
+            plot_gate_curve(**vars(result.gates)),
+            "What the gates have learned, against the Bayes posterior.",
+        ),
+    }
 
 
 def losses_table(result: LinearModelResult) -> Table:
@@ -166,89 +182,3 @@ def _csv(result: LinearModelResult) -> str:
         header,
         ([name, kind, own.fine_tuning, own.pre_training, own.mixture] for name, kind, own in rows),
     )
-
-
-# --- plots ------------------------------------------------------------------------------------------------
-
-
-def plot_losses(result: LinearModelResult) -> Figure:
-    """Loss of every correction on both populations, side by side (DISeL Figure 1)."""
-    trained = {NAMES[row.method]: row.losses for row in result.rows}
-    shown: Mapping[str, PopulationLosses] = {
-        **{name: losses for name, losses in trained.items() if name != NAMES[DISEL]},
-        "best fixed\n(closed form)": result.fixed,
-        NAMES[DISEL]: trained[NAMES[DISEL]],
-        "Bayes\n(closed form)": result.bayes,
-    }
-    made, (axis,) = drawing.figure(width=6.8, height=3.8)
-    populations = (
-        ("fine-tuning population", [losses.fine_tuning for losses in shown.values()]),
-        ("pre-training population", [losses.pre_training for losses in shown.values()]),
-    )
-    for side, (label, values) in enumerate(populations):
-        bars = axis.bar(
-            [place + (side - 0.5) * 0.38 for place in range(len(shown))], values, width=0.36, label=label,
-            color=("0.35", "0.8")[side], edgecolor="black", linewidth=0.6,
-        )  # fmt: skip
-        for bar, name in zip(bars, shown, strict=True):
-            if "closed form" in name:
-                bar.set_hatch("///")
-        axis.bar_label(bars, fmt="%.3g", fontsize=8, padding=2)
-    axis.set_xticks(range(len(shown)), list(shown), fontsize=9)
-    axis.grid(False, axis="x")
-    axis.set_ylabel("expected squared error")
-    axis.set_title("A fixed update leaves an error on both populations", fontsize=10)
-    axis.margins(y=0.12)
-    axis.legend(frameon=False, fontsize=8)
-    return made
-
-
-def plot_training(result: LinearModelResult) -> Figure:
-    """Loss on the mixture during training, with the two closed forms as lines."""
-    made, (axis,) = drawing.figure()
-    for index, row in enumerate(result.rows):
-        axis.plot(
-            [step for step, _ in row.curve], [losses.mixture for _, losses in row.curve], label=NAMES[row.method],
-            color=drawing.PALETTE[index], marker=drawing.MARKERS[index], markersize=3.5, linewidth=1.3,
-        )  # fmt: skip
-    axis.axhline(
-        result.fixed.mixture, color="black", linestyle="--", linewidth=1, label="best fixed correction"
-    )
-    axis.axhline(
-        result.bayes.mixture, color="black", linestyle=":", linewidth=1.4, label="Bayes-optimal correction"
-    )
-    axis.set_yscale("log")
-    axis.set_xlabel("optimizer step")
-    axis.set_ylabel("expected squared error, mixture")
-    axis.set_title("Only the gated update gets below the best fixed correction", fontsize=10)
-    axis.legend(frameon=False, fontsize=8)
-    return made
-
-
-def plot_gate_curve(result: LinearModelResult) -> Figure:
-    """DISeL's gates against the logit of the posterior, with the posterior itself."""
-    made, (axis,) = drawing.figure(width=5.2)
-    curve = result.gates
-    logits: Sequence[float] = torch.linspace(min(curve.logit), max(curve.logit), 200).tolist()
-    axis.plot(
-        logits, [1 / (1 + math.exp(-value)) for value in logits], color="black", linestyle="--", linewidth=1.2,
-        label="Bayes posterior p(x)",
-    )  # fmt: skip
-    axis.fill_between(
-        curve.logit, curve.low, curve.high, color="0.8", label="gates, 10 % to 90 %", linewidth=0
-    )
-    axis.plot(
-        curve.logit,
-        curve.gate,
-        color=drawing.PALETTE[0],
-        marker="o",
-        markersize=4,
-        linewidth=1,
-        label="mean gate",
-    )
-    axis.set_ylim(-0.02, 1.02)
-    axis.set_xlabel("log-odds that the input belongs to the fine-tuning population")
-    axis.set_ylabel("gate")
-    axis.set_title("What the gates have learned", fontsize=10)
-    axis.legend(frameon=False, fontsize=8)
-    return made

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynalora.common.statistics import Interval, mean_interval
-from dynalora.drawing.runs import save_figure
-from dynalora.drawing.stages import plot_bars, plot_stages
+from dynalora.drawing.bars import plot_bars
+from dynalora.drawing.landscape import plot_stages
 from dynalora.forgetting.landscape import LandscapeRow, rank_landscape
 from dynalora.forgetting.recovery import LOW_RANK, ablated
 from dynalora.jobs.stages.settings import ForgettingSpec
 from dynalora.jobs.stages.stage_files import ADAPTER, RESULT, read_landscape, stage_folder, write_landscape
-from dynalora.lab.report import Cell, Figure, Report, Section, Table, listing, rich_table, write_report
+from dynalora.lab.report import Cell, Report, Section, Table, listing, rich_table, save_figures, write_report
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.scores import mean_accuracy, mean_loss, percent, shown_accuracy, shown_loss
 from dynalora.lab.settings import defaults_of
@@ -214,11 +214,7 @@ class _Stages:
             ),
             **_score_figures(self.results, {which: task.name for which, task in tasks.items()}, method),
         }
-        pictures = [
-            Figure(save_figure(self.folder, name, drawn), caption)
-            for name, (drawn, caption) in made.items()
-            if drawn is not None
-        ]
+        pictures = save_figures(self.folder.write, made)
         tables = [stage_table(self.results, spec), landscape_table(self.results), energy_table(landscapes)]
         if ablation := ablation_table(self.results):
             tables.append(ablation)

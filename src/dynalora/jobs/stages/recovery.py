@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynalora.common.progress import rich_progress
 from dynalora.common.statistics import Interval, mean_interval
-from dynalora.drawing.runs import save_figure
-from dynalora.drawing.stages import plot_bars
+from dynalora.drawing.bars import plot_bars
 from dynalora.errors import CheckpointError, ConfigError
 from dynalora.forgetting.landscape import LandscapeRow, rank_landscape
 from dynalora.forgetting.recovery import STRATEGIES, low_rank_modules, recover
@@ -34,7 +33,7 @@ from dynalora.jobs.stages.settings import RecoverSpec
 from dynalora.jobs.stages.stage_files import ADAPTER, RESULT, read_landscape, stage_folder
 from dynalora.lab.adapters import adapter_folder, read_config
 from dynalora.lab.lab_settings import LabSettings
-from dynalora.lab.report import Cell, Figure, Report, Section, Table, listing, rich_table, write_report
+from dynalora.lab.report import Cell, Report, Section, Table, listing, rich_table, save_figures, write_report
 from dynalora.lab.run_folder import CONFIG, RunFolder
 from dynalora.lab.scores import mean_accuracy, mean_loss, percent, shown_accuracy, shown_loss
 from dynalora.lab.settings import defaults_of, read_yaml, settings_from
@@ -279,12 +278,8 @@ class _Recoveries:
 
     def _report(self) -> None:
         names = {which: self.lab.tasks[source].name for which, source in self.sources.items()}
-        pictures = [
-            Figure(save_figure(self.folder, name, drawn), caption)
-            for name, (drawn, caption) in recovery_figures(
-                self.results, names, [c.scores for c in self.checkpoints if c.scores is not None]
-            ).items()
-        ]
+        initial = [checkpoint.scores for checkpoint in self.checkpoints if checkpoint.scores is not None]
+        pictures = save_figures(self.folder.write, recovery_figures(self.results, names, initial))
         tables = [result_table(self.results)]
         if (compared := comparison_table(self.results)) is not None:
             tables.append(compared)

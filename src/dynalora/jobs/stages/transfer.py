@@ -18,10 +18,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dynalora.drawing.runs import save_figure
-from dynalora.drawing.stages import plot_transfer
+from dynalora.drawing.transfer import plot_transfer
 from dynalora.jobs.stages.settings import TransferSpec
-from dynalora.lab.report import Cell, Figure, Report, Section, Table, listing, rich_table, write_report
+from dynalora.lab.report import Cell, Report, Section, Table, listing, rich_table, save_figures, write_report
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.scores import mean_accuracy, mean_loss, percent, shown_accuracy, shown_loss
 from dynalora.lab.settings import defaults_of
@@ -204,10 +203,7 @@ def transfer_figures(
 
 def _report(spec: TransferSpec, lab: Workbench, run: RunFolder, results: Sequence[Mapping[str, Any]]) -> None:
     names = lab_names(lab)
-    pictures = [
-        Figure(save_figure(run, name, drawn), caption)
-        for name, (drawn, caption) in transfer_figures(results, spec.methods, names).items()
-    ]
+    pictures = save_figures(run.write, transfer_figures(results, spec.methods, names))
     tables = [transfer_table(results, method, names) for method in spec.methods]
     about = " ".join(f"{task.about}." for task in lab.tasks.values())
     sections = [

@@ -1,0 +1,100 @@
+"""What was measured during training, against the optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dynalora.drawing.style import describe, figure, legend, look, looks, panels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from dynalora.adapter.method import Panel
+
+
+def plot_losses(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Training loss (thin, with a running mean) and held-out loss (markers) against the optimizer step.
+
+    Args:
+        runs: Name of each run → its metric records, which may hold `step`, `loss` and `held_out_loss` (nats per
+            token).
+    """
+    drawn, (axis,) = figure()
+    chosen = looks(runs)
+    for name, records in runs.items():
+        color, marker = chosen[name].color, chosen[name].marker
+        steps, losses = _series(records, "loss")
+        if len(steps):
+            axis.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
+            axis.plot(steps, running_mean(losses), color=color, linewidth=1.6, label=f"{name}, training")
+        steps, losses = _series(records, "held_out_loss")
+        if len(steps):
+            axis.plot(
+                steps, losses, color=color, marker=marker, markersize=5, linewidth=1.2, linestyle="--",
+                label=f"{name}, held out",
+            )  # fmt: skip
+    describe(axis, x="optimizer step", y="loss (nats per token)")
+    axis.set_ylim(bottom=0)
+    legend(axis)
+    return drawn
+
+
+def plot_metrics(records: Sequence[Mapping[str, Any]], shown: Sequence[Panel]) -> Figure | None:
+    """A method's own metrics against the optimizer step, one plot for each panel.
+
+    Args:
+        records: Metric records of a run, with `step` and the metrics.
+        shown: What to draw; panels without any number are left out.
+
+    Returns:
+        The figure; None if there is nothing to draw.
+    """
+    filled = []
+    for panel in shown:
+        curves = {name: _series(records, name) for name in panel.metrics}
+        curves = {name: curve for name, curve in curves.items() if len(curve[0])}
+        if curves:
+            filled.append((panel, curves))
+    if not filled:
+        return None
+    drawn, axes = panels(len(filled), width=3.4, height=2.7, columns=3)
+    for axis, (panel, curves) in zip(axes, filled, strict=True):
+        for index, (name, (steps, values)) in enumerate(curves.items()):
+            axis.plot(steps, values, label=name, **look(index).line(marker=False))
+        if panel.log and any((values > 0).any() for _, values in curves.values()):
+            axis.set_yscale("log", nonpositive="mask")
+        describe(axis, title=panel.title, x="optimizer step")
+        if len(curves) > 1:
+            legend(axis)
+    return drawn
+
+
+def _series(
+    records: Sequence[Mapping[str, Any]], key: str
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    pairs = [
+        (record["step"], record[key])
+        for record in records
+        if record.get(key) is not None and "step" in record
+    ]
+    steps, values = np.array(pairs, dtype=float).reshape(-1, 2).T
+    return steps, values
+
+
+def running_mean(values: Sequence[float] | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Mean over a centred window of about a fifteenth of the run, narrower at both ends.
+
+    Args:
+        values: The run, (n).
+
+    Returns:
+        The means, (n).
+    """
+    half = max(1, len(values) // 30)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    low = np.maximum(np.arange(len(values)) - half, 0)
+    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    return np.asarray((sums[high] - sums[low]) / (high - low))
