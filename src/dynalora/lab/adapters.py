@@ -26,7 +26,10 @@ def adapter_folder(source: str | os.PathLike[str]) -> str:
             raise CheckpointError(
                 f"There is no adapter '{source}'; give a run folder, an adapter folder or a Hub id."
             )
-        return _fetched(str(source))
+        files = ["adapter_config.json", "adapter_model.safetensors"]
+        folder = Path(_fetched(str(source), files, "a run folder, an adapter folder or a Hub id"))
+        check_adapter_folder(str(folder))
+        return str(folder)
     if path.is_file():
         path = path.parent
     inside = path / "adapter"
@@ -51,29 +54,25 @@ def model_folder(source: str | os.PathLike[str]) -> str:
         return str(source)
     if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise CheckpointError(f"There is no model '{source}'; give the folder or the Hub id of a full model.")
+    return _fetched(str(source), ["*.safetensors", "*.json"], "the folder or the Hub id of a model")
+
+
+def _fetched(name: str, patterns: list[str], remedy: str) -> str:
+    """The local copy of a repository on the Hub.
+
+    Args:
+        name: Its id.
+        patterns: Which files.
+        remedy: What to give instead, for the error.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        return str(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
+        return str(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client's, the network's and the file system's errors
         raise CheckpointError(
-            f"There is no folder '{source}', and it cannot be fetched from the Hub "
-            f"({first_line(error)}); give the folder or the Hub id of a model."
+            f"There is no folder '{name}', and it cannot be fetched from the Hub ({first_line(error)}); give {remedy}."
         ) from error
-
-
-def _fetched(name: str) -> str:
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(name, allow_patterns=["adapter_config.json", "adapter_model.safetensors"])
-    except Exception as error:  # the hub client's, the network's and the file system's errors
-        raise CheckpointError(
-            f"There is no folder '{name}', and it cannot be fetched from the Hub ({first_line(error)}); "
-            "give a run folder, an adapter folder or a Hub id."
-        ) from error
-    check_adapter_folder(folder)
-    return str(folder)
 
 
 def read_config(source: str | os.PathLike[str]) -> PeftConfig:

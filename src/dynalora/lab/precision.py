@@ -1,13 +1,17 @@
-"""The precision of base weights: dtypes and quantisation."""
+"""The precision of base weights: dtypes and quantisation.
+
+Settings classes import this module, so it loads torch only where that is needed.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from dynalora.errors import ConfigError, first_line
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Precisions of the base weights; `auto` takes bfloat16 where the machine computes in it fast."""
@@ -19,6 +23,8 @@ QUANTIZATIONS = {"4bit": "quant", "8bit": "quant", "int8": "torchao"}
 
 def resolve_dtype(name: str) -> torch.dtype:
     """The torch dtype for one of [`DTYPES`][dynalora.lab.precision.DTYPES] on this machine."""
+    import torch
+
     if name == "auto":
         return (
             torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
@@ -41,6 +47,8 @@ def new_layers(model: nn.Module) -> list[str]:
 
     transformers would make quantised layers of them and then leave their new weights as they are, which works nowhere.
     """
+    from torch import nn
+
     encoder = f"{getattr(model, 'base_model_prefix', '')}."
     return [
         name
@@ -78,7 +86,7 @@ def quantization_config(name: str, dtype: torch.dtype, *, whole: list[str] | Non
 
 
 def not_installed(quantization: str, error: ImportError) -> ConfigError:
-    """The error for a library that is missing."""
+    """The error to raise where quantization lacks its library."""
     return ConfigError(
         f"quantization '{quantization}' needs a library that is not installed ({first_line(error)}): "
         f"pip install 'dynalora[{QUANTIZATIONS.get(quantization, 'quant')}]'."

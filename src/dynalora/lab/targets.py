@@ -9,9 +9,7 @@ from peft import PeftConfig
 from torch import nn
 
 from dynalora.errors import ConfigError
-from dynalora.lab.baselines import (
-    prompt_only,
-)
+from dynalora.lab.baselines import prompt_only
 
 
 def check_targets(model: nn.Module, config: PeftConfig) -> list[str]:

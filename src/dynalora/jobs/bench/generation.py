@@ -22,8 +22,9 @@ from dynalora.jobs.bench.setup import (
     adapted,
     entries,
     frozen_base,
+    in_turns,
     now,
-    random_tokens,
+    ratio_text,
     ratios,
     setting,
     start,
@@ -94,13 +95,13 @@ def generate_greedily(model: Any, tokens: torch.Tensor, count: int) -> tuple[tor
     out = model(input_ids=tokens, use_cache=True, **last)
     chosen = out.logits[:, -1].argmax(-1, keepdim=True)
     first = now(tokens.device)
-    made = [chosen]
+    generated = [chosen]
     for _ in range(count - 1):
         out = model(input_ids=chosen, past_key_values=out.past_key_values, use_cache=True, **last)
         chosen = out.logits[:, -1].argmax(-1, keepdim=True)
-        made.append(chosen)
+        generated.append(chosen)
     done = now(tokens.device)
-    return torch.cat(made, dim=1), first - began, (done - first) / (count - 1)
+    return torch.cat(generated, dim=1), first - began, (done - first) / (count - 1)
 
 
 def bench_generation(spec: BenchSpec, *, progress: Progress = silent) -> list[Generated]:
@@ -118,7 +119,8 @@ def bench_generation(spec: BenchSpec, *, progress: Progress = silent) -> list[Ge
         ConfigError: The model or the target modules.
     """
     for _, method in entries(spec):
-        if (known := BASELINES.get(method)) is not None and not known.adapts_modules:
+        baseline = BASELINES.get(method)
+        if baseline is not None and not baseline.adapts_modules:
             raise ConfigError(
                 f"Method '{method}' lengthens every prompt, so its generation cannot be timed against others; leave "
                 "it out."
@@ -132,24 +134,17 @@ def bench_generation(spec: BenchSpec, *, progress: Progress = silent) -> list[Ge
 
 def _generate_dtype(spec: BenchSpec, name: str, dtype: str, progress: Progress) -> list[Generated]:
     base = frozen_base(spec, name, dtype)
-    total = spec.warmup + spec.rounds
+    steps = spec.warmup + spec.rounds
     models: dict[str, PeftModel] = {
-        label: adapted(method, base, spec, total).eval() for label, method in entries(spec)
+        label: adapted(method, base, spec, steps).eval() for label, method in entries(spec)
     }
     prefill: dict[str, list[float]] = {label: [] for label in models}
     further: dict[str, list[float]] = {label: [] for label in models}
-    what = f"Generation, {dtype}"
-    progress(what, 0, total)
-    for number in range(total):
-        tokens = random_tokens(int(base.config.vocab_size), spec, number).to(spec.torch_device)
-        # Each round another one goes first: whoever follows finds caches as its predecessor left them.
-        order = [*models][number % len(models) :] + [*models][: number % len(models)]
-        for label in order:
-            _, first, each = generate_greedily(models[label], tokens, spec.new_tokens)
-            if number >= spec.warmup:
-                prefill[label].append(first)
-                further[label].append(each)
-        progress(what, number + 1, total)
+    for label, tokens, counts in in_turns(spec, base, [*models], f"Generation, {dtype}", progress):
+        _, first, each = generate_greedily(models[label], tokens, spec.new_tokens)
+        if counts:
+            prefill[label].append(first)
+            further[label].append(each)
     results = []
     for label, model in models.items():
         prefill_ratio, prefill_quartiles = ratios(prefill[label], prefill[spec.reference])
@@ -176,22 +171,22 @@ def generation_tables(spec: BenchSpec, results: Sequence[Generated]) -> list[Tab
         "method", "prefill (ms)", f"prefill / {spec.reference}", "per token (ms)", f"token / {spec.reference}",
         "tokens/s", "parameters",
     ]  # fmt: skip
-    made = []
+    tables = []
     for dtype in spec.dtypes:
         rows: list[list[str | int | float | None]] = [
             [
                 item.method,
                 f"{1000 * item.prefill:.1f}",
-                _ratio(item.prefill_ratio, item.prefill_quartiles),
+                ratio_text(item.prefill_ratio, item.prefill_quartiles),
                 f"{1000 * item.token:.2f}",
-                _ratio(item.token_ratio, item.token_quartiles),
+                ratio_text(item.token_ratio, item.token_quartiles),
                 f"{spec.batch_size / item.token:.1f}",
                 item.adapter_parameters,
             ]
             for item in results
             if item.dtype == dtype
         ]
-        made.append(
+        tables.append(
             Table(
                 columns,
                 rows,
@@ -206,7 +201,7 @@ def generation_tables(spec: BenchSpec, results: Sequence[Generated]) -> list[Tab
                 ),
             )
         )
-    return made
+    return tables
 
 
 def generation_json(spec: BenchSpec, results: Sequence[Generated]) -> str:
@@ -215,8 +210,3 @@ def generation_json(spec: BenchSpec, results: Sequence[Generated]) -> str:
         {**asdict(item), "median_seconds": {"prefill": item.prefill, "token": item.token}} for item in results
     ]
     return with_machine(spec, rows)
-
-
-def _ratio(value: float, quartiles: tuple[float, float]) -> str:
-    low, high = quartiles
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"

@@ -6,9 +6,9 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 CONTROL = "lora (again)"
 
+T = TypeVar("T")
+
 
 def now(device: torch.device) -> float:
     """The time in seconds once a device has done what it was given."""
@@ -36,8 +38,8 @@ def now(device: torch.device) -> float:
 
 def sharing_copy(model: nn.Module) -> nn.Module:
     """A copy of a model with modules of its own but the very same weights: it costs next to no memory."""
-    kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, kept)
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
 
 
 def random_tokens(vocabulary: int, spec: BenchSpec, round_number: int) -> torch.Tensor:
@@ -47,7 +49,11 @@ def random_tokens(vocabulary: int, spec: BenchSpec, round_number: int) -> torch.
 
 
 def start(spec: BenchSpec, progress: Progress) -> str:
-    """Set the threads, and find the model and check the target modules before weights are loaded; the model's name."""
+    """Set the threads, and check the model and the target modules before weights are loaded.
+
+    Returns:
+        What to load the model from.
+    """
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     name = local_model_name(spec.model, progress=progress)
@@ -75,21 +81,53 @@ def adapted(method: str, base: nn.Module, spec: BenchSpec, total_steps: int) -> 
     import peft
 
     torch.manual_seed(spec.seed)
-    known = BASELINES.get(method)
-    options = {} if known is not None else {"total_steps": total_steps}
-    alpha = None if known is not None and known.alpha is None else 2.0 * spec.r
+    baseline = BASELINES.get(method)
+    options = {} if baseline is not None else {"total_steps": total_steps}
+    alpha = None if baseline is not None and baseline.alpha is None else 2.0 * spec.r
     config = adapter_config(
         method, r=spec.r, alpha=alpha, target_modules=spec.target_modules, options=options
     )
-    shared: Any = sharing_copy(base)
-    return cast("PeftModel", peft.get_peft_model(shared, config))
+    return cast("PeftModel", peft.get_peft_model(cast(Any, sharing_copy(base)), config))
 
 
-def ratios(own: Sequence[float], reference: Sequence[float]) -> tuple[float, tuple[float, float]]:
+def in_turns(
+    spec: BenchSpec, base: Any, methods: Sequence[T], what: str, progress: Progress
+) -> Iterator[tuple[T, torch.Tensor, bool]]:
+    """Let every method take its turn in every round.
+
+    Args:
+        spec: What to measure.
+        base: The base model.
+        methods: What takes turns.
+        what: What is measured, for the progress.
+        progress: Called after every round.
+
+    Yields:
+        A method, the round's tokens (batch_size, length), and whether this turn counts, which those of the warm-up
+        do not.
+    """
+    total = spec.warmup + spec.rounds
+    progress(what, 0, total)
+    for number in range(total):
+        tokens = random_tokens(int(base.config.vocab_size), spec, number).to(spec.torch_device)
+        # Each round begins with another method: whoever follows finds caches as its predecessor left them.
+        first = number % len(methods)
+        for method in [*methods[first:], *methods[:first]]:
+            yield method, tokens, number >= spec.warmup
+        progress(what, number + 1, total)
+
+
+def ratios(times: Sequence[float], reference: Sequence[float]) -> tuple[float, tuple[float, float]]:
     """Median and quartiles over the rounds of one time over another, within each round."""
-    found = [one / other for one, other in zip(own, reference, strict=True)]
-    low, _, high = statistics.quantiles(found, n=4) if len(found) > 1 else (found[0],) * 3
-    return statistics.median(found), (low, high)
+    values = [time / other for time, other in zip(times, reference, strict=True)]
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return statistics.median(values), (low, high)
+
+
+def ratio_text(median: float, quartiles: tuple[float, float]) -> str:
+    """A ratio with its quartiles, for tables."""
+    low, high = quartiles
+    return f"{median:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def setting(spec: BenchSpec, dtype: str) -> str:
@@ -100,7 +138,7 @@ def setting(spec: BenchSpec, dtype: str) -> str:
 
 def with_machine(spec: BenchSpec, rows: list[dict[str, Any]]) -> str:
     """Results as JSON, with the settings and the machine."""
-    found = machine()
+    measured_on = machine()
     if spec.torch_device.type != "cuda":
-        found["device"] = "cpu"
-    return json.dumps({"settings": asdict(spec), "machine": found, "results": rows}, indent=2) + "\n"
+        measured_on["device"] = "cpu"
+    return json.dumps({"settings": asdict(spec), "machine": measured_on, "results": rows}, indent=2) + "\n"

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,8 +25,10 @@ from dynalora.jobs.bench.setup import (
     adapted,
     entries,
     frozen_base,
+    in_turns,
     now,
     random_tokens,
+    ratio_text,
     ratios,
     setting,
     start,
@@ -85,16 +87,23 @@ class _Contestant:
     """One method: its model on the shared base weights, and its optimizer."""
 
     def __init__(self, name: str, method: str, base: nn.Module, spec: BenchSpec) -> None:
-        self.name, self.method = name, method
+        self.name = name
         steps = spec.warmup + spec.rounds + 2
         self.model = adapted(method, base, spec, steps)
         self.model.train()
-        self.driver, self.taken = driver_of(self.model, steps), 0
+        self.driver, self.steps_done = driver_of(self.model, steps), 0
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.trainable = sum(parameter.numel() for parameter in trained)
-        own = optimizer_of(self.model, torch.optim.AdamW, {"lr": 1e-4, "weight_decay": 0.0})
-        self.optimizer = own or torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
+        options: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.0}
+        self.optimizer = optimizer_of(self.model, torch.optim.AdamW, options) or torch.optim.AdamW(
+            trained, **options
+        )
         self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """Time of each whole step."""
+        return [sum(times) for times in zip(*self.seconds.values(), strict=True)]
 
     def step(self, tokens: torch.Tensor, *, record: bool = True) -> None:
         """One training step, timed phase by phase."""
@@ -105,8 +114,8 @@ class _Contestant:
         marks.append(now(tokens.device))
         self.optimizer.step()
         if self.driver is not None:
-            self.driver(self.taken)
-        self.taken += 1
+            self.driver(self.steps_done)
+        self.steps_done += 1
         self.optimizer.zero_grad(set_to_none=True)
         marks.append(now(tokens.device))
         if record:
@@ -163,46 +172,33 @@ def bench(spec: BenchSpec, *, progress: Progress = silent) -> list[Measured]:
 def _bench_dtype(spec: BenchSpec, name: str, dtype: str, progress: Progress) -> list[Measured]:
     device, base = spec.torch_device, frozen_base(spec, name, dtype)
     contestants = [_Contestant(label, method, base, spec) for label, method in entries(spec)]
-    vocabulary = int(base.config.vocab_size)
-    what = f"Training steps, {dtype}"
-    total = spec.warmup + spec.rounds
-    progress(what, 0, total)
-    for number in range(total):
-        tokens = random_tokens(vocabulary, spec, number).to(device)
-        # Each round another one goes first: whoever follows finds caches as its predecessor left them.
-        shift = number % len(contestants)
-        for contestant in contestants[shift:] + contestants[:shift]:
-            contestant.step(tokens, record=number >= spec.warmup)
-        progress(what, number + 1, total)
-    reference = next(item for item in contestants if item.name == spec.reference)
-    reference_steps = [sum(times) for times in zip(*reference.seconds.values(), strict=True)]
-    tokens = random_tokens(vocabulary, spec, total).to(device)
-    saved = {item.name: _saved(item, tokens) for item in contestants}
-    memory: dict[str, tuple[int, int]] = {}
-    if spec.memory and device.type == "cuda":
-        memory = {item.name: _cuda_memory(item, tokens) for item in contestants}
+    for contestant, tokens, counts in in_turns(spec, base, contestants, f"Training steps, {dtype}", progress):
+        contestant.step(tokens, record=counts)
+    reference = next(item.step_seconds for item in contestants if item.name == spec.reference)
+    tokens = random_tokens(int(base.config.vocab_size), spec, spec.warmup + spec.rounds).to(device)
     results = []
-    measured = [(item.name, item.method, item.seconds, item.trainable) for item in contestants]
-    del contestants, reference, base
-    if spec.memory and device.type == "cpu":
-        memory = _cpu_memory(spec, name, dtype, [item[1] for item in measured[: len(spec.methods)]], progress)
-    for label, _, seconds, trainable in measured:
-        steps = [sum(times) for times in zip(*seconds.values(), strict=True)]
-        ratio, quartiles = ratios(steps, reference_steps)
-        step_bytes, peak_bytes = memory.get(label, (None, None))
+    for item in contestants:
+        ratio, quartiles = ratios(item.step_seconds, reference)
+        memory = _cuda_memory(item, tokens) if spec.memory and device.type == "cuda" else (None, None)
         results.append(
             Measured(
-                method=label,
+                method=item.name,
                 dtype=dtype,
-                seconds=seconds,
+                seconds=item.seconds,
                 ratio=ratio,
                 ratio_quartiles=quartiles,
-                trainable_parameters=trainable,
-                saved_bytes=saved[label],
-                step_bytes=step_bytes,
-                peak_bytes=peak_bytes,
+                trainable_parameters=item.trainable,
+                saved_bytes=_saved(item, tokens),
+                step_bytes=memory[0],
+                peak_bytes=memory[1],
             )
         )
+    if spec.memory and device.type == "cpu":
+        del contestants, contestant, item, base  # the processes that follow need the room
+        memory_of = _cpu_memory(spec, name, dtype, progress)
+        for index, result in enumerate(results):
+            step_bytes, peak_bytes = memory_of.get(result.method, (None, None))
+            results[index] = replace(result, step_bytes=step_bytes, peak_bytes=peak_bytes)
     return results
 
 
@@ -224,13 +220,12 @@ def _cuda_memory(contestant: _Contestant, tokens: torch.Tensor) -> tuple[int, in
     return peak - before, peak
 
 
-def _cpu_memory(
-    spec: BenchSpec, name: str, dtype: str, methods: Sequence[str], progress: Progress
-) -> dict[str, tuple[int, int]]:
+def _cpu_memory(spec: BenchSpec, name: str, dtype: str, progress: Progress) -> dict[str, tuple[int, int]]:
+    """Peak of a step and of the process by method, in bytes; on a CPU only a fresh process tells them."""
     what = f"Memory, {dtype}, a fresh process per method"
-    found: dict[str, tuple[int, int]] = {}
-    progress(what, 0, len(methods))
-    for number, method in enumerate(methods, start=1):
+    memory: dict[str, tuple[int, int]] = {}
+    progress(what, 0, len(spec.methods))
+    for number, method in enumerate(spec.methods, start=1):
         job = {**asdict(spec), "model": name, "methods": [method], "dtypes": [dtype], "control": False}
         if job["threads"] is None:
             job["threads"] = torch.get_num_threads()
@@ -246,9 +241,9 @@ def _cpu_memory(
             logger.warning("The memory of '%s' (%s) could not be measured: %s", method, dtype, last)
         else:
             step_bytes, peak_bytes = json.loads(done.stdout.strip().splitlines()[-1])
-            found[method] = (step_bytes, peak_bytes)
-        progress(what, number, len(methods))
-    return found
+            memory[method] = (step_bytes, peak_bytes)
+        progress(what, number, len(spec.methods))
+    return memory
 
 
 def _memory_of_one(job: dict[str, Any]) -> tuple[int, int]:
@@ -274,19 +269,18 @@ def _memory_of_one(job: dict[str, Any]) -> tuple[int, int]:
 
 def tables(spec: BenchSpec, results: Sequence[Measured]) -> list[Table]:
     """The results, a table per dtype."""
-    made = []
+    shown = []
     for dtype in spec.dtypes:
         rows: list[list[str | int | float | None]] = []
         for item in results:
             if item.dtype != dtype:
                 continue
-            low, high = item.ratio_quartiles
             rows.append(
                 [
                     item.method,
                     *(f"{1000 * item.median(phase):.1f}" for phase in PHASES),
                     f"{1000 * item.median():.1f}",
-                    f"{item.ratio:.3f} [{low:.3f}, {high:.3f}]",
+                    ratio_text(item.ratio, item.ratio_quartiles),
                     item.trainable_parameters,
                     f"{item.saved_bytes / 2**20:.1f}",
                     None if item.step_bytes is None else f"{item.step_bytes / 2**20:.0f}",
@@ -297,7 +291,7 @@ def tables(spec: BenchSpec, results: Sequence[Measured]) -> list[Table]:
             "method", "forward (ms)", "backward", "optimizer", "step", f"step / {spec.reference}",
             "parameters", "saved (MiB)", "step peak (MiB)", "peak (MiB)",
         ]  # fmt: skip
-        made.append(
+        shown.append(
             Table(
                 columns,
                 rows,
@@ -309,7 +303,7 @@ def tables(spec: BenchSpec, results: Sequence[Measured]) -> list[Table]:
                 ),
             )
         )
-    return made
+    return shown
 
 
 def as_json(spec: BenchSpec, results: Sequence[Measured]) -> str:

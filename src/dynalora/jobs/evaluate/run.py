@@ -160,7 +160,7 @@ def _load(spec: EvaluateSpec, head: str, labels: int) -> tuple[torch.nn.Module, 
         name = local_model_name(spec.source)
         model = load_model(name, dtype=spec.dtype, quantization=spec.quantization, head=head, labels=labels)
         asked = head in ("lm", "text")
-        tokenizer = load_tokenizer(name, template=_template(spec, model)) if asked else _plain_tokenizer(name)
+        tokenizer = load_tokenizer(name, template=_template(spec, model) if asked else None)
         if head in _TRAINED and not _has_own_head(name, head):
             raise ConfigError(
                 f"'{spec.source}' has no trained {_TRAINED[head][1]} head; give an adapter or a model that was "
@@ -181,19 +181,6 @@ def _template(spec: EvaluateSpec, model: torch.nn.Module) -> str | None:
             f"'{spec.template}'."
         )
     return None
-
-
-def _plain_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer for encoders, which need no chat template."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"The tokenizer of '{name}' cannot be loaded ({error}).") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return tokenizer
 
 
 _TRAINED = {

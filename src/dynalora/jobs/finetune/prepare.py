@@ -12,10 +12,7 @@ from dynalora.evaluation.run import within_window
 from dynalora.evaluation.tokens import TokenizedSet, tokenize
 from dynalora.forgetting.retention import MeasuredText, given_text
 from dynalora.jobs.finetune.settings import FinetuneSpec
-from dynalora.lab.baselines import (
-    edits_base,
-    label_of,
-)
+from dynalora.lab.baselines import edits_base, label_of
 from dynalora.lab.configs import adapter_config, title_of
 from dynalora.lab.data.conversations import load_conversations, load_texts
 from dynalora.lab.data.splitting import split, without_repeats

@@ -19,10 +19,7 @@ from dynalora.forgetting.retention import Retention, own_text, retention
 from dynalora.jobs.finetune.prepare import Prepared, prepare
 from dynalora.jobs.finetune.report import write_results
 from dynalora.jobs.finetune.settings import FinetuneSpec
-from dynalora.lab.baselines import (
-    edits_base,
-    label_of,
-)
+from dynalora.lab.baselines import edits_base, label_of
 from dynalora.lab.configs import title_of
 from dynalora.lab.models import load_model
 from dynalora.lab.run_folder import RunFolder
