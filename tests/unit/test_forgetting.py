@@ -33,6 +33,7 @@ from dynalora.jobs.stages.transfer import run_transfer
 from dynalora.lab.lab_settings import LabSettings
 from dynalora.lab.run_folder import read_metrics
 from dynalora.lab.scores import mean_accuracy, mean_loss
+from dynalora.lab.units import UnitStore
 from dynalora.lab.workbench import Workbench
 
 from . import tiny
@@ -206,6 +207,29 @@ def test_a_killed_run_goes_on_with_the_stage_that_is_missing(
         assert one["scores"] == other["scores"], one["stage"]
     with pytest.raises(RunFolderError, match="finished"):
         run_forgetting(replace(spec, resume=True))
+
+
+def test_a_stage_that_was_killed_before_its_scores_were_written_is_run_again(
+    ran: Any, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(place, "unscored", seeds=2, ablation=True)
+    write = UnitStore.write
+
+    def dying(self: Any, unit: Any, result: Any) -> Any:
+        if unit.name.endswith("interference"):
+            raise Killed
+        return write(self, unit, result)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(UnitStore, "write", dying)
+        with pytest.raises(Killed):
+            run_forgetting(spec)
+    stage = Path(spec.output) / "seed-42" / "interference"
+    assert (stage / "adapter").is_dir()
+    assert not (stage / "result.json").exists()
+    results, _ = ran
+    resumed = run_forgetting(replace(spec, resume=True))
+    assert [result["scores"] for result in resumed] == [result["scores"] for result in results]
 
 
 @pytest.mark.parametrize(

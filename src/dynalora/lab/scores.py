@@ -7,6 +7,9 @@ from typing import Any
 
 from dynalora.common.statistics import Estimate, Interval, mean_interval
 
+SCORE_COLUMNS = ("accuracy", "accuracy_low", "accuracy_high", "loss", "loss_error", "questions")
+"""The numbers of a score's record that tables of runs hold."""
+
 
 def mean_accuracy(records: Sequence[Mapping[str, Any]]) -> Interval | None:
     """Mean accuracy over runs with its 95 % interval: Student's t over the runs; of a single one over its questions.
@@ -37,13 +40,40 @@ def percent(interval: Interval | None) -> Interval | None:
     return Interval(100 * interval.value, 100 * interval.low, 100 * interval.high)
 
 
-def shown_accuracy(interval: Interval | None) -> str | None:
-    """An accuracy for a table, in percent."""
+def shown_interval(
+    interval: Interval | None, decimals: int, *, scale: float = 1.0, sign: str = ""
+) -> str | None:
+    """A number with its 95 % interval for a table: `41.2 (38.0 to 44.4)`; without brackets where it has no width.
+
+    Args:
+        interval: None stays None.
+        decimals: Number of digits after the point.
+        scale: Factor, such as 100 for percent.
+        sign: `+` to show the sign of positive numbers too.
+    """
     if interval is None:
         return None
-    return f"{100 * interval.value:.1f} ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
+    value, low, high = (
+        f"{scale * number:{sign}.{decimals}f}" for number in (interval.value, interval.low, interval.high)
+    )
+    return value if interval.low == interval.high else f"{value} ({low} to {high})"
 
 
-def shown_loss(interval: Interval) -> str:
-    """A loss for a table."""
-    return f"{interval.value:.3f} ({interval.low:.3f} to {interval.high:.3f})"
+def shown_scores(records: Sequence[Mapping[str, Any]]) -> list[str | None]:
+    """Accuracy in percent and loss over runs, as two cells of a table; two empty ones without records."""
+    if not records:
+        return [None, None]
+    return [shown_interval(mean_accuracy(records), 1, scale=100), shown_interval(mean_loss(records), 3)]
+
+
+def score_line(task: str, record: Mapping[str, Any]) -> str:
+    """One score in words."""
+    accuracy = "–" if record["accuracy"] is None else f"{100 * record['accuracy']:.1f} %"
+    return f"{task} {accuracy}, loss {record['loss']:.3f}"
+
+
+def mean_line(records: Sequence[Mapping[str, Any]]) -> str:
+    """Mean scores over runs in words."""
+    accuracy = mean_accuracy(records)
+    share = "" if accuracy is None else f"{100 * accuracy.value:.1f} % right, "
+    return f"{share}loss {mean_loss(records).value:.3f}"

@@ -116,11 +116,6 @@ def plain_json(content: Any) -> Any:
     return json.loads(json.dumps(content))
 
 
-def as_json(content: Mapping[str, Any]) -> str:
-    """A result as the text of its file."""
-    return json.dumps(content, indent=1) + "\n"
-
-
 def read_result(path: Path) -> dict[str, Any] | None:
     """The content of a result file; None if there is none.
 

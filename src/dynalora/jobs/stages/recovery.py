@@ -13,34 +13,32 @@ Layout of the run folder, besides what every run has::
 
 from __future__ import annotations
 
-import csv
-import io
 import random
 import re
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dynalora.common.progress import rich_progress
-from dynalora.common.statistics import Interval, mean_interval
-from dynalora.drawing.bars import plot_bars
+from dynalora.common.statistics import mean_interval
 from dynalora.errors import CheckpointError, ConfigError
 from dynalora.forgetting.landscape import LandscapeRow, rank_landscape
 from dynalora.forgetting.recovery import STRATEGIES, low_rank_modules, recover
+from dynalora.jobs.stages.experiment import Experiment, Result, Results, run_experiment, score_bars
 from dynalora.jobs.stages.settings import RecoverSpec
 from dynalora.jobs.stages.stage_files import ADAPTER, RESULT, read_landscape, stage_folder
 from dynalora.lab.adapters import adapter_folder, read_config
 from dynalora.lab.lab_settings import LabSettings
-from dynalora.lab.report import Cell, Report, Section, Table, listing, rich_table, save_figures, write_report
+from dynalora.lab.report import Cell, Table
 from dynalora.lab.run_folder import CONFIG, RunFolder
-from dynalora.lab.scores import mean_accuracy, mean_loss, percent, shown_accuracy, shown_loss
-from dynalora.lab.settings import defaults_of, read_yaml, settings_from
-from dynalora.lab.units import as_json, read_result
+from dynalora.lab.scores import mean_line, shown_interval, shown_scores
+from dynalora.lab.settings import read_yaml, settings_from
+from dynalora.lab.units import UnitStore, read_result
 from dynalora.lab.workbench import Workbench
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
     from rich.console import Console
 
 BEFORE = "before"
@@ -153,165 +151,177 @@ def run_recovery(spec: RecoverSpec, *, console: Console | None = None) -> list[d
         DynaloraError: Whatever is wrong with the settings, the source, the tasks or the run folder, before the
             model's weights are loaded.
     """
-    spec, checkpoints = resolve(spec)
-    RunFolder.check(spec.output, spec.settings(), resume=spec.resume, defaults=defaults_of(type(spec)))
-    known = {name: getattr(spec, name) for name in _INHERITED if getattr(spec, name) is not None}
-    how = settings_from(LabSettings, known, source="the settings")
-    how._check_lab()
-    assert spec.task_a is not None  # resolved
-    assert spec.task_b is not None
-    lab = Workbench(how, [spec.task_a, spec.task_b], console)
-    if len(pool := lab.training(spec.task_a)) < spec.examples:
-        raise ConfigError(
-            f"examples is {spec.examples}, and {spec.task_a} has {len(pool)} training questions of at most "
-            f"{how.max_length} tokens; ask for fewer, or raise max_length."
-        )
-    with RunFolder.create(
-        spec.output, spec.settings(), resume=spec.resume, defaults=defaults_of(type(spec))
-    ) as run:
-        recoveries = _Recoveries(spec, lab, run, checkpoints)
-        results = recoveries.run()
-        run.finish()
-    if console is not None:
-        for table in (result_table(results), comparison_table(results)):
-            if table is not None:
-                console.print(rich_table(table))
-        console.print(f"Report: {run.report}", highlight=False, markup=False)
-    return results
+    resolved, checkpoints = resolve(spec)
+
+    def prepare() -> Workbench:
+        values = {name: getattr(resolved, name) for name in _INHERITED if getattr(resolved, name) is not None}
+        how = settings_from(LabSettings, values, source="the settings")
+        how._check_lab()
+        assert resolved.task_a is not None
+        assert resolved.task_b is not None
+        workbench = Workbench(how, [resolved.task_a, resolved.task_b], console)
+        if len(pool := workbench.training(resolved.task_a)) < resolved.examples:
+            raise ConfigError(
+                f"examples is {resolved.examples}, and {resolved.task_a} has {len(pool)} training questions of at most "
+                f"{how.max_length} tokens; ask for fewer, or raise max_length."
+            )
+        return workbench
+
+    return run_experiment(
+        resolved,
+        prepare,
+        lambda workbench, folder: _Recovery(resolved, workbench, folder, checkpoints),
+        console,
+    )
 
 
-@dataclass
-class _Recoveries:
-    """One run of the experiment."""
+@dataclass(frozen=True)
+class Recovery:
+    """One recovery, or the adapter before any.
 
-    spec: RecoverSpec
-    lab: Workbench
-    folder: RunFolder
-    checkpoints: Sequence[Checkpoint]
-    results: list[dict[str, Any]] = field(default_factory=list)
+    Attributes:
+        checkpoint: The adapter that it starts from.
+        landscape: That adapter's landscape after Task A.
+        strategy: `before`, or one of the strategies.
+        seed: Of the recovery; None before any.
+    """
+
+    checkpoint: Checkpoint
+    landscape: list[LandscapeRow]
+    strategy: str = BEFORE
+    seed: int | None = None
 
     @property
-    def sources(self) -> dict[str, str]:
-        return {"a": str(self.spec.task_a), "b": str(self.spec.task_b)}
+    def name(self) -> str:
+        """Its place among the results."""
+        return f"{self.checkpoint.name}/{self.strategy}" + ("" if self.seed is None else f"-{self.seed}")
 
-    def run(self) -> list[dict[str, Any]]:
+
+class _Recovery(Experiment[Recovery]):
+    """One run of the experiment."""
+
+    table_file = "recovery.csv"
+    columns: ClassVar[Mapping[str, str]] = {
+        name: name for name in ("checkpoint", "strategy", "seed", "zeroed", "matrices")
+    }
+
+    def __init__(
+        self, spec: RecoverSpec, workbench: Workbench, folder: RunFolder, checkpoints: Sequence[Checkpoint]
+    ) -> None:
+        sources = {"a": str(spec.task_a), "b": str(spec.task_b)}
+        super().__init__(spec, workbench, folder, sources, UnitStore(folder.path / "results"))
+        self.spec, self.checkpoints = spec, checkpoints
+
+    def run(self) -> None:
         for checkpoint in self.checkpoints:
             landscape = checkpoint.landscape or self._landscape(checkpoint)
             low = len(low_rank_modules(landscape, tau=self.spec.tau))
-            self.lab.say(
+            self.workbench.say(
                 f"{checkpoint.name}: {low} of {len(landscape)} matrices have effective rank 0 or 1 after Task A."
             )
             if low in (0, len(landscape)):
-                self.lab.say(
+                self.workbench.say(
                     f"{checkpoint.name}: rlgr and random zero the same {'none' if low == 0 else 'all'} of them; choose "
                     "another tau to tell them apart."
                 )
-            self._unit(checkpoint, landscape, BEFORE, None)
+            self.complete(Recovery(checkpoint, landscape))
             for seed in self.spec.run_seeds:
                 for strategy in self.spec.strategies:
-                    self._unit(checkpoint, landscape, strategy, seed)
-            self._report()
-        return self.results
+                    self.complete(Recovery(checkpoint, landscape, strategy, seed))
+            self.report()
 
     def _landscape(self, checkpoint: Checkpoint) -> list[LandscapeRow]:
-        model = self.lab.attach(checkpoint.initial)
+        model = self.workbench.attach(checkpoint.initial)
         rows = rank_landscape(model)
-        self.lab.take_off(model)
+        self.workbench.take_off(model)
         return rows
 
-    def _unit(
-        self, checkpoint: Checkpoint, landscape: list[LandscapeRow], strategy: str, seed: int | None
-    ) -> None:
-        """One recovery, unless it is there."""
-        name = strategy if seed is None else f"{strategy}-{seed}"
-        file = f"results/{checkpoint.name}/{name}.json"
-        done = read_result(self.folder.path / file)
-        if done is None:
-            began = time.perf_counter()
-            model = self.lab.attach(checkpoint.adapter)
-            told: dict[str, Any] = {"zeroed": 0, "modules": [], "losses": []}
-            if seed is not None:
-                told = self._recover(model, landscape, strategy, seed)
-            found = self.lab.measure(model, f"{checkpoint.name}, {name}")
-            self.lab.take_off(model)
-            done = {
-                "checkpoint": checkpoint.name,
-                "strategy": strategy,
-                "seed": seed,
-                "matrices": len(landscape),
-                "scores": {which: found[source].record() for which, source in self.sources.items()},
-                **told,
-                "seconds": time.perf_counter() - began,
-            }
-            self.folder.write(file, as_json(done))
-            self.folder.log({**done, "run": f"{checkpoint.name}/{name}"})
-            self._tell(done)
-        self.results.append(done)
-        self.folder.write("recovery.csv", _csv(self.results))
+    def title(self, result: Result) -> str:
+        seed = "" if result["seed"] is None else f", seed {result['seed']}"
+        zeroed = f" ({result['zeroed']} matrices zeroed)" if result["zeroed"] else ""
+        return f"{result['checkpoint']}, {LABELS[result['strategy']]}{seed}{zeroed}"
+
+    def work(self, unit: Recovery) -> dict[str, Any]:
+        model = self.workbench.attach(unit.checkpoint.adapter)
+        recovered: dict[str, Any] = {"zeroed": 0, "modules": [], "losses": []}
+        if unit.seed is not None:
+            recovered = self._recover(model, unit.landscape, unit.strategy, unit.seed)
+        scores = self.scores(model, unit.name)
+        self.workbench.take_off(model)
+        return {
+            "checkpoint": unit.checkpoint.name,
+            "strategy": unit.strategy,
+            "seed": unit.seed,
+            "matrices": len(unit.landscape),
+            "scores": scores,
+            **recovered,
+        }
 
     def _recover(self, model: Any, landscape: list[LandscapeRow], strategy: str, seed: int) -> dict[str, Any]:
         spec = self.spec
-        pool = self.lab.training(self.sources["a"]).rows
+        pool = self.workbench.training(self.sources["a"]).rows
         # The same examples for every strategy of a seed, so that they can be compared pair by pair.
-        chosen = random.Random(seed).sample(pool, spec.examples)
+        examples = random.Random(seed).sample(pool, spec.examples)
         batches = [
-            self.lab.collator(chosen[start : start + spec.batch_size])
-            for start in range(0, len(chosen), spec.batch_size)
+            self.workbench.collator(examples[start : start + spec.batch_size])
+            for start in range(0, len(examples), spec.batch_size)
         ]
-        with rich_progress(self.lab.console) as progress:
-            found = recover(
+        with rich_progress(self.workbench.console) as progress:
+            recovery = recover(
                 model, batches, strategy=strategy, landscape=landscape, tau=spec.tau, epochs=spec.epochs,
                 learning_rate=spec.learning_rate, weight_decay=spec.weight_decay, max_grad_norm=spec.max_grad_norm,
                 seed=seed, progress=progress,
             )  # fmt: skip
-        return {"zeroed": len(found.zeroed), "modules": list(found.zeroed), "losses": list(found.losses)}
+        zeroed = list(recovery.zeroed)
+        return {"zeroed": len(zeroed), "modules": zeroed, "losses": list(recovery.losses)}
 
-    def _tell(self, done: Mapping[str, Any]) -> None:
-        told = []
-        for which, source in self.sources.items():
-            score = done["scores"][which]
-            right = "–" if score["accuracy"] is None else f"{100 * score['accuracy']:.1f} %"
-            told.append(f"{self.lab.tasks[source].name} {right}, loss {score['loss']:.3f}")
-        name = LABELS[done["strategy"]] + (f", seed {done['seed']}" if done["seed"] is not None else "")
-        zeroed = f" ({done['zeroed']} matrices zeroed)" if done["zeroed"] else ""
-        self.lab.say(f"{done['checkpoint']}, {name}{zeroed}: {'; '.join(told)}")
+    def heading(self) -> str:
+        return f"Recovery of {self.names['a']} after {self.names['b']}"
 
-    def _report(self) -> None:
-        names = {which: self.lab.tasks[source].name for which, source in self.sources.items()}
-        initial = [checkpoint.scores for checkpoint in self.checkpoints if checkpoint.scores is not None]
-        pictures = save_figures(self.folder.write, recovery_figures(self.results, names, initial))
-        tables = [result_table(self.results)]
-        if (compared := comparison_table(self.results)) is not None:
-            tables.append(compared)
-        spec = self.spec
-        about = (
+    def introduction(self) -> str:
+        spec, names = self.spec, self.names
+        adapters = len({result["checkpoint"] for result in self.results})
+        return (
             f"Recovery of {names['a']} from {spec.examples} examples ({spec.epochs} epochs in batches of "
-            f"{spec.batch_size}, learning rate {spec.learning_rate:g}), starting from "
-            f"{len({done['checkpoint'] for done in self.results})} adapter(s) trained on {names['a']} and then on "
-            f"{names['b']}. "
-            + " ".join(f"{self.lab.tasks[source].about}." for source in self.sources.values())
+            f"{spec.batch_size}, learning rate {spec.learning_rate:g}), starting from {adapters} adapter(s) trained on "
+            f"{names['a']} and then on {names['b']}. {super().introduction()}"
         )
-        sections = [
-            Section("Result", text=about, tables=tables),
-            Section("Plots", figures=pictures),
-            Section("Settings", listing=listing(spec.settings())),
-        ]
-        title = f"Recovery of {names['a']} after {names['b']}"
-        write_report(Report(title, _summary(self.results, names), sections), self.folder.report)
+
+    def summary(self) -> str:
+        sentences = []
+        for strategy in _strategies(self.results):
+            parts = [
+                f"{name} {mean_line(_records(self.results, strategy, which))}"
+                for which, name in self.names.items()
+            ]
+            sentences.append(f"{LABELS[strategy]}: {'; '.join(parts)}.")
+        return " ".join(sentences)
+
+    def closing_tables(self) -> list[Table]:
+        comparison = comparison_table(self.results)
+        return [result_table(self.results), *([comparison] if comparison else [])]
+
+    def figures(self) -> Mapping[str, tuple[Drawing | None, str]]:
+        initial = [checkpoint.scores for checkpoint in self.checkpoints if checkpoint.scores is not None]
+        return recovery_figures(self.results, self.names, initial)
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------
 
 
-def _of(results: Sequence[Mapping[str, Any]], strategy: str) -> list[Mapping[str, Any]]:
+def _of(results: Results, strategy: str) -> list[Result]:
     return [done for done in results if done["strategy"] == strategy]
 
 
-def _strategies(results: Sequence[Mapping[str, Any]]) -> list[str]:
+def _records(results: Results, strategy: str, which: str) -> list[Result]:
+    return [result["scores"][which] for result in _of(results, strategy)]
+
+
+def _strategies(results: Results) -> list[str]:
     return [name for name in (BEFORE, *STRATEGIES) if _of(results, name)]
 
 
-def result_table(results: Sequence[Mapping[str, Any]]) -> Table:
+def result_table(results: Results) -> Table:
     """Accuracy and loss on both tasks, before and after recovery with every strategy.
 
     Args:
@@ -323,8 +333,7 @@ def result_table(results: Sequence[Mapping[str, Any]]) -> Table:
         zeroed = sum(done["zeroed"] for done in found) / len(found)
         cells: list[Cell] = [LABELS[strategy], f"{zeroed:.4g} of {found[0]['matrices']}"]
         for which in ("a", "b"):
-            records = [done["scores"][which] for done in found]
-            cells += [shown_accuracy(mean_accuracy(records)), shown_loss(mean_loss(records))]
+            cells += shown_scores(_records(results, strategy, which))
         rows.append([*cells, len(found)])
     return Table(
         ["", "zeroed", "accuracy A, %", "loss A", "accuracy B, %", "loss B", "runs"], rows, title="Recovery",
@@ -333,7 +342,7 @@ def result_table(results: Sequence[Mapping[str, Any]]) -> Table:
     )  # fmt: skip
 
 
-def comparison_table(results: Sequence[Mapping[str, Any]]) -> Table | None:
+def comparison_table(results: Results) -> Table | None:
     """RLGR minus the others, pair by pair: same checkpoint, seed and examples; None if there is nothing to compare."""
     runs = {(done["strategy"], done["checkpoint"], done["seed"]): done["scores"] for done in results}
     rows: list[list[Cell]] = []
@@ -354,10 +363,11 @@ def comparison_table(results: Sequence[Mapping[str, Any]]) -> Table | None:
             ]
             difference = mean_interval([100 * (a - b) for a, b in accuracies]) if accuracies else None
             cells += [
-                _signed(difference, 1),
-                _signed(
+                shown_interval(difference, 1, sign="+"),
+                shown_interval(
                     mean_interval([first[which]["loss"] - second[which]["loss"] for first, second in pairs]),
                     4,
+                    sign="+",
                 ),
             ]
         rows.append([*cells, len(pairs)])
@@ -370,18 +380,11 @@ def comparison_table(results: Sequence[Mapping[str, Any]]) -> Table | None:
     )  # fmt: skip
 
 
-def _signed(interval: Interval | None, decimals: int) -> str | None:
-    if interval is None:
-        return None
-    value, low, high = (f"{x:+.{decimals}f}" for x in (interval.value, interval.low, interval.high))
-    return value if interval.low == interval.high else f"{value} ({low} to {high})"
-
-
 def recovery_figures(
-    results: Sequence[Mapping[str, Any]],
+    results: Results,
     names: Mapping[str, str],
-    initial: Sequence[Mapping[str, Any]] = (),
-) -> dict[str, tuple[Any, str]]:
+    initial: Results = (),
+) -> dict[str, tuple[Drawing | None, str]]:
     """The bar charts of accuracy (DiRA Figure 3) and loss, with their captions.
 
     Args:
@@ -389,63 +392,31 @@ def recovery_figures(
         names: Names of the tasks by `a` and `b`.
         initial: Scores after Task A by `a` and `b`, one per checkpoint, to compare with.
     """
-    accuracy: dict[str, dict[str, Interval | None]] = {}
-    loss: dict[str, dict[str, Interval | None]] = {}
-    accuracy_lines: dict[str, dict[str, float | None]] = {}
-    loss_lines: dict[str, dict[str, float | None]] = {}
-    shown = [strategy for strategy in _strategies(results) if strategy != BEFORE]
-    for which, name in names.items():
-        task = f"Task {which.upper()}: {name}"
-        records = {s: [done["scores"][which] for done in _of(results, s)] for s in (BEFORE, *shown)}
-        accuracy[task] = {LABELS[s]: percent(mean_accuracy(records[s])) for s in shown}
-        loss[task] = {LABELS[s]: mean_loss(records[s]) for s in shown}
-        heights = {"before recovery": records[BEFORE]}
-        if initial:
-            heights["after Task A"] = [score[which] for score in initial]
-        shares = {line: percent(mean_accuracy(found)) for line, found in heights.items()}
-        accuracy_lines[task] = {line: share.value if share else None for line, share in shares.items()}
-        loss_lines[task] = {line: mean_loss(found).value for line, found in heights.items()}
-    figures: dict[str, tuple[Any, str]] = {}
-    if any(number is not None for panel in accuracy.values() for number in panel.values()):
-        figures["recovery_accuracy"] = (
-            plot_bars(
-                accuracy, label="accuracy, %", title=f"Accuracy after recovery of {names['a']}", lines=accuracy_lines
-            ),
-            "Accuracy on both tasks after recovery, with 95 % intervals.",
-        )  # fmt: skip
-    figures["recovery_loss"] = (
-        plot_bars(
-            loss,
-            label="loss, nats per token",
-            title=f"Loss of the right answers after recovery of {names['a']}",
-            lines=loss_lines,
-            decimals=3,
+    strategies = [strategy for strategy in _strategies(results) if strategy != BEFORE]
+    panels = {which: f"Task {which.upper()}: {name}" for which, name in names.items()}
+    lines = {
+        panel: {
+            "before recovery": _records(results, BEFORE, which),
+            **({"after Task A": [scores[which] for scores in initial]} if initial else {}),
+        }
+        for which, panel in panels.items()
+    }
+    accuracy, loss = score_bars(
+        {
+            panel: {LABELS[strategy]: _records(results, strategy, which) for strategy in strategies}
+            for which, panel in panels.items()
+        },
+        titles=(
+            f"Accuracy after recovery of {names['a']}",
+            f"Loss of the right answers after recovery of {names['a']}",
         ),
-        "Negative log-likelihood of the right answers after recovery, with 95 % intervals; less is better.",
+        lines=lines,
+        decimals=3,
     )
-    return figures
-
-
-def _summary(results: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
-    told = []
-    for strategy in _strategies(results):
-        parts = []
-        for which in ("a", "b"):
-            records = [done["scores"][which] for done in _of(results, strategy)]
-            right = mean_accuracy(records)
-            share = "" if right is None else f"{100 * right.value:.1f} % right, "
-            parts.append(f"{names[which]} {share}loss {mean_loss(records).value:.3f}")
-        told.append(f"{LABELS[strategy]}: {'; '.join(parts)}")
-    return ". ".join(told) + "."
-
-
-def _csv(results: Sequence[Mapping[str, Any]]) -> str:
-    buffer = io.StringIO()
-    names = ["accuracy", "accuracy_low", "accuracy_high", "loss", "loss_error", "questions"]
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["checkpoint", "strategy", "seed", "zeroed", "matrices", "task", *names])
-    for done in results:
-        about = [done[name] for name in ("checkpoint", "strategy", "seed", "zeroed", "matrices")]
-        for which, score in done["scores"].items():
-            writer.writerow([*about, which, *(score[name] for name in names)])
-    return buffer.getvalue()
+    return {
+        "recovery_accuracy": (accuracy, "Accuracy on both tasks after recovery, with 95 % intervals."),
+        "recovery_loss": (
+            loss,
+            "Negative log-likelihood of the right answers after recovery, with 95 % intervals; less is better.",
+        ),
+    }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from dynalora.common.files import write_file
 from dynalora.errors import CheckpointError
 from dynalora.forgetting.landscape import LandscapeRow
 
@@ -16,17 +17,17 @@ ADAPTER = "adapter"
 
 
 def stage_folder(run: Path, seed: int, stage: str) -> Path:
-    """Where a stage is kept."""
+    """Where a stage's files are."""
     return run / f"seed-{seed}" / stage
 
 
 def write_landscape(folder: Path, rows: Sequence[LandscapeRow]) -> None:
-    """Keep a landscape with all its singular values."""
-    (folder / LANDSCAPE).write_text(json.dumps([asdict(row) for row in rows]) + "\n", encoding="utf-8")
+    """Write a landscape with all its singular values."""
+    write_file(folder / LANDSCAPE, json.dumps([asdict(row) for row in rows]) + "\n")
 
 
 def read_landscape(folder: Path) -> list[LandscapeRow]:
-    """A landscape that was kept.
+    """A landscape that was written.
 
     Raises:
         CheckpointError: There is none, or it is damaged.

@@ -11,20 +11,18 @@ Layout of the run folder, besides what every run has::
 
 from __future__ import annotations
 
-import csv
-import io
 import re
-import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dynalora.drawing.transfer import plot_transfer
+from dynalora.jobs.stages.experiment import Experiment, Result, Results, run_experiment
 from dynalora.jobs.stages.settings import TransferSpec
-from dynalora.lab.report import Cell, Report, Section, Table, listing, rich_table, save_figures, write_report
+from dynalora.lab.report import Cell, Table
 from dynalora.lab.run_folder import RunFolder
-from dynalora.lab.scores import mean_accuracy, mean_loss, percent, shown_accuracy, shown_loss
-from dynalora.lab.settings import defaults_of
-from dynalora.lab.units import as_json, read_result
+from dynalora.lab.scores import mean_accuracy, mean_loss, percent, shown_scores
+from dynalora.lab.units import UnitStore
 from dynalora.lab.workbench import Workbench, train_settings
 
 if TYPE_CHECKING:
@@ -48,85 +46,94 @@ def run_transfer(spec: TransferSpec, *, console: Console | None = None) -> list[
         DynaloraError: Whatever is wrong with the settings, the tasks, the run folder or the target modules, before
             the model's weights are loaded.
     """
-    configs = {method: spec.config(method) for method in spec.methods}
-    RunFolder.check(spec.output, spec.settings(), resume=spec.resume, defaults=defaults_of(type(spec)))
-    lab = Workbench(spec, spec.tasks, console)
-    for config in configs.values():
-        lab.check(config)
-    results: list[dict[str, Any]] = []
-    with RunFolder.create(
-        spec.output, spec.settings(), resume=spec.resume, defaults=defaults_of(type(spec))
-    ) as run:
-        _cell(spec, lab, run, results, BASE, None, None)
-        for seed in range(spec.seed, spec.seed + spec.seeds):
-            for method in spec.methods:
-                for task in spec.tasks:
-                    _cell(spec, lab, run, results, method, task, seed)
-            _report(spec, lab, run, results)
-        run.finish()
-    if console is not None:
-        for method in spec.methods:
-            console.print(rich_table(transfer_table(results, method, lab_names(lab))))
-        console.print(f"Report: {run.report}", highlight=False, markup=False)
-    return results
+    configs = [spec.config(method) for method in spec.methods]
+
+    def prepare() -> Workbench:
+        workbench = Workbench(spec, spec.tasks, console)
+        for config in configs:
+            workbench.check(config)
+        return workbench
+
+    return run_experiment(
+        spec, prepare, lambda workbench, folder: _Transfer(spec, workbench, folder), console
+    )
 
 
-def lab_names(lab: Workbench) -> dict[str, str]:
-    """The tasks' names by their source."""
-    return {source: task.name for source, task in lab.tasks.items()}
+@dataclass(frozen=True)
+class Training:
+    """One training with its measurements, or those of the base model.
+
+    Attributes:
+        name: Its place among the results.
+        method: Of the adapter; `base`: none.
+        task: The source of the task that is trained on; None for the base model.
+        seed: Of the run; None for the base model.
+    """
+
+    name: str = BASE
+    method: str = BASE
+    task: str | None = None
+    seed: int | None = None
 
 
-def _cell(
-    spec: TransferSpec,
-    lab: Workbench,
-    run: RunFolder,
-    results: list[dict[str, Any]],
-    method: str,
-    task: str | None,
-    seed: int | None,
-) -> None:
-    """One training with its measurements, unless it is there."""
-    name = BASE
-    if task is not None:
-        # The number keeps apart what looks alike once only letters and digits are left of it.
-        plain = re.sub(r"[^\w.-]+", "-", lab.tasks[task].name)
-        name = f"{method}/{spec.tasks.index(task)}-{plain}-seed-{seed}"
-    done = read_result(run.path / f"cells/{name}.json")
-    if done is None:
-        began = time.perf_counter()
-        told: dict[str, Any] = {}
-        if task is None or seed is None:
-            found = lab.measure(lab.model, "the base model")
-        else:
-            label = f"{method} on {lab.tasks[task].name}, seed {seed}"
-            # A configuration belongs to the adapter it has made: every cell gets its own.
-            trained = lab.train(spec.config(method), task, train_settings(spec), seed=seed, label=label)
-            found = lab.measure(trained.model, label)
-            lab.take_off(trained.model)
-            told = {"steps": trained.steps, "trainable_parameters": trained.trainable_parameters}
-            for record in trained.records:
-                run.log({**record, "run": name})
-        done = {
-            "method": method,
-            "task": task,
-            "seed": seed,
-            "scores": {source: score.record() for source, score in found.items()},
-            **told,
-            "seconds": time.perf_counter() - began,
-        }
-        run.write(f"cells/{name}.json", as_json(done))
-        run.log({**done, "run": name})
-        lab.say(f"{name}: " + "; ".join(_told(lab.tasks[s].name, done["scores"][s]) for s in lab.tasks))
-    results.append(done)
-    run.write("transfer.csv", _csv(results))
+class _Transfer(Experiment[Training]):
+    """One run of the experiment."""
+
+    table_file = "transfer.csv"
+    columns: ClassVar[Mapping[str, str]] = {"method": "method", "trained_on": "task", "seed": "seed"}
+    measured_column = "measured_on"
+
+    def __init__(self, spec: TransferSpec, workbench: Workbench, folder: RunFolder) -> None:
+        sources = {source: source for source in spec.tasks}
+        super().__init__(spec, workbench, folder, sources, UnitStore(folder.path / "cells"))
+        self.spec = spec
+
+    def run(self) -> None:
+        self.complete(Training())
+        for seed in range(self.spec.seed, self.spec.seed + self.spec.seeds):
+            for method in self.spec.methods:
+                for number, (task, name) in enumerate(self.names.items()):
+                    # The number tells tasks apart whose names differ in other signs than letters and digits.
+                    plain = re.sub(r"[^\w.-]+", "-", name)
+                    self.complete(Training(f"{method}/{number}-{plain}-seed-{seed}", method, task, seed))
+            self.report()
+
+    def title(self, result: Result) -> str:
+        if result["task"] is None:
+            return "the base model"
+        return f"{result['method']} on {self.names[result['task']]}, seed {result['seed']}"
+
+    def work(self, unit: Training) -> dict[str, Any]:
+        result: dict[str, Any] = {"method": unit.method, "task": unit.task, "seed": unit.seed}
+        label = self.title(result)
+        if unit.task is None or unit.seed is None:
+            return {**result, "scores": self.scores(self.workbench.model, label)}
+        # A configuration belongs to the adapter that was made from it, so every training has a new one.
+        config = self.spec.config(unit.method)
+        trained = self.workbench.train(
+            config, unit.task, train_settings(self.spec), seed=unit.seed, label=label
+        )
+        scores = self.scores(trained.model, label)
+        self.workbench.take_off(trained.model)
+        for record in trained.records:
+            self.folder.log({**record, "run": unit.name})
+        cost = {"steps": trained.steps, "trainable_parameters": trained.trainable_parameters}
+        return {**result, "scores": scores, **cost}
+
+    def heading(self) -> str:
+        return f"Transfer between {len(self.names)} tasks: {' and '.join(self.spec.methods)}"
+
+    def summary(self) -> str:
+        return _summary(self.results, self.spec.methods, self.names)
+
+    def closing_tables(self) -> list[Table]:
+        return [transfer_table(self.results, method, self.names) for method in self.spec.methods]
+
+    def figures(self) -> Mapping[str, tuple[Drawing | None, str]]:
+        return transfer_figures(self.results, self.spec.methods, self.names)
 
 
-def _told(task: str, score: Mapping[str, Any]) -> str:
-    right = "–" if score["accuracy"] is None else f"{100 * score['accuracy']:.1f} %"
-    return f"{task} {right}, loss {score['loss']:.3f}"
-
-
-def transfer_table(results: Sequence[Mapping[str, Any]], method: str, names: Mapping[str, str]) -> Table:
+def transfer_table(results: Results, method: str, names: Mapping[str, str]) -> Table:
     """One method's scores: trained on a row's task, measured on a column's.
 
     Args:
@@ -138,11 +145,7 @@ def transfer_table(results: Sequence[Mapping[str, Any]], method: str, names: Map
     for source, name in [(None, "no training"), *names.items()]:
         cells: list[Cell] = [name]
         for column in names:
-            records = _records(results, method, source, column)
-            if not records:
-                cells += [None, None]
-                continue
-            cells += [shown_accuracy(mean_accuracy(records)), shown_loss(mean_loss(records))]
+            cells += shown_scores(_records(results, method, source, column))
         rows.append(cells)
     columns = [text for name in names.values() for text in (f"{name}: accuracy, %", "loss")]
     return Table(
@@ -152,9 +155,7 @@ def transfer_table(results: Sequence[Mapping[str, Any]], method: str, names: Map
     )  # fmt: skip
 
 
-def _records(
-    results: Sequence[Mapping[str, Any]], method: str, trained_on: str | None, measured_on: str
-) -> list[Mapping[str, Any]]:
+def _records(results: Results, method: str, trained_on: str | None, measured_on: str) -> list[Result]:
     wanted = BASE if trained_on is None else method
     return [
         done["scores"][measured_on]
@@ -164,7 +165,7 @@ def _records(
 
 
 def transfer_figures(
-    results: Sequence[Mapping[str, Any]], methods: Sequence[str], names: Mapping[str, str]
+    results: Results, methods: Sequence[str], names: Mapping[str, str]
 ) -> dict[str, tuple[Drawing, str]]:
     """The heat maps of accuracy and of loss, methods side by side, with their captions.
 
@@ -201,21 +202,7 @@ def transfer_figures(
     return figures
 
 
-def _report(spec: TransferSpec, lab: Workbench, run: RunFolder, results: Sequence[Mapping[str, Any]]) -> None:
-    names = lab_names(lab)
-    pictures = save_figures(run.write, transfer_figures(results, spec.methods, names))
-    tables = [transfer_table(results, method, names) for method in spec.methods]
-    about = " ".join(f"{task.about}." for task in lab.tasks.values())
-    sections = [
-        Section("Result", text=about, tables=tables),
-        Section("Plots", figures=pictures),
-        Section("Settings", listing=listing(spec.settings())),
-    ]
-    title = f"Transfer between {len(names)} tasks: {' and '.join(spec.methods)}"
-    write_report(Report(title, _summary(results, spec.methods, names), sections), run.report)
-
-
-def _summary(results: Sequence[Mapping[str, Any]], methods: Sequence[str], names: Mapping[str, str]) -> str:
+def _summary(results: Results, methods: Sequence[str], names: Mapping[str, str]) -> str:
     told = []
     for method in methods:
         own, other = (
@@ -230,14 +217,3 @@ def _summary(results: Sequence[Mapping[str, Any]], methods: Sequence[str], names
         here, elsewhere = sum(own) / len(own), sum(other) / len(other)
         told.append(f"{method}: mean loss {here:.3f} on the task trained on, {elsewhere:.3f} on others")
     return "; ".join(told) + "."
-
-
-def _csv(results: Sequence[Mapping[str, Any]]) -> str:
-    buffer = io.StringIO()
-    names = ["accuracy", "accuracy_low", "accuracy_high", "loss", "loss_error", "questions"]
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["method", "trained_on", "seed", "measured_on", *names])
-    for done in results:
-        for source, score in done["scores"].items():
-            writer.writerow([done["method"], done["task"], done["seed"], source, *(score[n] for n in names)])
-    return buffer.getvalue()
