@@ -11,6 +11,7 @@ from dynalora.drawing.bars import plot_bars
 from dynalora.drawing.training import plot_losses
 from dynalora.evaluation.scoring import Score
 from dynalora.evaluation.tasks import Task
+from dynalora.jobs.demo.settings import DemoSpec
 from dynalora.lab.report import Cell, Table
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ class DemoResult:
     scores: dict[str, Score]
     task: Task
     origin: str
-    seconds: float
-    peak_memory: int | None
+    seconds: float = 0.0
+    peak_memory: int | None = None
 
 
 def summary_table(rows: Sequence[DemoRow]) -> Table:
@@ -133,6 +134,29 @@ def summary(result: DemoResult) -> str:
     return (
         f"Accuracy on {len(result.task.held_out):,} held-out questions went from {before} to {reached}. "
         f"All of it took {result.seconds / 60:.1f} minutes{memory}."
+    )
+
+
+def description(spec: DemoSpec, result: DemoResult, system: str, *, retention_tokens: int) -> str:
+    """What was trained and measured, as a paragraph.
+
+    Args:
+        spec: The demo's settings.
+        result: Its measurements.
+        system: The system message of every question.
+        retention_tokens: Number of tokens that retention was measured on.
+    """
+    task = result.task
+    options = ", ".join(f"{name} = {value}" for name, value in task.options.items())
+    batch = spec.batch_size * spec.gradient_accumulation
+    message = f" System message: “{system}”" if system else ""
+    return (
+        f"Base model: {result.origin}. Task: {task.name} of reasoning-gym{f' ({options})' if options else ''}."
+        f"{message} There are {len(task.train):,} training and {len(task.held_out):,} held-out questions from seed "
+        f"{task.seed}, none twice. Always giving the most frequent answer would be right on "
+        f"{100 * task.majority:.1f} % of them. Training: AdamW, {spec.steps} steps of {batch} questions, learning rate "
+        f"{spec.learning_rate:g} ({spec.schedule}), rank {spec.r}; every method sees the same batches in the same "
+        f"order. Retention is measured on {retention_tokens:,} tokens that the base model wrote."
     )
 
 

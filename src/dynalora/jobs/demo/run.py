@@ -12,11 +12,9 @@ import gc
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.common.progress import Progress, rich_progress
@@ -38,41 +36,36 @@ from dynalora.jobs.demo.report import (
     DemoResult,
     DemoRow,
     comparison_table,
+    description,
+    figures,
     samples_table,
     summary,
     summary_table,
 )
-from dynalora.jobs.demo.report import (
-    figures as figures_of,
-)
 from dynalora.jobs.demo.settings import DemoSpec
 from dynalora.lab.configs import adapter_config
-from dynalora.lab.data.collator import Collator
+from dynalora.lab.data.collator import batches_of
 from dynalora.lab.machine import peak
 from dynalora.lab.models import load_model, load_tokenizer
 from dynalora.lab.packaged_models import demo_model
-from dynalora.lab.report import Report, Section, rich_table, save_figures, write_report
+from dynalora.lab.report import Report, Section, listing, rich_table, save_figures, write_report
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.targets import check_targets
 from dynalora.lab.training.checkpoints import save_adapter
 from dynalora.lab.training.train import TrainResult, take_off, train_adapter
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Drawing
+    from matplotlib.figure import Figure
     from peft import PeftModel
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TASK = "needle_haystack"
-
-
 TASK_OPTIONS = {"min_num_statements": 3, "max_num_statements": 6}
 
 
 # Half as long as the one that SmolLM2's chat template adds by itself: on a CPU every prompt token costs time.
 SYSTEM = "Answer briefly."
-
-
 OUTPUT = "runs/demo"
 
 
@@ -101,34 +94,34 @@ def run_demo(
         ModelError: The model cannot be had.
     """
     began = time.perf_counter()
-    how = spec or DemoSpec()
+    spec = spec or DemoSpec()
     if (model is None) != (tokenizer is None):
         raise ConfigError("model and tokenizer belong together; pass both or neither.")
-    configs = {name: _config(name, how) for name in how.methods}
-    output = how.output or _free_folder(OUTPUT)
-    RunFolder.check(output, how.settings())
-    assert how.steps is not None
+    configs = {name: _config(name, spec) for name in spec.methods}
+    output = spec.output or _free_folder(OUTPUT)
+    RunFolder.check(output, spec.settings())
+    assert spec.steps is not None
     task = load_task(
-        how.task or TASK,
-        train_size=how.steps * how.batch_size * how.gradient_accumulation,
-        held_out_size=how.held_out,
-        seed=how.seed,
-        options=how.task_options if how.task else TASK_OPTIONS,
+        spec.task or TASK,
+        train_size=spec.steps * spec.batch_size * spec.gradient_accumulation,
+        held_out_size=spec.held_out,
+        seed=spec.seed,
+        options=spec.task_options if spec.task else TASK_OPTIONS,
     )
     with rich_progress(console) as progress:
-        origin, system = "given by the caller", how.system or ""
-        if model is None and how.model is None and how.system is None:
+        origin, system = "given by the caller", spec.system or ""
+        if model is None and spec.model is None and spec.system is None:
             system = SYSTEM
         if model is None or tokenizer is None:
-            source, origin = (how.model, how.model) if how.model else _demo_source(progress)
+            source, origin = (spec.model, spec.model) if spec.model else _demo_source(progress)
             tokenizer = load_tokenizer(source)
             progress("Loading the model", 0, None)
             model = load_model(source, dtype="float32")
             progress("Loading the model", 1, 1)
         for config in configs.values():
             check_targets(model, config)
-        with RunFolder.create(output, how.settings()) as run:
-            demo = _Demo(how, task, system, origin, model, tokenizer, run, progress, console)
+        with RunFolder.create(output, spec.settings()) as run:
+            demo = _Demo(spec, task, system, origin, model, tokenizer, run, progress, console)
             result = demo.run(configs, began)
             run.finish()
     if console is not None:
@@ -139,9 +132,9 @@ def run_demo(
     return result
 
 
-def _free_folder(wanted: str) -> str:
-    """`wanted`, or with the first number behind it that makes it new."""
-    names = itertools.chain([wanted], (f"{wanted}-{number}" for number in itertools.count(2)))
+def _free_folder(path: str) -> str:
+    """`path` if it is new or empty, else with the first number behind it that makes it so."""
+    names = itertools.chain([path], (f"{path}-{number}" for number in itertools.count(2)))
     return next(
         name
         for name in names
@@ -149,23 +142,23 @@ def _free_folder(wanted: str) -> str:
     )
 
 
-def _config(method: str, how: DemoSpec) -> Any:
-    options = {"gate_bias_init": how.gate_bias_init} if method.lower() == "disel" else {}
+def _config(method: str, spec: DemoSpec) -> Any:
+    options = {"gate_bias_init": spec.gate_bias_init} if method.lower() == "disel" else {}
     return adapter_config(
-        method, r=how.r, alpha=how.alpha, target_modules=how.target_modules, options=options
+        method, r=spec.r, alpha=spec.alpha, target_modules=spec.target_modules, options=options
     )
 
 
 def _demo_source(progress: Progress) -> tuple[str, str]:
-    found = demo_model(progress=progress)
-    return found.path, found.origin
+    source = demo_model(progress=progress)
+    return source.path, source.origin
 
 
 @dataclass
 class _Demo:
     """One run of the demo: what all its steps share."""
 
-    how: DemoSpec
+    spec: DemoSpec
     task: Task
     system: str
     origin: str
@@ -176,138 +169,126 @@ class _Demo:
     console: Console | None
 
     def run(self, configs: dict[str, Any], began: float) -> DemoResult:
-        how = self.how
-        training = tokenize([item.conversation(self.system) for item in self.task.train], self.tokenizer)
-        held_out = tokenize([item.conversation(self.system) for item in self.task.held_out], self.tokenizer)
+        spec = self.spec
+        training, held_out = (
+            tokenize([item.conversation(self.system) for item in items], self.tokenizer)
+            for items in (self.task.train, self.task.held_out)
+        )
         base = self._score(self.model, held_out, "base model")
         self.run_folder.log(_score_record("base", base))
         text = own_text(
             self.model,
             self.tokenizer,
-            texts=how.retention_texts,
-            tokens=how.retention_tokens,
+            texts=spec.retention_texts,
+            tokens=spec.retention_tokens,
             progress=self.progress,
         )
         reference = base_predictions(self.model, text, progress=self.progress)
-        rows: list[DemoRow] = []
-        scores = {"base": base}
+        result = DemoResult([], {"base": base}, self.task, self.origin)
         records: dict[str, list[dict[str, Any]]] = {}
-        gates: Drawing | None = None
-        for index, (name, config) in enumerate(configs.items()):
+        gates: Figure | None = None
+        for name, config in configs.items():
             trained = train_adapter(
-                self.model, self.tokenizer, config, training, settings=how, run=self.run_folder, label=name,
+                self.model, self.tokenizer, config, training, settings=spec, run=self.run_folder, label=name,
                 console=self.console,
             )  # fmt: skip
-            records[name] = trained.records
             # The first method's adapter is the run's adapter, which the other commands find by themselves.
-            folder = "adapter" if index == 0 else f"adapter-{name}"
+            folder = f"adapter-{name}" if records else "adapter"
+            records[name] = trained.records
             save_adapter(trained.model, self.tokenizer, self.run_folder, name=folder)
             score = self._score(trained.model, held_out, name)
-            kept = retention(trained.model, text, base=reference, name=name, progress=self.progress)
-            scores[name] = score
-            rows.append(_row(trained, base, score, kept))
-            self.run_folder.log(
-                {
-                    **_score_record(name, score),
-                    "step": trained.steps,
-                    "retention": asdict(kept),
-                    **_cost(rows[-1]),
-                }
-            )
+            forgotten = retention(trained.model, text, base=reference, name=name, progress=self.progress)
+            self._add(result, trained, score, forgotten)
             if getattr(trained.model.active_peft_config, "gated", False):
                 gates = self._gates(trained.model, held_out, text)
             # Gives the base model back; without the result nothing holds the adapter's weights any more.
             self.model = take_off(trained.model)
             del trained
             gc.collect()
-        result = DemoResult(rows, scores, self.task, self.origin, time.perf_counter() - began, peak())
+        result = replace(result, seconds=time.perf_counter() - began, peak_memory=peak())
         self._report(result, records, gates, reference)
         return result
 
     def _score(self, model: Any, held_out: TokenizedSet, name: str) -> Score:
         return evaluate(
-            model, self.tokenizer, held_out.rows, samples=min(SHOWN, self.how.held_out), name=name,
+            model, self.tokenizer, held_out.rows, samples=min(SHOWN, self.spec.held_out), name=name,
             progress=self.progress,
         )  # fmt: skip
 
-    def _gates(self, model: PeftModel, held_out: TokenizedSet, text: OwnText) -> Drawing:
+    def _add(self, result: DemoResult, trained: TrainResult, score: Score, forgotten: Retention) -> None:
+        """Add one method's measurements to the result, and log them."""
+        base = result.scores["base"]
+        result.scores[trained.label] = score
+        result.rows.append(
+            DemoRow(
+                method=trained.label,
+                accuracy_before=base.accuracy,
+                accuracy_after=score.accuracy,
+                answer_loss_before=base.answer_loss,
+                answer_loss_after=score.answer_loss,
+                kl=forgotten.kl,
+                kl_error=forgotten.kl_error,
+                loss_shift=forgotten.loss_shift,
+                trainable_parameters=trained.trainable_parameters,
+                step_seconds=trained.step_seconds,
+                train_seconds=trained.seconds,
+            )
+        )
+        self.run_folder.log(
+            {
+                **_score_record(trained.label, score),
+                "step": trained.steps,
+                "retention": asdict(forgotten),
+                "trainable_parameters": trained.trainable_parameters,
+                "median_step_seconds": trained.step_seconds,
+                "train_seconds": trained.seconds,
+            }
+        )
+
+    def _gates(self, model: PeftModel, held_out: TokenizedSet, text: OwnText) -> Figure:
         """Histograms of DISeL's gates on the task and on the base model's own text."""
         from dynalora.drawing.gates import plot_gates
         from dynalora.forgetting.gate_recording import record_gates
 
-        collator = Collator(self.tokenizer.pad_token_id or 0)
-        own: list[Tokens] = [
+        written: list[Tokens] = [
             {"input_ids": list(ids), "labels": [IGNORED_LABEL] * start + list(ids[start:])}
-            for ids, start in zip(text.rows, text.starts, strict=True)
+            for ids, start in zip(text.rows[:16], text.starts[:16], strict=True)
         ]
-        rows = {"the task's answers": held_out.rows[:32], "the base model's own text": own[:16]}
-        found: dict[str, Sequence[Any]] = {}
-        for name, some in rows.items():
-            batches = [dict(collator(some[start : start + 8])) for start in range(0, len(some), 8)]
-            listen = functools.partial(self.progress, f"Recording the gates on {name}")
-            listen(0, len(batches))
-            found[name] = record_gates(model, batches, progress=listen)
-        return plot_gates(found)
+        recorded: dict[str, Sequence[Any]] = {}
+        for name, rows in {
+            "the task's answers": held_out.rows[:32], "the base model's own text": written
+        }.items():  # fmt: skip
+            batches = batches_of(rows, self.tokenizer.pad_token_id)
+            report = functools.partial(self.progress, f"Recording the gates on {name}")
+            report(0, len(batches))
+            recorded[name] = record_gates(model, batches, progress=report)
+        return plot_gates(recorded)
 
     def _report(
         self,
         result: DemoResult,
         records: dict[str, list[dict[str, Any]]],
-        gates: Drawing | None,
+        gates: Figure | None,
         reference: BasePredictions,
     ) -> None:
-        figures = figures_of(result, records)
-        if gates is not None:
-            figures["gates"] = (
+        spec = self.spec
+        drawn = {
+            **figures(result, records),
+            "gates": (
                 gates,
                 "DISeL's gates on the task's answers and on the base model's own text, by depth.",
-            )
-        pictures = save_figures(self.run_folder.write, figures, svg=False)
-        task, how = self.task, self.how
-        options = ", ".join(f"{name} = {value}" for name, value in task.options.items())
-        batch = how.batch_size * how.gradient_accumulation
-        system = f" System message: “{self.system}”" if self.system else ""
-        about = (
-            f"Base model: {result.origin}. Task: {task.name} of reasoning-gym{f' ({options})' if options else ''}."
-            f"{system} There are {len(task.train):,} training and {len(task.held_out):,} held-out questions from seed "
-            f"{task.seed}, none twice. Always giving the most frequent answer would be right on "
-            f"{100 * task.majority:.1f} % of them. Training: AdamW, {how.steps} steps of {batch} questions, "
-            f"learning rate {how.learning_rate:g} ({how.schedule}), rank {how.r}; every method sees the same batches "
-            f"in the same order. Retention is measured on {reference.text.tokens:,} tokens that the base model wrote."
-        )
+            ),
+        }
+        about = description(spec, result, self.system, retention_tokens=reference.text.tokens)
         sections = [
             Section("Result", text=READING, tables=[summary_table(result.rows), comparison_table(result)]),
-            Section("Plots", figures=pictures),
+            Section("Plots", figures=save_figures(self.run_folder.write, drawn, svg=False)),
             Section("What the models say", text=about, tables=[samples_table(result)]),
-            Section("Settings", listing=yaml.safe_dump(how.settings(), sort_keys=False, allow_unicode=True)),
+            Section("Settings", listing=listing(spec.settings())),
         ]
-        title = f"Demo: {' and '.join(row.method for row in result.rows)} on {task.name}"
+        title = f"Demo: {' and '.join(row.method for row in result.rows)} on {self.task.name}"
         write_report(Report(title, summary(result), sections), self.run_folder.report)
-
-
-def _row(trained: TrainResult, base: Score, score: Score, kept: Retention) -> DemoRow:
-    return DemoRow(
-        method=trained.label,
-        accuracy_before=base.accuracy,
-        accuracy_after=score.accuracy,
-        answer_loss_before=base.answer_loss,
-        answer_loss_after=score.answer_loss,
-        kl=kept.kl,
-        kl_error=kept.kl_error,
-        loss_shift=kept.loss_shift,
-        trainable_parameters=trained.trainable_parameters,
-        step_seconds=trained.step_seconds,
-        train_seconds=trained.seconds,
-    )
 
 
 def _score_record(name: str, score: Score) -> dict[str, Any]:
     return {"run": name, "accuracy": asdict(score.accuracy), "answer_loss": score.answer_loss}
-
-
-def _cost(row: DemoRow) -> dict[str, Any]:
-    return {
-        "trainable_parameters": row.trainable_parameters,
-        "median_step_seconds": row.step_seconds,
-        "train_seconds": row.train_seconds,
-    }

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from rich.console import Console
 
 from dynalora.adapter.layer import AdapterLayer
@@ -24,10 +23,10 @@ from dynalora.forgetting.landscape import rank_landscape
 from dynalora.forgetting.monitor import RetentionMonitor
 from dynalora.forgetting.retention import Retention
 from dynalora.jobs.finetune.prepare import Prepared
-from dynalora.jobs.finetune.settings import FinetuneSpec
 from dynalora.lab.configs import title_of
-from dynalora.lab.data.collator import Collator
-from dynalora.lab.report import Cell, Report, Section, Table, rich_table, save_figures, write_report
+from dynalora.lab.data.collator import batches_of
+from dynalora.lab.report import Cell, Report, Section, Table, listing, rich_table, save_figures, write_report
+from dynalora.lab.report import Figure as ReportFigure
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.training.recorder import UNTIMED_STEPS
 from dynalora.lab.training.train import TrainResult
@@ -59,18 +58,15 @@ def decisions(
         File name, figure and caption: the gates of an adapter that has any, the rank landscape of any other; None if
         there is nothing to see.
     """
-    collator = Collator(tokenizer.pad_token_id or 0)
     try:
         if getattr(getattr(model, "active_peft_config", None), "gated", False):
             if len(held_out) == 0:
                 return None
-            batches = [
-                collator(held_out.rows[start : start + 8]) for start in range(0, min(len(held_out), 128), 8)
-            ]
-            drawn = plot_gates({"held-out responses": record_gates(model, batches)})
+            batches = batches_of(held_out.rows[:128], tokenizer.pad_token_id)
+            gates = plot_gates({"held-out responses": record_gates(model, batches)})
             return (
                 "gates",
-                drawn,
+                gates,
                 "How far the gates open on the tokens of held-out responses, by depth.",
             )
         rows = rank_landscape(model)
@@ -132,75 +128,32 @@ def summary_table(
     return Table(columns, rows, note=note)
 
 
-def _forgetting_told(monitor: RetentionMonitor | None) -> str:
-    """What became of the budget of forgetting, as the end of a summary; nothing if it was kept without more ado."""
-    if monitor is None or monitor.exceeded is None:
-        return ""
-    point = monitor.exceeded
-    told = (
-        f" At step {point.step:,} KL on '{point.text}' was {point.retention.kl:.4f} nats per token, above the budget "
-        f"of {monitor.max_forgetting:g}"
-    )
-    if not monitor.keep_best:
-        return f"{told}, and the run was stopped."
-    if monitor.best is None:
-        return f"{told}, and no weights within it were measured."
-    return f"{told}; the weights are those of step {monitor.best.step:,}, at {monitor.best.forgetting:.4f}."
-
-
-def _short(source: str) -> str:
-    """A Hub id as it is, a path by its last part."""
-    return Path(source).resolve().name if Path(source).exists() else source
-
-
 def write_results(
-    spec: FinetuneSpec,
     ready: Prepared,
     result: TrainResult,
-    kept: Retention | None,
+    measured: Retention | None,
     run: RunFolder,
     console: Console | None,
     monitor: RetentionMonitor | None = None,
 ) -> None:
-    """Write the plots and the report, and show the closing table."""
-    pictures: dict[str, tuple[Figure | None, str]] = {
-        "loss": (
-            plot_losses({result.label: result.records}),
-            "Training loss (thin: each logged step; thick: running mean) and held-out loss.",
-        )
-    }
-    if (decided := decisions(result.model, ready.tokenizer, ready.held_out)) is not None:
-        name, drawn, caption = decided
-        pictures[name] = (drawn, caption)
-    method = method_of(result.model)
-    if method is not None:
-        pictures["method"] = (
-            plot_metrics(result.records, method.panels),
-            f"What {method.title or method.name} weighed and measured in training.",
-        )
-        if rows := decided_by(result.model, method):
-            run.write("decisions.json", json.dumps(rows, indent=1))
-    figures = save_figures(run.write, pictures, svg=False)
-    if monitor is not None and monitor.points:
-        curves = plot_retention_curves(monitor.points, max_forgetting=spec.max_forgetting)
-        caption = "KL from the base model, with its standard error, and loss shift during training."
-        figures += save_figures(run.write, {"retention": (curves, caption)})
+    """Write the plots and the report, and show the closing table.
+
+    Args:
+        ready: The job.
+        result: What training gave.
+        measured: What the model forgot; None: not measured.
+        run: Where everything goes.
+        console: Where the table is shown; None: nowhere.
+        monitor: Followed forgetting during training; None: nothing did.
+    """
+    spec = ready.spec
     more: dict[str, list[Cell]] = {}
-    if kept is not None:
+    if measured is not None:
         more = {
-            "KL from base": [f"{kept.kl:.4f} ± {kept.kl_error:.4f}"],
-            "loss shift": [f"{kept.loss_shift:+.4f}"],
+            "KL from base": [f"{measured.kl:.4f} ± {measured.kl_error:.4f}"],
+            "loss shift": [f"{measured.loss_shift:+.4f}"],
         }
     table = summary_table([result], more=more)
-    change = ""
-    if result.held_out_before is not None and result.held_out_after is not None:
-        change = f" took the held-out loss from {result.held_out_before:.4f} to {result.held_out_after:.4f}"
-    share = 100 * result.trainable_parameters / result.parameters
-    summary = (
-        f"{result.steps:,} optimizer steps{change or ' were taken'}, training "
-        f"{result.trainable_parameters:,} parameters ({share:.2f} % of the model)"
-        f"{f' in {ready.modules} modules' if ready.modules else ''}.{_forgetting_told(monitor)}"
-    )
     counts = Table(
         ["", "conversations", "tokens to learn from", "truncated", "left out"],
         [
@@ -211,13 +164,80 @@ def write_results(
     sections = [
         Section("Result", tables=[table]),
         Section("Data", tables=[counts]),
-        Section("Plots", figures=figures),
-        Section("Settings", listing=yaml.safe_dump(spec.settings(), sort_keys=False, allow_unicode=True)),
+        Section("Plots", figures=_figures(ready, result, run, monitor)),
+        Section("Settings", listing=listing(spec.settings())),
     ]
     title = f"{_short(spec.model)} fine-tuned with {title_of(result.label)} on {_short(spec.data)}"
+    budget = _budget_report(monitor)
+    summary = " ".join(part for part in (_training_report(ready, result), budget) if part)
     write_report(Report(title, summary, sections), run.report)
     if console is not None:
         console.print(rich_table(table))
-        if told := _forgetting_told(monitor):
-            console.print(told.strip(), highlight=False, markup=False)
+        if budget:
+            console.print(budget, highlight=False, markup=False)
         console.print(f"Adapter: {run.adapter}\nReport:  {run.report}", highlight=False, markup=False)
+
+
+def _figures(
+    ready: Prepared, result: TrainResult, run: RunFolder, monitor: RetentionMonitor | None
+) -> list[ReportFigure]:
+    """Draw and save what the run recorded, what the adapter decided, and how forgetting went."""
+    drawn: dict[str, tuple[Figure | None, str]] = {
+        "loss": (
+            plot_losses({result.label: result.records}),
+            "Training loss (thin: each logged step; thick: running mean) and held-out loss.",
+        )
+    }
+    if (plot := decisions(result.model, ready.tokenizer, ready.held_out)) is not None:
+        name, figure, caption = plot
+        drawn[name] = (figure, caption)
+    method = method_of(result.model)
+    if method is not None:
+        drawn["method"] = (
+            plot_metrics(result.records, method.panels),
+            f"What {method.title or method.name} weighed and measured in training.",
+        )
+        if rows := decided_by(result.model, method):
+            run.write("decisions.json", json.dumps(rows, indent=1))
+    figures = save_figures(run.write, drawn, svg=False)
+    if monitor is not None and monitor.points:
+        curves = plot_retention_curves(monitor.points, max_forgetting=ready.spec.max_forgetting)
+        caption = "KL from the base model, with its standard error, and loss shift during training."
+        figures += save_figures(run.write, {"retention": (curves, caption)})
+    return figures
+
+
+def _training_report(ready: Prepared, result: TrainResult) -> str:
+    """How long was trained, what it changed, and how many parameters took part, in a sentence."""
+    change = "were taken"
+    if result.held_out_before is not None and result.held_out_after is not None:
+        change = f"took the held-out loss from {result.held_out_before:.4f} to {result.held_out_after:.4f}"
+    share = 100 * result.trainable_parameters / result.parameters
+    modules = f" in {ready.modules} modules" if ready.modules else ""
+    return (
+        f"{result.steps:,} optimizer steps {change}, training {result.trainable_parameters:,} parameters "
+        f"({share:.2f} % of the model){modules}."
+    )
+
+
+def _budget_report(monitor: RetentionMonitor | None) -> str:
+    """What happened when the run exceeded its budget of forgetting, in a sentence; empty if it never did."""
+    if monitor is None or monitor.exceeded is None:
+        return ""
+    point = monitor.exceeded
+    exceeded = (
+        f"At step {point.step:,} KL on '{point.text}' was {point.retention.kl:.4f} nats per token, above the budget "
+        f"of {monitor.max_forgetting:g}"
+    )
+    if not monitor.keep_best:
+        return f"{exceeded}, and the run was stopped."
+    if monitor.best is None:
+        return f"{exceeded}, and no weights within it were measured."
+    return (
+        f"{exceeded}; the weights are those of step {monitor.best.step:,}, at {monitor.best.forgetting:.4f}."
+    )
+
+
+def _short(source: str) -> str:
+    """A Hub id as it is, a path by its last part."""
+    return Path(source).resolve().name if Path(source).exists() else source

@@ -28,8 +28,7 @@ from dynalora.lab.training.checkpoints import save_adapter
 from dynalora.lab.training.train import TrainResult, train_adapter
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 
 def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResult:
@@ -47,24 +46,23 @@ def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResu
     """
     # Set by torchrun, accelerate and deepspeed before the first line of Python runs.
     main = int(os.environ.get("RANK", "0")) == 0
-    say = console if console is not None and main else None
+    console = console if main else None
     ready = prepare(spec, main_process=main)
     with RunFolder.create(
         spec.output, spec.settings(), resume=spec.resume, defaults=defaults_of(type(spec)), main_process=main
     ) as run:
-        if say is not None:
-            say.print(
-                f"{len(ready.training):,} training and {len(ready.held_out):,} held-out conversations, "
-                f"{ready.training.response_tokens:,} tokens to learn from. Loading {spec.model} …",
-                highlight=False,
-                markup=False,
-            )
+        _say(
+            console,
+            f"{len(ready.training):,} training and {len(ready.held_out):,} held-out conversations, "
+            f"{ready.training.response_tokens:,} tokens to learn from. Loading {spec.model} …",
+        )
         model = load_model(
             ready.model,
             dtype=spec.dtype,
             quantization=spec.quantization,
             trust_remote_code=spec.trust_remote_code,
         )
+        monitor = _monitor(spec, ready, run)
         result = train_adapter(
             model,
             ready.tokenizer,
@@ -74,28 +72,22 @@ def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResu
             settings=spec,
             run=run,
             label=label_of(spec.method),
-            console=say,
-            monitor=(watcher := _monitor(spec, ready, run)),
+            console=console,
+            monitor=monitor,
         )
         if main:
             save_adapter(result.model, ready.tokenizer, run)
-            kept = None
-            if spec.retention and edits_base(spec.method, ready.config):
-                if say is not None:
-                    say.print(
-                        f"{title_of(label_of(spec.method))} changes the base weights, so disabling it does not tell "
-                        "what was forgotten; retention is left out.",
-                        highlight=False,
-                    )
-            elif spec.retention:
-                kept = measure_retention(result.model, ready.tokenizer, console=say)
-            if kept is not None:
-                run.log({"run": result.label, "step": result.steps, "retention": asdict(kept)})
-            write_results(spec, ready, result, kept, run, say, watcher)
+            measured = _measured_retention(ready, result, run, console)
+            write_results(ready, result, measured, run, console, monitor)
             run.finish()
             # The adapter is saved; optimizer states are of no more use and larger than everything else.
             shutil.rmtree(run.checkpoints, ignore_errors=True)
     return result
+
+
+def _say(console: Console | None, text: str) -> None:
+    if console is not None:
+        console.print(text, highlight=False, markup=False)
 
 
 def _monitor(spec: FinetuneSpec, ready: Prepared, run: RunFolder) -> RetentionMonitor | None:
@@ -112,11 +104,22 @@ def _monitor(spec: FinetuneSpec, ready: Prepared, run: RunFolder) -> RetentionMo
     )
 
 
-def measure_retention(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, *, console: Console | None = None
-) -> Retention:
-    """KL from the base model and loss shift, on text that the base model itself writes."""
-    if console is None:
-        return retention(model, own_text(model, tokenizer))
+def _measured_retention(
+    ready: Prepared, result: TrainResult, run: RunFolder, console: Console | None
+) -> Retention | None:
+    """KL from the base model and loss shift, on text that the base model itself writes; None: not measured."""
+    spec = ready.spec
+    if not spec.retention:
+        return None
+    if edits_base(spec.method, ready.config):
+        _say(
+            console,
+            f"{title_of(label_of(spec.method))} changes the base weights, so disabling it does not tell what was "
+            "forgotten; retention is left out.",
+        )
+        return None
     with rich_progress(console) as progress:
-        return retention(model, own_text(model, tokenizer, progress=progress), progress=progress)
+        text = own_text(result.model, ready.tokenizer, progress=progress)
+        measured = retention(result.model, text, progress=progress)
+    run.log({"run": result.label, "step": result.steps, "retention": asdict(measured)})
+    return measured

@@ -12,7 +12,7 @@ from dynalora.errors import DataError
 from dynalora.evaluation import files
 from dynalora.evaluation.tokens import Conversation, tokenize
 from dynalora.jobs.gates.settings import DomainSpec
-from dynalora.lab.data.collator import Collator
+from dynalora.lab.data.collator import batches_of
 from dynalora.lab.data.conversations import load_texts, to_conversations
 from dynalora.lab.data.fields import Fields, find_fields
 
@@ -48,8 +48,7 @@ class Domain:
         if not self.conversations:
             return self.texts
         rows = tokenize(self.conversations, tokenizer, max_length=max_length).rows
-        collator = Collator(tokenizer.pad_token_id or 0)
-        return [collator(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+        return batches_of(rows, tokenizer.pad_token_id, batch_size=batch_size)
 
 
 def read_domain(spec: DomainSpec) -> Domain:

@@ -59,3 +59,20 @@ class Collator:
             # The last position predicts what would come after the end.
             "shift_labels": pad(labels[:, first + 1 :], (0, 1), value=IGNORED_LABEL),
         }
+
+
+def batches_of(
+    rows: Sequence[Tokens], pad_token_id: int | None, *, batch_size: int = 8
+) -> list[dict[str, torch.Tensor]]:
+    """Rows as batches, in their order and padded on the right.
+
+    Args:
+        rows: Tokenised conversations.
+        pad_token_id: What to pad with; None: 0, since padding gets no attention.
+        batch_size: Rows per batch.
+
+    Returns:
+        Batches as [`Collator`][dynalora.lab.data.collator.Collator] makes them, of tensors (batch_size, T).
+    """
+    collator = Collator(pad_token_id or 0)
+    return [collator(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
