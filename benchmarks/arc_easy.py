@@ -161,13 +161,9 @@ def wikitext(
 
     The first token of a window is context only.
     """
-    from dynalora.forgetting.retention import (
-        BasePredictions,
-        OwnText,
-        base_predictions,
-        fingerprint,
-        retention,
-    )
+    from dynalora.forgetting.base_model import fingerprint
+    from dynalora.forgetting.retention import BasePredictions, base_predictions, retention
+    from dynalora.forgetting.texts import OwnText
 
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:

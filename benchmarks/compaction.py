@@ -100,7 +100,8 @@ def run_cell(cell: Cell, data_folder: Path, threads: int | None, console: Consol
     import dynalora
     from dynalora.evaluation.run import prepare
     from dynalora.evaluation.tokens import ensure_chat_template, ensure_pad_token, tokenize
-    from dynalora.forgetting.retention import base_predictions, own_text, retention
+    from dynalora.forgetting.retention import base_predictions, retention
+    from dynalora.forgetting.texts import own_text
     from dynalora.jobs.bench.setup import ratios, sharing_copy
     from dynalora.lab.configs import adapter_config
     from dynalora.lab.models import load_model, load_tokenizer

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from dynalora.drawing.retention import plot_retention_curves
-from dynalora.forgetting.monitor import OWN, RetentionPoint, read_retention
+from dynalora.forgetting.curves import RetentionPoint, read_retention
+from dynalora.forgetting.monitor import OWN_TEXT
 from dynalora.lab.report import Table, markdown_table
 from dynalora.lab.run_folder import read_metrics
 
@@ -34,7 +35,7 @@ def main(out: Path) -> None:
                 f"{held[0][1]:.4f}",
                 f"{held[-1][1]:.4f}",
                 f"{sum(losses[-10:]) / len(losses[-10:]):.3f}",
-                f"{last[OWN].kl:.4f} ± {last[OWN].kl_error:.4f}",
+                f"{last[OWN_TEXT].kl:.4f} ± {last[OWN_TEXT].kl_error:.4f}",
                 f"{last['WikiText'].kl:.4f} ± {last['WikiText'].kl_error:.4f}",
                 f"{last['WikiText'].loss_shift:+.4f}",
             ]

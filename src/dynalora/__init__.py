@@ -25,11 +25,12 @@ from dynalora.driver import (
 )
 from dynalora.errors import DynaloraError
 from dynalora.export import export_lora, rank_pattern
+from dynalora.forgetting.curves import read_retention
 from dynalora.forgetting.gate_recording import record_gates
 from dynalora.forgetting.landscape import rank_landscape
-from dynalora.forgetting.monitor import RetentionMonitor, read_retention
+from dynalora.forgetting.monitor import RetentionMonitor
 from dynalora.forgetting.recovery import ablated, recover
-from dynalora.forgetting.retention import given_text, own_text
+from dynalora.forgetting.texts import given_text, own_text
 from dynalora.forgetting.trajectory import rank_trajectory
 
 if TYPE_CHECKING:

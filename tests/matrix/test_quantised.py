@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import dynalora
 from dynalora.errors import UnsupportedError
-from dynalora.forgetting.retention import fingerprint
+from dynalora.forgetting.base_model import fingerprint
 from tests.matrix.rows import Row, every_method, every_row
 from tests.matrix.test_behaviour import adapted_layers, train
 from tests.toys import MLP, TOYS, llama, output_of

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from dynalora.errors import ConfigError, ScheduleError
+from dynalora.forgetting.curves import checkpoint_retention
 from dynalora.forgetting.landscape import rank_landscape
-from dynalora.forgetting.monitor import RetentionMonitor, checkpoint_retention
-from dynalora.forgetting.retention import given_text, retention
+from dynalora.forgetting.monitor import RetentionMonitor
+from dynalora.forgetting.retention import retention
+from dynalora.forgetting.texts import given_text
 from dynalora.jobs.finetune.run import finetune
 from dynalora.jobs.stages.settings import ForgettingSpec
 from dynalora.lab.baselines import BASELINES, driver_of, edits_base, label_of, optimizer_of

@@ -26,7 +26,8 @@ from dynalora.common.statistics import crossed_difference, holm
 from dynalora.drawing import style as drawing
 from dynalora.errors import ConfigError, DataError, RunFolderError, TrainingError
 from dynalora.evaluation.run import measure, prepare
-from dynalora.forgetting.retention import given_text, own_text, retention
+from dynalora.forgetting.retention import retention
+from dynalora.forgetting.texts import given_text, own_text
 from dynalora.jobs.compare import cell as compare_cell
 from dynalora.jobs.compare import contestants, planning, plots, runner, summaries, tables, writing
 from dynalora.jobs.compare.contestants import Cell

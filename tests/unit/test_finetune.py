@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from dynalora.errors import ConfigError, DataError, RunFolderError, TrainingError
 from dynalora.evaluation.tokens import PLAIN_CHAT_TEMPLATE, TokenizedSet, ensure_pad_token, tokenize
-from dynalora.forgetting.monitor import read_retention
+from dynalora.forgetting.curves import read_retention
 from dynalora.jobs.finetune import run
 from dynalora.jobs.finetune.prepare import prepare
 from dynalora.jobs.finetune.run import finetune

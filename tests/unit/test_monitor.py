@@ -20,8 +20,11 @@ import dynalora
 from dynalora import RetentionMonitor, given_text, own_text, plot_retention_curves, read_retention
 from dynalora.errors import CheckpointError, ConfigError, DataError
 from dynalora.evaluation.tokens import ensure_pad_token
-from dynalora.forgetting.monitor import OWN, checkpoint_retention
-from dynalora.forgetting.retention import MeasuredText, adapter_tensors, base_predictions, retention
+from dynalora.forgetting.base_model import adapter_tensors
+from dynalora.forgetting.curves import checkpoint_retention
+from dynalora.forgetting.monitor import OWN_TEXT
+from dynalora.forgetting.retention import base_predictions, retention
+from dynalora.forgetting.texts import MeasuredText
 from dynalora.lab.configs import adapter_config
 from dynalora.methods import method_names
 from tests.unit import tiny
@@ -108,7 +111,7 @@ def test_the_curve_is_the_definition_on_every_text(method: str, words: Any, own:
     model = adapted(words, method)
     train(model, words, monitor, rate=5e-2)
     assert [(point.step, point.text) for point in monitor.points] == [
-        (step, text) for step in (0, 4, 8, 9) for text in (OWN, "named")
+        (step, text) for step in (0, 4, 8, 9) for text in (OWN_TEXT, "named")
     ]
     for point, text in zip(monitor.points[-2:], (own, named), strict=True):
         kl, shift = by_definition(model, text)
@@ -155,7 +158,7 @@ def test_the_cache_limit_is_shared_by_all_texts_and_changes_no_curve(words: Any,
         monitor = RetentionMonitor({"named": named}, own=own, every=4, batch_size=2, cache_bytes=size)
         model = adapted(words)
         monitor.begin(model)
-        assert sum(kept.bytes for kept in monitor._kept.values()) <= size
+        assert sum(kept.bytes for kept in monitor._references.values()) <= size
         monitor.end(model)
         train(model, words, monitor)
         curves.append([point.retention for point in monitor.points])
@@ -266,7 +269,7 @@ def test_a_loop_stops_at_the_first_measurement_above_the_budget(method: str, wor
     monitor = RetentionMonitor(own=own, every=1, max_forgetting=budget)
     assert train(adapted(words, method), words, monitor) == expected
     assert monitor.exceeded is not None
-    assert (monitor.exceeded.step, monitor.exceeded.text) == (expected, OWN)
+    assert (monitor.exceeded.step, monitor.exceeded.text) == (expected, OWN_TEXT)
     assert monitor.exceeded.retention.kl == curve[expected]
 
 
@@ -274,7 +277,7 @@ def test_any_text_can_exceed_the_budget(words: Any, own: Any) -> None:
     named = given_text(["The quick brown fox jumps over the lazy dog."], words)
     both = RetentionMonitor({"named": named}, own=own, every=1)
     train(adapted(words), words, both)
-    kls = {text: [p.retention.kl for p in both.points if p.text == text] for text in (OWN, "named")}
+    kls = {text: [p.retention.kl for p in both.points if p.text == text] for text in (OWN_TEXT, "named")}
     more = max(kls, key=lambda text: kls[text][-1])
     less = min(kls, key=lambda text: kls[text][-1])
     budget = (kls[more][-1] + kls[less][-1]) / 2
@@ -399,7 +402,7 @@ def test_checkpoints_give_the_same_curve(method: str, words: Any, own: Any, tmp_
     trainer_of(adapted(words, method), words, tmp_path, [monitor], **saves).train()
     base = tiny.model(len(words))
     before = {name: value.clone() for name, value in base.state_dict().items()}
-    texts = {OWN: own, "named": given_text(["Some text."], words)}
+    texts = {OWN_TEXT: own, "named": given_text(["Some text."], words)}
     found = checkpoint_retention(base, tmp_path, texts)
     watched = [point for point in monitor.points if point.step > 0]
     assert [(point.step, point.text) for point in found] == [(point.step, point.text) for point in watched]
@@ -425,7 +428,7 @@ def test_checkpoints_give_the_same_curve(method: str, words: Any, own: Any, tmp_
         ({"max_forgetting": float("nan")}, "max_forgetting is nan"),
         ({"keep_best": True}, "keep_best needs a budget"),
         ({"own": False}, "no text to monitor"),
-        ({"texts": {OWN: ["a"]}}, "name yours otherwise"),
+        ({"texts": {OWN_TEXT: ["a"]}}, "name yours otherwise"),
     ],
 )
 def test_settings_that_cannot_work(given: dict[str, Any], message: str) -> None:
@@ -511,7 +514,7 @@ def test_curves_are_drawn(words: Any, own: Any, tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "curves.svg").read_text()
     assert figure.get_suptitle() == "Both"
-    assert [axis.get_title() for axis in figure.axes] == [OWN, OWN, "named", "named"]
+    assert [axis.get_title() for axis in figure.axes] == [OWN_TEXT, OWN_TEXT, "named", "named"]
     for number, axis in enumerate(figure.axes):
         assert axis.get_xlabel() == "optimizer step"
         assert ("KL" if number % 2 == 0 else "loss shift") in axis.get_ylabel()
@@ -552,7 +555,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from dynalora import RetentionMonitor
 from dynalora.forgetting import monitor as watched
-from dynalora.forgetting.retention import OwnText
+from dynalora.forgetting.texts import OwnText
 from tests.unit import test_monitor as this
 from tests.unit import tiny
 

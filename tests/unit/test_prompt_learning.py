@@ -16,7 +16,9 @@ from dynalora.evaluation.harness import run_harness
 from dynalora.evaluation.multiple_choice import Choice, option_scores
 from dynalora.evaluation.scoring import answer_loss, evaluate
 from dynalora.evaluation.tokens import ensure_pad_token, tokenize
-from dynalora.forgetting.retention import base_predictions, fingerprint, given_text, own_text, retention
+from dynalora.forgetting.base_model import fingerprint
+from dynalora.forgetting.retention import base_predictions, retention
+from dynalora.forgetting.texts import given_text, own_text
 from dynalora.lab.adapters import load_adapter
 from dynalora.lab.configs import adapter_config
 from dynalora.lab.data.conversations import to_conversations

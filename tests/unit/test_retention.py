@@ -15,8 +15,10 @@ import transformers
 import dynalora
 from dynalora.common.cache import cache_folder
 from dynalora.errors import ConfigError, UnsupportedError
-from dynalora.forgetting import retention as measured
-from dynalora.forgetting.retention import adapters_off, base_predictions, fingerprint, own_text, retention
+from dynalora.forgetting import texts as measured
+from dynalora.forgetting.base_model import adapters_off, fingerprint
+from dynalora.forgetting.retention import base_predictions, retention
+from dynalora.forgetting.texts import own_text
 
 from . import tiny
 

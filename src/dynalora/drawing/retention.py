@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dynalora.drawing.style import describe, legend, looks, panels, save
 from dynalora.errors import ConfigError
-from dynalora.forgetting.monitor import RetentionPoint
+from dynalora.forgetting.curves import RetentionPoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,7 +19,7 @@ from dynalora.adapter.gates import GatedLayer
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.errors import ConfigError, DataError, UnsupportedError
 from dynalora.evaluation.generation import evaluating
-from dynalora.forgetting.retention import adapters_off
+from dynalora.forgetting.base_model import adapters_off
 
 
 class GateMeans(Protocol):

@@ -9,118 +9,33 @@ parameters train are afterwards what they were, bit for bit.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from dynalora.common.files import file_beside, write_file
 from dynalora.common.processes import first_process, from_first
 from dynalora.common.progress import Progress, silent
-from dynalora.errors import CheckpointError, ConfigError, DataError, UnsupportedError
-from dynalora.forgetting.retention import (
-    BasePredictions,
-    MeasuredText,
-    OwnText,
-    Retention,
-    adapter_tensors,
-    base_predictions,
-    base_weights,
-    given_text,
-    own_text,
-    retention,
-)
+from dynalora.errors import ConfigError, UnsupportedError
+from dynalora.forgetting.base_model import adapter_tensors, base_weights
+from dynalora.forgetting.best_state import BestState
+from dynalora.forgetting.curves import RetentionPoint, append_points, read_points, write_points
+from dynalora.forgetting.retention import BasePredictions, Retention, predictions_within, retention
+from dynalora.forgetting.texts import MeasuredText, OwnText, given_text, own_text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-OWN = "own text"
+OWN_TEXT = "own text"
 """Name of the text that the base model wrote itself."""
-
-_KEPT = "retention_best.safetensors"
-
-
-@dataclass(frozen=True)
-class RetentionPoint:
-    """One measurement.
-
-    Attributes:
-        run: Name of the run.
-        step: Optimizer steps done.
-        text: Name of the text.
-        retention: What was measured on it.
-        seconds: Time that it took.
-    """
-
-    run: str
-    step: int
-    text: str
-    retention: Retention
-    seconds: float
-
-    def as_record(self) -> dict[str, Any]:
-        """The point as one flat mapping, for a line of JSON."""
-        found = self.retention
-        record = {
-            "run": self.run,
-            "step": self.step,
-            "text": self.text,
-            "kl": found.kl,
-            "kl_error": found.kl_error,
-            "loss_shift": found.loss_shift,
-            "base_loss": found.base_loss,
-            "tokens": found.tokens,
-            "seconds": self.seconds,
-        }
-        # JSON has no word for what is not a number.
-        return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in record.items()
-        }
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> RetentionPoint:
-        """The point that `as_record` wrote; raises KeyError, TypeError or ValueError for anything else."""
-        found = Retention(
-            kl=_number(record["kl"]),
-            loss_shift=_number(record["loss_shift"]),
-            base_loss=_number(record["base_loss"]),
-            tokens=int(record["tokens"]),
-            kl_error=_number(record["kl_error"]),
-        )
-        return cls(
-            str(record["run"]), int(record["step"]), str(record["text"]), found, _number(record["seconds"])
-        )
-
-
-@dataclass(frozen=True)
-class KeptState:
-    """The best state under the budget so far.
-
-    Attributes:
-        step: Optimizer steps done.
-        forgetting: The largest KL over the texts there, in nats per token.
-        score: What `score`, or the trainer's evaluation, gave there; None where nothing was scored.
-        tensors: The adapter's weights and state by their names in the model, on the CPU.
-    """
-
-    step: int
-    forgetting: float
-    score: float | None
-    tensors: dict[str, torch.Tensor]
 
 
 class RetentionMonitor(TrainerCallback):
@@ -194,21 +109,7 @@ class RetentionMonitor(TrainerCallback):
         cache_bytes: int = 2**30,
         progress: Progress = silent,
     ) -> None:
-        for what, value, least in (("batch_size", batch_size, 1), ("cache_bytes", cache_bytes, 0)):
-            if value < least:
-                raise ConfigError(f"{what} is {value}; give {least} or more.")
-        if not every > 0 or (every > 1 and every != int(every)):
-            raise ConfigError(
-                f"every is {every}; give a whole number of steps, or a fraction of the run below 1."
-            )
-        if max_forgetting is not None and not (math.isfinite(max_forgetting) and max_forgetting > 0):
-            raise ConfigError(f"max_forgetting is {max_forgetting}; give nats per token, above 0.")
-        if keep_best and max_forgetting is None:
-            raise ConfigError("keep_best needs a budget; give max_forgetting in nats per token.")
-        if own is False and not texts:
-            raise ConfigError("There is no text to monitor; leave own=True, or name texts.")
-        if OWN in (texts or {}):
-            raise ConfigError(f"'{OWN}' is the name of the base model's own text; name yours otherwise.")
+        _check(texts, own, every, max_forgetting, keep_best, batch_size, cache_bytes)
         self.texts: dict[str, Sequence[str] | MeasuredText] = dict(texts or {})
         self.own = own
         self.tokenizer = tokenizer
@@ -223,8 +124,8 @@ class RetentionMonitor(TrainerCallback):
         self.progress = progress
         self.points: list[RetentionPoint] = []
         self.exceeded: RetentionPoint | None = None
-        self.best: KeptState | None = None
-        self._kept: dict[str, BasePredictions] = {}
+        self.best: BestState | None = None
+        self._references: dict[str, BasePredictions] = {}
         self._step = 0
         self._every = int(every)  # 0: a fraction of a run whose length is not known yet
         self._begun = False
@@ -251,31 +152,13 @@ class RetentionMonitor(TrainerCallback):
             UnsupportedError: The adapters are merged or cannot be switched off, or weights are sharded and `keep_best`
                 is set.
         """
-        if self._every < 1:
-            raise ConfigError(
-                f"every={self.every} is a fraction of a Trainer's run; give a number of steps here."
-            )
-        trained = next((name for name, value in base_weights(model) if value.requires_grad), None)
-        if trained is not None:
-            raise ConfigError(
-                f"The base model's weight '{trained}' is trained too, so what the base model says will be lost; "
-                "train adapters only, or do without the monitor."
-            )
-        if self.keep_best and any(hasattr(value, "to_local") for value in adapter_tensors(model).values()):
-            raise UnsupportedError(
-                "keep_best cannot keep weights that are sharded over processes; use keep_best=False."
-            )
+        self._refuse(model)
         self._take_file(step)
         self._reset(step)
         texts = self._prepare(model)
-        left = self.cache_bytes
-        self._kept = {}
-        for name, text in texts.items():
-            kept = base_predictions(
-                model, text, batch_size=self.batch_size, dtype=None, max_bytes=left, progress=self.progress
-            )
-            left -= kept.bytes
-            self._kept[name] = kept
+        self._references = predictions_within(
+            model, texts, self.cache_bytes, batch_size=self.batch_size, progress=self.progress
+        )
         self._begun = True
         self._measure(model)
         if self.exceeded is not None and step == 0:
@@ -322,7 +205,7 @@ class RetentionMonitor(TrainerCallback):
         if self.keep_best:
             self.restore_best(model)
         self._begun = False
-        self._kept = {}
+        self._references = {}
 
     def restore_best(self, model: nn.Module) -> None:
         """Put the best weights under the budget back into the model; without any, the model stays as it is.
@@ -341,6 +224,23 @@ class RetentionMonitor(TrainerCallback):
             # load_state_dict is what every adapter can take on ranks and buffers by, also where they changed since.
             model.load_state_dict({k: v.to(device) for k, v in self.best.tensors.items()}, strict=False)
 
+    def _refuse(self, model: nn.Module) -> None:
+        """Refuse a model that cannot be compared with its base."""
+        if self._every < 1:
+            raise ConfigError(
+                f"every={self.every} is a fraction of a Trainer's run; give a number of steps here."
+            )
+        trained = next((name for name, value in base_weights(model) if value.requires_grad), None)
+        if trained is not None:
+            raise ConfigError(
+                f"The base model's weight '{trained}' is trained too, so what the base model says will be lost; "
+                "train adapters only, or do without the monitor."
+            )
+        if self.keep_best and any(hasattr(value, "to_local") for value in adapter_tensors(model).values()):
+            raise UnsupportedError(
+                "keep_best cannot keep weights that are sharded over processes; use keep_best=False."
+            )
+
     def _reset(self, step: int) -> None:
         self.exceeded = None
         if step == 0:
@@ -356,10 +256,10 @@ class RetentionMonitor(TrainerCallback):
                 "processing_class."
             )
         if isinstance(self.own, OwnText):
-            texts[OWN] = self.own
+            texts[OWN_TEXT] = self.own
         elif self.own:
             assert self.tokenizer is not None
-            texts[OWN] = from_first(own_text(model, self.tokenizer, progress=self.progress))
+            texts[OWN_TEXT] = from_first(own_text(model, self.tokenizer, progress=self.progress))
         for name, text in self.texts.items():
             if not isinstance(text, MeasuredText):
                 assert self.tokenizer is not None
@@ -368,23 +268,22 @@ class RetentionMonitor(TrainerCallback):
         return texts
 
     def _measure(self, model: nn.Module) -> None:
+        """Measure on all texts without touching the random state, write it down, and see whether it is too much."""
         device = next(model.parameters()).device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            self._measure_here(model)
+            measured: list[tuple[str, Retention, float]] = []
+            for name, reference in self._references.items():
+                began = time.perf_counter()
+                value = retention(model, reference.text, base=reference, batch_size=self.batch_size)
+                measured.append((name, value, time.perf_counter() - began))
+            new = [RetentionPoint(self.name, self._step, *one) for one in from_first(measured)]
+            self.points.extend(new)
+            if self.path is not None and first_process():
+                append_points(self.path, new)
+            self._judge(model, new)
 
-    def _measure_here(self, model: nn.Module) -> None:
-        """Measure on all texts, write it down, and see whether it is too much."""
-        found: list[tuple[str, Retention, float]] = []
-        for name, kept in self._kept.items():
-            began = time.perf_counter()
-            measured = retention(model, kept.text, base=kept, batch_size=self.batch_size)
-            found.append((name, measured, time.perf_counter() - began))
-        found = from_first(found)
-        new = [RetentionPoint(self.name, self._step, name, value, seconds) for name, value, seconds in found]
-        self.points.extend(new)
-        if self.path is not None and first_process():
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(point.as_record()) + "\n" for point in new)
+    def _judge(self, model: nn.Module, new: Sequence[RetentionPoint]) -> None:
+        """See whether too much was forgotten, and if not whether this is the state to keep."""
         if self.max_forgetting is None:
             return
         if not self.forgetting <= self.max_forgetting:  # not-a-number is no either
@@ -403,7 +302,7 @@ class RetentionMonitor(TrainerCallback):
             tensors = {
                 name: value.detach().to("cpu", copy=True) for name, value in adapter_tensors(model).items()
             }
-            self.best = KeptState(self._step, self.forgetting, score, tensors)
+            self.best = BestState(self._step, self.forgetting, score, tensors)
 
     # --- files --------------------------------------------------------------------------------------------
 
@@ -415,7 +314,7 @@ class RetentionMonitor(TrainerCallback):
             return
         if first_process():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            before = _read(self.path) if self.path.exists() else []
+            before = read_points(self.path) if self.path.exists() else []
             if step == 0 and not own and any(point.run == self.name for point in before):
                 raise ConfigError(
                     f"'{self.path}' holds a run named '{self.name}' already; give the monitor another name or path."
@@ -427,31 +326,8 @@ class RetentionMonitor(TrainerCallback):
             content = self.path.read_bytes() if self.path.exists() else b""
             cut = bool(content) and not content.endswith(b"\n")
             if cut or len(stays) < len(before):
-                _write_lines(self.path, stays)
+                write_points(self.path, stays)
         self.points = from_first(self.points)
-
-    def _save_best(self, folder: Path) -> None:
-        if self.best is None or not folder.is_dir():
-            return
-        about = {"step": self.best.step, "forgetting": self.best.forgetting, "score": self.best.score}
-        tensors = {name: value.contiguous() for name, value in self.best.tensors.items()}
-        with file_beside(folder / _KEPT) as beside:
-            save_file(tensors, beside, metadata={"format": "pt", "kept": json.dumps(about)})
-
-    def _load_best(self, folder: Path) -> None:
-        file = folder / _KEPT
-        if not file.exists():
-            return
-        try:
-            with safe_open(file, framework="pt") as content:
-                about = json.loads(content.metadata()["kept"])
-                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
-            self.best = KeptState(int(about["step"]), float(about["forgetting"]), about["score"], tensors)
-        except Exception as error:  # safetensors raises a type of its own
-            raise CheckpointError(
-                f"The weights kept in '{file}' cannot be read ({str(error).splitlines()[0]}); continue from an earlier "
-                "checkpoint."
-            ) from error
 
     # --- transformers' Trainer ----------------------------------------------------------------------------
 
@@ -471,7 +347,7 @@ class RetentionMonitor(TrainerCallback):
         if self.every < 1:
             self._every = max(1, math.ceil(self.every * state.max_steps))
         if self.keep_best and state.global_step > 0:
-            self._load_best(_checkpoint(args, state))
+            self.best = BestState.load(_checkpoint(args, state)) or self.best
         self.begin(model, step=state.global_step)
 
     def on_step_end(
@@ -511,8 +387,9 @@ class RetentionMonitor(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self.keep_best and first_process():
-            self._save_best(_checkpoint(args, state))
+        folder = _checkpoint(args, state)
+        if self.keep_best and self.best is not None and first_process() and folder.is_dir():
+            self.best.save(folder)
 
     def on_train_end(
         self,
@@ -526,6 +403,33 @@ class RetentionMonitor(TrainerCallback):
             self.end(model)
 
 
+def _check(
+    texts: Mapping[str, Sequence[str] | MeasuredText] | None,
+    own: OwnText | bool,
+    every: float,
+    max_forgetting: float | None,
+    keep_best: bool,
+    batch_size: int,
+    cache_bytes: int,
+) -> None:
+    """Refuse settings that cannot work."""
+    for what, value, least in (("batch_size", batch_size, 1), ("cache_bytes", cache_bytes, 0)):
+        if value < least:
+            raise ConfigError(f"{what} is {value}; give {least} or more.")
+    if not every > 0 or (every > 1 and every != int(every)):
+        raise ConfigError(
+            f"every is {every}; give a whole number of steps, or a fraction of the run below 1."
+        )
+    if max_forgetting is not None and not (math.isfinite(max_forgetting) and max_forgetting > 0):
+        raise ConfigError(f"max_forgetting is {max_forgetting}; give nats per token, above 0.")
+    if keep_best and max_forgetting is None:
+        raise ConfigError("keep_best needs a budget; give max_forgetting in nats per token.")
+    if own is False and not texts:
+        raise ConfigError("There is no text to monitor; leave own=True, or name texts.")
+    if OWN_TEXT in (texts or {}):
+        raise ConfigError(f"'{OWN_TEXT}' is the name of the base model's own text; name yours otherwise.")
+
+
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
@@ -537,115 +441,3 @@ def _worst(values: Iterable[float]) -> float:
 
 def _order(value: float) -> float:
     return math.inf if math.isnan(value) else value
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
-
-
-# --- curves -------------------------------------------------------------------------------------------------
-
-
-def checkpoint_retention(
-    model: PreTrainedModel,
-    folder: str | os.PathLike[str],
-    texts: Mapping[str, MeasuredText],
-    *,
-    name: str = "run",
-    batch_size: int = 8,
-    cache_bytes: int = 2**30,
-    progress: Progress = silent,
-) -> list[RetentionPoint]:
-    """The retention curve of a run that was trained without a monitor, from its checkpoints.
-
-    Args:
-        model: The base model, without adapters; it is left as it was.
-        folder: What the Trainer's `output_dir` was: each `checkpoint-N` in it is an adapter after N steps.
-        texts: What to measure on, by name, from `own_text` and `given_text`.
-        name: Of the run.
-        batch_size: Texts per forward pass.
-        cache_bytes: Memory for the base model's predictions; what does not fit is computed anew for every checkpoint.
-        progress: Called with the number of checkpoints done.
-
-    Returns:
-        Points by step.
-
-    Raises:
-        CheckpointError: There is no checkpoint.
-    """
-    found = sorted(
-        (int(entry.name.rpartition("-")[2]), entry)
-        for entry in Path(folder).glob("checkpoint-*")
-        if entry.name.rpartition("-")[2].isdigit() and (entry / "adapter_config.json").exists()
-    )
-    if not found:
-        raise CheckpointError(
-            f"'{folder}' holds no checkpoint-N with an adapter; give a Trainer's output_dir."
-        )
-    kept = {}
-    for text_name, text in texts.items():
-        kept[text_name] = base_predictions(
-            model, text, batch_size=batch_size, dtype=None, max_bytes=cache_bytes
-        )
-        cache_bytes -= kept[text_name].bytes
-    points = []
-    what = f"Retention of checkpoints: {name}"
-    progress(what, 0, len(found))
-    for number, (step, checkpoint) in enumerate(found, start=1):
-        adapted = PeftModel.from_pretrained(model, str(checkpoint))
-        for text_name, base in kept.items():
-            began = time.perf_counter()
-            measured = retention(adapted, base.text, base=base, batch_size=batch_size)
-            points.append(RetentionPoint(name, step, text_name, measured, time.perf_counter() - began))
-        if not adapted.active_peft_config.is_prompt_learning:  # which leaves the base model as it is
-            adapted.unload()
-        progress(what, number, len(found))
-    return points
-
-
-def read_retention(*paths: str | os.PathLike[str]) -> dict[str, list[RetentionPoint]]:
-    """The measurements in files that monitors wrote.
-
-    Args:
-        paths: The files. A last line that a kill cut short is left out.
-
-    Returns:
-        Points by the name of their run, by step. Runs of the same name in different files get the file's folder's name
-        before theirs.
-
-    Raises:
-        DataError: A file cannot be read, or a line in it is no measurement.
-    """
-    found: dict[str, list[RetentionPoint]] = {}
-    for path in map(Path, paths):
-        runs: dict[str, list[RetentionPoint]] = {}
-        for point in _read(path):
-            runs.setdefault(point.run, []).append(point)
-        for run, points in runs.items():
-            name = run if run not in found else f"{path.resolve().parent.name}: {run}"
-            while name in found:
-                name += "'"
-            found[name] = sorted(points, key=lambda point: point.step)
-    return found
-
-
-def _read(path: Path) -> list[RetentionPoint]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"The measurements in '{path}' cannot be read ({error}).") from error
-    points = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            points.append(RetentionPoint.from_record(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break
-            raise DataError(f"Line {number} of '{path}' is no measurement of a RetentionMonitor.") from error
-    return points
-
-
-def _write_lines(path: Path, points: Iterable[RetentionPoint]) -> None:
-    write_file(path, "".join(json.dumps(point.as_record()) + "\n" for point in points))

@@ -13,8 +13,9 @@ from dynalora.errors import DynaloraError
 from dynalora.evaluation.masked_lm import under_head
 from dynalora.evaluation.run import measure, model_kind, model_window, within_window
 from dynalora.forgetting.landscape import rank_landscape
-from dynalora.forgetting.monitor import OWN
-from dynalora.forgetting.retention import MeasuredText, given_text, own_text, retention
+from dynalora.forgetting.monitor import OWN_TEXT
+from dynalora.forgetting.retention import retention
+from dynalora.forgetting.texts import MeasuredText, given_text, own_text
 from dynalora.jobs.compare.contestants import BASE, Cell
 from dynalora.jobs.compare.planning import SEQ2SEQ, kept_tasks, load_text, task_type_of
 from dynalora.jobs.compare.settings import CompareSpec
@@ -134,7 +135,7 @@ class _Run:
             return {}
         base = model if self._on_the_base() else self._load(self.spec.quantization)
         with rich_progress(self.console) as progress:
-            found: dict[str, MeasuredText] = {OWN: own_text(base, tokenizer, progress=progress)}
+            found: dict[str, MeasuredText] = {OWN_TEXT: own_text(base, tokenizer, progress=progress)}
         for text in self.spec.texts:
             name, given = load_text(text)
             found[name] = given_text(given, tokenizer, max_length=MONITORED_LENGTH)

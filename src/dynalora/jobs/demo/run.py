@@ -22,14 +22,8 @@ from dynalora.errors import ConfigError
 from dynalora.evaluation.scoring import Score, evaluate
 from dynalora.evaluation.tasks import Task, load_task
 from dynalora.evaluation.tokens import TokenizedSet, Tokens, tokenize
-from dynalora.forgetting.retention import (
-    BasePredictions,
-    OwnText,
-    Retention,
-    base_predictions,
-    own_text,
-    retention,
-)
+from dynalora.forgetting.retention import BasePredictions, Retention, base_predictions, retention
+from dynalora.forgetting.texts import OwnText, own_text
 from dynalora.jobs.demo.report import (
     READING,
     SHOWN,

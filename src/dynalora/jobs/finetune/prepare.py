@@ -10,7 +10,7 @@ from peft import PeftConfig
 from dynalora.errors import ConfigError
 from dynalora.evaluation.run import within_window
 from dynalora.evaluation.tokens import TokenizedSet, tokenize
-from dynalora.forgetting.retention import MeasuredText, given_text
+from dynalora.forgetting.texts import MeasuredText, given_text
 from dynalora.jobs.finetune.settings import FinetuneSpec
 from dynalora.lab.baselines import edits_base, label_of
 from dynalora.lab.configs import adapter_config, title_of

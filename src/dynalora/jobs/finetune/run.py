@@ -15,7 +15,8 @@ from rich.console import Console
 
 from dynalora.common.progress import rich_progress
 from dynalora.forgetting.monitor import RetentionMonitor
-from dynalora.forgetting.retention import Retention, own_text, retention
+from dynalora.forgetting.retention import Retention, retention
+from dynalora.forgetting.texts import own_text
 from dynalora.jobs.finetune.prepare import Prepared, prepare
 from dynalora.jobs.finetune.report import write_results
 from dynalora.jobs.finetune.settings import FinetuneSpec

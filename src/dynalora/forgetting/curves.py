@@ -1,0 +1,193 @@
+"""Retention against the optimizer step: single measurements, the files they are kept in, and curves of finished runs.
+
+A file holds a line of JSON for every measurement, and may hold several runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
+
+from dynalora.common.files import write_file
+from dynalora.common.progress import Progress, silent
+from dynalora.errors import CheckpointError, DataError
+from dynalora.forgetting.retention import Retention, predictions_within, retention
+from dynalora.forgetting.texts import MeasuredText
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class RetentionPoint:
+    """One measurement.
+
+    Attributes:
+        run: Name of the run.
+        step: Optimizer steps done.
+        text: Name of the text.
+        retention: What was measured on it.
+        seconds: Time that it took.
+    """
+
+    run: str
+    step: int
+    text: str
+    retention: Retention
+    seconds: float
+
+    def as_record(self) -> dict[str, Any]:
+        """The point as one flat mapping, for a line of JSON."""
+        record = {
+            "run": self.run,
+            "step": self.step,
+            "text": self.text,
+            **asdict(self.retention),
+            "seconds": self.seconds,
+        }
+        # JSON has no word for what is not a number.
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> RetentionPoint:
+        """The point that `as_record` wrote; raises KeyError, TypeError or ValueError for anything else."""
+        measured = Retention(
+            kl=_number(record["kl"]),
+            loss_shift=_number(record["loss_shift"]),
+            base_loss=_number(record["base_loss"]),
+            tokens=int(record["tokens"]),
+            kl_error=_number(record["kl_error"]),
+        )
+        run, step, text = str(record["run"]), int(record["step"]), str(record["text"])
+        return cls(run, step, text, measured, _number(record["seconds"]))
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def read_retention(*paths: str | os.PathLike[str]) -> dict[str, list[RetentionPoint]]:
+    """The measurements in files that monitors wrote.
+
+    Args:
+        paths: The files. A last line that a kill cut short is left out.
+
+    Returns:
+        Points by the name of their run, by step. Runs of the same name in different files get the file's folder's name
+        before theirs.
+
+    Raises:
+        DataError: A file cannot be read, or a line in it is no measurement.
+    """
+    curves: dict[str, list[RetentionPoint]] = {}
+    for path in map(Path, paths):
+        runs: dict[str, list[RetentionPoint]] = {}
+        for point in read_points(path):
+            runs.setdefault(point.run, []).append(point)
+        for run, points in runs.items():
+            name = run if run not in curves else f"{path.resolve().parent.name}: {run}"
+            while name in curves:
+                name += "'"
+            curves[name] = sorted(points, key=lambda point: point.step)
+    return curves
+
+
+def read_points(path: Path) -> list[RetentionPoint]:
+    """The measurements in a file, in order; a last line that a kill cut short is left out.
+
+    Raises:
+        DataError: The file cannot be read, or another line in it is no measurement.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The measurements in '{path}' cannot be read ({error}).") from error
+    points = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            points.append(RetentionPoint.from_record(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise DataError(f"Line {number} of '{path}' is no measurement of a RetentionMonitor.") from error
+    return points
+
+
+def append_points(path: Path, points: Iterable[RetentionPoint]) -> None:
+    """Add measurements to a file."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(_lines(points))
+
+
+def write_points(path: Path, points: Iterable[RetentionPoint]) -> None:
+    """Write a file of measurements, whole or not at all."""
+    write_file(path, _lines(points))
+
+
+def _lines(points: Iterable[RetentionPoint]) -> str:
+    return "".join(json.dumps(point.as_record()) + "\n" for point in points)
+
+
+def checkpoint_retention(
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    texts: Mapping[str, MeasuredText],
+    *,
+    name: str = "run",
+    batch_size: int = 8,
+    cache_bytes: int = 2**30,
+    progress: Progress = silent,
+) -> list[RetentionPoint]:
+    """The retention curve of a run that was trained without a monitor, from its checkpoints.
+
+    Args:
+        model: The base model, without adapters; it is left as it was.
+        folder: What the Trainer's `output_dir` was: each `checkpoint-N` in it is an adapter after N steps.
+        texts: What to measure on, by name, from `own_text` and `given_text`.
+        name: Of the run.
+        batch_size: Texts per forward pass.
+        cache_bytes: Memory for the base model's predictions; what does not fit is computed anew for every checkpoint.
+        progress: Called with the number of checkpoints done.
+
+    Returns:
+        Points by step.
+
+    Raises:
+        CheckpointError: There is no checkpoint.
+    """
+    checkpoints = sorted(
+        (int(entry.name.rpartition("-")[2]), entry)
+        for entry in Path(folder).glob("checkpoint-*")
+        if entry.name.rpartition("-")[2].isdigit() and (entry / "adapter_config.json").exists()
+    )
+    if not checkpoints:
+        raise CheckpointError(
+            f"'{folder}' holds no checkpoint-N with an adapter; give a Trainer's output_dir."
+        )
+    references = predictions_within(model, texts, cache_bytes, batch_size=batch_size)
+    points = []
+    what = f"Retention of checkpoints: {name}"
+    progress(what, 0, len(checkpoints))
+    for number, (step, checkpoint) in enumerate(checkpoints, start=1):
+        adapted = PeftModel.from_pretrained(model, str(checkpoint))
+        for text_name, base in references.items():
+            began = time.perf_counter()
+            measured = retention(adapted, base.text, base=base, batch_size=batch_size)
+            points.append(RetentionPoint(name, step, text_name, measured, time.perf_counter() - began))
+        if not adapted.active_peft_config.is_prompt_learning:  # which leaves the base model as it is
+            adapted.unload()
+        progress(what, number, len(checkpoints))
+    return points
