@@ -8,7 +8,6 @@ outside of PEFT. What `push_to_hub` uploads has a picture of the ranks too (`ran
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import warnings
@@ -24,6 +23,7 @@ from torch import nn
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.common.files import file_beside, write_file
+from dynalora.common.private import extend_model_cards
 from dynalora.drawing.landscape import plot_rank_landscape
 from dynalora.forgetting.landscape import LandscapeRow, rank_landscape
 from dynalora.methods import METHODS
@@ -104,15 +104,8 @@ def _settings(config: AdapterConfig) -> list[str]:
 
 
 def _how_to_load(model: PeftModel, config: AdapterConfig) -> str:
-    automatic = next(
-        (
-            name
-            for name in dir(peft)
-            if name.startswith("AutoPeftModel") and getattr(peft, name)._target_peft_class is type(model)
-        ),
-        None,
-    )
-    if automatic is not None and config.task_type is not None:
+    automatic = f"Auto{type(model).__name__}"
+    if hasattr(peft, automatic) and config.task_type is not None:
         call = f'from peft import {automatic}\n\nmodel = {automatic}.from_pretrained("this/repository")'
     else:
         call = (
@@ -196,33 +189,16 @@ def _after_metadata(text: str) -> int:
 
 def install() -> None:
     """Let PEFT's model cards have the section; done by `import dynalora`, once."""
-    write_card: Any = PeftModel.create_or_update_model_card
-    if hasattr(write_card, "extended_by_dynalora"):
-        return
-
-    @functools.wraps(write_card)
-    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
-        write_card(self, output_dir)
-        _try(update_card, self, str(output_dir))
-
-    create_or_update_model_card.extended_by_dynalora = True  # type: ignore[attr-defined]
-    setattr(PeftModel, "create_or_update_model_card", create_or_update_model_card)  # noqa: B010
-
-    # transformers' push_to_hub writes a card of its own over the one that was saved, right before it uploads.
-    upload: Any = getattr(PeftModel, "_upload_modified_files", None)
-    if upload is None:
-        return
-
-    @functools.wraps(upload)
-    def upload_modified_files(self: PeftModel, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        if _concerned(self):
-            _try(_complete, self, str(working_dir))
-        return upload(self, working_dir, *args, **kwargs)
-
-    setattr(PeftModel, "_upload_modified_files", upload_modified_files)  # noqa: B010
+    extend_model_cards(
+        written=lambda model, folder: _try(update_card, model, folder),
+        uploading=lambda model, folder: _try(_complete, model, folder),
+    )
 
 
 def _complete(model: PeftModel, folder: str) -> None:
+    # transformers' push_to_hub has written a card of its own over the one that was saved.
+    if not _concerned(model):
+        return
     model.create_or_update_model_card(folder)
     update_card(model, folder, picture=True)
 
@@ -235,5 +211,5 @@ def _try(action: Any, *args: Any) -> None:
         warnings.warn(
             f"the adapter's model card could not be completed ({type(error).__name__}: {error}); "
             "the adapter itself is saved.",
-            stacklevel=4,
+            stacklevel=5,
         )

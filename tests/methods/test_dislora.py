@@ -532,6 +532,33 @@ def test_every_way_of_loading_decomposes_nothing(
     torch.testing.assert_close(toy.logits(loaded), expected)
 
 
+@pytest.mark.parametrize("first", ["forward", "forward of a copy", "saving", "merging", "param_groups"])
+def test_a_saved_configuration_without_its_weights_starts_anew(first: str, tmp_path: Path) -> None:
+    toy = TOYS["llama"]
+    config = DisloraConfig(r=2, target_modules=["q_proj"], warmup_steps=1, task_type="CAUSAL_LM")
+    fresh = peft.get_peft_model(toy.build(), config)
+    fresh.save_pretrained(tmp_path)
+    again: Any = DisloraConfig.from_pretrained(str(tmp_path))
+    again.inference_mode = False
+    model = peft.get_peft_model(toy.build(), again)
+    if first == "forward of a copy":
+        model = copy.deepcopy(model)
+    if first.startswith("forward"):
+        toy.logits(model)
+    elif first == "saving":
+        peft.get_peft_model_state_dict(model)
+    elif first == "merging":
+        model.merge_adapter()
+        model.unmerge_adapter()
+    else:
+        dynalora.param_groups(model, lr=1e-3)
+    state = model.state_dict()
+    started = {name: tensor for name, tensor in fresh.state_dict().items() if "dislora_" in name}
+    assert any(tensor.abs().sum() > 0 for name, tensor in started.items() if "_up" in name)
+    for name, tensor in started.items():
+        assert torch.equal(state[name], tensor), name
+
+
 def test_loading_decomposes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = model_of([(6, 7)])
     train(model, 3)

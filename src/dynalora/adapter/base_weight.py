@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import (
     ForwardOnlyQuantizationBackend,
     QuantizationBackend,
@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from dynalora.common.private import features
 from dynalora.errors import UnsupportedError
 
 
@@ -47,7 +48,7 @@ class BaseWeight(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         base = self.get_base_layer()
         self.quantization_backend = quantization_of(base, quantization)
-        self.in_features, self.out_features = cast("tuple[int, int]", _get_in_out_features(base))
+        self.in_features, self.out_features = features(base)
 
     @staticmethod
     def supports(base_layer: nn.Module) -> bool:

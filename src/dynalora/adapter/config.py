@@ -95,6 +95,9 @@ class AdapterConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
+        # What PEFT writes into the configuration of every saved adapter: weights may follow, so that computing how the
+        # adapter starts is put off until it is used without them. Loading for training unsets the setting.
+        self.may_be_loaded = self.inference_mode
         if self.method:
             self.peft_type = PeftType[self.method.upper()]
         for name in ("target_modules", "exclude_modules"):

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dynalora.common.private import has_forward_hooks, view_base
+
 
 class _AddLowRankInPlace(torch.autograd.Function):
     """`result += scaling · m @ [up, frozen].T`, written into `result`."""
@@ -177,7 +179,7 @@ def add_low_rank(
             return _add_without_graph(result, m, up, scaling, frozen)
         # Linear layers with a bias return a view of the matrix they computed: update that matrix, and view it again.
         # (Autograd handles in-place updates of views by copying their gradient.)
-        whole = result._base if result._is_view() else result
+        whole = view_base(result)
         if (
             whole is not None
             and whole.is_contiguous()
@@ -203,5 +205,7 @@ def may_overwrite(base_layer: nn.Module) -> bool:
     theirs, and hooks may have stored it.
     """
     return (
-        type(base_layer) is nn.Linear and not base_layer._forward_hooks and not torch.compiler.is_compiling()
+        type(base_layer) is nn.Linear
+        and not has_forward_hooks(base_layer)
+        and not torch.compiler.is_compiling()
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -23,7 +23,7 @@ from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.kernel import add_low_rank, apart, may_overwrite, project
 from dynalora.adapter.ranks import RankedStorage, fit
 from dynalora.adapter.storage import RANK
-from dynalora.driver import Driver, invalidate, track
+from dynalora.driver import Driver, invalidate, prepare_unloaded, track
 from dynalora.errors import ConfigError, UnsupportedError
 
 #: What a diagonal that depends on the input is taken to be where there is none: all gates open, or held where they are.
@@ -41,6 +41,8 @@ class AdapterLayer(RankedStorage, BaseWeight):
         name: The layer's name in the model.
         drivers: The driver by adapter; one object per adapter, shared by its layers.
         order: Number of the layer in the order in which layers were made.
+        unprepared: Adapters whose weights may still come from a file, so that the method has not computed their start,
+            with their `up` as it was made: weights were loaded if it is another object by the time it is needed.
     """
 
     def __init__(self, base_layer: nn.Module, quantization: dict[str, Any] | None = None) -> None:
@@ -51,6 +53,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
         self.scaling: dict[str, float] = {}
         self.scaling_ranks: dict[str, int] = {}
         self.drivers: dict[str, Driver] = {}
+        self.unprepared: dict[str, nn.Parameter] = {}
         self.adapter_dropout: dict[str, float] = {}
         self._disable_adapters = False
         self._active_adapter: list[str] = []
@@ -75,7 +78,6 @@ class AdapterLayer(RankedStorage, BaseWeight):
         config: AdapterConfig,
         r: int,
         alpha: float,
-        driver: Driver,
         inference_mode: bool,
         scaling_rank: int | None = None,
     ) -> None:
@@ -86,7 +88,6 @@ class AdapterLayer(RankedStorage, BaseWeight):
             config: Its configuration.
             r: Its rank in this layer.
             alpha: Its alpha in this layer.
-            driver: Its driver.
             inference_mode: True makes it without gradients.
             scaling_rank: The rank that the scaling refers to, where that is not `r`.
         """
@@ -101,15 +102,26 @@ class AdapterLayer(RankedStorage, BaseWeight):
         self.scaling_ranks[adapter] = scaling_rank or r
         self.scaling[adapter] = config.scaling(self.scaling_ranks[adapter], alpha)
         self.adapter_dropout[adapter] = config.dropout
-        self.drivers[adapter] = driver
+        self.drivers.pop(adapter, None)  # that of an earlier adapter of this name
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def drive(self, adapter: str, driver: Driver) -> None:
+        """Give an adapter of this layer its driver."""
+        self.drivers[adapter] = driver
         track(self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from this layer."""
         super().delete_adapter(adapter_name)
+        self.unprepared.pop(adapter_name, None)
         invalidate()
+
+    def expect(self, adapter: str, saved: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Make ready for weights that are about to be loaded; see `RankedStorage.expect`."""
+        if saved:
+            self.unprepared.pop(adapter, None)
+        return super().expect(adapter, saved)
 
     # What a method says ----------------------------------------------------------------------------------------
 
@@ -173,6 +185,8 @@ class AdapterLayer(RankedStorage, BaseWeight):
             if self.merged:
                 self.unmerge()
             return cast(torch.Tensor, self.base_layer(x, *args, **kwargs))
+        if self.unprepared:
+            prepare_unloaded(self)
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
         base_layer = self.base_layer
@@ -274,6 +288,8 @@ class AdapterLayer(RankedStorage, BaseWeight):
         Raises:
             UnsupportedError: With `"held"`: the update depends on the input and nothing is held, so there is no ΔW.
         """
+        if self.unprepared:
+            prepare_unloaded(self)
         if gates == "held" and self.depends_on_input(adapter):
             raise UnsupportedError(
                 f"{self.method_name.upper()}'s update depends on the input (its gates are computed for every token), "

@@ -52,7 +52,7 @@ class Method:
         return self.config_class().gated
 
     def prepare(self, layers: Mapping[str, AdapterLayer], adapter: str, config: Any) -> None:
-        """Finish the start of a new adapter, once all its layers are there; not called when one is loaded.
+        """Finish the start of a new adapter, once all its layers are there; not called when its weights are loaded.
 
         Args:
             layers: The adapted layers by module name.

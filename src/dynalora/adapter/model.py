@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-import itertools
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -21,14 +17,13 @@ from peft.utils import (
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
-from transformers.integrations.peft import PeftAdapterMixin
 
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method
 from dynalora.adapter.ranks import fit
 from dynalora.common.names import plain_name
-from dynalora.driver import Driver, check_driven
+from dynalora.driver import Driver, check_driven, prepare_unloaded
 from dynalora.errors import CheckpointError, ConfigError, UnsupportedError
 
 _HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -59,22 +54,31 @@ class AdapterModel(BaseTuner):
             NoMatchingPeftModuleError: No module matches; the message names the linear layers that exist.
             UnsupportedError: A target is no linear layer.
         """
-        config = self.peft_config[adapter_name]
-        self._making = Driver(self.method, config, adapter_name)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             raise NoMatchingPeftModuleError(f"{error} {describe_linear_layers(model)}") from None
-        finally:
-            del self._making
+        # PEFT calls the hook itself for the adapter that a tuner is made with, but not for those added later.
+        self._post_injection_hook(model, self.peft_config[adapter_name], adapter_name)
+
+    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         layers = {
             name: module
             for name, module in model.named_modules()
-            if isinstance(module, AdapterLayer) and module.has_adapter(adapter_name)
+            if isinstance(module, AdapterLayer)
+            and module.has_adapter(adapter_name)
+            and adapter_name not in module.drivers
         }
-        for first in itertools.islice(layers.values(), 1):
-            first.become_lead(adapter_name)
-        if not (kwargs.get("low_cpu_mem_usage") or _weights_will_follow()):
+        if not layers:
+            return
+        driver = Driver(self.method, config, adapter_name)
+        for layer in layers.values():
+            layer.drive(adapter_name, driver)
+        next(iter(layers.values())).become_lead(adapter_name)
+        if config.may_be_loaded or config.inference_mode:
+            for layer in layers.values():
+                layer.unprepared[adapter_name] = layer.parameter("up", adapter_name)
+        else:
             self.method.prepare(layers, adapter_name, config)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
@@ -124,7 +128,6 @@ class AdapterModel(BaseTuner):
             config,
             r,
             alpha,
-            self._making,
             inference_mode=bool(config.inference_mode),
             scaling_rank=config.scaling_ranks.get(get_pattern_key(list(config.scaling_ranks), current_key)),
         )
@@ -157,6 +160,9 @@ class AdapterModel(BaseTuner):
             for layer in layers:
                 if layer.has_adapter(adapter_name):
                     layer._move_adapter_to_device_of_base_layer(adapter_name)
+        for layer in layers:
+            if adapter_name in layer.unprepared:
+                layer.unprepared[adapter_name] = layer.parameter("up", adapter_name)
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()  # type: ignore[no-untyped-call]
@@ -271,6 +277,7 @@ class AdapterModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
+        prepare_unloaded(model)
         check_driven(model, "saving")
         state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         layers = {
@@ -353,22 +360,6 @@ def _with_adapter_names(
 ) -> tuple[Any, dict[str, Any]]:
     """A pre-forward hook that tells a layer the adapter of every row."""
     return args, {**kwargs, "adapter_names": names}
-
-
-def _weights_will_follow() -> bool:
-    """Whether an adapter is being made only to be filled from a file, so that its start need not be computed."""
-    frame = sys._getframe(1).f_back
-    while frame is not None:
-        if frame.f_code in _LOADERS:
-            return True
-        frame = frame.f_back
-    return False
-
-
-_LOADERS = frozenset(
-    inspect.unwrap(getattr(loader, "__func__", loader)).__code__
-    for loader in (PeftModel.from_pretrained, PeftModel.load_adapter, PeftAdapterMixin.load_adapter)
-)
 
 
 def _patterns(config: AdapterConfig, layers: Iterable[AdapterLayer], adapter: str) -> dict[str, Any]:

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
-from peft.utils.peft_types import PeftType
 
 from dynalora.adapter.method import Method
 from dynalora.adapter.model import AdapterModel
+from dynalora.common.private import peft_type
 
 METHODS: dict[str, Method] = {}
 
 
 def register(method_class: type[Method]) -> type[Method]:
-    """Class decorator that registers a method with dynalora and with PEFT, under `PeftType.<NAME>`."""
+    """Class decorator that registers a method with dynalora and with PEFT, under `PeftType.<NAME>`.
+
+    Where PEFT already knows a method of that name, it stays PEFT's, with a warning.
+    """
     method = method_class()
     name = method.name
-    peft_type = _peft_type(name)
-    if peft_type in PEFT_TYPE_TO_TUNER_MAPPING:
-        raise RuntimeError(
-            f"PEFT already has a method called {name!r}, of its own or of another package; dynalora cannot "
-            "register its own "
-            "beside it: use a PEFT version without it."
+    if peft_type(name) in PEFT_TYPE_TO_TUNER_MAPPING:
+        warnings.warn(
+            f"PEFT already has a method called {name!r}, of its own or of another package, so dynalora's "
+            f"{method.config_class.__name__} is left out and all else works; to have it, use a version of PEFT "
+            "without that method, or do not import the other package.",
+            stacklevel=2,
         )
+        return method_class
     model_class = type(
         f"{name.capitalize()}Model",
         (AdapterModel,),
@@ -36,28 +41,8 @@ def register(method_class: type[Method]) -> type[Method]:
             "method": method,
         },
     )
-    setattr(
-        sys.modules[method_class.__module__], model_class.__name__, model_class
-    )  # where pickle looks for it
+    # where pickle looks for it
+    setattr(sys.modules[method_class.__module__], model_class.__name__, model_class)
     register_peft_method(name=name, config_cls=method.config_class, model_cls=model_class)
     METHODS[name] = method
     return method_class
-
-
-def _peft_type(name: str) -> PeftType:
-    """The member of PEFT's enumeration, added to it if need be.
-
-    `register_peft_method` takes members only, and Python closes enumerations; a member is made here in the way that
-    the `enum` module makes its own.
-    """
-    value = name.upper()
-    if value in PeftType.__members__:
-        return PeftType[value]
-    member = str.__new__(PeftType, value)
-    member._name_ = value
-    member._value_ = value
-    type.__setattr__(PeftType, value, member)
-    PeftType._member_names_.append(value)
-    PeftType._member_map_[value] = member
-    PeftType._value2member_map_[value] = member
-    return member

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from torch import nn
+
+from dynalora.common.private import BufferDict
 
 
 @dataclass(frozen=True)

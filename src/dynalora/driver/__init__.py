@@ -13,7 +13,7 @@ from dynalora.driver.driver import (
     report_task_loss,
     restart_schedule,
 )
-from dynalora.driver.hooks import invalidate, layers_of, param_groups, track
+from dynalora.driver.hooks import invalidate, layers_of, param_groups, prepare_unloaded, track
 
 __all__ = [
     "Driver",
@@ -27,6 +27,7 @@ __all__ = [
     "layers_of",
     "mix_state",
     "param_groups",
+    "prepare_unloaded",
     "report_task_loss",
     "restart_schedule",
     "track",

@@ -7,13 +7,14 @@ the model or its layers (they hold it), so deleting a model frees it at once, an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
+from dynalora.common.private import version
 from dynalora.common.processes import grouped
 from dynalora.errors import ScheduleError, TrainingError
 
@@ -96,6 +97,8 @@ class DrivenMethod(Protocol):
     @property
     def name(self) -> str: ...
 
+    def prepare(self, layers: Mapping[str, Any], adapter: str, config: Any) -> None: ...
+
     def needs_total_steps(self, config: Any) -> bool: ...
 
     def needs_driving(self, config: Any) -> bool: ...
@@ -154,10 +157,10 @@ class Driver:
     def read(self, layer: DrivenLayer) -> None:
         """Take the clock over from the layer that carries it, if it was changed from outside (loading)."""
         saved = layer.progress(self.adapter)
-        if saved is None or saved.is_meta or (id(saved), saved._version) == self._seen:
+        if saved is None or saved.is_meta or (id(saved), version(saved)) == self._seen:
             return
         self._step, self._total_steps = (int(value) for value in saved.tolist())
-        self._seen = (id(saved), saved._version)
+        self._seen = (id(saved), version(saved))
 
     def write(self, layer: DrivenLayer) -> None:
         """Store the clock in the layer that carries it."""
@@ -166,7 +169,7 @@ class Driver:
             return
         with torch.no_grad():
             saved.copy_(torch.tensor([self._step, self._total_steps]))
-        self._seen = (id(saved), saved._version)
+        self._seen = (id(saved), version(saved))
 
     @property
     def step(self) -> int:
@@ -417,11 +420,11 @@ def _fingerprint(layer: DrivenLayer, adapter: str) -> tuple[float, ...]:
 
 
 def _mark(gradient: torch.Tensor) -> None:
-    gradient._dynalora_version = gradient._version  # type: ignore[attr-defined]
+    gradient._dynalora_version = version(gradient)  # type: ignore[attr-defined]
 
 
 def _is_marked(gradient: torch.Tensor) -> bool:
-    return getattr(gradient, "_dynalora_version", None) == gradient._version
+    return getattr(gradient, "_dynalora_version", None) == version(gradient)
 
 
 def drivers_of(model: nn.Module) -> Iterator[tuple[Driver, list[Any]]]:

@@ -12,7 +12,6 @@ Nothing here keeps a model or an optimizer alive.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from dynalora.common.private import gradient_scale, steps_around
 from dynalora.driver.driver import Driver, OptimizerOverride
 from dynalora.driver.losses import Gradients, watch_backward
 
@@ -220,27 +220,10 @@ def _watch_state_dict(optimizer: Optimizer) -> None:
     optimizer.register_state_dict_pre_hook(restore)
 
 
-def _steps_around() -> list[Optimizer]:
-    """Optimizers within whose `step` the one of the calling hook takes place.
-
-    A subclass that calls `super().step()` runs all hooks twice, since torch wraps the `step` of every class; and an
-    optimizer around another (Lookahead, SAM) steps it within its own. A counter would be wrong for ever after a step
-    that raised; the stack is always right.
-    """
-    wrapper = sys._getframe(2)
-    around = []
-    frame = wrapper.f_back
-    while frame is not None:
-        if frame.f_code is wrapper.f_code and isinstance(optimizer := frame.f_locals.get("self"), Optimizer):
-            around.append(optimizer)
-        frame = frame.f_back
-    return around
-
-
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not _layers:
         return None
-    around = _steps_around()
+    around = steps_around()
     if any(outer is optimizer for outer in around):
         return None
     plan = _plan_for(optimizer)
@@ -282,7 +265,7 @@ def _only_makes_state(optimizer: Optimizer) -> bool:
     if optimizer.state or any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
         return False
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return not any(bool(getattr(one, "_local_tensor", one).any()) for one in gradients)
+    return not any(bool((one.to_local() if hasattr(one, "to_local") else one).any()) for one in gradients)
 
 
 def _act_before(optimizer: Optimizer, plan: _Plan) -> None:
@@ -303,29 +286,16 @@ def _act_before(optimizer: Optimizer, plan: _Plan) -> None:
                 1.0 if scale is None else scale,
                 _alive(binding.all_layers),
                 _alive(binding.others),
-                _loss_scale(optimizer) if driver.needs_task_loss else 1.0,
+                gradient_scale(optimizer) if driver.needs_task_loss else 1.0,
                 getattr(optimizer, "found_inf", None),
             )
         # A closure may be evaluated several times within one step.
         binding.first = first or (binding in again and binding.first)
 
 
-def _loss_scale(optimizer: Optimizer) -> torch.Tensor | float:
-    """Factor that a gradient scaler gave the loss: that of the scaler within whose `step` the optimizer steps."""
-    if (scale := getattr(optimizer, "grad_scale", None)) is not None:
-        return cast(torch.Tensor, scale)
-    frame = sys._getframe(1).f_back
-    while frame is not None:
-        scaler = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
-        if isinstance(scaler, torch.amp.GradScaler):
-            return scaler.get_scale() if scaler._scale is None else scaler._scale
-        frame = frame.f_back
-    return 1.0
-
-
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     plan = _plans.get(optimizer)
-    if plan is None or not plan.bindings or any(outer is optimizer for outer in _steps_around()):
+    if plan is None or not plan.bindings or any(outer is optimizer for outer in steps_around()):
         return
     if plan.original is not None:
         _restore_groups(optimizer, plan)
@@ -420,6 +390,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
         Groups with `params`, `lr` and `weight_decay`, for any `torch.optim` optimizer. Frozen parameters
         are left out; no group is empty.
     """
+    prepare_unloaded(model)
     rules: dict[int, OptimizerOverride] = {}
     ours: set[int] = set()
     for module in model.modules():
@@ -450,6 +421,30 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
 def layers_of(driver: Driver) -> list[Any]:
     """All layers of an adapter in model order, whichever optimizers own their parameters."""
     return next((layers for other, layers in _all_drivers() if other is driver), [])
+
+
+def prepare_unloaded(model: nn.Module) -> None:
+    """Let methods compute the start of adapters that were made as if to be loaded, and got no weights from a file.
+
+    Args:
+        model: A model with adapters, or one of its layers; then all layers of the layer's adapters are prepared.
+    """
+    waiting = {
+        id(driver): driver
+        for module in model.modules()
+        if hasattr(module, "adapter_parameters")
+        for adapter, driver in cast(Any, module).drivers.items()
+        if adapter in cast(Any, module).unprepared
+    }
+    for driver in waiting.values():
+        adapter = driver.adapter
+        layers = {}
+        for layer in layers_of(driver):
+            # transformers loads weights by putting other parameters in place.
+            if layer.unprepared.pop(adapter, None) is layer.parameter("up", adapter):
+                layers[layer.name] = layer
+        if layers:
+            driver.method.prepare(layers, adapter, driver.config)
 
 
 def known_optimizers() -> list[Optimizer]:

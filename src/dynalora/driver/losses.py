@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dynalora.common.private import version
+
 _watching = False
 _running = False
 
@@ -62,14 +64,14 @@ class Gradients:
         self._parameters = [tuple(layer.adapter_parameters(adapter).values()) for layer in layers]
         # The tensors are held, so that no new one can be taken for one that is gone.
         self._before = [_some_gradient(own) for own in self._parameters]
-        self._versions = [None if one is None else one._version for one in self._before]
+        self._versions = [None if one is None else version(one) for one in self._before]
 
     def made(self) -> bool:
         """Whether any gradient is new or was written to since."""
         now = (_some_gradient(own) for own in self._parameters)
         return any(
-            one is not None and (one is not before or one._version != version)
-            for one, before, version in zip(now, self._before, self._versions, strict=True)
+            one is not None and (one is not before or version(one) != written)
+            for one, before, written in zip(now, self._before, self._versions, strict=True)
         )
 
     @property

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import trainer as transformers_trainer
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from dynalora.common.private import add_default_callback
 from dynalora.driver.driver import check_driven, drivers_of
 
 
@@ -78,6 +78,4 @@ class DriverCallback(TrainerCallback):
 
 def install() -> None:
     """Make the callback one of every Trainer's defaults."""
-    defaults: list[type[TrainerCallback]] = transformers_trainer.DEFAULT_CALLBACKS  # type: ignore[assignment]
-    if DriverCallback not in defaults:
-        defaults.append(DriverCallback)
+    add_default_callback(DriverCallback)

@@ -11,6 +11,7 @@ from torch import nn
 from dynalora.adapter.gates import GATE_ROLES
 from dynalora.adapter.layer import kaiming
 from dynalora.adapter.storage import FACTORS, Role
+from dynalora.common.private import in_backward, version
 from dynalora.common.processes import process_count
 from dynalora.methods.pedyra.dora import DoraLayer
 from dynalora.methods.pedyra.settings import AdjustmentPlan, PedyraConfig
@@ -139,7 +140,7 @@ class PedyraLayer(DoraLayer):
             x.is_inference()
             or not self.parameter("e", adapter).requires_grad
             # Gradient checkpointing runs the forward pass once more, within the backward pass.
-            or torch._C._current_graph_task_id() != -1
+            or in_backward()
         ):
             return
         squares = _squares(x)
@@ -165,10 +166,10 @@ def _squares(x: torch.Tensor) -> torch.Tensor:
     global _last
     if torch.compiler.is_compiling():
         return _sum_squares(x)
-    if _last is not None and _last[0]() is x and _last[1] == x._version:
+    if _last is not None and _last[0]() is x and _last[1] == version(x):
         return _last[2]
     result = _sum_squares(x)
-    _last = weakref.ref(x), x._version, result
+    _last = weakref.ref(x), version(x), result
     return result
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dynalora.adapter.ranks import fit
+from dynalora.common.private import foreach_add_
 from dynalora.driver.driver import Moment
 from dynalora.methods.pedyra.layer import PedyraLayer, in_use
 
@@ -44,7 +45,7 @@ def add_orthogonality(moment: Moment, weight: float) -> None:
                 targets.append(parameter.grad.narrow(dim, 0, rank))
                 additions.append(own)
         if targets:
-            torch._foreach_add_(targets, additions)
+            foreach_add_(targets, additions)
 
 
 def _like(sharded: Any, whole: torch.Tensor) -> torch.Tensor:

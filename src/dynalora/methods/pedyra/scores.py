@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import distributed
 
+from dynalora.common import private
 from dynalora.common.processes import grouped, process_count
 from dynalora.driver.driver import Moment
 from dynalora.methods.pedyra.layer import ROLES, PedyraLayer, in_use
@@ -44,21 +45,21 @@ def update_averages(moment: Moment, layers: list[PedyraLayer], fresh: bool) -> N
                 gradients.append(_gradient(layer, role, adapter).to(mean.dtype))
                 sensitivity.append(mean)
                 uncertainty.append(average(layer, f"uncertainty_{role}", weight.shape, weight.device))
-        products = list(torch._foreach_mul(weights, gradients))
-        torch._foreach_abs_(products)
+        products = list(private.foreach_mul(weights, gradients))
+        private.foreach_abs_(products)
         if isinstance(moment.grad_scale, torch.Tensor) or moment.grad_scale != 1.0:
-            torch._foreach_div_(products, cast(Any, moment.grad_scale))
-        torch._foreach_lerp_(sensitivity, products, 1 - config.beta1)
-        torch._foreach_sub_(products, sensitivity)
-        torch._foreach_abs_(products)
-        torch._foreach_lerp_(uncertainty, products, 1 - config.beta2)
+            private.foreach_div_(products, cast(Any, moment.grad_scale))
+        private.foreach_lerp_(sensitivity, products, 1 - config.beta1)
+        private.foreach_sub_(products, sensitivity)
+        private.foreach_abs_(products)
+        private.foreach_lerp_(uncertainty, products, 1 - config.beta2)
     if config.uses_inputs:
         means = [
             average(layer, "inputs", (layer.in_features,), layer.parameter("e", adapter).device)
             for layer in layers
         ]
         seen = _gathered(layers, adapter, means)
-        torch._foreach_lerp_(means, seen, 1 - config.beta1)
+        private.foreach_lerp_(means, seen, 1 - config.beta1)
 
 
 def _gathered(layers: list[PedyraLayer], adapter: str, means: list[torch.Tensor]) -> list[torch.Tensor]:

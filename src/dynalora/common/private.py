@@ -1,0 +1,176 @@
+"""Everything the package takes from PEFT, transformers and torch that they do not promise to keep.
+
+Each function says what it needs and why nothing public will do. `tests/unit/test_private_ground.py` has a test for
+each, which fails with the reason when a new version of one of these libraries changes it. What subclasses of PEFT's
+`BaseTuner` and `BaseTunerLayer` override under a name with an underscore stands in those subclasses; the same test
+file compares its parameters with PEFT's.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import _get_in_out_features
+from peft.utils.peft_types import PeftType
+from torch import nn
+from torch.optim import Optimizer
+from transformers import trainer as transformers_trainer
+from transformers.trainer_callback import TrainerCallback
+
+__all__ = [
+    "BufferDict",
+    "add_default_callback",
+    "extend_model_cards",
+    "features",
+    "gradient_scale",
+    "has_forward_hooks",
+    "in_backward",
+    "peft_type",
+    "steps_around",
+    "version",
+    "view_base",
+]
+
+# torch's operations on lists of tensors, which its own optimizers are made of: one launch instead of one per tensor.
+foreach_abs_ = torch._foreach_abs_
+foreach_add_ = torch._foreach_add_
+foreach_div_ = torch._foreach_div_
+foreach_lerp_ = torch._foreach_lerp_
+foreach_mul = torch._foreach_mul
+foreach_sub_ = torch._foreach_sub_
+
+
+# PEFT --------------------------------------------------------------------------------------------------------------
+
+
+def features(layer: nn.Module) -> tuple[int, int]:
+    """The numbers of inputs and outputs of a linear layer, quantised or not, as PEFT's own methods read them."""
+    return cast("tuple[int, int]", _get_in_out_features(layer))
+
+
+def peft_type(name: str) -> PeftType:
+    """The member `NAME` of PEFT's enumeration of methods, added to it if need be.
+
+    `register_peft_method` takes members only, and Python closes enumerations; a member is made here in the way that
+    the `enum` module makes its own.
+    """
+    value = name.upper()
+    if value in PeftType.__members__:
+        return PeftType[value]
+    member = str.__new__(PeftType, value)
+    member._name_ = value
+    member._value_ = value
+    type.__setattr__(PeftType, value, member)
+    PeftType._member_names_.append(value)
+    PeftType._member_map_[value] = member
+    PeftType._value2member_map_[value] = member
+    return member
+
+
+def extend_model_cards(
+    written: Callable[[PeftModel, str], None], uploading: Callable[[PeftModel, str], None]
+) -> None:
+    """Have functions called whenever a model card was written, and whenever a folder is about to be uploaded.
+
+    PEFT chooses the class of the model, and writes the card, before it asks the adapter's own classes for anything;
+    `push_to_hub` then writes another card over the one that was saved. Neither has a hook, so two methods of
+    `PeftModel` are wrapped. A second call changes nothing.
+
+    Args:
+        written: Called with the model and the folder, after `create_or_update_model_card`.
+        uploading: Called with the model and the folder, before what lies in it is uploaded.
+    """
+    write_card: Any = PeftModel.create_or_update_model_card
+    if hasattr(write_card, "extended_by_dynalora"):
+        return
+
+    @functools.wraps(write_card)
+    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
+        write_card(self, output_dir)
+        written(self, str(output_dir))
+
+    create_or_update_model_card.extended_by_dynalora = True  # type: ignore[attr-defined]
+    setattr(PeftModel, "create_or_update_model_card", create_or_update_model_card)  # noqa: B010
+    upload: Any = getattr(PeftModel, "_upload_modified_files", None)
+    if upload is None:
+        return
+
+    @functools.wraps(upload)
+    def upload_modified_files(self: PeftModel, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        uploading(self, str(working_dir))
+        return upload(self, working_dir, *args, **kwargs)
+
+    setattr(PeftModel, "_upload_modified_files", upload_modified_files)  # noqa: B010
+
+
+# transformers ------------------------------------------------------------------------------------------------------
+
+
+def add_default_callback(callback: type[TrainerCallback]) -> None:
+    """Make a callback one of every `Trainer`'s, so that nobody has to pass it; a second call changes nothing."""
+    defaults: list[type[TrainerCallback]] = transformers_trainer.DEFAULT_CALLBACKS  # type: ignore[assignment]
+    if callback not in defaults:
+        defaults.append(callback)
+
+
+# torch -------------------------------------------------------------------------------------------------------------
+
+
+def steps_around() -> list[Optimizer]:
+    """Optimizers within whose `step` the one of the calling step hook takes place. To be called by the hook itself.
+
+    A subclass that calls `super().step()` runs all hooks twice, since torch wraps the `step` of every class; and an
+    optimizer around another (Lookahead, SAM) steps it within its own. A count kept by the hooks would be wrong for
+    ever after a step that raised, since the hook after it never runs; the call stack is always right.
+    """
+    wrapper = sys._getframe(2)
+    around = []
+    frame = wrapper.f_back
+    while frame is not None:
+        if frame.f_code is wrapper.f_code and isinstance(optimizer := frame.f_locals.get("self"), Optimizer):
+            around.append(optimizer)
+        frame = frame.f_back
+    return around
+
+
+def gradient_scale(optimizer: Optimizer) -> torch.Tensor | float:
+    """The factor that a gradient scaler gave the loss of the step that an optimizer is about to make.
+
+    A `GradScaler` leaves its scale only with optimizers that unscale in their kernel. For all others it is known to
+    the scaler alone, within whose `step` the optimizer steps.
+    """
+    if (scale := getattr(optimizer, "grad_scale", None)) is not None:
+        return cast(torch.Tensor, scale)
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        scaler = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
+        if isinstance(scaler, torch.amp.GradScaler):
+            return scaler.get_scale() if scaler._scale is None else scaler._scale
+        frame = frame.f_back
+    return 1.0
+
+
+def in_backward() -> bool:
+    """Whether this code runs within a backward pass, as a forward pass repeated by gradient checkpointing does."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def version(tensor: torch.Tensor) -> int:
+    """A number that changes whenever a tensor is written to; reading it waits for no device."""
+    return tensor._version
+
+
+def view_base(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The tensor that this one is a view of, as autograd sees it; the tensor itself if it is none."""
+    return tensor._base if tensor._is_view() else tensor
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether anybody else sees, or may keep, what a module returns."""
+    return bool(module._forward_hooks)

@@ -1,0 +1,249 @@
+"""What the package needs of PEFT, transformers and torch that they do not promise: one test each, with the reason."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer import DEFAULT_CALLBACKS
+
+from dynalora.adapter.layer import AdapterLayer
+from dynalora.adapter.model import AdapterModel
+from dynalora.common import private
+from dynalora.driver.losses import watch_backward
+
+# Methods with an underscore that PEFT calls, or that we call, with PEFT's parameters after `self` or `cls`.
+TUNER = {
+    "_cast_adapter_dtype": ["adapter_name", "autocast_adapter_dtype"],
+    "_check_merge_allowed": [],
+    "_create_and_replace": [
+        "peft_config", "adapter_name", "target", "target_name", "parent", "current_key", "parameter_name",
+    ],
+    "_get_adapter_state_dict": None,
+    "_post_injection_hook": ["model", "config", "adapter_name"],
+    "_prepare_adapter_config": ["peft_config", "model_config"],
+    "_remap_adapter_state_dict_for_load": ["model", "config", "adapter_name", "state_dict"],
+    "_replace_module": ["parent", "child_name", "new_module", "child"],
+    "_unload_and_optionally_merge": ["merge", "progressbar", "safe_merge", "adapter_names"],
+}  # fmt: skip
+LAYER = {
+    "_cast_input_dtype": ["x", "dtype"],
+    "_move_adapter_to_device_of_base_layer": ["adapter_name", "device"],
+}
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "parameters"),
+    [(BaseTuner, *item) for item in TUNER.items()] + [(BaseTunerLayer, *item) for item in LAYER.items()],
+)
+def test_peft_calls_what_we_override(base: type, name: str, parameters: list[str] | None) -> None:
+    assert hasattr(base, name), (
+        f"PEFT's {base.__name__} has no {name} any more, so ours would never be called"
+    )
+    names = [p for p in inspect.signature(getattr(base, name)).parameters if p not in ("self", "cls")]
+    assert parameters is None or names == parameters, f"PEFT calls {name} with other parameters: {names}"
+
+
+@pytest.mark.parametrize(
+    ("ours", "base", "known"), [(AdapterModel, BaseTuner, TUNER), (AdapterLayer, BaseTunerLayer, LAYER)]
+)
+def test_no_override_is_forgotten_here(ours: type, base: type, known: dict[str, Any]) -> None:
+    overridden = {
+        name
+        for kind in ours.__mro__
+        if kind.__module__.startswith("dynalora.")
+        for name in vars(kind)
+        if name.startswith("_") and not name.startswith("__") and callable(getattr(base, name, None))
+    }
+    overridden -= {"_enable_peft_forward_hooks"}  # PEFT's base class has none
+    assert overridden <= known.keys(), f"add {overridden - known.keys()} to this file"
+
+
+def test_forward_passes_go_through_the_tuners_hooks() -> None:
+    source = inspect.getsource(peft.PeftModel._enable_peft_forward_hooks)
+    assert "self.base_model._enable_peft_forward_hooks(" in source, (
+        "adapter_names no longer reach AdapterModel"
+    )
+
+
+def test_the_tuner_calls_its_hook_after_injection() -> None:
+    seen = []
+
+    class Tuner(AdapterModel):
+        prefix = "dira_"
+
+        def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+            seen.append("inject")
+
+        def _post_injection_hook(self, *args: Any) -> None:
+            seen.append("hook")
+
+    Tuner(nn.Linear(2, 2), {"default": peft.LoraConfig()}, "default")
+    assert seen == ["inject", "hook"], (
+        "BaseTuner calls _post_injection_hook no longer, or not after inject_adapter"
+    )
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 5), (5, 3)])
+def test_features_of_linear_layers(inputs: int, outputs: int) -> None:
+    assert private.features(nn.Linear(inputs, outputs)) == (inputs, outputs)
+
+
+def test_buffer_dict_saves_what_it_holds() -> None:
+    buffers = private.BufferDict(persistent=True)
+    buffers["default"] = torch.ones(2)
+    assert list(buffers.state_dict()) == ["default"], (
+        "BufferDict is to be part of checkpoints under the adapter's name"
+    )
+
+
+def test_a_new_member_of_pefts_enumeration_is_like_its_own() -> None:
+    code = """
+from dynalora.common.private import peft_type
+from peft.utils.peft_types import PeftType
+member = peft_type("unheard_of")
+assert member is PeftType("UNHEARD_OF") is PeftType["UNHEARD_OF"] is PeftType.UNHEARD_OF is peft_type("unheard_of")
+assert member == "UNHEARD_OF" and member.value == "UNHEARD_OF" and member in list(PeftType), "not a full member"
+import pickle
+assert pickle.loads(pickle.dumps(member)) is member
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_name_that_peft_knows_is_left_to_it() -> None:
+    code = """
+import importlib.util
+import warnings
+from peft.utils import register_peft_method
+from peft import LoraConfig, LoraModel
+class Model(LoraModel):
+    prefix = "disel_"
+spec = importlib.util.spec_from_file_location("private", {path!r})
+private = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(private)  # without importing dynalora
+private.peft_type("disel")
+register_peft_method(name="disel", config_cls=LoraConfig, model_cls=Model)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import dynalora
+(message,) = [str(w.message) for w in caught if "DiselConfig" in str(w.message)]
+assert "'disel'" in message and "use a version of PEFT" in message, message
+assert not hasattr(dynalora, "DiselConfig") and hasattr(dynalora, "DiraConfig")
+assert dynalora.methods.method_names() == ["dira", "dislora", "pedyra"]
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+assert PEFT_TYPE_TO_CONFIG_MAPPING["DISEL"] is LoraConfig
+"""
+    subprocess.run([sys.executable, "-c", code.replace("{path!r}", repr(private.__file__))], check=True)
+
+
+def test_model_cards_and_uploads_go_through_the_methods_that_are_wrapped() -> None:
+    import transformers.utils.hub
+
+    for name in ("create_or_update_model_card", "_upload_modified_files"):
+        assert hasattr(peft.PeftModel, name), f"PeftModel has no {name} any more, so cards get no section"
+        assert hasattr(getattr(peft.PeftModel, name), "__wrapped__"), (
+            f"{name} is not extended by `import dynalora`"
+        )
+    called = inspect.getsource(peft.PeftModel.save_pretrained)
+    assert "self.create_or_update_model_card(" in called, "save_pretrained writes its card by another way"
+    called = inspect.getsource(transformers.utils.hub.PushToHubMixin.push_to_hub)
+    assert "self._upload_modified_files(" in called, "push_to_hub uploads by another way"
+
+
+def test_default_callbacks_reach_every_trainer() -> None:
+    class Callback(TrainerCallback):
+        pass
+
+    private.add_default_callback(Callback)
+    private.add_default_callback(Callback)
+    assert DEFAULT_CALLBACKS.count(Callback) == 1  # type: ignore[arg-type]
+    DEFAULT_CALLBACKS.remove(Callback)  # type: ignore[arg-type]
+
+
+def test_steps_around_sees_the_optimizer_that_steps_another() -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    inner = torch.optim.SGD([parameter], lr=0.1)
+    seen: list[list[torch.optim.Optimizer]] = []
+
+    class Outer(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            inner.step()
+
+    outer = Outer([parameter], lr=0.1)
+    handle = inner.register_step_pre_hook(lambda *_: seen.append(private.steps_around()))
+    try:
+        outer.step()
+        inner.step()
+    finally:
+        handle.remove()
+    assert seen == [[outer], []], "torch wraps Optimizer.step otherwise, so nested steps cannot be told apart"
+
+
+def test_gradient_scale_is_that_of_the_scaler_that_steps() -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(float(private.gradient_scale(optimizer))))
+    scaler.scale(parameter.sum()).backward()
+    scaler.step(optimizer)
+    optimizer.step()
+    assert seen == [8.0, 1.0], "GradScaler.step steps the optimizer otherwise, or keeps its scale elsewhere"
+
+
+def test_a_backward_pass_knows_itself() -> None:
+    seen = []
+    x = torch.ones(1, requires_grad=True)
+    y = 2 * x
+    y.register_hook(lambda _: seen.append(private.in_backward()))
+    assert not private.in_backward()
+    y.backward()
+    assert seen == [True], (
+        "autograd no longer says which graph runs, so checkpointed inputs would count twice"
+    )
+
+
+def test_every_backward_goes_through_the_function_that_is_wrapped() -> None:
+    watch_backward(lambda: None, lambda loss, noted: None)
+    assert hasattr(torch.autograd.backward, "__wrapped__")
+    source = inspect.getsource(torch.Tensor.backward)
+    assert "torch.autograd.backward(" in source, (
+        "Tensor.backward no longer calls torch.autograd.backward by its name"
+    )
+
+
+def test_versions_change_with_every_write() -> None:
+    tensor = torch.ones(2)
+    before = private.version(tensor)
+    tensor.add_(1)
+    assert private.version(tensor) > before
+    assert private.version(tensor) == private.version(tensor)
+
+
+def test_view_base_and_hooks() -> None:
+    whole = torch.ones(4)
+    assert private.view_base(whole) is whole
+    assert private.view_base(whole[:2]) is whole
+    layer = nn.Linear(2, 2)
+    assert not private.has_forward_hooks(layer)
+    layer.register_forward_hook(lambda *_: None)
+    assert private.has_forward_hooks(layer)
+
+
+def test_operations_on_lists_of_tensors() -> None:
+    a, b = [torch.tensor([-2.0])], [torch.tensor([3.0])]
+    product = private.foreach_mul(a, b)
+    private.foreach_abs_(product)
+    private.foreach_div_(product, 2.0)
+    private.foreach_sub_(product, a)
+    private.foreach_lerp_(product, b, 0.5)
+    private.foreach_add_(product, b)
+    assert [float(x) for x in product] == [(5 + 3) / 2 + 3]
