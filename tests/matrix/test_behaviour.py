@@ -63,7 +63,7 @@ def test_every_target_is_adapted_and_nothing_else(row: Row, toy: Toy) -> None:
 def test_only_adapter_parameters_train_and_all_of_them_move(row: Row, toy: Toy) -> None:
     model = row.adapt(toy)
     trainable = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    prefix = row.name.split("-")[0] + "_"
+    prefix = row.prefix
     heads = {name for name in trainable if "modules_to_save" in name}
     assert all(prefix in name for name in set(trainable) - heads)
     assert set(trainable) - heads

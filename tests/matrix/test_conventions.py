@@ -338,10 +338,10 @@ def test_low_cpu_mem_usage(row: Row, toy: Toy, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(toy.build(), tmp_path, low_cpu_mem_usage=True)
     assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
-    assert torch.equal(toy.logits(loaded), expected)
+    row.assert_same(toy.logits(loaded), expected)
     loaded.load_adapter(tmp_path, "again", low_cpu_mem_usage=True)
     loaded.set_adapter("again")
-    assert torch.equal(toy.logits(loaded), expected)
+    row.assert_same(toy.logits(loaded), expected)
     assert [name for name, p in loaded.named_parameters() if p.is_meta] == []
 
 
@@ -596,13 +596,15 @@ def test_token_classification_and_question_answering(
 @every_method
 def test_conversion_by_peft(row: Row) -> None:
     """PEFT converts static updates to a LoRA, and is told that a gated one has none."""
-    model = row.adapt(MLP, init_weights=False)
+    model = row.adapt(MLP, init_weights=False, r=2)
     assert model.supports_lora_conversion() is row.static
     if not row.static:
         with pytest.raises(TypeError):
             peft.convert_to_lora(model, rank=20, progressbar=False)
         return
-    config, state = peft.convert_to_lora(model, rank=12, progressbar=False)
+    config, state = peft.convert_to_lora(
+        model, rank=12, progressbar=False
+    )  # as many as DisLoRA's components are
     lora = peft.get_peft_model(MLP.build(), config).eval()
     set_peft_model_state_dict(lora, state)
     torch.testing.assert_close(MLP.logits(lora), MLP.logits(model), atol=1e-4, rtol=1e-4)
@@ -624,6 +626,8 @@ def test_different_methods_in_one_model_are_refused(row: Row) -> None:
 @every_row
 def test_second_derivatives(row: Row) -> None:
     """Of the layer with its in-place kernel, against numbers."""
+    if row.alone:
+        pytest.skip("its norms are constants to the gradient, as DoRA has it, and not to finite differences")
     layer = adapted_layers(row.adapt(MLP, MLP.build().double(), init_weights=False))["base_model.model.first"]
     own = {n: p for n, p in layer.named_parameters() if not n.startswith("base_layer.")}
     x = torch.randn(2, layer.in_features, dtype=torch.float64, requires_grad=True)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 
+from dynalora import DisloraConfig
 from tests.matrix.rows import Row, every_method, every_row, every_static_row, every_toy, every_transformer
 from tests.matrix.test_behaviour import adapted_layers, train
 from tests.toys import MLP, TOYS, Toy, assert_same_state, llama, output_of, snapshot
@@ -34,7 +35,11 @@ def test_half_precision_base(row: Row, toy: Toy, dtype: torch.dtype) -> None:
     base = toy.build().to(dtype)
     expected = toy.logits(base)
     # Without a task type, or a sequence classifier's head would be trained in half precision.
-    assert torch.equal(toy.logits(row.adapt(toy, copy.deepcopy(base), task_type=None)), expected)
+    start = toy.logits(row.adapt(toy, copy.deepcopy(base), task_type=None))
+    if row.config is DisloraConfig:  # its start cancels within one sum, before anything is rounded
+        assert torch.equal(start, expected)
+    else:
+        row.assert_start(start, expected)
 
     model = row.adapt(toy, copy.deepcopy(base), init_weights=False, task_type=None)
     assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
@@ -112,6 +117,8 @@ def test_gradient_checkpointing(row: Row, toy: Toy, reentrant: bool) -> None:
 def test_gradients_match_finite_differences(row: Row) -> None:
     """The layer's own backward against numbers: input, factors and, where there are any, gates."""
     toy = TOYS["mlp"]
+    if row.alone:
+        pytest.skip("its norms are constants to the gradient, as DoRA has it, and not to finite differences")
     layer = adapted_layers(row.adapt(toy, toy.build().double(), init_weights=False))["base_model.model.first"]
     own = {n: p for n, p in layer.named_parameters() if not n.startswith("base_layer.")}
     assert {p.dtype for p in own.values()} == {torch.float64}

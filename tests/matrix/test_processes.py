@@ -144,7 +144,7 @@ def test_saved_folder_is_small_and_unpickled(row: Row, toy: Toy, elsewhere: dict
     suffixes = {path.suffix for path in folder.iterdir()}
     assert suffixes <= {".json", ".safetensors", ".md"}
     tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-    prefix = row.name.split("-")[0] + "_"
+    prefix = row.prefix
     strangers = [n for n in tensors if prefix not in n and not n.startswith("base_model.model.classifier")]
     assert strangers == []
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -256,7 +256,7 @@ def test_config_survives_saving(row: Row, tmp_path: Path) -> None:
     for loaded in (peft.PeftConfig.from_pretrained(tmp_path), row.config.from_pretrained(tmp_path)):
         assert type(loaded) is row.config
         assert isinstance(loaded.peft_type, peft.PeftType), "transformers reads peft_type.value"
-        assert loaded.peft_type is peft.PeftType[row.name.split("-")[0].upper()]
+        assert loaded.peft_type is peft.PeftType[row.config.method.upper()]
         assert loaded.to_dict() == config.to_dict()
 
 

@@ -63,7 +63,7 @@ class DoraLayer(GatedLayer):
             return result
         bias = getattr(self.get_base_layer(), "bias", None)
         more = (self._gain(adapter) - 1).to(result.dtype)
-        return result + more * (result if bias is None else result - bias)
+        return result + more * (result if bias is None else result - bias.to(result.dtype))
 
     def _gain(self, adapter: str) -> torch.Tensor:
         """`g`, (out). The norms come from the factors: ‖W0 + U·D‖² = ‖W0‖² + 2⟨W0·Dᵀ, U⟩ + ‖U·D‖², row by row."""
@@ -86,7 +86,7 @@ class DoraLayer(GatedLayer):
         return gain
 
     def _base_squares(self) -> torch.Tensor:
-        if self.base_squares is None:
+        if self.base_squares is None or self.base_squares.is_meta:  # made before the weights were there
             weight = self.get_base_weight().detach()
             wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
             # transformers' Conv1D holds its weight as (in, out).
