@@ -11,8 +11,8 @@ def cache_folder() -> Path:
 
     It may not exist yet. Everything in it can be deleted at any time.
     """
-    own = os.environ.get("DYNALORA_CACHE")
-    if own:
-        return Path(own).expanduser()
+    folder = os.environ.get("DYNALORA_CACHE")
+    if folder:
+        return Path(folder).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "dynalora"

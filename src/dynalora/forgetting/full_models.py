@@ -83,15 +83,17 @@ def model_landscape(
         what = "Comparing weights"
         progress(what, 0, len(names))
         for name in sorted(names, key=_natural):
-            one, other = first[name](), second[name]()
+            after, before = first[name](), second[name]()
 
-            def difference(rows: slice, columns: slice, one: Any = one, other: Any = other) -> torch.Tensor:
-                # Subtracted in float64: weights of one size nearly cancel.
-                minuend: torch.Tensor = one[rows, columns].to(device).double()
-                subtrahend: torch.Tensor = other[rows, columns].to(device).double()
+            def difference(
+                rows: slice, columns: slice, after: Any = after, before: Any = before
+            ) -> torch.Tensor:
+                # Subtracted in float64, because the two weights nearly cancel.
+                minuend: torch.Tensor = after[rows, columns].to(device).double()
+                subtrahend: torch.Tensor = before[rows, columns].to(device).double()
                 return minuend - subtrahend
 
-            shape = _shape(one)
+            shape = _shape(after)
             sigma = matrix_spectrum((shape[0], shape[1]), difference, device)
             rows.append(landscape_row(name.removesuffix(".weight"), min(shape), sigma, tau))
             progress(what, len(rows), len(names))
@@ -112,19 +114,19 @@ def _matrices(folder: Path, stack: ExitStack) -> dict[str, Callable[[], Any]]:
         raise CheckpointError(
             f"'{folder}' holds no full model in safetensors; give the folder of one, saved by save_pretrained()."
         )
-    found: dict[str, Callable[[], Any]] = {}
+    matrices: dict[str, Callable[[], Any]] = {}
     for name in files:
         try:
             opened = stack.enter_context(safe_open(folder / name, framework="pt"))
             for key in opened.keys():  # noqa: SIM118 (not a mapping)
                 part = opened.get_slice(key)
                 if len(part.get_shape()) == 2 and part.get_dtype() in _FLOATS:
-                    found[key] = _opener(opened, key)
+                    matrices[key] = _opener(opened, key)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"'{folder / name}' cannot be read ({error}); fetch the model again."
             ) from error
-    return found
+    return matrices
 
 
 def _opener(file: Any, key: str) -> Callable[[], Any]:

@@ -82,13 +82,13 @@ def record_gates(
     if isinstance(texts, str):
         raise ConfigError("texts must be a list of texts, got one string; put it into a list.")
     recorder = _Recorder(layers)
-    given = _forward_options(model, layers)
+    options = _forward_options(model, layers)
     seen = 0
     with evaluating(model):
         for batch, count, total in _batches(texts, tokenizer, batch_size, max_length):
             batch = {k: v.to(_device(model)) for k, v in batch.items() if isinstance(v, torch.Tensor)}
             with recorder.listening(_counted(batch)):
-                model(**{k: v for k, v in batch.items() if k != "labels"}, **given)
+                model(**{k: v for k, v in batch.items() if k != "labels"}, **options)
             seen += count
             if progress is not None:
                 progress(seen, total)
@@ -193,12 +193,14 @@ class _Recorder:
                 "%d layers see other rows than the batch's tokens and are left out of the record (the first: %s).",
                 len(self.unplaced), plain_name(first),
             )  # fmt: skip
-        kept = [index for index, name in enumerate(self.layers) if name not in self.unplaced]
+        placed_layers = [index for index, name in enumerate(self.layers) if name not in self.unplaced]
         names = list(self.layers)
-        rows = tuple(self.collectors[names[index]].result(plain_name(names[index])) for index in kept)
+        rows = tuple(
+            self.collectors[names[index]].result(plain_name(names[index])) for index in placed_layers
+        )
         if not rows:
             raise DynaloraError("no layer with gates sees the batch's tokens; there is nothing to record.")
-        pick = torch.tensor(kept)
+        pick = torch.tensor(placed_layers)
         return GateRecord(
             rows,
             self.documents,
@@ -235,8 +237,8 @@ def token_bins(score: torch.Tensor) -> torch.Tensor:
 
 
 def _count_tokens(histogram: torch.Tensor, score: torch.Tensor, group: torch.Tensor) -> None:
-    found = torch.bincount(group * TOKEN_BINS + token_bins(score), minlength=histogram.numel())
-    histogram += found.view_as(histogram).to(histogram)
+    counts = torch.bincount(group * TOKEN_BINS + token_bins(score), minlength=histogram.numel())
+    histogram += counts.view_as(histogram).to(histogram)
 
 
 class _Collector:

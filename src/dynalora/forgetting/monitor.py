@@ -1,10 +1,13 @@
-"""Watching during training how much of the base model is left, and stopping before too much is lost.
+"""A callback that measures forgetting during training, and stops a run or chooses its weights by it.
 
-At every measurement KL(base ‖ tuned) and the loss shift are taken on text that the base model wrote itself, and on any
-other text that is named (see `dynalora.forgetting.retention` for their definitions). The base model is the model
-in training with its adapters switched off; what it predicts is kept, so that a measurement costs one forward pass over
-the text. Measuring changes nothing that training depends on: weights, gradients, random states, modes and which
-parameters train are afterwards what they were, bit for bit.
+Fine-tuning moves a model away from its base model, which the training loss does not show. The monitor measures the
+distance at regular steps: KL(base ‖ tuned) and the loss shift, as [`retention`][dynalora.forgetting.retention] defines
+them, on text that the base model wrote itself and on other text that is named.
+
+There is no second model: the base model is the model in training with its adapters switched off. Its predictions on
+the texts are computed once, when training begins, so that a measurement costs one forward pass over the texts. A
+measurement leaves weights, gradients, random states, modes and `requires_grad` as they were; a run with a monitor
+trains bit for bit as it would without.
 """
 
 from __future__ import annotations
@@ -82,7 +85,7 @@ class RetentionMonitor(TrainerCallback):
         cache_bytes: Memory for the base model's predictions; what does not fit is computed anew at every measurement.
             They are kept as the model gives them, so that the cache changes no bit of the result: number of tokens ×
             vocabulary × 4 bytes, or 2 for a model in half precision; 300 MB for 1500 tokens and 50,000 words. 1 GiB.
-        progress: Told of the base model's first passes.
+        progress: Called during the base model's first passes.
 
     Attributes:
         points: All measurements of the run, in order.
@@ -139,7 +142,7 @@ class RetentionMonitor(TrainerCallback):
     # --- the work -----------------------------------------------------------------------------------------
 
     def begin(self, model: nn.Module, *, step: int = 0) -> None:
-        """Take up a run: write or tokenise the texts, keep the base model's predictions, and measure.
+        """Begin a run: write or tokenise the texts, keep the base model's predictions, and measure.
 
         Args:
             model: The PEFT model that is going to be trained.
@@ -221,7 +224,7 @@ class RetentionMonitor(TrainerCallback):
             return
         if self.best.step != self._step:
             device = next(model.parameters()).device
-            # load_state_dict is what every adapter can take on ranks and buffers by, also where they changed since.
+            # Adapters follow changed ranks and buffers in load_state_dict.
             model.load_state_dict({k: v.to(device) for k, v in self.best.tensors.items()}, strict=False)
 
     def _refuse(self, model: nn.Module) -> None:
@@ -276,7 +279,7 @@ class RetentionMonitor(TrainerCallback):
                 began = time.perf_counter()
                 value = retention(model, reference.text, base=reference, batch_size=self.batch_size)
                 measured.append((name, value, time.perf_counter() - began))
-            new = [RetentionPoint(self.name, self._step, *one) for one in from_first(measured)]
+            new = [RetentionPoint(self.name, self._step, *values) for values in from_first(measured)]
             self.points.extend(new)
             if self.path is not None and first_process():
                 append_points(self.path, new)
@@ -286,7 +289,7 @@ class RetentionMonitor(TrainerCallback):
         """See whether too much was forgotten, and if not whether this is the state to keep."""
         if self.max_forgetting is None:
             return
-        if not self.forgetting <= self.max_forgetting:  # not-a-number is no either
+        if not self.forgetting <= self.max_forgetting:  # also where it is not a number
             if self.exceeded is None:
                 self.exceeded = max(new, key=lambda point: _order(point.retention.kl))
         elif self.keep_best:
@@ -307,15 +310,15 @@ class RetentionMonitor(TrainerCallback):
     # --- files --------------------------------------------------------------------------------------------
 
     def _take_file(self, step: int) -> None:
-        """Make the file ready: what this run is going to measure again goes, other runs stay."""
-        own = bool(self.points)
+        """Make the file ready: drop what this run is going to measure again, and leave other runs as they are."""
+        again = bool(self.points)
         self.points = [point for point in self.points if point.step < step]
         if self.path is None:
             return
         if first_process():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             before = read_points(self.path) if self.path.exists() else []
-            if step == 0 and not own and any(point.run == self.name for point in before):
+            if step == 0 and not again and any(point.run == self.name for point in before):
                 raise ConfigError(
                     f"'{self.path}' holds a run named '{self.name}' already; give the monitor another name or path."
                 )

@@ -152,9 +152,9 @@ def _lora(module: nn.Module | BaseTunerLayer) -> Any:
 
 def _adapters(module: BaseTunerLayer, adapter_name: str | None) -> list[str]:
     """The adapters with low-rank factors that are meant, of one layer."""
-    wanted = module.active_adapters if adapter_name is None else [adapter_name]
+    names = module.active_adapters if adapter_name is None else [adapter_name]
     known = module.scaling if isinstance(module, AdapterLayer) else getattr(module, "lora_B", {})
-    return [adapter for adapter in wanted if adapter in known]
+    return [adapter for adapter in names if adapter in known]
 
 
 def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
@@ -254,21 +254,20 @@ def recover(
     progress(what, 0, total)
     model.train()
     try:
-        for _ in range(epochs):
-            for batch in batches:
-                loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
-                losses.append(float(loss.detach()))
-                if not losses[-1] < float("inf"):
-                    raise TrainingError(
-                        f"The loss is {losses[-1]} at step {len(losses)} of recovery: it has diverged; "
-                        f"lower learning_rate ({learning_rate:g})."
-                    )
-                loss.backward()
-                if max_grad_norm:
-                    torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                progress(what, len(losses), total)
+        for batch in (batch for _ in range(epochs) for batch in batches):
+            loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+            losses.append(float(loss.detach()))
+            if not losses[-1] < float("inf"):
+                raise TrainingError(
+                    f"The loss is {losses[-1]} at step {len(losses)} of recovery: it has diverged; "
+                    f"lower learning_rate ({learning_rate:g})."
+                )
+            loss.backward()
+            if max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress(what, len(losses), total)
     finally:
         model.eval()
     return Recovery(strategy, tuple(zeroed), tuple(losses))
@@ -305,23 +304,23 @@ def ablated(model: nn.Module, layers: str | Sequence[int]) -> Iterator[list[str]
         ```
     """
     chosen = ablated_layers(model, layers)
-    found = [(name, layer) for name, layer in _tuner_layers(model) if layer_index(name) in chosen]
-    if not found:
+    matches = [(name, layer) for name, layer in _tuner_layers(model) if layer_index(name) in chosen]
+    if not matches:
         raise DynaloraError(
             f"No adapter changes the layers {_listed(chosen)}; choose layers that have one, or attach an adapter."
         )
-    for name, layer in found:
+    for name, layer in matches:
         if layer.merged:
             raise UnsupportedError(
                 f"The adapter is merged into the base weight of '{name}'; call unmerge_adapter() first."
             )
-    before = [layer._disable_adapters for _, layer in found]
+    before = [layer._disable_adapters for _, layer in matches]
     try:
-        for _, layer in found:
+        for _, layer in matches:
             layer._disable_adapters = True
-        yield [name for name, _ in found]
+        yield [name for name, _ in matches]
     finally:
-        for (_, layer), state in zip(found, before, strict=True):
+        for (_, layer), state in zip(matches, before, strict=True):
             layer._disable_adapters = state
 
 
@@ -347,8 +346,8 @@ def ablated_layers(model: nn.Module, layers: str | Sequence[int]) -> list[int]:
     chosen = sorted(set(layers))
     wrong = [index for index in chosen if not 0 <= index < count]
     if wrong or not chosen:
-        told = f"names layer {wrong[0]}" if wrong else "is empty"
-        raise ConfigError(f"layers {told}; give indices from 0 to {count - 1}.")
+        problem = f"names layer {wrong[0]}" if wrong else "is empty"
+        raise ConfigError(f"layers {problem}; give indices from 0 to {count - 1}.")
     return chosen
 
 

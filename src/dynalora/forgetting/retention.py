@@ -110,9 +110,9 @@ def retention(
         UnsupportedError: An adapter is merged into the weights.
     """
     apart = base if isinstance(base, torch.nn.Module) else None
-    made = base if isinstance(base, BasePredictions) else None
+    predictions = base if isinstance(base, BasePredictions) else None
     _check(model, text, batch_size, chunk, writer=apart)
-    if made is not None and made.text != text:
+    if predictions is not None and predictions.text != text:
         raise ConfigError(
             "The base predictions were made on another text; make them again with base_predictions()."
         )
@@ -123,7 +123,7 @@ def retention(
     # Not inference_mode: a model in training may keep what it computes here, such as rotary frequencies.
     with evaluating(model), evaluating(apart or model), torch.no_grad():
         for batch in _batches(text, batch_size):
-            kept = [made.log_probs[index] for index in batch] if made else []
+            kept = [predictions.log_probs[index] for index in batch] if predictions else []
             reference = [part for part in kept if part is not None]
             if len(reference) < len(batch):
                 reference = _written(apart or model, text, batch, off=True)

@@ -82,12 +82,12 @@ def _separation(
     first, second = first.double(), second.double()
     auc, error = binned_auc(first.sum(0), second.sum(0))
     variance, freedom = 0.0, len(first)
-    for own, other, flip in ((first, second, False), (second, first, True)):
-        filled = own[own.sum(1) > 0]
+    for counts, other, flip in ((first, second, False), (second, first, True)):
+        filled = counts[counts.sum(1) > 0]
         groups = len(filled)
         if groups < 2:
             return Separation(name, layer, kind, auc, error, None, None)
-        whole, rest = own.sum(0), other.sum(0)
+        whole, rest = counts.sum(0), other.sum(0)
         left_out = torch.tensor(
             [
                 binned_auc(rest, whole - part)[0] if flip else binned_auc(whole - part, rest)[0]

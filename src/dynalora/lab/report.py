@@ -218,13 +218,13 @@ _LATEX = {
 def latex_table(table: Table) -> str:
     """The table for LaTeX, in the style of booktabs (which the document must load)."""
 
-    def told(text: str) -> str:
+    def escaped(text: str) -> str:
         return "".join(_LATEX.get(sign, sign) for sign in text)
 
     columns = "".join("r" if numeric else "l" for numeric in table.numeric)
     lines = [r"\begin{tabular}{" + columns + "}", r"\toprule"]
-    lines += [" & ".join(map(told, table.columns)) + r" \\", r"\midrule"]
-    lines += [" & ".join(map(told, row)) + r" \\" for row in table.text]
+    lines += [" & ".join(map(escaped, table.columns)) + r" \\", r"\midrule"]
+    lines += [" & ".join(map(escaped, row)) + r" \\" for row in table.text]
     lines += [r"\bottomrule", r"\end{tabular}"]
     comments = [f"% {line}" for line in (table.title, table.note) if line]
     return "\n".join([*comments, *lines]) + "\n"
@@ -236,12 +236,12 @@ def rich_table(table: Table) -> RichTable:
     from rich.markup import escape
     from rich.table import Table as RichTable
 
-    made = RichTable(
+    shown = RichTable(
         title=escape(table.title) or None, caption=escape(table.note) or None, box=box.SIMPLE_HEAD,
         title_justify="left", caption_justify="left", title_style="bold",
     )  # fmt: skip
     for column, numeric in zip(table.columns, table.numeric, strict=True):
-        made.add_column(escape(column), justify="right" if numeric else "left", overflow="fold")
+        shown.add_column(escape(column), justify="right" if numeric else "left", overflow="fold")
     for row in table.text:
-        made.add_row(*map(escape, row))
-    return made
+        shown.add_row(*map(escape, row))
+    return shown

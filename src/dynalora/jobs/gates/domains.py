@@ -77,18 +77,20 @@ def read_domain(spec: DomainSpec) -> Domain:
                 f"({', '.join(files.FILE_KINDS)})."
             )
         return Domain(texts=tuple(load_texts(path, limit=spec.limit)))
-    rows, told = files.read_rows(spec.data, split=spec.split, subset=spec.subset)
+    rows, source = files.read_rows(spec.data, split=spec.split, subset=spec.subset)
     first = next(rows, None)
     if first is None:
-        raise DataError(f"{told} is empty; give a data set with at least one row.")
+        raise DataError(f"{source} is empty; give a data set with at least one row.")
     whole = itertools.chain([first], rows)
     text_field = spec.text_field or _text_field(list(first[1]), fields)
     if text_field is None:
-        found = to_conversations(
-            whole, fields=fields if fields.named else None, source=told, limit=spec.limit
+        conversations = to_conversations(
+            whole, fields=fields if fields.named else None, source=source, limit=spec.limit
         )
-        return Domain(conversations=tuple(found))
-    return Domain(texts=tuple(files.some_texts(files.texts_of(whole, text_field, told), spec.limit, told)))
+        return Domain(conversations=tuple(conversations))
+    return Domain(
+        texts=tuple(files.some_texts(files.texts_of(whole, text_field, source), spec.limit, source))
+    )
 
 
 def _text_field(names: Sequence[str], fields: Fields) -> str | None:
@@ -96,8 +98,8 @@ def _text_field(names: Sequence[str], fields: Fields) -> str | None:
     try:
         find_fields(names, fields)
     except DataError:
-        found = files.text_field_of(names)
-        if found is None or fields.named:
+        text_field = files.text_field_of(names)
+        if text_field is None or fields.named:
             raise
-        return found
+        return text_field
     return None

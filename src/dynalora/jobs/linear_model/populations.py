@@ -79,10 +79,10 @@ class LinearModel:
             "pre_training_mean": (width,),
             "covariance": (width, width),
         }
-        for name, wanted in shapes.items():
-            if tuple(getattr(self, name).shape) != wanted:
+        for name, expected in shapes.items():
+            if tuple(getattr(self, name).shape) != expected:
                 raise ConfigError(
-                    f"{name} has shape {tuple(getattr(self, name).shape)}; base_weight asks for {wanted}."
+                    f"{name} has shape {tuple(getattr(self, name).shape)}; base_weight asks for {expected}."
                 )
         root, failed = torch.linalg.cholesky_ex(self.covariance)
         # A product such as X Xᵀ is symmetric only to rounding.
@@ -173,8 +173,8 @@ class LinearModel:
         spread = float((torch.cholesky_solve(delta[:, None], self._root)[:, 0] * delta).sum())
         middle = self.update @ ((self.fine_tuning_mean + self.pre_training_mean) / 2)
         along = self.update @ delta / spread
-        given = self.covariance - torch.outer(delta, delta) / spread
-        constant = float((self.update @ given * self.update).sum())
+        conditional = self.covariance - torch.outer(delta, delta) / spread
+        constant = float((self.update @ conditional * self.update).sum())
 
         def integral(centre: float, sign: float) -> float:
             width = math.sqrt(spread)
@@ -288,9 +288,9 @@ def measure_losses(
     count, total, square = sums.unbind(1)
     mean = total / count
     variance = (square / count - mean**2).clamp_min(0) / count
-    known = like_losses if like_losses is not None else PopulationLosses(0.0, 0.0)
+    exact = like_losses if like_losses is not None else PopulationLosses(0.0, 0.0)
     return MeasuredLosses(
-        fine_tuning=float(mean[0]) + known.fine_tuning,
-        pre_training=float(mean[1]) + known.pre_training,
+        fine_tuning=float(mean[0]) + exact.fine_tuning,
+        pre_training=float(mean[1]) + exact.pre_training,
         error=float(variance.sum().sqrt()) / 2,
     )

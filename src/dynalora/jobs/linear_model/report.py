@@ -39,11 +39,11 @@ def run_linear_model(
         RunFolderError: The run folder cannot be used.
         TrainingError: A loss is no longer a number.
     """
-    how = spec or LinearModelSpec()
-    output = how.output or "runs/linear-model"
-    with RunFolder.create(output, how.settings()) as run:
+    spec = spec or LinearModelSpec()
+    output = spec.output or "runs/linear-model"
+    with RunFolder.create(output, spec.settings()) as run:
         with rich_progress(console) as progress:
-            result = compare_on_linear_model(how, progress=progress)
+            result = compare_on_linear_model(spec, progress=progress)
         for row in result.rows:
             for step, losses in row.curve:
                 run.log({"method": row.method, "step": step, **asdict(losses), "mixture": losses.mixture})
@@ -180,5 +180,8 @@ def _csv(result: LinearModelResult) -> str:
     )
     return csv_text(
         header,
-        ([name, kind, own.fine_tuning, own.pre_training, own.mixture] for name, kind, own in rows),
+        (
+            [name, kind, losses.fine_tuning, losses.pre_training, losses.mixture]
+            for name, kind, losses in rows
+        ),
     )

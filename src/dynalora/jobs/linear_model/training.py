@@ -136,19 +136,19 @@ def compare_on_linear_model(
     Raises:
         TrainingError: A loss is no longer a number.
     """
-    how = spec or LinearModelSpec()
-    problem = how.problem()
+    spec = spec or LinearModelSpec()
+    problem = spec.problem()
     rows = []
     gates: GateCurve | None = None
     for method in METHODS_COMPARED:
-        model = _build(method, problem, how)
-        rows.append(_train(method, model, problem, how, progress))
+        model = _build(method, problem, spec)
+        rows.append(_train(method, model, problem, spec, progress))
         if method in METHODS and METHODS[method].gated:
             gates = gate_curve(model, problem)
     assert gates is not None  # DISeL is among the methods
     zero = torch.zeros_like(problem.update)
     return LinearModelResult(
-        how,
+        spec,
         problem.fixed_losses(zero),
         problem.fixed_losses(problem.best_fixed()),
         problem.bayes_losses(),
@@ -157,28 +157,28 @@ def compare_on_linear_model(
     )
 
 
-def _build(method: str, problem: LinearModel, how: LinearModelSpec) -> nn.Module:
-    torch.manual_seed(how.seed)
+def _build(method: str, problem: LinearModel, spec: LinearModelSpec) -> nn.Module:
+    torch.manual_seed(spec.seed)
     model = _Linear(problem.base_weight)
     if method == FULL:
         return model
     if method == LORA:
-        config: peft.PeftConfig = peft.LoraConfig(r=how.r, lora_alpha=2 * how.r, target_modules=["linear"])
+        config: peft.PeftConfig = peft.LoraConfig(r=spec.r, lora_alpha=2 * spec.r, target_modules=["linear"])
     else:
         kind: Any = config_class(method)
-        config = kind(r=how.r, target_modules=["linear"], gate_bias_init=how.gate_bias_init)
+        config = kind(r=spec.r, target_modules=["linear"], gate_bias_init=spec.gate_bias_init)
     return peft.get_peft_model(model, config)
 
 
 def _train(
-    method: str, model: nn.Module, problem: LinearModel, how: LinearModelSpec, progress: Progress
+    method: str, model: nn.Module, problem: LinearModel, spec: LinearModelSpec, progress: Progress
 ) -> LinearModelRow:
     gated = method in METHODS and METHODS[method].gated
     if gated:
         optimum, tolerance = problem.bayes_losses(), BAYES_TOLERANCE
         correction: Callable[[torch.Tensor], torch.Tensor] = problem.bayes_correction
     else:
-        best = problem.best_fixed(None if method == FULL else how.r)
+        best = problem.best_fixed(None if method == FULL else spec.r)
         optimum, tolerance = problem.fixed_losses(best), FIXED_TOLERANCE
 
         def correction(x: torch.Tensor) -> torch.Tensor:
@@ -191,41 +191,41 @@ def _train(
             like=lambda x: x @ problem.base_weight.mT + correction(x),
             like_losses=optimum,
             samples=samples,
-            seed=how.seed + 1,
+            seed=spec.seed + 1,
         )
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=how.learning_rate, weight_decay=0.0)
-    warmup = max(1, round(0.02 * how.steps))
+    optimizer = torch.optim.AdamW(trained, lr=spec.learning_rate, weight_decay=0.0)
+    warmup = max(1, round(0.02 * spec.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / how.steps))),
+        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / spec.steps))),
     )
-    generator = torch.Generator().manual_seed(how.seed + 2)
-    every = max(1, how.steps // _CURVE_POINTS)
-    small = min(_CURVE_SAMPLES, how.samples)
+    generator = torch.Generator().manual_seed(spec.seed + 2)
+    every = max(1, spec.steps // _CURVE_POINTS)
+    small = min(_CURVE_SAMPLES, spec.samples)
     curve = [(0, measured(small))]
     what = f"Training {NAMES[method]}"
     spent = 0.0
-    progress(what, 0, how.steps)
-    for step in range(1, how.steps + 1):
+    progress(what, 0, spec.steps)
+    for step in range(1, spec.steps + 1):
         began = time.perf_counter()
-        sample = problem.sample(how.batch_size, generator)
+        sample = problem.sample(spec.batch_size, generator)
         optimizer.zero_grad()
         loss = (model(sample.x.float()) - sample.y.float()).square().sum(1).mean()
         loss.backward()
         optimizer.step()
         schedule.step()
         spent += time.perf_counter() - began
-        if step % every == 0 or step == how.steps:
+        if step % every == 0 or step == spec.steps:
             if not math.isfinite(loss.item()):
                 raise TrainingError(
                     f"The loss of {NAMES[method]} is {loss.item()} at step {step}; lower learning_rate."
                 )
             curve.append((step, measured(small)))
-            progress(what, step, how.steps)
+            progress(what, step, spec.steps)
     parameters = sum(parameter.numel() for parameter in trained)
-    return LinearModelRow(method, measured(how.samples), optimum, tolerance, parameters, spent, tuple(curve))
+    return LinearModelRow(method, measured(spec.samples), optimum, tolerance, parameters, spent, tuple(curve))
 
 
 @torch.no_grad()
