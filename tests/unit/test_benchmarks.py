@@ -20,24 +20,19 @@ from dynalora.evaluation import metrics
 from dynalora.evaluation.benchmarks import BENCHMARKS, GROUPS, benchmark
 from dynalora.evaluation.generation import chat_prompt, generate
 from dynalora.evaluation.harness import FORGETTING_SUITE
+from dynalora.evaluation.kinds.base import Measuring
+from dynalora.evaluation.kinds.classify import class_logits, classes
+from dynalora.evaluation.kinds.code import CODE
 from dynalora.evaluation.masked_lm import mask_windows
 from dynalora.evaluation.metrics import boxed, first_keyword, letter, math_form
 from dynalora.evaluation.multiple_choice import option_scores
 from dynalora.evaluation.numbers import final_number, last_number, number, same_number
 from dynalora.evaluation.perplexity import perplexity, windows
-from dynalora.evaluation.run import (
-    TaskResult,
-    _execute,
-    _scored,
-    class_logits,
-    classes,
-    group_mean,
-    measure,
-    prepare,
-    task_list,
-)
+from dynalora.evaluation.results import TaskResult
+from dynalora.evaluation.run import group_mean, measure, prepare, task_list
 from dynalora.evaluation.sources import Source
-from dynalora.lab.tasks import AnswerTask, load_experiment_task
+from dynalora.lab.tasks.loading import load_experiment_task
+from dynalora.lab.tasks.task import AnswerTask
 
 from . import benchmark_files, tiny
 
@@ -52,11 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def perfect(name: str, folder: Path, **options: Any) -> dict[str, float]:
     """A task's numbers for a model that says the responses it would be trained on."""
     prepared = prepare(name, data=folder, **options)
-    result = _scored(
-        TaskResult(name, name, "", 1, prepared.task.main, {}, ()),
-        prepared,
-        [i.response for i in prepared.items],
-    )
+    result = prepared.scored([item.response for item in prepared.items])
     return {key: score.value for key, score in result.scores.items()}
 
 
@@ -371,7 +362,7 @@ def test_a_dialogue_is_one_item_per_turn(folder: Path) -> None:
 def test_generated_code_passes_or_fails(folder: Path) -> None:
     humaneval = prepare("humaneval", data=folder, **QUICK)  # type: ignore[arg-type]
     answers = ["    return 2 * x\n", "    return x\n", "", "```python\nwhile True\n```"]
-    assert [_execute(humaneval, [answer], "", lambda *a: None)[0] for answer in answers] == [
+    assert [CODE.judged(humaneval, [answer], Measuring())[0] for answer in answers] == [
         True,
         *[False] * 3,
     ]
@@ -382,21 +373,21 @@ def test_generated_code_passes_or_fails(folder: Path) -> None:
     assert item.prefix == '```python\ndef twice(x):\n    """Two times x."""\n'
     assert item.response == '```python\ndef twice(x):\n    """Two times x."""\n    return 2 * x\n```'
     mbpp = prepare("mbpp", data=folder, **QUICK)  # type: ignore[arg-type]
-    assert _execute(mbpp, ["def inc(x):\n    return x + 1\n"], "", lambda *a: None) == [True]
-    assert _execute(mbpp, ["def inc(x):\n    return 2\n"], "", lambda *a: None) == [False]
+    assert CODE.judged(mbpp, ["def inc(x):\n    return x + 1\n"], Measuring()) == [True]
+    assert CODE.judged(mbpp, ["def inc(x):\n    return 2\n"], Measuring()) == [False]
 
 
 def test_the_plus_versions_ask_the_same_and_test_more(folder: Path) -> None:
     half = prepare("humaneval+", data=folder, **QUICK)  # type: ignore[arg-type]
     assert half.task.title == "HumanEval+"
     for answer, right in (("    return x / 2\n", True), ("    return x // 2\n", False), ("", False)):
-        assert _execute(half, [answer], "", lambda *a: None) == [right]
+        assert CODE.judged(half, [answer], Measuring()) == [right]
     add = prepare("MBPP+", data=folder, **QUICK)  # type: ignore[arg-type]
     plain = prepare("mbpp", data=folder, **QUICK)  # type: ignore[arg-type]
     assert add.items[0].prompt == plain.items[0].prompt
     # The second passes the assertion that the prompt shows, and not the others.
     for answer, right in (("def inc(x):\n    return x + 1\n", True), ("def inc(x):\n    return 2\n", False)):
-        assert _execute(add, [answer], "", lambda *a: None) == [right]
+        assert CODE.judged(add, [answer], Measuring()) == [right]
 
 
 def test_code_is_not_executed_unless_allowed(folder: Path) -> None:
@@ -557,7 +548,7 @@ def test_code_is_generated_behind_its_beginning_and_run(
         assert options["strip"] is False
         return ["    return x + x\n"] * len(prompts)
 
-    monkeypatch.setattr("dynalora.evaluation.run.generate", say)
+    monkeypatch.setattr("dynalora.evaluation.kinds.generate.generate", say)
     prepared = prepare("humaneval", data=folder, **QUICK)  # type: ignore[arg-type]
     result = measure(model, tokenizer, prepared)
     assert result.scores["pass@1"].value == 1
@@ -663,7 +654,7 @@ def test_generated_tasks_by_name(small: tuple[Any, Any]) -> None:
     assert all(int(item.reference) is not None for item in prepared.items)
     result = measure(model, tokenizer, prepared, max_new_tokens=2)
     assert result.scores["accuracy"].value == 0
-    right = _scored(result, prepared, [f" {item.reference}\n" for item in prepared.items])
+    right = prepared.scored([f" {item.reference}\n" for item in prepared.items])
     assert right.scores["accuracy"].value == 1
     with pytest.raises(ConfigError, match="no task 'sums'"):
         prepare("reasoning_gym:sums")
@@ -758,5 +749,5 @@ def test_a_real_folder() -> None:
 
             with gzip.open(next((data / "code").glob("humaneval.*")), "rt", encoding="utf-8") as file:
                 solutions = [json.loads(line)["canonical_solution"] for line in file]
-            assert all(_execute(prepared, solutions, "", lambda *a: None))
+            assert all(CODE.judged(prepared, solutions, Measuring()))
     assert read

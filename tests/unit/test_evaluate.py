@@ -15,7 +15,8 @@ from dynalora import DiraConfig
 from dynalora.common.statistics import Interval
 from dynalora.errors import ConfigError
 from dynalora.evaluation.prompts import TEMPLATES, use_template
-from dynalora.evaluation.run import TaskResult, measure, prepare
+from dynalora.evaluation.results import TaskResult
+from dynalora.evaluation.run import measure, prepare
 from dynalora.jobs.evaluate.run import evaluate, is_adapter, results_table
 from dynalora.jobs.evaluate.settings import EvaluateSpec
 from dynalora.lab.models import load_model
@@ -129,7 +130,7 @@ def test_the_template_saved_with_an_adapter_is_used(
         asked.extend(tokenizer.decode(ids) for ids in prompts)
         return ["5"] * len(prompts)
 
-    monkeypatch.setattr("dynalora.evaluation.run.generate", say)
+    monkeypatch.setattr("dynalora.evaluation.kinds.generate.generate", say)
     arguments = ("--task", "gsm8k", "--data", str(data), "--limit", "1")
     assert program("evaluate", str(model), *arguments, "--template", "magicoder").code == 0
     words = tiny.tokenizer()

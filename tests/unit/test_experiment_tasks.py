@@ -12,20 +12,19 @@ import torch
 import transformers
 
 from dynalora.errors import ConfigError, DataError
-from dynalora.evaluation import run
+from dynalora.evaluation.heads import CAUSAL_LM, CLASSIFIER
+from dynalora.evaluation.kinds import code, generate
+from dynalora.evaluation.kinds.base import Kind, Measuring
+from dynalora.evaluation.kinds.choice import CHOICE
+from dynalora.evaluation.kinds.classify import CLASSIFY
+from dynalora.evaluation.kinds.generate import GENERATE
+from dynalora.evaluation.kinds.text import conversation_rows
 from dynalora.evaluation.numbers import solution_from
-from dynalora.lab import tasks
+from dynalora.evaluation.results import TaskScore
 from dynalora.lab.scores import mean_accuracy
-from dynalora.lab.tasks import (
-    AnswerTask,
-    ChoiceTask,
-    ClassTask,
-    GenerationTask,
-    Measuring,
-    MixedTask,
-    TaskScore,
-    load_experiment_task,
-)
+from dynalora.lab.tasks.loading import load_experiment_task
+from dynalora.lab.tasks.mixed import split_source
+from dynalora.lab.tasks.task import AnswerTask, BenchmarkTask, MixedTask
 
 from . import tiny
 
@@ -37,6 +36,10 @@ def test_solutions_lose_their_notes_and_keep_their_number() -> None:
         solution_from({"question": "q", "answer": "none"}, "line 3")
     with pytest.raises(DataError, match="field 'question'"):
         solution_from({"answer": "#### 1"})
+
+
+def kind_of(task: Any) -> Kind | None:
+    return task.kind if isinstance(task, BenchmarkTask) else None
 
 
 def problems(first: int, count: int) -> list[dict[str, str]]:
@@ -66,13 +69,13 @@ def files(tmp_path: Path) -> Path:
 
 def test_tasks_are_found_by_the_beginning_of_their_files_and_by_folder(files: Path) -> None:
     sums = load_experiment_task(str(files / "sums"))
-    assert isinstance(sums, GenerationTask)
+    assert kind_of(sums) is GENERATE
     assert (sums.name, len(sums.held_out)) == ("sums", 5)
     assert [item.question for item in sums.items] == [f"{n} + 1?" for n in range(4)], (
         "held out and trained on"
     )
     parity = load_experiment_task(str(files / "parity"), held_out=2, train_limit=3)
-    assert isinstance(parity, ChoiceTask)
+    assert kind_of(parity) is CHOICE
     assert (len(parity.train), len(parity.held_out)) == (3, 2)
     assert [item.answer for item in parity.items] == ["even", "odd", "even"]
 
@@ -113,9 +116,9 @@ def test_a_benchmark_by_name_is_the_task_of_its_files(files: Path, tmp_path: Pat
         assert len(named.items) == 2
         assert named.items == placed.items
         one, other = (
-            [vars(item) if isinstance(task, ChoiceTask) else (item.prompt, item.reference) for item in task.held_out]
+            [vars(item.choice) if kind_of(task) is CHOICE else (item.prompt, item.reference) for item in task.held_out]
             for task in (named, placed)
-            if isinstance(task, (ChoiceTask, GenerationTask))
+            if isinstance(task, BenchmarkTask)
         )  # fmt: skip
         assert len(one) == 3
         assert one == other
@@ -137,15 +140,15 @@ def test_a_benchmark_is_scored_by_its_own_metric(tmp_path: Path, monkeypatch: py
     words = tiny.tokenizer()
     model = tiny.model(len(words))
     task = load_experiment_task("addsub", data=tmp_path)
-    assert isinstance(task, GenerationTask)
+    assert kind_of(task) is GENERATE
     assert [item.answer for item in task.items] == [
         "1.0",
         "2.0",
     ]  # where there is no solution, the answer is learned
-    monkeypatch.setattr(run, "generate", lambda *_, **__: ["It is 3, so 3.0005", "4 or 5"])
+    monkeypatch.setattr(generate, "generate", lambda *_, **__: ["It is 3, so 3.0005", "4 or 5"])
     score = task.measure(model, words, Measuring(generated_tokens=8))
     assert score.correct == (True, False)
-    held = tasks._tokens([tasks._item(own) for own in task.held_out], words, "").rows
+    held = conversation_rows([GENERATE.item(example) for example in task.held_out], words, "").rows
     total, count, _ = losses_of(model, words, held)
     assert score.loss.value == pytest.approx(total / count, rel=1e-5)
 
@@ -194,14 +197,14 @@ def test_a_word_problem_is_scored_by_its_solution_and_by_its_number(
     words = tiny.tokenizer()
     model = tiny.model(len(words))
     task = load_experiment_task(str(files / "sums"))
-    assert isinstance(task, GenerationTask)
+    assert kind_of(task) is GENERATE
     asked: list[Any] = []
 
     def said(model: Any, tokenizer: Any, prompts: Any, **_: Any) -> list[str]:
         asked.extend(tokenizer.decode(prompt) for prompt in prompts)
         return ["It is #### 5", "#### 7", "6"][: len(prompts)]
 
-    monkeypatch.setattr(run, "generate", said)
+    monkeypatch.setattr(generate, "generate", said)
     score = task.measure(
         model, words, Measuring(generated=3, generated_tokens=8, batch_size=2, system="Count.")
     )
@@ -210,7 +213,7 @@ def test_a_word_problem_is_scored_by_its_solution_and_by_its_number(
         asked[0]
         == "<|im_start|>system\nCount.<|im_end|>\n<|im_start|>user\n4 + 1?<|im_end|>\n<|im_start|>assistant\n"
     )
-    rows = tasks._tokens([tasks._item(own) for own in task.held_out], words, "Count.").rows
+    rows = conversation_rows([GENERATE.item(example) for example in task.held_out], words, "Count.").rows
     total, count, _ = losses_of(model, words, rows)
     assert score.loss.value == pytest.approx(total / count, rel=1e-5)
     assert score.questions == 5
@@ -227,7 +230,7 @@ def test_answers_are_scored_by_agreement_and_loss(files: Path) -> None:
     model = tiny.model(len(words))
     items = load_experiment_task(str(files / "sums")).items
     task = AnswerTask("sums", "", tuple(items), tuple(items))
-    total, count, right = losses_of(model, words, tasks._tokens(items, words, "").rows)
+    total, count, right = losses_of(model, words, conversation_rows(items, words, "").rows)
     score = task.measure(model, words)
     assert score.loss.value == pytest.approx(total / count, rel=1e-5)
     assert score.correct == tuple(right)
@@ -237,10 +240,10 @@ def test_options_are_scored_behind_the_system_message(files: Path) -> None:
     words = tiny.tokenizer()
     model = tiny.model(len(words))
     task = load_experiment_task(str(files / "parity"))
-    assert isinstance(task, ChoiceTask)
+    assert kind_of(task) is CHOICE
     score = task.measure(model, words, Measuring(system="Choose."))
     wanted, total, count = [], 0.0, 0
-    for choice in task.held_out:
+    for choice in [example.choice for example in task.held_out]:
         head = prompt_of("Choose.", choice.question)
         per_token = []
         for place, option in enumerate(choice.options):
@@ -277,8 +280,8 @@ def test_classification_is_scored_as_its_definition_has_it(name: str, tmp_path: 
     tiny.write_jsonl(tmp_path / f"glue/{name}.train.jsonl", rows[:6])
     tiny.write_jsonl(tmp_path / f"glue/{name}.dev.jsonl", rows[6:])
     task = load_experiment_task(name, data=tmp_path)
-    assert isinstance(task, ClassTask)
-    assert (task.head, task.labels, len(task.items)) == ("classes", labels, 6)
+    assert kind_of(task) is CLASSIFY
+    assert (task.heads, task.labels, len(task.items)) == ((CLASSIFIER,), labels, 6)
     score = task.measure(model, words, Measuring(batch_size=4))
     outputs, losses = [], []
     for row in rows[6:]:
@@ -313,12 +316,12 @@ def test_questions_set_aside_are_the_same_for_a_seed_and_are_not_trained_on(file
     task = load_experiment_task(str(files / "parity"))
     left, aside = task.validation(2, seed=1)
     again = task.validation(2, seed=1)
-    assert isinstance(left, ChoiceTask)
-    assert isinstance(aside, ChoiceTask)
-    assert isinstance(task, ChoiceTask)
+    assert kind_of(left) is CHOICE
+    assert kind_of(aside) is CHOICE
+    assert kind_of(task) is CHOICE
     assert again == (left, aside)
-    assert sorted(c.question for c in (*left.train, *aside.held_out)) == sorted(
-        c.question for c in task.train
+    assert sorted(c.choice.question for c in (*left.train, *aside.held_out)) == sorted(
+        c.choice.question for c in task.train
     )
     assert len(aside.held_out) == 2
     assert left.held_out == task.held_out
@@ -370,7 +373,7 @@ def test_a_group_is_trained_on_and_single_tasks_are_measured(benchmarks: Path) -
     source = "both = commonsense -> arc_easy+piqa"
     task = load_experiment_task(source, data=benchmarks, held_out=3)
     assert isinstance(task, MixedTask)
-    assert (task.name, task.head) == ("both", "text")
+    assert (task.name, task.heads) == ("both", (CAUSAL_LM,))
     assert [own.name for own in task.measured] == ["arc_easy", "piqa"]
     assert [len(own.held_out) for own in task.measured] == [3, 2]  # type: ignore[attr-defined]
     # 4 and 5 of ARC-Easy are measured; PIQA has nothing to train on.
@@ -392,7 +395,7 @@ def test_the_union_is_learned_in_words_or_by_its_options(benchmarks: Path) -> No
     assert sorted({item.answer for item in plain.items}) == ["even", "odd"]
     task = load_experiment_task("commonsense_union -> piqa + arc_e", data=benchmarks, by_generation=True)
     assert isinstance(task, MixedTask)
-    assert all(isinstance(own, GenerationTask) for own in task.measured)
+    assert all(kind_of(own) is GENERATE for own in task.measured)
     assert len(task.items) == 9
     assert {item.answer for item in task.items} == {
         "the correct answer is answer1",
@@ -400,7 +403,7 @@ def test_the_union_is_learned_in_words_or_by_its_options(benchmarks: Path) -> No
     }
     assert all("Answer format: answer1/answer2" in item.question for item in task.items)
     own = load_experiment_task("arc_easy", data=benchmarks, by_generation=True)
-    assert isinstance(own, GenerationTask)
+    assert kind_of(own) is GENERATE
     assert own.items[0].answer == "the correct answer is answer1"
 
 
@@ -434,7 +437,7 @@ def test_instruction_data_is_trained_on_and_mixed_with_benchmarks(benchmarks: Pa
     placed = load_experiment_task(f"{benchmarks / 'math' / 'gsm8k'} -> {benchmarks / 'commonsense' / 'piqa'}")
     assert placed.items[0].answer == "It is\n#### 1"
     assert isinstance(placed, MixedTask)
-    assert isinstance(placed.measured[0], ChoiceTask)
+    assert kind_of(placed.measured[0]) is CHOICE
 
 
 def test_conversations_keep_their_turns(tmp_path: Path) -> None:
@@ -468,7 +471,7 @@ def test_measured_tasks_are_averaged_and_their_questions_put_together(
     model = tiny.model(len(words))
     task = load_experiment_task("gsm8k -> arc_easy + svamp", data=benchmarks)
     assert isinstance(task, MixedTask)
-    monkeypatch.setattr(run, "generate", lambda *_, **__: ["It is 3", "7"])
+    monkeypatch.setattr(generate, "generate", lambda *_, **__: ["It is 3", "7"])
     score = task.measure(model, words, Measuring(system="Say.", generated_tokens=8))
     parts = [own.measure(model, words, Measuring(system="Say.", generated_tokens=8)) for own in task.measured]
     accuracies = [sum(own.correct) / len(own.correct) for own in parts]
@@ -503,7 +506,7 @@ def test_questions_are_set_aside_of_what_is_trained_on(benchmarks: Path) -> None
     together = [item.question for item in (*left.items, *aside.held_out)]
     assert sorted(together) == asked_of(task)
     assert len(left.items) == 7
-    total, count, _ = losses_of(model, words, tasks._tokens(aside.held_out, words, "").rows)
+    total, count, _ = losses_of(model, words, conversation_rows(aside.held_out, words, "").rows)
     assert aside.measure(model, words).loss.value == pytest.approx(total / count, rel=1e-5)
     assert left.measured == task.measured  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="11 questions to choose settings on cannot be set aside of the 11"):
@@ -523,7 +526,7 @@ def test_code_is_scored_by_running_it_if_that_is_allowed(
     source = f"{tmp_path / 'taught.jsonl'} -> humaneval"
     with pytest.raises(ConfigError, match="allow it with run_code"):
         load_experiment_task(source, data=tmp_path)
-    monkeypatch.setattr(run, "check_sandbox", lambda **_: None)
+    monkeypatch.setattr(code, "check_sandbox", lambda **_: None)
     task = load_experiment_task(source, data=tmp_path, run_code=True)
     ran: list[str] = []
 
@@ -531,8 +534,8 @@ def test_code_is_scored_by_running_it_if_that_is_allowed(
         ran.append(text)
         return type("Outcome", (), {"passed": "return x + x" in text})
 
-    monkeypatch.setattr(run, "run_program", program)
-    monkeypatch.setattr(run, "generate", lambda *_, **__: ["    return x + x\n", "    return y\n"])
+    monkeypatch.setattr(code, "run_program", program)
+    monkeypatch.setattr(generate, "generate", lambda *_, **__: ["    return x + x\n", "    return y\n"])
     words = tiny.tokenizer()
     score = task.measure(tiny.model(len(words)), words, Measuring(generated_tokens=5))
     assert score.correct == (True, False)
@@ -550,7 +553,7 @@ def test_other_metrics_stand_where_no_answer_is_simply_right(
         tiny.write_jsonl(tmp_path / "summarization" / f"xsum.{split}.jsonl", rows)
     pytest.importorskip("rouge_score")
     task = load_experiment_task("xsum", data=tmp_path)
-    monkeypatch.setattr(run, "generate", lambda *_, **__: ["A cat sat."])
+    monkeypatch.setattr(generate, "generate", lambda *_, **__: ["A cat sat."])
     words = tiny.tokenizer()
     score = task.measure(tiny.model(len(words)), words, Measuring(generated_tokens=5))
     assert score.accuracy is None
@@ -560,8 +563,8 @@ def test_other_metrics_stand_where_no_answer_is_simply_right(
 
 def test_a_plus_that_ends_a_name_joins_nothing() -> None:
     for source in ("taught.jsonl -> HumanEval+ + mbpp+", "taught.jsonl->HumanEval++mbpp+"):
-        assert tasks._arrow(source)[1:] == (["taught.jsonl"], ["HumanEval+", "mbpp+"])
-    assert tasks._arrow("a+b -> c+ d")[1:] == (["a", "b"], ["c", "d"])
+        assert split_source(source)[1:] == (["taught.jsonl"], ["HumanEval+", "mbpp+"])
+    assert split_source("a+b -> c+ d")[1:] == (["a", "b"], ["c", "d"])
 
 
 @pytest.mark.parametrize(

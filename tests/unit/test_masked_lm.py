@@ -13,6 +13,7 @@ import transformers
 
 from dynalora import DiselConfig
 from dynalora.errors import ConfigError, DataError
+from dynalora.evaluation.heads import MASKED_LM
 from dynalora.evaluation.masked_lm import mask_text, mask_windows, masked_lm_perplexity, under_head
 from dynalora.lab.models import load_model
 from tests.unit import tiny
@@ -175,7 +176,7 @@ def test_a_classifier_in_memory_is_measured_like_its_saved_adapter(
 def test_an_encoder_without_a_masked_lm_head_is_refused(words: Any, tmp_path: Path) -> None:
     original = encoder(words, "bert")
     original.save_pretrained(tmp_path / "whole")
-    assert type(load_model(str(tmp_path / "whole"), head="masked")) is transformers.BertForMaskedLM
+    assert type(load_model(str(tmp_path / "whole"), heads=(MASKED_LM,))) is transformers.BertForMaskedLM
     original.bert.save_pretrained(tmp_path / "encoder")
     with pytest.raises(ConfigError, match="has no masked-LM head"):
-        load_model(str(tmp_path / "encoder"), head="masked")
+        load_model(str(tmp_path / "encoder"), heads=(MASKED_LM,))

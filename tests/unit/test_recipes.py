@@ -282,10 +282,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether this machine can contain code, and has every metric's package, is the affair of other tests."""
-    from dynalora.evaluation import run
+    from dynalora.evaluation.kinds import code
     from dynalora.evaluation.metrics import Metric
 
-    monkeypatch.setattr(run, "check_sandbox", lambda **_: None)
+    monkeypatch.setattr(code, "check_sandbox", lambda **_: None)
     monkeypatch.setattr(Metric, "check", lambda self: None)
 
 
@@ -310,7 +310,7 @@ def test_a_twins_grid_is_planned(place: Path, path: Path) -> None:
     for task in loaded.values():
         assert len(task.items) >= spec.validation + spec.batch_size
     first = next(iter(loaded.values()))
-    model = empty_model(spec.model, head=first.head, labels=first.labels)
+    model = empty_model(spec.model, heads=first.heads, labels=first.labels)
     planned = plan(spec, loaded, model=model)
     assert [own.label for own in planned] == [own.label for own in spec.contestants()]
     assert all(own.parameters for own in planned)

@@ -16,6 +16,7 @@ import dynalora
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.errors import ConfigError
 from dynalora.evaluation.generation import chat_prompt, generate
+from dynalora.evaluation.heads import LANGUAGE_MODELS
 from dynalora.evaluation.run import measure, prepare
 from dynalora.evaluation.scoring import answer_loss
 from dynalora.evaluation.seq2seq import Seq2SeqCollator, shortened
@@ -255,10 +256,12 @@ def test_what_needs_a_causal_language_model_says_so(place: Path) -> None:
             ConfigError, match=r"is an encoder-decoder \(bart\), and a causal language model is needed"
         ):
             load(name)
-        assert type(load(name, head="text")) is transformers.BartForConditionalGeneration
+        assert type(load(name, heads=LANGUAGE_MODELS)) is transformers.BartForConditionalGeneration
     tokenizer = load_tokenizer(name, template=None)
     with pytest.raises(ConfigError, match="needs a causal language model"):
-        measure(load_model(name, head="text"), tokenizer, prepare("wikitext2", data=write_text(place)))
+        measure(
+            load_model(name, heads=LANGUAGE_MODELS), tokenizer, prepare("wikitext2", data=write_text(place))
+        )
 
 
 def write_text(place: Path) -> Path:
@@ -268,7 +271,7 @@ def write_text(place: Path) -> Path:
 
 
 def test_evaluate_measures_a_model_and_a_saved_adapter(place: Path, tmp_path: Path) -> None:
-    base = load_model(str(place / "bart"), dtype="float32", head="text")
+    base = load_model(str(place / "bart"), dtype="float32", heads=LANGUAGE_MODELS)
     adapted = peft.get_peft_model(
         base, dynalora.DiraConfig(r=2, target_modules="all-linear", task_type="SEQ_2_SEQ_LM")
     )

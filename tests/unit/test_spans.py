@@ -16,8 +16,10 @@ from tokenizers import processors
 
 import dynalora
 from dynalora.errors import ConfigError, DataError
-from dynalora.evaluation.benchmarks import Example, benchmark
-from dynalora.evaluation.run import measure, model_kind, prepare
+from dynalora.evaluation.benchmarks import benchmark
+from dynalora.evaluation.heads import MARKER
+from dynalora.evaluation.kinds.base import Example
+from dynalora.evaluation.run import measure, prepare
 from dynalora.evaluation.spans import LONGEST_ANSWER, mark_answers, read_windows
 from dynalora.jobs.compare.run import run_compare
 from dynalora.jobs.compare.settings import CompareSpec
@@ -25,7 +27,8 @@ from dynalora.jobs.evaluate.run import evaluate
 from dynalora.jobs.evaluate.settings import EvaluateSpec
 from dynalora.lab.lab_settings import LabSettings
 from dynalora.lab.models import load_model
-from dynalora.lab.tasks import SpanTask, load_experiment_task
+from dynalora.lab.tasks.loading import load_experiment_task
+from dynalora.lab.tasks.task import BenchmarkTask
 from dynalora.lab.workbench import Workbench
 
 from . import tiny
@@ -214,7 +217,7 @@ def test_places_are_counted_from_the_left_whatever_side_a_tokenizer_pads() -> No
     items = questions(4)
     expected = mark_answers(encoder(), WORDS, items, max_length=40)
     assert mark_answers(encoder(), left, items, max_length=40) == expected
-    task = SpanTask("own", "", benchmark("squad_v2_spans"), tuple(items), tuple(items))
+    task = BenchmarkTask("own", "", benchmark("squad_v2_spans"), tuple(items), tuple(items))
     rows = task.training(left, max_length=40).rows
     batch = task.collator(left)([dict(row) for row in rows])
     assert len({len(row["input_ids"]) for row in rows}) > 1
@@ -267,7 +270,7 @@ def loaded(data: Path) -> Any:
 
 def test_rows_say_where_the_answer_is(data: Path, tmp_path: Path) -> None:
     prepared = prepare("squad_v2_spans", data=data)
-    assert model_kind(prepared) == ("spans", 0)
+    assert prepared.task.kind.heads == (MARKER,)
     silent, told, *_ = prepared.items
     assert (silent.span, silent.reference, silent.response) == (None, [], "")
     assert told.span is not None
@@ -314,7 +317,7 @@ def test_encoders_are_compared_on_marking(data: Path, loaded: Any, tmp_path: Pat
     base = done.grid.result(done.grid.base(spec.tasks[0]))
     assert base is not None
     torch.manual_seed(0)
-    plain = load_model(str(data / "encoder"), head="spans")
+    plain = load_model(str(data / "encoder"), heads=(MARKER,))
     assert base["test"]["losses"] == pytest.approx(task.measure(plain, loaded).losses, rel=1e-4)
 
 

@@ -10,377 +10,26 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from dynalora.errors import ConfigError, DataError
-from dynalora.evaluation import metrics
-from dynalora.evaluation.commonsense import choice_from
+from dynalora.errors import ConfigError
+from dynalora.evaluation import metrics, rows
+from dynalora.evaluation.kinds.base import Benchmark, Example
+from dynalora.evaluation.kinds.classify import CLASSIFY
+from dynalora.evaluation.kinds.code import CODE
+from dynalora.evaluation.kinds.generate import GENERATE
+from dynalora.evaluation.kinds.mark import MARK
+from dynalora.evaluation.kinds.masked import MASKED
+from dynalora.evaluation.kinds.perplexity import PERPLEXITY
 from dynalora.evaluation.metrics import Metric
-from dynalora.evaluation.multiple_choice import Choice
-from dynalora.evaluation.numbers import final_number, number, solution_from
 from dynalora.evaluation.sources import MissingSplitError, Source
 
-How = Literal["generate", "code", "classify", "extract", "perplexity", "masked perplexity"]
-
-
-@dataclass(frozen=True)
-class Example:
-    """One item of a task.
-
-    Attributes:
-        prompt: The question as it is put to the model.
-        reference: What the answer is compared with; its kind is the metrics' affair.
-        response: The text to learn, for training; empty where the task has none.
-        second: For classification, the second text of a pair; the passage that an answer is taken out of; else the
-            instruction's input.
-        prefix: The beginning of the answer, given to the model; part of the generated code.
-        choice: The same question with its options, for scoring by likelihood.
-        program: For code, (answer) → the program to run.
-        span: Where the passage has the answer, in characters, (first, one behind the last); None: nowhere.
-        where: Where its row lies, for errors.
-    """
-
-    prompt: str
-    reference: Any
-    response: str = ""
-    second: str = ""
-    prefix: str = ""
-    choice: Choice | None = None
-    program: Callable[[str], str] | None = None
-    span: tuple[int, int] | None = None
-    where: str = ""
-
-    def conversation(self) -> list[dict[str, str]]:
-        """Question and response as chat messages, for training."""
-        content = f"{self.prompt}\n\n{self.second}" if self.second else self.prompt
-        asked = {"role": "user", "content": content}
-        if self.second:
-            asked |= {"instruction": self.prompt, "input": self.second}
-        return [asked, {"role": "assistant", "content": self.response}]
-
-
-Reader = Callable[[Mapping[str, Any], str], Sequence[Example]]
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A task.
-
-    Attributes:
-        name: How it is asked for.
-        title: As its paper writes it.
-        source: Where its rows are.
-        read: (row, where it lies) → its items; most rows are one, a dialogue is one per turn.
-        metrics: How answers are scored; the first metric's first name stands for the task.
-        how: What the model does: generate, classify, extract (mark the answer in a passage), ….
-        max_new_tokens: Longest answer.
-        stop: Texts that end an answer.
-        labels: For classification, number of classes; 1: a value.
-        packages: For code, modules beyond Python's own library that its tests import.
-    """
-
-    name: str
-    title: str
-    source: Source
-    read: Reader
-    metrics: tuple[Metric, ...]
-    how: How = "generate"
-    max_new_tokens: int = 32
-    stop: tuple[str, ...] = ()
-    labels: int = 2
-    packages: tuple[str, ...] = ()
-
-    @property
-    def right_or_wrong(self) -> bool:
-        """Whether the number that stands for the task says of every generated answer whether it is right."""
-        first = self.metrics[0] if self.how in ("generate", "code") and self.metrics else None
-        return (
-            first is not None
-            and first.items is not None
-            and first.names[0] in ("accuracy", "strict", "pass@1")
-        )
-
-    @property
-    def main(self) -> str:
-        """The number that stands for the task."""
-        return {"perplexity": "perplexity", "masked perplexity": "perplexity"}.get(
-            self.how, self.metrics[0].names[0] if self.metrics else ""
-        )
-
-
-# --- reading rows ---------------------------------------------------------------------------------------------
-
-
-def _field(row: Mapping[str, Any], where: str, *names: str) -> Any:
-    for name in names:
-        if row.get(name) is not None:
-            return row[name]
-    wanted = " or ".join(f"'{name}'" for name in names)
-    raise DataError(f"{where} has no field {wanted}; its fields are {', '.join(map(repr, row)) or 'none'}.")
-
-
-def _text(row: Mapping[str, Any], where: str, *names: str) -> str:
-    value = _field(row, where, *names)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where} has no text in the field '{names[0]}'; give one, or leave the row out.")
-    return value
-
-
-def _index(row: Mapping[str, Any], where: str, *names: str) -> int:
-    value = _field(row, where, *names)
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        raise DataError(f"{where} has '{value}' in the field '{names[0]}'; give a whole number.") from None
-
-
-def _commonsense(word: str, written: Callable[[Mapping[str, Any], str], tuple[str, int]]) -> Reader:
-    """Rows of LLM-Adapters' files as they are, or rows of the original data set, `written` in the same way.
-
-    `written` gives the instruction and the number of the right option, from 1.
-    """
-
-    def read(row: Mapping[str, Any], where: str) -> list[Example]:
-        if "instruction" not in row:
-            instruction, right = written(row, where)
-            label = ("false", "true")[right - 1] if word == "true" else f"{word}{right}"
-            row = {
-                "instruction": instruction,
-                "answer": label,
-                "output": f"the correct answer is {label}",
-            }
-        prompt, answer = _text(row, where, "instruction"), _text(row, where, "answer").strip()
-        if word == "true":
-            if answer not in ("true", "false"):
-                raise DataError(f"{where} has the answer '{answer}'; it must be true or false.")
-            question = re.sub(r"\s*Answer format:.*$", "", prompt, flags=re.DOTALL)
-            choice = Choice(question, ("false", "true"), int(answer == "true"))
-        else:
-            choice = choice_from(row, where)
-        return [Example(prompt, answer, str(row.get("output") or ""), choice=choice, where=where)]
-
-    return read
-
-
-def _listed(
-    lead: str, question: str, word: str, options: Sequence[str], *, between: str = " ", last: str = "\n\n"
-) -> str:
-    shown = between.join(f"{word.title()}{n}: {option}" for n, option in enumerate(options, start=1))
-    labels = "/".join(f"{word}{n}" for n in range(1, len(options) + 1))
-    return f"{lead}: {question}\n\n{shown}{last}Answer format: {labels}"
-
-
-_CHOOSE = "Please choose the correct answer to the question"
-
-
-def _boolq(row: Mapping[str, Any], where: str) -> tuple[str, int]:
-    question = _text(row, where, "question").rstrip("?")
-    return (
-        f"Please answer the following question with true or false, question: {question}?\n\nAnswer format: true/false",
-        1 + bool(_field(row, where, "answer")),
-    )
-
-
-def _piqa(row: Mapping[str, Any], where: str) -> tuple[str, int]:
-    options = [_text(row, where, "sol1"), _text(row, where, "sol2")]
-    lead = "Please choose the correct solution to the question"
-    return (
-        _listed(lead, _text(row, where, "goal"), "solution", options, between="\n\n"),
-        1 + _index(row, where, "label"),
-    )
-
-
-def _siqa(row: Mapping[str, Any], where: str) -> tuple[str, int]:
-    question = f"{_text(row, where, 'context')} {_text(row, where, 'question')}"
-    options = [_text(row, where, f"answer{name}") for name in "ABC"]
-    return _listed(_CHOOSE, question, "answer", options), _index(row, where, "label")
-
-
-def _hellaswag(row: Mapping[str, Any], where: str) -> tuple[str, int]:
-    lead = "Please choose the correct ending to complete the given sentence"
-    question = f"{_text(row, where, 'activity_label')}: {_text(row, where, 'ctx')}"
-    return _listed(lead, question, "ending", list(_field(row, where, "endings"))), 1 + _index(
-        row, where, "label"
-    )
-
-
-def _winogrande(row: Mapping[str, Any], where: str) -> tuple[str, int]:
-    lead = "Please choose the correct answer to fill in the blank to complete the given sentence"
-    options = [_text(row, where, "option1"), _text(row, where, "option2")]
-    return _listed(lead, _text(row, where, "sentence"), "option", options, last=" "), _index(
-        row, where, "answer"
-    )
-
-
-def _arc(row: Mapping[str, Any], where: str) -> tuple[str, int]:
-    choices = _field(row, where, "choices")
-    labels, key = list(choices["label"]), _text(row, where, "answerKey")
-    if key not in labels:
-        raise DataError(f"{where} has the answer '{key}', which is none of {', '.join(labels)}.")
-    question = _text(row, where, "question", "question_stem")
-    return _listed(_CHOOSE, question, "answer", list(choices["text"])), 1 + labels.index(key)
-
-
-def _gsm8k(row: Mapping[str, Any], where: str) -> list[Example]:
-    item = solution_from(row, where)
-    return [Example(item.question, str(final_number(item.answer)), item.answer, where=where)]
-
-
-def _math(row: Mapping[str, Any], where: str) -> list[Example]:
-    solution = _text(row, where, "solution")
-    wanted = metrics.boxed(solution) or row.get("answer")
-    if not wanted:
-        raise DataError(rf"{where} has no \boxed{{…}} in its solution; give MATH's own rows.")
-    return [Example(_text(row, where, "problem"), str(wanted), solution, where=where)]
-
-
-def _arithmetic(row: Mapping[str, Any], where: str) -> list[Example]:
-    if "Body" in row:  # SVAMP
-        question = f"{_text(row, where, 'Body').rstrip('.')}. {_text(row, where, 'Question')}"
-    else:
-        question = _text(row, where, "instruction", "question")
-    wanted = _text(row, where, "answer", "Answer", "final_ans", "result")
-    if number(wanted) is None:
-        raise DataError(f"{where} has the answer '{wanted}', which is no number.")
-    return [Example(question.strip(), wanted, str(row.get("output") or "").strip(), where=where)]
-
-
-def _aqua(row: Mapping[str, Any], where: str) -> list[Example]:
-    if "instruction" in row:
-        question, wanted = _text(row, where, "instruction"), _text(row, where, "answer").strip()
-    else:
-        options = [str(option).replace(")", ") ", 1) for option in _field(row, where, "options")]
-        question = (
-            f"{_text(row, where, 'question')} Answer Choices: {' '.join(f'({option}' for option in options)}"
-        )
-        wanted = _text(row, where, "correct").strip()
-    if wanted not in "ABCDE" or len(wanted) != 1:
-        raise DataError(f"{where} has the answer '{wanted}'; it must be a letter from A to E.")
-    response = str(row.get("output") or row.get("rationale") or "").strip()
-    return [Example(question, wanted, response, where=where)]
-
-
-def _code_of(answer: str) -> str:
-    """The code in an answer: its first fenced block, if it has one."""
-    found = re.search(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", answer, re.DOTALL)
-    return found[1] if found else answer.split("```")[0]
-
-
-_SOLVE = "Write a solution to the following problem:\n```python\n{}\n```"
-
-
-def _humaneval(row: Mapping[str, Any], where: str) -> list[Example]:
-    start, test = _text(row, where, "prompt"), _text(row, where, "test")
-    entry = _text(row, where, "entry_point")
-
-    def program(answer: str) -> str:
-        code = _code_of(answer)
-        # A body continues the prompt; a whole function stands behind it and replaces it.
-        return f"{start}{code}\n\n{test}\n\ncheck({entry})\n"
-
-    body = str(row.get("canonical_solution") or "")
-    response = f"```python\n{start}{body}```" if body else ""
-    return [
-        Example(
-            _SOLVE.format(start.strip()), entry, response, prefix=f"```python\n{start}", program=program, where=where
-        )
-    ]  # fmt: skip
-
-
-def _mbpp(row: Mapping[str, Any], where: str) -> list[Example]:
-    tests = [str(test) for test in _field(row, where, "test_list")]
-    if not tests:
-        raise DataError(f"{where} has no test in the field 'test_list'; leave the row out.")
-    # MBPP+ has the assertions of `test_list` among many more.
-    checks = [_text(row, where, "test")] if row.get("test") else tests
-    before = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
-    asked = _text(row, where, "text", "prompt").strip()
-    task = f"{asked} Your code should satisfy the following assertion:\n{tests[0]}"
-    prefix = "```python\n"
-
-    def program(answer: str) -> str:
-        return "\n".join([str(before), _code_of(answer), *checks]) + "\n"
-
-    code = str(row.get("code") or "")
-    return [
-        Example(
-            _SOLVE.format(f'"""\n{task}\n"""'), row.get("task_id"), f"{prefix}{code}\n```" if code else "",
-            prefix=prefix, program=program, where=where,
-        )
-    ]  # fmt: skip
-
-
-def _pairs(first: Sequence[str], second: Sequence[str] = (), *, value: bool = False) -> Reader:
-    def read(row: Mapping[str, Any], where: str) -> list[Example]:
-        label = _field(row, where, "label")
-        wanted = float(label) if value else int(label)
-        if wanted == -1 and not value:
-            raise DataError(f"{where} has no label (GLUE keeps those of its test sets); take the split dev.")
-        both = _text(row, where, *second) if second else ""
-        return [Example(_text(row, where, *first), wanted, second=both, where=where)]
-
-    return read
-
-
-def _convai2(row: Mapping[str, Any], where: str) -> list[Example]:
-    persona = "\n".join(str(line) for line in _field(row, where, "personality"))
-    examples = []
-    for count, turn in enumerate(_field(row, where, "utterances"), start=1):
-        place = f"{where}, utterance {count}"
-        # The last candidate is the one that was said.
-        said = str(list(_field(turn, place, "candidates"))[-1]).strip()
-        if not said:
-            raise DataError(f"{place} has an empty response; leave it out.")
-        history = "\n".join(
-            f"{('User', 'You')[at % 2]}: {line}" for at, line in enumerate(_field(turn, place, "history"))
-        )
-        prompt = f"Your persona:\n{persona}\n\nContinue the dialogue with your next sentence.\n{history}"
-        examples.append(Example(prompt, said, said, where=place))
-    return examples
-
-
-def _xsum(row: Mapping[str, Any], where: str) -> list[Example]:
-    summary = _text(row, where, "summary")
-    prompt = f"Summarize the following article in one sentence.\n\n{_text(row, where, 'document')}"
-    return [Example(prompt, summary, summary, where=where)]
-
-
-def _squad(row: Mapping[str, Any], where: str) -> list[Example]:
-    answers = [str(text) for text in _field(row, where, "answers")["text"]]
-    prompt = (
-        "Answer the question with words of the passage, or with 'unanswerable' if the passage does not say.\n\n"
-        f"Passage: {_text(row, where, 'context')}\n\nQuestion: {_text(row, where, 'question').strip()}"
-    )
-    return [Example(prompt, answers, answers[0] if answers else "unanswerable", where=where)]
-
-
-def _squad_spans(row: Mapping[str, Any], where: str) -> list[Example]:
-    passage, answers = _text(row, where, "context"), _field(row, where, "answers")
-    texts = [str(text) for text in answers["text"]]
-    span = None
-    if texts:
-        starts = list(answers.get("answer_start") or [])
-        first = int(starts[0]) if starts else passage.find(texts[0])
-        span = first, first + len(texts[0])
-        if first < 0 or passage[slice(*span)] != texts[0]:
-            raise DataError(
-                f"{where} has the answer '{texts[0]}', which its passage does not have"
-                + (f" at character {first}" if starts else "")
-                + "; mend the row, or leave it out."
-            )
-    question = _text(row, where, "question").strip()
-    return [Example(question, texts, texts[0] if texts else "", second=passage, span=span, where=where)]
-
-
-def _line(row: Mapping[str, Any], where: str) -> list[Example]:
-    return [Example(str(_field(row, where, "text")), None, where=where)]
-
-
-# --- the entries ----------------------------------------------------------------------------------------------
+_PARQUET = "refs/convert/parquet"
+_THREE = {"train": "train", "dev": "validation", "test": "test"}
+_NO_TEST = {"train": "train", "dev": "validation"}
+_NO_DEV = {"train": "train", "test": "test"}
+_TEST = {"test": "test"}
 
 
 def _keywords(word: str, count: int) -> Metric:
@@ -389,112 +38,109 @@ def _keywords(word: str, count: int) -> Metric:
     )
 
 
-def _entries() -> Iterator[Benchmark]:
-    parquet = "refs/convert/parquet"
-    validated = {"train": "train", "test": "validation"}
-    all_three = {"train": "train", "dev": "validation", "test": "test"}
-    # name, title, file, Hub, subset, splits, keyword, count, rows written alike, branch
-    for name, title, file, hub, subset, splits, word, count, written, branch in (
-        ("boolq", "BoolQ", "boolq", "google/boolq", None, validated, "true", 2, _boolq, None),
-        ("piqa", "PIQA", "piqa", "ybisk/piqa", None, validated, "solution", 2, _piqa, parquet),
-        ("social_i_qa", "SIQA", "social_i_qa", "allenai/social_i_qa", None, validated, "answer", 3, _siqa, parquet),
-        ("hellaswag", "HellaSwag", "hellaswag", "Rowan/hellaswag", None, validated, "ending", 4, _hellaswag, None),
-        ("winogrande", "WinoGrande", "winogrande", "allenai/winogrande", "winogrande_xl", validated, "option", 2,
-         _winogrande, None),
-        ("arc_easy", "ARC-Easy", "ARC-Easy", "allenai/ai2_arc", "ARC-Easy", all_three, "answer", 5, _arc, None),
-        ("arc_challenge", "ARC-Challenge", "ARC-Challenge", "allenai/ai2_arc", "ARC-Challenge", all_three, "answer", 5,
-         _arc, None),
-        ("openbookqa", "OpenBookQA", "openbookqa", "allenai/openbookqa", "main", all_three, "answer", 4, _arc, None),
+def _commonsense() -> Iterator[Benchmark]:
+    trained = {"train": "train", "test": "validation"}
+    # name, title, file, Hub, subset, splits, keyword, count, the original rows' prompt, branch
+    for name, title, file, hub, subset, splits, word, count, prompt, branch in (
+        ("boolq", "BoolQ", "boolq", "google/boolq", None, trained, "true", 2, rows.boolq, None),
+        ("piqa", "PIQA", "piqa", "ybisk/piqa", None, trained, "solution", 2, rows.piqa, _PARQUET),
+        ("social_i_qa", "SIQA", "social_i_qa", "allenai/social_i_qa", None, trained, "answer", 3, rows.siqa, _PARQUET),
+        ("hellaswag", "HellaSwag", "hellaswag", "Rowan/hellaswag", None, trained, "ending", 4, rows.hellaswag, None),
+        ("winogrande", "WinoGrande", "winogrande", "allenai/winogrande", "winogrande_xl", trained, "option", 2,
+         rows.winogrande, None),
+        ("arc_easy", "ARC-Easy", "ARC-Easy", "allenai/ai2_arc", "ARC-Easy", _THREE, "answer", 5, rows.arc, None),
+        ("arc_challenge", "ARC-Challenge", "ARC-Challenge", "allenai/ai2_arc", "ARC-Challenge", _THREE, "answer", 5,
+         rows.arc, None),
+        ("openbookqa", "OpenBookQA", "openbookqa", "allenai/openbookqa", "main", _THREE, "answer", 4, rows.arc, None),
     ):  # fmt: skip
         source = Source(f"commonsense/{file}", hub, (subset,), splits, branch)
-        yield Benchmark(name, title, source, _commonsense(word, written), (_keywords(word, count),))
+        reader = rows.commonsense_reader(word, prompt)
+        yield Benchmark(name, title, source, reader, (_keywords(word, count),), GENERATE, options=True)
+
+
+def _mathematics() -> Iterator[Benchmark]:
     subjects = (
         "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
         "precalculus",
     )  # fmt: skip
-    learned = {"train": "train", "test": "test"}
-    yield Benchmark(
-        "gsm8k", "GSM8K", Source("math/gsm8k", "openai/gsm8k", ("main",), learned), _gsm8k,
-        (metrics.STRICT, metrics.FLEXIBLE), max_new_tokens=512,
-    )  # fmt: skip
-    yield Benchmark(
-        "math", "MATH", Source("math/math", "EleutherAI/hendrycks_math", subjects, learned), _math,
-        (metrics.MATH,), max_new_tokens=1024,
-    )  # fmt: skip
-    yield Benchmark(
-        "aqua", "AQUA-RAT", Source("math/AQuA", "deepmind/aqua_rat", ("raw",), all_three), _aqua,
-        (metrics.LETTER,), max_new_tokens=512,
-    )  # fmt: skip
-    for name, title, hub in (
-        ("svamp", "SVAMP", "ChilleD/SVAMP"),
-        ("multiarith", "MultiArith", "ChilleD/MultiArith"),
-        ("addsub", "AddSub", ""),
-        ("singleeq", "SingleEq", ""),
-        ("mawps", "mawps", "MU-NLPC/Calc-mawps"),
-    ):
-        source = Source(f"math/{title}", hub, splits=learned)
-        yield Benchmark(name, title, source, _arithmetic, (metrics.NUMBER,), max_new_tokens=256)
-    test_only = {"test": "test"}
-    # EvalPlus's versions have the same tasks (of MBPP 378) and far more tests, which compare with NumPy.
-    for name, title, hub, packages in (
-        ("humaneval", "HumanEval", "openai/openai_humaneval", ()),
-        ("humaneval_plus", "HumanEval+", "evalplus/humanevalplus", ("numpy.testing",)),
-    ):
-        yield Benchmark(
-            name, title, Source(f"code/{name}", hub, splits=test_only), _humaneval, (metrics.PASS_AT_1,), "code", 512,
-            ("```", "\nclass ", "\nif __name__", "\nprint("), packages=packages,
-        )  # fmt: skip
-    for name, title, hub, subset, splits, packages in (
-        ("mbpp", "MBPP", "google-research-datasets/mbpp", "full", all_three, ()),
-        ("mbpp_plus", "MBPP+", "evalplus/mbppplus", None, test_only, ("numpy.testing",)),
-    ):
-        yield Benchmark(
-            name, title, Source(f"code/{name}", hub, (subset,), splits), _mbpp, (metrics.PASS_AT_1,), "code", 512,
-            ("```", "\nif __name__", "\nprint(", "\nassert "), packages=packages,
-        )  # fmt: skip
-    dev = {"train": "train", "dev": "validation"}
-    f1, accuracy = metrics.F1, metrics.ACCURACY
-    sentence = ("sentence", "text")
-    for name, title, reader, scored, labels, splits in (
-        ("cola", "CoLA", _pairs(sentence), (metrics.MATTHEWS, accuracy), 2, dev),
-        ("sst2", "SST-2", _pairs(sentence), (accuracy,), 2, dev),
-        ("mrpc", "MRPC", _pairs(["sentence1"], ["sentence2"]), (accuracy, f1), 2, dev),
-        ("qqp", "QQP", _pairs(["question1"], ["question2"]), (accuracy, f1), 2, dev),
-        ("stsb", "STS-B", _pairs(["sentence1"], ["sentence2"], value=True), (metrics.PEARSON,), 1, dev),
-        ("mnli", "MNLI (matched)", _pairs(["premise"], ["hypothesis"]), (accuracy,), 3,
-         {"train": "train", "dev": "validation_matched"}),
-        ("qnli", "QNLI", _pairs(["question"], ["sentence"]), (accuracy,), 2, dev),
-        ("rte", "RTE", _pairs(["sentence1"], ["sentence2"]), (accuracy,), 2, dev),
-        ("wnli", "WNLI", _pairs(["sentence1"], ["sentence2"]), (accuracy,), 2, dev),
+    # name, title, file, Hub, subsets, splits, reader, metrics, longest answer
+    for name, title, file, hub, subsets, splits, reader, scored, longest in (
+        ("gsm8k", "GSM8K", "gsm8k", "openai/gsm8k", ("main",), _NO_DEV, rows.read_gsm8k,
+         (metrics.STRICT, metrics.FLEXIBLE), 512),
+        ("math", "MATH", "math", "EleutherAI/hendrycks_math", subjects, _NO_DEV, rows.read_math, (metrics.MATH,), 1024),
+        ("aqua", "AQUA-RAT", "AQuA", "deepmind/aqua_rat", ("raw",), _THREE, rows.read_aqua, (metrics.LETTER,), 512),
+        *(
+            (name, title, title, hub, (None,), _NO_DEV, rows.read_arithmetic, (metrics.NUMBER,), 256)
+            for name, title, hub in (
+                ("svamp", "SVAMP", "ChilleD/SVAMP"),
+                ("multiarith", "MultiArith", "ChilleD/MultiArith"),
+                ("addsub", "AddSub", ""),
+                ("singleeq", "SingleEq", ""),
+                ("mawps", "mawps", "MU-NLPC/Calc-mawps"),
+            )
+        ),
     ):  # fmt: skip
-        yield Benchmark(
-            name, title, Source(f"glue/{name}", "nyu-mll/glue", (name,), splits), reader, scored, "classify",
-            labels=labels,
-        )  # fmt: skip
-    yield Benchmark(
-        "convai2", "ConvAI2 (self persona)",
-        Source("dialogue/convai2", "AlekseyKorshuk/persona-chat", splits={"train": "train", "dev": "validation"}),
-        _convai2,
-        (metrics.BLEU, metrics.ROUGE_L, metrics.METEOR, metrics.BERTSCORE), max_new_tokens=48, stop=("\n",),
-    )  # fmt: skip
-    yield Benchmark(
-        "xsum", "XSum", Source("summarization/xsum", "EdinburghNLP/xsum", splits=all_three, revision=parquet), _xsum,
-        (metrics.ROUGE,), max_new_tokens=64, stop=("\n",),
-    )  # fmt: skip
-    yield Benchmark(
-        "squad_v2", "SQuAD v2", Source("qa/squad_v2", "rajpurkar/squad_v2", splits=dev), _squad, (metrics.SQUAD,),
-        stop=("\n",),
-    )  # fmt: skip
-    yield Benchmark(
-        "squad_v2_spans", "SQuAD v2, marked", Source("qa/squad_v2", "rajpurkar/squad_v2", splits=dev), _squad_spans,
-        (metrics.SQUAD,), "extract",
-    )  # fmt: skip
-    wikitext = Source("text/wikitext2", "Salesforce/wikitext", ("wikitext-2-raw-v1",), all_three, text=True)
-    yield Benchmark("wikitext2", "WikiText-2", wikitext, _line, (), "perplexity")
-    yield Benchmark("wikitext2_masked", "WikiText-2, masked", wikitext, _line, (), "masked perplexity")
+        source = Source(f"math/{file}", hub, subsets, splits)
+        yield Benchmark(name, title, source, reader, scored, GENERATE, longest)
 
 
-BENCHMARKS = {entry.name: entry for entry in _entries()}
+def _code() -> Iterator[Benchmark]:
+    humaneval_ends = ("```", "\nclass ", "\nif __name__", "\nprint(")
+    mbpp_ends = ("```", "\nif __name__", "\nprint(", "\nassert ")
+    # EvalPlus's versions have the same tasks (of MBPP 378) and far more tests, which compare with NumPy.
+    for name, title, hub, subset, splits, reader, stop, packages in (
+        ("humaneval", "HumanEval", "openai/openai_humaneval", None, _TEST, rows.read_humaneval, humaneval_ends, ()),
+        ("humaneval_plus", "HumanEval+", "evalplus/humanevalplus", None, _TEST, rows.read_humaneval, humaneval_ends,
+         ("numpy.testing",)),
+        ("mbpp", "MBPP", "google-research-datasets/mbpp", "full", _THREE, rows.read_mbpp, mbpp_ends, ()),
+        ("mbpp_plus", "MBPP+", "evalplus/mbppplus", None, _TEST, rows.read_mbpp, mbpp_ends, ("numpy.testing",)),
+    ):  # fmt: skip
+        source = Source(f"code/{name}", hub, (subset,), splits)
+        yield Benchmark(name, title, source, reader, (metrics.PASS_AT_1,), CODE, 512, stop, packages=packages)
+
+
+def _glue() -> Iterator[Benchmark]:
+    accuracy = metrics.ACCURACY
+    sentence = ("sentence", "text")
+    two = ["sentence1"], ["sentence2"]
+    # name, title, reader, metrics, number of classes
+    for name, title, reader, scored, labels in (
+        ("cola", "CoLA", rows.pair_reader(sentence), (metrics.MATTHEWS, accuracy), 2),
+        ("sst2", "SST-2", rows.pair_reader(sentence), (accuracy,), 2),
+        ("mrpc", "MRPC", rows.pair_reader(*two), (accuracy, metrics.F1), 2),
+        ("qqp", "QQP", rows.pair_reader(["question1"], ["question2"]), (accuracy, metrics.F1), 2),
+        ("stsb", "STS-B", rows.pair_reader(*two, value=True), (metrics.PEARSON,), 1),
+        ("mnli", "MNLI (matched)", rows.pair_reader(["premise"], ["hypothesis"]), (accuracy,), 3),
+        ("qnli", "QNLI", rows.pair_reader(["question"], ["sentence"]), (accuracy,), 2),
+        ("rte", "RTE", rows.pair_reader(*two), (accuracy,), 2),
+        ("wnli", "WNLI", rows.pair_reader(*two), (accuracy,), 2),
+    ):
+        dev = "validation_matched" if name == "mnli" else "validation"
+        source = Source(f"glue/{name}", "nyu-mll/glue", (name,), {"train": "train", "dev": dev})
+        yield Benchmark(name, title, source, reader, scored, CLASSIFY, labels=labels)
+
+
+def _texts() -> Iterator[Benchmark]:
+    convai2 = Source("dialogue/convai2", "AlekseyKorshuk/persona-chat", splits=_NO_TEST)
+    spoken = (metrics.BLEU, metrics.ROUGE_L, metrics.METEOR, metrics.BERTSCORE)
+    yield Benchmark(
+        "convai2", "ConvAI2 (self persona)", convai2, rows.read_convai2, spoken, GENERATE, 48, ("\n",)
+    )
+    xsum = Source("summarization/xsum", "EdinburghNLP/xsum", splits=_THREE, revision=_PARQUET)
+    yield Benchmark("xsum", "XSum", xsum, rows.read_xsum, (metrics.ROUGE,), GENERATE, 64, ("\n",))
+    squad = Source("qa/squad_v2", "rajpurkar/squad_v2", splits=_NO_TEST)
+    yield Benchmark("squad_v2", "SQuAD v2", squad, rows.read_squad, (metrics.SQUAD,), GENERATE, stop=("\n",))
+    yield Benchmark(
+        "squad_v2_spans", "SQuAD v2, marked", squad, rows.read_squad_spans, (metrics.SQUAD,), MARK
+    )
+    wikitext = Source("text/wikitext2", "Salesforce/wikitext", ("wikitext-2-raw-v1",), _THREE, text=True)
+    yield Benchmark("wikitext2", "WikiText-2", wikitext, rows.read_line, (), PERPLEXITY)
+    yield Benchmark("wikitext2_masked", "WikiText-2, masked", wikitext, rows.read_line, (), MASKED)
+
+
+BENCHMARKS = {
+    entry.name: entry for group in (_commonsense, _mathematics, _code, _glue, _texts) for entry in group()
+}
 """The benchmarks by name."""
 
 GROUPS = {
@@ -526,16 +172,14 @@ def benchmark(name: str) -> Benchmark:
     Raises:
         ConfigError: There is none of this name; lists those there are.
     """
-    found = find_benchmark(name)
-    if found is None:
+    entry = find_benchmark(name)
+    if entry is None:
         raise ConfigError(
             f"There is no task '{name}'; choose one of {', '.join(BENCHMARKS)}, a group ({', '.join(GROUPS)}), "
             "reasoning_gym:NAME or lm_eval:NAME."
         )
-    return found
+    return entry
 
-
-# --- the commonsense union ------------------------------------------------------------------------------------
 
 UNION_NAME = "commonsense_union"
 """What the union is called where something to train on is named."""
@@ -556,26 +200,13 @@ def commonsense_rows(folder: Any = None) -> list[Example]:
     Raises:
         DataError: There are no rows, or one is malformed.
     """
-    rows: list[tuple[str, Mapping[str, Any]]] = []
+    lines: list[tuple[str, Mapping[str, Any]]] = []
     try:
-        rows = UNION.rows("train", folder=folder)[1]
+        lines = UNION.rows("train", folder=folder)[1]
     except MissingSplitError:
         for name in GROUPS["commonsense"]:
             with contextlib.suppress(MissingSplitError):
-                rows += BENCHMARKS[name].source.rows("train", folder=folder)[1]
-        if not rows:
+                lines += BENCHMARKS[name].source.rows("train", folder=folder)[1]
+        if not lines:
             raise
-    return [_union_item(row, where) for where, row in rows]
-
-
-def _union_item(row: Mapping[str, Any], where: str) -> Example:
-    plain = Example(
-        _text(row, where, "instruction"), row.get("answer"), _text(row, where, "output"), where=where
-    )
-    label = str(row.get("answer"))
-    word = "true" if label in ("true", "false") else label.rstrip("0123456789")
-    try:
-        (read,) = _commonsense(word, _boolq)(row, where)
-    except DataError:  # a response to learn all the same
-        return plain
-    return replace(plain, choice=read.choice)
+    return [rows.read_union(row, where) for where, row in lines]

@@ -23,7 +23,7 @@ from dynalora.evaluation.generation import batches_by_length, evaluating
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dynalora.evaluation.benchmarks import Example
+    from dynalora.evaluation.kinds.base import Example
 
 __all__ = ["LONGEST_ANSWER", "LONGEST_QUESTION", "Marked", "Window", "mark_answers", "read_windows"]
 

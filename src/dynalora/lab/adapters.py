@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynalora.adapter.config import check_adapter_folder
 from dynalora.errors import CheckpointError, ConfigError, first_line
+from dynalora.evaluation.heads import CAUSAL_LM, Head
 from dynalora.lab.models import load_model
 
 if TYPE_CHECKING:
@@ -99,7 +101,7 @@ def load_adapter(
     *,
     dtype: str = "auto",
     quantization: str | None = None,
-    head: str = "lm",
+    heads: Sequence[Head] = (CAUSAL_LM,),
     labels: int = 2,
 ) -> PeftModel:
     """A saved adapter on its base model, for inference.
@@ -110,7 +112,7 @@ def load_adapter(
         dtype: Of the base model's weights, as in
             [`FinetuneSpec`][dynalora.jobs.finetune.settings.FinetuneSpec].
         quantization: Likewise.
-        head: Of the base model, as in [`load_model`][dynalora.lab.models.load_model].
+        heads: Of the base model, as in [`load_model`][dynalora.lab.models.load_model].
         labels: For a classifier, number of classes; 1: a value.
 
     Raises:
@@ -127,7 +129,7 @@ def load_adapter(
         raise ConfigError(
             f"The adapter '{source}' does not say which base model it belongs to; name it with --model."
         )
-    base = load_model(name, dtype=dtype, quantization=quantization, head=head, labels=labels)
+    base = load_model(name, dtype=dtype, quantization=quantization, heads=heads, labels=labels)
     folder = adapter_folder(source)
     try:
         adapted = PeftModel.from_pretrained(base, folder)

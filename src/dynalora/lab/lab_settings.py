@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dynalora.errors import ConfigError
+from dynalora.evaluation.kinds.base import Measuring
 from dynalora.evaluation.prompts import TEMPLATES
 from dynalora.lab.precision import DTYPES
-from dynalora.lab.tasks import ExperimentTask, Measuring, load_experiment_task
+from dynalora.lab.tasks.loading import load_experiment_task
+from dynalora.lab.tasks.task import ExperimentTask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError, first_line
+from dynalora.evaluation.heads import CAUSAL_LM, MASKED_LM, Head, head_of
 from dynalora.evaluation.prompts import use_template
 from dynalora.evaluation.tokens import ensure_chat_template, ensure_pad_token
 from dynalora.lab.precision import new_layers, not_installed, quantization_config, resolve_dtype
@@ -28,24 +30,19 @@ def local_model_name(name: str, *, progress: Progress = silent) -> str:
     return demo_model(progress=progress).path
 
 
-_HEADS = {
-    "lm": ("CausalLM", "a causal language model"),
-    "seq2seq": ("Seq2SeqLM", "an encoder-decoder"),
-    "masked": ("MaskedLM", "a masked language model"),
-    "classes": ("SequenceClassification", "a model that can classify text"),
-    "spans": ("QuestionAnswering", "a model that can mark answers in a text"),
-}
-
-
 def empty_model(
-    name: str, *, trust_remote_code: bool = False, head: str = "lm", labels: int = 2
+    name: str,
+    *,
+    trust_remote_code: bool = False,
+    heads: Sequence[Head] = (CAUSAL_LM,),
+    labels: int = 2,
 ) -> nn.Module:
     """The model on the meta device: all its modules, none of its weights.
 
     Args:
         name: Hub id or folder.
         trust_remote_code: Run code that comes with the model.
-        head: As in [`load_model`][dynalora.lab.models.load_model].
+        heads: As in [`load_model`][dynalora.lab.models.load_model].
         labels: Likewise.
 
     Raises:
@@ -53,46 +50,44 @@ def empty_model(
     """
     import transformers
 
-    config, head = _configured(name, head, trust_remote_code)
-    if head == "classes":
+    config, head = _configured(name, heads, trust_remote_code)
+    if head.labelled:
         config.num_labels = labels
-    auto, wanted = _HEADS[head]
     try:
         with torch.device("meta"):
-            model: nn.Module = getattr(transformers, f"AutoModelFor{auto}").from_config(
+            model: nn.Module = getattr(transformers, f"AutoModelFor{head.model_class}").from_config(
                 config, trust_remote_code=trust_remote_code
             )
     except (OSError, ValueError, KeyError) as error:
-        raise _unusable(name, error, wanted) from error
+        raise _unusable(name, error, head) from error
     return model
 
 
-def _configured(name: str, head: str, trust_remote_code: bool) -> tuple[Any, str]:
-    """A model's configuration and its head: `text` is resolved to the kind of model that it is.
+def _configured(name: str, heads: Sequence[Head], trust_remote_code: bool) -> tuple[Any, Head]:
+    """A model's configuration, and which of several kinds of models it is.
 
     Raises:
-        ConfigError: There is no such model, or it is an encoder-decoder where a causal language model is wanted.
+        ConfigError: There is no such model, or it is of another kind.
     """
     import transformers
 
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise _unusable(name, error, _HEADS["lm" if head == "text" else head][1]) from error
-    both = bool(getattr(config, "is_encoder_decoder", False))
-    if head == "lm" and both:
+        raise _unusable(name, error, heads[0]) from error
+    head = head_of(config, heads)
+    if head is None:
         raise ConfigError(
-            f"The model '{name}' is an encoder-decoder ({config.model_type}), and a causal language model is needed "
+            f"The model '{name}' is an encoder-decoder ({config.model_type}), and {heads[0].description} is needed "
             "here; encoder-decoders can be trained with `dynalora compare` and with a Trainer of your own."
         )
-    if head == "text":
-        head = "seq2seq" if both else "lm"
     return config, head
 
 
-def _unusable(name: str, error: Exception, wanted: str) -> ConfigError:
+def _unusable(name: str, error: Exception, head: Head) -> ConfigError:
     return ConfigError(
-        f"The model '{name}' cannot be used ({first_line(error)}); give the Hub id or the folder of {wanted}."
+        f"The model '{name}' cannot be used ({first_line(error)}); give the Hub id or the folder of "
+        f"{head.description}."
     )
 
 
@@ -131,7 +126,7 @@ def load_model(
     dtype: str = "auto",
     quantization: str | None = None,
     trust_remote_code: bool = False,
-    head: str = "lm",
+    heads: Sequence[Head] = (CAUSAL_LM,),
     labels: int = 2,
 ) -> PreTrainedModel:
     """The model with its weights.
@@ -141,9 +136,9 @@ def load_model(
         dtype: Of the weights.
         quantization: One of [`QUANTIZATIONS`][dynalora.lab.precision.QUANTIZATIONS], or None.
         trust_remote_code: Run code that comes with the model.
-        head: `lm` for a causal language model, `text` for one or an encoder-decoder, `masked` for a masked one,
-            `classes` for a sequence classifier, `spans` for a model with a question-answering head.
-        labels: For `classes`, number of classes; 1: a value.
+        heads: The kinds of models that will do, of [`heads`][dynalora.evaluation.heads]; the first that the model can
+            be is loaded.
+        labels: For a classifier, number of classes; 1: a value.
 
     Raises:
         ConfigError: The weights cannot be loaded, the model is of another kind, or quantization is asked for without
@@ -151,30 +146,30 @@ def load_model(
     """
     import transformers
 
-    auto, _ = _HEADS[_configured(name, head, trust_remote_code)[1]]
+    _, head = _configured(name, heads, trust_remote_code)
     options: dict[str, Any] = {
         "dtype": resolve_dtype(dtype),
         "trust_remote_code": trust_remote_code,
         "use_safetensors": True,  # nothing is unpickled
     }
-    if head == "classes":
+    if head.labelled:
         options["num_labels"] = labels
     try:
         if quantization is not None:
             whole: list[str] | None = None
-            if head in ("classes", "spans"):
-                empty = empty_model(name, trust_remote_code=trust_remote_code, head=head, labels=labels)
+            if head.new:
+                empty = empty_model(name, trust_remote_code=trust_remote_code, heads=heads, labels=labels)
                 whole = new_layers(empty)
             options["quantization_config"] = quantization_config(quantization, options["dtype"], whole=whole)
         model: PreTrainedModel
-        model, told = getattr(transformers, f"AutoModelFor{auto}").from_pretrained(
+        model, told = getattr(transformers, f"AutoModelFor{head.model_class}").from_pretrained(
             name, output_loading_info=True, **options
         )
     except ImportError as error:
         raise not_installed(quantization or "", error) from error
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"The weights of '{name}' cannot be loaded ({first_line(error)}).") from error
-    if head == "masked":
+    if head is MASKED_LM:
         fresh = sorted(
             own for own in told["missing_keys"] if not own.startswith(f"{model.base_model_prefix}.")
         )

@@ -11,13 +11,14 @@ import torch
 
 from dynalora.common.progress import Progress, rich_progress
 from dynalora.errors import ConfigError
-from dynalora.evaluation.run import within_window
+from dynalora.evaluation.heads import CAUSAL_LM
+from dynalora.evaluation.results import TaskScore
 from dynalora.evaluation.tokens import TokenizedSet
+from dynalora.evaluation.windows import within_window
 from dynalora.lab.data.collator import Collator
 from dynalora.lab.lab_settings import LabSettings
 from dynalora.lab.models import empty_model, load_model, load_tokenizer, local_model_name
 from dynalora.lab.targets import check_targets
-from dynalora.lab.tasks import KINDS, TaskScore
 from dynalora.lab.training.settings import TrainSettings
 from dynalora.lab.training.train import TrainResult, take_off, train_adapter
 
@@ -32,7 +33,7 @@ class Workbench:
 
     Args:
         settings: Model, data and measuring.
-        sources: The tasks, as [`load_experiment_task`][dynalora.lab.tasks.load_experiment_task] names them.
+        sources: The tasks, as [`load_experiment_task`][dynalora.lab.tasks.loading.load_experiment_task] names them.
         console: Where progress is shown; None: nowhere.
 
     Attributes:
@@ -49,9 +50,9 @@ class Workbench:
             torch.set_num_threads(settings.threads)
         self.tasks = {source: settings.load_task(source) for source in sources}
         for source, task in self.tasks.items():
-            if task.head != "text":
+            if CAUSAL_LM not in task.heads:
                 raise ConfigError(
-                    f"The task '{source}' is {KINDS[task.head]}, and language models that say their answers are "
+                    f"The task '{source}' is {task.noun}, and language models that say their answers are "
                     "trained here; choose another, or take `dynalora compare`."
                 )
         with rich_progress(console) as progress:

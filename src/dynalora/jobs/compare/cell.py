@@ -10,14 +10,16 @@ import torch
 
 from dynalora.common.progress import Progress, rich_progress
 from dynalora.errors import DynaloraError
+from dynalora.evaluation.heads import CAUSAL_LM, MASKED_LM, head_of
 from dynalora.evaluation.masked_lm import under_head
-from dynalora.evaluation.run import measure, model_kind, model_window, within_window
+from dynalora.evaluation.run import measure
+from dynalora.evaluation.windows import model_window, within_window
 from dynalora.forgetting.landscape import rank_landscape
 from dynalora.forgetting.monitor import OWN_TEXT
 from dynalora.forgetting.retention import retention
 from dynalora.forgetting.texts import MeasuredText, given_text, own_text
 from dynalora.jobs.compare.contestants import BASE, Cell
-from dynalora.jobs.compare.planning import SEQ2SEQ, kept_tasks, load_text, task_type_of
+from dynalora.jobs.compare.planning import kept_tasks, load_text
 from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.jobs.compare.store import CellStore, shared_settings
 from dynalora.lab.baselines import edits_base
@@ -68,15 +70,15 @@ class _Run:
         chosen_on = None
         if spec.validation:
             task, chosen_on = task.validation(spec.validation, seed=spec.data_seed)
-        self.head, self.labels = task.head, task.labels
+        self.heads, self.labels = task.heads, task.labels
         with rich_progress(self.console) as progress:
             self.path = local_model_name(spec.model, progress=progress)
         model: Any = self._load(self.cell.quantization)
-        self.task_type = task_type_of(model, self.head)
-        tokenizer = load_tokenizer(
-            self.path, template=spec.template if self.task_type == "CAUSAL_LM" else None
-        )
-        if self.task_type == SEQ2SEQ:
+        head = head_of(model.config, self.heads)
+        assert head is not None  # it was loaded as one of them
+        self.head = head
+        tokenizer = load_tokenizer(self.path, template=spec.template if head is CAUSAL_LM else None)
+        if head.encoder_decoder:
             tokenizer.model_max_length = model_window(model, tokenizer)
         texts = self._texts(model, tokenizer)
         result: dict[str, Any] = {"machine": machine(), "task": task.about}
@@ -89,8 +91,8 @@ class _Run:
             )  # fmt: skip
             _forget_peak()
             trained = train_adapter(
-                model, tokenizer, cell.config(self.task_type), rows, settings=how, label=cell.label,
-                console=self.console, collator=None if self.head == "text" else task.collator(tokenizer),
+                model, tokenizer, cell.config(self.head.task_type), rows, settings=how, label=cell.label,
+                console=self.console, collator=task.collator(tokenizer),
             )  # fmt: skip
             model = trained.model
             result |= {"training": _training(trained, len(rows)), "landscape": self._landscape(model)}
@@ -115,7 +117,7 @@ class _Run:
 
     def _edits_base(self) -> bool:
         """Whether switching the adapter off does not give back the base model."""
-        return edits_base(self.cell.method, self.cell.config(self.task_type))
+        return edits_base(self.cell.method, self.cell.config(self.head.task_type))
 
     def _on_the_base(self) -> bool:
         """Whether the adapter stands on the base model that all are measured against."""
@@ -124,14 +126,14 @@ class _Run:
     def _load(self, quantization: str | None) -> PreTrainedModel:
         torch.manual_seed(self.cell.seed)  # a new head
         model: PreTrainedModel = load_model(
-            self.path, dtype=self.spec.dtype, quantization=quantization, head=self.head, labels=self.labels
+            self.path, dtype=self.spec.dtype, quantization=quantization, heads=self.heads, labels=self.labels
         )
         there = torch.accelerator.is_available()
         placed(model, torch.accelerator.current_accelerator() if there else None)
         return model
 
     def _texts(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, MeasuredText]:
-        if not self.spec.retention or self.task_type != "CAUSAL_LM":
+        if not self.spec.retention or self.head is not CAUSAL_LM:
             return {}
         base = model if self._on_the_base() else self._load(self.spec.quantization)
         with rich_progress(self.console) as progress:
@@ -163,8 +165,8 @@ class _Run:
         found = {}
         for prepared in kept_tasks(self.spec):
             asked = model
-            if model_kind(prepared)[0] == "masked":
-                original = load_model(self.path, dtype=self.spec.dtype, head="masked").to(model.device)
+            if self.head.new:
+                original = load_model(self.path, dtype=self.spec.dtype, heads=(MASKED_LM,)).to(model.device)
                 asked = under_head(model, original)
             got = measure(
                 asked, tokenizer, prepared, batch_size=self.spec.measuring.batch_size,

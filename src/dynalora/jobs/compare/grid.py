@@ -12,7 +12,7 @@ from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.jobs.compare.store import CellStore
 
 if TYPE_CHECKING:
-    from dynalora.lab.tasks import ExperimentTask
+    from dynalora.lab.tasks.task import ExperimentTask
 
 
 class Grid:

@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dynalora.errors import ConfigError
-from dynalora.evaluation.run import Prepared, model_kind, prepare, task_list
-from dynalora.evaluation.seq2seq import is_encoder_decoder
+from dynalora.evaluation.heads import CAUSAL_LM, LANGUAGE_MODELS, MASKED_LM, Head, common_heads, head_of
+from dynalora.evaluation.kinds.base import Prepared
+from dynalora.evaluation.run import prepare, task_list
 from dynalora.jobs.compare.contestants import Contestant
 from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.lab.baselines import prompt_only
@@ -19,17 +20,11 @@ from dynalora.lab.models import empty_model, local_model_name
 from dynalora.lab.monitoring import MONITORED_TEXTS
 from dynalora.lab.settings import named_source
 from dynalora.lab.targets import check_targets
-from dynalora.lab.tasks import ExperimentTask
+from dynalora.lab.tasks.task import ExperimentTask
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
-
-
-SEQ2SEQ = "SEQ_2_SEQ_LM"
-
-
-QUESTION_ANSWERING = "QUESTION_ANS"
 
 
 def plan(
@@ -45,22 +40,26 @@ def plan(
     Raises:
         ConfigError: Target modules that do not exist, or tasks of both kinds.
     """
-    heads = {task.head for task in tasks.values()}
-    if len(heads) > 1:
+    common = common_heads([task.heads for task in tasks.values()])
+    if not common:
         raise ConfigError(
             "Some tasks take another kind of model (classification, the marking of answers, and all others each have "
             "one); compare them one after the other, each with its model."
         )
-    first = next(iter(tasks.values()))
+    # Both kinds of language models, so that an encoder-decoder is refused by the name of the task it cannot do.
+    heads = LANGUAGE_MODELS if CAUSAL_LM in common else common
     if model is None:
-        model = empty_model(local_model_name(spec.model), head=first.head, labels=first.labels)
-    task_type = task_type_of(model, first.head)
+        labels = next(iter(tasks.values())).labels
+        model = empty_model(local_model_name(spec.model), heads=heads, labels=labels)
+    head = head_of(model.config, heads)
+    assert head is not None  # it was made as one of them
+    task_type = head.task_type
     contestants = spec.contestants()
-    if task_type == SEQ2SEQ:
-        _check_seq2seq(spec, tasks.values())
-    if task_type in (SEQ2SEQ, QUESTION_ANSWERING):
-        _check_prompts(contestants, task_type)
-    _check_kept(spec, task_type)
+    if head.encoder_decoder:
+        _check_encoder_decoder(spec, head, tasks.values())
+    if not head.learns_prompts:
+        _check_prompts(contestants, head)
+    _check_kept(spec, head)
     for own in contestants:
         config = own.config(task_type)
         if getattr(config, "target_modules", None) is not None:
@@ -93,17 +92,10 @@ def plan(
     return counted
 
 
-def task_type_of(model: nn.Module, head: str) -> str:
-    """PEFT's name for what a model does, with the head that a task asks for."""
-    if head == "text":
-        return SEQ2SEQ if is_encoder_decoder(model) else "CAUSAL_LM"
-    return {"classes": "SEQ_CLS", "spans": QUESTION_ANSWERING}[head]
-
-
-def _check_seq2seq(spec: CompareSpec, tasks: Iterable[ExperimentTask]) -> None:
+def _check_encoder_decoder(spec: CompareSpec, head: Head, tasks: Iterable[ExperimentTask]) -> None:
     """Refuse what an encoder-decoder cannot do."""
     for task in tasks:
-        if task.causal:
+        if head not in task.heads:
             raise ConfigError(
                 f"The model '{spec.model}' is an encoder-decoder, and {task.name} needs a causal language model "
                 "(options are compared by likelihood, or code is continued); take another model, or for multiple "
@@ -116,29 +108,25 @@ def _check_seq2seq(spec: CompareSpec, tasks: Iterable[ExperimentTask]) -> None:
         )
 
 
-def _check_prompts(contestants: Sequence[Contestant], task_type: str) -> None:
+def _check_prompts(contestants: Sequence[Contestant], head: Head) -> None:
     """Refuse virtual tokens where they cannot be measured."""
-    kind = {SEQ2SEQ: "encoder-decoders", QUESTION_ANSWERING: "models that mark answers"}[task_type]
-    for own in contestants:
-        config = own.config(task_type)
+    for contestant in contestants:
+        config = contestant.config(head.task_type)
         if config is not None and prompt_only(config):
             raise ConfigError(
-                f"{own.label} learns virtual tokens, which are not measured with {kind} here; leave it out."
+                f"{contestant.label} learns virtual tokens, which are not measured with {head.plural} here; leave it "
+                "out."
             )
 
 
-def _check_kept(spec: CompareSpec, task_type: str) -> None:
+def _check_kept(spec: CompareSpec, head: Head) -> None:
     """Make sure that the tasks that show what was kept are there, and fit the models."""
-    kinds, wanted = {
-        "SEQ_CLS": (("masked",), "masked-LM perplexity (wikitext2_masked)"),
-        QUESTION_ANSWERING: (("masked",), "masked-LM perplexity (wikitext2_masked)"),
-        SEQ2SEQ: (("text",), "benchmarks that are answered by generation"),
-    }.get(task_type, (("lm", "text"), "tasks of language models"))
+    measured = MASKED_LM if head.new else head  # a new head is taken off again
     for prepared in kept_tasks(spec):
-        if model_kind(prepared)[0] not in kinds:
+        if measured not in prepared.task.kind.heads:
             raise ConfigError(
                 f"retention_tasks names {prepared.task.name}, which the models of this comparison cannot do; name "
-                f"{wanted}."
+                f"{head.retained}."
             )
 
 

@@ -15,7 +15,10 @@ from dynalora.common.files import write_file
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError
 from dynalora.evaluation.benchmarks import GROUPS
-from dynalora.evaluation.run import TaskResult, group_mean, measure, model_kind, prepare, task_list
+from dynalora.evaluation.heads import LANGUAGE_MODELS, Head, common_heads
+from dynalora.evaluation.kinds.base import Prepared
+from dynalora.evaluation.results import TaskResult
+from dynalora.evaluation.run import group_mean, measure, prepare, task_list
 from dynalora.evaluation.sandbox import Limits
 from dynalora.evaluation.seq2seq import is_encoder_decoder
 from dynalora.jobs.evaluate.settings import EvaluateSpec
@@ -63,15 +66,8 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = silent) -> list[TaskRes
         )
         for name in names
     ]
-    heads = {model_kind(prepared): prepared.task.name for prepared in tasks}
-    if ("lm", 0) in heads:
-        heads.pop(("text", 0), None)  # a causal language model does for both
-    if len(heads) > 1:
-        raise ConfigError(
-            f"The tasks {' and '.join(heads.values())} need different kinds of models; measure them apart."
-        )
-    (head, labels), *_ = heads
-    model, tokenizer = _load(spec, head, labels)
+    heads, labels = _common_model(tasks)
+    model, tokenizer = _load(spec, heads, labels)
     results: list[TaskResult] = []
     for prepared in tasks:
         results.append(
@@ -138,7 +134,29 @@ def _groups(results: Sequence[TaskResult]) -> list[tuple[str, list[TaskResult]]]
     ]
 
 
-def _load(spec: EvaluateSpec, head: str, labels: int) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+def _common_model(tasks: Sequence[Prepared]) -> tuple[tuple[Head, ...], int]:
+    """The kinds of models that serve all tasks, and the number of classes.
+
+    Raises:
+        ConfigError: None does.
+    """
+    needs: dict[tuple[tuple[Head, ...], int], str] = {}
+    for prepared in tasks:
+        heads = prepared.task.kind.heads
+        labels = prepared.task.labels if any(head.labelled for head in heads) else 0
+        needs[heads, labels] = prepared.task.name
+    common = common_heads([heads for heads, _ in needs])
+    numbers = {labels for _, labels in needs}
+    if not common or len(numbers) > 1:
+        raise ConfigError(
+            f"The tasks {' and '.join(needs.values())} need different kinds of models; measure them apart."
+        )
+    return common, numbers.pop()
+
+
+def _load(
+    spec: EvaluateSpec, heads: Sequence[Head], labels: int
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """The model, on a GPU if there is one, and its tokenizer with the prompt template."""
     model: Any
     if is_adapter(spec.source):
@@ -152,21 +170,21 @@ def _load(spec: EvaluateSpec, head: str, labels: int) -> tuple[torch.nn.Module, 
             spec.model,
             dtype=spec.dtype,
             quantization=spec.quantization,
-            head=head,
+            heads=heads,
             labels=labels,
         )
         tokenizer = load_tokenizer(folder if own else base, template=_template(spec, model))
     else:
         name = local_model_name(spec.source)
-        model = load_model(name, dtype=spec.dtype, quantization=spec.quantization, head=head, labels=labels)
-        asked = head in ("lm", "text")
+        model = load_model(name, dtype=spec.dtype, quantization=spec.quantization, heads=heads, labels=labels)
+        asked = heads[0] in LANGUAGE_MODELS
         tokenizer = load_tokenizer(name, template=_template(spec, model) if asked else None)
-        if head in _TRAINED and not _has_own_head(name, head):
+        if heads[0].new and not _has_trained_head(name, heads[0]):
             raise ConfigError(
-                f"'{spec.source}' has no trained {_TRAINED[head][1]} head; give an adapter or a model that was "
-                "fine-tuned for the task."
+                f"'{spec.source}' has no trained {heads[0].new} head; give an adapter or a model that was fine-tuned "
+                "for the task."
             )
-    if head == "classes" and model.config.pad_token_id is None:
+    if heads[0].new and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return placed(model, "cuda" if torch.cuda.is_available() else None), tokenizer
 
@@ -183,18 +201,11 @@ def _template(spec: EvaluateSpec, model: torch.nn.Module) -> str | None:
     return None
 
 
-_TRAINED = {
-    "classes": ("SequenceClassification", "classification"),
-    "spans": ("QuestionAnswering", "question-answering"),
-}
-"""Heads that a model without fine-tuning does not have: kind of model, and in words."""
-
-
-def _has_own_head(name: str, head: str) -> bool:
+def _has_trained_head(name: str, head: Head) -> bool:
     from transformers import AutoConfig
 
     architectures = getattr(AutoConfig.from_pretrained(name), "architectures", None) or []
-    return any(_TRAINED[head][0] in own for own in architectures)
+    return any(head.model_class in architecture for architecture in architectures)
 
 
 def is_adapter(source: str) -> bool:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from peft import PeftConfig
 
 from dynalora.errors import ConfigError
-from dynalora.evaluation.run import within_window
 from dynalora.evaluation.tokens import TokenizedSet, tokenize
+from dynalora.evaluation.windows import within_window
 from dynalora.forgetting.texts import MeasuredText, given_text
 from dynalora.jobs.finetune.settings import FinetuneSpec
 from dynalora.lab.baselines import edits_base, label_of
