@@ -1,10 +1,10 @@
 """Methods to compare with: how each is configured by name, and what must be done while it trains.
 
-All but full fine-tuning are PEFT's own. AdaLoRA is the reason for the second part: without a call of its
-`update_and_allocate` after every optimizer step it trains as plain LoRA in the form of an SVD, and says nothing. LoRA+
-is another: it is LoRA with an optimizer of its own.
+All but full fine-tuning are PEFT's. Two of them need help in training. AdaLoRA adapts its ranks only if its
+`update_and_allocate` is called after every optimizer step; without that it trains as plain LoRA in the form of an SVD
+and gives no warning. LoRA+ is LoRA with an optimizer that takes larger steps on up-projections.
 
-What there is no name for is read from a file as PEFT writes it (`config_from_file`).
+Methods of PEFT that have no entry here are configured by a file as PEFT writes it (`config_from_file`).
 """
 
 from __future__ import annotations
@@ -84,16 +84,16 @@ class LoraPlusConfig(peft.LoraConfig):
 def _loraplus(model: PeftModel, kind: type[Optimizer], settings: Mapping[str, Any]) -> Optimizer:
     config = model.active_peft_config
     assert isinstance(config, LoraPlusConfig)
-    given = dict(settings)
-    made: Optimizer = create_loraplus_optimizer(
+    options = dict(settings)
+    optimizer: Optimizer = create_loraplus_optimizer(
         model,
         kind,
-        lr=given.pop("lr"),
+        lr=options.pop("lr"),
         loraplus_lr_ratio=config.loraplus_lr_ratio,
-        loraplus_weight_decay=given.pop("weight_decay", 0.0),
-        **given,
+        loraplus_weight_decay=options.pop("weight_decay", 0.0),
+        **options,
     )
-    return made
+    return optimizer
 
 
 @dataclass(frozen=True)
@@ -135,21 +135,21 @@ class Baseline:
         Raises:
             ConfigError: Alpha or dropout is given and the method has none.
         """
-        made: dict[str, Any] = {self.rank: r}
+        values: dict[str, Any] = {self.rank: r}
         if self.alpha is not None:
-            chosen = self.alpha_per_rank * r if alpha is None else alpha
-            made[self.alpha] = int(chosen) if chosen == int(chosen) else chosen
+            scaling = self.alpha_per_rank * r if alpha is None else alpha
+            values[self.alpha] = int(scaling) if scaling == int(scaling) else scaling
         elif alpha is not None:
             raise ConfigError(
                 f"{self.title} has no scaling, so alpha ({alpha:g}) means nothing; leave it out."
             )
         if self.dropout is not None:
-            made[self.dropout] = dropout
+            values[self.dropout] = dropout
         elif dropout:
             raise ConfigError(
                 f"{self.title} has no dropout on an adapter's input ({dropout:g} is given); leave it at 0."
             )
-        return {**made, **self.more(r), **self.options}
+        return {**values, **self.more(r), **self.options}
 
 
 BASELINES: dict[str, Baseline] = {
@@ -215,11 +215,11 @@ def edits_base(method: str, config: PeftConfig | None) -> bool:
         method: The method's name.
         config: Its configuration; None: every weight is trained.
     """
-    known = BASELINES.get(method.lower())
+    baseline = BASELINES.get(method.lower())
     start = getattr(config, "init_lora_weights", None)
     return (
         config is None
-        or (known is not None and known.edits_base)
+        or (baseline is not None and baseline.edits_base)
         or (isinstance(start, str) and start.lower().startswith(_SUBTRACTING_STARTS))
     )
 
@@ -255,46 +255,46 @@ def config_from_file(
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
-        given = json.loads(text) if file.suffix.lower() == ".json" else yaml.safe_load(text)
+        content = json.loads(text) if file.suffix.lower() == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(
             f"The configuration '{path}' cannot be read ({reason}); give a file as PEFT's adapter_config.json."
         ) from error
-    if not isinstance(given, dict):
+    if not isinstance(content, dict):
         raise ConfigError(
             f"The configuration '{path}' is no mapping; give a file as PEFT's adapter_config.json."
         )
-    known = {str(getattr(name, "value", name)): kind for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    name = str(given.get("peft_type", "")).rpartition(".")[2].upper()
-    if name not in known:
-        remedy = did_you_mean(name, sorted(known)) if name else "name PEFT's method there, as LORA"
-        raise ConfigError(f"'{path}' has the peft_type '{given.get('peft_type', '')}'; {remedy}.")
-    kind = known[name]
+    kinds = {str(getattr(name, "value", name)): kind for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    name = str(content.get("peft_type", "")).rpartition(".")[2].upper()
+    if name not in kinds:
+        remedy = did_you_mean(name, sorted(kinds)) if name else "name PEFT's method there, as LORA"
+        raise ConfigError(f"'{path}' has the peft_type '{content.get('peft_type', '')}'; {remedy}.")
+    kind = kinds[name]
     valid = {item.name for item in fields(kind)}
     bookkeeping = {item.name for item in fields(PeftConfig)}
-    chosen = {**given, **(options or {})}
-    for option in chosen:
+    values = {**content, **(options or {})}
+    for option in values:
         if option not in valid and option != "runtime_config":  # which PEFT writes and does not read
             raise ConfigError(
                 f"'{path}': {name} has no field '{option}'; {did_you_mean(option, sorted(valid - bookkeeping))}."
             )
     for option in {*bookkeeping, "runtime_config"}:
-        chosen.pop(option, None)
-    if "target_modules" in valid and not chosen.get("target_modules"):
-        chosen["target_modules"] = target_modules
+        values.pop(option, None)
+    if "target_modules" in valid and not values.get("target_modules"):
+        values["target_modules"] = target_modules
     try:
-        made: PeftConfig = kind(task_type=task_type, **chosen)
+        config: PeftConfig = kind(task_type=task_type, **values)
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"The settings in '{path}' do not fit together: {error}") from error
-    if made.is_prompt_learning and name not in _PROMPTS:
+    if config.is_prompt_learning and name not in _PROMPTS:
         raise ConfigError(
             f"'{path}' is for {name}, whose prompt cannot be measured here; of prompt learning choose "
             f"{' or '.join(_PROMPTS)}."
         )
-    return made
+    return config
 
 
 def prompt_only(config: PeftConfig | None) -> bool:
@@ -313,9 +313,9 @@ def optimizer_of(model: nn.Module, kind: type[Optimizer], settings: Mapping[str,
     if not isinstance(model, PeftModel):
         return None
     config = model.active_peft_config
-    for known in BASELINES.values():
-        if known.optimizer is not None and type(config) is known.config:
-            return known.optimizer(model, kind, settings)
+    for baseline in BASELINES.values():
+        if baseline.optimizer is not None and type(config) is baseline.config:
+            return baseline.optimizer(model, kind, settings)
     return None
 
 

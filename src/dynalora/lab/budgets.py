@@ -76,14 +76,14 @@ def match_parameters(make: Make, model: nn.Module, target: int, tolerance: float
     modules; `alpha_pattern` then keeps the scaling that a module has at its rank.
 
     Args:
-        make: Makes the method's configuration. What it does with the first number is its own affair: P-Tuning, whose
-            rank is the number of virtual tokens, is better matched by the width of its encoder.
+        make: Makes the method's configuration from a rank, which it may use for any size: for P-Tuning, whose rank is
+            the number of virtual tokens, the width of the encoder matches better.
         model: The base model, without adapters; one on the meta device will do. It is left as it was.
         target: Number of trained parameters.
         tolerance: Part of the target by which the count may differ.
 
     Returns:
-        What was found; `within` is False where the method cannot train as many, or as few.
+        The nearest match; `within` is False where the method cannot train as many, or as few.
 
     Raises:
         ConfigError: Target below 1, tolerance below 0, or the method's settings are wrong at every rank.
@@ -109,52 +109,52 @@ def match_parameters(make: Make, model: nn.Module, target: int, tolerance: float
     r = _nearest(count, target)
     if r is None:
         raise ConfigError(f"No rank can be matched: {reasons[0]}") from reasons[0]
-    config, mixed, found = make(r, None), False, counts[r]
-    assert found is not None
-    if abs(found - target) > tolerance * target and hasattr(config, "rank_pattern"):
-        low = r if found < target else r - 1
+    config, mixed, parameters = make(r, None), False, counts[r]
+    assert parameters is not None
+    if abs(parameters - target) > tolerance * target and hasattr(config, "rank_pattern"):
+        low = r if parameters < target else r - 1
         if count(low) is not None and count(low + 1) is not None:
             trial = _mixed(make, skeleton, low, target)
             number = _count(_adapted(skeleton, trial))
             # Some have the field for what training has come to, and do not begin with it.
-            if abs(number - target) < abs(found - target):
-                r, config, mixed, found = low, trial, True, number
-    difference = (found - target) / target
-    return Matched(config, r, mixed, found, difference, abs(difference) <= tolerance)
+            if abs(number - target) < abs(parameters - target):
+                r, config, mixed, parameters = low, trial, True, number
+    difference = (parameters - target) / target
+    return Matched(config, r, mixed, parameters, difference, abs(difference) <= tolerance)
 
 
 def _nearest(count: Callable[[int], int | None], target: int) -> int | None:
     """The rank whose count is nearest to the target, for counts that rise or fall with the rank (nearly)."""
-    known: dict[int, int] = {}
+    counts: dict[int, int] = {}
 
     def at(r: int) -> int | None:
-        found = count(r)
-        if found is not None:
-            known[r] = found
-        return found
+        number = count(r)
+        if number is not None:
+            counts[r] = number
+        return number
 
     first = next((r for r in (1, 2, 4, 8) if at(r) is not None), None)
     if first is None:
         return None
-    beyond = next((r for r in (first + 1, 2 * first, 4 * first) if at(r) not in (None, known[first])), None)
+    beyond = next((r for r in (first + 1, 2 * first, 4 * first) if at(r) not in (None, counts[first])), None)
     if beyond is not None:
-        falls = known[beyond] < known[first]
+        falls = counts[beyond] < counts[first]
 
         def short(r: int) -> bool:
             """Whether the rank to be found is larger."""
-            found = at(r)
-            return found is not None and (found > target if falls else found < target)
+            number = at(r)
+            return number is not None and (number > target if falls else number < target)
 
         low, high = first, first + 1
         if not falls:
             # Nearly every count that rises is a straight line; where it is, this is the end of the search already.
-            slope = (known[beyond] - known[first]) / (beyond - first)
-            guess = min(_LARGEST, first + max(0, int((target - known[first]) / slope)))
+            slope = (counts[beyond] - counts[first]) / (beyond - first)
+            guess = min(_LARGEST, first + max(0, int((target - counts[first]) / slope)))
             if short(guess):
                 low, high = guess, guess + 1
             else:
                 low, high = max(first, guess - 1), guess
-        while high < _LARGEST and short(high) and not (falls and known[high] > known[low]):
+        while high < _LARGEST and short(high) and not (falls and counts[high] > counts[low]):
             low, high = high, 2 * high
         if not short(low):
             low = first
@@ -165,9 +165,9 @@ def _nearest(count: Callable[[int], int | None], target: int) -> int | None:
         at(high)
 
     def off(r: int) -> int:
-        return abs(known[r] - target)
+        return abs(counts[r] - target)
 
-    best = min(known, key=lambda r: (off(r), r))
+    best = min(counts, key=lambda r: (off(r), r))
     # Counts that fall do so by steps, and rise a little in between.
     while better := [r for r in (best - 1, best + 1) if r >= 1 and at(r) is not None and off(r) < off(best)]:
         best = min(better, key=off)
@@ -178,13 +178,13 @@ def _mixed(make: Make, model: nn.Module, low: int, target: int) -> PeftConfig:
     """A configuration with rank low + 1 in some modules and low in the others, as near to the target as that can be."""
     lower, upper = (_adapted(model, make(r, None)) for r in (low, low + 1))
     more = {name: number - _by_module(lower)[name] for name, number in _by_module(upper).items()}
-    chosen = _spread(more, target - _count(lower))
+    modules = _spread(more, target - _count(lower))
     # PEFT reads the keys as regular expressions for the end of a module's name.
-    keys = [f"^{re.escape(name)}" for name in more if name in chosen]
+    keys = [f"^{re.escape(name)}" for name in more if name in modules]
     config = make(low, dict.fromkeys(keys, low + 1))
-    here, there = (_alpha(make(r, None)) for r in (low, low + 1))
-    if here != there and hasattr(config, "alpha_pattern"):
-        config.alpha_pattern = {**dict.fromkeys(keys, there), **(config.alpha_pattern or {})}
+    lower_alpha, upper_alpha = (_alpha(make(r, None)) for r in (low, low + 1))
+    if lower_alpha != upper_alpha and hasattr(config, "alpha_pattern"):
+        config.alpha_pattern = {**dict.fromkeys(keys, upper_alpha), **(config.alpha_pattern or {})}
     return config
 
 
@@ -196,7 +196,7 @@ def _spread(more: Mapping[str, int], missing: int) -> set[str]:
         missing: How many are wanted.
     """
     share = min(1.0, max(0.0, missing / max(1, sum(more.values()))))
-    chosen: set[str] = set()
+    modules: set[str] = set()
     kinds: dict[str, list[str]] = {}
     for name in more:
         kinds.setdefault(name.rpartition(".")[2], []).append(name)
@@ -205,15 +205,15 @@ def _spread(more: Mapping[str, int], missing: int) -> set[str]:
         offset = (0.5 + number * (math.sqrt(5) - 1) / 2) % 1
         for place, name in enumerate(names):
             if math.floor((place + 1) * share + offset) > math.floor(place * share + offset):
-                chosen.add(name)
+                modules.add(name)
 
     def off(changed: str | None = None) -> int:
-        return abs(missing - sum(more[name] for name in chosen ^ ({changed} if changed else set())))
+        return abs(missing - sum(more[name] for name in modules ^ ({changed} if changed else set())))
 
     # Whole modules are rounded; single ones make up for it.
     while (best := min(more, key=off)) and off(best) < off():
-        chosen ^= {best}
-    return chosen
+        modules ^= {best}
+    return modules
 
 
 def _alpha(config: PeftConfig) -> Any:

@@ -16,25 +16,27 @@ from dynalora.lab.baselines import (
     is_config_file,
 )
 from dynalora.lab.settings import coerce, did_you_mean, names_or_pattern
-from dynalora.methods import METHODS
+from dynalora.methods import METHODS, config_class
+from dynalora.methods import method_names as dynalora_methods
 
 
 def method_names() -> list[str]:
     """Methods whose adapters can be trained: dynalora's, and PEFT's to compare with."""
-    from dynalora import methods
-
-    return [*methods.method_names(), *(name for name, known in BASELINES.items() if known.config is not None)]
+    return [
+        *dynalora_methods(),
+        *(name for name, baseline in BASELINES.items() if baseline.config is not None),
+    ]
 
 
 def compared_names() -> list[str]:
     """Methods that can be compared: those of `method_names`, and `full` fine-tuning."""
-    return [*method_names(), *(name for name, known in BASELINES.items() if known.config is None)]
+    return [*method_names(), *(name for name, baseline in BASELINES.items() if baseline.config is None)]
 
 
 def title_of(method: str) -> str:
     """A method's name as its paper writes it."""
-    titles = {name: known.title for name, known in BASELINES.items()}
-    titles |= {name: known.title for name, known in METHODS.items()}
+    titles = {name: item.title for name, item in BASELINES.items()}
+    titles |= {name: item.title for name, item in METHODS.items()}
     return titles.get(method) or method
 
 
@@ -62,13 +64,13 @@ def compared_config(
     Raises:
         ConfigError: As `adapter_config`; alpha, dropout or options are given for full fine-tuning.
     """
-    known = BASELINES.get(method.lower())
-    if known is None or known.config is not None:
+    baseline = BASELINES.get(method.lower())
+    if baseline is None or baseline.config is not None:
         return adapter_config(
             method, r=r, alpha=alpha, dropout=dropout, target_modules=target_modules, options=options,
             task_type=task_type,
         )  # fmt: skip
-    known.fields(r, alpha, dropout)
+    baseline.fields(r, alpha, dropout)
     if options:
         raise ConfigError(
             f"Method '{method}' has no adapter and no option '{next(iter(options))}'; leave it out."
@@ -103,13 +105,13 @@ def adapter_config(
     Raises:
         ConfigError: An unknown method, an unknown option (lists the valid ones), or a value that cannot be.
     """
-    from dynalora import methods
-
     targets = names_or_pattern(target_modules)
     if is_config_file(method):
-        told = config_from_file(method, target_modules=targets, options=options, task_type=task_type)
-        leave_out_head(told)
-        return told
+        config: PeftConfig = config_from_file(
+            method, target_modules=targets, options=options, task_type=task_type
+        )
+        leave_out_head(config)
+        return config
     name = method.lower()
     if name not in method_names():
         if name in BASELINES:
@@ -124,19 +126,19 @@ def adapter_config(
     if name in BASELINES:
         baseline = BASELINES[name]
         kind: Any = baseline.config
-        own = baseline.fields(r, alpha, dropout)
-        preset = {key: own.pop(key) for key in {*baseline.options, *baseline.more(r)}}
-        common |= own
+        baseline_fields = baseline.fields(r, alpha, dropout)
+        preset = {key: baseline_fields.pop(key) for key in {*baseline.options, *baseline.more(r)}}
+        common |= baseline_fields
         if not baseline.adapts_modules:
             del common["target_modules"]
         valid = {item.name for item in fields(kind)} - {item.name for item in fields(PeftConfig)}
     else:
-        kind = methods.config_class(name)
+        kind = config_class(name)
         common |= {"r": r, "alpha": alpha, "dropout": dropout}
         valid = set(kind.own_fields())
     valid -= set(common)
-    chosen = dict(options or {})
-    for option in chosen:
+    values = dict(options or {})
+    for option in values:
         if option in common:
             raise ConfigError(
                 f"'{option}' is a setting of its own; give it there and not among the method's options."
@@ -146,13 +148,13 @@ def adapter_config(
                 f"Method '{name}' has no option '{option}'; {did_you_mean(option, sorted(valid))}."
             )
     try:
-        made: PeftConfig = kind(**common, **{**preset, **_typed(kind, chosen)})
+        config = kind(**common, **{**preset, **_typed(kind, values)})
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"The settings of method '{name}' do not fit together: {error}") from error
-    leave_out_head(made)
-    return made
+    leave_out_head(config)
+    return config
 
 
 def _typed(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def load_model(
                 whole = new_layers(empty)
             options["quantization_config"] = quantization_config(quantization, options["dtype"], whole=whole)
         model: PreTrainedModel
-        model, told = getattr(transformers, f"AutoModelFor{head.model_class}").from_pretrained(
+        model, loading = getattr(transformers, f"AutoModelFor{head.model_class}").from_pretrained(
             name, output_loading_info=True, **options
         )
     except ImportError as error:
@@ -171,7 +171,7 @@ def load_model(
         raise ConfigError(f"The weights of '{name}' cannot be loaded ({first_line(error)}).") from error
     if head is MASKED_LM:
         fresh = sorted(
-            own for own in told["missing_keys"] if not own.startswith(f"{model.base_model_prefix}.")
+            key for key in loading["missing_keys"] if not key.startswith(f"{model.base_model_prefix}.")
         )
         if fresh:
             raise ConfigError(

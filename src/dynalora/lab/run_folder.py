@@ -146,31 +146,31 @@ class RunFolder:
     def _refuse_what_is_there(
         folder: Path, config: dict[str, Any], resume: bool, defaults: Mapping[str, Any]
     ) -> None:
-        found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-        found = [name for name in found if name not in _OWN_BEFORE_START and not name.endswith(".tmp")]
+        entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        entries = [name for name in entries if name not in _OWN_BEFORE_START and not name.endswith(".tmp")]
         if resume:
-            if CONFIG not in found:
+            if CONFIG not in entries:
                 raise RunFolderError(
                     f"There is no run to resume in '{folder}' (it has no {CONFIG}); start it without resume."
                 )
             if _status(folder).get("finished"):
                 raise RunFolderError(f"The run in '{folder}' has finished; there is nothing to resume.")
-            known = {name: value for name, value in defaults.items() if name in config}
-            differing = _differences({**known, **_read_config(folder)}, config)
+            added = {name: value for name, value in defaults.items() if name in config}
+            differing = _differences({**added, **_read_config(folder)}, config)
             if differing:
                 raise RunFolderError(
                     f"The run in '{folder}' was started with other settings ({'; '.join(differing)}); "
                     "resume with the same settings or choose another output folder."
                 )
             return
-        if not found:
+        if not entries:
             return
-        if CONFIG in found and STATUS in found:
+        if CONFIG in entries and STATUS in entries:
             raise RunFolderError(
                 f"The run folder '{folder}' already holds a run ({_describe(folder)}); choose another output folder, "
                 "or resume that run with the same settings."
             )
-        listed = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        listed = ", ".join(entries[:3]) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
         raise RunFolderError(
             f"The run folder '{folder}' is not empty and holds no run (found {listed}); choose another output folder."
         )
@@ -184,9 +184,11 @@ class RunFolder:
             self._write_status({**status, "finished": None, "resumed": [*status.get("resumed", []), _now()]})
 
     def _write_status(self, status: Mapping[str, Any]) -> None:
-        own = {"process": os.getpid(), "host": socket.gethostname(), "python": platform.python_version()}
+        process = {"process": os.getpid(), "host": socket.gethostname(), "python": platform.python_version()}
         versions = {name: version_of(name) for name in _VERSIONS_OF}
-        write_file(self.path / STATUS, json.dumps({**status, **own, "versions": versions}, indent=2) + "\n")
+        write_file(
+            self.path / STATUS, json.dumps({**status, **process, "versions": versions}, indent=2) + "\n"
+        )
 
     def finish(self) -> None:
         """Record in `run.json` that the run reached its end."""
@@ -270,8 +272,8 @@ class RunFolder:
         if self._metrics_file is not None:
             self._metrics_file.close()
             self._metrics_file = None
-        kept = [record for record in self.metrics() if int(record.get("step") or 0) <= step]
-        write_file(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+        records = [record for record in self.metrics() if int(record.get("step") or 0) <= step]
+        write_file(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in records))
 
     # --- files ---------------------------------------------------------------------------------------------
 

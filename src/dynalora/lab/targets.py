@@ -57,6 +57,6 @@ def check_targets(model: nn.Module, config: PeftConfig) -> list[str]:
                 raise ConfigError(f"target_modules '{target}' matches nothing; {exist}.")
     matched = [name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)]
     if not matched:
-        told = targets if isinstance(targets, str) else ", ".join(sorted(targets))
-        raise ConfigError(f"target_modules '{told}' matches nothing; {exist}.")
+        names = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+        raise ConfigError(f"target_modules '{names}' matches nothing; {exist}.")
     return matched

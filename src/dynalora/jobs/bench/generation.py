@@ -93,13 +93,13 @@ def generate_greedily(model: Any, tokens: torch.Tensor, count: int) -> tuple[tor
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
     began = now(tokens.device)
     out = model(input_ids=tokens, use_cache=True, **last)
-    chosen = out.logits[:, -1].argmax(-1, keepdim=True)
+    token = out.logits[:, -1].argmax(-1, keepdim=True)
     first = now(tokens.device)
-    generated = [chosen]
+    generated = [token]
     for _ in range(count - 1):
-        out = model(input_ids=chosen, past_key_values=out.past_key_values, use_cache=True, **last)
-        chosen = out.logits[:, -1].argmax(-1, keepdim=True)
-        generated.append(chosen)
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, **last)
+        token = out.logits[:, -1].argmax(-1, keepdim=True)
+        generated.append(token)
     done = now(tokens.device)
     return torch.cat(generated, dim=1), first - began, (done - first) / (count - 1)
 

@@ -269,7 +269,7 @@ def _memory_of_one(job: dict[str, Any]) -> tuple[int, int]:
 
 def tables(spec: BenchSpec, results: Sequence[Measured]) -> list[Table]:
     """The results, a table per dtype."""
-    shown = []
+    tables = []
     for dtype in spec.dtypes:
         rows: list[list[str | int | float | None]] = []
         for item in results:
@@ -291,7 +291,7 @@ def tables(spec: BenchSpec, results: Sequence[Measured]) -> list[Table]:
             "method", "forward (ms)", "backward", "optimizer", "step", f"step / {spec.reference}",
             "parameters", "saved (MiB)", "step peak (MiB)", "peak (MiB)",
         ]  # fmt: skip
-        shown.append(
+        tables.append(
             Table(
                 columns,
                 rows,
@@ -303,7 +303,7 @@ def tables(spec: BenchSpec, results: Sequence[Measured]) -> list[Table]:
                 ),
             )
         )
-    return shown
+    return tables
 
 
 def as_json(spec: BenchSpec, results: Sequence[Measured]) -> str:

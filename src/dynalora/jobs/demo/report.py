@@ -75,11 +75,11 @@ class DemoResult:
 def summary_table(rows: Sequence[DemoRow]) -> Table:
     """The demo's one table: the base model's row first, then each method's."""
     first = rows[0]
-    shown: list[list[Cell]] = [
+    cells: list[list[Cell]] = [
         ["base model", _share(first.accuracy_before), f"{first.answer_loss_before:.3f}", "0", "0", None, None]
     ]
     for row in rows:
-        shown.append(
+        cells.append(
             [
                 row.method,
                 _share(row.accuracy_after),
@@ -92,7 +92,7 @@ def summary_table(rows: Sequence[DemoRow]) -> Table:
         )
     return Table(
         ["", "accuracy", "answer loss", "KL from base", "loss shift", "trainable parameters", "step (s)"],
-        shown,
+        cells,
         note=(
             "Accuracy: held-out questions answered exactly right by greedy decoding, with Wilson's 95 % interval. "
             "Answer loss: nats per token of the right answers. KL(base ‖ tuned), with its standard error, and loss "
@@ -172,8 +172,8 @@ def samples_table(result: DemoResult) -> Table:
     names = list(result.scores)
     rows: list[list[Cell]] = []
     for index, item in enumerate(result.task.held_out[:SHOWN]):
-        said = [(score.samples[index : index + 1] or ("",))[0][:200] for score in result.scores.values()]
-        rows.append([item.question, item.answer, *said])
+        answers = [(score.samples[index : index + 1] or ("",))[0][:200] for score in result.scores.values()]
+        rows.append([item.question, item.answer, *answers])
     return Table(
         ["question", "right answer", *names], rows, title="The first held-out questions",
         note="Greedy decoding, cut at the length of the longest right answer.",

@@ -273,11 +273,11 @@ class _Demo:
                 "DISeL's gates on the task's answers and on the base model's own text, by depth.",
             ),
         }
-        about = description(spec, result, self.system, retention_tokens=reference.text.tokens)
+        paragraph = description(spec, result, self.system, retention_tokens=reference.text.tokens)
         sections = [
             Section("Result", text=READING, tables=[summary_table(result.rows), comparison_table(result)]),
             Section("Plots", figures=save_figures(self.run_folder.write, drawn, svg=False)),
-            Section("What the models say", text=about, tables=[samples_table(result)]),
+            Section("What the models say", text=paragraph, tables=[samples_table(result)]),
             Section("Settings", listing=listing(spec.settings())),
         ]
         title = f"Demo: {' and '.join(row.method for row in result.rows)} on {self.task.name}"

@@ -87,7 +87,7 @@ def as_json(spec: EvaluateSpec, results: Sequence[TaskResult]) -> str:
         "settings": {name: value for name, value in asdict(spec).items() if name != "json"},
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "results": [result.record() for result in results],
-        "means": {name: asdict(group_mean(own)) for name, own in _groups(results)},
+        "means": {name: asdict(group_mean(members)) for name, members in _groups(results)},
     }
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
@@ -105,20 +105,20 @@ def results_table(results: Sequence[TaskResult]) -> Table:
                     f"{score.value * scale:.2f}", f"{low:.2f} – {high:.2f}", f"{result.seconds:.0f} s",
                 ]
             )  # fmt: skip
-    for name, own in _groups(results):
-        mean = group_mean(own)
+    for name, members in _groups(results):
+        mean = group_mean(members)
         rows.append(
             [
-                f"mean of {name}", "", sum(result.items for result in own), "main number %",
+                f"mean of {name}", "", sum(result.items for result in members), "main number %",
                 f"{100 * mean.value:.2f}", f"{100 * mean.low:.2f} – {100 * mean.high:.2f}", "",
             ]
         )  # fmt: skip
     cut = {result.title: result.too_long for result in results if result.too_long}
     note = "95 % intervals: Wilson's for shares, Student's for other means, bootstrap or normal for the rest."
     if cut:
-        told = ", ".join(f"{title} {count}" for title, count in cut.items())
+        longer = ", ".join(f"{title} {count}" for title, count in cut.items())
         note += (
-            f" Longer than the model's window: {told}; they count as wrong (classification, encoder-decoders and "
+            f" Longer than the model's window: {longer}; they count as wrong (classification, encoder-decoders and "
             "questions about passages: lose their end)."
         )
     columns = ["task", "split", "items", "metric", "value", "95 % interval", "time"]
@@ -164,7 +164,7 @@ def _load(
         base = spec.model or str(config.base_model_name_or_path or "")
         folder = adapter_folder(spec.source)
         # The tokenizer saved with an adapter has the template it was trained with.
-        own = (Path(folder) / "tokenizer_config.json").exists()
+        saved = (Path(folder) / "tokenizer_config.json").exists()
         model = load_adapter(
             spec.source,
             spec.model,
@@ -173,12 +173,12 @@ def _load(
             heads=heads,
             labels=labels,
         )
-        tokenizer = load_tokenizer(folder if own else base, template=_template(spec, model))
+        tokenizer = load_tokenizer(folder if saved else base, template=_template(spec, model))
     else:
         name = local_model_name(spec.source)
         model = load_model(name, dtype=spec.dtype, quantization=spec.quantization, heads=heads, labels=labels)
-        asked = heads[0] in LANGUAGE_MODELS
-        tokenizer = load_tokenizer(name, template=_template(spec, model) if asked else None)
+        reads_prompts = heads[0] in LANGUAGE_MODELS
+        tokenizer = load_tokenizer(name, template=_template(spec, model) if reads_prompts else None)
         if heads[0].new and not _has_trained_head(name, heads[0]):
             raise ConfigError(
                 f"'{spec.source}' has no trained {heads[0].new} head; give an adapter or a model that was fine-tuned "

@@ -91,10 +91,10 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
         training, held_out = conversations, without_repeats(elsewhere, conversations)
     else:
         training, held_out = split(conversations, spec.eval_fraction, seed=spec.seed)
-    named = {}
+    texts = {}
     for text in spec.monitor_text if spec.monitored else ():
-        called, source = named_source(text, "monitor_text")
-        named[called] = load_texts(source, limit=MONITORED_TEXTS)
+        label, source = named_source(text, "monitor_text")
+        texts[label] = load_texts(source, limit=MONITORED_TEXTS)
     name = local_model_name(spec.model)
     empty = empty_model(name, trust_remote_code=spec.trust_remote_code)
     modules = check_targets(empty, config)
@@ -109,7 +109,7 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
         held_out=tokenize(held_out, tokenizer, max_length=max_length),
         modules=len(modules),
         texts={
-            called: given_text(texts, tokenizer, max_length=MONITORED_LENGTH)
-            for called, texts in named.items()
+            label: given_text(content, tokenizer, max_length=MONITORED_LENGTH)
+            for label, content in texts.items()
         },
     )

@@ -112,12 +112,14 @@ def to_conversations(
     for where, row in rows:
         names = tuple(row)
         if names not in by_names:
-            wanted = fields
+            expected = fields
             if by_names and fields is not None and fields.input and fields.input not in row:
-                wanted = replace(fields, input=None)  # an optional input may be absent from single rows
-            by_names[names] = find_fields(names, wanted, source=f"{source}, {where}" if by_names else source)
-        found = by_names[names]
-        conversation = _conversation(row, found, f"{source}, {where}")
+                expected = replace(fields, input=None)  # an optional input may be absent from single rows
+            by_names[names] = find_fields(
+                names, expected, source=f"{source}, {where}" if by_names else source
+            )
+        row_fields = by_names[names]
+        conversation = _conversation(row, row_fields, f"{source}, {where}")
         if conversation is None:
             empty += 1
             first_empty = first_empty or where
@@ -128,7 +130,9 @@ def to_conversations(
     if not by_names:
         raise DataError(f"{source} is empty; give a data set with at least one row.")
     if not conversations:
-        raise DataError(f"{source} has no row with a response: all {empty} are empty in '{found.named[-1]}'.")
+        raise DataError(
+            f"{source} has no row with a response: all {empty} are empty in '{row_fields.named[-1]}'."
+        )
     if empty:
         logger.warning(
             "%s: %d of %d rows have an empty response and are left out (the first: %s).",
@@ -147,10 +151,10 @@ def _conversation(row: Mapping[str, Any], fields: Fields, where: str) -> Convers
     extra = _text(row.get(fields.input), fields.input, where) if fields.input else ""
     if not response.strip():
         return None
-    asked: Message = {"role": "user", "content": prompt}
+    question: Message = {"role": "user", "content": prompt}
     if extra.strip():
-        asked = {"role": "user", "content": f"{prompt}\n\n{extra}", "instruction": prompt, "input": extra}
-    return [asked, {"role": "assistant", "content": response}]
+        question = {"role": "user", "content": f"{prompt}\n\n{extra}", "instruction": prompt, "input": extra}
+    return [question, {"role": "assistant", "content": response}]
 
 
 def _text(value: Any, name: str, where: str) -> str:

@@ -30,9 +30,9 @@ class Fields:
                 f"Give either a messages field ('{self.messages}') or prompt and response fields, not both."
             )
         if bool(self.prompt) != bool(self.response):
-            given, missing = ("prompt", "response") if self.prompt else ("response", "prompt")
+            present, missing = ("prompt", "response") if self.prompt else ("response", "prompt")
             raise DataError(
-                f"The {given} field is given ('{getattr(self, given)}') but not the {missing} field; name both."
+                f"The {present} field is given ('{getattr(self, present)}') but not the {missing} field; name both."
             )
         if self.input and not self.prompt:
             raise DataError(
@@ -66,14 +66,14 @@ USUAL_FIELDS = (
 
 
 def find_fields(
-    available: Iterable[str], wanted: Fields | None = None, *, source: str = "the data"
+    available: Iterable[str], fields: Fields | None = None, *, source: str = "the data"
 ) -> Fields:
     """The fields to read, checked against those that exist.
 
     Args:
         available: The names of the fields that the data has.
-        wanted: The fields the user named; None or empty: the first of
-            [`USUAL_FIELDS`][dynalora.lab.data.fields.USUAL_FIELDS] that is there.
+        fields: The fields the user named; None or empty: the first entry of
+            [`USUAL_FIELDS`][dynalora.lab.data.fields.USUAL_FIELDS] whose fields are all available.
         source: How to call the data in an error.
 
     Raises:
@@ -81,15 +81,15 @@ def find_fields(
     """
     has = list(available)
     listed = ", ".join(f"'{name}'" for name in has) if has else "none"
-    if wanted is not None and wanted.named:
-        missing = [name for name in wanted.named if name not in has]
+    if fields is not None and fields.named:
+        missing = [name for name in fields.named if name not in has]
         if missing:
             lacking = " and ".join(f"'{name}'" for name in missing)
             raise DataError(
                 f"{source} has no field {lacking}; its fields are {listed}. "
                 "Name the right ones with prompt_field and response_field (or messages_field)."
             )
-        return wanted
+        return fields
     for usual in USUAL_FIELDS:
         if all(name in has for name in usual.named):
             return usual

@@ -56,10 +56,12 @@ def without_repeats(held_out: Sequence[Conversation], training: Sequence[Convers
     Raises:
         DataError: All of them occur in training.
     """
-    seen = {json.dumps(conversation, sort_keys=True) for conversation in training}
-    kept = [item for item in held_out if json.dumps(item, sort_keys=True) not in seen]
-    if held_out and not kept:
+    trained = {json.dumps(conversation, sort_keys=True) for conversation in training}
+    fresh = [item for item in held_out if json.dumps(item, sort_keys=True) not in trained]
+    if held_out and not fresh:
         raise DataError("Every held-out row is also a training row; give other evaluation data.")
-    if len(kept) < len(held_out):
-        logger.warning("%d held-out rows are also training rows and are left out.", len(held_out) - len(kept))
-    return kept
+    if len(fresh) < len(held_out):
+        logger.warning(
+            "%d held-out rows are also training rows and are left out.", len(held_out) - len(fresh)
+        )
+    return fresh

@@ -32,9 +32,9 @@ def last_checkpoint(folder: Path, *, needs: str | None = None) -> Path | None:
     if not folder.is_dir():
         return None
     numbered = [
-        (int(found[1]), entry)
+        (int(match[1]), entry)
         for entry in folder.iterdir()
-        if (found := re.fullmatch(r"checkpoint-(\d+)", entry.name)) and entry.is_dir()
+        if (match := re.fullmatch(r"checkpoint-(\d+)", entry.name)) and entry.is_dir()
     ]
     for _, entry in sorted(numbered, reverse=True):
         # The trainer writes its state last but for the arguments.
