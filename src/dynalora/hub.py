@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
+from importlib.util import find_spec
 from typing import Any
 
 import peft
@@ -24,6 +25,7 @@ from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.common.files import file_beside, write_file
 from dynalora.common.private import extend_model_cards
+from dynalora.common.version import __version__
 from dynalora.drawing.landscape import plot_rank_landscape
 from dynalora.forgetting.landscape import LandscapeRow, rank_landscape
 from dynalora.methods import METHODS
@@ -55,7 +57,7 @@ def card_section(model: PeftModel, picture: bool = False) -> str:
         suffix = "" if len(configs) == 1 else f" (adapter `{name}`)"
         parts.append(f"## {method.title or method.name} adapter{suffix}")
         parts.append(
-            f"Made with dynalora {_version()}, an extension of PEFT. {_ranks(model, name)} What differs from the "
+            f"Made with dynalora {__version__}, an extension of PEFT. {_ranks(model, name)} What differs from the "
             "method's defaults:"
         )
         parts.append("| setting | value |\n|---|---|\n" + "\n".join(_settings(config)))
@@ -64,12 +66,6 @@ def card_section(model: PeftModel, picture: bool = False) -> str:
     parts.append(_how_to_load(model, next(iter(configs.values()))))
     parts.append(END)
     return "\n\n".join(parts)
-
-
-def _version() -> str:
-    import dynalora  # whose import ends with this module's installation
-
-    return dynalora.__version__
 
 
 def _ranks(model: nn.Module, adapter: str) -> str:
@@ -134,8 +130,11 @@ def draw_rank_map(model: nn.Module, folder: str) -> bool:
         folder: Where to.
 
     Returns:
-        Whether it was drawn. It is not where weights are sharded over processes or not there (on the meta device).
+        Whether it was drawn. It is not where weights are sharded over processes or not there (on the meta device), nor
+        without matplotlib.
     """
+    if find_spec("matplotlib") is None:
+        return False
     adapters = list(dict.fromkeys(name for layer in _layers(model) for name in layer.scaling))
     for layer in _layers(model):
         for adapter in adapters:

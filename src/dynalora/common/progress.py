@@ -54,9 +54,12 @@ def rich_progress(console: Console | None) -> Iterator[Progress]:
 
 @contextmanager
 def late_progress() -> Iterator[Progress]:
-    """Show a library call's job on standard error, once it has taken two seconds."""
-    from rich.console import Console
-
+    """Show a library call's job on standard error, once it has taken two seconds; without rich, show nothing."""
+    try:
+        from rich.console import Console
+    except ModuleNotFoundError:  # a plain installation
+        yield silent
+        return
     shown = _Shown(Console(stderr=True))
     began = time.monotonic()
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from statistics import NormalDist, stdev
 from typing import Any
 
+from dynalora.common.extras import require
 from dynalora.errors import ConfigError, DataError
 
 
@@ -68,9 +69,7 @@ def wilson(correct: int, total: int, confidence: float = 0.95) -> Interval:
     if total < 1 or not 0 <= correct <= total:
         raise ConfigError(f"{correct} of {total} is no share; give 0 ≤ correct ≤ total and total ≥ 1.")
     normal_quantile(confidence)
-    from scipy.stats import binomtest
-
-    ends = binomtest(correct, total).proportion_ci(confidence, method="wilson")
+    ends = _scipy_stats().binomtest(correct, total).proportion_ci(confidence, method="wilson")
     return Interval(correct / total, float(ends.low), float(ends.high))
 
 
@@ -103,9 +102,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
     gained, lost = _discordant(first, second)
     if gained + lost == 0:
         return 1.0
-    from scipy.stats import binomtest
-
-    return float(binomtest(gained, gained + lost).pvalue)
+    return float(_scipy_stats().binomtest(gained, gained + lost).pvalue)
 
 
 def _discordant(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int]:
@@ -175,11 +172,11 @@ def crossed_difference(
     if variance == 0:
         return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0)
     degrees = max(1, int(variance**2 / math.fsum(part**2 / free for part, free in parts)))
-    from scipy.stats import t
-
     error = math.sqrt(variance)
     half = t_quantile(0.5 + confidence / 2, degrees) * error
-    return Difference(mean, mean - half, mean + half, float(2 * t.sf(abs(mean) / error, degrees)))
+    return Difference(
+        mean, mean - half, mean + half, float(2 * _scipy_stats().t.sf(abs(mean) / error, degrees))
+    )
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -296,6 +293,8 @@ def t_quantile(probability: float, degrees: int) -> float:
         probability: Between 0 and 1.
         degrees: Degrees of freedom, at least 1.
     """
-    from scipy.stats import t
+    return float(_scipy_stats().t.ppf(probability, degrees))
 
-    return float(t.ppf(probability, degrees))
+
+def _scipy_stats() -> Any:
+    return require("scipy.stats", "An interval or a test of significance")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynalora.common.extras import require
 from dynalora.common.files import write_file
 from dynalora.methods import METHODS
 
@@ -113,6 +114,7 @@ def figure(
         rows: Number of rows.
         share_y: Whether all have the same vertical axis.
     """
+    require("matplotlib", "Drawing")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -159,9 +161,9 @@ def over_layers(kinds: Sequence[str], label: str, *, share_y: bool = False) -> t
         label: Of the vertical axes.
         share_y: Whether all have the same vertical axis.
     """
-    from matplotlib.ticker import MaxNLocator
-
     drawn, axes = panels(len(kinds), share_y=share_y)
+    from matplotlib.ticker import MaxNLocator  # after it has been made sure that matplotlib is there
+
     for axis, kind in zip(axes, kinds, strict=True):
         describe(axis, title=kind, x="layer", y=label)
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # there are no half layers

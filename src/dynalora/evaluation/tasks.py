@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dynalora.errors import ConfigError, DataError, UnsupportedError
+from dynalora.common.extras import require
+from dynalora.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from reasoning_gym.dataset import ProceduralDataset
@@ -193,10 +194,4 @@ def _dataset(name: str, options: Mapping[str, Any], seed: int) -> ProceduralData
 
 
 def _reasoning_gym() -> Any:
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise UnsupportedError(
-            "Generated tasks need the package reasoning-gym, which is not installed; run: pip install 'dynalora[demo]'"
-        ) from error
-    return reasoning_gym
+    return require("reasoning_gym", "A generated task", "demo")

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-import dynalora
 from dynalora.common.files import write_file
+from dynalora.common.version import __version__
 from dynalora.errors import RunFolderError
 from dynalora.jobs.compare.contestants import BASE, Cell
 from dynalora.jobs.compare.settings import CompareSpec
@@ -90,7 +90,7 @@ class CellStore(UnitStore[Cell]):
     def content(self, unit: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
         """What a cell's file holds."""
         return {
-            "version": dynalora.__version__,
+            "version": __version__,
             "settings": self.settings,
             "cell": asdict(unit),
             "configuration": unit.configuration(),
