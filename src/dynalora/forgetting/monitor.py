@@ -335,75 +335,54 @@ class RetentionMonitor(TrainerCallback):
     # --- transformers' Trainer ----------------------------------------------------------------------------
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        processing_class: Any = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
-        if model is None:
+        if more.get("model") is None:
             return
         if self.tokenizer is None:
-            self.tokenizer = processing_class
+            self.tokenizer = more.get("processing_class")
         if self.every < 1:
             self._every = max(1, math.ceil(self.every * state.max_steps))
         if self.keep_best and state.global_step > 0:
             self.best = BestState.load(_checkpoint(args, state)) or self.best
-        self.begin(model, step=state.global_step)
+        self.begin(more["model"], step=state.global_step)
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
-        if model is None:
+        if more.get("model") is None:
             return
         self._step = state.global_step
         if self._step % self._every == 0 or self._step == state.max_steps:
-            self._measure(model)
+            self._measure(more["model"])
         if self.stopping:
             control.should_training_stop = True
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        metrics: Mapping[str, float] | None = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
-        if model is None or not self._begun or not self.keep_best or self.score is not None:
+        scored = self._begun and self.keep_best and self.score is None
+        if more.get("model") is None or not scored:
             return
-        loss = (metrics or {}).get("eval_loss")
         if self.points[-1].step != self._step:
-            self._measure(model)
+            self._measure(more["model"])
         assert self.max_forgetting is not None
         if self.forgetting <= self.max_forgetting:
-            self._consider(model, None if loss is None else float(loss))
+            loss = (more.get("metrics") or {}).get("eval_loss")
+            self._consider(more["model"], None if loss is None else float(loss))
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
         folder = _checkpoint(args, state)
         if self.keep_best and self.best is not None and first_process() and folder.is_dir():
             self.best.save(folder)
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
-        if model is not None:
-            self.end(model)
+        if more.get("model") is not None:
+            self.end(more["model"])
 
 
 def _check(

@@ -93,7 +93,7 @@ def retention(
     `batch_size` texts, once for each model, and four float32 blocks of `chunk` × V.
 
     Args:
-        model: a PEFT model; its active adapters are what is measured. Without any, all distances are 0.
+        model: A PEFT model; its active adapters are what is measured. Without any, all distances are 0.
         text: From `own_text`, written by this very base model, or from `given_text`.
         base: From `base_predictions`, to leave the base model's pass out; or the base model itself, where switching
             adapters off does not give it back (full fine-tuning, PiSSA).

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save
 
 from dynalora.common.files import records_csv
+from dynalora.common.statistics import Interval
 from dynalora.drawing.gates import (
     plot_gate_heatmap,
     plot_gate_means,
@@ -21,6 +22,7 @@ from dynalora.forgetting.separation import Separation
 from dynalora.jobs.gates.record import GatesResult
 from dynalora.lab.report import Cell, Report, Section, Table, render_html, save_figures
 from dynalora.lab.run_folder import RunFolder
+from dynalora.lab.scores import shown_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,12 +99,9 @@ def separation_table(result: GatesResult) -> Table:
 def _interval(value: GateMean | Separation | None) -> Cell:
     if value is None:
         return None
-    if isinstance(value, Separation):
-        number, digits = value.auc, 3
-    else:
-        number, digits = value.value, 4
-    text = f"{number:.{digits}f}"
-    return text if value.low is None else f"{text} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+    number, digits = (value.auc, 3) if isinstance(value, Separation) else (value.value, 4)
+    low, high = (number if end is None else end for end in (value.low, value.high))
+    return shown_interval(Interval(number, low, high), digits)
 
 
 def write_gates(result: GatesResult, run: RunFolder) -> None:

@@ -28,9 +28,10 @@ FULL, LORA, DISEL = "full", "lora", "disel"
 METHODS_COMPARED = (FULL, LORA, DISEL)
 NAMES = {FULL: "full fine-tuning", LORA: "LoRA", DISEL: "DISeL"}
 
-#: Within these of their closed forms counts as having arrived: LoRA and full fine-tuning, and DISeL.
 FIXED_TOLERANCE = 0.02
+"""Full fine-tuning and LoRA have reached the best fixed correction when their loss is within this share of its loss."""
 BAYES_TOLERANCE = 0.05
+"""DISeL has reached the Bayes-optimal correction when its loss is within this share of its loss."""
 
 _CURVE_POINTS = 40
 _CURVE_SAMPLES = 10_000
