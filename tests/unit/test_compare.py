@@ -322,7 +322,7 @@ def test_cells_run_in_processes_of_their_own_and_one_that_dies_is_reported(
         place, "apart", learning_rates=[1e-2], seeds=1, retention=False, methods=["lora"], jobs=2, threads=1
     )
     broken = {**json.loads(json.dumps(spec.settings())), "data_seed": "none"}
-    original = runner._Runner._process
+    original = runner.Runner._process
 
     def process(self: Any, cell: Cell, slot: int) -> Any:
         if cell.method == "lora":
@@ -331,9 +331,9 @@ def test_cells_run_in_processes_of_their_own_and_one_that_dies_is_reported(
             return original(self, cell, slot)
         finally:
             monkeypatch.undo()
-            monkeypatch.setattr(runner._Runner, "_process", process)
+            monkeypatch.setattr(runner.Runner, "_process", process)
 
-    monkeypatch.setattr(runner._Runner, "_process", process)
+    monkeypatch.setattr(runner.Runner, "_process", process)
     found = run_compare(spec)
     assert sorted(results(found)) == ["colour/base"]
     ((cell, why),) = found.failed

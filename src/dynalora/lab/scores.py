@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dynalora.common.statistics import Estimate, Interval, mean_interval
+from dynalora.common.statistics import Difference, Estimate, Interval, mean_interval
 
 SCORE_COLUMNS = ("accuracy", "accuracy_low", "accuracy_high", "loss", "loss_error", "questions")
 """The numbers of a score's record that tables of runs hold."""
@@ -41,22 +41,32 @@ def percent(interval: Interval | None) -> Interval | None:
 
 
 def shown_interval(
-    interval: Interval | None, decimals: int, *, scale: float = 1.0, sign: str = ""
+    interval: Interval | Difference | None,
+    decimals: int,
+    *,
+    scale: float = 1.0,
+    sign: str = "",
+    half: bool = False,
 ) -> str | None:
-    """A number with its 95 % interval for a table: `41.2 (38.0 to 44.4)`; without brackets where it has no width.
+    """A number with its 95 % interval for a table: `41.2 (38.0 to 44.4)`; alone where the interval has no width.
 
     Args:
         interval: None stays None.
         decimals: Number of digits after the point.
         scale: Factor, such as 100 for percent.
         sign: `+` to show the sign of positive numbers too.
+        half: Show half of the interval's width, as in `41.2 ± 3.2`, for tables with many columns.
     """
     if interval is None:
         return None
     value, low, high = (
         f"{scale * number:{sign}.{decimals}f}" for number in (interval.value, interval.low, interval.high)
     )
-    return value if interval.low == interval.high else f"{value} ({low} to {high})"
+    if interval.low == interval.high:
+        return value
+    if half:
+        return f"{value} ± {scale * (interval.high - interval.low) / 2:.{decimals}f}"
+    return f"{value} ({low} to {high})"
 
 
 def shown_scores(records: Sequence[Mapping[str, Any]]) -> list[str | None]:

@@ -33,29 +33,29 @@ class Grid:
         store: CellStore,
     ) -> None:
         self.spec, self.contestants, self.places, self.store = spec, list(contestants), dict(places), store
-        self._found: dict[str, dict[str, Any]] = {}
+        self._results: dict[str, dict[str, Any]] = {}
 
     @property
     def total(self) -> int:
         """Number of cells in all."""
         runs = 0
-        for own in self.contestants:
-            rates, seeds = len(own.learning_rates), self.spec.seeds
+        for contestant in self.contestants:
+            rates, seeds = len(contestant.learning_rates), self.spec.seeds
             runs += rates * seeds if self.spec.all_rates else rates + seeds - 1
         return len(self.places) * (1 + runs)
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """A cell's result, read once."""
-        if cell.name not in self._found:
-            found = self.store.read(cell)
-            if found is None:
+        if cell.name not in self._results:
+            result = self.store.read(cell)
+            if result is None:
                 return None
-            self._found[cell.name] = found
-        return self._found[cell.name]
+            self._results[cell.name] = result
+        return self._results[cell.name]
 
-    def cell(self, task: str, own: Contestant, rate: float, seed: int) -> Cell:
+    def cell(self, task: str, contestant: Contestant, rate: float, seed: int) -> Cell:
         """One cell of a contestant."""
-        setup = {item.name: getattr(own, item.name) for item in fields(Setup)}
+        setup = {item.name: getattr(contestant, item.name) for item in fields(Setup)}
         return Cell(task=task, place=self.places[task], learning_rate=rate, seed=seed, **setup)
 
     def base(self, task: str) -> Cell:
@@ -64,20 +64,20 @@ class Grid:
             task=task, place=self.places[task], label=BASE, method=BASE, quantization=self.spec.quantization
         )
 
-    def tried(self, task: str, own: Contestant) -> list[Cell]:
+    def tried(self, task: str, contestant: Contestant) -> list[Cell]:
         """The cells that the learning rate is chosen from."""
-        return [self.cell(task, own, rate, self.spec.seed) for rate in own.learning_rates]
+        return [self.cell(task, contestant, rate, self.spec.seed) for rate in contestant.learning_rates]
 
-    def chosen_rate(self, task: str, own: Contestant) -> float | None:
+    def chosen_rate(self, task: str, contestant: Contestant) -> float | None:
         """The learning rate of the lowest loss on the questions set aside; None: not all have been tried."""
-        if len(own.learning_rates) == 1:
-            return own.learning_rates[0]
+        if len(contestant.learning_rates) == 1:
+            return contestant.learning_rates[0]
         losses = {}
-        for cell in self.tried(task, own):
-            found = self.result(cell)
-            if found is None:
+        for cell in self.tried(task, contestant):
+            result = self.result(cell)
+            if result is None:
                 return None
-            loss = (found.get("validation") or {}).get("loss")
+            loss = (result.get("validation") or {}).get("loss")
             losses[cell.learning_rate] = math.inf if loss is None else float(loss)
         return min(losses, key=lambda rate: (losses[rate], rate))
 
@@ -90,15 +90,17 @@ class Grid:
         for task in self.places:
             yield self.base(task)
         for task in self.places:
-            for own in self.contestants:
-                yield from self.tried(task, own)
+            for contestant in self.contestants:
+                yield from self.tried(task, contestant)
         for seed in spec.run_seeds[1:]:
             for task in self.places:
-                for own in self.contestants:
+                for contestant in self.contestants:
                     if spec.all_rates:
-                        yield from (self.cell(task, own, rate, seed) for rate in own.learning_rates)
-                    elif (rate := self.chosen_rate(task, own)) is not None:
-                        yield self.cell(task, own, rate, seed)
+                        yield from (
+                            self.cell(task, contestant, rate, seed) for rate in contestant.learning_rates
+                        )
+                    elif (rate := self.chosen_rate(task, contestant)) is not None:
+                        yield self.cell(task, contestant, rate, seed)
 
     def open_cells(self) -> list[Cell]:
         """Known cells without a result."""

@@ -28,7 +28,7 @@ def plot_frontier(comparison: Comparison, task: str, text: str) -> Figure | None
     the runs that learned at least three quarters of what the best did; others would stretch them over decades.
     """
     grid = comparison.grid
-    curves = {own.label: curve(comparison, task, own, text) for own in grid.contestants}
+    curves = {contestant.label: curve(comparison, task, contestant, text) for contestant in grid.contestants}
     losses = [loss for points in curves.values() for *_, loss in points]
     if not losses:
         return None
@@ -85,11 +85,11 @@ def plot_kept(comparison: Comparison, task: str) -> Figure | None:
     )
 
 
-def plot_parameters(comparison: Comparison, place: str, found: Sequence[Summary]) -> Figure | None:
+def plot_parameters(comparison: Comparison, place: str, summaries: Sequence[Summary]) -> Figure | None:
     """Accuracy (or loss) against the number of trained parameters."""
-    shares = all(summary.accuracy is not None for summary in found)
+    shares = all(summary.accuracy is not None for summary in summaries)
     scale = 100 if shares else 1
-    by_label = {summary.label: summary.accuracy if shares else summary.loss for summary in found}
+    by_label = {summary.label: summary.accuracy if shares else summary.loss for summary in summaries}
     points: dict[str, tuple[int, Interval] | None] = {}
     for contestant in comparison.grid.contestants:
         number, count = by_label.get(contestant.label), contestant.parameters
@@ -106,10 +106,12 @@ def plot_parameters(comparison: Comparison, place: str, found: Sequence[Summary]
     )
 
 
-def plot_learning(comparison: Comparison, place: str, found: Sequence[Summary]) -> Figure | None:
+def plot_learning(comparison: Comparison, place: str, summaries: Sequence[Summary]) -> Figure | None:
     """Training loss by step, running means over the seeds."""
-    curves: dict[str, list[tuple[int, float]]] = {own.label: [] for own in comparison.grid.contestants}
-    for summary in found:
+    curves: dict[str, list[tuple[int, float]]] = {
+        contestant.label: [] for contestant in comparison.grid.contestants
+    }
+    for summary in summaries:
         runs = [result["training"]["losses"] for result in summary.results.values() if result.get("training")]
         if runs:
             curves[summary.label] = [
@@ -121,13 +123,13 @@ def plot_learning(comparison: Comparison, place: str, found: Sequence[Summary]) 
     return plot_learning_curves(curves, title=f"{place}: learning curves at the chosen learning rates")
 
 
-def plot_cost(comparison: Comparison, found: Mapping[str, Sequence[Summary]]) -> Figure | None:
+def plot_cost(comparison: Comparison, by_place: Mapping[str, Sequence[Summary]]) -> Figure | None:
     """Time of a step and peak of memory, a bar per method."""
     bars: dict[str, dict[str, Interval | None]] = {"step, s": {}, "peak of training, GiB": {}}
     numbers = (("step, s", "step_seconds", 1.0), ("peak of training, GiB", "peak_bytes", 2.0**-30))
     for contestant in comparison.grid.contestants:
         for title, name, scale in numbers:
-            values = [scale * value for value in training_numbers(found, contestant.label, name)]
+            values = [scale * value for value in training_numbers(by_place, contestant.label, name)]
             if values:
                 middle = statistics.median(values)
                 bars[title][contestant.label] = Interval(middle, min(values), max(values))
@@ -138,11 +140,11 @@ def plot_cost(comparison: Comparison, found: Mapping[str, Sequence[Summary]]) ->
     )
 
 
-def plot_ranks(found: Sequence[Summary], place: str) -> Figure | None:
+def plot_ranks(summaries: Sequence[Summary], place: str) -> Figure | None:
     """Effective ranks by layer and kind of module, a panel per method, of the first seed."""
     landscapes = {
         summary.label: rows
-        for summary in found
+        for summary in summaries
         if (rows := next(iter(summary.results.values())).get("landscape"))
     }
     return plot_rank_maps(landscapes, title=f"{place}: effective ranks") if landscapes else None

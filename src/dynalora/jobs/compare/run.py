@@ -25,7 +25,7 @@ from dynalora.common.progress import rich_progress
 from dynalora.errors import ConfigError
 from dynalora.jobs.compare.grid import Comparison, Grid
 from dynalora.jobs.compare.planning import load_text, plan, task_places
-from dynalora.jobs.compare.runner import _Here, _Runner
+from dynalora.jobs.compare.runner import InProcessRunner, Runner
 from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.jobs.compare.store import CellStore, shared_settings
 from dynalora.jobs.compare.tables import plan_table
@@ -65,9 +65,11 @@ def run_compare(
     with rich_progress(console) as progress:
         local_model_name(spec.model, progress=progress)
     contestants = plan(spec, tasks)
-    for held in {own.quantization for own in contestants} | {spec.quantization} if run else ():
-        if held is not None:
-            quantization_config(held, resolve_dtype(spec.dtype))  # its library is there
+    for quantization in (
+        {contestant.quantization for contestant in contestants} | {spec.quantization} if run else ()
+    ):
+        if quantization is not None:
+            quantization_config(quantization, resolve_dtype(spec.dtype))  # its library is there
     grid = Grid(spec, contestants, task_places(tasks), store)
     # Cells with other settings are refused before anything is written.
     if not grid.done() and not run:
@@ -77,7 +79,7 @@ def run_compare(
         console.print(rich_table(plan_table(contestants)))
         for sentence in grid.provenance():
             console.print(sentence, highlight=False, markup=False)
-    failed = (_Runner if apart else _Here)(grid, console).run() if run else []
+    failed = (Runner if apart else InProcessRunner)(grid, console).run() if run else []
     comparison = Comparison(grid, tasks, tuple(failed))
     report = write_results(comparison)
     if console is not None:

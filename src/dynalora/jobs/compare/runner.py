@@ -1,4 +1,4 @@
-"""Running the open cells of a comparison: each in a process of its own, or all in this one."""
+"""Run the open cells of a comparison: each in a new process, or all in this one."""
 
 from __future__ import annotations
 
@@ -28,8 +28,13 @@ TAKEN = 75
 """Exit status of a cell that another process has taken."""
 
 
-class _Runner:
-    """Runs the grid's open cells, each in a process of its own, several at a time."""
+class Runner:
+    """Runs the grid's open cells, each in a new process, several at a time.
+
+    Args:
+        grid: The cells.
+        console: Where progress is shown; None: nowhere.
+    """
 
     def __init__(self, grid: Grid, console: Console | None) -> None:
         self.grid, self.console = grid, console
@@ -50,7 +55,7 @@ class _Runner:
                 while self._go_on():
                     if status is not None:
                         status.update(self._now())
-                    # Without a cell of its own, all that is left is run by others.
+                    # Where none runs here, other processes run all that is left.
                     time.sleep(1.0 if self._running else 2.0)
             finally:
                 for _, process, _ in self._running.values():
@@ -63,7 +68,7 @@ class _Runner:
         """Take what has ended, start what there is room for; returns whether anything is left."""
         self._collect()
         self._start()
-        return bool(self._running or self._wanted())
+        return bool(self._running or self._waiting())
 
     def _now(self) -> str:
         """What the running cells say at this moment."""
@@ -71,17 +76,18 @@ class _Runner:
 
         if not self._running:
             return "Other processes run what is left …"
-        said = [
+        lines = [
             f"{cell.title}: {_last_line(self.grid.store.log(cell))}" for cell, _, _ in self._running.values()
         ]
-        return escape("\n".join(said))
+        return escape("\n".join(lines))
 
-    def _wanted(self) -> list[Cell]:
+    def _waiting(self) -> list[Cell]:
+        """Cells that have no result, have not failed and do not run here."""
         gone = {cell.name for cell, _ in self.failed} | set(self._running)
         return [cell for cell in self.grid.open_cells() if cell.name not in gone]
 
     def _start(self) -> None:
-        for cell in self._wanted() if len(self._running) < self.jobs else ():
+        for cell in self._waiting() if len(self._running) < self.jobs else ():
             if len(self._running) >= self.jobs:
                 break
             if self.grid.store.taken(cell):
@@ -100,9 +106,9 @@ class _Runner:
         environment = dict(os.environ)
         if devices := _devices():
             environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
-        with open(log, "wb") as said:
+        with open(log, "wb") as output:
             return subprocess.Popen(
-                command, stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+                command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
             )
 
     def _collect(self) -> None:
@@ -111,16 +117,16 @@ class _Runner:
             if code is None:
                 continue
             del self._running[name]
-            found = self.grid.result(cell)
-            if found is not None:
-                self._finished(cell, found)
+            result = self.grid.result(cell)
+            if result is not None:
+                self._finished(cell, result)
             elif code != TAKEN:
                 log = self.grid.store.log(cell)
                 self._failed(cell, f"{_last_line(log) or f'exit status {code}'} (all of it: {log})")
 
-    def _finished(self, cell: Cell, found: Mapping[str, Any]) -> None:
-        self._seconds.append(found.get("seconds", 0.0))
-        self._say(f"{cell.title}: {told(found)}{self._left()}")
+    def _finished(self, cell: Cell, result: Mapping[str, Any]) -> None:
+        self._seconds.append(result.get("seconds", 0.0))
+        self._say(f"{cell.title}: {result_line(result)}{self._left()}")
 
     def _failed(self, cell: Cell, why: str) -> None:
         self.failed.append((cell, why))
@@ -128,10 +134,10 @@ class _Runner:
 
     def _left(self) -> str:
         """How long the rest will take, from the cells so far."""
-        left = self.grid.total - self.grid.done() - len(self.failed)
-        if left <= 0 or not self._seconds:
+        remaining = self.grid.total - self.grid.done() - len(self.failed)
+        if remaining <= 0 or not self._seconds:
             return ""
-        seconds = left * sum(self._seconds) / len(self._seconds) / self.jobs
+        seconds = remaining * sum(self._seconds) / len(self._seconds) / self.jobs
         return f" (about {duration(seconds)} left)"
 
     def _say(self, line: str, style: str | None = None) -> None:
@@ -140,16 +146,16 @@ class _Runner:
             self.console.print(head + line, highlight=False, markup=False, style=style, soft_wrap=True)
 
 
-class _Here(_Runner):
+class InProcessRunner(Runner):
     """Runs the cells in this process."""
 
     def run(self) -> list[tuple[Cell, str]]:
-
-        while waiting := self._wanted():
-            cell = waiting[0]
+        """Run one cell after the other; returns those that failed, each with why."""
+        while cells := self._waiting():
+            cell = cells[0]
             self._say(f"{cell.title}: started")
             try:
-                found = run_cell(self.grid.spec, cell, console=self.console)
+                result = run_cell(self.grid.spec, cell, console=self.console)
             except filelock.Timeout:
                 time.sleep(2.0)
             except DynaloraError as error:
@@ -157,7 +163,7 @@ class _Here(_Runner):
             except Exception as error:  # no cell may take the others with it
                 self._failed(cell, f"{type(error).__name__}: {error}")
             else:
-                self._finished(cell, found)
+                self._finished(cell, result)
         return self.failed
 
 
@@ -168,13 +174,13 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def told(found: Mapping[str, Any]) -> str:
+def result_line(result: Mapping[str, Any]) -> str:
     """A cell's result in a line."""
-    score = found["test"]
+    score = result["test"]
     parts = [] if score["accuracy"] is None else [f"accuracy {100 * score['accuracy']:.1f} %"]
     parts.append(f"loss {score['loss']:.4f}")
-    parts += [f"KL {name} {kept['kl']:.4f}" for name, kept in (found.get("retention") or {}).items()]
-    return f"{', '.join(parts)}, {duration(found.get('seconds', 0.0))}"
+    parts += [f"KL {name} {retained['kl']:.4f}" for name, retained in (result.get("retention") or {}).items()]
+    return f"{', '.join(parts)}, {duration(result.get('seconds', 0.0))}"
 
 
 def _devices() -> list[str]:

@@ -16,8 +16,8 @@ from dynalora.lab.scores import mean_accuracy, mean_loss
 
 Result = Mapping[str, Any]
 
-
 MEAN = "mean"
+"""Name of the unweighted mean of the retention tasks, beside their names."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class Summary:
 
 
 def summaries(comparison: Comparison) -> dict[str, list[Summary]]:
-    """By task: the base model, the reference, the others; what has no result yet is left out."""
-    grid, found = comparison.grid, {}
+    """Summaries by the task's place: the base model, the reference, the others; without those that have no result."""
+    grid, by_place = comparison.grid, {}
     for task, place in grid.places.items():
-        own: list[Summary] = []
+        of_task: list[Summary] = []
         if (base := grid.result(grid.base(task))) is not None:
-            own.append(_summary("base", place, None, False, {0: base}))
+            of_task.append(_summary("base", place, None, False, {0: base}))
         for contestant in grid.contestants:
             rate = grid.chosen_rate(task, contestant)
             if rate is None:
@@ -78,9 +78,9 @@ def summaries(comparison: Comparison) -> dict[str, list[Summary]]:
             if results:
                 rates = contestant.learning_rates
                 edge = len(rates) > 1 and rate in (rates[0], rates[-1])
-                own.append(_summary(contestant.label, place, rate, edge, results))
-        found[place] = _against(comparison, task, own)
-    return found
+                of_task.append(_summary(contestant.label, place, rate, edge, results))
+        by_place[place] = _against(comparison, task, of_task)
+    return by_place
 
 
 def _summary(
@@ -92,74 +92,75 @@ def _summary(
         name: mean_interval([score["metrics"][name] for score in scores])
         for name in scores[0].get("metrics", {})
     }
-    kept = [result.get("retention") or {} for result in results.values()]
-    kl = {name: mean_interval([own[name]["kl"] for own in kept]) for name in kept[0]}
+    retained = [result.get("retention") or {} for result in results.values()]
+    kl = {name: mean_interval([texts[name]["kl"] for texts in retained]) for name in retained[0]}
     numbers = [kept_numbers(result) for result in results.values()]
-    still = {name: mean_interval([own[name] for own in numbers]) for name in numbers[0]}
-    return Summary(label, place, rate, edge, results, accuracy, loss, metrics, kl, still)
+    kept = {name: mean_interval([of_run[name] for of_run in numbers]) for name in numbers[0]}
+    return Summary(label, place, rate, edge, results, accuracy, loss, metrics, kl, kept)
 
 
 def kept_numbers(result: Result) -> dict[str, float]:
     """A run's main numbers on the retention tasks, and `mean`, where there are several and all are shares."""
     tasks = result.get("kept") or {}
-    found = {name: float(own["value"]) for name, own in tasks.items()}
-    if len(tasks) > 1 and all(own["share"] for own in tasks.values()):
-        found[MEAN] = statistics.fmean(found.values())
-    return found
+    numbers = {name: float(task["value"]) for name, task in tasks.items()}
+    if len(tasks) > 1 and all(task["share"] for task in tasks.values()):
+        numbers[MEAN] = statistics.fmean(numbers.values())
+    return numbers
 
 
-def _against(comparison: Comparison, task: str, own: list[Summary]) -> list[Summary]:
-    """The same with differences from the reference, p-values adjusted for their number."""
+def _against(comparison: Comparison, task: str, of_task: list[Summary]) -> list[Summary]:
+    """The summaries of a task with differences from the reference, p-values adjusted for their number."""
     grid = comparison.grid
-    reference = next((one for one in own if one.label == grid.spec.reference), None)
+    reference = next((summary for summary in of_task if summary.label == grid.spec.reference), None)
     if reference is None:
-        return own
+        return of_task
     compared = []
-    for one in own:
-        if one is reference or one.label == "base":
-            compared.append(one)
+    for summary in of_task:
+        if summary is reference or summary.label == "base":
+            compared.append(summary)
             continue
-        contestant = next(own for own in grid.contestants if own.label == one.label)
+        contestant = next(entry for entry in grid.contestants if entry.label == summary.label)
         compared.append(
             replace(
-                one,
-                accuracy_apart=_apart(reference, one, _right),
-                loss_apart=_apart(reference, one, _nats),
+                summary,
+                accuracy_apart=_apart(reference, summary, _right),
+                loss_apart=_apart(reference, summary, _nats),
                 at_reference_loss={
-                    text: _at_loss(curve(comparison, task, contestant, text), _value(reference.loss))
-                    for text in one.kl
+                    text: _at_loss(curve(comparison, task, contestant, text), value_of(reference.loss))
+                    for text in summary.kl
                 },
             )
         )
     for name in ("accuracy_apart", "loss_apart"):
-        known = [index for index, one in enumerate(compared) if getattr(one, name) is not None]
-        adjusted = holm([getattr(compared[index], name).p for index in known])
-        for index, p in zip(known, adjusted, strict=True):
+        indices = [index for index, summary in enumerate(compared) if getattr(summary, name) is not None]
+        adjusted = holm([getattr(compared[index], name).p for index in indices])
+        for index, p in zip(indices, adjusted, strict=True):
             compared[index] = replace(compared[index], **{name: replace(getattr(compared[index], name), p=p)})
     return compared
 
 
-def _value(interval: Interval | None) -> float:
+def value_of(interval: Interval | None) -> float:
+    """An interval's middle; NaN without one."""
     return math.nan if interval is None else interval.value
 
 
 def _right(score: Mapping[str, Any]) -> list[float]:
-    return [float(own) for own in score["correct"]]
+    return [float(answer) for answer in score["correct"]]
 
 
 def _nats(score: Mapping[str, Any]) -> list[float]:
     """Per item a value whose mean over the items is the loss per token."""
     mean = sum(score["counts"]) / max(1, len(score["counts"]))
-    return [own / mean for own in score["losses"]]
+    return [loss / mean for loss in score["losses"]]
 
 
 def _apart(
-    reference: Summary, one: Summary, values: Callable[[Mapping[str, Any]], list[float]]
+    reference: Summary, summary: Summary, values: Callable[[Mapping[str, Any]], list[float]]
 ) -> Difference | None:
     """`one` minus the reference over the seeds and items that both have."""
-    seeds = [seed for seed in one.results if seed in reference.results]
+    seeds = [seed for seed in summary.results if seed in reference.results]
     first = [values(reference.results[seed]["test"]) for seed in seeds]
-    second = [values(one.results[seed]["test"]) for seed in seeds]
+    second = [values(summary.results[seed]["test"]) for seed in seeds]
     if not seeds or len(first[0]) < 2 or len(first[0]) != len(second[0]):
         return None
     return crossed_difference(first, second)
@@ -172,12 +173,12 @@ def curve(
     grid, points = comparison.grid, []
     for rate in contestant.learning_rates:
         results = [grid.result(grid.cell(task, contestant, rate, seed)) for seed in grid.spec.run_seeds]
-        there = [
+        measured = [
             result for result in results if result is not None and text in (result.get("retention") or {})
         ]
-        if there:
-            kl = statistics.fmean(result["retention"][text]["kl"] for result in there)
-            points.append((rate, kl, statistics.fmean(result["test"]["loss"] for result in there)))
+        if measured:
+            kl = statistics.fmean(result["retention"][text]["kl"] for result in measured)
+            points.append((rate, kl, statistics.fmean(result["test"]["loss"] for result in measured)))
     return points
 
 
@@ -190,8 +191,12 @@ def _at_loss(points: Sequence[tuple[float, float, float]], loss: float) -> float
     return None
 
 
-def training_numbers(found: Mapping[str, Sequence[Summary]], label: str, name: str) -> list[float]:
+def training_numbers(by_place: Mapping[str, Sequence[Summary]], label: str, name: str) -> list[float]:
     """A number of all trainings of one method, over all tasks and seeds."""
     return [
-        value for own in found.values() for one in own if one.label == label for value in one.training(name)
+        value
+        for of_task in by_place.values()
+        for summary in of_task
+        if summary.label == label
+        for value in summary.training(name)
     ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,7 +18,7 @@ from dynalora.jobs.compare.plots import (
     plot_parameters,
     plot_ranks,
 )
-from dynalora.jobs.compare.summaries import Summary, _value, kept_numbers, summaries
+from dynalora.jobs.compare.summaries import Summary, kept_numbers, summaries, value_of
 from dynalora.jobs.compare.tables import cost_table, kept_table, plan_table, result_table
 from dynalora.lab.report import (
     Report,
@@ -35,49 +33,41 @@ from dynalora.lab.report import (
 )
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Drawn
+    from matplotlib.figure import Figure as Drawing
     from rich.console import Console
 
 
 def cells_csv(comparison: Comparison) -> str:
     """Every cell with a result, a row each."""
-    grid = comparison.grid
-    texts = list(
-        dict.fromkeys(
-            text for cell in grid.known() for text in ((grid.result(cell) or {}).get("retention") or {})
-        )
-    )
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    about = ("place", "label", "method", "r", "learning_rate", "seed")
+    grid, results = comparison.grid, comparison.grid.results()
+    texts = list(dict.fromkeys(text for _, result in results for text in result.get("retention") or {}))
+    retention_tasks = list(dict.fromkeys(name for _, result in results for name in kept_numbers(result)))
+    of_cell = ("place", "label", "method", "r", "learning_rate", "seed")
     measured = ("accuracy", "loss", "loss_error", "questions")
     trained = ("trainable_parameters", "steps", "step_seconds", "peak_bytes", "seconds")
-    still = list(
-        dict.fromkeys(name for cell in grid.known() for name in kept_numbers(grid.result(cell) or {}))
-    )
-    writer.writerow(
-        [
-            *about, *measured, "validation_loss", *(f"kl {text}" for text in texts),
-            *(f"kept {name}" for name in still), *trained, "chosen",
-        ]
-    )  # fmt: skip
-    for task in grid.places:
-        chosen = {own.label: grid.chosen_rate(task, own) for own in grid.contestants}
-        for cell in grid.known():
-            result = grid.result(cell)
-            if cell.task != task or result is None:
-                continue
-            kept, training = result.get("retention") or {}, result.get("training") or {}
-            writer.writerow(
-                [
-                    *(getattr(cell, name) for name in about), *(result["test"][name] for name in measured),
-                    (result.get("validation") or {}).get("loss"), *(kept.get(text, {}).get("kl") for text in texts),
-                    *(kept_numbers(result).get(name) for name in still),
-                    *(training.get(name) for name in trained),
-                    int(chosen.get(cell.label) == cell.learning_rate),
-                ]
-            )  # fmt: skip
-    return buffer.getvalue()
+    header = [
+        *of_cell, *measured, "validation_loss", *(f"kl {text}" for text in texts),
+        *(f"kept {name}" for name in retention_tasks), *trained, "chosen",
+    ]  # fmt: skip
+    rates = {
+        (task, contestant.label): grid.chosen_rate(task, contestant)
+        for task in grid.places
+        for contestant in grid.contestants
+    }
+    rows = []
+    for cell, result in sorted(results, key=lambda entry: list(grid.places).index(entry[0].task)):
+        retention, training = result.get("retention") or {}, result.get("training") or {}
+        rows.append(
+            [
+                *(getattr(cell, name) for name in of_cell), *(result["test"][name] for name in measured),
+                (result.get("validation") or {}).get("loss"),
+                *(retention.get(text, {}).get("kl") for text in texts),
+                *(kept_numbers(result).get(name) for name in retention_tasks),
+                *(training.get(name) for name in trained),
+                int(rates.get((cell.task, cell.label)) == cell.learning_rate),
+            ]
+        )  # fmt: skip
+    return csv_text(header, rows)
 
 
 def _table_csv(tables: Sequence[Table]) -> str:
@@ -87,112 +77,107 @@ def _table_csv(tables: Sequence[Table]) -> str:
     )
 
 
-def _as_record(one: Summary) -> dict[str, Any]:
-    return {
-        **{name: value for name, value in asdict(one).items() if name != "results"},
-        "seeds": list(one.results),
-    }
+def _as_record(summary: Summary) -> dict[str, Any]:
+    values = {name: value for name, value in asdict(summary).items() if name != "results"}
+    return {**values, "seeds": list(summary.results)}
 
 
 def write_results(comparison: Comparison) -> Path:
     """Tables, plots and the report, from the cells that are there; returns the report."""
     grid = comparison.grid
-    folder = grid.store.folder
-    found = summaries(comparison)
-    by_place = {place: _tables(comparison, place, own) for place, own in found.items()}
-    tables = [table for own in by_place.values() for table in own]
-    cost = cost_table(comparison, found)
+    folder, by_place = grid.store.folder, summaries(comparison)
+    cost = cost_table(comparison, by_place)
+    tables = {place: _tables(comparison, place, of_task) for place, of_task in by_place.items()}
+    all_tables = [*(table for of_task in tables.values() for table in of_task), cost]
     write_file(folder / "cells.csv", cells_csv(comparison))
-    write_file(folder / "results.csv", _table_csv([*tables, cost]))
-    records = {place: [_as_record(one) for one in own] for place, own in found.items()}
+    write_file(folder / "results.csv", _table_csv(all_tables))
+    records = {place: [_as_record(summary) for summary in of_task] for place, of_task in by_place.items()}
     write_file(folder / "results.json", json.dumps(records, indent=1) + "\n")
-    write_file(folder / "results.md", "\n".join(map(markdown_table, [*tables, cost])))
-    write_file(folder / "results.tex", "\n".join(map(latex_table, [*tables, cost])))
+    write_file(folder / "results.md", "\n".join(map(markdown_table, all_tables)))
+    write_file(folder / "results.tex", "\n".join(map(latex_table, all_tables)))
 
     def write(name: str, content: bytes) -> None:
         write_file(folder / name, content)
 
     sections = [Section("Compared", text=" ".join(grid.provenance()), tables=[plan_table(grid.contestants)])]
+    if comparison.failed:
+        failed = [[cell.title, line] for cell, line in comparison.failed]
+        sections.append(
+            Section("Failed cells", tables=[Table(["cell", "last line"], failed, title="Failed")])
+        )
     for task, place in grid.places.items():
-        own = found[place]
-        drawn: dict[str, tuple[Drawn | None, str]] = {}
-        for number, text in enumerate(dict.fromkeys(text for one in own for text in one.kl)):
-            drawn[f"frontier-{place}" + (f"-{number + 1}" if number else "")] = (
-                plot_frontier(comparison, task, text),
-                f"Loss against KL from the base model on {text}; below and to the left is better. Numbers are learning "
-                "rates.",
-            )
-        drawn[f"kept-{place}"] = (
+        pictures = save_figures(write, _figures(comparison, task, by_place[place]))
+        about = comparison.tasks[task].about
+        sections.append(Section(place, text=about, tables=tables[place], figures=pictures))
+    bars = (plot_cost(comparison, by_place), "Whiskers: smallest and largest of the cells.")
+    sections.append(Section("Cost", tables=[cost], figures=save_figures(write, {"cost": bars})))
+    sections.append(Section("Settings", listing=listing(grid.spec.settings())))
+    methods = ", ".join(contestant.label for contestant in grid.contestants)
+    title = f"{methods} on {', '.join(grid.places.values())}"
+    return write_report(Report(title, _conclusion(comparison, by_place), sections), folder / "report.html")
+
+
+def _figures(
+    comparison: Comparison, task: str, of_task: Sequence[Summary]
+) -> dict[str, tuple[Drawing | None, str]]:
+    """The plots of one task by their file's name, each with its caption."""
+    place = comparison.grid.places[task]
+    figures: dict[str, tuple[Drawing | None, str]] = {}
+    for number, text in enumerate(dict.fromkeys(text for summary in of_task for text in summary.kl)):
+        figures[f"frontier-{place}" + (f"-{number + 1}" if number else "")] = (
+            plot_frontier(comparison, task, text),
+            f"Loss against KL from the base model on {text}; below and to the left is better. Numbers are learning "
+            "rates.",
+        )
+    return {
+        **figures,
+        f"kept-{place}": (
             plot_kept(comparison, task),
             "Accuracy against benchmarks that nothing was trained for. Numbers are learning rates.",
-        )
-        drawn[f"parameters-{place}"] = (
-            plot_parameters(comparison, place, own),
+        ),
+        f"parameters-{place}": (
+            plot_parameters(comparison, place, of_task),
             "At the chosen learning rates, with 95 % intervals.",
-        )
-        drawn[f"learning-{place}"] = plot_learning(comparison, place, own), "Mean over the seeds."
-        drawn[f"ranks-{place}"] = plot_ranks(own, place), "Singular values of s·ΔW above 0.001, first seed."
-        sections.append(
-            Section(
-                place,
-                text=comparison.tasks[task].about,
-                tables=by_place[place],
-                figures=save_figures(write, drawn),
-            )
-        )
-    bars = save_figures(
-        write, {"cost": (plot_cost(comparison, found), "Whiskers: smallest and largest of the cells.")}
-    )
-    sections.append(Section("Cost", tables=[cost], figures=bars))
-    if comparison.failed:
-        failed = Table(
-            ["cell", "last line"], [[cell.title, line] for cell, line in comparison.failed], title="Failed"
-        )
-        sections.insert(1, Section("Failed cells", tables=[failed]))
-    sections.append(Section("Settings", listing=listing(grid.spec.settings())))
-    methods = ", ".join(own.label for own in grid.contestants)
-    title = f"{methods} on {', '.join(grid.places.values())}"
-    return write_report(Report(title, _told(comparison, found), sections), folder / "report.html")
+        ),
+        f"learning-{place}": (plot_learning(comparison, place, of_task), "Mean over the seeds."),
+        f"ranks-{place}": (plot_ranks(of_task, place), "Singular values of s·ΔW above 0.001, first seed."),
+    }
 
 
-def _tables(comparison: Comparison, place: str, own: Sequence[Summary]) -> list[Table]:
+def _tables(comparison: Comparison, place: str, of_task: Sequence[Summary]) -> list[Table]:
     """The tables of one task."""
-    kept = kept_table(comparison, place, own)
-    return [result_table(comparison, place, own), *([kept] if kept is not None else [])]
+    retention = kept_table(comparison, place, of_task)
+    return [result_table(comparison, place, of_task), *([retention] if retention is not None else [])]
 
 
-def _told(comparison: Comparison, found: Mapping[str, Sequence[Summary]]) -> str:
+def _conclusion(comparison: Comparison, by_place: Mapping[str, Sequence[Summary]]) -> str:
     """The result in a few sentences."""
-    grid = comparison.grid
+    grid, reference = comparison.grid, comparison.grid.spec.reference
     done, total = grid.done(), grid.total
-    said = [f"{done} of {total} cells are done."] if done < total else []
-    for place, own in found.items():
-        trained = [one for one in own if one.learning_rate is not None and one.loss is not None]
+    sentences = [f"{done} of {total} cells are done."] if done < total else []
+    for place, of_task in by_place.items():
+        trained = [summary for summary in of_task if summary.learning_rate is not None and summary.loss]
         if not trained:
             continue
-        best = min(trained, key=lambda one: _value(one.loss))
-        better = [
-            one.label
-            for one in trained
-            if one.loss_apart and one.loss_apart.p < 0.05 and one.loss_apart.value < 0
+        best = min(trained, key=lambda summary: value_of(summary.loss))
+        significant = [
+            (summary.label, summary.loss_apart.value)
+            for summary in trained
+            if summary.loss_apart is not None and summary.loss_apart.p < 0.05
         ]
-        worse = [
-            one.label
-            for one in trained
-            if one.loss_apart and one.loss_apart.p < 0.05 and one.loss_apart.value > 0
-        ]
-        reference = grid.spec.reference
-        said.append(
-            f"{place}: the lowest loss has {best.label} ({_value(best.loss):.4f}); beyond chance better than "
-            f"{reference}: {', '.join(better) or 'none'}; worse: {', '.join(worse) or 'none'}."
+        better = ", ".join(label for label, difference in significant if difference < 0)
+        worse = ", ".join(label for label, difference in significant if difference > 0)
+        sentences.append(
+            f"{place}: the lowest loss has {best.label} ({value_of(best.loss):.4f}); beyond chance better than "
+            f"{reference}: {better or 'none'}; worse: {worse or 'none'}."
         )
-    return " ".join(said) or "No cell is done yet."
+    return " ".join(sentences) or "No cell is done yet."
 
 
 def show_tables(comparison: Comparison, console: Console) -> None:
-    """The closing tables."""
-    found = summaries(comparison)
-    for place, own in found.items():
-        for table in _tables(comparison, place, own):
+    """Show the tables of all tasks, and what the methods cost."""
+    by_place = summaries(comparison)
+    for place, of_task in by_place.items():
+        for table in _tables(comparison, place, of_task):
             console.print(rich_table(table))
-    console.print(rich_table(cost_table(comparison, found)))
+    console.print(rich_table(cost_table(comparison, by_place)))
