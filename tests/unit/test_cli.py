@@ -1,21 +1,29 @@
 from __future__ import annotations
 
 import csv
+import importlib
+import inspect
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+import typer
 import yaml
 from safetensors.torch import load_file
 
+import dynalora
 from dynalora import __version__
-from dynalora.cli.main import app
+from dynalora.cli.commands import COMMANDS as TABLE
+from dynalora.cli.program import app
 from dynalora.jobs.demo import run as demo
 from dynalora.jobs.finetune import run as finetune
-from dynalora.jobs.finetune.settings import FinetuneSpec
 from dynalora.lab.configs import adapter_config, method_names
 from tests.unit import tiny
 from tests.unit.program import Program
@@ -130,16 +138,73 @@ def test_flags_override_the_file(asked: list[Any], tmp_path: Path, program: Prog
     assert adapter_config("dira", options=spec.method_options).penalty_weight == 1e-2
 
 
-def test_every_setting_has_a_flag(asked: list[Any], program: Program) -> None:
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_setting_has_a_flag_with_a_sentence(name: str) -> None:
     import dataclasses
-    import inspect
 
-    from dynalora.cli.finetune import finetune as command
+    program: Any = typer.main.get_command(app)
+    flags = {item.name: item for item in program.commands[name].params}
+    settings = {item.name for item in dataclasses.fields(TABLE[name].settings)}
+    assert set(flags) - {"config", "help"} == settings
+    for setting in settings:
+        assert re.match(r"[A-Z].*\.( |$)", flags[setting].help), setting
+        assert flags[setting].default is None  # the class alone has the default
 
-    flags = set(inspect.signature(command).parameters) - {"config", "option"}
-    settings = {item.name for item in dataclasses.fields(FinetuneSpec)}
-    assert settings - flags == {"method_options"}
-    assert flags <= settings
+
+def test_help_shows_the_defaults_of_the_command_itself(program: Program) -> None:
+    def default_of(command: str, flag: str) -> str:
+        rows = program(command, "--help").out.split(f" --{flag} ", 1)[1].split("│ --", 1)[0]
+        return " ".join(rows.replace("│", " ").split()).rpartition("[default: ")[2].split("]")[0]
+
+    assert default_of("forgetting", "held-out") == "200"
+    assert default_of("recover", "held-out") == default_of("recover", "dtype") == "SOURCE's"
+    assert default_of("recover", "learning-rate,--lr") == "0.0001"
+    assert default_of("compare", "steps") == "100"
+    assert default_of("demo", "steps") == "40"
+    assert default_of("finetune", "steps") == "as many as the epochs need"
+    assert default_of("compare", "by-generation") == "by-likelihood"
+
+
+@pytest.mark.parametrize("name", ["eval_every", "save_every", "log_every"])
+def test_compare_refuses_what_it_would_ignore(name: str, tmp_path: Path, program: Program) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(f"tasks: [sst2]\noutput: {tmp_path}/out\n{name}: 5\n")
+    shown = program("compare", "--config", str(file))
+    assert shown.code == 2
+    assert f"{name} is 5, and this experiment does not use it" in shown.err
+    flag = f"--{name.replace('_', '-')}"
+    assert f"No such option: {flag}" in program("compare", "--tasks", "sst2", "-o", "x", flag, "5").err
+
+
+def test_every_job_exists_and_takes_settings_and_a_console() -> None:
+    for command in TABLE.values():
+        module, _, function = command.job.partition(":")
+        parameters = inspect.signature(getattr(importlib.import_module(module), function)).parameters
+        assert next(iter(parameters)) == "spec"
+        assert "console" in parameters
+
+
+def test_without_the_extra_one_sentence_says_what_to_install() -> None:
+    program = "import sys; sys.modules['typer'] = None; from dynalora.cli.main import main; main()"
+    code = f"import sys; sys.path.insert(0, {str(Path(dynalora.__file__).parents[1])!r}); {program}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert "typer not installed" in line
+    assert 'pip install "dynalora[lab]"' in line
+    assert 'pip install ".[lab]"' in line
+    assert "Traceback" not in done.stderr
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dynalora", "--version"],
+        env={**os.environ, "PYTHONPATH": str(Path(dynalora.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, f"dynalora {__version__}\n")
 
 
 def test_demo_takes_lists_with_commas(asked: list[Any], program: Program) -> None:

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import dynalora
-from dynalora.cli.compare import compare as compare_command
 from dynalora.common.statistics import crossed_difference, holm
 from dynalora.drawing import style as drawing
 from dynalora.errors import ConfigError, DataError, RunFolderError, TrainingError
@@ -57,7 +56,7 @@ def spec_of(place: Path, output: str, **more: Any) -> CompareSpec:
     given: dict[str, Any] = {
         "tasks": [str(place / "data" / "colour")], "output": str(place / output), "model": str(place / "model"),
         "methods": ["lora", "dira"], "learning_rates": [1e-2, 3e-2], "seeds": 2, "steps": 4, "r": 2, "batch_size": 2,
-        "held_out": 4, "generated": 2, "generated_tokens": 3, "validation": 3, "system": "Say.", "log_every": 1,
+        "held_out": 4, "generated": 2, "generated_tokens": 3, "validation": 3, "system": "Say.",
     }  # fmt: skip
     return CompareSpec(**{**given, **more})
 
@@ -839,16 +838,6 @@ def test_equal_tasks_get_places_of_their_own(place: Path) -> None:
         {"a": task, "b": replace(task, name="colour"), "c": replace(task, name="a/b: c")}
     )
     assert list(found.values()) == ["colour", "colour-2", "a-b-c"]
-
-
-def test_the_command_takes_what_the_settings_have() -> None:
-    import inspect
-
-    flags = set(inspect.signature(compare_command).parameters) - {"config", "text", "variant", "report"}
-    own = set(CompareSpec.__dataclass_fields__) - {
-        "texts", "variants", "learning_rate", "epochs", "eval_every", "save_every", "log_every",
-    }  # fmt: skip
-    assert flags == own
 
 
 def test_the_command_runs_a_comparison(place: Path, done: Comparison, program: Program) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import gzip
-import inspect
 import json
 import xml.etree.ElementTree
 from dataclasses import replace
@@ -15,9 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from dynalora.cli.forgetting import forgetting as forgetting_command
-from dynalora.cli.recover import recover as recover_command
-from dynalora.cli.transfer import transfer as transfer_command
 from dynalora.common.statistics import Interval, mean_interval, t_quantile
 from dynalora.drawing.bars import plot_bars
 from dynalora.drawing.landscape import plot_stages
@@ -33,6 +28,7 @@ from dynalora.jobs.stages.transfer import run_transfer
 from dynalora.lab.lab_settings import LabSettings
 from dynalora.lab.run_folder import read_metrics
 from dynalora.lab.scores import mean_accuracy, mean_loss
+from dynalora.lab.settings import settings_from
 from dynalora.lab.units import UnitStore
 from dynalora.lab.workbench import Workbench
 
@@ -87,7 +83,7 @@ def spec_of(place: Path, output: str, **more: Any) -> ForgettingSpec:
         "output": str(place / output), "r": 3, "steps": 2, "steps_b": 3, "batch_size": 2, "learning_rate": 1e-2,
         "target_modules": "q_proj,v_proj", "tau": 0.02, **common(place), **more,
     }  # fmt: skip
-    return ForgettingSpec(**given)
+    return settings_from(ForgettingSpec, given)
 
 
 @pytest.fixture(scope="module")
@@ -458,21 +454,6 @@ def test_the_commands_from_end_to_end(place: Path, tmp_path: Path, program: Prog
     )  # fmt: skip
     assert shown.code == 0, shown.err
     assert "Transfer with dira" in shown.out
-
-
-@pytest.mark.parametrize(
-    ("command", "kind", "without"),
-    [
-        (forgetting_command, ForgettingSpec, {"method_options", "epochs", "eval_every", "save_every"}),
-        (recover_command, RecoverSpec, set()),
-        (transfer_command, TransferSpec, {"method_options", "epochs", "eval_every", "save_every"}),
-    ],
-)
-def test_every_setting_has_a_flag(command: Any, kind: Any, without: set[str]) -> None:
-    flags = set(inspect.signature(command).parameters) - {"config", "method_option"}
-    names = {item.name for item in dataclasses.fields(kind)}
-    assert names - flags == without
-    assert flags <= names
 
 
 def test_an_unknown_task_is_told_before_the_model_is_loaded(place: Path, program: Program) -> None:

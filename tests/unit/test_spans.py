@@ -294,7 +294,7 @@ def test_encoders_are_compared_on_marking(data: Path, loaded: Any, tmp_path: Pat
     spec = CompareSpec(
         tasks=["squad_v2_spans"], data=str(data), model=str(data / "encoder"), output=str(tmp_path / "runs"),
         methods=["lora", "pedyra", "disel", "full"], r=2, learning_rates=[1e-2], seeds=1, steps=6, batch_size=4,
-        held_out=9, validation=6, log_every=1, retention_tasks=["wikitext2_masked"], retention_items=2,
+        held_out=9, validation=6, retention_tasks=["wikitext2_masked"], retention_items=2,
         target_modules="all-linear", max_length=64,
     )  # fmt: skip
     done = run_compare(spec, apart=False)
@@ -346,7 +346,7 @@ def test_encoders_may_be_quantised(data: Path, tmp_path: Path, task: str) -> Non
     spec = CompareSpec(
         tasks=[task], data=str(tmp_path), model=str(tmp_path / "wide"), output=str(tmp_path / "runs"), methods=["lora"],
         variants=variants, r=4, learning_rates=[1e-2], seeds=1, steps=3, batch_size=4, held_out=6, validation=6,
-        max_length=64, log_every=1,
+        max_length=64,
     )  # fmt: skip
     done = run_compare(spec, apart=False)
     assert done.failed == ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 
-from dynalora.cli.shared import after_imports, complain, console, quiet
+from dynalora.cli.screen import after_imports, complain, console, quiet
 from dynalora.errors import DynaloraError
 
 

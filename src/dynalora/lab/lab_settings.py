@@ -1,78 +1,90 @@
-"""Settings of model, data and measuring, which all experiments have."""
+"""Settings that several jobs share: the adapter; and model, data and measuring."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
-from dynalora.errors import ConfigError
-from dynalora.evaluation.kinds.base import Measuring
 from dynalora.evaluation.prompts import TEMPLATES
 from dynalora.lab.precision import DTYPES
-from dynalora.lab.tasks.loading import load_experiment_task
-from dynalora.lab.tasks.task import ExperimentTask
+from dynalora.lab.settings import Setting, Settings
+
+if TYPE_CHECKING:
+    from dynalora.evaluation.kinds.base import Measuring
+    from dynalora.lab.tasks.task import ExperimentTask
+
+MODEL_AND_DATA = "Model and data"
+MEASURING = "Measuring"
+RUN = "Run"
+PROMPTS = ("chat", *TEMPLATES)
+"""Formats of prompts: the model's own and those of papers."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabSettings:
+class AdapterSettings(Settings, panel="Method"):
+    """What adapters of all methods have.
+
+    Attributes:
+        r: Rank of the adapter; for `p-tuning` the number of virtual tokens.
+        alpha: Numerator of the scale alpha / rank of the update; None: the method's default.
+        dropout: Dropout on the adapter's input, from 0 up to, but without, 1.
+        target_modules: Modules to adapt: names with commas, a regular expression, or all-linear.
+    """
+
+    r: Annotated[int, Setting("-r", name="--rank")] = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    target_modules: Annotated[list[str] | str, Setting("-t")] = "all-linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabSettings(Settings, panel=MODEL_AND_DATA):
     """Model, data and measuring.
 
     Attributes:
-        model: Id of a causal language model on the Hugging Face Hub, a folder that holds one, or `smollm2`, the demo's.
+        model: Id of a causal language model on the Hugging Face Hub, a folder that holds one, or smollm2, the demo's.
         data: Folder with the files of benchmarks, as for `dynalora evaluate`; None: the Hub.
-        held_out: Number of held-out questions per task; a file that has fewer gives all of its.
+        held_out: Number of held-out questions per task. A file that has fewer gives all of its.
         train_limit: Number of training questions per task; None: all of a file, 1000 of a generated task.
         generated: Number of questions per task that are answered by generation where that must be, which is slow; 0:
             none.
-        generated_tokens: Longest generated answer.
-        max_length: Longer training questions, in tokens with their answer, are left out.
-        eval_batch_size: Questions per forward pass when measuring.
+        generated_tokens: Longest generated answer, in tokens.
+        max_length: Number of tokens, with the answer, above which training questions are left out.
+        eval_batch_size: Number of questions per forward pass when measuring.
         system: System message of every question; None: what the model's chat template adds by itself.
-        template: Prompts in the model's own chat format (`chat`) or a paper's, see
+        template: Format of the prompts: the model's own (chat), or a paper's. See
             [`prompts`][dynalora.evaluation.prompts].
-        by_generation: Multiple choice is learned and answered in words, and scored by keywords, as LLM-Adapters does;
-            False: options are compared by likelihood.
+        by_generation: Learn and answer multiple choice in words, scored by keywords as LLM-Adapters does, instead of
+            comparing the options' likelihoods.
         run_code: Execute the code that the model writes (HumanEval, MBPP), in a sandbox.
-        data_seed: Of generated questions. It does not change with the seeds of the runs.
-        dtype: Of the base model's weights: `float32`, `bfloat16`, `float16`, or `auto`.
-        threads: Threads that torch computes with; None: torch's choice.
+        data_seed: Seed of generated questions, which does not change with the seeds of the runs.
+        dtype: Data type of the base model's weights.
+        threads: Number of threads that torch computes with; None: torch's choice.
     """
 
-    model: str = "smollm2"
+    model: Annotated[str, Setting("-m")] = "smollm2"
     data: str | None = None
-    held_out: int = 200
-    train_limit: int | None = None
-    generated: int = 64
-    generated_tokens: int = 256
-    max_length: int = 256
-    eval_batch_size: int = 8
+    held_out: Annotated[int, Setting(least=1, panel=MEASURING)] = 200
+    train_limit: Annotated[int | None, Setting(least=1)] = None
+    generated: Annotated[int, Setting(least=0, panel=MEASURING)] = 64
+    generated_tokens: Annotated[int, Setting(least=1, panel=MEASURING)] = 256
+    max_length: Annotated[int, Setting(least=2)] = 256
+    eval_batch_size: Annotated[int, Setting(least=1, panel=MEASURING)] = 8
     system: str | None = None
-    template: str = "chat"
-    by_generation: bool = False
-    run_code: bool = False
-    data_seed: int = 0
-    dtype: str = "auto"
-    threads: int | None = None
-
-    def _check_lab(self) -> None:
-        for name in ("held_out", "train_limit", "generated_tokens", "eval_batch_size", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; give a whole number of at least 1.")
-        for name in ("generated", "data_seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give 0 or more.")
-        if self.max_length < 2:
-            raise ConfigError(f"max_length is {self.max_length}; give at least 2 tokens.")
-        if self.template not in ("chat", *TEMPLATES):
-            raise ConfigError(
-                f"template is '{self.template}'; choose one of {', '.join(['chat', *TEMPLATES])}."
-            )
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype is '{self.dtype}'; choose one of {', '.join(DTYPES)}.")
+    template: Annotated[str, Setting(choices=PROMPTS)] = "chat"
+    by_generation: Annotated[bool, Setting(negative="--by-likelihood", panel=MEASURING)] = False
+    run_code: Annotated[bool, Setting(panel=MEASURING)] = False
+    data_seed: Annotated[int, Setting(least=0)] = 0
+    dtype: Annotated[str, Setting(choices=DTYPES)] = "auto"
+    threads: Annotated[int | None, Setting(least=1, panel=RUN)] = None
 
     @property
     def measuring(self) -> Measuring:
         """How tasks are measured."""
+        from dynalora.evaluation.kinds.base import (
+            Measuring,  # what reads and measures is not needed for --help
+        )
+
         return Measuring(
             batch_size=self.eval_batch_size,
             generated=self.generated,
@@ -82,6 +94,8 @@ class LabSettings:
 
     def load_task(self, source: str) -> ExperimentTask:
         """A task with as many questions as the settings say."""
+        from dynalora.lab.tasks.loading import load_experiment_task  # likewise
+
         return load_experiment_task(
             source,
             data=self.data,

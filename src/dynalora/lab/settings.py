@@ -48,6 +48,7 @@ class Setting:
         above: All numbers above this one are allowed.
         below: All numbers below this one are allowed.
         choices: The values allowed, or a function that names them.
+        suggested: Values that `--help` names where others are allowed too, or a function that names them.
     """
 
     alias: str | None = None
@@ -63,11 +64,8 @@ class Setting:
     least: float | None = None
     above: float | None = None
     below: float | None = None
-    choices: Sequence[str] | Callable[[], Sequence[str]] | None = None
-
-    def options(self) -> Sequence[str]:
-        """The values allowed; empty: all."""
-        return (self.choices() if callable(self.choices) else self.choices) or ()
+    choices: Sequence[str] | Callable[[], Sequence[str]] = ()
+    suggested: Sequence[str] | Callable[[], Sequence[str]] = ()
 
     def refusal(self, name: str, value: Any, *, whole: bool) -> str | None:
         """Why a value is not allowed, with the remedy; None if it is allowed.
@@ -77,9 +75,9 @@ class Setting:
             value: A single value.
             whole: Whether the field takes whole numbers only.
         """
-        options = self.options()
-        if options and value not in options:
-            return f"{name} is '{value}'; choose one of {', '.join(options)}."
+        choices = named(self.choices)
+        if choices and value not in choices:
+            return f"{name} is '{value}'; choose one of {', '.join(choices)}."
         if self.least is None and self.above is None and self.below is None:
             return None
         inside = (
@@ -101,6 +99,11 @@ class Setting:
             if limit is not None
         ]  # fmt: skip
         return f"{name} is {value}; give {number} {' and '.join(limits)}."
+
+
+def named(values: Sequence[str] | Callable[[], Sequence[str]]) -> Sequence[str]:
+    """Values, or what a function that names them returns."""
+    return values() if callable(values) else values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +184,7 @@ class Described:
     @property
     def summary(self) -> str:
         """The first sentence of the description, without what None stands for."""
-        return _NONE.sub("", _first_sentence(self.text)).strip()
+        return _NONE.sub("", _first_sentence(self.text)).replace("`", "").strip()
 
 
 _NONE = re.compile(r";\s*None: ([^;]*?)(?=;|\.?$)")

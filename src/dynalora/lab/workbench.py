@@ -149,14 +149,3 @@ class Workbench:
     def take_off(self, model: PeftModel) -> None:
         """Give the base model back, unchanged."""
         self._model = take_off(model)
-
-
-def train_settings(spec: TrainSettings, *, steps: int | None = None) -> TrainSettings:
-    """The settings of one training run out of an experiment's.
-
-    Args:
-        spec: The experiment's settings.
-        steps: Optimizer steps; None: the experiment's own.
-    """
-    own = {name: getattr(spec, name) for name in TrainSettings.__dataclass_fields__}
-    return TrainSettings(**{**own, "steps": steps if steps is not None else spec.steps})

@@ -1,67 +1,71 @@
-"""What to measure."""
+"""Settings of `dynalora bench`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-import torch
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 from dynalora.errors import ConfigError
 from dynalora.lab.configs import method_names
+from dynalora.lab.settings import Setting, Settings
+
+if TYPE_CHECKING:
+    import torch
 
 REFERENCE = "lora"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchSpec:
-    """What to measure.
+class BenchSpec(Settings):
+    """What to time.
 
     Attributes:
-        model: Hub id or folder of a causal language model; `smollm2`: the demo's.
-        methods: Methods to compare; the ratios are to `lora` if it is among them, else to the first.
-        dtypes: Of the base weights; each is measured apart. Adapter weights are float32 in all of them.
-        r: Rank, the same for all.
-        target_modules: The same for all.
-        batch_size: Sequences per step.
-        length: Tokens per sequence.
-        rounds: Measured steps per method.
-        warmup: Steps per method before measuring.
-        seed: Of the tokens, which are random and the same for all methods.
-        threads: Of the CPU; None: torch's choice.
-        device: `cpu`, `cuda`, or `auto`.
+        model: Id of a causal language model on the Hugging Face Hub, a folder that holds one, or smollm2, the demo's.
+        methods: Methods to compare, with commas. The ratios are to lora if it is among them, else to the first.
+        dtypes: Data types of the base weights, with commas. Each is measured apart; adapter weights are float32 in
+            all of them.
+        r: Rank of all adapters.
+        target_modules: Modules to adapt: names with commas, a regular expression, or all-linear.
+        batch_size: Number of sequences per step.
+        length: Number of tokens per sequence, or per prompt with --generate.
+        rounds: Number of measured steps per method.
+        warmup: Number of steps per method before measuring.
+        seed: Seed of the tokens, which are random and the same for all methods.
+        threads: Number of CPU threads; None: torch's choice.
+        device: Where to run.
         control: Run the reference twice, as if it were two methods: their ratio shows the noise of the measurement.
-        memory: Measure memory too (training steps only).
-        generate: Measure greedy generation instead of training steps; `length` is then the prompt's.
-        new_tokens: Tokens generated per sequence and round, at least 2: the first comes with the prompt.
+        memory: Measure memory of training steps too.
+        generate: Time greedy generation instead of training steps.
+        new_tokens: Number of tokens generated per sequence and round with --generate, of which the first comes with
+            the prompt.
+        json: File for everything measured.
     """
 
-    model: str = "smollm2"
-    methods: list[str] = field(default_factory=lambda: ["lora", "dira", "disel"])
-    dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
-    r: int = 16
-    target_modules: list[str] | str = "all-linear"
-    batch_size: int = 4
-    length: int = 128
-    rounds: int = 20
-    warmup: int = 3
+    model: Annotated[str, Setting("-m")] = "smollm2"
+    methods: Annotated[list[str], Setting(commas=True)] = field(
+        default_factory=lambda: ["lora", "dira", "disel"]
+    )
+    dtypes: Annotated[list[str], Setting(commas=True)] = field(
+        default_factory=lambda: ["float32", "bfloat16"]
+    )
+    r: Annotated[int, Setting("-r", name="--rank", least=1)] = 16
+    target_modules: Annotated[list[str] | str, Setting("-t")] = "all-linear"
+    batch_size: Annotated[int, Setting("-b", least=1)] = 4
+    length: Annotated[int, Setting("-l", least=2)] = 128
+    rounds: Annotated[int, Setting(least=1)] = 20
+    warmup: Annotated[int, Setting(least=1)] = 3
     seed: int = 0
-    threads: int | None = None
-    device: str = "auto"
+    threads: Annotated[int | None, Setting(least=1)] = None
+    device: Annotated[str, Setting(choices=("auto", "cpu", "cuda"))] = "auto"
     control: bool = False
     memory: bool = True
     generate: bool = False
-    new_tokens: int = 32
+    new_tokens: Annotated[int, Setting(least=2)] = 32
+    json: Annotated[str | None, Setting(metavar="FILE.json", recorded=False)] = None
 
-    def __post_init__(self) -> None:
-        for name in ("r", "batch_size", "rounds", "warmup"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give a whole number of at least 1.")
-        if self.length < 2:
-            raise ConfigError(f"length is {self.length}; give at least 2 tokens.")
-        if self.new_tokens < 2:
-            raise ConfigError(f"new_tokens is {self.new_tokens}; give at least 2.")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"threads is {self.threads}; give a whole number of at least 1.")
+    def _check(self) -> None:
+        super()._check()
         if not self.methods:
             raise ConfigError("methods is empty; name at least one.")
         for name in self.methods:
@@ -69,18 +73,23 @@ class BenchSpec:
                 raise ConfigError(f"Unknown method '{name}'; choose from {', '.join(method_names())}.")
         if len(set(self.methods)) < len(self.methods):
             raise ConfigError("A method is named twice; --control measures the reference twice.")
-        known = ("float32", "bfloat16", "float16")
+        dtypes = ("float32", "bfloat16", "float16")
         for name in self.dtypes:
-            if name not in known:
-                raise ConfigError(f"dtype is '{name}'; choose from {', '.join(known)}.")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ConfigError(f"device is '{self.device}'; choose one of auto, cpu, cuda.")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device is 'cuda', but torch finds no CUDA device; choose cpu.")
+            if name not in dtypes:
+                raise ConfigError(f"dtype is '{name}'; choose from {', '.join(dtypes)}.")
+        if self.json is not None and Path(self.json).is_dir():
+            raise ConfigError(f"'{self.json}' is a folder; give --json the name of a file.")
+        if self.device == "cuda":
+            import torch  # not needed for --help
+
+            if not torch.cuda.is_available():
+                raise ConfigError("device is 'cuda', but torch finds no CUDA device; choose cpu.")
 
     @property
     def torch_device(self) -> torch.device:
         """Where to run."""
+        import torch  # not needed for --help
+
         return torch.device(
             "cuda"
             if self.device == "auto" and torch.cuda.is_available()

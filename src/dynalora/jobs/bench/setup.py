@@ -7,7 +7,6 @@ import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -141,4 +140,4 @@ def with_machine(spec: BenchSpec, rows: list[dict[str, Any]]) -> str:
     measured_on = machine()
     if spec.torch_device.type != "cuda":
         measured_on["device"] = "cpu"
-    return json.dumps({"settings": asdict(spec), "machine": measured_on, "results": rows}, indent=2) + "\n"
+    return json.dumps({"settings": spec.settings(), "machine": measured_on, "results": rows}, indent=2) + "\n"

@@ -226,7 +226,7 @@ def _cpu_memory(spec: BenchSpec, name: str, dtype: str, progress: Progress) -> d
     memory: dict[str, tuple[int, int]] = {}
     progress(what, 0, len(spec.methods))
     for number, method in enumerate(spec.methods, start=1):
-        job = {**asdict(spec), "model": name, "methods": [method], "dtypes": [dtype], "control": False}
+        job = {**spec.settings(), "model": name, "methods": [method], "dtypes": [dtype], "control": False}
         if job["threads"] is None:
             job["threads"] = torch.get_num_threads()
         done = subprocess.run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,8 +26,8 @@ from dynalora.lab.baselines import edits_base
 from dynalora.lab.machine import forget_peak, machine, peak
 from dynalora.lab.models import load_model, load_tokenizer, local_model_name, placed
 from dynalora.lab.monitoring import MONITORED_LENGTH
+from dynalora.lab.training.settings import train_settings
 from dynalora.lab.training.train import TrainResult, train_adapter
-from dynalora.lab.workbench import train_settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,9 +85,8 @@ class _Run:
         if not self.base:
             longest = within_window(spec.max_length, model, tokenizer)
             rows = task.training(tokenizer, system=spec.system or "", max_length=longest)
-            how = replace(
-                train_settings(spec), seed=cell.seed, learning_rate=cell.learning_rate, log_every=1, eval_every=0,
-                save_every=0,
+            how = train_settings(
+                spec, seed=cell.seed, learning_rate=cell.learning_rate, log_every=1, eval_every=0, save_every=0
             )  # fmt: skip
             _forget_peak()
             trained = train_adapter(

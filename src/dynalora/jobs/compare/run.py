@@ -19,6 +19,7 @@ Layout of the folder::
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from dynalora.common.progress import rich_progress
@@ -36,6 +37,27 @@ from dynalora.lab.report import rich_table
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+logger = logging.getLogger(__name__)
+
+
+def compare(spec: CompareSpec, *, console: Console) -> int:
+    """Run the comparison as the command does.
+
+    Args:
+        spec: What is compared, and whether anything is run.
+        console: Where progress and the closing tables are shown.
+
+    Returns:
+        The exit status: 1 if a cell failed, else 0.
+
+    Raises:
+        DynaloraError: As [`run_compare`][dynalora.jobs.compare.run.run_compare].
+    """
+    failed = run_compare(spec, console=console, run=not spec.report).failed
+    if failed:
+        logger.error("%d cells failed; call the command again to try them once more.", len(failed))
+    return int(bool(failed))
 
 
 def run_compare(

@@ -5,94 +5,100 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
 
 from dynalora.errors import ConfigError
 from dynalora.jobs.compare.contestants import BASE, Contestant
 from dynalora.lab.baselines import label_of
-from dynalora.lab.lab_settings import LabSettings
-from dynalora.lab.precision import check_quantization
-from dynalora.lab.settings import coerce, did_you_mean, named_source, named_values
-from dynalora.lab.training.settings import TrainSettings
+from dynalora.lab.lab_settings import MEASURING, MODEL_AND_DATA, RUN, AdapterSettings, LabSettings
+from dynalora.lab.precision import QUANTIZATIONS, check_quantization
+from dynalora.lab.settings import Setting, coerce, did_you_mean, named_source, named_values
+from dynalora.lab.training.settings import OptimizerSettings
 from dynalora.methods import method_names as own_methods
 
+_COMPARED = "What is compared"
 _OF_A_VARIANT = (
     "method", "r", "alpha", "dropout", "target_modules", "learning_rates", "match", "quantization",
 )  # fmt: skip
 
 
+def _variants(texts: list[str]) -> dict[str, dict[str, Any]]:
+    return dict(variant_from(text) for text in texts)
+
+
 @dataclass(frozen=True, kw_only=True)
-class CompareSpec(LabSettings, TrainSettings):
-    """What `dynalora compare` does.
+class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPARED):
+    """What is compared, how it is trained, and what is measured.
 
     Attributes:
-        tasks: What to train on and to measure; see [`tasks`][dynalora.lab.tasks]. All of them take the same
-            kind of model.
-        output: The folder: new, or with cells of the same comparison.
-        methods: Names of methods, PEFT's and `full` included, or files with PEFT configurations.
-        variants: More to compare: label → settings with `method` and any of `r`, `alpha`, `dropout`,
-            `target_modules`, `learning_rates`, `match` (whether its parameters are matched), `quantization` and fields
-            of the method's configuration.
-        reference: The label that all others are compared with.
+        tasks: Tasks to train on and to measure, with commas. See [`tasks`][dynalora.lab.tasks]. All of them take the
+            same kind of model.
+        output: Folder, new or with cells of the same comparison.
+        methods: Methods to compare, with commas: names, PEFT's and full included, or files with PEFT configurations.
+        variants: A method with settings of its own, may be given again. Label → settings with `method` and any of `r`,
+            `alpha`, `dropout`, `target_modules`, `learning_rates`, `match` (whether its parameters are matched),
+            `quantization` and fields of the method's configuration.
+        reference: Label that all others are compared with.
         r: Rank of the reference, and of all where parameters are not matched.
-        alpha: Updates are scaled by alpha / r; None: each method's default.
-        dropout: On the adapter's input.
-        target_modules: Names of the modules to adapt, a regular expression, or `all-linear`.
-        quantization: `4bit` (NF4) or `8bit` base weights, with bitsandbytes, or `int8` ones, with torchao; None: as
-            they are. What was forgotten is measured against a base model with these weights, also of variants with
-            others.
+        quantization: Hold the base weights in fewer bits, with bitsandbytes (4bit is NF4) or torchao (int8);
+            None: as they are. What was forgotten is measured against a base model with these weights, also of variants
+            with others.
         match_parameters: Choose each method's rank so that it trains as many parameters as the reference does.
-        learning_rates: The grid; empty: `learning_rate` alone.
-        steps: Optimizer steps of every run; None: as many as `epochs` needs.
-        seeds: Number of runs per method; their seeds are `seed`, `seed` + 1, …
+        learning_rates: Learning rates to choose from, with commas; empty: --learning-rate alone.
+        epochs: Number of passes over the training data where steps is null, which a settings file can say.
+        seeds: Number of runs per method, with the seeds `seed`, `seed` + 1 and so on.
         all_rates: Run every seed at every learning rate, and not only at the chosen one.
         validation: Number of training questions that the learning rate is chosen on.
-        retention: Measure what was forgotten, on text that the base model writes itself; causal models only.
-        texts: Further text to measure that on, each as `NAME=SOURCE`.
-        retention_tasks: Benchmarks that no model is trained for, measured on all models as `dynalora evaluate` does,
-            to see what was kept; groups stand for their members. For classification `wikitext2_masked`: perplexity of
-            the encoder under its original masked-LM head.
-        retention_items: The first items of each of those; None: all.
-        retention_shots: Examples before each question of those of lm-evaluation-harness; None: each task's own number.
-        jobs: Cells at the same time; None: one per GPU, or one.
+        retention: Measure what was forgotten, on text that the base model writes itself. Causal models only.
+        texts: Further text to measure that on, may be given again.
+        retention_tasks: Benchmarks that no model is trained for, measured on all models to see what was kept, with
+            commas. Groups stand for their members. For classification `wikitext2_masked`: perplexity of the encoder
+            under its original masked-LM head.
+        retention_items: Number of items of each of those, from the first; None: all.
+        retention_shots: Number of examples before each question of those of lm-evaluation-harness; None: each task's
+            own number.
+        jobs: Number of cells at the same time; None: one per GPU, or one.
+        report: Run nothing, and report on the cells that are there.
     """
 
-    tasks: list[str]
-    output: str
-    methods: list[str] = field(default_factory=lambda: ["lora", *own_methods()])
-    variants: dict[str, Any] = field(default_factory=dict)
+    unused: ClassVar[Mapping[str, Any]] = {"eval_every": None, "save_every": None, "log_every": None}
+
+    tasks: Annotated[list[str], Setting(commas=True)]
+    output: Annotated[str, Setting("-o")]
+    methods: Annotated[list[str], Setting(commas=True)] = field(
+        default_factory=lambda: ["lora", *own_methods()]
+    )
+    variants: Annotated[
+        dict[str, Any],
+        Setting(name="--variant", metavar="LABEL=METHOD,NAME=VALUE,…", parse=_variants, merge=True),
+    ] = field(default_factory=dict)
     reference: str = "lora"
-    r: int = 16
-    alpha: float | None = None
-    dropout: float = 0.0
-    target_modules: list[str] | str = "all-linear"
-    quantization: str | None = None
-    match_parameters: bool = True
-    learning_rates: list[float] = field(default_factory=list)
+    quantization: Annotated[str | None, Setting(choices=tuple(QUANTIZATIONS), panel=MODEL_AND_DATA)] = None
+    match_parameters: Annotated[bool, Setting(negative="--same-rank")] = True
+    learning_rates: Annotated[list[float], Setting("--lrs", commas=True)] = field(default_factory=list)
     steps: int | None = 100
-    seeds: int = 3
-    all_rates: bool = False
-    validation: int = 100
-    retention: bool = True
-    texts: list[str] = field(default_factory=list)
-    retention_tasks: list[str] = field(default_factory=list)
-    retention_items: int | None = None
-    retention_shots: int | None = None
-    jobs: int | None = None
+    epochs: Annotated[float, Setting(above=0, panel="Training")] = 1.0
+    seeds: Annotated[int, Setting(least=1)] = 3
+    all_rates: Annotated[bool, Setting(negative="--chosen-rate")] = False
+    validation: Annotated[int, Setting(panel=MEASURING)] = 100
+    retention: Annotated[bool, Setting(panel=MEASURING)] = True
+    texts: Annotated[list[str], Setting(name="--text", metavar="NAME=SOURCE", panel=MEASURING)] = field(
+        default_factory=list
+    )
+    retention_tasks: Annotated[list[str], Setting(commas=True, panel=MEASURING)] = field(default_factory=list)
+    retention_items: Annotated[int | None, Setting(least=1, panel=MEASURING)] = None
+    retention_shots: Annotated[int | None, Setting(panel=MEASURING)] = None
+    jobs: Annotated[int | None, Setting("-j", least=1, panel=RUN)] = None
+    report: Annotated[bool, Setting(panel=RUN, recorded=False)] = False
 
     def _check(self) -> None:
         super()._check()
-        self._check_lab()
-        if self.steps is not None and self.epochs != TrainSettings.epochs:
+        if self.steps is not None and self.epochs != CompareSpec.epochs:
             raise ConfigError(
                 f"steps is {self.steps} and epochs is {self.epochs:g}; give one of them, and steps as null to train "
                 "for epochs."
             )
-        for name in ("r", "seeds", "jobs", "retention_items"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; give a whole number of at least 1.")
         for name in ("tasks", "methods"):
             listed = getattr(self, name)
             if not listed and not (name == "methods" and self.variants):
@@ -104,7 +110,6 @@ class CompareSpec(LabSettings, TrainSettings):
                 f"validation is {self.validation}, and there are several learning rates to choose from; set some "
                 "training questions aside, or run them all with all_rates."
             )
-        check_quantization(self.quantization)
         if len({named_source(text, "texts")[0] for text in self.texts}) < len(self.texts):
             raise ConfigError(f"texts uses a name twice: {', '.join(self.texts)}.")
         self.contestants()
@@ -124,12 +129,6 @@ class CompareSpec(LabSettings, TrainSettings):
     def run_seeds(self) -> list[int]:
         """The seeds of the runs."""
         return list(range(self.seed, self.seed + self.seeds))
-
-    def settings(self) -> dict[str, Any]:
-        """What `config.yaml` holds."""
-        own = list(CompareSpec.__annotations__)
-        names = [item.name for item in fields(self)]
-        return {name: getattr(self, name) for name in [*own, *(name for name in names if name not in own)]}
 
     def _variants(self) -> dict[str, dict[str, Any]]:
         found = {}

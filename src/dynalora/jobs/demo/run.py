@@ -46,6 +46,7 @@ from dynalora.lab.report import Report, Section, listing, rich_table, save_figur
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.targets import check_targets
 from dynalora.lab.training.checkpoints import save_adapter
+from dynalora.lab.training.settings import train_settings
 from dynalora.lab.training.train import TrainResult, take_off, train_adapter
 
 if TYPE_CHECKING:
@@ -183,7 +184,8 @@ class _Demo:
         gates: Figure | None = None
         for name, config in configs.items():
             trained = train_adapter(
-                self.model, self.tokenizer, config, training, settings=spec, run=self.run_folder, label=name,
+                self.model, self.tokenizer, config, training,
+                settings=train_settings(spec, eval_every=0, save_every=0), run=self.run_folder, label=name,
                 console=self.console,
             )  # fmt: skip
             # The first method's adapter is the run's adapter, which the other commands find by themselves.

@@ -1,62 +1,68 @@
-"""What the demo does."""
+"""Settings of `dynalora demo`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
 
 from dynalora.errors import ConfigError
-from dynalora.lab.training.settings import TrainSettings
+from dynalora.lab.lab_settings import MEASURING, MODEL_AND_DATA, RUN
+from dynalora.lab.settings import Setting
+from dynalora.lab.training.settings import OptimizerSettings
+
+_METHOD = "Method"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoSpec(TrainSettings):
+class DemoSpec(OptimizerSettings, panel=MODEL_AND_DATA):
     """What the demo does. Every setting has a default, and the defaults take a few minutes on two cores.
 
     Attributes:
-        output: The run folder, new or empty; None: `runs/demo`, or the first of `runs/demo-2`, … that is free.
-        model: Hub id or folder of another causal language model; None: SmolLM2-135M-Instruct.
-        methods: What to compare, in this order; `lora` is PEFT's LoRA. Each at most once.
+        output: Run folder, new or empty; None: runs/demo, or the first of runs/demo-2, runs/demo-3 … that is free.
+        model: Id of another causal language model on the Hugging Face Hub, or a folder that holds one; None:
+            SmolLM2-135M-Instruct.
+        methods: Methods to compare, in this order, with commas; lora is PEFT's LoRA.
         r: Rank of every adapter.
-        alpha: Scales every update by alpha / r; None: each method's default.
-        target_modules: Names, a regular expression, or `all-linear`.
+        alpha: Numerator of the scale alpha / rank of every update; None: each method's default.
+        target_modules: Modules to adapt: names, a regular expression, or all-linear.
         gate_bias_init: Start of DISeL's gate biases.
-        task: A task of reasoning-gym; None: the demo's own.
-        task_options: Options of the task's generator; given only together with `task`.
+        task: Another task of reasoning-gym; None: the demo's own.
+        task_options: Options of the task's generator, which are given only together with a task.
         system: System message of every question; None: a short one for the demo's own model, none for others.
         held_out: Number of held-out questions.
-        retention_texts: Number of texts the base model writes for measuring retention.
-        retention_tokens: Longest of them, in tokens.
+        retention_texts: Number of texts that the base model writes for measuring retention.
+        retention_tokens: Longest of these texts, in tokens.
+        log_every: Number of optimizer steps between log lines; None: a hundredth of the run.
     """
 
-    output: str | None = None
-    model: str | None = None
-    methods: list[str] = field(default_factory=lambda: ["disel", "lora"])
-    r: int = 16
-    alpha: float | None = None
-    target_modules: list[str] | str = "all-linear"
-    gate_bias_init: float = -3.0
+    unused: ClassVar[Mapping[str, Any]] = {"epochs": 1.0, "eval_every": 0, "save_every": 0}
+
+    output: Annotated[str | None, Setting("-o", recorded=False)] = None
+    model: Annotated[str | None, Setting("-m")] = None
+    methods: Annotated[list[str], Setting(commas=True, panel=_METHOD)] = field(
+        default_factory=lambda: ["disel", "lora"]
+    )
+    r: Annotated[int, Setting("-r", name="--rank", panel=_METHOD)] = 16
+    alpha: Annotated[float | None, Setting(panel=_METHOD)] = None
+    target_modules: Annotated[list[str] | str, Setting("-t", panel=_METHOD)] = "all-linear"
+    gate_bias_init: Annotated[float, Setting(panel=_METHOD)] = -3.0
     task: str | None = None
-    task_options: dict[str, Any] = field(default_factory=dict)
+    task_options: Annotated[dict[str, Any], Setting(metavar="NAME=VALUE", merge=True)] = field(
+        default_factory=dict
+    )
     system: str | None = None
-    held_out: int = 200
-    retention_texts: int = 32
-    retention_tokens: int = 48
+    held_out: Annotated[int, Setting(least=1, panel=MEASURING)] = 200
+    retention_texts: Annotated[int, Setting(least=1, panel=MEASURING)] = 32
+    retention_tokens: Annotated[int, Setting(least=1, panel=MEASURING)] = 48
 
     steps: int | None = 40
     learning_rate: float = 1e-3
-    schedule: str = "cosine"
     warmup: float = 0.1
-    batch_size: int = 8
-    log_every: int | None = 1
-    eval_every: int | None = 0
-    save_every: int | None = 0
+    log_every: Annotated[int | None, Setting(least=1, panel=RUN)] = 1
 
     def _check(self) -> None:
         super()._check()
-        for name in ("held_out", "retention_texts", "retention_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give a whole number of at least 1.")
         if self.steps is None:
             raise ConfigError("steps is missing; give the number of optimizer steps.")
         if not self.methods:
@@ -68,7 +74,3 @@ class DemoSpec(TrainSettings):
             )
         if self.task is None and self.task_options:
             raise ConfigError("task_options are given without a task; name the task they belong to.")
-
-    def settings(self) -> dict[str, Any]:
-        """The settings as written to the run folder."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "output"}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynalora.common.files import write_file
-from dynalora.common.progress import Progress, silent
+from dynalora.common.progress import Progress, rich_progress, silent
 from dynalora.errors import ConfigError
 from dynalora.evaluation.benchmarks import GROUPS
 from dynalora.evaluation.heads import LANGUAGE_MODELS, Head, common_heads
@@ -24,10 +24,32 @@ from dynalora.evaluation.seq2seq import is_encoder_decoder
 from dynalora.jobs.evaluate.settings import EvaluateSpec
 from dynalora.lab.adapters import adapter_folder, load_adapter, read_config
 from dynalora.lab.models import load_model, load_tokenizer, local_model_name, placed
-from dynalora.lab.report import Cell, Table
+from dynalora.lab.report import Cell, Table, rich_table
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from transformers import PreTrainedTokenizerBase
+
+
+def run_evaluate(spec: EvaluateSpec, *, console: Console) -> list[TaskResult]:
+    """Measure, and show the results as a table.
+
+    Args:
+        spec: What to do.
+        console: Where progress and the table are shown.
+
+    Returns:
+        One result per task.
+
+    Raises:
+        DynaloraError: As [`evaluate`][dynalora.jobs.evaluate.run.evaluate].
+    """
+    with rich_progress(console) as progress:
+        results = evaluate(spec, progress=progress)
+    console.print(rich_table(results_table(results)))
+    if spec.json is not None:
+        console.print(f"Written: {spec.json}", highlight=False, markup=False)
+    return results
 
 
 def evaluate(spec: EvaluateSpec, *, progress: Progress = silent) -> list[TaskResult]:
@@ -84,7 +106,7 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = silent) -> list[TaskRes
 def as_json(spec: EvaluateSpec, results: Sequence[TaskResult]) -> str:
     """Settings and results as JSON text."""
     content = {
-        "settings": {name: value for name, value in asdict(spec).items() if name != "json"},
+        "settings": spec.settings(),
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "results": [result.record() for result in results],
         "means": {name: asdict(group_mean(members)) for name, members in _groups(results)},

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from dynalora.errors import ConfigError
-from dynalora.lab.settings import settings_from
+from dynalora.lab.settings import Setting, Settings, settings_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,44 +42,62 @@ class DomainSpec:
     messages_field: str | None = None
 
 
+def _domains(texts: list[str]) -> dict[str, str]:
+    """`["math=file.jsonl"]` as a mapping.
+
+    Raises:
+        ConfigError: A text is not of that form, or a name is given twice.
+    """
+    domains: dict[str, str] = {}
+    for text in texts:
+        name, sign, source = (part.strip() for part in text.partition("="))
+        if not (name and sign and source):
+            raise ConfigError(f"The domain '{text}' is not of the form NAME=SOURCE.")
+        if name in domains:
+            raise ConfigError(f"The domain '{name}' is given twice; give each name once.")
+        domains[name] = source
+    return domains
+
+
 @dataclass(frozen=True, kw_only=True)
-class GatesSpec:
-    """What `dynalora gates` can be told.
+class GatesSpec(Settings):
+    """Of which adapter the gates are recorded, and over which text.
 
     Attributes:
         adapter: Run folder, adapter folder or Hub id of a DISeL adapter.
-        domains: Name → source, or → the fields of [`DomainSpec`][dynalora.jobs.gates.settings.DomainSpec]. The
-            first one is what the others are compared with: the domain of the fine-tuning.
+        domains: Text of a domain, may be given again; the first, the domain of the fine-tuning, is compared with the
+            others. In a file, a name → a source, or → the fields of
+            [`DomainSpec`][dynalora.jobs.gates.settings.DomainSpec].
         data: A single domain without a name.
         model: Base model; None: the one the adapter names.
-        output: Folder for all results; None: only the tables are shown.
-        split: Which split, where a domain does not say.
-        limit: Rows or passages per domain, where a domain does not say.
-        max_length: Tokens at which a document is cut.
-        batch_size: Documents per forward pass.
-        plot: PNG file for the histograms by depth.
+        output: Folder for tables, plots and a report, new or empty; None: only the tables are shown.
+        split: Split of the data, where a domain does not say.
+        limit: Number of rows or passages per domain, from the first, where a domain does not say.
+        max_length: Longest document in tokens; longer ones lose their end.
+        batch_size: Number of documents per forward pass.
+        plot: PNG file for histograms by depth.
     """
 
-    adapter: str
-    domains: dict[str, Any] = field(default_factory=dict)
-    data: str | None = None
-    model: str | None = None
-    output: str | None = None
+    adapter: Annotated[str, Setting(positional=True, metavar="ADAPTER")]
+    domains: Annotated[dict[str, Any], Setting(name="--domain", metavar="NAME=SOURCE", parse=_domains)] = (
+        field(default_factory=dict)
+    )
+    data: Annotated[str | None, Setting("-d")] = None
+    model: Annotated[str | None, Setting("-m")] = None
+    output: Annotated[str | None, Setting("-o", recorded=False)] = None
     split: str = "train"
-    limit: int = 64
-    max_length: int = 512
-    batch_size: int = 8
-    plot: str | None = None
+    limit: Annotated[int, Setting(least=1)] = 64
+    max_length: Annotated[int, Setting(least=2)] = 512
+    batch_size: Annotated[int, Setting("-b", least=1)] = 8
+    plot: Annotated[str | None, Setting(metavar="FILE.png", recorded=False)] = None
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
+        super()._check()
         if bool(self.domains) == bool(self.data):
-            given = "both are given" if self.data else "neither is given"
+            number = "both are given" if self.data else "neither is given"
             raise ConfigError(
-                f"Name the text either as domains or as data ({given}): --domain NAME=SOURCE, or --data SOURCE."
+                f"Name the text either as domains or as data ({number}): --domain NAME=SOURCE, or --data SOURCE."
             )
-        for name in ("limit", "max_length", "batch_size"):
-            if getattr(self, name) < (2 if name == "max_length" else 1):
-                raise ConfigError(f"{name} is {getattr(self, name)}; give a larger number.")
 
     def sources(self) -> dict[str, DomainSpec]:
         """The domains with all their settings.
@@ -99,7 +117,3 @@ class GatesSpec:
             )
             for name, value in named.items()
         }
-
-    def settings(self) -> dict[str, Any]:
-        """The settings as written to the folder."""
-        return {name: value for name, value in vars(self).items() if name not in ("output", "plot")}

@@ -29,9 +29,10 @@ from dynalora.jobs.stages.stage_files import ADAPTER, RESULT, read_landscape, st
 from dynalora.lab.report import Cell, Table
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.scores import mean_line, shown_scores
+from dynalora.lab.training.settings import train_settings
 from dynalora.lab.training.train import TrainResult
 from dynalora.lab.units import UnitStore
-from dynalora.lab.workbench import Workbench, train_settings
+from dynalora.lab.workbench import Workbench
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing

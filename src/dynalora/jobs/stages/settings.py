@@ -2,105 +2,81 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from dynalora.errors import ConfigError
 from dynalora.forgetting.landscape import PAPER_TAU
 from dynalora.forgetting.recovery import STRATEGIES
 from dynalora.lab.baselines import BASELINES
-from dynalora.lab.configs import adapter_config
-from dynalora.lab.lab_settings import LabSettings
-from dynalora.lab.training.settings import TrainSettings
+from dynalora.lab.configs import adapter_config, method_names
+from dynalora.lab.lab_settings import MEASURING, MODEL_AND_DATA, RUN, AdapterSettings, LabSettings
+from dynalora.lab.settings import Setting, Settings
+from dynalora.lab.training.settings import OptimizerSettings
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-
-UNUSED = ("epochs", "eval_every", "save_every")
-"""Fields of [`TrainSettings`][dynalora.lab.training.settings.TrainSettings] that staged experiments do not have."""
-
-
-def refuse_unused(spec: TrainSettings) -> None:
-    """Do not let a setting be given that nothing looks at.
-
-    Raises:
-        ConfigError: One of [`UNUSED`][dynalora.jobs.stages.settings.UNUSED] is given.
-    """
-    for name in UNUSED:
-        value = getattr(spec, name)
-        if value != TrainSettings.__dataclass_fields__[name].default:
-            raise ConfigError(
-                f"{name} is {value}, and this experiment does not use it: runs are as long as steps says, and are "
-                "measured and kept at their end; leave it out."
-            )
+_METHOD, _TRAINING, _RECOVERY = "Method", "Training", "Recovery"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForgettingSpec(LabSettings, TrainSettings):
-    """What `dynalora forgetting` does.
+class StagedSettings(AdapterSettings, LabSettings, OptimizerSettings, panel=RUN):
+    """What forgetting and transfer share: adapters that are trained for a number of steps, task after task.
 
     Attributes:
-        task_a: The task that is learned, forgotten and learned again; see
-            [`dynalora.lab.tasks`][dynalora.lab.tasks].
-        task_b: The task that makes it forgotten.
-        output: The run folder, new or empty.
-        method: `dira`, any other method, or `lora` (PEFT's LoRA, to compare with).
-        r: Rank of the adapter.
-        alpha: The update is scaled by alpha / r; None: the method's default (twice the rank for `lora`).
-        dropout: On the adapter's input, in [0, 1).
-        target_modules: Names of the modules to adapt, a regular expression, or `all-linear`.
+        output: Run folder, new or empty.
+        seeds: Number of runs, with the seeds `seed`, `seed` + 1 and so on.
+        log_every: Number of optimizer steps between log lines; None: a hundredth of the run.
+        resume: Continue the killed run in the run folder.
+    """
+
+    unused: ClassVar[Mapping[str, Any]] = {"epochs": 1.0, "eval_every": None, "save_every": None}
+
+    output: Annotated[str, Setting("-o", panel=MODEL_AND_DATA)]
+    steps: int | None = 60
+    seeds: Annotated[int, Setting(least=1)] = 1
+    log_every: Annotated[int | None, Setting(least=1)] = None
+    resume: Annotated[bool, Setting(recorded=False)] = False
+
+    def _check(self) -> None:
+        super()._check()
+        if self.steps is None:
+            raise ConfigError("steps is missing; give the number of optimizer steps.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgettingSpec(StagedSettings, panel=MODEL_AND_DATA):
+    """The two tasks of `dynalora forgetting`, and how its three stages are trained and measured.
+
+    Attributes:
+        task_a: Task that is learned, forgotten and learned again. See [`dynalora.lab.tasks`][dynalora.lab.tasks].
+        task_b: Task that makes it forgotten.
+        method: Name of a method.
         method_options: Further fields of the method's configuration, by name.
-        steps: Optimizer steps on Task A.
-        steps_b: Optimizer steps on Task B; None: as many as on A.
-        steps_recovered: Optimizer steps on Task A the second time; None: as many as the first.
-        seeds: Number of runs; their seeds are `seed`, `seed` + 1, …
-        tau: Threshold on singular values for effective ranks.
+        steps_b: Number of optimizer steps on Task B; None: as many as on Task A.
+        steps_recovered: Number of optimizer steps on Task A the second time; None: as many as the first time.
+        tau: Threshold above which a singular value of s·ΔW counts.
         ablation: Also measure Task A after the first stage without the updates of the first and of the second half of
             the layers (DiRA App. B.3).
-        resume: Continue the killed run in `output`.
     """
 
     task_a: str
     task_b: str
-    output: str
-    method: str = "dira"
-    r: int = 16
-    alpha: float | None = None
-    dropout: float = 0.0
-    target_modules: list[str] | str = "all-linear"
-    method_options: dict[str, Any] = field(default_factory=dict)
-    steps: int | None = 60
-    steps_b: int | None = None
-    steps_recovered: int | None = None
-    seeds: int = 1
-    tau: float = PAPER_TAU
-    ablation: bool = False
-    resume: bool = False
+    method: Annotated[str, Setting(suggested=method_names, panel=_METHOD)] = "dira"
+    method_options: Annotated[
+        dict[str, Any], Setting("-O", name="--option", metavar="NAME=VALUE", merge=True, panel=_METHOD)
+    ] = field(default_factory=dict)
+    steps_b: Annotated[int | None, Setting(least=1, panel=_TRAINING)] = None
+    steps_recovered: Annotated[int | None, Setting(least=1, panel=_TRAINING)] = None
+    tau: Annotated[float, Setting(least=0, panel=MEASURING)] = PAPER_TAU
+    ablation: Annotated[bool, Setting(panel=MEASURING)] = False
 
     def _check(self) -> None:
         super()._check()
-        self._check_lab()
-        refuse_unused(self)
-        for name in ("steps_b", "steps_recovered"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; give a whole number of at least 1.")
-        if self.steps is None:
-            raise ConfigError("steps is missing; give the number of optimizer steps.")
-        if self.seeds < 1:
-            raise ConfigError(f"seeds is {self.seeds}; give the number of runs, at least 1.")
-        if not (math.isfinite(self.tau) and self.tau >= 0):
-            raise ConfigError(f"tau is {self.tau}; give a number of at least 0.")
         if self.task_a == self.task_b:
             raise ConfigError(f"task_a and task_b are both '{self.task_a}'; give two different tasks.")
-
-    def settings(self) -> dict[str, Any]:
-        """What `config.yaml` holds: everything but `resume`, which does not change the result."""
-        names = [item.name for item in fields(self) if item.name not in ("resume", *UNUSED)]
-        own = [name for name in ForgettingSpec.__annotations__ if name in names]
-        return {name: getattr(self, name) for name in [*own, *(n for n in names if n not in own)]}
 
     def config(self) -> PeftConfig:
         """A fresh adapter's configuration.
@@ -127,60 +103,48 @@ class ForgettingSpec(LabSettings, TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecoverSpec:
-    """What `dynalora recover` does. Settings of model, data and measuring that are None are those of the source run.
+class RecoverSpec(Settings, like=LabSettings, absent="SOURCE's", panel=_RECOVERY):
+    """From which adapters `dynalora recover` starts, and how it brings Task A back.
+
+    Model, data and measuring are as in [`LabSettings`][dynalora.lab.lab_settings.LabSettings]; what is None there is
+    taken from the source run.
 
     Attributes:
-        source: Run folder of `dynalora forgetting`, or an adapter that was trained on Task A and then on Task B.
-        output: The run folder, new or empty.
-        initial: The adapter after Task A, for its landscape; only where `source` is an adapter.
-        task_a: The task to recover; see [`dynalora.lab.tasks`][dynalora.lab.tasks].
-        task_b: The other task.
-        strategies: Which of `rlgr`, `random` and `naive`.
-        examples: Number of examples of Task A; another draw for every seed.
-        batch_size: Examples per optimizer step.
-        epochs: Passes over the examples.
-        learning_rate: Of AdamW, constant.
-        weight_decay: Never applied to gates.
-        max_grad_norm: Gradients are scaled down to this norm; 0: never.
-        tau: A matrix counts as low-rank if at most one singular value of s·ΔW after Task A is above this.
-        seed: Of the first recovery.
-        seeds: Recoveries per strategy and checkpoint; their seeds are `seed`, `seed` + 1, …
-        checkpoints: Use only the first so many seeds of the source run; None: all that have finished Task B.
-        model: As in [`LabSettings`][dynalora.lab.lab_settings.LabSettings], as all that follow.
-        data: Folder with the files of benchmarks.
-        held_out: Number of held-out questions per task.
-        train_limit: Number of training questions to draw examples from.
-        generated: Number of word problems that are solved by generation.
-        generated_tokens: Longest generated solution.
-        max_length: Longer training questions are left out.
-        eval_batch_size: Questions per forward pass when measuring.
-        system: System message of every question.
-        template: Prompts in the model's own chat format, or a paper's.
-        by_generation: Multiple choice in words instead of by likelihood.
-        run_code: Execute the code that the model writes.
-        data_seed: Of generated questions.
-        dtype: Of the base model's weights.
-        threads: Threads that torch computes with.
-        resume: Continue the killed run in `output`.
+        source: Run folder of dynalora forgetting, or an adapter that was trained on Task A and then on Task B.
+        output: Run folder, new or empty.
+        initial: The adapter after Task A, for its landscape, where SOURCE is an adapter.
+        task_a: Task to recover; None: SOURCE's. See [`dynalora.lab.tasks`][dynalora.lab.tasks].
+        task_b: The other task; None: SOURCE's.
+        strategies: Ways to recover, with commas: rlgr, random and naive.
+        examples: Number of examples of Task A. Every seed draws others.
+        batch_size: Number of examples per optimizer step.
+        epochs: Number of passes over the examples.
+        learning_rate: Learning rate of AdamW, which is constant.
+        weight_decay: Weight decay of AdamW, which never applies to gates.
+        max_grad_norm: Norm to which larger gradients are scaled down; 0: never.
+        tau: Threshold: a matrix has low rank if at most one singular value of s·ΔW after Task A is above it.
+        seed: Seed of the first recovery.
+        seeds: Number of recoveries per strategy and checkpoint, with the seeds `seed`, `seed` + 1 and so on.
+        checkpoints: Number of seeds of the source run to use, from the first; None: all that have finished Task B.
+        resume: Continue the killed run in the run folder.
     """
 
-    source: str
-    output: str
-    initial: str | None = None
-    task_a: str | None = None
-    task_b: str | None = None
-    strategies: list[str] = field(default_factory=lambda: list(STRATEGIES))
-    examples: int = 8
-    batch_size: int = 8
-    epochs: int = 2
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    tau: float = PAPER_TAU
-    seed: int = 0
-    seeds: int = 5
-    checkpoints: int | None = None
+    source: Annotated[str, Setting(positional=True, metavar="SOURCE")]
+    output: Annotated[str, Setting("-o", panel=MODEL_AND_DATA)]
+    initial: Annotated[str | None, Setting(panel=MODEL_AND_DATA)] = None
+    task_a: Annotated[str | None, Setting(panel=MODEL_AND_DATA)] = None
+    task_b: Annotated[str | None, Setting(panel=MODEL_AND_DATA)] = None
+    strategies: Annotated[list[str], Setting(commas=True)] = field(default_factory=lambda: list(STRATEGIES))
+    examples: Annotated[int, Setting("-n", least=1)] = 8
+    batch_size: Annotated[int, Setting("-b", least=1)] = 8
+    epochs: Annotated[int, Setting(least=1)] = 2
+    learning_rate: Annotated[float, Setting("--lr", above=0)] = 1e-4
+    weight_decay: Annotated[float, Setting(least=0)] = 0.0
+    max_grad_norm: Annotated[float, Setting(least=0)] = 1.0
+    tau: Annotated[float, Setting(least=0)] = PAPER_TAU
+    seed: Annotated[int, Setting(panel=RUN)] = 0
+    seeds: Annotated[int, Setting(least=1, panel=RUN)] = 5
+    checkpoints: Annotated[int | None, Setting(least=1)] = None
     model: str | None = None
     data: str | None = None
     held_out: int | None = None
@@ -196,29 +160,16 @@ class RecoverSpec:
     data_seed: int | None = None
     dtype: str | None = None
     threads: int | None = None
-    resume: bool = False
+    resume: Annotated[bool, Setting(panel=RUN, recorded=False)] = False
 
-    def __post_init__(self) -> None:
-        for name in ("examples", "batch_size", "epochs", "seeds", "checkpoints"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; give a whole number of at least 1.")
-        for name in ("weight_decay", "max_grad_norm", "tau"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{name} is {value}; give a number of at least 0.")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ConfigError(f"learning_rate is {self.learning_rate}; give a number above 0.")
+    def _check(self) -> None:
+        super()._check()
         unknown = [name for name in self.strategies if name not in STRATEGIES]
         if unknown or not self.strategies or len(set(self.strategies)) < len(self.strategies):
-            told = f"'{unknown[0]}'" if unknown else (", ".join(self.strategies) or "empty")
+            value = f"'{unknown[0]}'" if unknown else (", ".join(self.strategies) or "empty")
             raise ConfigError(
-                f"strategies is {told}; name some of {', '.join(STRATEGIES)}, each at most once."
+                f"strategies is {value}; name some of {', '.join(STRATEGIES)}, each at most once."
             )
-
-    def settings(self) -> dict[str, Any]:
-        """What `config.yaml` holds: everything but `resume`, which does not change the result."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "resume"}
 
     @property
     def run_seeds(self) -> range:
@@ -227,59 +178,37 @@ class RecoverSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferSpec(LabSettings, TrainSettings):
-    """What `dynalora transfer` does.
+class TransferSpec(StagedSettings, panel=MODEL_AND_DATA):
+    """The tasks and methods of `dynalora transfer`.
 
     Attributes:
-        tasks: At least two; see [`dynalora.lab.tasks`][dynalora.lab.tasks].
-        output: The run folder, new or empty.
-        methods: What to compare; `lora` is PEFT's LoRA.
-        r: Rank of every adapter.
-        alpha: The update is scaled by alpha / r; None: each method's default.
-        target_modules: Names of the modules to adapt, a regular expression, or `all-linear`.
-        method_options: Further fields of a method's configuration, by method and name: `dira.penalty_weight`.
-        steps: Optimizer steps on each task.
-        seeds: Number of runs per cell; their seeds are `seed`, `seed` + 1, …
-        resume: Continue the killed run in `output`.
+        tasks: Tasks to train on and to measure, at least two. See [`dynalora.lab.tasks`][dynalora.lab.tasks].
+        methods: Methods to compare, with commas; lora is PEFT's LoRA.
+        method_options: Further fields of a method's configuration, by method and name, such as dira.penalty_weight.
     """
 
-    tasks: list[str]
-    output: str
-    methods: list[str] = field(default_factory=lambda: ["lora", "dira"])
-    r: int = 16
-    alpha: float | None = None
-    target_modules: list[str] | str = "all-linear"
-    method_options: dict[str, Any] = field(default_factory=dict)
-    steps: int | None = 60
-    seeds: int = 1
-    resume: bool = False
+    tasks: Annotated[list[str], Setting(name="--task")]
+    methods: Annotated[list[str], Setting(commas=True, panel=_METHOD)] = field(
+        default_factory=lambda: ["lora", "dira"]
+    )
+    method_options: Annotated[
+        dict[str, Any], Setting("-O", name="--option", metavar="METHOD.NAME=VALUE", merge=True, panel=_METHOD)
+    ] = field(default_factory=dict)
 
     def _check(self) -> None:
         super()._check()
-        self._check_lab()
-        refuse_unused(self)
         for name, least in (("tasks", 2), ("methods", 1)):
-            given = getattr(self, name)
-            if len(set(given)) < max(least, len(given)):
+            values = getattr(self, name)
+            if len(set(values)) < max(least, len(values)):
                 raise ConfigError(
-                    f"{name} is {', '.join(given) or 'empty'}; name at least {least}, each at most once."
+                    f"{name} is {', '.join(values) or 'empty'}; name at least {least}, each at most once."
                 )
-        if self.steps is None:
-            raise ConfigError("steps is missing; give the number of optimizer steps.")
-        if self.seeds < 1:
-            raise ConfigError(f"seeds is {self.seeds}; give the number of runs, at least 1.")
         wrong = [name for name in self.method_options if name.partition(".")[0] not in self.methods]
         if wrong:
             raise ConfigError(
                 f"The method option '{wrong[0]}' belongs to none of {', '.join(self.methods)}; "
                 "write METHOD.NAME, such as dira.penalty_weight."
             )
-
-    def settings(self) -> dict[str, Any]:
-        """What `config.yaml` holds: everything but `resume`, which does not change the result."""
-        names = [item.name for item in fields(self) if item.name not in ("resume", *UNUSED)]
-        own = [name for name in TransferSpec.__annotations__ if name in names]
-        return {name: getattr(self, name) for name in [*own, *(n for n in names if n not in own)]}
 
     def config(self, method: str) -> PeftConfig:
         """A fresh adapter's configuration.
@@ -293,5 +222,6 @@ class TransferSpec(LabSettings, TrainSettings):
             if name.partition(".")[0] == method
         }
         return adapter_config(
-            method, r=self.r, alpha=self.alpha, target_modules=self.target_modules, options=options
-        )
+            method, r=self.r, alpha=self.alpha, dropout=self.dropout, target_modules=self.target_modules,
+            options=options,
+        )  # fmt: skip

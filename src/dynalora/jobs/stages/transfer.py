@@ -22,8 +22,9 @@ from dynalora.jobs.stages.settings import TransferSpec
 from dynalora.lab.report import Cell, Table
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.scores import mean_accuracy, mean_loss, percent, shown_scores
+from dynalora.lab.training.settings import train_settings
 from dynalora.lab.units import UnitStore
-from dynalora.lab.workbench import Workbench, train_settings
+from dynalora.lab.workbench import Workbench
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing

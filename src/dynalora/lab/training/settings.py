@@ -2,76 +2,69 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
-from dynalora.errors import ConfigError
+from dynalora.lab.settings import Setting, Settings
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """How to train. The optimizer is AdamW (0.9, 0.999, 1e-8).
+class OptimizerSettings(Settings, panel="Training"):
+    """Settings that every training has. The optimizer is AdamW (0.9, 0.999, 1e-8).
 
     Attributes:
-        steps: Optimizer steps; None: as many as `epochs` needs.
-        epochs: Passes over the training data, where `steps` is None.
-        learning_rate: The peak.
-        schedule: Shape of the learning rate after warm-up: `cosine`, `linear` (both to 0) or
-            `constant_with_warmup`.
-        warmup: Part of the steps over which the learning rate rises from 0, in [0, 1).
-        weight_decay: Never applied to biases, norms and gates.
-        batch_size: Sequences per device and forward pass.
-        gradient_accumulation: Forward passes per optimizer step.
-        max_grad_norm: Gradients are scaled down to this norm; 0: never.
-        seed: Fixes the adapter's start, the order of the data and dropout.
+        steps: Number of optimizer steps; None: as many as the epochs need.
+        learning_rate: Peak learning rate of AdamW.
+        schedule: Shape of the learning rate after warm-up; cosine and linear end at 0.
+        warmup: Part of the steps over which the learning rate rises from 0.
+        weight_decay: Weight decay of AdamW, which never applies to biases, norms and gates.
+        batch_size: Number of sequences per device and forward pass.
+        gradient_accumulation: Number of forward passes per optimizer step.
+        max_grad_norm: Norm to which larger gradients are scaled down; 0: never.
+        seed: Seed of the adapter's start, of the order of the data and of dropout.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
-        log_every: Optimizer steps between log lines; None: a hundredth of the run.
-        eval_every: Optimizer steps between measurements of the held-out loss; None: a fifth of the run; 0: only
-            before and after.
-        save_every: Optimizer steps between checkpoints, from which a killed run is resumed; None: a tenth of
-            the run; 0: never.
     """
 
-    steps: int | None = None
-    epochs: float = 1.0
-    learning_rate: float = 2e-4
-    schedule: str = "cosine"
-    warmup: float = 0.03
-    weight_decay: float = 0.0
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    max_grad_norm: float = 1.0
+    steps: Annotated[int | None, Setting(least=1)] = None
+    learning_rate: Annotated[float, Setting("--lr", above=0)] = 2e-4
+    schedule: Annotated[str, Setting(choices=SCHEDULES)] = "cosine"
+    warmup: Annotated[float, Setting(least=0, below=1)] = 0.03
+    weight_decay: Annotated[float, Setting(least=0)] = 0.0
+    batch_size: Annotated[int, Setting("-b", least=1)] = 8
+    gradient_accumulation: Annotated[int, Setting(least=1)] = 1
+    max_grad_norm: Annotated[float, Setting(least=0)] = 1.0
     seed: int = 42
     gradient_checkpointing: bool = False
-    log_every: int | None = None
-    eval_every: int | None = None
-    save_every: int | None = None
 
-    def __post_init__(self) -> None:
-        self._check()
 
-    def _check(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation", "log_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; give a whole number of at least 1.")
-        for name in ("eval_every", "save_every"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ConfigError(f"{name} is {value}; give a number of steps, or 0 for never.")
-        for name in ("epochs", "learning_rate"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name} is {value}; give a number above 0.")
-        for name in ("weight_decay", "max_grad_norm"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{name} is {value}; give a number of at least 0.")
-        if not 0 <= self.warmup < 1:
-            raise ConfigError(
-                f"warmup is {self.warmup}; give a part of the steps, from 0 up to, but without, 1."
-            )
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(f"schedule is '{self.schedule}'; choose one of {', '.join(SCHEDULES)}.")
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(OptimizerSettings, panel="Run"):
+    """How to train one adapter, with what is measured and saved on the way.
+
+    Attributes:
+        epochs: Number of passes over the training data where no steps are given.
+        log_every: Number of optimizer steps between log lines; None: a hundredth of the run.
+        eval_every: Number of optimizer steps between measurements of the held-out loss; None: a fifth of the run; 0:
+            only before and after.
+        save_every: Number of optimizer steps between checkpoints, from which a killed run is resumed; None: a tenth
+            of the run; 0: none.
+    """
+
+    epochs: Annotated[float, Setting(above=0, panel="Training")] = 1.0
+    log_every: Annotated[int | None, Setting(least=1)] = None
+    eval_every: Annotated[int | None, Setting(least=0)] = None
+    save_every: Annotated[int | None, Setting(least=0)] = None
+
+
+def train_settings(spec: OptimizerSettings, **changes: Any) -> TrainSettings:
+    """The settings of one training run out of a job's.
+
+    Args:
+        spec: The job's settings, of which those that a training run has are taken.
+        changes: What is otherwise in this run.
+    """
+    names = [item.name for item in fields(TrainSettings)]
+    values = {name: getattr(spec, name) for name in names if hasattr(spec, name)}
+    return TrainSettings(**{**values, **changes})

@@ -1,0 +1,90 @@
+"""The program `dynalora`, made of the table of commands."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dynalora import __version__
+from dynalora.cli.commands import COMMANDS, Command
+from dynalora.cli.flags import settings_of, signature_of
+from dynalora.cli.screen import after_imports, complain, console, quiet
+from dynalora.errors import DynaloraError
+
+app = typer.Typer(
+    name="dynalora",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    # A failure that is not the user's shows Python's own traceback, complete and copyable.
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Every command takes --config FILE.yaml; flags override the file.",
+)
+
+
+def _callback(name: str, command: Command) -> Callable[..., None]:
+    """The function that typer calls with the flags of a command."""
+
+    def call(config: Path | None = None, **flags: Any) -> None:
+        spec = settings_of(command.settings, config, flags)
+        module, _, function = command.job.partition(":")
+        job = getattr(importlib.import_module(module), function)
+        after_imports()
+        try:
+            status = job(spec, console=console())
+        except KeyboardInterrupt:
+            file = Path(getattr(spec, "output", None) or "") / "config.yaml"
+            if command.resume is not None and file.exists():
+                complain(f"Interrupted; continue with: dynalora {name} --config {file}{command.resume}")
+            raise typer.Exit(130) from None
+        if isinstance(status, int):
+            raise typer.Exit(status)
+
+    call.__signature__ = signature_of(command.settings)  # type: ignore[attr-defined]
+    return call
+
+
+def _help(command: Command) -> str:
+    title = "Example" if len(command.examples) == 1 else "Examples"
+    examples = "\n".join(f"[cyan]{example}[/cyan]" for example in command.examples)
+    return f"{inspect.cleandoc(command.help)}\n\n[bold]{title}[/bold]\n\n{examples}"
+
+
+for name, command in COMMANDS.items():
+    app.command(name, no_args_is_help=not command.idle, help=_help(command))(_callback(name, command))
+
+
+def _show_version(shown: bool) -> None:
+    if shown:
+        typer.echo(f"dynalora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and stop.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """LoRA adapters that decide for themselves how much rank each layer gets, and on which inputs to act.
+
+    [bold]dynalora demo[/bold] shows it on a small real model in a few minutes;
+    [bold]dynalora finetune[/bold] does the same with your model and your data.
+    """
+
+
+def run() -> None:
+    """Run the program; an error the user can repair becomes one sentence on standard error and exit code 2."""
+    quiet()
+    try:
+        app()
+    except DynaloraError as error:
+        complain(f"Error: {error}")
+        sys.exit(2)

@@ -1,0 +1,40 @@
+"""Time training steps or generation, show the tables and write the file that was asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dynalora.common.files import write_file
+from dynalora.common.progress import rich_progress
+from dynalora.jobs.bench import generation, training
+from dynalora.lab.report import rich_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dynalora.jobs.bench.settings import BenchSpec
+
+
+def run_bench(spec: BenchSpec, *, console: Console) -> None:
+    """Do the measurement that the settings ask for.
+
+    Args:
+        spec: What to time.
+        console: Where progress and the tables are shown.
+
+    Raises:
+        ConfigError: A setting, or a model that cannot be loaded.
+    """
+    with rich_progress(console) as progress:
+        if spec.generate:
+            generated = generation.bench_generation(spec, progress=progress)
+            tables = generation.generation_tables(spec, generated)
+            text = generation.generation_json(spec, generated)
+        else:
+            measured = training.bench(spec, progress=progress)
+            tables, text = training.tables(spec, measured), training.as_json(spec, measured)
+    for table in tables:
+        console.print(rich_table(table))
+    if spec.json is not None:
+        write_file(spec.json, text)
+        console.print(f"Written: {spec.json}", highlight=False, markup=False)

@@ -1,0 +1,1 @@
+"""`dynalora compact`: an adapter without its dead components."""

@@ -1,0 +1,61 @@
+"""Compact a saved adapter and show, kind by kind of module, what was removed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from dynalora.adapter.compaction import CompactedMatrix, Compaction
+from dynalora.export.compaction import compact_adapter_folder
+from dynalora.lab.adapters import adapter_folder
+from dynalora.lab.report import Cell, Table, rich_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dynalora.jobs.compact.settings import CompactSpec
+
+
+def run_compact(spec: CompactSpec, *, console: Console) -> None:
+    """Write the smaller adapter.
+
+    Args:
+        spec: What to do.
+        console: Where the table is shown.
+
+    Raises:
+        CheckpointError: There is no adapter, or it is damaged.
+        UnsupportedError: The adapter is of none of dynalora's methods.
+    """
+    result = compact_adapter_folder(
+        adapter_folder(spec.adapter), spec.output, spec.threshold, rewrite=spec.rewrite
+    )
+    console.print(rich_table(compaction_table(result)))
+    console.print(
+        f"{spec.output}: {result.removed} components removed; {result.parameters_after:,} of "
+        f"{result.parameters_before:,} parameters are left.",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def compaction_table(result: Compaction) -> Table:
+    """Ranks before and after, by kind of module."""
+    kinds: dict[str, list[CompactedMatrix]] = defaultdict(list)
+    for matrix in result.matrices:
+        kinds[matrix.module.rpartition(".")[2]].append(matrix)
+    rows: list[list[Cell]] = []
+    for kind, members in [*kinds.items(), ("all", list(result.matrices))]:
+        after = [matrix.after for matrix in members]
+        rows.append(
+            [
+                kind, len(members), f"{sum(matrix.before for matrix in members) / len(members):.2f}",
+                f"{sum(after) / len(after):.2f}", min(after), max(after),
+                f"{max(matrix.lost for matrix in members):.1e}",
+            ]
+        )  # fmt: skip
+    return Table(
+        ["module", "matrices", "rank before", "rank after", "least", "most", "lost"], rows,
+        title="Compaction (ranks: means over the matrices)",
+        note=f"lost: the largest share of an update that is gone; the largest singular value of s·ΔW is "
+        f"{result.largest:.4g}, the smallest component kept for its size {result.smallest:.4g}.",
+    )  # fmt: skip

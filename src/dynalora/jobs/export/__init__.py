@@ -1,0 +1,1 @@
+"""`dynalora export`: an adapter as a plain LoRA."""

@@ -1,0 +1,116 @@
+"""Write a saved adapter as a plain LoRA, as a snapshot of its gates, or as its ranks alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynalora.errors import ConfigError
+from dynalora.evaluation.tokens import Conversation, tokenize
+from dynalora.export.lora import ExportReport, export_adapter_folder, export_lora, export_ranks
+from dynalora.export.snapshot import snapshot_price
+from dynalora.forgetting.gate_recording import record_gates
+from dynalora.forgetting.gates import GateStatistics
+from dynalora.lab.adapters import adapter_folder, load_adapter, read_config
+from dynalora.lab.data.collator import Collator
+from dynalora.lab.data.conversations import load_conversations
+from dynalora.lab.models import load_tokenizer
+from dynalora.lab.precision import resolve_dtype
+from dynalora.lab.report import Cell, Table, rich_table
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from rich.console import Console
+
+    from dynalora.jobs.export.settings import ExportSpec
+
+
+def run_export(spec: ExportSpec, *, console: Console) -> None:
+    """Write what the settings ask for, and say what it is and who can serve it.
+
+    Args:
+        spec: What to do.
+        console: Where that is said.
+
+    Raises:
+        ConfigError: A setting, or a base model that cannot be loaded.
+        CheckpointError: There is no adapter, or it is damaged.
+        DataError: The conversations.
+        UnsupportedError: The adapter has no such export.
+    """
+    if spec.ranks_only:
+        ranks = export_ranks(adapter_folder(spec.adapter), spec.output)["rank_pattern"]
+        lines = [f"{spec.output}: the ranks of {len(ranks)} matrices, for LoraConfig."]
+    else:
+        exported = _export(spec, console)
+        lines = [_summary(exported), *map(str, exported.serving)]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _export(spec: ExportSpec, console: Console) -> ExportReport:
+    options: dict[str, Any] = {
+        "dtype": None if spec.dtype is None else resolve_dtype(spec.dtype),
+        "max_rank": spec.max_rank,
+        "tolerance": spec.tolerance,
+        "uniform_rank": spec.uniform_rank,
+    }
+    if spec.calibrate is None:
+        return export_adapter_folder(adapter_folder(spec.adapter), spec.output, **options)
+    adapted, record, prices = _snapshot(spec, spec.calibrate)
+    exported = export_lora(adapted, spec.output, gates=record, **options)
+    console.print(rich_table(prices))
+    return exported
+
+
+def _summary(exported: ExportReport) -> str:
+    ranks = sorted(set(exported.ranks.values()))
+    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    lost = f", largest share of an update cut off {exported.lost:.1e}" if exported.lost else ""
+    return (
+        f"{exported.path}: a plain LoRA of {exported.modules} matrices, {span}, {exported.parameters:,} parameters; "
+        f"largest relative difference from the adapter {exported.max_error:.1e}{lost}."
+    )
+
+
+def _snapshot(spec: ExportSpec, calibrate: str) -> tuple[PeftModel, Sequence[GateStatistics], Table]:
+    """The adapter on its base model, its gates over the calibration text, and what holding them there costs."""
+    texts = _texts(spec, calibrate)
+    adapted = load_adapter(spec.adapter, spec.model)
+    tokenizer = load_tokenizer(spec.model or str(read_config(spec.adapter).base_model_name_or_path))
+    collator = Collator(tokenizer.pad_token_id or 0)
+    batches = {}
+    for source, conversations in texts.items():
+        tokens = tokenize(conversations, tokenizer, max_length=spec.max_length)
+        batches[source] = [collator(tokens.rows[start : start + 8]) for start in range(0, len(tokens), 8)]
+    record = record_gates(adapted, batches[calibrate])
+    rows: list[list[Cell]] = []
+    for source in spec.measure or [source for source in texts if source != calibrate]:
+        price = snapshot_price(adapted, record, batches[source])
+        losses = (price.kl, price.base_loss, price.gated_loss, price.snapshot_loss)
+        rows.append([Path(source).name, price.tokens, *(f"{loss:.4f}" for loss in losses)])
+    table = Table(
+        ["text", "tokens", "KL(gated ‖ snapshot)", "loss: base", "gated", "snapshot"], rows,
+        title="The price of holding the gates at their means",
+        note=f"Nats per response token; the gates are means over {record[0].tokens:,} response tokens of "
+        f"{Path(calibrate).name}.",
+    )  # fmt: skip
+    return adapted, record, table
+
+
+def _texts(spec: ExportSpec, calibrate: str) -> Mapping[str, Sequence[Conversation]]:
+    """The conversations to take the gates from, and those to measure on, by source."""
+    texts = {
+        source: load_conversations(source, split=spec.split, limit=spec.limit)
+        for source in dict.fromkeys([calibrate, *spec.measure])
+    }
+    if spec.measure:
+        return texts
+    rows = texts[calibrate]
+    if len(rows) < 2:
+        raise ConfigError(
+            f"{calibrate} has one row only, and the price is measured on rows that the gates were not taken from; "
+            "give more, or name others with measure."
+        )
+    return {calibrate: rows[::2], f"{calibrate}, other rows": rows[1::2]}

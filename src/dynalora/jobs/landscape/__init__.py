@@ -1,0 +1,1 @@
+"""`dynalora landscape`: how much rank adapters use, side by side."""
