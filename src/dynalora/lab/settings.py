@@ -15,6 +15,7 @@ import difflib
 import functools
 import inspect
 import math
+import operator
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -67,38 +68,25 @@ class Setting:
     choices: Sequence[str] | Callable[[], Sequence[str]] = ()
     suggested: Sequence[str] | Callable[[], Sequence[str]] = ()
 
-    def refusal(self, name: str, value: Any, *, whole: bool) -> str | None:
+    def refusal(self, name: str, value: Any) -> str | None:
         """Why a value is not allowed, with the remedy; None if it is allowed.
 
         Args:
             name: The field.
             value: A single value.
-            whole: Whether the field takes whole numbers only.
         """
         choices = named(self.choices)
         if choices and value not in choices:
             return f"{name} is '{value}'; choose one of {', '.join(choices)}."
-        if self.least is None and self.above is None and self.below is None:
-            return None
-        inside = (
-            math.isfinite(value)
-            and (self.least is None or value >= self.least)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
+        bounds = (
+            ("at least", self.least, operator.ge),
+            ("more than", self.above, operator.gt),
+            ("less than", self.below, operator.lt),
         )
-        if inside:
+        limits = [(words, limit, allows) for words, limit, allows in bounds if limit is not None]
+        if not limits or (math.isfinite(value) and all(allows(value, limit) for _, limit, allows in limits)):
             return None
-        number = "a whole number" if whole else "a number"
-        if self.least is not None and self.below is not None:
-            return f"{name} is {value}; give {number} from {self.least:g} up to, but without, {self.below:g}."
-        limits = [
-            f"{words} {limit:g}"
-            for words, limit in (
-                ("of at least", self.least), ("above", self.above), ("below", self.below)
-            )
-            if limit is not None
-        ]  # fmt: skip
-        return f"{name} is {value}; give {number} {' and '.join(limits)}."
+        return f"{name} is {value}; give {' and '.join(f'{words} {limit:g}' for words, limit, _ in limits)}."
 
 
 def named(values: Sequence[str] | Callable[[], Sequence[str]]) -> Sequence[str]:
@@ -141,7 +129,7 @@ class Settings:
             for single in value if isinstance(value, (list, tuple)) else [value]:
                 if single is None or isinstance(single, Mapping):
                     continue
-                refusal = described.setting.refusal(name, single, whole=int in described.types)
+                refusal = described.setting.refusal(name, single)
                 if refusal:
                     raise ConfigError(refusal)
 
