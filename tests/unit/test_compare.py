@@ -98,10 +98,10 @@ def test_rates_are_chosen_on_questions_that_are_neither_trained_nor_judged_on(
     task = done.tasks[source]
     left, aside = task.validation(3, seed=0)
     trained, chosen_on = (
-        {choice.question for choice in part}  # type: ignore[attr-defined]
+        {example.choice.question for example in part}  # type: ignore[attr-defined]
         for part in (left.train, aside.held_out)  # type: ignore[attr-defined]
     )
-    judged = {choice.question for choice in task.held_out}  # type: ignore[attr-defined]
+    judged = {example.choice.question for example in task.held_out}  # type: ignore[attr-defined]
     assert (len(trained), len(chosen_on), len(judged)) == (9, 3, 4)
     assert not trained & chosen_on
     assert not judged & (trained | chosen_on)
