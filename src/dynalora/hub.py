@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from importlib.util import find_spec
 from typing import Any
@@ -22,7 +22,7 @@ from peft import PeftModel
 from torch import nn
 
 from dynalora.adapter.config import AdapterConfig
-from dynalora.adapter.layer import AdapterLayer
+from dynalora.adapter.layer import adapter_layers
 from dynalora.common.files import file_beside, write_file
 from dynalora.common.private import extend_model_cards
 from dynalora.common.version import __version__
@@ -69,7 +69,7 @@ def card_section(model: PeftModel, picture: bool = False) -> str:
 
 
 def _ranks(model: nn.Module, adapter: str) -> str:
-    ranks = [layer.rank(adapter) for layer in _layers(model) if layer.has_adapter(adapter)]
+    ranks = [layer.rank(adapter) for layer in adapter_layers(model, adapter).values()]
     if not ranks:
         return ""
     low, high = min(ranks), max(ranks)
@@ -78,10 +78,6 @@ def _ranks(model: nn.Module, adapter: str) -> str:
     if low == high:
         return f"It adapts {len(ranks)} matrices, each with rank {low}."
     return f"It adapts {len(ranks)} matrices, with ranks of {low} to {high}, {sum(ranks)} in all."
-
-
-def _layers(model: nn.Module) -> Iterable[AdapterLayer]:
-    return (module for module in model.modules() if isinstance(module, AdapterLayer))
 
 
 def _settings(config: AdapterConfig) -> list[str]:
@@ -135,8 +131,8 @@ def draw_rank_map(model: nn.Module, folder: str) -> bool:
     """
     if find_spec("matplotlib") is None:
         return False
-    adapters = list(dict.fromkeys(name for layer in _layers(model) for name in layer.scaling))
-    for layer in _layers(model):
+    adapters = list(dict.fromkeys(name for layer in adapter_layers(model).values() for name in layer.scaling))
+    for layer in adapter_layers(model).values():
         for adapter in adapters:
             for tensor in layer.saved_tensors(adapter).values():
                 # To gather a shard, all processes would have to come here.

@@ -657,3 +657,37 @@ def test_a_gradient_penalty_reaches_the_factors_in_half_precision(row: Row) -> N
 
 def test_no_method_is_left_out() -> None:
     assert {row.config.method for row in FIRST_OF_EACH_METHOD} == set(dynalora.methods.METHODS)
+
+
+# --- the configuration and what training has come to ---------------------------------------------------------
+
+
+@every_row
+def test_reading_a_state_leaves_the_configuration_as_it_is(row: Row, tmp_path: Path) -> None:
+    model = row.adapt(LLAMA)
+    train(model, LLAMA)
+    config = model.peft_config["default"]
+    before = config.to_dict()
+    model.save_pretrained(tmp_path / "whole")
+    get_peft_model_state_dict(model)
+    assert config.to_dict() == before
+    config.save_pretrained(tmp_path / "alone")
+    written = [
+        peft.PeftConfig.from_pretrained(tmp_path / folder).rank_pattern for folder in ("whole", "alone")
+    ]
+    ranks = {name: rank for name, rank in model.base_model.rank_pattern.items() if rank != config.r}
+    moves = row.config is dynalora.PedyraConfig
+    assert written == [{f"^{name}".replace(".", r"\."): rank for name, rank in ranks.items()}] * 2
+    assert bool(ranks) == moves
+    assert copy.deepcopy(config).to_dict() == before
+
+
+@every_method
+def test_one_configuration_for_two_models_saves_the_ranks_of_each(row: Row, tmp_path: Path) -> None:
+    config = row.configure(LLAMA)
+    first, second = (peft.get_peft_model(LLAMA.build(), config) for _ in range(2))
+    train(first, LLAMA)
+    for name, model in (("first", first), ("second", second)):
+        model.save_pretrained(tmp_path / name)
+        written = peft.PeftConfig.from_pretrained(tmp_path / name).rank_pattern
+        assert bool(written) == any(rank != config.r for rank in model.base_model.rank_pattern.values())

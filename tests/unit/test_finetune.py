@@ -144,6 +144,33 @@ def test_targets_are_found_without_weights(folder: Path) -> None:
     assert len(everything) == len(adapted.targeted_module_names) == 14
 
 
+@pytest.mark.parametrize("method", ["lora", "dira"])
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [
+        ("SequenceClassification", "SEQ_CLS"),
+        ("TokenClassification", "TOKEN_CLS"),
+        ("QuestionAnswering", None),
+    ],
+)
+def test_all_linear_is_read_as_peft_reads_it(kind: str, task: str | None, method: str) -> None:
+    settings = transformers.BertConfig(
+        vocab_size=20,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=3,
+    )
+    model = getattr(transformers, f"BertFor{kind}")(settings)
+    config = adapter_config(method, task_type=task or "QUESTION_ANS")
+    checked = check_targets(model, config)
+    adapted = peft.get_peft_model(model, config)
+    assert checked == adapted.targeted_module_names
+    assert checked
+    assert not any(name.startswith(("classifier", "qa_outputs")) for name in checked)
+
+
 @pytest.mark.parametrize(
     ("targets", "message"),
     [

@@ -19,6 +19,7 @@ from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.model import AdapterModel
 from dynalora.common import private
 from dynalora.driver.losses import watch_backward
+from tests.toys import TOYS
 
 # Methods with an underscore that PEFT calls, or that we call, with PEFT's parameters after `self` or `cls`.
 TUNER = {
@@ -95,6 +96,13 @@ def test_the_tuner_calls_its_hook_after_injection() -> None:
 @pytest.mark.parametrize(("inputs", "outputs"), [(3, 5), (5, 3)])
 def test_features_of_linear_layers(inputs: int, outputs: int) -> None:
     assert private.features(nn.Linear(inputs, outputs)) == (inputs, outputs)
+
+
+def test_all_linear_leaves_the_output_layer_out() -> None:
+    model = TOYS["llama"].build()
+    config = private.resolve_all_linear(peft.LoraConfig(target_modules="all-linear"), model)
+    expected = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
+    assert config.target_modules == expected, "PEFT resolves all-linear elsewhere now, or in another way"
 
 
 def test_buffer_dict_saves_what_it_holds() -> None:

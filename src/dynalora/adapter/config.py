@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import re
+import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
 from dynalora.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from dynalora.adapter.layer import AdapterLayer
 
 
 @dataclass
@@ -88,8 +95,6 @@ class AdapterConfig(PeftConfig):
 
     #: Name of the method, set by each method's configuration.
     method: ClassVar[str] = ""
-    #: Ranks and scaling that training has come to, for the saved configuration; set when an adapter is saved.
-    result: ClassVar[dict[str, Any] | None] = None
     #: ``alpha`` as a multiple of ``r`` where the user gives none.
     default_alpha_per_rank: ClassVar[float] = 1.0
 
@@ -98,6 +103,8 @@ class AdapterConfig(PeftConfig):
         # What PEFT writes into the configuration of every saved adapter: weights may follow, so that computing how the
         # adapter starts is put off until it is used without them. Loading for training unsets the setting.
         self.may_be_loaded = self.inference_mode
+        # Layers whose ranks are saved with the configuration, and their adapter; see `follow`.
+        self._followed: tuple[Sequence[weakref.ref[AdapterLayer]], str] = ((), "")
         if self.method:
             self.peft_type = PeftType[self.method.upper()]
         for name in ("target_modules", "exclude_modules"):
@@ -152,9 +159,57 @@ class AdapterConfig(PeftConfig):
         """The factor `s` in front of an update of the given rank."""
         return alpha / (rank**0.5 if self.use_rslora else rank)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as they are saved: with the ranks that training has come to."""
-        return {**super().to_dict(), **(self.result or {})}
+    def describe(self, layers: Iterable[AdapterLayer], adapter: str) -> dict[str, Any]:
+        """The settings that differ where the weights of a trained adapter are saved, and not only its configuration.
+
+        Args:
+            layers: The layers of the adapter.
+            adapter: Its name.
+
+        Returns:
+            Ranks and the ranks that the scaling refers to, if training has moved any; and a start that needs no
+            decomposition of the base weights, since the weights are there.
+        """
+        layers = list(layers)
+
+        def pattern(ranks: Sequence[int], usual: Sequence[int]) -> dict[str, int]:
+            # PEFT reads the keys as regular expressions for the end of a module's name.
+            rows = zip(layers, ranks, usual, strict=True)
+            return {f"^{re.escape(layer.name)}": rank for layer, rank, other in rows if rank != other}
+
+        ranks = [layer.rank(adapter) for layer in layers]
+        scaling_ranks = [layer.scaling_ranks[adapter] for layer in layers]
+        settings: dict[str, Any] = {}
+        if ranks != scaling_ranks:
+            settings["rank_pattern"] = pattern(ranks, [self.r] * len(ranks))
+            settings["scaling_ranks"] = pattern(scaling_ranks, ranks)
+        start: Any = self.init_weights  # some methods name theirs
+        if isinstance(start, str):
+            settings["init_weights"] = True
+        return settings
+
+    def follow(self, layers: Iterable[AdapterLayer], adapter: str) -> None:
+        """Take the ranks that `save_pretrained` writes from these layers, whose weights are being saved.
+
+        The configuration itself stays as the user made it: one object may serve several models.
+
+        Args:
+            layers: The layers of an adapter with this configuration.
+            adapter: Its name.
+        """
+        self._followed = [weakref.ref(layer) for layer in layers], adapter
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the configuration, with the ranks of the adapter whose weights were last read to be saved."""
+        references, adapter = self._followed
+        layers = [layer for reference in references if (layer := reference()) is not None]
+        written = copy.copy(self)
+        for name, value in self.describe(layers, adapter).items() if layers else ():
+            setattr(written, name, value)
+        super(AdapterConfig, written).save_pretrained(save_directory, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_followed": ((), "")}  # which is no setting, and means nothing to a copy
 
     @classmethod
     def own_fields(cls) -> list[str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -19,23 +18,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from dynalora.adapter.config import AdapterConfig
-from dynalora.adapter.layer import AdapterLayer
+from dynalora.adapter.layer import AdapterLayer, adapter_layers
 from dynalora.adapter.method import Method
 from dynalora.adapter.ranks import fit
+from dynalora.adapter.targets import describe_linear_layers, leave_out_head
 from dynalora.common.names import plain_name
 from dynalora.driver import Driver, check_driven, prepare_unloaded
 from dynalora.errors import CheckpointError, ConfigError, UnsupportedError
-
-_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-"""Heads by task which PEFT trains in full, but does so only after `all-linear` has taken them for a layer to adapt."""
-
-
-def leave_out_head(config: Any) -> None:
-    """Keep `all-linear` from the head of token classification and question answering, of PEFT's methods as of ours."""
-    every = str(getattr(config, "target_modules", None)).lower() == "all-linear"
-    heads = _HEADS.get(config.task_type, ()) if every and hasattr(config, "exclude_modules") else ()
-    if heads and not isinstance(config.exclude_modules, str):
-        config.exclude_modules = sorted({*(config.exclude_modules or ()), *heads})
 
 
 class AdapterModel(BaseTuner):
@@ -63,11 +52,9 @@ class AdapterModel(BaseTuner):
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         layers = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, AdapterLayer)
-            and module.has_adapter(adapter_name)
-            and adapter_name not in module.drivers
+            name: layer
+            for name, layer in adapter_layers(model, adapter_name).items()
+            if adapter_name not in layer.drivers
         }
         if not layers:
             return
@@ -114,9 +101,8 @@ class AdapterModel(BaseTuner):
         if not isinstance(target, self.method.layer_class):
             if not AdapterLayer.supports(target):
                 raise UnsupportedError(
-                    f"module {current_key!r} is a {type(target).__name__}, which {self.method.name} cannot "
-                    "adapt (it adapts "
-                    "nn.Linear, transformers' Conv1D and quantised linear layers); leave it out with "
+                    f"module {current_key!r} is a {type(target).__name__}, which {self.method.name} cannot adapt (it "
+                    "adapts nn.Linear, transformers' Conv1D and quantised linear layers); leave it out with "
                     "exclude_modules."
                 )
             layer = self.method.layer_class(target, get_quantization_kwargs(self.model))
@@ -146,7 +132,7 @@ class AdapterModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT's cast makes new parameters, all of them trainable: put back which ones were.
-        layers = [module for module in self.model.modules() if isinstance(module, AdapterLayer)]
+        layers = adapter_layers(self.model).values()
         trainable = [
             {role: p.requires_grad for role, p in layer.adapter_parameters(adapter_name).items()}
             for layer in layers
@@ -166,12 +152,10 @@ class AdapterModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()  # type: ignore[no-untyped-call]
-        for module in self.model.modules():  # before the first layer is touched
-            if isinstance(module, AdapterLayer):
-                for adapter in module.active_adapters:
-                    if module.has_adapter(adapter):
-                        module.factors(adapter)
-                        module.check_mergeable()
+        for layer in adapter_layers(self.model).values():  # before the first layer is touched
+            for adapter in filter(layer.has_adapter, layer.active_adapters):
+                layer.factors(adapter)
+                layer.check_mergeable()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base weights, to be unmerged again. Parameters as PEFT's.
@@ -209,16 +193,14 @@ class AdapterModel(BaseTuner):
         owners: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
-        found = []
-        for name, layer in self.model.named_modules():
-            if isinstance(layer, AdapterLayer):
-                if not any(map(layer.has_adapter, adapter_names or layer.active_adapters)):
-                    continue
-                own = owners.get(id(getattr(layer.get_base_layer(), "weight", None)), [])
-                others = [owner for owner in own if owner != f"{name}.base_layer"]
+        tied = []
+        for name, layer in adapter_layers(self.model).items():
+            if any(map(layer.has_adapter, adapter_names or layer.active_adapters)):
+                sharing = owners.get(id(getattr(layer.get_base_layer(), "weight", None)), [])
+                others = [owner for owner in sharing if owner != f"{name}.base_layer"]
                 if others:
-                    found.append((layer, others))
-        return found
+                    tied.append((layer, others))
+        return tied
 
     # Mixed batches -----------------------------------------------------------------------------------------------
 
@@ -280,11 +262,7 @@ class AdapterModel(BaseTuner):
         prepare_unloaded(model)
         check_driven(model, "saving")
         state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
-        layers = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, AdapterLayer) and module.has_adapter(adapter_name)
-        }
+        layers = adapter_layers(model, adapter_name)
         for name, layer in layers.items():
             if not layer.reserved[adapter_name]:
                 continue
@@ -294,24 +272,14 @@ class AdapterModel(BaseTuner):
                 key = f"{name}.{layer.method_name}_{role}.{adapter_name}"
                 if key in state:
                     state[key] = fit(state[key], dim, layer.rank(adapter_name)).contiguous()
-        # The configuration is written next: in memory it stays as the user made it, on disk it has the ranks that are.
-        moved = any(
-            layer.rank(adapter_name) != layer.scaling_ranks[adapter_name] for layer in layers.values()
-        )
-        config.result = _patterns(config, layers.values(), adapter_name) if moved else {}
-        if isinstance(config.init_weights, str):
-            # How the weights began: whoever loads them needs no decomposition of the base's.
-            config.result["init_weights"] = True
+        config.follow(layers.values(), adapter_name)  # it is written next, if the state is to be saved
         return state
 
     @property
     def rank_pattern(self) -> dict[str, int]:
         """The rank of every adapted matrix by module name, of the active adapter."""
-        return {
-            module.name: module.rank(self.active_adapters[0])
-            for module in self.model.modules()
-            if isinstance(module, AdapterLayer) and module.has_adapter(self.active_adapters[0])
-        }
+        adapter = self.active_adapters[0]
+        return {layer.name: layer.rank(adapter) for layer in adapter_layers(self.model, adapter).values()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -321,36 +289,29 @@ class AdapterModel(BaseTuner):
         for key, tensor in state_dict.items():
             owner, _, own = key.rpartition(".")
             saved.setdefault(plain_name(owner), {})[own] = tensor
-        for name, module in model.named_modules():
-            if isinstance(module, AdapterLayer) and module.has_adapter(adapter_name):
-                # Names are matched by what the model has: it must have what the file has.
-                module.expect(adapter_name, saved.get(plain_name(name), {}))
+        layers = adapter_layers(model, adapter_name)
+        for name, layer in layers.items():
+            # Names are matched by what the model has: it must have what the file has.
+            layer.expect(adapter_name, saved.get(plain_name(name), {}))
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
         expected = {
-            key
-            for name, module in model.named_modules()
-            if isinstance(module, AdapterLayer)
-            for key in (
-                f"{name}.{module.method_name}_{role}.{adapter_name}"
-                for role in module.saved_tensors(adapter_name)
-            )
+            f"{name}.{layer.method_name}_{role}.{adapter_name}"
+            for name, layer in layers.items()
+            for role in layer.saved_tensors(adapter_name)
         }
         missing = sorted(expected - remapped.keys())
         if missing and len(missing) < len(expected):
             raise CheckpointError(
-                f"the saved {cls.method.name.upper()} adapter lacks {len(missing)} of {len(expected)} "
-                "tensors (the first is "
-                f"{missing[0]!r}); it is incomplete, or was made for other target modules."
+                f"the saved {cls.method.name.upper()} adapter lacks {len(missing)} of {len(expected)} tensors (the "
+                f"first is {missing[0]!r}); it is incomplete, or was made for other target modules."
             )
         if missing:
             some = next(iter(state_dict), "nothing")
             raise CheckpointError(
-                f"the file holds no {cls.method.name.upper()} adapter for this model: it has {some!r}, "
-                "while the model has "
-                f"{missing[0]!r}; load it onto the base model it was trained on, with the method that made "
-                "it."
+                f"the file holds no {cls.method.name.upper()} adapter for this model: it has {some!r}, while the model "
+                f"has {missing[0]!r}; load it onto the base model it was trained on, with the method that made it."
             )
         return remapped
 
@@ -360,33 +321,3 @@ def _with_adapter_names(
 ) -> tuple[Any, dict[str, Any]]:
     """A pre-forward hook that tells a layer the adapter of every row."""
     return args, {**kwargs, "adapter_names": names}
-
-
-def _patterns(config: AdapterConfig, layers: Iterable[AdapterLayer], adapter: str) -> dict[str, Any]:
-    """Settings with which a fresh adapter has the ranks that this one has come to, and its scaling."""
-
-    def ranks(present: Callable[[AdapterLayer], int], usual: Callable[[AdapterLayer], int]) -> dict[str, int]:
-        # PEFT reads the keys as regular expressions for the end of a module's name.
-        return {f"^{re.escape(x.name)}": present(x) for x in layers if present(x) != usual(x)}
-
-    layers = list(layers)
-    return {
-        "rank_pattern": ranks(lambda layer: layer.rank(adapter), lambda layer: config.r),
-        "scaling_ranks": ranks(lambda layer: layer.scaling_ranks[adapter], lambda layer: layer.rank(adapter)),
-    }
-
-
-def describe_linear_layers(model: nn.Module) -> str:
-    """A sentence that names the linear layers of a model, for messages."""
-    kinds: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if name and AdapterLayer.supports(module):
-            kind = name.rpartition(".")[2]
-            kinds[kind] = kinds.get(kind, 0) + 1
-    if not kinds:
-        return "This model has no linear layers."
-    named = ", ".join(
-        f"{kind} ({count})" for kind, count in sorted(kinds.items(), key=lambda item: -item[1])[:20]
-    )
-    hint = "target_modules='all-linear' takes all but the output layer"
-    return f"The linear layers of this model are named: {named}; {hint}."

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import _get_in_out_features
+from peft.tuners.tuners_utils import _get_in_out_features, _maybe_include_all_linear_layers
 from peft.utils.peft_types import PeftType
 from torch import nn
 from torch.optim import Optimizer
@@ -32,6 +32,7 @@ __all__ = [
     "has_forward_hooks",
     "in_backward",
     "peft_type",
+    "resolve_all_linear",
     "steps_around",
     "version",
     "view_base",
@@ -52,6 +53,14 @@ foreach_sub_ = torch._foreach_sub_
 def features(layer: nn.Module) -> tuple[int, int]:
     """The numbers of inputs and outputs of a linear layer, quantised or not, as PEFT's own methods read them."""
     return cast("tuple[int, int]", _get_in_out_features(layer))
+
+
+def resolve_all_linear(config: PeftConfig, model: nn.Module) -> PeftConfig:
+    """A configuration in which `target_modules="all-linear"` is replaced by the modules that PEFT means by it.
+
+    PEFT does so in the middle of an injection only, and its rules for heads follow the task and the model.
+    """
+    return _maybe_include_all_linear_layers(config, model)
 
 
 def peft_type(name: str) -> PeftType:

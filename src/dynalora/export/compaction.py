@@ -13,6 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 
 from dynalora.adapter.compaction import THRESHOLD, Compaction, compact
+from dynalora.adapter.layer import adapter_layers
 from dynalora.common.files import folder_beside
 from dynalora.errors import DynaloraError
 from dynalora.export.lora import load_without_base
@@ -51,8 +52,9 @@ def compact_adapter_folder(
     state |= {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
     settings = json.loads(Path(source, CONFIG_NAME).read_text(encoding="utf-8"))
     # Loaded onto stand-ins, the configuration names its modules anew; only what follows from the ranks is taken over.
-    adapted: Any = model
-    settings |= adapted.peft_config["default"].result or {}
+    layers = adapter_layers(model, "default")
+    config: Any = next(iter(layers.values())).drivers["default"].config
+    settings |= config.describe(layers.values(), "default")
     with folder_beside(target, replace=False) as beside:
         (beside / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
         save_file(state, beside / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dynalora.adapter.config import check_adapter_folder
-from dynalora.adapter.layer import AdapterLayer
+from dynalora.adapter.layer import AdapterLayer, adapter_layers
 from dynalora.adapter.ranks import fit
 from dynalora.adapter.register import METHODS
 from dynalora.common.files import folder_beside, write_file
@@ -109,11 +109,7 @@ def export_lora(
     if gates is not None:
         with held_gates(model, gates, adapter_name):
             return export_lora(model, path, adapter_name, dtype, max_rank, tolerance, uniform_rank)
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, AdapterLayer) and module.has_adapter(adapter_name)
-    }
+    layers = adapter_layers(model, adapter_name)
     if not layers:
         raise DynaloraError(f"the model has no dynalora adapter named {adapter_name!r} to export.")
     target = Path(path)
@@ -257,14 +253,10 @@ def rank_pattern(model: nn.Module, adapter: str = "default") -> dict[str, int]:
     Raises:
         DynaloraError: The model has no such adapter.
     """
-    found = {
-        f"^{re.escape(module.name)}": module.rank(adapter)
-        for module in model.modules()
-        if isinstance(module, AdapterLayer) and module.has_adapter(adapter)
-    }
-    if not found:
+    layers = adapter_layers(model, adapter).values()
+    if not layers:
         raise DynaloraError(f"the model has no dynalora adapter named {adapter!r}.")
-    return found
+    return {f"^{re.escape(layer.name)}": layer.rank(adapter) for layer in layers}
 
 
 def export_ranks(source: str, path: str) -> dict[str, Any]:
@@ -288,7 +280,7 @@ def export_ranks(source: str, path: str) -> dict[str, Any]:
     settled = {
         "r": Counter(pattern.values()).most_common(1)[0][0],
         "rank_pattern": pattern,
-        "target_modules": [layer.name for layer in model.modules() if isinstance(layer, AdapterLayer)],
+        "target_modules": [layer.name for layer in adapter_layers(model).values()],
     }
     write_file(path, json.dumps(settled, indent=2) + "\n")
     return settled

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dynalora.adapter.gates import GatedLayer
+from dynalora.adapter.layer import adapter_layers
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.errors import ConfigError, DataError, UnsupportedError
 from dynalora.evaluation.generation import evaluating
@@ -51,9 +52,9 @@ def held_gates(
     """
     means = {row.module: row.mean for row in record}
     layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, GatedLayer) and module.has_adapter(adapter_name) and module.gated(adapter_name)
+        layer
+        for layer in adapter_layers(model, adapter_name).values()
+        if isinstance(layer, GatedLayer) and layer.gated(adapter_name)
     ]
     if not layers:
         raise UnsupportedError(

@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from peft import PeftConfig
 
-from dynalora.adapter.model import leave_out_head
+from dynalora.adapter.targets import leave_out_head
 from dynalora.errors import ConfigError
 from dynalora.lab.baselines import (
     BASELINES,

@@ -7,7 +7,9 @@ from typing import Any
 
 from peft import PeftConfig
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from dynalora.adapter.targets import targeted_modules
 from dynalora.errors import ConfigError
 from dynalora.lab.baselines import prompt_only
 
@@ -22,9 +24,6 @@ def check_targets(model: nn.Module, config: PeftConfig) -> list[str]:
     Raises:
         ConfigError: Nothing matches, or one of the listed names matches nothing; says which linear modules exist.
     """
-    from peft.tuners.tuners_utils import check_target_module_exists
-    from transformers.pytorch_utils import Conv1D
-
     if prompt_only(config):
         return []
     linear = {
@@ -35,14 +34,6 @@ def check_targets(model: nn.Module, config: PeftConfig) -> list[str]:
         return list(linear)  # PEFT's own choice for the architecture
     kinds = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linear)) or "none"
     exist = f"the model's linear modules are {kinds}"
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        # As PEFT reads it: all but the output layer.
-        output_layer: Any = getattr(model, "get_output_embeddings", lambda: None)
-        head = output_layer()
-        inner = [name for name, module in linear.items() if module is not head]
-        if not inner:
-            raise ConfigError(f"target_modules 'all-linear' matches nothing; {exist}.")
-        return inner
     if isinstance(targets, str):
         try:
             re.compile(targets)
@@ -55,7 +46,7 @@ def check_targets(model: nn.Module, config: PeftConfig) -> list[str]:
         for target in sorted(targets):
             if not any(name == target or name.endswith(f".{target}") for name in everything):
                 raise ConfigError(f"target_modules '{target}' matches nothing; {exist}.")
-    matched = [name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)]
+    matched = targeted_modules(model, config)
     if not matched:
         names = targets if isinstance(targets, str) else ", ".join(sorted(targets))
         raise ConfigError(f"target_modules '{names}' matches nothing; {exist}.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from dynalora.adapter.layer import AdapterLayer
+from dynalora.adapter.layer import adapter_layers
 from dynalora.adapter.method import Method
 from dynalora.common.names import plain_name
 from dynalora.drawing.gates import plot_gates
@@ -82,11 +82,7 @@ def decisions(
 def decided_by(model: PeftModel, method: Method) -> list[dict[str, Any]]:
     """What the active adapter decided, as rows of a table."""
     adapter = model.active_adapter
-    layers = {
-        plain_name(name): module
-        for name, module in model.named_modules()
-        if isinstance(module, AdapterLayer) and module.has_adapter(adapter)
-    }
+    layers = {plain_name(name): layer for name, layer in adapter_layers(model, adapter).items()}
     return method.decided(layers, adapter)
 
 
