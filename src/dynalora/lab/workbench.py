@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from peft import PeftModel
 
 from dynalora.common.progress import Progress, rich_progress
 from dynalora.errors import ConfigError
@@ -23,7 +24,7 @@ from dynalora.lab.training.settings import TrainSettings
 from dynalora.lab.training.train import TrainResult, take_off, train_adapter
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -98,15 +99,17 @@ class Workbench:
     def training(self, source: str) -> TokenizedSet:
         """A task's training questions as tokens."""
         if source not in self._training:
-            how = self.settings
-            longest = within_window(how.max_length, self.model, self.tokenizer)
-            made = self.tasks[source].training(self.tokenizer, system=how.system or "", max_length=longest)
-            if made.dropped:
+            settings = self.settings
+            longest = within_window(settings.max_length, self.model, self.tokenizer)
+            rows = self.tasks[source].training(
+                self.tokenizer, system=settings.system or "", max_length=longest
+            )
+            if rows.dropped:
                 self.say(
-                    f"{self.tasks[source].name}: {made.dropped:,} of {made.dropped + len(made):,} training questions "
+                    f"{self.tasks[source].name}: {rows.dropped:,} of {rows.dropped + len(rows):,} training questions "
                     f"are longer than {longest} tokens and are left out."
                 )
-            self._training[source] = made
+            self._training[source] = rows
         return self._training[source]
 
     def measure(self, model: torch.nn.Module, name: str) -> dict[str, TaskScore]:
@@ -142,8 +145,6 @@ class Workbench:
 
     def attach(self, folder: Path) -> PeftModel:
         """The base model with a saved adapter, which can be trained on."""
-        from peft import PeftModel
-
         return PeftModel.from_pretrained(self.model, str(folder), is_trainable=True)
 
     def take_off(self, model: PeftModel) -> None:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def run_cell(spec: CompareSpec, cell: Cell, *, console: Console | None = None) -> dict[str, Any]:
-    """Train and measure one cell, and keep its result.
+    """Train and measure one cell, and write its result, unless it is there.
 
     Args:
         spec: What is compared.
@@ -67,9 +67,9 @@ class _Run:
             torch.set_num_threads(spec.threads)
         task = spec.load_task(cell.task)
         held_out = task
-        chosen_on = None
+        validation = None
         if spec.validation:
-            task, chosen_on = task.validation(spec.validation, seed=spec.data_seed)
+            task, validation = task.validation(spec.validation, seed=spec.data_seed)
         self.heads, self.labels = task.heads, task.labels
         with rich_progress(self.console) as progress:
             self.path = local_model_name(spec.model, progress=progress)
@@ -96,7 +96,7 @@ class _Run:
             model = trained.model
             result |= {"training": _training(trained, len(rows)), "landscape": self._landscape(model)}
         with rich_progress(self.console) as progress:
-            for name, part in (("test", held_out), ("validation", chosen_on)):
+            for name, part in (("test", held_out), ("validation", validation)):
                 if part is not None:
                     score = part.measure(model, tokenizer, spec.measuring, name=name, progress=progress)
                     result[name] = score.record()
@@ -127,8 +127,8 @@ class _Run:
         model: PreTrainedModel = load_model(
             self.path, dtype=self.spec.dtype, quantization=quantization, heads=self.heads, labels=self.labels
         )
-        there = torch.accelerator.is_available()
-        placed(model, torch.accelerator.current_accelerator() if there else None)
+        accelerated = torch.accelerator.is_available()
+        placed(model, torch.accelerator.current_accelerator() if accelerated else None)
         return model
 
     def _texts(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, MeasuredText]:
@@ -136,11 +136,11 @@ class _Run:
             return {}
         base = model if self._on_the_base() else self._load(self.spec.quantization)
         with rich_progress(self.console) as progress:
-            found: dict[str, MeasuredText] = {OWN_TEXT: own_text(base, tokenizer, progress=progress)}
+            texts: dict[str, MeasuredText] = {OWN_TEXT: own_text(base, tokenizer, progress=progress)}
         for text in self.spec.texts:
-            name, given = load_text(text)
-            found[name] = given_text(given, tokenizer, max_length=MONITORED_LENGTH)
-        return found
+            name, passages = load_text(text)
+            texts[name] = given_text(passages, tokenizer, max_length=MONITORED_LENGTH)
+        return texts
 
     def _retention(
         self, model: Any, texts: Mapping[str, MeasuredText], progress: Progress
@@ -149,35 +149,35 @@ class _Run:
             return None
         if self.base:
             return {name: {"kl": 0.0, "kl_error": 0.0, "loss_shift": 0.0} for name in texts}
-        ours = self._on_the_base() and not self._edits_base()
-        first = None if ours else self._load(self.spec.quantization)
-        found = {}
+        same_base = self._on_the_base() and not self._edits_base()
+        base = None if same_base else self._load(self.spec.quantization)
+        measured = {}
         for name, text in texts.items():
-            kept = retention(model, text, base=first, name=f"{self.cell.label} on {name}", progress=progress)
-            found[name] = {**asdict(kept), "tokens": text.tokens}
-        return found
+            result = retention(model, text, base=base, name=f"{self.cell.label} on {name}", progress=progress)
+            measured[name] = {**asdict(result), "tokens": text.tokens}
+        return measured
 
     def _kept(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, progress: Progress
     ) -> dict[str, dict[str, Any]]:
         """The main number of every benchmark that shows what was kept."""
-        found = {}
+        numbers = {}
         for prepared in kept_tasks(self.spec):
-            asked = model
+            measured = model
             if self.head.new:
                 original = load_model(self.path, dtype=self.spec.dtype, heads=(MASKED_LM,)).to(model.device)
-                asked = under_head(model, original)
-            got = measure(
-                asked, tokenizer, prepared, batch_size=self.spec.measuring.batch_size,
+                measured = under_head(model, original)
+            result = measure(
+                measured, tokenizer, prepared, batch_size=self.spec.measuring.batch_size,
                 max_new_tokens=min(prepared.task.max_new_tokens, self.spec.generated_tokens),
                 system=self.spec.system or "", name=self.cell.label, progress=progress,
             )  # fmt: skip
-            number = got.scores[got.main]
-            found[got.task] = {
-                "title": got.title, "metric": got.main, "share": got.main in got.percent, "items": got.items,
-                "value": number.value, "low": number.low, "high": number.high,
+            number = result.scores[result.main]
+            numbers[result.task] = {
+                "title": result.title, "metric": result.main, "share": result.main in result.percent,
+                "items": result.items, "value": number.value, "low": number.low, "high": number.high,
             }  # fmt: skip
-        return found
+        return numbers
 
 
 def _training(trained: TrainResult, rows: int) -> dict[str, Any]:

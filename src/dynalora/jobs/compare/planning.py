@@ -60,36 +60,37 @@ def plan(
     if not head.learns_prompts:
         _check_prompts(contestants, head)
     _check_kept(spec, head)
-    for own in contestants:
-        config = own.config(task_type)
-        if getattr(config, "target_modules", None) is not None:
-            assert config is not None
+    for contestant in contestants:
+        config = contestant.config(task_type)
+        if config is not None and getattr(config, "target_modules", None) is not None:
             check_targets(model, config)
-    counted: list[Contestant] = []
-    aim = trainable_parameters(model, contestants[0].config(task_type))
-    for own in contestants:
-        config = own.config(task_type)
-        found = trainable_parameters(model, config)
-        # Virtual tokens enough to match would be thousands.
-        fixed = config is None or prompt_only(config) or own.label == spec.reference
-        if own.matches and not fixed and found != aim:
+    target = trainable_parameters(model, contestants[0].config(task_type))
+    return [_sized(contestant, model, target, task_type) for contestant in contestants]
 
-            def make(r: int, pattern: dict[str, int] | None, own: Contestant = own) -> PeftConfig:
-                options = {**own.options, **({"rank_pattern": pattern} if pattern else {})}
-                made = replace(own, r=r, options=options).config(task_type)
-                assert made is not None
-                return made
 
-            matched = match_parameters(make, model, aim)
-            patterns = {
-                name: dict(pattern)
-                for name in ("rank_pattern", "alpha_pattern")
-                if matched.mixed and (pattern := getattr(matched.config, name, None))
-            }
-            own = replace(own, r=matched.r, options={**own.options, **patterns})
-            found = matched.parameters
-        counted.append(replace(own, parameters=found, off=found / aim - 1))
-    return counted
+def _sized(contestant: Contestant, model: nn.Module, target: int, task_type: str) -> Contestant:
+    """A contestant with its number of parameters, and where it is matched with the rank at which it trains `target`."""
+    config = contestant.config(task_type)
+    parameters = trainable_parameters(model, config)
+    # Virtual tokens enough to match would be thousands; the reference itself has the target already.
+    resizable = config is not None and not prompt_only(config)
+    if contestant.matches and resizable and parameters != target:
+
+        def make(r: int, pattern: dict[str, int] | None) -> PeftConfig:
+            options = {**contestant.options, **({"rank_pattern": pattern} if pattern else {})}
+            config = replace(contestant, r=r, options=options).config(task_type)
+            assert config is not None
+            return config
+
+        matched = match_parameters(make, model, target)
+        patterns = {
+            name: dict(pattern)
+            for name in ("rank_pattern", "alpha_pattern")
+            if matched.mixed and (pattern := getattr(matched.config, name, None))
+        }
+        contestant = replace(contestant, r=matched.r, options={**contestant.options, **patterns})
+        parameters = matched.parameters
+    return replace(contestant, parameters=parameters, off=parameters / target - 1)
 
 
 def _check_encoder_decoder(spec: CompareSpec, head: Head, tasks: Iterable[ExperimentTask]) -> None:
@@ -160,11 +161,11 @@ def load_text(text: str) -> tuple[str, list[str]]:
 
 def task_places(tasks: Mapping[str, ExperimentTask]) -> dict[str, str]:
     """Each task's name in file names: its own, made fit for a file and unique."""
-    found: dict[str, str] = {}
+    places: dict[str, str] = {}
     for source, task in tasks.items():
         plain = re.sub(r"[^\w.\-]+", "-", task.name).strip("-") or "task"
         place, number = plain, 2
-        while place in found.values():
+        while place in places.values():
             place, number = f"{plain}-{number}", number + 1
-        found[source] = place
-    return found
+        places[source] = place
+    return places

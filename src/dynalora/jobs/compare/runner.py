@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
+import torch
 
 from dynalora.errors import DynaloraError
 from dynalora.jobs.compare.cell import run_cell
@@ -185,8 +186,6 @@ def result_line(result: Mapping[str, Any]) -> str:
 
 def _devices() -> list[str]:
     """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
-    import torch
-
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",")[:count] if named and count else [str(index) for index in range(count)]

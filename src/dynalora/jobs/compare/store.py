@@ -35,10 +35,10 @@ _WITHOUT_EFFECT = ("log_every", "eval_every", "save_every")
 
 def shared_settings(spec: CompareSpec) -> dict[str, Any]:
     """The settings that all cells of a folder have in common, as JSON holds them."""
-    kept = {name: value for name, value in spec.settings().items() if name not in _GROWS}
+    settings = {name: value for name, value in spec.settings().items() if name not in _GROWS}
     for name in (*_OF_EACH_CELL, *_WITHOUT_EFFECT):
-        kept.pop(name, None)
-    plain: dict[str, Any] = plain_json(kept)
+        settings.pop(name, None)
+    plain: dict[str, Any] = plain_json(settings)
     return plain
 
 
@@ -158,14 +158,16 @@ class CellStore(UnitStore[Cell]):
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise RunFolderError(f"The output '{self.folder}' is a file; choose another folder.")
-        there = sorted(entry.name for entry in self.folder.iterdir()) if self.folder.exists() else []
-        there = [name for name in there if not name.endswith((".tmp", ".lock"))]
-        if there and not {CONFIG, CELLS} & set(there):
+        entries = sorted(entry.name for entry in self.folder.iterdir()) if self.folder.exists() else []
+        entries = [name for name in entries if not name.endswith((".tmp", ".lock"))]
+        if entries and not {CONFIG, CELLS} & set(entries):
             raise RunFolderError(
-                f"The folder '{self.folder}' is not empty and holds no comparison (found {', '.join(there[:3])}); "
+                f"The folder '{self.folder}' is not empty and holds no comparison (found {', '.join(entries[:3])}); "
                 "choose another output folder."
             )
-        if there and "tasks" not in (read_yaml(self.folder / CONFIG) if CONFIG in there else {"tasks": []}):
+        if entries and "tasks" not in (
+            read_yaml(self.folder / CONFIG) if CONFIG in entries else {"tasks": []}
+        ):
             raise RunFolderError(
                 f"The folder '{self.folder}' holds another kind of run; choose another output folder."
             )

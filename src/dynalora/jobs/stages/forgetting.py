@@ -228,14 +228,14 @@ class _Forgetting(Experiment[Stage]):
 
 def _landscape_numbers(rows: Sequence[LandscapeRow], tau: float) -> dict[str, Any]:
     squares = [[value * value for value in row.singular_values] for row in rows]
-    total = math.fsum(math.fsum(own) for own in squares)
-    kept = math.fsum(value * value for row in rows for value in row.singular_values if value > tau)
+    total = math.fsum(math.fsum(values) for values in squares)
+    above = math.fsum(value * value for row in rows for value in row.singular_values if value > tau)
     return {
         "matrices": len(rows),
         "mean_effective_rank": sum(row.effective_rank for row in rows) / len(rows),
         "low_rank_matrices": sum(row.effective_rank <= LOW_RANK for row in rows),
         "nuclear_norm": math.fsum(row.nuclear_norm for row in rows),
-        "energy": kept / total if total else 0.0,
+        "energy": above / total if total else 0.0,
     }
 
 
@@ -251,7 +251,7 @@ def _cost(trained: TrainResult) -> dict[str, Any]:
 
 
 def _of_stage(results: Results, stage: str) -> list[Result]:
-    return [done for done in results if done["stage"] == stage]
+    return [result for result in results if result["stage"] == stage]
 
 
 def _stages_in(results: Results) -> list[str]:
@@ -259,7 +259,7 @@ def _stages_in(results: Results) -> list[str]:
 
 
 def _records(results: Results, stage: str, which: str) -> list[Result]:
-    return [done["scores"][which] for done in _of_stage(results, stage)]
+    return [result["scores"][which] for result in _of_stage(results, stage)]
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------
@@ -298,13 +298,15 @@ def landscape_table(results: Results) -> Table:
     """What the landscape came to in every stage: means over the seeds."""
     rows: list[list[Cell]] = []
     for stage in STAGES:
-        found = _of_stage(results, stage)
-        if found:
+        of_stage = _of_stage(results, stage)
+        if of_stage:
             mean = {
-                name: sum(done[name] for done in found) / len(found)
+                name: sum(result[name] for result in of_stage) / len(of_stage)
                 for name in ("mean_effective_rank", "low_rank_matrices", "nuclear_norm", "energy")
             }
-            rows.append([TITLES[stage], found[0]["matrices"], *(f"{value:.4g}" for value in mean.values())])
+            rows.append(
+                [TITLES[stage], of_stage[0]["matrices"], *(f"{value:.4g}" for value in mean.values())]
+            )
     return Table(
         ["after", "matrices", "effective rank", "of them 0 or 1", "nuclear norm", "energy"], rows,
         title="Rank landscape",
@@ -318,8 +320,8 @@ def energy_table(landscapes: Mapping[str, Sequence[Sequence[LandscapeRow]]]) -> 
     rows: list[list[Cell]] = []
     for tau in TAUS:
         cells: list[Cell] = [f"{tau:g}"]
-        for found in landscapes.values():
-            shares = [_landscape_numbers(rows_, tau)["energy"] for rows_ in found]
+        for of_stage in landscapes.values():
+            shares = [_landscape_numbers(landscape, tau)["energy"] for landscape in of_stage]
             cells.append(f"{100 * sum(shares) / len(shares):.2f}")
         rows.append(cells)
     return Table(["τ", *landscapes], rows, title="Spectral energy above τ, %", note="All matrices together.")
@@ -327,12 +329,12 @@ def energy_table(landscapes: Mapping[str, Sequence[Sequence[LandscapeRow]]]) -> 
 
 def ablation_table(results: Results) -> Table | None:
     """Scores after Task A without the updates of half of the layers (DiRA Table 7); None if not measured."""
-    found = [done for done in _of_stage(results, "initial") if "ablation" in done]
-    if not found:
+    measured = [result for result in _of_stage(results, "initial") if "ablation" in result]
+    if not measured:
         return None
     rows: list[list[Cell]] = []
-    variants = {"all layers": [done["scores"] for done in found]} | {
-        f"without the {half} half": [done["ablation"][half] for done in found] for half in HALVES
+    variants = {"all layers": [result["scores"] for result in measured]} | {
+        f"without the {half} half": [result["ablation"][half] for result in measured] for half in HALVES
     }
     for name, scores in variants.items():
         cells: list[Cell] = [name]

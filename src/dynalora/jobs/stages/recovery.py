@@ -80,33 +80,33 @@ def resolve(spec: RecoverSpec) -> tuple[RecoverSpec, list[Checkpoint]]:
         CheckpointError: The source is no run of `dynalora forgetting` with a finished Task B, and no adapter.
     """
     folder = Path(spec.source)
-    if (folder / CONFIG).exists() and "task_a" in (told := read_yaml(folder / CONFIG)):
+    if (folder / CONFIG).exists() and "task_a" in (settings := read_yaml(folder / CONFIG)):
         missing = [name for name in ("task_a", "task_b", *_INHERITED) if getattr(spec, name) is None]
-        inherited: dict[str, Any] = {name: told.get(name) for name in missing}
+        inherited: dict[str, Any] = {name: settings.get(name) for name in missing}
         spec = replace(spec, **inherited)
         seeds = sorted(
-            int(found[1])
+            int(match[1])
             for entry in folder.iterdir()
-            if (found := re.fullmatch(r"seed-(\d+)", entry.name))
-            and (stage_folder(folder, int(found[1]), "interference") / RESULT).exists()
+            if (match := re.fullmatch(r"seed-(\d+)", entry.name))
+            and (stage_folder(folder, int(match[1]), "interference") / RESULT).exists()
         )[: spec.checkpoints]
         if not seeds:
             raise CheckpointError(f"No seed in '{folder}' has finished Task B; resume that run first.")
-        found_all = []
+        checkpoints = []
         for seed in seeds:
             first = stage_folder(folder, seed, "initial")
-            done = read_result(first / RESULT)
-            found_all.append(
+            result = read_result(first / RESULT)
+            checkpoints.append(
                 Checkpoint(
                     f"seed-{seed}",
                     stage_folder(folder, seed, "interference") / ADAPTER,
                     first / ADAPTER,
                     read_landscape(first),
                     # Other questions would make another number.
-                    done["scores"] if done and _same_questions(spec, told) else None,
+                    result["scores"] if result and _same_questions(spec, settings) else None,
                 )
             )
-        return spec, found_all
+        return spec, checkpoints
     adapter = Path(adapter_folder(spec.source))
     for name, remedy in (
         ("initial", "the adapter after Task A"),
@@ -119,21 +119,21 @@ def resolve(spec: RecoverSpec) -> tuple[RecoverSpec, list[Checkpoint]]:
             )
     initial = Path(adapter_folder(str(spec.initial)))
     if spec.model is None:
-        named = read_config(spec.source).base_model_name_or_path
-        if not named:
+        model = read_config(spec.source).base_model_name_or_path
+        if not model:
             raise ConfigError(
                 f"The adapter '{spec.source}' does not say which base model it belongs to; name it."
             )
-        spec = replace(spec, model=named)
+        spec = replace(spec, model=model)
     return spec, [Checkpoint("adapter", adapter, initial)]
 
 
-def _same_questions(spec: RecoverSpec, told: Mapping[str, Any]) -> bool:
+def _same_questions(spec: RecoverSpec, settings: Mapping[str, Any]) -> bool:
     names = (
         "task_a", "task_b", "model", "data", "held_out", "generated", "generated_tokens", "system", "template",
         "by_generation", "data_seed",
     )  # fmt: skip
-    return all(getattr(spec, name) == told.get(name) for name in names)
+    return all(getattr(spec, name) == settings.get(name) for name in names)
 
 
 def run_recovery(spec: RecoverSpec, *, console: Console | None = None) -> list[dict[str, Any]]:
@@ -309,7 +309,7 @@ class _Recovery(Experiment[Recovery]):
 
 
 def _of(results: Results, strategy: str) -> list[Result]:
-    return [done for done in results if done["strategy"] == strategy]
+    return [result for result in results if result["strategy"] == strategy]
 
 
 def _records(results: Results, strategy: str, which: str) -> list[Result]:
@@ -328,12 +328,12 @@ def result_table(results: Results) -> Table:
     """
     rows: list[list[Cell]] = []
     for strategy in _strategies(results):
-        found = _of(results, strategy)
-        zeroed = sum(done["zeroed"] for done in found) / len(found)
-        cells: list[Cell] = [LABELS[strategy], f"{zeroed:.4g} of {found[0]['matrices']}"]
+        of_strategy = _of(results, strategy)
+        zeroed = sum(result["zeroed"] for result in of_strategy) / len(of_strategy)
+        cells: list[Cell] = [LABELS[strategy], f"{zeroed:.4g} of {of_strategy[0]['matrices']}"]
         for which in ("a", "b"):
             cells += shown_scores(_records(results, strategy, which))
-        rows.append([*cells, len(found)])
+        rows.append([*cells, len(of_strategy)])
     return Table(
         ["", "zeroed", "accuracy A, %", "loss A", "accuracy B, %", "loss B", "runs"], rows, title="Recovery",
         note="Loss: nats per token of the right answers. In brackets 95 % intervals: Student's t over the runs "
@@ -343,7 +343,9 @@ def result_table(results: Results) -> Table:
 
 def comparison_table(results: Results) -> Table | None:
     """RLGR minus the others, pair by pair: same checkpoint, seed and examples; None if there is nothing to compare."""
-    runs = {(done["strategy"], done["checkpoint"], done["seed"]): done["scores"] for done in results}
+    runs = {
+        (result["strategy"], result["checkpoint"], result["seed"]): result["scores"] for result in results
+    }
     rows: list[list[Cell]] = []
     for other in STRATEGIES[1:]:
         pairs = [

@@ -157,11 +157,11 @@ def transfer_table(results: Results, method: str, names: Mapping[str, str]) -> T
 
 
 def _records(results: Results, method: str, trained_on: str | None, measured_on: str) -> list[Result]:
-    wanted = BASE if trained_on is None else method
+    label = BASE if trained_on is None else method
     return [
-        done["scores"][measured_on]
-        for done in results
-        if done["method"] == wanted and done["task"] == trained_on
+        result["scores"][measured_on]
+        for result in results
+        if result["method"] == label and result["task"] == trained_on
     ]
 
 
@@ -181,22 +181,22 @@ def transfer_figures(
         accuracy[method], loss[method] = [], []
         for source in (*names, None):
             records = [_records(results, method, source, column) for column in names]
-            shares = [percent(mean_accuracy(found)) if found else None for found in records]
+            shares = [percent(mean_accuracy(of_column)) if of_column else None for of_column in records]
             accuracy[method].append([share.value if share else None for share in shares])
-            loss[method].append([mean_loss(found).value if found else None for found in records])
+            loss[method].append([mean_loss(of_column).value if of_column else None for of_column in records])
     rows, columns = [*names.values(), "no training"], list(names.values())
     figures: dict[str, tuple[Drawing, str]] = {}
     if any(cell is not None for grid in accuracy.values() for row in grid for cell in row):
-        drawn = plot_transfer(
+        drawing = plot_transfer(
             accuracy, rows, columns, label="accuracy, %", title="Accuracy of one task's adapter on another"
         )
-        figures["transfer_accuracy"] = (drawn, "Accuracy, trained on a row's task, measured on a column's.")
-    drawn = plot_transfer(
+        figures["transfer_accuracy"] = (drawing, "Accuracy, trained on a row's task, measured on a column's.")
+    drawing = plot_transfer(
         loss, rows, columns, label="loss, nats per token", title="Loss of one task's adapter on another",
         decimals=2, larger_is_better=False,
     )  # fmt: skip
     figures["transfer_loss"] = (
-        drawn,
+        drawing,
         "Negative log-likelihood of the right answers, trained on a row's task, measured on a column's; "
         "darker is better.",
     )
@@ -204,17 +204,17 @@ def transfer_figures(
 
 
 def _summary(results: Results, methods: Sequence[str], names: Mapping[str, str]) -> str:
-    told = []
+    parts = []
     for method in methods:
-        own, other = (
+        same_task, other_tasks = (
             [
-                mean_loss(found).value
+                mean_loss(records).value
                 for source in names
                 for column in names
-                if (source == column) is same and (found := _records(results, method, source, column))
+                if (source == column) is same and (records := _records(results, method, source, column))
             ]
             for same in (True, False)
         )
-        here, elsewhere = sum(own) / len(own), sum(other) / len(other)
-        told.append(f"{method}: mean loss {here:.3f} on the task trained on, {elsewhere:.3f} on others")
-    return "; ".join(told) + "."
+        on_it, on_others = sum(same_task) / len(same_task), sum(other_tasks) / len(other_tasks)
+        parts.append(f"{method}: mean loss {on_it:.3f} on the task trained on, {on_others:.3f} on others")
+    return "; ".join(parts) + "."
