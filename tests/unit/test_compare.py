@@ -35,7 +35,7 @@ from dynalora.jobs.compare.run import run_compare
 from dynalora.jobs.compare.settings import CompareSpec, variant_from
 from dynalora.jobs.compare.store import CellStore, shared_settings
 from dynalora.lab.models import load_model, load_tokenizer
-from dynalora.lab.monitoring import MONITORED_LENGTH
+from dynalora.lab.monitoring import MONITORED_LENGTH, load_named_text
 from dynalora.lab.report import Table, latex_table, markdown_table
 
 from . import tiny
@@ -667,7 +667,7 @@ def test_variants_on_quantised_weights_are_measured_against_the_base_as_it_is(pl
     words = load_tokenizer(spec.model)
     texts = {
         "own text": own_text(plain, words),
-        "lines": given_text(planning.load_text(spec.texts[0])[1], words, max_length=MONITORED_LENGTH),
+        "lines": given_text(load_named_text(spec.texts[0], "texts")[1], words, max_length=MONITORED_LENGTH),
     }
     for name, text in texts.items():
         kept = {label: result["retention"][name] for label, result in found.items() if result is not None}

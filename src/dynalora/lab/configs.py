@@ -46,30 +46,25 @@ def compared_config(
     r: int = 16,
     alpha: float | None = None,
     dropout: float = 0.0,
-    target_modules: list[str] | str = "all-linear",
     options: Mapping[str, Any] | None = None,
-    task_type: str = "CAUSAL_LM",
+    **more: Any,
 ) -> PeftConfig | None:
-    """As [`adapter_config`][dynalora.lab.configs.adapter_config], and None for full fine-tuning.
+    """As [`adapter_config`][dynalora.lab.configs.adapter_config], and None for full fine-tuning, which has no rank.
 
     Args:
         method: One of [`compared_names`][dynalora.lab.configs.compared_names], or a configuration file.
-        r: Rank; full fine-tuning has none.
-        alpha: As for `adapter_config`.
-        dropout: Likewise.
-        target_modules: Likewise; full fine-tuning trains every weight.
-        options: Likewise.
-        task_type: Likewise.
+        r: Rank.
+        alpha: As for `adapter_config`, as all that follow.
+        dropout: On the adapter's input.
+        options: Further fields of the method's configuration.
+        more: Further arguments of `adapter_config`.
 
     Raises:
         ConfigError: As `adapter_config`; alpha, dropout or options are given for full fine-tuning.
     """
     baseline = BASELINES.get(method.lower())
     if baseline is None or baseline.config is not None:
-        return adapter_config(
-            method, r=r, alpha=alpha, dropout=dropout, target_modules=target_modules, options=options,
-            task_type=task_type,
-        )  # fmt: skip
+        return adapter_config(method, r=r, alpha=alpha, dropout=dropout, options=options, **more)
     baseline.fields(r, alpha, dropout)
     if options:
         raise ConfigError(

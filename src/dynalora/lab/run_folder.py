@@ -230,11 +230,6 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
-    def plots(self) -> Path:
-        """Where plots go, as PNG files."""
-        return self.path / "plots"
-
-    @property
     def report(self) -> Path:
         """The self-contained report."""
         return self.path / REPORT

@@ -17,15 +17,15 @@ from dynalora.evaluation.windows import model_window, within_window
 from dynalora.forgetting.landscape import rank_landscape
 from dynalora.forgetting.monitor import OWN_TEXT
 from dynalora.forgetting.retention import retention
-from dynalora.forgetting.texts import MeasuredText, given_text, own_text
+from dynalora.forgetting.texts import MeasuredText, own_text
 from dynalora.jobs.compare.contestants import BASE, Cell
-from dynalora.jobs.compare.planning import kept_tasks, load_text
+from dynalora.jobs.compare.planning import kept_tasks
 from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.jobs.compare.store import CellStore, shared_settings
 from dynalora.lab.baselines import edits_base
 from dynalora.lab.machine import forget_peak, machine, peak
 from dynalora.lab.models import load_model, load_tokenizer, local_model_name, placed
-from dynalora.lab.monitoring import MONITORED_LENGTH
+from dynalora.lab.monitoring import load_named_text, measured_text
 from dynalora.lab.training.settings import train_settings
 from dynalora.lab.training.train import TrainResult, train_adapter
 
@@ -138,8 +138,8 @@ class _Run:
         with rich_progress(self.console) as progress:
             texts: dict[str, MeasuredText] = {OWN_TEXT: own_text(base, tokenizer, progress=progress)}
         for text in self.spec.texts:
-            name, passages = load_text(text)
-            texts[name] = given_text(passages, tokenizer, max_length=MONITORED_LENGTH)
+            name, passages = load_named_text(text, "texts")
+            texts[name] = measured_text(passages, tokenizer)
         return texts
 
     def _retention(

@@ -15,10 +15,7 @@ from dynalora.jobs.compare.contestants import Contestant
 from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.lab.baselines import prompt_only
 from dynalora.lab.budgets import match_parameters, trainable_parameters
-from dynalora.lab.data.conversations import load_texts
 from dynalora.lab.models import empty_model, local_model_name
-from dynalora.lab.monitoring import MONITORED_TEXTS
-from dynalora.lab.settings import named_source
 from dynalora.lab.targets import check_targets
 from dynalora.lab.tasks.task import ExperimentTask
 
@@ -151,12 +148,6 @@ def kept_tasks(spec: CompareSpec) -> list[Prepared]:
         )
         for name in names
     ]
-
-
-def load_text(text: str) -> tuple[str, list[str]]:
-    """The name and the texts of `NAME=SOURCE`."""
-    name, source = named_source(text, "texts")
-    return name, load_texts(source, limit=MONITORED_TEXTS)
 
 
 def task_places(tasks: Mapping[str, ExperimentTask]) -> dict[str, str]:

@@ -25,13 +25,14 @@ from typing import TYPE_CHECKING
 from dynalora.common.progress import rich_progress
 from dynalora.errors import ConfigError
 from dynalora.jobs.compare.grid import Comparison, Grid
-from dynalora.jobs.compare.planning import load_text, plan, task_places
+from dynalora.jobs.compare.planning import plan, task_places
 from dynalora.jobs.compare.runner import InProcessRunner, Runner
 from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.jobs.compare.store import CellStore, shared_settings
 from dynalora.jobs.compare.tables import plan_table
 from dynalora.jobs.compare.writing import show_tables, write_results
 from dynalora.lab.models import local_model_name
+from dynalora.lab.monitoring import load_named_text
 from dynalora.lab.precision import quantization_config, resolve_dtype
 from dynalora.lab.report import rich_table
 
@@ -83,7 +84,7 @@ def run_compare(
     store.check()
     tasks = {source: spec.load_task(source) for source in spec.tasks}
     for name in spec.texts:
-        load_text(name)
+        load_named_text(name, "texts")
     with rich_progress(console) as progress:
         local_model_name(spec.model, progress=progress)
     contestants = plan(spec, tasks)

@@ -10,16 +10,16 @@ from peft import PeftConfig
 from dynalora.errors import ConfigError
 from dynalora.evaluation.tokens import TokenizedSet, tokenize
 from dynalora.evaluation.windows import within_window
-from dynalora.forgetting.texts import MeasuredText, given_text
+from dynalora.forgetting.texts import MeasuredText
 from dynalora.jobs.finetune.settings import FinetuneSpec
 from dynalora.lab.baselines import edits_base, label_of
 from dynalora.lab.configs import adapter_config, title_of
-from dynalora.lab.data.conversations import load_conversations, load_texts
+from dynalora.lab.data.conversations import load_conversations
 from dynalora.lab.data.splitting import split, without_repeats
 from dynalora.lab.models import empty_model, load_tokenizer, local_model_name
-from dynalora.lab.monitoring import MONITORED_LENGTH, MONITORED_TEXTS
+from dynalora.lab.monitoring import load_named_text, measured_text
 from dynalora.lab.run_folder import RunFolder
-from dynalora.lab.settings import defaults_of, named_source
+from dynalora.lab.settings import defaults_of
 from dynalora.lab.targets import check_targets
 
 if TYPE_CHECKING:
@@ -91,10 +91,8 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
         training, held_out = conversations, without_repeats(elsewhere, conversations)
     else:
         training, held_out = split(conversations, spec.eval_fraction, seed=spec.seed)
-    texts = {}
-    for text in spec.monitor_text if spec.monitored else ():
-        label, source = named_source(text, "monitor_text")
-        texts[label] = load_texts(source, limit=MONITORED_TEXTS)
+    monitored = spec.monitor_text if spec.monitored else []
+    texts = dict(load_named_text(text, "monitor_text") for text in monitored)
     name = local_model_name(spec.model)
     empty = empty_model(name, trust_remote_code=spec.trust_remote_code)
     modules = check_targets(empty, config)
@@ -108,8 +106,5 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
         training=tokenize(training, tokenizer, max_length=max_length),
         held_out=tokenize(held_out, tokenizer, max_length=max_length),
         modules=len(modules),
-        texts={
-            label: given_text(content, tokenizer, max_length=MONITORED_LENGTH)
-            for label, content in texts.items()
-        },
+        texts={label: measured_text(content, tokenizer) for label, content in texts.items()},
     )

@@ -160,14 +160,10 @@ def train_adapter(
     set_seed(settings.seed)
     caching = getattr(model.config, "use_cache", None)
     adapted: Any = model if config is None else peft.get_peft_model(model, config)
-    if isinstance(adapted, peft.PeftModel):
-        peft_type = adapted.active_peft_config.peft_type
-        label = label or str(getattr(peft_type, "value", peft_type)).lower()
-        trainable, parameters = adapted.get_nb_trainable_parameters()
-    else:
+    if not isinstance(adapted, peft.PeftModel):
         _train_all(adapted, monitor)
-        label = label or "full"
-        trainable = parameters = sum(parameter.numel() for parameter in adapted.parameters())
+    label = label or _label_of(adapted)
+    trainable, parameters = _parameter_counts(adapted)
     measure = None
     if eval_dataset is not None and len(eval_dataset) > 0:
         measure = partial(held_out_loss, adapted, eval_dataset, batch_size=settings.batch_size)
@@ -205,8 +201,8 @@ def train_adapter(
         label=label,
         held_out_before=before,
         held_out_after=after,
-        trainable_parameters=int(trainable),
-        parameters=int(parameters),
+        trainable_parameters=trainable,
+        parameters=parameters,
         steps=steps,
         step_seconds=step_seconds,
         step_seconds_quartiles=quartiles,
@@ -227,6 +223,23 @@ def _train_all(model: nn.Module, monitor: RetentionMonitor | None) -> None:
     if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
         raise ConfigError("Weights in float16 cannot be trained; load the model in float32 or bfloat16.")
     model.requires_grad_(True)
+
+
+def _label_of(model: nn.Module) -> str:
+    """A run's name where none is given: the method's, `full` without an adapter."""
+    if not isinstance(model, peft.PeftModel):
+        return "full"
+    peft_type = model.active_peft_config.peft_type
+    return str(getattr(peft_type, "value", peft_type)).lower()
+
+
+def _parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Numbers of trained and of all parameters."""
+    if isinstance(model, peft.PeftModel):
+        trainable, parameters = model.get_nb_trainable_parameters()
+        return int(trainable), int(parameters)
+    number = sum(parameter.numel() for parameter in model.parameters())
+    return number, number
 
 
 def _continued(
