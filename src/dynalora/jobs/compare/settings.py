@@ -117,8 +117,8 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPAR
     @property
     def chooses(self) -> bool:
         """Whether some learning rate is chosen on the questions set aside."""
-        given = [len(own.get("learning_rates") or self.rates) for own in self._variants().values()]
-        return not self.all_rates and max([len(self.rates), *given]) > 1
+        counts = [len(values.get("learning_rates") or self.rates) for values in self._variants().values()]
+        return not self.all_rates and max([len(self.rates), *counts]) > 1
 
     @property
     def rates(self) -> list[float]:
@@ -131,12 +131,10 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPAR
         return list(range(self.seed, self.seed + self.seeds))
 
     def _variants(self) -> dict[str, dict[str, Any]]:
-        found = {}
-        for label, told in self.variants.items():
-            if not isinstance(told, Mapping) or "method" not in told:
+        for label, values in self.variants.items():
+            if not isinstance(values, Mapping) or "method" not in values:
                 raise ConfigError(f"The variant '{label}' does not say its method; give it as method: NAME.")
-            found[str(label)] = dict(told)
-        return found
+        return {str(label): dict(values) for label, values in self.variants.items()}
 
     def contestants(self) -> list[Contestant]:
         """What is compared, the reference first.
@@ -145,53 +143,57 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPAR
             ConfigError: An unknown method or setting, a label that is used twice or is no file name, or a reference
                 that is not among them.
         """
-        given = {label_of(name): {"method": name} for name in self.methods}
+        compared: dict[str, dict[str, Any]] = {label_of(name): {"method": name} for name in self.methods}
         for label, values in self._variants().items():
-            if label in given:
+            if label in compared:
                 raise ConfigError(
                     f"'{label}' is the name of a method and of a variant; call the variant otherwise."
                 )
-            given[label] = values
-        found = []
-        for label, values in given.items():
-            told: dict[str, Any] = dict(values)
-            if label == BASE or not re.fullmatch(r"[\w.+\-]+", label) or re.search(r"_(r|lr|seed)\d", label):
-                raise ConfigError(
-                    f"The label '{label}' becomes a file name; use letters, digits, '-', '+' and '.', and not '{BASE}'."
-                )
-            options = {name: value for name, value in told.items() if name not in _OF_A_VARIANT}
-            rates = coerce(
-                told.get("learning_rates") or self.rates, list[float], f"learning_rates of '{label}'"
-            )
-            if any(not (math.isfinite(rate) and rate > 0) for rate in rates):
-                raise ConfigError(f"The learning rates of '{label}' are {rates}; give numbers above 0.")
-            own = Contestant(
-                label=label,
-                method=str(told["method"]),
-                r=int(told.get("r", self.r)),
-                alpha=told.get("alpha", self.alpha),
-                dropout=float(told.get("dropout", self.dropout)),
-                target_modules=told.get("target_modules", self.target_modules),
-                quantization=told.get("quantization", self.quantization),
-                options=options,
-                learning_rates=tuple(sorted(set(rates))),
-                # A rank that is given is meant.
-                matches=bool(told.get("match", self.match_parameters and "r" not in told)),
-            )
-            # A wrong setting is told at once.
-            check_quantization(own.quantization)
-            if own.config("CAUSAL_LM") is None and own.quantization is not None:
-                raise ConfigError(
-                    f"'{label}' trains all weights, and quantised ones cannot be trained; give it quantization: null."
-                )
-            found.append(own)
-        labels = [own.label for own in found]
-        if self.reference not in labels:
+            compared[label] = values
+        contestants = [self._contestant(label, values) for label, values in compared.items()]
+        if self.reference not in compared:
             raise ConfigError(
                 f"The reference '{self.reference}' is not among what is compared; "
-                f"{did_you_mean(self.reference, labels)}."
+                f"{did_you_mean(self.reference, compared)}."
             )
-        return sorted(found, key=lambda own: own.label != self.reference)
+        return sorted(contestants, key=lambda contestant: contestant.label != self.reference)
+
+    def _contestant(self, label: str, values: Mapping[str, Any]) -> Contestant:
+        """What is compared under one label, checked.
+
+        Args:
+            label: For tables, plots and file names.
+            values: The method, and what it has other than the settings say.
+        """
+        if label == BASE or not re.fullmatch(r"[\w.+\-]+", label) or re.search(r"_(r|lr|seed)\d", label):
+            raise ConfigError(
+                f"The label '{label}' becomes a file name; use letters, digits, '-', '+' and '.', and not '{BASE}'."
+            )
+        rates = coerce(
+            values.get("learning_rates") or self.rates, list[float], f"learning_rates of '{label}'"
+        )
+        if any(not (math.isfinite(rate) and rate > 0) for rate in rates):
+            raise ConfigError(f"The learning rates of '{label}' are {rates}; give numbers above 0.")
+        contestant = Contestant(
+            label=label,
+            method=str(values["method"]),
+            r=int(values.get("r", self.r)),
+            alpha=values.get("alpha", self.alpha),
+            dropout=float(values.get("dropout", self.dropout)),
+            target_modules=values.get("target_modules", self.target_modules),
+            quantization=values.get("quantization", self.quantization),
+            options={name: value for name, value in values.items() if name not in _OF_A_VARIANT},
+            learning_rates=tuple(sorted(set(rates))),
+            # A variant that names its rank has that rank.
+            matches=bool(values.get("match", self.match_parameters and "r" not in values)),
+        )
+        check_quantization(contestant.quantization)
+        # Making the configuration checks the method and its options before anything runs.
+        if contestant.config("CAUSAL_LM") is None and contestant.quantization is not None:
+            raise ConfigError(
+                f"'{label}' trains all weights, and quantised ones cannot be trained; give it quantization: null."
+            )
+        return contestant
 
 
 def variant_from(text: str) -> tuple[str, dict[str, Any]]:
@@ -204,7 +206,7 @@ def variant_from(text: str) -> tuple[str, dict[str, Any]]:
     method, *pairs = [part.strip() for part in rest.split(",")]
     if not (sign and label.strip() and method) or "=" in method:
         raise ConfigError(f"The variant '{text}' is not of the form LABEL=METHOD,NAME=VALUE,….")
-    told = named_values(pair for pair in pairs if pair)
-    if "learning_rates" in told:
-        told["learning_rates"] = str(told["learning_rates"]).split("/")
-    return label.strip(), {"method": method, **told}
+    values = named_values(pair for pair in pairs if pair)
+    if "learning_rates" in values:
+        values["learning_rates"] = str(values["learning_rates"]).split("/")
+    return label.strip(), {"method": method, **values}

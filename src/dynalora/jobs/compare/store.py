@@ -20,26 +20,22 @@ from dynalora.lab.settings import defaults_of, read_yaml
 from dynalora.lab.units import UnitStore, plain_json
 
 CELLS = "cells"
-
-
 _GROWS = (
     "tasks", "output", "methods", "variants", "reference", "learning_rates", "learning_rate", "seeds", "all_rates",
     "jobs", "threads",
 )  # fmt: skip
 """Settings that may differ between calls on the same folder: what more to run, and how many at once."""
-
 _OF_EACH_CELL = ("r", "alpha", "dropout", "target_modules", "quantization", "match_parameters")
-_WITHOUT_EFFECT = ("log_every", "eval_every", "save_every")
-"""Settings of trainings that a cell sets for itself: it logs every step, and is measured at its end."""
+"""Settings that each cell records for itself."""
 
 
 def shared_settings(spec: CompareSpec) -> dict[str, Any]:
     """The settings that all cells of a folder have in common, as JSON holds them."""
-    settings = {name: value for name, value in spec.settings().items() if name not in _GROWS}
-    for name in (*_OF_EACH_CELL, *_WITHOUT_EFFECT):
-        settings.pop(name, None)
-    plain: dict[str, Any] = plain_json(settings)
-    return plain
+    separate = {*_GROWS, *_OF_EACH_CELL}
+    settings: dict[str, Any] = plain_json(
+        {name: value for name, value in spec.settings().items() if name not in separate}
+    )
+    return settings
 
 
 def changed_defaults(cell: Cell, content: Mapping[str, Any]) -> list[str]:

@@ -24,10 +24,9 @@ def plan_table(contestants: Sequence[Contestant]) -> Table:
         weights: list[TableCell] = [contestant.quantization] if quantised else []
         size = [_ranks(contestant), contestant.parameters, f"{100 * contestant.off:+.1f} %"]
         rows.append([contestant.label, contestant.method, *weights, *size, rates])
-    columns = [
-        *("label", "method"), *(["base weights"] if quantised else []),
-        *("rank", "trained parameters", "off", "learning rates"),
-    ]  # fmt: skip
+    columns = ["label", "method", "rank", "trained parameters", "off", "learning rates"]
+    if quantised:
+        columns.insert(2, "base weights")
     note = "off: trained parameters relative to the reference's, which is the first."
     return Table(columns, rows, title="Compared", note=note)
 
@@ -58,32 +57,25 @@ def result_table(comparison: Comparison, place: str, summaries: Sequence[Summary
     columns += [f"KL, {texts[0]}, at {spec.reference}'s loss"] if texts else []
     rows: list[list[TableCell]] = []
     for summary in summaries:
-        rate = (
-            None
-            if summary.learning_rate is None
-            else f"{summary.learning_rate:g}{' (edge)' if summary.edge else ''}"
-        )
-        row: list[TableCell] = [
-            summary.label,
-            rate,
-            len(summary.results) if summary.learning_rate is not None else None,
-        ]
+        row: list[TableCell] = [summary.label, *_rate_and_seeds(summary)]
         if accuracies:
-            row += [
-                shown_interval(summary.accuracy, 1, scale=100, half=True),
-                _difference(summary.accuracy_apart, 1, scale=100),
-            ]
+            row.append(shown_interval(summary.accuracy, 1, scale=100, half=True))
+            row.append(_difference(summary.accuracy_apart, 1, scale=100))
         row += [shown_interval(summary.metrics.get(name), 3, half=True) for name in metrics]
         row += [shown_interval(summary.loss, 4, half=True), _difference(summary.loss_apart, 4)]
-        row += [
-            None if summary.learning_rate is None else shown_interval(summary.kl.get(text), 4, half=True)
-            for text in texts
-        ]
+        kl = {} if summary.learning_rate is None else summary.kl
+        row += [shown_interval(kl.get(text), 4, half=True) for text in texts]
         if texts:
-            at = summary.at_reference_loss.get(texts[0])
-            row.append(None if at is None else f"{at:.4f}")
+            at_loss = summary.at_reference_loss.get(texts[0])
+            row.append(None if at_loss is None else f"{at_loss:.4f}")
         rows.append(row)
     return Table(columns, rows, title=place, note=_result_note(spec, summaries))
+
+
+def _rate_and_seeds(summary: Summary) -> list[TableCell]:
+    if summary.learning_rate is None:
+        return [None, None]
+    return [f"{summary.learning_rate:g}{' (edge)' if summary.edge else ''}", len(summary.results)]
 
 
 def _result_note(spec: CompareSpec, summaries: Sequence[Summary]) -> str:
