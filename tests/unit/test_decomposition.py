@@ -17,7 +17,7 @@ from torch import Tensor
 from dynalora.common import progress
 from dynalora.errors import ConfigError, DynaloraError
 from dynalora.spectral import cache as decomposition_cache
-from dynalora.spectral import decomposition
+from dynalora.spectral import decomposition, lanczos, triplets
 from dynalora.spectral.decomposition import (
     DecompositionError,
     Triplets,
@@ -44,7 +44,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def iterate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small matrices too take the way of large ones."""
-    monkeypatch.setattr(decomposition, "_DENSE_SIDE", 40)
+    monkeypatch.setattr(triplets, "_DENSE_SIDE", 40)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def no_fallback(iterate: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise AssertionError("fell back to the full decomposition")
 
-    monkeypatch.setattr(decomposition, "_full", full)
+    monkeypatch.setattr(triplets, "_full", full)
 
 
 def matrix(
@@ -185,7 +185,7 @@ def test_repeated_values(no_fallback: None, which: str) -> None:
 @pytest.mark.parametrize(("out", "width"), [(240, 240), (240, 300), (300, 240), (12, 30), (30, 12)])
 @pytest.mark.parametrize("rank", [0, 1, 5])
 def test_deficient_rank(out: int, width: int, rank: int, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decomposition, "_DENSE_SIDE", 40)
+    monkeypatch.setattr(triplets, "_DENSE_SIDE", 40)
     weight = matrix(out, width, separated(rank)) if rank else torch.zeros(out, width)
     for k in (1, 8):
         check(weight, k, which, subspace=False)
@@ -245,7 +245,7 @@ def test_stacks_as_accelerators_take_them(iterate: None) -> None:
     spectra = [None, separated(200), torch.logspace(0, -4, 200), torch.cat([separated(190), torch.zeros(10)])]
     batch = torch.stack([matrix(220, 200, spectrum) for spectrum in spectra])
     for which in ("smallest", "largest"):
-        up, values, down = decomposition._of_one(batch, 6, which, torch.float32)  # type: ignore[arg-type]
+        up, values, down = triplets.of_one(batch, 6, which, torch.float32)  # type: ignore[arg-type]
         for item, u, s, v in zip(batch, up, values, down, strict=True):
             norm = float(torch.linalg.matrix_norm(item, 2))
             expected = torch.linalg.svdvals(item.double())[part(6, which)].float()
@@ -286,13 +286,13 @@ def test_defaults_of_dtype_and_autocast_change_nothing(iterate: None, which: str
 
 def counted_full(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
-    full = decomposition._full
+    full = triplets._full
 
     def counting(*args: object) -> object:
         calls.append(1)
         return full(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(decomposition, "_full", counting)
+    monkeypatch.setattr(triplets, "_full", counting)
     return calls
 
 
@@ -307,7 +307,7 @@ def test_garbage_of_the_fast_way_is_noticed(
     assert not calls
     full = torch.linalg.svd(weight.double(), full_matrices=False)
 
-    def fake(edge: decomposition._Edge) -> decomposition._Edge:
+    def fake(edge: lanczos.Edge) -> lanczos.Edge:
         block = edge.vectors.shape[-1]
         vectors, converged = edge.vectors, edge.converged
         if garbage == "random":
@@ -319,18 +319,18 @@ def test_garbage_of_the_fast_way_is_noticed(
             converged = torch.zeros_like(converged)
         else:
             vectors = torch.full_like(vectors, torch.nan)
-        return decomposition._Edge(vectors, edge.ritz, converged, edge.factor)
+        return lanczos.Edge(vectors, edge.ritz, converged, edge.factor)
 
-    name = f"_{which}_edge"
-    genuine = getattr(decomposition, name)
-    monkeypatch.setattr(decomposition, name, lambda *args: fake(genuine(*args)))
+    name = f"{which}_edge"
+    genuine = getattr(triplets, name)
+    monkeypatch.setattr(triplets, name, lambda *args: fake(genuine(*args)))
     check(weight, k, which)
     assert calls
 
 
 def test_an_iteration_cut_short_falls_back(iterate: None, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = counted_full(monkeypatch)
-    monkeypatch.setattr(decomposition, "_MAX_STEPS", 2)
+    monkeypatch.setattr(lanczos, "_MAX_STEPS", 2)
     check(matrix(450, 420), 8, "smallest")
     assert calls
 
@@ -566,7 +566,7 @@ def test_many_at_once() -> None:
             for _ in range(8):
                 for weight, right in zip(weights, expected, strict=True):
                     key = decomposition._cache_key(weight, 3, "smallest")
-                    kept = decomposition._kept(store, key, weight, 3)
+                    kept = decomposition._read(store, key, weight, 3)
                     if kept is not None and not same(kept, right):
                         wrong.append("other content")
                     store.write(key, {"up": right.up, "values": right.values, "down": right.down})

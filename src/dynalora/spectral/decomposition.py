@@ -1,48 +1,27 @@
-"""The smallest and the largest singular triplets of weights, much faster than by a full decomposition.
+"""Singular triplets of weights, kept on disk: the smallest or the largest of each, and no more than are asked for.
 
-For A = W or Wᵀ, whichever is tall (m × n, m ≥ n), with singular values σ and G = AᵀA:
-
-1. G is formed in float64. Products of float32 numbers are exact there, and G's rounding error, about 1e-16 σ_max²,
-   is in terms of σ what float32 resolves anyway.
-2. Block Lanczos with full reorthogonalisation finds the eigenvectors at the wanted end of G's spectrum: of (G − τ)⁻¹
-   for the smallest, through a Cholesky factorisation; of G itself for the largest. The block is wider than k, so
-   clustered and repeated values do not stop it.
-3. The singular value decomposition of A·Q, Q being the leading Ritz vectors, gives σ to the accuracy of A rather
-   than of G, and the left vectors.
-4. The result is checked: residuals ‖Av − σu‖ and ‖Aᵀu − σv‖, and that no other singular value lies beyond the k-th.
-   By Sylvester's law of inertia a rank-k lift removes at most k eigenvalues from below τ, so if
-   G + c·VVᵀ − τ (τ just below σ_k², c large) has a Cholesky factorisation, then G has at most k eigenvalues below τ.
-
-Whatever fails a check, and whatever is too small for this to pay, goes to `torch.linalg.svd`.
+`smallest_triplets` and `largest_triplets` take a weight, `decompose` takes many and looks in the cache first. How they
+are computed stands in `dynalora.spectral.triplets`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from dynalora.common.progress import late_progress
 from dynalora.errors import DynaloraError
+from dynalora.spectral.blocks import ROWS
 from dynalora.spectral.cache import DecompositionCache, open_cache
-
-Which = Literal["smallest", "largest"]
+from dynalora.spectral.triplets import Which, of_one
 
 ALGORITHM_VERSION = 1  # part of the cache key: raise it when results change
 
-_DENSE_SIDE = 640  # short sides up to here: all eigenvectors of G, which takes less time than iterating
-_MAX_STEPS = 40  # block Lanczos steps
-_RESTARTS = 3  # of the iteration for the largest, which has no shift that would bring it closer
-_LOOK_STEPS = 5  # those before the shift is chosen
-_LOOKS = {0, 1, 2, 4, 7, 10}  # first steps after which to look for convergence; looking costs more each time
-_TINY = 1e-8  # relative size of singular values that leave A·v without direction
-_ROWS = 4096  # rows of a weight that are held in float64 at a time
-_TOLERANCE = 1e-9  # of Ritz residuals, relative to the Ritz value
-_SLACK = 1e-6  # how much, relatively, σ² of a triplet left out may be beyond that of one returned
 _STACK_SIDE = 2048  # longest side of weights worth stacking on an accelerator
 _STACK_NUMEL = 2**25  # elements in a stack at most
 
@@ -139,59 +118,61 @@ def decompose(
         raise DecompositionError(f"which must be 'smallest' or 'largest', got {which!r}")
     store = open_cache() if cache else None
     results: list[Triplets | None] = [None] * len(weights)
-    waiting: dict[tuple[torch.Size, int, torch.dtype, torch.device], list[tuple[int, Tensor, str]]] = {}
-    done = 0
+    waiting: dict[_Kind, list[_Job]] = {}
     with late_progress() as progress:
 
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            progress(describe, done, len(weights))
-
-        def finish(group: list[tuple[int, Tensor, str]], k: int) -> None:
-            """Decompose weights of equal shape and dtype, and keep the results."""
-            if len(group) == 1:
-                made = [_triplets(group[0][1], k, which)]
-            else:
-                stacked = _triplets(torch.stack([weight for _, weight, _ in group]), k, which)
-                made = [
-                    Triplets(up.clone(), values.clone(), down.clone())
-                    for up, values, down in zip(stacked.up, stacked.values, stacked.down, strict=True)
-                ]
-            for (index, _, key), triplets in zip(group, made, strict=True):
-                results[index] = triplets
-                if store is not None:
-                    store.write(key, {"up": triplets.up, "values": triplets.values, "down": triplets.down})
-                advance()
+        def finish(jobs: list[_Job], triplets: list[Triplets]) -> None:
+            for job, result in zip(jobs, triplets, strict=True):
+                results[job.index] = result
+            progress(describe, sum(result is not None for result in results), len(weights))
 
         for index, (make, k) in enumerate(zip(weights, ranks, strict=True)):
             weight = make().detach()
             _check(weight, k, ndims=(2,))
-            key = ""
-            if store is not None:
-                key = _cache_key(weight, k, which)
-                kept = _kept(store, key, weight, k)
-                if kept is not None:
-                    results[index] = kept
-                    advance()
-                    continue
-            entry = (index, weight, key)
-            if weight.device.type == "cpu" or max(weight.shape) > _STACK_SIDE:
-                finish([entry], k)
-                continue
-            kind = (weight.shape, k, weight.dtype, weight.device)
-            group = waiting.setdefault(kind, [])
-            group.append(entry)
-            if sum(w.numel() for held in waiting.values() for _, w, _ in held) >= _STACK_NUMEL:
-                # Whatever is largest makes the most room.
-                fullest = max(waiting, key=lambda kind: sum(w.numel() for _, w, _ in waiting[kind]))
-                finish(waiting.pop(fullest), fullest[1])
-        for kind, group in waiting.items():
-            finish(group, kind[1])
+            job = _Job(index, weight, _cache_key(weight, k, which) if store is not None else "")
+            cached = None if store is None else _read(store, job.key, weight, k)
+            if cached is not None:
+                finish([job], [cached])
+            elif weight.device.type == "cpu" or max(weight.shape) > _STACK_SIDE:
+                finish([job], _compute([job], k, which, store))
+            else:
+                waiting.setdefault((weight.shape, k, weight.dtype, weight.device), []).append(job)
+                sizes = {kind: sum(job.weight.numel() for job in jobs) for kind, jobs in waiting.items()}
+                if sum(sizes.values()) >= _STACK_NUMEL:  # the largest group makes the most room
+                    largest = max(sizes, key=lambda kind: sizes[kind])
+                    jobs = waiting.pop(largest)
+                    finish(jobs, _compute(jobs, largest[1], which, store))
+        for kind, jobs in waiting.items():
+            finish(jobs, _compute(jobs, kind[1], which, store))
     return [triplets for triplets in results if triplets is not None]
 
 
-# ---------------------------------------------------------------------------------------------- checks and dispatch
+@dataclass(frozen=True)
+class _Job:
+    """A weight to decompose, (out, in), its place in the results, and its key in the cache."""
+
+    index: int
+    weight: Tensor
+    key: str
+
+
+_Kind = tuple[
+    torch.Size, int, torch.dtype, torch.device
+]  # of weights that can be stacked: shape, rank, dtype, device
+
+
+def _compute(jobs: Sequence[_Job], k: int, which: Which, store: DecompositionCache | None) -> list[Triplets]:
+    """Decompose weights of equal shape and dtype together, and keep the results in the cache."""
+    if len(jobs) == 1:
+        results = [_triplets(jobs[0].weight, k, which)]
+    else:
+        stacked = _triplets(torch.stack([job.weight for job in jobs]), k, which)
+        parts = zip(stacked.up, stacked.values, stacked.down, strict=True)
+        results = [Triplets(up.clone(), values.clone(), down.clone()) for up, values, down in parts]
+    if store is not None:
+        for job, triplets in zip(jobs, results, strict=True):
+            store.write(job.key, {"up": triplets.up, "values": triplets.values, "down": triplets.down})
+    return results
 
 
 def _check(weight: Tensor, k: int, ndims: tuple[int, ...] = (2, 3)) -> None:
@@ -228,345 +209,9 @@ def _triplets(weight: Tensor, k: int, which: Which) -> Triplets:
         weight = weight.float()
     if weight.ndim == 3 and weight.device.type == "cpu":
         # LAPACK takes one matrix at a time, and what an item comes to then does not depend on its neighbours.
-        parts = [_of_one(item, k, which, dtype) for item in weight]
+        parts = [of_one(item, k, which, dtype) for item in weight]
         return Triplets(*(torch.stack(part) for part in zip(*parts, strict=True)))
-    return Triplets(*_of_one(weight, k, which, dtype))
-
-
-def _of_one(weight: Tensor, k: int, which: Which, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """One matrix, or a stack on an accelerator: the fast way, and the full one for what that does not do."""
-    transposed = weight.shape[-2] < weight.shape[-1]
-    tall = weight.mT if transposed else weight
-    # Powers of two change no digit, and keep squares of float64 numbers in range.
-    largest = tall.abs().amax(dim=(-2, -1), keepdim=True) if dtype == torch.float64 else None
-    unit = None if largest is None else torch.exp2(torch.where(largest > 0, largest, 1).log2().floor())
-    scaled = tall if unit is None else tall / unit
-    try:
-        left, values, right, ok = _fast(scaled, k, which)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        left, values, right, ok = _nothing(scaled, k)
-    if not bool(ok.all()):
-        full_left, full_values, full_right = _full(scaled, k, which)
-        chosen = ok[..., None]
-        values = torch.where(chosen, values, full_values.double())
-        left = torch.where(chosen[..., None], left, full_left.double())
-        right = torch.where(chosen[..., None], right, full_right.double())
-    if unit is not None:
-        values = values * unit[..., 0]
-    left, values, right = _with_signs(left.to(dtype), values.to(dtype), right.to(dtype))
-    if transposed:
-        left, right = right, left
-    return left.contiguous(), values.contiguous(), right.mT.contiguous()
-
-
-def _with_signs(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Make each right vector's largest entry positive, so that signs do not depend on the way there."""
-    at = right.abs().argmax(dim=-2, keepdim=True)
-    sign = torch.where(right.gather(-2, at) < 0, -1.0, 1.0).to(right.dtype)
-    return left * sign, values, right * sign
-
-
-def _full(tall: Tensor, k: int, which: Which) -> tuple[Tensor, Tensor, Tensor]:
-    """By the full decomposition: (…, m, k), (…, k), (…, n, k)."""
-    try:
-        left, values, right_t = torch.linalg.svd(tall, full_matrices=False)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # float32 iterations that do not converge; rare
-        left, values, right_t = torch.linalg.svd(tall.double(), full_matrices=False)
-    part = slice(-k, None) if which == "smallest" else slice(0, k)
-    return left[..., part], values[..., part], right_t.mT[..., part]
-
-
-# ---------------------------------------------------------------------------------------------------- the fast way
-
-
-def _fast(tall: Tensor, k: int, which: Which) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Triplets in float64 with right vectors as columns, and for each matrix whether they passed the checks."""
-    *batch, m, n = tall.shape
-    block = k + max(8, k // 4)
-    if tall.dtype == torch.float64 or k == n or (n > _DENSE_SIDE and 8 * block > n):
-        # Float64 asks for more digits than G has; and most of the spectrum is the full decomposition's job.
-        return _nothing(tall, k)
-    if m <= _ROWS:
-        tall = tall.double()  # once and for all
-    gram = _gram(tall)
-    norm = torch.linalg.matrix_norm(gram)  # Frobenius
-    nonzero = norm > 0
-    if not bool(nonzero.any()):
-        return (
-            torch.eye(m, k, dtype=gram.dtype, device=gram.device).expand(*batch, m, k),
-            gram.new_zeros(*batch, k),
-            torch.eye(n, k, dtype=gram.dtype, device=gram.device).expand(*batch, n, k),
-            ~nonzero,
-        )
-    if n <= _DENSE_SIDE:
-        right = torch.linalg.eigh(gram).eigenvectors
-        right = right[..., :k] if which == "smallest" else right[..., -k:]
-        left, values, right = _rayleigh_ritz(tall, right, k, which)
-        return left, values, right, nonzero & _small_residuals(tall, left, values, right)
-    edge = _smallest_edge(gram, norm, k, block) if which == "smallest" else _largest_edge(gram, k, block)
-    left, values, right = _rayleigh_ritz(tall, edge.vectors, k, which)
-    if edge.factor is not None and bool((values[..., -k:] < _TINY * norm.sqrt()[..., None]).any()):
-        left, values, right = _with_left_kernel(tall, edge.factor, norm, left, values, right)
-    ok = nonzero & edge.converged & _small_residuals(tall, left, values, right)
-    if bool(ok.any()):
-        ok = ok & _certified(gram, norm, values, right, which)
-    return left, values, right, ok
-
-
-def _nothing(tall: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What stands for triplets that the fast way does not give."""
-    *batch, m, n = tall.shape
-    nothing = tall.new_zeros((), dtype=torch.float64)
-    missed = torch.zeros(batch, dtype=torch.bool, device=tall.device)
-    return nothing.expand(*batch, m, k), nothing.expand(*batch, k), nothing.expand(*batch, n, k), missed
-
-
-def _chunks(tall: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The rows in float64, some at a time: weights can be several times as large as G."""
-    for start in range(0, tall.shape[-2], _ROWS):
-        rows = slice(start, min(start + _ROWS, tall.shape[-2]))
-        yield rows, tall[..., rows, :].double()
-
-
-def _gram(tall: Tensor) -> Tensor:
-    """AᵀA in float64, (…, n, n)."""
-    n = tall.shape[-1]
-    gram = tall.new_zeros(*tall.shape[:-2], n, n, dtype=torch.float64)
-    width = 512 if n > 1024 else n
-    for _, rows in _chunks(tall):
-        for start in range(0, n, width):  # the lower half only
-            stop = min(start + width, n)
-            gram[..., start:stop, :stop] += rows[..., start:stop].mT @ rows[..., :stop]
-    for start in range(0, n, width):
-        stop = min(start + width, n)
-        gram[..., :start, start:stop] = gram[..., start:stop, :start].mT
-    return gram
-
-
-def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower factor and, for each matrix, whether there is one; the factor is the identity where there is none."""
-    n = matrix.shape[-1]
-    good = torch.ones(matrix.shape[:-2], dtype=torch.bool, device=matrix.device)
-    if matrix.device.type != "cpu" or n <= 512:
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        good = info == 0
-    else:
-        # In blocks, so that nearly all of it is matrix products: a tenth to a third faster than LAPACK's.
-        width = 256
-        factor = torch.zeros_like(matrix)
-        for start in range(0, n, width):
-            stop = min(start + width, n)
-            panel = matrix[..., start:, start:stop]
-            if start:
-                panel = panel - factor[..., start:, :start] @ factor[..., start:stop, :start].mT
-            corner, info = torch.linalg.cholesky_ex(panel[..., : stop - start, :])
-            if bool((info != 0).any()):
-                good = info == 0
-                break
-            factor[..., start:stop, start:stop] = corner
-            if stop < n:
-                factor[..., stop:, start:stop] = torch.linalg.solve_triangular(
-                    corner.mT, panel[..., stop - start :, :], upper=True, left=False
-                )
-    good = good & factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
-    if not bool(good.all()):
-        identity = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
-        factor = torch.where(good[..., None, None], factor, identity)
-    return factor, good
-
-
-def _start(gram: Tensor, columns: int) -> Tensor:
-    """Random columns, (…, n, columns): the same every time, and without touching the global generators."""
-    n = gram.shape[-1]
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    drawn = torch.randn(n, columns, dtype=torch.float64, device="cpu", generator=generator)
-    return drawn.to(gram.device).expand(*gram.shape[:-2], n, columns)
-
-
-@dataclass(frozen=True)
-class _Edge:
-    """One end of G's spectrum."""
-
-    vectors: Tensor  # (..., n, block): orthonormal, leading Ritz vectors
-    ritz: Tensor  # (..., block): their values for the operator, ascending
-    converged: Tensor  # (...): whether the k at the end are eigenvectors
-    factor: Tensor | None = None  # (..., n, n): Cholesky factor of G plus a little
-
-
-def _largest_edge(gram: Tensor, k: int, block: int) -> _Edge:
-    edge = _lanczos(lambda x: gram @ x, _start(gram, block), k)
-    for _ in range(_RESTARTS):
-        if bool(edge.converged.all()):
-            break
-        edge = _lanczos(lambda x: gram @ x, edge.vectors, k)
-    return edge
-
-
-def _smallest_edge(gram: Tensor, norm: Tensor, k: int, block: int) -> _Edge:
-    """Shift and invert: a few steps show where the spectrum begins, and the shift moves there if that pays."""
-    # G may be singular, or rounding may have made it indefinite.
-    noise = 4 * torch.finfo(torch.float64).eps * norm
-    plain, good = _cholesky(_shifted(gram, noise))
-    if not bool(good.all()):
-        noise = torch.where(good, noise, 1000 * noise)
-        plain, good = _cholesky(_shifted(gram, noise))
-    factor = plain
-
-    def better_shift(ritz: Tensor) -> Tensor:
-        first, last = 1 / ritz[..., -1] - noise, 1 / ritz[..., -k] - noise
-        # Where the spectrum begins far from zero its first values differ little as seen from there; where it begins
-        # much closer to zero than its k-th value, rounding of the first drowns the k-th.
-        apart = torch.where(first < 1e-6 * last, last / 100, noise)
-        return torch.where(last < 2 * first, (last - first) / 2 - first, apart)
-
-    def should_move(ritz: Tensor) -> bool:
-        return bool((better_shift(ritz) != noise).any())
-
-    edge = _lanczos(lambda x: _solve(plain, x), _start(gram, block), k, stop=should_move)
-    # Drowned ones only seem to have converged.
-    if should_move(edge.ritz) and not bool(
-        (edge.converged & (edge.ritz[..., -1] < 1e6 * edge.ritz[..., -k])).all()
-    ):
-        moved, definite = _cholesky(_shifted(gram, better_shift(edge.ritz)))
-        factor = torch.where(definite[..., None, None], moved, plain)
-        edge = _lanczos(lambda x: _solve(factor, x), edge.vectors, k)
-    # What is left along large singular values would count most in A·v: one more application takes it out.
-    vectors = torch.linalg.qr(_solve(factor, edge.vectors)).Q
-    return _Edge(vectors, edge.ritz, edge.converged & good, plain)
-
-
-def _shifted(matrix: Tensor, shift: Tensor) -> Tensor:
-    """Matrix + shift·I."""
-    shifted = matrix.clone()
-    shifted.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
-    return shifted
-
-
-def _solve(factor: Tensor, x: Tensor) -> Tensor:
-    """(L Lᵀ)⁻¹ x. Two triangular solves: several times faster for few columns than `cholesky_solve`."""
-    half: Tensor = torch.linalg.solve_triangular(factor, x, upper=False)
-    whole: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
-    return whole
-
-
-def _lanczos(
-    apply: Callable[[Tensor], Tensor],
-    start: Tensor,
-    k: int,
-    stop: Callable[[Tensor], bool] | None = None,
-) -> _Edge:
-    """Block Lanczos with full reorthogonalisation: the largest eigenvalues of a symmetric positive operator.
-
-    Args:
-        apply: The operator, on (…, n, block).
-        start: Columns to start from, (…, n, block).
-        k: How many eigenvalues have to converge.
-        stop: Asked once, after `_LOOK_STEPS` steps, with the Ritz values so far, whether to stop there.
-    """
-    *batch, n, block = start.shape
-    max_steps = min(_MAX_STEPS, n // block)
-    basis = start.new_zeros(*batch, n, block * max_steps)
-    projected = start.new_zeros(*batch, block * max_steps, block * max_steps)
-    basis[..., :block] = torch.linalg.qr(start).Q
-    for step in range(max_steps):
-        low, high = step * block, (step + 1) * block
-        so_far = basis[..., :high]
-        image = apply(basis[..., low:high])
-        coefficients = so_far.mT @ image
-        image = image - so_far @ coefficients
-        again = so_far.mT @ image  # once is not enough after cancellation
-        image = image - so_far @ again
-        coefficients = coefficients + again
-        projected[..., :high, low:high] = coefficients
-        projected[..., low:high, :high] = coefficients.mT
-        last = step + 1 == max_steps
-        if last or step in _LOOKS or (step > 10 and step % 3 == 1):
-            ritz, mixing = torch.linalg.eigh(projected[..., :high, :high])
-            residual = torch.linalg.vector_norm(image @ mixing[..., low:high, -k:], dim=-2)
-            # Rounding makes residuals of the size of the largest value's last digits.
-            allowed = _TOLERANCE * ritz[..., -k:] + 64 * torch.finfo(ritz.dtype).eps * ritz[..., -1:]
-            converged = (residual <= allowed).all(-1)
-            if last or bool(converged.all()):
-                break
-            if stop is not None and step + 1 == _LOOK_STEPS and stop(ritz):
-                break
-        following = torch.linalg.qr(image).Q
-        # Where the image vanished its directions are arbitrary, and may lie in the basis.
-        following = torch.linalg.qr(following - so_far @ (so_far.mT @ following)).Q
-        basis[..., high : high + block] = following
-    return _Edge(so_far @ mixing[..., -block:], ritz[..., -block:], converged)
-
-
-def _rayleigh_ritz(tall: Tensor, basis: Tensor, k: int, which: Which) -> tuple[Tensor, Tensor, Tensor]:
-    """The k triplets at one end within the basis: (…, m, k), (…, k), (…, n, k), float64."""
-    image = torch.cat([rows @ basis for _, rows in _chunks(tall)], dim=-2)
-    left, values, mixing_t = torch.linalg.svd(image, full_matrices=False)
-    part = slice(-k, None) if which == "smallest" else slice(0, k)
-    return left[..., part], values[..., part], basis @ mixing_t.mT[..., part]
-
-
-def _small_residuals(tall: Tensor, left: Tensor, values: Tensor, right: Tensor) -> Tensor:
-    """Whether ‖Av − σu‖ and ‖Aᵀu − σv‖ are small against ‖A‖ for all of them, (…)."""
-    forward = values.new_zeros(values.shape)
-    norm = values.new_zeros(values.shape[:-1])
-    back = -right * values[..., None, :]
-    for part, rows in _chunks(tall):
-        misfit = rows @ right - left[..., part, :] * values[..., None, :]
-        forward = forward + misfit.square().sum(-2)
-        back = back + rows.mT @ left[..., part, :]
-        norm = torch.maximum(norm, torch.linalg.vector_norm(rows, dim=-1).amax(-1))
-    worst = torch.maximum(forward.sqrt(), torch.linalg.vector_norm(back, dim=-2)).amax(-1)
-    # The longest row is at most ‖A‖, so this is the stricter reading.
-    return worst <= 1e-6 * norm
-
-
-def _with_left_kernel(
-    tall: Tensor, factor: Tensor, norm: Tensor, left: Tensor, values: Tensor, right: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Left vectors of vanishing singular values, which A·v does not give, and all triplets with them.
-
-    (A Aᵀ + μ)⁻¹ μ x = x − A (G + μ)⁻¹ Aᵀ x removes from x what belongs to σ² ≫ μ.
-    """
-    tiny = values < _TINY * norm.sqrt()[..., None]
-    generator = torch.Generator(device="cpu").manual_seed(1)
-    drawn = torch.randn(left.shape[-2:], dtype=torch.float64, device="cpu", generator=generator)
-    kernel = drawn.to(left.device).expand_as(left)
-    for _ in range(3):
-        back = torch.zeros_like(right)
-        for part, rows in _chunks(tall):
-            back = back + rows.mT @ kernel[..., part, :]
-        solved = _solve(factor, back)
-        kernel = kernel - torch.cat([rows @ solved for _, rows in _chunks(tall)], dim=-2)
-        # Not orthonormalised yet: each column shall converge on its own to a vector of the kernel.
-        kernel = torch.nn.functional.normalize(kernel, dim=-2)
-    # The tiny values are the last: the columns before them stay as they are, up to signs, which the core sees.
-    left = torch.linalg.qr(torch.where(tiny[..., None, :], kernel, left)).Q
-    core = torch.zeros_like(values)[..., None, :] * values[..., :, None]
-    for part, rows in _chunks(tall):
-        core = core + left[..., part, :].mT @ (rows @ right)
-    turn_left, values, turn_right = torch.linalg.svd(core)
-    return left @ turn_left, values, right @ turn_right.mT
-
-
-def _certified(gram: Tensor, norm: Tensor, values: Tensor, right: Tensor, which: Which) -> Tensor:
-    """Whether no singular value outside the given ones lies beyond them, (…); see the top of this file.
-
-    Consumes `gram`.
-    """
-    eps = torch.finfo(torch.float64).eps
-    if which == "smallest":
-        edge = values[..., 0].square()
-        level = edge * (1 - _SLACK) - 32 * eps * norm
-    else:
-        gram = gram.neg_()
-        edge = values[..., -1].square()
-        level = -(edge * (1 + _SLACK) + 32 * eps * norm)
-    gram += (right * norm[..., None, None]) @ right.mT
-    gram.diagonal(dim1=-2, dim2=-1).sub_(level[..., None])
-    return _cholesky(gram)[1]
-
-
-# ------------------------------------------------------------------------------------------------ cache and progress
+    return Triplets(*of_one(weight, k, which, dtype))
 
 
 def _cache_key(weight: Tensor, k: int, which: Which) -> str:
@@ -577,7 +222,7 @@ def _cache_key(weight: Tensor, k: int, which: Which) -> str:
     return digest.hexdigest()
 
 
-def _kept(store: DecompositionCache, key: str, weight: Tensor, k: int) -> Triplets | None:
+def _read(store: DecompositionCache, key: str, weight: Tensor, k: int) -> Triplets | None:
     """What the cache has, if it is what it should be."""
     tensors = store.read(key)
     if tensors is None or set(tensors) != {"up", "values", "down"}:
@@ -601,9 +246,9 @@ def _kept(store: DecompositionCache, key: str, weight: Tensor, k: int) -> Triple
     exact = torch.float32 if weight.device.type == "mps" else torch.float64
     misfit = weight.new_zeros(k, dtype=exact)
     norm = misfit.sum()
-    for start in range(0, out, _ROWS):
-        rows = weight[start : start + _ROWS].to(exact)
-        difference = rows @ down.mT.to(exact) - (up[start : start + _ROWS] * values).to(exact)
+    for start in range(0, out, ROWS):
+        rows = weight[start : start + ROWS].to(exact)
+        difference = rows @ down.mT.to(exact) - (up[start : start + ROWS] * values).to(exact)
         misfit = misfit + difference.square().sum(0)
         norm = norm + rows.square().sum()
     if not bool(misfit.amax().sqrt() <= 1e-5 * norm.sqrt()):
