@@ -1,14 +1,15 @@
-"""Removing components that contribute nothing, so that a sparse adapter becomes a small one.
+"""Compaction: components that contribute nothing are removed, so that a sparse adapter becomes a small one.
 
-A component is the i-th column of `up` with the i-th row of `down`; its size is s·|d_i|·‖up_i‖·‖down_i‖, the only
-singular value of what it adds to the weight. Sizes are compared with the largest singular value that any matrix of the
-adapter has:
+A component is one column of `up` with one row of `down`. What it adds to the weight is a matrix of rank 1, whose only
+singular value, s·|d_i|·‖up_i‖·‖down_i‖, is called its size. A component is dead if its size is at most a given share of
+the largest singular value of s·ΔW over all matrices of the adapter. There are two ways to remove what is dead:
 
-* components of no size are left out, and the others stay exactly what they are, with their optimizer state;
-* where the diagonal is all ones, the singular components of s·ΔW may be fewer still. Then the factors are rewritten,
-  up = U√σ and down = √σVᵀ, and first moments follow exactly: with up' = up·T and down' = S·down the gradients are
-  g_up' = g_up·Sᵀ and g_down' = Tᵀ·g_down. Second moments follow with the squares of S and T, as if entries were
-  uncorrelated.
+1. Cut: dead components are left out. The others stay exactly what they are, with gradients and optimizer state.
+2. Rewrite: live components may still overlap, so that fewer singular components would give the same ΔW = UΣV. Where the
+   diagonal is all ones, the factors are replaced by up = U√Σ and down = √ΣV. Since the new factors are linear maps of
+   the old ones, up' = up·T and down' = S·down, so are their gradients: g_up' = g_up·Sᵀ and g_down' = Tᵀ·g_down. First
+   moments of optimizers, which are sums of gradients, are mapped alike. Second moments are sums of squares and are
+   mapped with the squares of the entries of S and T, which would be exact if a gradient's entries were uncorrelated.
 
 No matrix goes below one component.
 """
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
-from dynalora.adapter.layer import AdapterLayer
+from dynalora.adapter.layer import AdapterLayer, adapter_layers
 from dynalora.adapter.method import Method
 from dynalora.common.processes import grouped, process_count
 from dynalora.driver import drivers_of, mix_state
@@ -135,8 +136,8 @@ def compact(
     named = [pair for pair in drivers_of(model) if pair[0].adapter == adapter_name]
     if not named:
         raise DynaloraError(f"the model has no dynalora adapter named {adapter_name!r} to compact.")
-    driver, found = named[0]
-    layers: list[AdapterLayer] = sorted(found, key=lambda layer: layer.order)
+    driver = named[0][0]
+    layers = list(adapter_layers(model, adapter_name).values())
     openness = None if gates is None else _openness(layers, adapter_name, gates)
     return compact_layers(driver, layers, threshold, rewrite=rewrite, openness=openness)
 
@@ -218,10 +219,10 @@ def _compact_layer(
     layer: AdapterLayer, adapter: str, sizes: torch.Tensor, least: float, rewrite: bool
 ) -> tuple[CompactedMatrix, list[float]]:
     """Cut one layer; also the sizes of what stayed because it is large enough."""
-    rank, own = layer.rank(adapter), sizes.to("cpu", torch.float64)
-    keep = torch.nonzero(own > least).flatten().tolist()
-    stayed = own[keep].tolist()
-    keep = keep or [int(own.argmax())]
+    rank, sizes = layer.rank(adapter), sizes.to("cpu", torch.float64)
+    keep = torch.nonzero(sizes > least).flatten().tolist()
+    stayed = sizes[keep].tolist()
+    keep = keep or [int(sizes.argmax())]
     up, down = (factor.detach().to(torch.float64, copy=True) for factor in _factors(layer, adapter))
     parts = None
     if rewrite and layer.plain(adapter) and len(keep) > 1:
@@ -250,7 +251,7 @@ def _factors(layer: AdapterLayer, adapter: str) -> tuple[torch.Tensor, torch.Ten
 
 
 def _sizes(layer: AdapterLayer, adapter: str) -> torch.Tensor:
-    """s·|d_i|·‖up_i‖·‖down_i‖ of every component, (r), float64."""
+    """Size s·|d_i|·‖up_i‖·‖down_i‖ of every component, (r), float64."""
     up, down = (factor.detach().double() for factor in _factors(layer, adapter))
     r = layer.rank(adapter)
     sizes: torch.Tensor = layer.scaling[adapter] * up[:, :r].norm(dim=0) * down[:r].norm(dim=1)
@@ -290,16 +291,16 @@ def _openness(
     layers: Sequence[AdapterLayer], adapter: str, gates: Iterable[RecordedGates]
 ) -> dict[str, torch.Tensor]:
     """Root mean squares of the gates by layer name."""
-    found = {row.module: row.mean_square.double().sqrt() for row in gates}
+    openness = {row.module: row.mean_square.double().sqrt() for row in gates}
     for layer in layers:
         if not layer.depends_on_input(adapter):
             raise ConfigError(
                 f"gates were given, but adapter {adapter!r} ({layer.method_name}) has none; leave them out."
             )
-        if layer.name not in found or len(found[layer.name]) != layer.rank(adapter):
-            held = f"{len(found[layer.name])} gates" if layer.name in found else "no gates"
+        if layer.name not in openness or len(openness[layer.name]) != layer.rank(adapter):
+            held = f"{len(openness[layer.name])} gates" if layer.name in openness else "no gates"
             raise ConfigError(
                 f"the record has {held} for {layer.name!r}, whose adapter {adapter!r} has {layer.rank(adapter)}; "
                 "record them anew with record_gates()."
             )
-    return found
+    return openness

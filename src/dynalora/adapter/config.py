@@ -132,23 +132,20 @@ class AdapterConfig(PeftConfig):
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             # "all-linear" included, as in PEFT: a pattern already says which layers it means.
             raise ConfigError(
-                f"{type(self).__name__}: layers_to_transform cannot be used when target_modules is the "
-                "string "
-                f"{self.target_modules!r}; list the module names, or put the layer numbers into the "
-                "regular expression."
+                f"{type(self).__name__}: layers_to_transform cannot be used when target_modules is the string "
+                f"{self.target_modules!r}; list the module names, or put the layer numbers into the regular expression."
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(
-                f"{type(self).__name__}: layers_pattern={self.layers_pattern!r} needs layers_to_transform, "
-                "the indices of the "
-                "blocks to adapt."
+                f"{type(self).__name__}: layers_pattern={self.layers_pattern!r} needs layers_to_transform, the indices "
+                "of the blocks to adapt."
             )
 
     def _require(self, holds: bool, name: str, expected: str, value: Any = MISSING) -> None:
         """Raise a `ConfigError` that names field, value and remedy unless `holds`."""
         if not holds:
-            found = getattr(self, name) if value is MISSING else value
-            raise ConfigError(f"{type(self).__name__}: {name} must be {expected}, got {found!r}.")
+            actual = getattr(self, name) if value is MISSING else value
+            raise ConfigError(f"{type(self).__name__}: {name} must be {expected}, got {actual!r}.")
 
     @property
     def gated(self) -> bool:
@@ -250,14 +247,12 @@ def check_adapter_folder(folder: str, method: str = "") -> None:
                 made_by = str(json.load(file).get("peft_type", ""))
         except (ValueError, AttributeError) as error:
             raise CheckpointError(
-                f"{config_file} is not readable as JSON ({error}); restore it from another copy of the "
-                "adapter."
+                f"{config_file} is not readable as JSON ({error}); restore it from another copy of the adapter."
             ) from None
         if method and made_by.upper() != method.upper():
             raise CheckpointError(
-                f"the adapter in {folder} was made by {made_by or 'an unknown method'}, not by "
-                f"{method.upper()}; load it with "
-                "peft.PeftModel.from_pretrained, which picks the right method."
+                f"the adapter in {folder} was made by {made_by or 'an unknown method'}, not by {method.upper()}; load "
+                "it with peft.PeftModel.from_pretrained, which picks the right method."
             )
     weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
     if not os.path.isfile(weights):
@@ -267,15 +262,13 @@ def check_adapter_folder(folder: str, method: str = "") -> None:
             names = list(file.keys())
     except SafetensorError as error:
         raise CheckpointError(
-            f"{weights} ({os.path.getsize(weights)} bytes) is truncated or damaged ({error}); save the "
-            "adapter again, or copy "
-            "the file again from where it came."
+            f"{weights} ({os.path.getsize(weights)} bytes) is truncated or damaged ({error}); save the adapter again, "
+            "or copy the file again from where it came."
         ) from None
     if method and names and not any(f".{method.lower()}_" in name for name in names):
         raise CheckpointError(
-            f"{weights} holds no weights of {method.upper()} (the first is {names[0]!r}), although its "
-            "configuration says so; "
-            "the two files belong to different adapters."
+            f"{weights} holds no weights of {method.upper()} (the first is {names[0]!r}), although its configuration "
+            "says so; the two files belong to different adapters."
         )
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, s
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from dynalora.adapter.config import check_adapter_folder
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
@@ -98,14 +97,7 @@ def export_lora(
             adapter's.
         DynaloraError: The folder is not empty, or the model has no such adapter.
     """
-    if max_rank is not None and max_rank < 1:
-        raise ConfigError(f"max_rank={max_rank}: give a rank of at least 1, or leave it out.")
-    if tolerance is not None and not 0 <= tolerance < 1:
-        raise ConfigError(f"tolerance={tolerance}: give a share of the update in [0, 1), or leave it out.")
-    if uniform_rank is not None and uniform_rank < 0:
-        raise ConfigError(
-            f"uniform_rank={uniform_rank}: give a rank, 0 for the largest there is, or leave it out."
-        )
+    _check_wishes(max_rank, tolerance, uniform_rank)
     if gates is not None:
         with held_gates(model, gates, adapter_name):
             return export_lora(model, path, adapter_name, dtype, max_rank, tolerance, uniform_rank)
@@ -120,43 +112,19 @@ def export_lora(
     config: Any = next(iter(layers.values())).drivers[adapter_name].config
     if config.bias != "none":
         raise UnsupportedError(
-            f"adapter {adapter_name!r} was trained with bias={config.bias!r}; a plain LoRA of its factors "
-            "would lack the trained "
-            "biases. Merge it into the base model instead."
+            f"adapter {adapter_name!r} was trained with bias={config.bias!r}; a plain LoRA of its factors would lack "
+            "the trained biases. Merge it into the base model instead."
         )
-
-    factors: dict[str, _Factors] = {}
-    lost = 0.0
-    for name, layer in layers.items():
-        up, down = layer.factors(adapter_name)
-        if max_rank is not None or tolerance is not None:
-            up, down, share = _recompress(up, down, max_rank, tolerance)
-            lost = max(lost, share)
-        factors[plain_name(name)] = up.detach().cpu(), down.detach().cpu(), layer.scaling[adapter_name]
-    if uniform_rank is not None:
-        factors = _uniform(factors, uniform_rank)
-    factors = {
-        name: (up.to(dtype or up.dtype).contiguous(), down.to(dtype or down.dtype).contiguous(), s)
-        for name, (up, down, s) in factors.items()
-    }
-    state = {f"{PREFIX}{name}.lora_A.weight": down for name, (_, down, _) in factors.items()}
-    state |= {f"{PREFIX}{name}.lora_B.weight": up for name, (up, _, _) in factors.items()}
-    extras = {
-        f"{PREFIX}{plain_name(name)}.{key}": tensor
-        for name, layer in layers.items()
-        for key, tensor in layer.plain_extras(adapter_name).items()
-    }
-    for key, tensor in {**extras, **_modules_to_save(model, adapter_name)}.items():
-        state[key] = tensor.detach().cpu().contiguous()
-
+    factors, lost = _factors(layers, adapter_name, dtype, max_rank, tolerance, uniform_rank)
+    state, dora = _state(model, layers, adapter_name, factors)
     lora = _lora_config(
         config,
         factors,
-        conv1d=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
+        conv1d=any(layer.transposed for layer in layers.values()),
         # Of one rank it is only another way to write alpha, which not every server reads.
         rslora=bool(config.use_rslora) and uniform_rank is None,
     )
-    lora.use_dora = any(key.endswith(".lora_magnitude_vector") for key in extras)
+    lora.use_dora = dora
     with folder_beside(target, replace=False) as beside:
         lora.save_pretrained(str(beside))
         save_file(state, beside / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -173,8 +141,64 @@ def export_lora(
     )
 
 
+def _check_wishes(max_rank: int | None, tolerance: float | None, uniform_rank: int | None) -> None:
+    if max_rank is not None and max_rank < 1:
+        raise ConfigError(f"max_rank={max_rank}: give a rank of at least 1, or leave it out.")
+    if tolerance is not None and not 0 <= tolerance < 1:
+        raise ConfigError(f"tolerance={tolerance}: give a share of the update in [0, 1), or leave it out.")
+    if uniform_rank is not None and uniform_rank < 0:
+        raise ConfigError(
+            f"uniform_rank={uniform_rank}: give a rank, 0 for the largest there is, or leave it out."
+        )
+
+
+def _factors(
+    layers: Mapping[str, AdapterLayer],
+    adapter: str,
+    dtype: torch.dtype | None,
+    max_rank: int | None,
+    tolerance: float | None,
+    uniform_rank: int | None,
+) -> tuple[dict[str, _Factors], float]:
+    """The factors to write by module, on the CPU, and the largest share of an update that was cut off."""
+    factors: dict[str, _Factors] = {}
+    lost = 0.0
+    for name, layer in layers.items():
+        up, down = layer.factors(adapter)
+        if max_rank is not None or tolerance is not None:
+            up, down, share = _recompress(up, down, max_rank, tolerance)
+            lost = max(lost, share)
+        factors[plain_name(name)] = up.detach().cpu(), down.detach().cpu(), layer.scaling[adapter]
+    if uniform_rank is not None:
+        factors = _uniform(factors, uniform_rank)
+    factors = {
+        name: (up.to(dtype or up.dtype).contiguous(), down.to(dtype or down.dtype).contiguous(), s)
+        for name, (up, down, s) in factors.items()
+    }
+    return factors, lost
+
+
+def _state(
+    model: nn.Module,
+    layers: Mapping[str, AdapterLayer],
+    adapter: str,
+    factors: Mapping[str, _Factors],
+) -> tuple[dict[str, torch.Tensor], bool]:
+    """Everything to write under PEFT's names, and whether DoRA's magnitudes are among it."""
+    state = {f"{PREFIX}{name}.lora_A.weight": down for name, (_, down, _) in factors.items()}
+    state |= {f"{PREFIX}{name}.lora_B.weight": up for name, (up, _, _) in factors.items()}
+    extras = {
+        f"{PREFIX}{plain_name(name)}.{key}": tensor
+        for name, layer in layers.items()
+        for key, tensor in layer.plain_extras(adapter).items()
+    }
+    for key, tensor in {**extras, **_modules_to_save(model, adapter)}.items():
+        state[key] = tensor.detach().cpu().contiguous()
+    return state, any(key.endswith(".lora_magnitude_vector") for key in extras)
+
+
 def _uniform(factors: dict[str, _Factors], rank: int) -> dict[str, _Factors]:
-    """Factors of one rank, filled up with zeros, and of one scaling."""
+    """Factors (out, rank) and (rank, in) of one rank, filled up with zeros, and of one scaling."""
     largest = max(down.shape[0] for _, down, _ in factors.values())
     if rank and rank < largest:
         raise ConfigError(
@@ -192,7 +216,7 @@ def _uniform(factors: dict[str, _Factors], rank: int) -> dict[str, _Factors]:
 def _recompress(
     up: torch.Tensor, down: torch.Tensor, max_rank: int | None, tolerance: float | None
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The best factors of low rank, and the share of the update that they lose."""
+    """The best factors of low rank for (out, k) and (k, in), and the share of the update that they lose."""
     u, values, v = factor_svd(up, down)
     rank = len(values)
     # What the last singular values sum up to, from each on: the error of cutting there.
@@ -416,13 +440,12 @@ def _verify(folder: Path, layers: dict[str, AdapterLayer], adapter_name: str) ->
         alpha = config.alpha_pattern.get(f"^{re.escape(key)}", config.lora_alpha)
         if rank != down.shape[0]:
             raise DynaloraError(
-                f"the export of {key} went wrong: rank {rank} in the configuration, {down.shape[0]} in the "
-                "file."
+                f"the export of {key} went wrong: rank {rank} in the configuration, {down.shape[0]} in the file."
             )
         scaling = alpha / (rank**0.5 if config.use_rslora else rank)
         x = torch.randn(4, layer.in_features, generator=generator, dtype=torch.float64)
-        own_up, own_down = (t.detach().cpu().double() for t in layer.factors(adapter_name))
-        expected = layer.scaling[adapter_name] * (x @ own_down.t() @ own_up.t())
+        exact_up, exact_down = (t.detach().cpu().double() for t in layer.factors(adapter_name))
+        expected = layer.scaling[adapter_name] * (x @ exact_down.t() @ exact_up.t())
         written = scaling * (x @ down.t() @ up.t())
         size = float(expected.abs().max())
         if size:
