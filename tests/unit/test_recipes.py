@@ -23,10 +23,10 @@ from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.jobs.stages.forgetting import run_forgetting
 from dynalora.jobs.stages.recovery import run_recovery
 from dynalora.jobs.stages.settings import ForgettingSpec, RecoverSpec
-from dynalora.lab import tasks
 from dynalora.lab.budgets import trainable_parameters
 from dynalora.lab.models import empty_model
 from dynalora.lab.settings import read_yaml, settings_from
+from dynalora.lab.tasks.mixed import split_source
 
 from . import test_seq2seq, tiny
 from .test_experiment_tasks import option_rows, problems
@@ -78,7 +78,7 @@ def test_what_a_recipe_trains_on_and_measures_exists(path: Path) -> None:
         if "->" not in source:
             assert find_benchmark(source) is not None
             continue
-        _, trained, measured = tasks._arrow(source)
+        _, trained, measured = split_source(source)
         for name in measured:
             assert name in GROUPS or find_benchmark(name) is not None
         for name in trained:
