@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import dynalora
 from dynalora import __version__
+from dynalora.cli import main
 from dynalora.cli.commands import COMMANDS as TABLE
 from dynalora.cli.program import app
 from dynalora.jobs.demo import run as demo
@@ -28,6 +29,7 @@ from dynalora.lab.configs import adapter_config, method_names
 from tests.unit import tiny
 from tests.unit.program import Program
 
+ROOT = Path(__file__).parents[2]
 COMMANDS = (
     "demo",
     "finetune",
@@ -190,10 +192,28 @@ def test_without_the_extra_one_sentence_says_what_to_install() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
-    assert "typer not installed" in line
-    assert 'pip install "dynalora[lab]"' in line
-    assert 'pip install ".[lab]"' in line
+    assert "needs the package typer, which is not installed" in line
+    assert "pip install 'dynalora[lab]'" in line
+    assert "pip install '.[lab]'" in line
     assert "Traceback" not in done.stderr
+
+
+def test_the_extra_brings_what_the_program_needs_and_the_core_does_not() -> None:
+    tomllib = pytest.importorskip("tomllib")  # new in Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    def names(requirements: list[str]) -> set[str]:
+        return {re.split(r"[<>=\[]", requirement)[0] for requirement in requirements}
+
+    core = names(project["dependencies"])
+    assert core == {"torch", "peft", "transformers", "accelerate", "safetensors", "numpy"}
+    extras = project["optional-dependencies"]
+    needed = {"pyyaml" if module == "yaml" else module for module in main.NEEDED}
+    assert needed <= names(extras["lab"])
+    for name in ("demo", "eval"):
+        assert "dynalora[lab]" in extras[name]
+    oldest = {line.split("==")[0] for line in (ROOT / "constraints-oldest.txt").read_text().splitlines()}
+    assert core | names(extras["lab"]) <= oldest
 
 
 def test_the_package_runs_as_a_module() -> None:
