@@ -71,9 +71,11 @@ class GatedConfig(AdapterConfig):
         ) and 0 < self.gate_lr_multiplier < float("inf")
         self._require(multiplier, "gate_lr_multiplier", "a positive number")
         if not self.gates:
-            for own in fields(GatedConfig):
-                if own.name.startswith("gate_") and getattr(self, own.name) != own.default:
-                    self._require(False, own.name, f"{own.default!r} (its default) without gates=True")
+            for setting in fields(GatedConfig):
+                if setting.name.startswith("gate_") and getattr(self, setting.name) != setting.default:
+                    self._require(
+                        False, setting.name, f"{setting.default!r} (its default) without gates=True"
+                    )
 
     @property
     def gated(self) -> bool:

@@ -287,8 +287,8 @@ class AdapterModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         saved: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in state_dict.items():
-            owner, _, own = key.rpartition(".")
-            saved.setdefault(plain_name(owner), {})[own] = tensor
+            owner, _, name = key.rpartition(".")
+            saved.setdefault(plain_name(owner), {})[name] = tensor
         layers = adapter_layers(model, adapter_name)
         for name, layer in layers.items():
             # Names are matched by what the model has: it must have what the file has.

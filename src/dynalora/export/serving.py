@@ -95,8 +95,8 @@ def _for_vllm(
     max_lora_rank: int | None,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     problems, needs = list(common), []
-    one = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-    if any(not _close(s, one) for s in scalings.values()):
+    common_scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    if any(not _close(s, common_scaling) for s in scalings.values()):
         problems.append("it scales all matrices alike, and these differ; export with a uniform rank")
     rank = max(matrices.values(), default=0)
     if rank > config.r:
@@ -131,5 +131,5 @@ def _scaling(config: Any, module: str) -> float:
     return float(alpha / (rank**0.5 if config.use_rslora else rank))
 
 
-def _close(one: float, other: float) -> bool:
-    return abs(one - other) <= 1e-6 * max(abs(one), abs(other))
+def _close(a: float, b: float) -> bool:
+    return abs(a - b) <= 1e-6 * max(abs(a), abs(b))

@@ -61,9 +61,9 @@ def held_gates(
             f"adapter {adapter_name!r} has no gates to hold, so it needs no snapshot; export it as it is."
         )
     for layer in layers:
-        found = means.get(layer.name)
-        if found is None or len(found) != layer.rank(adapter_name):
-            held = "no gates" if found is None else f"{len(found)} gates"
+        mean = means.get(layer.name)
+        if mean is None or len(mean) != layer.rank(adapter_name):
+            held = "no gates" if mean is None else f"{len(mean)} gates"
             raise ConfigError(
                 f"the record has {held} for {layer.name!r}, whose adapter {adapter_name!r} has "
                 f"{layer.rank(adapter_name)}; record them anew with record_gates()."
@@ -117,13 +117,13 @@ def snapshot_price(
     sums, tokens = torch.zeros(4, dtype=torch.float64), 0
     with evaluating(model), torch.inference_mode():
         for batch in batches:
-            given = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+            inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
             labels = batch["labels"].to(device)[:, 1:]
             counted = labels != IGNORED_LABEL
             targets = labels[counted]
 
-            def predict(given: dict[str, Any] = given, counted: torch.Tensor = counted) -> torch.Tensor:
-                return F.log_softmax(model(**given).logits[:, :-1][counted].float(), dim=-1)
+            def predict(inputs: dict[str, Any] = inputs, counted: torch.Tensor = counted) -> torch.Tensor:
+                return F.log_softmax(model(**inputs).logits[:, :-1][counted].float(), dim=-1)
 
             gated = predict()
             with held_gates(model, record, adapter_name):

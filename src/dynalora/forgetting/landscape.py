@@ -141,7 +141,7 @@ def _factors(
 
 def landscape_row(name: str, rank: int, sigma: torch.Tensor, tau: float) -> LandscapeRow:
     """The row of a matrix with these singular values (descending, float64)."""
-    kept = sigma > tau
+    above = sigma > tau
     energy = sigma.square()
     total = float(energy.sum())
     return LandscapeRow(
@@ -149,9 +149,9 @@ def landscape_row(name: str, rank: int, sigma: torch.Tensor, tau: float) -> Land
         layer=layer_index(name),
         kind=name.rpartition(".")[2],
         rank=rank,
-        effective_rank=int(kept.sum()),
+        effective_rank=int(above.sum()),
         nuclear_norm=float(sigma.sum()),
-        energy=float(energy[kept].sum()) / total if total else 0.0,
+        energy=float(energy[above].sum()) / total if total else 0.0,
         singular_values=tuple(sigma.tolist()),
     )
 

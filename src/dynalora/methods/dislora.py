@@ -225,9 +225,9 @@ class DisloraLayer(AdapterLayer):
                 parameter.device, torch.promote_types(parameter.dtype, torch.float32)
             ).clone()
         for role in FROZEN:
-            if self.has_buffer(role, adapter) and (kept := self.buffer(role, adapter)).is_floating_point():
+            if self.has_buffer(role, adapter) and (tensor := self.buffer(role, adapter)).is_floating_point():
                 container = getattr(self, f"{self.method_name}_{role}")
-                container[adapter] = kept.to(torch.promote_types(kept.dtype, torch.float32))
+                container[adapter] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         self.buffer("frozen_up", adapter)[:, :r] = self.parameter("up", adapter)
         self.buffer("frozen_down", adapter)[:r] = self.parameter("down", adapter)
         self.buffer("start_sigma", adapter).copy_(self.parameter("sigma", adapter))
@@ -452,9 +452,9 @@ class Dislora(Method):
         if balance is None or config.ortho_weight == 0:
             return {}
         task, ortho, k, task_weight, ortho_weight = balance.tolist()[:NOTES]
-        known = {"dislora_ortho_loss": ortho, "dislora_ortho_weight": ortho_weight}
+        values = {"dislora_ortho_loss": ortho, "dislora_ortho_weight": ortho_weight}
         if config.adaptive:
-            known |= {
+            values |= {
                 "dislora_task_loss": task,
                 "dislora_task_weight": task_weight,
                 "dislora_k": k,
@@ -467,7 +467,7 @@ class Dislora(Method):
                     + ("." if config.match_step else ", or set match_step=True."),
                     stacklevel=2,
                 )
-        return known
+        return values
 
     def decided(self, layers: Mapping[str, DisloraLayer], adapter: str) -> list[dict[str, Any]]:  # type: ignore[override]
         """The task-specific directions of every matrix with their scores, the highest first."""
@@ -538,7 +538,7 @@ def choose_directions(
     Few pairs need to be looked at. δ_i is at most ‖M‖₂ / σ_i, so once the smallest pairs are known, and σ of the next
     one is so large that this bound is below the `tsd_count`-th best score, no other can be among the best.
     """
-    found = []
+    results = []
     with late_progress() as progress:
         progress("Choosing directions", 0, len(layers))
         for done, layer in enumerate(
@@ -553,9 +553,9 @@ def choose_directions(
             while not enough:
                 pairs = smallest_triplets(weight, min(4 * pairs.values.shape[0], sides))
                 chosen, enough = _best(pairs, up, down, count, sides, largest, floor)
-            found.append(chosen)
+            results.append(chosen)
             progress("Choosing directions", done, len(layers))
-    return found
+    return results
 
 
 def _best(
@@ -569,14 +569,16 @@ def _best(
 ) -> tuple[Directions, bool]:
     """The best directions among some pairs, and whether no other pair can be among the best."""
     u, values, v = (tensor.to(up) for tensor in (pairs.up, pairs.values, pairs.down))
-    known = values.shape[0]
+    available = values.shape[0]
     # u_iᵀ M v_i for all i at once
     projections = ((u.t() @ up) * (v @ down.t())).sum(dim=1)
     score = projections.abs() / values.clamp_min(floor)
-    best = torch.topk(score, min(count, known))
+    best = torch.topk(score, min(count, available))
     index = best.indices
-    chosen = Directions(index + (sides - known), best.values, Triplets(u[:, index], values[index], v[index]))
-    enough = known == sides or float(best.values[-1]) >= largest / max(float(values[0]), floor)
+    chosen = Directions(
+        index + (sides - available), best.values, Triplets(u[:, index], values[index], v[index])
+    )
+    enough = available == sides or float(best.values[-1]) >= largest / max(float(values[0]), floor)
     return chosen, enough
 
 

@@ -109,13 +109,13 @@ def open_cache() -> DecompositionCache | None:
     Raises:
         ConfigError: The environment sets a size that is no number of at least 0.
     """
-    given = os.environ.get(SIZE_VARIABLE, "").strip()
+    size = os.environ.get(SIZE_VARIABLE, "").strip()
     try:
-        gib = float(given) if given else _DEFAULT_GIB
+        gib = float(size) if size else _DEFAULT_GIB
     except ValueError:
         gib = -1.0
     if not 0 <= gib < float("inf"):
-        raise ConfigError(f"{SIZE_VARIABLE} must be a number of GiB of at least 0, got {given!r}")
+        raise ConfigError(f"{SIZE_VARIABLE} must be a number of GiB of at least 0, got {size!r}")
     if gib == 0:
         return None
     return DecompositionCache(cache_folder() / "decompositions", int(gib * 2**30))
