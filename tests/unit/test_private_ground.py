@@ -18,7 +18,7 @@ from transformers.trainer import DEFAULT_CALLBACKS
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.model import AdapterModel
 from dynalora.common import private
-from dynalora.driver.losses import watch_backward
+from dynalora.driver import losses
 from tests.toys import TOYS
 
 # Methods with an underscore that PEFT calls, or that we call, with PEFT's parameters after `self` or `cls`.
@@ -219,9 +219,14 @@ def test_a_backward_pass_knows_itself() -> None:
     )
 
 
-def test_every_backward_goes_through_the_function_that_is_wrapped() -> None:
-    watch_backward(lambda: None, lambda loss, noted: None)
-    assert hasattr(torch.autograd.backward, "__wrapped__")
+def test_every_backward_goes_through_the_function_that_is_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The first watchers of a process stay, so these are put in their place for this test only.
+    monkeypatch.setattr(losses, "_watching", False)
+    monkeypatch.setattr(torch.autograd, "backward", torch.autograd.backward)
+    seen: list[float] = []
+    losses.watch_backward(lambda: None, lambda loss, noted: seen.append(float(loss)))
+    (2 * torch.ones(1, requires_grad=True)).sum().backward()
+    assert seen == [2.0]
     source = inspect.getsource(torch.Tensor.backward)
     assert "torch.autograd.backward(" in source, (
         "Tensor.backward no longer calls torch.autograd.backward by its name"
@@ -255,3 +260,27 @@ def test_operations_on_lists_of_tensors() -> None:
     private.foreach_lerp_(product, b, 0.5)
     private.foreach_add_(product, b)
     assert [float(x) for x in product] == [(5 + 3) / 2 + 3]
+
+
+def test_layers_without_their_updates_compute_what_their_base_layers_do() -> None:
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(2, 2)), peft.LoraConfig(target_modules=["0"], init_lora_weights=False)
+    )
+    (layer,) = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    x = torch.ones(1, 2)
+    adapted, trains = model(x), [parameter.requires_grad for parameter in model.parameters()]
+    with private.without_updates([layer]):
+        base = model(x)
+        assert [parameter.requires_grad for parameter in model.parameters()] == trains
+    reason = "PEFT's layers no longer ask _disable_adapters whether to add their update"
+    assert torch.equal(base, layer.get_base_layer()(x)), reason
+    assert torch.equal(model(x), adapted)
+    assert not torch.equal(base, adapted)
+
+
+def test_a_model_says_whether_its_adapters_are_off() -> None:
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), peft.LoraConfig(target_modules=["0"]))
+    assert not private.adapters_disabled(model)
+    with model.disable_adapter():
+        assert private.adapters_disabled(model), "disable_adapter no longer sets _adapters_disabled"
+    assert not private.adapters_disabled(model)

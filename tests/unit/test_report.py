@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import importlib
+import inspect
 import io
+import pkgutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 from matplotlib.figure import Figure as MplFigure
 from rich.console import Console
 
+from dynalora import drawing
 from dynalora.adapter.method import Panel
 from dynalora.common.statistics import Interval
 from dynalora.drawing.bars import plot_bars
@@ -236,3 +240,14 @@ def test_other_labels_take_looks_that_no_method_in_the_figure_has() -> None:
     assert len({(style.color, style.marker) for style in mixed.values()}) == len(mixed)
     assert mixed == looks(["a", *METHODS, "b", "base"])
     assert mixed["base"].color not in PALETTE
+
+
+def test_every_plot_returns_a_figure() -> None:
+    plots = []
+    for module in pkgutil.iter_modules(drawing.__path__, "dynalora.drawing."):
+        for name, function in inspect.getmembers(importlib.import_module(module.name), inspect.isfunction):
+            if name.startswith("plot_"):
+                plots.append(name)
+                returned = inspect.signature(function).return_annotation
+                assert returned in ("Figure", "Figure | None"), f"{name} returns {returned}"
+    assert {"plot_gates", "plot_bars", "plot_rank_landscape", "plot_transfer"} <= set(plots)

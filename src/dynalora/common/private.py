@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import _get_in_out_features, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
 from peft.utils.peft_types import PeftType
 from torch import nn
 from torch.optim import Optimizer
@@ -25,6 +26,7 @@ from transformers.trainer_callback import TrainerCallback
 
 __all__ = [
     "BufferDict",
+    "adapters_disabled",
     "add_default_callback",
     "extend_model_cards",
     "features",
@@ -36,6 +38,7 @@ __all__ = [
     "steps_around",
     "version",
     "view_base",
+    "without_updates",
 ]
 
 # torch's operations on lists of tensors, which its own optimizers are made of: one launch instead of one per tensor.
@@ -61,6 +64,30 @@ def resolve_all_linear(config: PeftConfig, model: nn.Module) -> PeftConfig:
     PEFT does so in the middle of an injection only, and its rules for heads follow the task and the model.
     """
     return _maybe_include_all_linear_layers(config, model)
+
+
+def adapters_disabled(model: nn.Module) -> bool:
+    """Whether a model's adapters are off; prompt learning has no layers that could be asked."""
+    return bool(model._adapters_disabled)
+
+
+@contextmanager
+def without_updates(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
+    """Inside, adapted layers compute what their base layers do.
+
+    `BaseTunerLayer.enable_adapters` also changes which parameters train, and unmerges.
+
+    Args:
+        layers: The layers; afterwards each is as it was.
+    """
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, state in zip(layers, before, strict=True):
+            layer._disable_adapters = state
 
 
 def peft_type(name: str) -> PeftType:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 
+from dynalora.common.private import adapters_disabled
 from dynalora.evaluation.seq2seq import is_encoder_decoder
 
 __all__ = ["causal_pass", "continued", "prompt_length"]
@@ -22,7 +23,7 @@ __all__ = ["causal_pass", "continued", "prompt_length"]
 
 def prompt_length(model: torch.nn.Module) -> int:
     """Number of virtual tokens before every input: 0 without prompt learning, and with the adapter disabled."""
-    if not _learns_prompts(model) or model._adapters_disabled:
+    if not _learns_prompts(model) or adapters_disabled(model):
         return 0
     return int(model.active_peft_config.num_virtual_tokens)  # type: ignore[union-attr,arg-type]
 

@@ -25,6 +25,7 @@ from torch import nn
 
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.common.names import plain_name
+from dynalora.common.private import without_updates
 from dynalora.common.progress import Progress, silent
 from dynalora.driver import param_groups, restart_schedule
 from dynalora.errors import ConfigError, DataError, DynaloraError, TrainingError, UnsupportedError
@@ -314,14 +315,8 @@ def ablated(model: nn.Module, layers: str | Sequence[int]) -> Iterator[list[str]
             raise UnsupportedError(
                 f"The adapter is merged into the base weight of '{name}'; call unmerge_adapter() first."
             )
-    before = [layer._disable_adapters for _, layer in matches]
-    try:
-        for _, layer in matches:
-            layer._disable_adapters = True
+    with without_updates([layer for _, layer in matches]):
         yield [name for name, _ in matches]
-    finally:
-        for (_, layer), state in zip(matches, before, strict=True):
-            layer._disable_adapters = state
 
 
 def ablated_layers(model: nn.Module, layers: str | Sequence[int]) -> list[int]:
