@@ -190,17 +190,17 @@ def describe(kind: type[Any]) -> dict[str, Described]:
 
 @functools.cache
 def _describe(kind: type[Any]) -> dict[str, Described]:
-    known = {item.name: item for item in fields(kind) if item.init}
+    declared = {item.name: item for item in fields(kind) if item.init}
     annotated = get_type_hints(kind)
     like = getattr(kind, "_like", None)
     described = {}
-    for name in dict.fromkeys(name for base in kind.__mro__ for name in _declared(base) if name in known):
+    for name in dict.fromkeys(name for base in kind.__mro__ for name in _declared(base) if name in declared):
         declaring = [base for base in kind.__mro__ if name in _declared(base)]
         borrowed = [base for base in getattr(like, "__mro__", ()) if name in _declared(base)]
         sources = declaring + borrowed
-        setting = next((found for base in sources if (found := _setting(base, name))), Setting())
+        setting = next((extra for base in sources if (extra := _setting(base, name))), Setting())
         text = next((texts[name] for base in sources if name in (texts := _descriptions(base))), "")
-        item = known[name]
+        item = declared[name]
         default = item.default if item.default_factory is MISSING else item.default_factory()
         none = _NONE.search(_first_sentence(text))
         described[name] = Described(
@@ -279,8 +279,10 @@ def defaults_of(kind: type[Any]) -> dict[str, Any]:
     Files that an older version has written lack the settings that came later; these had their defaults' effect.
     """
     values = {item.name: item.default for item in fields(kind) if item.default is not MISSING}
-    made = {item.name: item.default_factory() for item in fields(kind) if item.default_factory is not MISSING}
-    return values | made
+    factories = {
+        item.name: item.default_factory for item in fields(kind) if item.default_factory is not MISSING
+    }
+    return values | {name: factory() for name, factory in factories.items()}
 
 
 def settings_from(kind: type[Kind], values: Mapping[str, Any], *, source: str = "the settings") -> Kind:
@@ -296,7 +298,7 @@ def settings_from(kind: type[Kind], values: Mapping[str, Any], *, source: str = 
     Raises:
         ConfigError: An unknown name (with the closest known one), a missing one, or a value of the wrong kind.
     """
-    known = {item.name: item for item in fields(kind) if item.init}  # type: ignore[arg-type]
+    allowed = {item.name: item for item in fields(kind) if item.init}  # type: ignore[arg-type]
     unused: Mapping[str, Any] = getattr(kind, "unused", {})
     for name in unused.keys() & values.keys():
         if values[name] != unused[name]:
@@ -306,11 +308,11 @@ def settings_from(kind: type[Kind], values: Mapping[str, Any], *, source: str = 
             )
     values = {name: value for name, value in values.items() if name not in unused}
     for name in values:
-        if name not in known:
-            raise ConfigError(f"Unknown setting '{name}' in {source}; {did_you_mean(name, known)}.")
+        if name not in allowed:
+            raise ConfigError(f"Unknown setting '{name}' in {source}; {did_you_mean(name, allowed)}.")
     missing = [
         name
-        for name, item in known.items()
+        for name, item in allowed.items()
         if item.default is MISSING and item.default_factory is MISSING and values.get(name) is None
     ]
     if missing:
@@ -355,10 +357,10 @@ def named_source(text: str, setting: str) -> tuple[str, str]:
     return name, source
 
 
-def did_you_mean(name: str, known: Mapping[str, Any] | list[str]) -> str:
+def did_you_mean(name: str, names: Mapping[str, Any] | list[str]) -> str:
     """A remedy for an unknown name: the closest known one, then all of them."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    listed = ", ".join(sorted(known))
+    near = difflib.get_close_matches(name, list(names), n=1)
+    listed = ", ".join(sorted(names))
     return f"did you mean '{near[0]}'? Known are {listed}" if near else f"known are {listed}"
 
 
@@ -410,8 +412,8 @@ def _as(value: Any, kind: Any) -> Any:
         if not isinstance(value, (list, tuple, set)):
             return MISSING
         (each,) = get_args(kind) or (str,)
-        made = [str(item) if each is str else _as(item, each) for item in value]
-        return MISSING if any(item is MISSING for item in made) else made
+        items = [str(item) if each is str else _as(item, each) for item in value]
+        return MISSING if any(item is MISSING for item in items) else items
     if value is None or isinstance(value, (bool, list, tuple, set, Mapping)):
         return MISSING
     if origin is str:

@@ -13,7 +13,7 @@ from dynalora.export.snapshot import snapshot_price
 from dynalora.forgetting.gate_recording import record_gates
 from dynalora.forgetting.gates import GateStatistics
 from dynalora.lab.adapters import adapter_folder, load_adapter, read_config
-from dynalora.lab.data.collator import Collator
+from dynalora.lab.data.collator import batches_of
 from dynalora.lab.data.conversations import load_conversations
 from dynalora.lab.models import load_tokenizer
 from dynalora.lab.precision import resolve_dtype
@@ -79,11 +79,12 @@ def _snapshot(spec: ExportSpec, calibrate: str) -> tuple[PeftModel, Sequence[Gat
     texts = _texts(spec, calibrate)
     adapted = load_adapter(spec.adapter, spec.model)
     tokenizer = load_tokenizer(spec.model or str(read_config(spec.adapter).base_model_name_or_path))
-    collator = Collator(tokenizer.pad_token_id or 0)
-    batches = {}
-    for source, conversations in texts.items():
-        tokens = tokenize(conversations, tokenizer, max_length=spec.max_length)
-        batches[source] = [collator(tokens.rows[start : start + 8]) for start in range(0, len(tokens), 8)]
+    batches = {
+        source: batches_of(
+            tokenize(conversations, tokenizer, max_length=spec.max_length).rows, tokenizer.pad_token_id
+        )
+        for source, conversations in texts.items()
+    }
     record = record_gates(adapted, batches[calibrate])
     rows: list[list[Cell]] = []
     for source in spec.measure or [source for source in texts if source != calibrate]:

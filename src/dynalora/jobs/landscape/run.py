@@ -29,7 +29,7 @@ from dynalora.forgetting.landscape import (
 )
 from dynalora.jobs.landscape.tables import energy_by_threshold, landscape_table
 from dynalora.lab.adapters import adapter_folder, load_adapter, model_folder, read_config
-from dynalora.lab.data.collator import Collator
+from dynalora.lab.data.collator import batches_of
 from dynalora.lab.data.conversations import load_conversations
 from dynalora.lab.models import load_tokenizer
 from dynalora.lab.report import rich_table
@@ -125,10 +125,10 @@ def _mean_gates(spec: LandscapeSpec, adapted: Any, source: str, progress: Progre
     conversations = load_conversations(str(spec.data), split=spec.split, limit=spec.limit)
     tokenizer = load_tokenizer(spec.model or str(read_config(source).base_model_name_or_path))
     tokens = tokenize(conversations, tokenizer, max_length=spec.max_length)
-    collator = Collator(tokenizer.pad_token_id or 0)
-    batches = [collator(tokens.rows[start : start + 8]) for start in range(0, len(tokens), 8)]
     return record_gates(
-        adapted, batches, progress=lambda done, total: progress("Recording gates", done, total or None)
+        adapted,
+        batches_of(tokens.rows, tokenizer.pad_token_id),
+        progress=lambda done, total: progress("Recording gates", done, total or None),
     )
 
 
