@@ -24,14 +24,14 @@ class Setup:
     """A method with the settings of its adapter.
 
     Attributes:
-        label: For tables, plots and file names.
-        method: Its name; `base`: nothing is trained.
-        r: Its rank.
-        alpha: None: the method's default.
-        dropout: On the adapter's input.
-        target_modules: Which modules it adapts.
+        label: Name in tables, plots and file names.
+        method: Name of the method, or `base` where nothing is trained.
+        r: Rank.
+        alpha: The update is scaled by alpha / r; None: the method's default.
+        dropout: Dropout on the adapter's input, in [0, 1).
+        target_modules: Modules that are adapted.
         quantization: How the base weights are held; None: as they are.
-        options: Further fields of its configuration.
+        options: Further fields of the method's configuration.
     """
 
     label: str
@@ -72,10 +72,10 @@ class Contestant(Setup):
     """One method that is compared.
 
     Attributes:
-        learning_rates: Rising.
-        matches: Whether its rank is chosen by the number of parameters.
-        parameters: Number of parameters that it trains; None: not counted yet.
-        off: Their number relative to the reference's, minus 1.
+        learning_rates: Learning rates to choose from, in rising order.
+        matches: Whether the rank is chosen so that it trains as many parameters as the reference.
+        parameters: Number of trained parameters; None: not counted yet.
+        off: Number of trained parameters divided by the reference's, minus 1.
     """
 
     learning_rates: tuple[float, ...]
@@ -89,10 +89,10 @@ class Cell(Setup):
     """One run: what its numbers depend on, besides the settings that all cells share.
 
     Attributes:
-        task: As the settings name it.
-        place: The task's name in file names.
-        learning_rate: The peak.
-        seed: Of the adapter's start, the order of the data and dropout.
+        task: Source of the task, as the settings name it.
+        place: Name of the task in file names.
+        learning_rate: Peak of the learning rate.
+        seed: Seed of the adapter's start, of the data's order and of dropout.
     """
 
     task: str

@@ -1,8 +1,9 @@
 """Methods against each other: methods × learning rates × seeds × tasks, as cells that are run once each.
 
-A cell is one training run with its measurements. It runs in a process of its own, so that its peak memory is its own
-and a crash is its own, and leaves one file, all at once. Any number of `dynalora compare` may work on the same folder
-at the same time, on one machine or on several that share it: each takes cells that no other has taken.
+A cell is one training run with its measurements. It runs in a new process, so that its peak memory is measured apart
+from other cells' and a crash stops no other, and it leaves one file, written whole or not at all. Any number of
+`dynalora compare` may work on the same folder at the same time, on one machine or on several that share it: a cell is
+locked by the process that runs it.
 
 The learning rate is chosen for each method and task from the same grid: the first seed runs at all rates, the lowest
 loss on questions that were set aside of the training ones wins, and the other seeds run at that rate only. Held-out
@@ -69,8 +70,8 @@ def run_compare(
     Args:
         spec: What is compared.
         console: Where progress and the closing tables are shown; None: nowhere.
-        apart: Run every cell in a process of its own. False: in this one, one after another; their peak memory is then
-            this process's.
+        apart: Run every cell in a new process. False: in this one, one after another; their peak memory is then this
+            process's.
         run: False: run nothing, and write tables, plots and the report of the cells that are there.
 
     Returns:
