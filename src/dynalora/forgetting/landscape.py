@@ -184,7 +184,7 @@ def energy_table(rows: Sequence[LandscapeRow], taus: Sequence[float] = TAUS) -> 
 
     Args:
         rows: Result of `rank_landscape` or of
-            `model_landscape <dynalora.forgetting.full_models.model_landscape>`.
+            [`model_landscape`][dynalora.forgetting.full_models.model_landscape].
         taus: The thresholds.
 
     Raises:
