@@ -43,6 +43,9 @@ class Method:
     config_class: ClassVar[type[AdapterConfig]]
     layer_class: ClassVar[type[AdapterLayer]]
 
+    #: What lives for one training step (`Moment.shared`): made anew, without arguments, at the start of each.
+    shared_class: ClassVar[type[Any]] = object
+
     #: How the metrics are drawn, in reading order; empty: not at all.
     panels: ClassVar[tuple[Panel, ...]] = ()
 

@@ -1,7 +1,13 @@
-"""Changing the size of a parameter in the middle of a run, with everything that training keeps about it.
+"""Changing the size of a parameter in the middle of a run, with all that optimizers remember of it.
 
-A parameter stays the same object, since optimizers, schedulers and the driver know it by its identity. What changes is
-its storage, its gradient, and the state that optimizers keep in its shape.
+When the rank of a layer changes, its factors lose or gain rows or columns while training goes on. An optimizer knows a
+parameter by the object, and keeps for it arrays of the same shape: momentum, second moments. If the parameter were
+replaced by a new one, the optimizer would go on stepping the old one; if only its data were resized, the next step
+would fail on arrays of another shape.
+
+So the object stays. Its storage, its gradient and every array that an optimizer keeps in its shape are cut and extended
+alike: entries that stay keep their values in all of them, and state of new ones starts at zero. There are two ways:
+`carry_state` keeps some rows and adds others; `mix_state` replaces rows by linear combinations of the old ones.
 """
 
 from __future__ import annotations
@@ -74,7 +80,7 @@ def carry_state(
 
 
 def mix_state(parameter: nn.Parameter, dim: int, value: torch.Tensor, mix: torch.Tensor, size: int) -> None:
-    """Give a parameter new slices, of whose gradients it is known what they are of the old ones': `mix` times them.
+    """Replace a parameter's slices by others, whose gradients are `mix` times those of the old ones.
 
     The gradient and the optimizers' first moments, which are sums of gradients, follow exactly. Second moments follow
     by the squares of `mix`, as if the entries of a gradient were uncorrelated. What is kept in any other form starts
@@ -83,8 +89,8 @@ def mix_state(parameter: nn.Parameter, dim: int, value: torch.Tensor, mix: torch
     Args:
         parameter: The parameter.
         dim: The dimension along which the slices lie.
-        value: The new slices, k of them.
-        mix: (k, old slices in use).
+        value: The new slices, k of them along `dim`.
+        mix: Coefficients of the old slices that are in use, (k, old slices).
         size: Size of the dimension afterwards, at least k; what is left over is zero.
     """
 
@@ -156,11 +162,11 @@ def _carry(
 
 
 def _start_anew(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str, found: torch.Size, shape: torch.Size
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str, state: torch.Size, shape: torch.Size
 ) -> None:
     del optimizer.state[parameter]
     warnings.warn(
-        f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(found)} for a parameter of shape "
+        f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(state)} for a parameter of shape "
         f"{tuple(shape)}, which cannot follow a change of rank; it starts anew with that parameter at every "
         "adjustment. Use AdamW, SGD, Adafactor or bitsandbytes' optimizers to keep its state.",
         stacklevel=3,

@@ -9,7 +9,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from dynalora.common.private import add_default_callback
-from dynalora.driver.driver import check_driven, drivers_of
+from dynalora.driver.model import check_driven, drivers_of
 
 
 class DriverCallback(TrainerCallback):

@@ -26,7 +26,7 @@ from dynalora.adapter.gates import GatedConfig, GatedLayer
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method
 from dynalora.adapter.register import register
-from dynalora.driver.driver import Moment, OptimizerOverride
+from dynalora.driver import Moment, OptimizerOverride
 from dynalora.driver.schedule import SCHEDULES, Schedule, scheduled
 
 Penalty = Literal["product", "variational"]
@@ -90,6 +90,17 @@ class DiraLayer(GatedLayer):
     method_name = "dira"
 
 
+@dataclass
+class StepNorms:
+    """Norms of the factors as they were when a training step began, where several optimizers share it.
+
+    Attributes:
+        by_layer: Norms of the rows of `down` and of the columns of `up`, (r) each.
+    """
+
+    by_layer: dict[AdapterLayer, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
 @register
 class Dira(Method):
     """DiRA's part in training: the penalty's gradient, with a decaying weight."""
@@ -98,6 +109,7 @@ class Dira(Method):
     title = "DiRA"
     config_class = DiraConfig
     layer_class = DiraLayer
+    shared_class = StepNorms
 
     def optimizer_overrides(
         self, config: DiraConfig, layer: AdapterLayer, adapter: str
@@ -137,8 +149,7 @@ class Dira(Method):
         """Remove dead components if it is time; the others stay exactly what they are."""
         every, threshold = moment.config.compact_every, moment.config.compact_threshold
         if every and (moment.step + 1) % every == 0:
-            driver = moment.layers[0].drivers[moment.adapter]
-            compact_layers(driver, moment.all_layers, threshold, rewrite=False)
+            compact_layers(moment.driver, moment.all_layers, threshold, rewrite=False)
 
     def metrics(self, moment: Moment) -> dict[str, float]:
         """λ, for the trainer's log."""
@@ -170,19 +181,20 @@ def _factors(layer: AdapterLayer, moment: Moment) -> tuple[torch.nn.Parameter, t
     return layer.parameter("down", moment.adapter), layer.parameter("up", moment.adapter)
 
 
-def _add_product_gradient(moment: Moment, layers: list[AdapterLayer], weight: float) -> None:
+def _add_product_gradient(moment: Moment[StepNorms], layers: list[AdapterLayer], weight: float) -> None:
     factors = [_factors(layer, moment) for layer in layers]
     down = torch.stack([down for down, _ in factors])  # (L, r, in)
     up = torch.stack([up for _, up in factors])  # (L, out, r)
-    if all(layer in moment.shared for layer in layers):
+    known = moment.shared.by_layer
+    if all(layer in known for layer in layers):
         down_norm, up_norm = (
-            torch.stack(norms) for norms in zip(*(moment.shared[layer] for layer in layers), strict=True)
+            torch.stack(norms) for norms in zip(*(known[layer] for layer in layers), strict=True)
         )
     else:
         down_norm, up_norm = _norms(down, dim=2), _norms(up, dim=1)  # (L, r)
         if not all(moment.awaits(parameter) for pair in factors for parameter in pair):
             # Another optimizer has the other factors, and will see these ones changed.
-            moment.shared.update(zip(layers, zip(down_norm, up_norm, strict=True), strict=True))
+            known.update(zip(layers, zip(down_norm, up_norm, strict=True), strict=True))
     rate = weight * moment.grad_scale
     _add(
         moment,

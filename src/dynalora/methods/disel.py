@@ -22,7 +22,7 @@ from dynalora.adapter.gates import GatedConfig, GatedLayer
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method
 from dynalora.adapter.register import register
-from dynalora.driver.driver import Moment, OptimizerOverride
+from dynalora.driver import Moment, OptimizerOverride
 
 
 @dataclass

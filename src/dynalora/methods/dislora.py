@@ -44,7 +44,7 @@ from dynalora.adapter.method import Method, Panel
 from dynalora.adapter.register import register
 from dynalora.adapter.storage import Role
 from dynalora.common.progress import late_progress
-from dynalora.driver.driver import Moment, OptimizerOverride
+from dynalora.driver import Moment, OptimizerOverride
 from dynalora.errors import ConfigError
 from dynalora.spectral.decomposition import Triplets, decompose, smallest_triplets
 from dynalora.spectral.spectrum import factor_spectrum
@@ -286,6 +286,17 @@ class Directions:
     pairs: Triplets
 
 
+@dataclass
+class StepWeights:
+    """What the optimizers that share a training step have in common.
+
+    Attributes:
+        weights: Weights of the task loss and of the orthogonality loss; None before the first of them has asked.
+    """
+
+    weights: tuple[torch.Tensor | float, torch.Tensor | float] | None = None
+
+
 @register
 class Dislora(Method):
     """DisLoRA's part in training: the start, the orthogonality penalty with its weights, the choice of directions."""
@@ -294,6 +305,7 @@ class Dislora(Method):
     title = "DisLoRA"
     config_class = DisloraConfig
     layer_class = DisloraLayer
+    shared_class = StepWeights
     panels = (
         Panel("weight of the task loss", ("dislora_task_weight",)),
         Panel("weight of the orthogonality loss", ("dislora_ortho_weight",)),
@@ -352,7 +364,7 @@ class Dislora(Method):
 
     # The losses and their weights ------------------------------------------------------------------------------
 
-    def before_step(self, moment: Moment) -> None:
+    def before_step(self, moment: Moment[StepWeights]) -> None:
         """Weigh the gradients of the two losses (eq. 15)."""
         config: DisloraConfig = moment.config
         warmup = config.warmup(moment.total_steps)
@@ -367,9 +379,9 @@ class Dislora(Method):
                         weight.grad = None
         if config.ortho_weight == 0:
             return
-        if "weights" not in moment.shared:
-            moment.shared["weights"] = self._weigh(moment)
-        task_weight, ortho_weight = moment.shared["weights"]
+        if moment.shared.weights is None:
+            moment.shared.weights = self._weigh(moment)
+        task_weight, ortho_weight = moment.shared.weights
         if config.adaptive:
             gradients = [
                 p.grad for layer in moment.layers for p in self._awaiting(layer, moment) if p.grad is not None
@@ -655,11 +667,7 @@ def _scale(gradients: Sequence[torch.Tensor], weight: torch.Tensor | float) -> N
 
 def _balance(moment: Moment) -> torch.Tensor | None:
     """The lead's note of the losses and their weights."""
-    for layer in moment.all_layers or moment.layers:
-        balance: torch.Tensor | None = layer.running("balance", moment.adapter)
-        if balance is not None:
-            return balance
-    return None
+    return None if moment.lead is None else moment.lead.running("balance", moment.adapter)
 
 
 def _smooth(

@@ -23,9 +23,10 @@ PE-DyRA: Dynamic Rank Adaptation for Parameter-Efficient Fine-Tuning via Importa
 (anonymous, under review).
 """
 
-from dynalora.methods.pedyra.adjustment import Adjustment, choose
+from dynalora.methods.pedyra.adjustment import choose
 from dynalora.methods.pedyra.layer import PedyraLayer
 from dynalora.methods.pedyra.method import Pedyra, adjustments
+from dynalora.methods.pedyra.record import Adjustment
 from dynalora.methods.pedyra.settings import AdjustmentPlan, PedyraConfig
 
 __all__ = ["Adjustment", "AdjustmentPlan", "Pedyra", "PedyraConfig", "PedyraLayer", "adjustments", "choose"]

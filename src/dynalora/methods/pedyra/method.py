@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method, Panel
 from dynalora.adapter.register import register
-from dynalora.driver import Driver, drivers_of, layers_of
-from dynalora.driver.driver import Moment, OptimizerOverride
+from dynalora.driver import Moment, OptimizerOverride, drivers_of
 from dynalora.errors import ConfigError, ScheduleError
-from dynalora.methods.pedyra.adjustment import Adjustment, adjust, read_record
+from dynalora.methods.pedyra.adjustment import adjust
 from dynalora.methods.pedyra.layer import PedyraLayer
 from dynalora.methods.pedyra.orthogonality import add_orthogonality
+from dynalora.methods.pedyra.record import Adjustment, read_record
 from dynalora.methods.pedyra.scores import shared_with_all, triple_scores, update_averages
 from dynalora.methods.pedyra.settings import AdjustmentPlan, PedyraConfig
 from dynalora.spectral.decomposition import decompose
 
 # With match_step: e's steps as a multiple of LoRA's, and up's learning rate at s = 1 (found in experiments/compare).
 _E_STEPS, _UP_RATE = 2.0, 8.0
+
+
+@dataclass
+class StepScores:
+    """What the optimizers that share a training step have in common.
+
+    Attributes:
+        taken: Whether the first of them has been here, while all gradients were the task's.
+        scores: Every triple's score, a tensor (r) per layer, where ranks are adjusted after this step.
+    """
+
+    taken: bool = False
+    scores: list[torch.Tensor] | None = None
 
 
 @register
@@ -33,6 +48,7 @@ class Pedyra(Method):
     title = "PE-DyRA"
     config_class = PedyraConfig
     layer_class = PedyraLayer
+    shared_class = StepScores
     panels = (Panel("smallest and largest rank", ("pedyra_rank_min", "pedyra_rank_max")),)
 
     def prepare(self, layers: Mapping[str, PedyraLayer], adapter: str, config: PedyraConfig) -> None:  # type: ignore[override]
@@ -93,43 +109,41 @@ class Pedyra(Method):
             return ""
         return f"PE-DyRA moves its ranks until step {plan.end}, and is at step {moment.step}; compact it after that."
 
-    def before_step(self, moment: Moment) -> None:
+    def before_step(self, moment: Moment[StepScores]) -> None:
         """Learn from the task's gradients, score the triples if it is time, then add the orthogonality gradient."""
-        config: PedyraConfig = moment.config
-        driver: Driver = moment.layers[0].drivers[moment.adapter]
-        plan = AdjustmentPlan.of(config, moment.total_steps)
-        step = moment.step + 1
-        if (
-            "scored" not in moment.shared
-        ):  # by the first of several optimizers, while all gradients are the task's
-            moment.shared["scored"] = True
-            layers = _adjustable(driver)
-            _check(driver, config, plan, layers, moment)
-            if not moment.skipped:
-                if plan.matters(step):
-                    update_averages(moment, layers, fresh=not plan.matters(step - 1))
-                if plan.due(step):
-                    moment.shared["scores"] = shared_with_all(
-                        triple_scores(moment, layers, step), layers[0].parameter("e", moment.adapter).device
-                    )
-            for layer in layers:
-                layer.gathered.pop(moment.adapter, None)
-                layer.gathering[moment.adapter] = config.uses_inputs and (
-                    plan.matters(step) or plan.matters(step + 1)
-                )
-        if config.ortho_weight:
-            add_orthogonality(moment, config.ortho_weight)
+        if not moment.shared.taken:
+            # By the first of several optimizers, while all gradients are the task's.
+            moment.shared.taken = True
+            self._score(moment)
+        if moment.config.ortho_weight:
+            add_orthogonality(moment, moment.config.ortho_weight)
 
-    def after_step(self, moment: Moment) -> None:
-        """Adjust the ranks if it is time."""
-        scores = moment.shared.pop("scores", None)
-        if scores is None:
-            return
+    def _score(self, moment: Moment[StepScores]) -> None:
         config: PedyraConfig = moment.config
-        driver: Driver = moment.layers[0].drivers[moment.adapter]
-        layers, step = _adjustable(driver), moment.step + 1
-        adjust(layers, moment.adapter, config, scores, step)
-        if not AdjustmentPlan.of(config, moment.total_steps).matters(step + 1):
+        plan, step = AdjustmentPlan.of(config, moment.total_steps), moment.step + 1
+        layers = _adjustable(moment)
+        _refuse_still_ranks(moment, plan, layers)
+        _warn_of_limits(moment, plan, layers)
+        if not moment.skipped:
+            if plan.matters(step):
+                update_averages(moment, layers, fresh=not plan.matters(step - 1))
+            if plan.due(step):
+                device = layers[0].parameter("e", moment.adapter).device
+                moment.shared.scores = shared_with_all(triple_scores(moment, layers, step), device)
+        for layer in layers:
+            layer.gathered.pop(moment.adapter, None)
+            layer.gathering[moment.adapter] = config.uses_inputs and (
+                plan.matters(step) or plan.matters(step + 1)
+            )
+
+    def after_step(self, moment: Moment[StepScores]) -> None:
+        """Adjust the ranks if it is time."""
+        if moment.shared.scores is None:
+            return
+        layers = _adjustable(moment)
+        adjust(moment, layers, moment.shared.scores)
+        moment.shared.scores = None
+        if not AdjustmentPlan.of(moment.config, moment.total_steps).matters(moment.step + 2):
             for layer in layers:
                 for role in layer.buffer_roles:
                     if role.startswith(("sensitivity", "uncertainty", "inputs")):
@@ -142,7 +156,7 @@ class Pedyra(Method):
 
     def report(self, moment: Moment) -> dict[str, Any]:
         """The schedule in steps, the adjustments done, and the next."""
-        done = len(read_record(moment.layers, moment.adapter))
+        done = len(read_record(moment))
         try:
             plan = AdjustmentPlan.of(moment.config, moment.total_steps)
         except ValueError:
@@ -172,29 +186,31 @@ def adjustments(model: nn.Module, adapter: str = "default") -> list[Adjustment]:
     """
     for driver, layers in drivers_of(model):
         if driver.adapter == adapter and isinstance(driver.method, Pedyra):
-            return read_record(layers, adapter)
+            return read_record(driver.moment(layers))
     return []
 
 
-def _adjustable(driver: Driver) -> list[PedyraLayer]:
+def _adjustable(moment: Moment) -> list[PedyraLayer]:
     """The adapter's layers that train, in model order."""
-    layers: list[PedyraLayer] = layers_of(driver)
-    trainable = [
+    return [
         layer
-        for layer in layers
-        if any(p.requires_grad for p in layer.adapter_parameters(driver.adapter).values())
+        for layer in moment.all_layers
+        if any(p.requires_grad for p in layer.adapter_parameters(moment.adapter).values())
     ]
-    return trainable
 
 
-def _check(
-    driver: Driver, config: PedyraConfig, plan: AdjustmentPlan, layers: list[PedyraLayer], moment: Moment
-) -> None:
-    """Say before the first step what would keep ranks from moving.
+def _prunable(moment: Moment, layers: list[PedyraLayer]) -> int:
+    """How many ranks could go at most, since every layer keeps one."""
+    return sum(layer.rank(moment.adapter) - 1 for layer in layers)
+
+
+def _refuse_still_ranks(moment: Moment, plan: AdjustmentPlan, layers: list[PedyraLayer]) -> None:
+    """Refuse, before the first step, what would keep ranks from ever moving.
 
     Raises:
         ScheduleError: Not a single adjustment could take place.
     """
+    config: PedyraConfig = moment.config
     total = moment.total_steps
     last = plan.end if total is None else min(plan.end, total)
     if plan.start > last:
@@ -204,32 +220,38 @@ def _check(
             f"single adjustment{run} (it would be from step {plan.start} to {last}), so ranks would never move; lower "
             "adjust_start, raise adjust_end, or train longer."
         )
-    ranks = [layer.rank(driver.adapter) for layer in layers]
-    prunable = sum(ranks) - len(ranks)
-    if config.mode != "expand" and not prunable and moment.step < plan.start:
+    if config.mode != "expand" and moment.step < plan.start and not _prunable(moment, layers):
         raise ScheduleError(
             f"PedyraConfig(r={config.r}) leaves no rank that could be pruned, since every layer keeps one; set r to "
             "2 or more."
         )
+
+
+def _warn_of_limits(moment: Moment, plan: AdjustmentPlan, layers: list[PedyraLayer]) -> None:
+    """Warn, before the first step, of settings that will not have their full effect."""
+    config: PedyraConfig = moment.config
+    total, tell = moment.total_steps, moment.driver.tell
     if total is not None and plan.end > total:
-        driver.tell(
+        tell(
             "adjust_end",
             f"PedyraConfig(adjust_end={config.adjust_end}) is after the end of training: there are {total} optimizer "
             f"steps, and adjustments planned for later do not take place; set it to {total} or less.",
         )
     if config.mode == "both" and len(layers) == 1:
-        driver.tell(
+        tell(
             "one layer",
             f"only one layer ({layers[0].name!r}) is adapted, so PE-DyRA has nowhere to move its ranks to; adapt more "
             "layers with target_modules.",
         )
+    if moment.step >= plan.start:
+        return
     possible = {
-        "prune": (prunable, "ranks can be pruned, since every layer keeps one"),
+        "prune": (_prunable(moment, layers), "ranks can be pruned, since every layer keeps one"),
         "expand": (len(layers), "layers are adapted, and each gets one rank at most"),
     }
     for mode, (most, why) in possible.items():
-        if config.mode in (mode, "both") and config.adjust_size > most > 0 and moment.step < plan.start:
-            driver.tell(
+        if config.mode in (mode, "both") and config.adjust_size > most > 0:
+            tell(
                 "adjust_size",
                 f"PedyraConfig(adjust_size={config.adjust_size}) is more than can move at an adjustment: only {most} "
                 f"{why}; that many move. Set adjust_size to at most {most}.",

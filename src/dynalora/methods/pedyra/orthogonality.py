@@ -8,7 +8,7 @@ import torch
 
 from dynalora.adapter.ranks import fit
 from dynalora.common.private import foreach_add_
-from dynalora.driver.driver import Moment
+from dynalora.driver import Moment
 from dynalora.methods.pedyra.layer import PedyraLayer, in_use
 
 

@@ -10,7 +10,7 @@ from torch import distributed
 
 from dynalora.common import private
 from dynalora.common.processes import grouped, process_count
-from dynalora.driver.driver import Moment
+from dynalora.driver import Moment
 from dynalora.methods.pedyra.layer import ROLES, PedyraLayer, in_use
 from dynalora.methods.pedyra.settings import PedyraConfig
 

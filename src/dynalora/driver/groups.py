@@ -1,0 +1,139 @@
+"""Parameters that step with a learning rate or a weight decay of their own.
+
+Moving them to groups of their own for good would break learning-rate schedulers made before, and the user's own
+bookkeeping. So they step in extra groups that exist only during the step, made from the user's group with its current
+learning rate. Optimizer state is kept by parameter, so it does not notice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from dynalora.driver.model import prepare_unloaded
+from dynalora.driver.moment import OptimizerOverride
+
+# A parameter group with this key already follows the adapter's rules (see `param_groups`), and is left as it is.
+GROUP_MARK = "dynalora"
+
+Settings = dict[str, Any]
+
+
+@dataclass
+class StepGroups:
+    """The groups of one optimizer during a step.
+
+    Attributes:
+        overrides: What differs, by the parameter's id.
+        replaced: The user's groups while others are in place: each group, its own settings, and those it has instead;
+            None between steps.
+    """
+
+    overrides: dict[int, OptimizerOverride]
+    replaced: list[tuple[Settings, Settings, Settings]] | None = None
+
+    def apply(self, optimizer: Optimizer) -> None:
+        """Put the groups of the step in place."""
+        if not self.overrides:
+            return
+        self.replaced = []
+        during: list[Settings] = []
+        for group in optimizer.param_groups:
+            plain, rules = self._sorted(group["params"])
+            # The mark keeps an optimizer inside this one, stepping the same groups, from doing it again.
+            # The group itself stays wherever it can, since optimizers keep notes in their groups.
+            settings: Settings = {"params": plain}
+            if rules and not plain:
+                settings = {**_overridden(group, *rules.pop(0)), GROUP_MARK: True}
+            self.replaced.append((group, {key: group[key] for key in settings if key in group}, settings))
+            during.append(group)
+            during.extend({**group, **_overridden(group, *rule), GROUP_MARK: True} for rule in rules)
+        for group, _, settings in self.replaced:
+            group.update(settings)
+        optimizer.param_groups[:] = during
+
+    def restore(self, optimizer: Optimizer) -> None:
+        """Put the user's groups back, if others are in place."""
+        if self.replaced is None:
+            return
+        for group, theirs, ours in self.replaced:
+            # What the optimizer itself has changed since is its own business.
+            group.update({key: value for key, value in theirs.items() if group.get(key) is ours[key]})
+            for key in ours.keys() - theirs.keys():
+                del group[key]
+        optimizer.param_groups[:] = [group for group, _, _ in self.replaced]
+        self.replaced = None
+
+    def _sorted(
+        self, parameters: list[Any]
+    ) -> tuple[list[Any], list[tuple[tuple[float, float | None], list[Any]]]]:
+        """Parameters without a rule of their own, and the others by their rule."""
+        apart: dict[tuple[float, float | None], list[Any]] = {}
+        plain = []
+        for parameter in parameters:
+            override = self.overrides.get(id(parameter))
+            if override is None:
+                plain.append(parameter)
+            else:
+                apart.setdefault((override.lr_multiplier, override.weight_decay), []).append(parameter)
+        return plain, list(apart.items())
+
+
+def _overridden(group: Settings, rule: tuple[float, float | None], parameters: list[Any]) -> Settings:
+    """The settings with which some parameters of a group step."""
+    lr_multiplier, weight_decay = rule
+    settings: Settings = {"params": parameters}
+    # lr is None for optimizers that choose it themselves (Adafactor's relative step): theirs stays.
+    if lr_multiplier != 1.0 and group.get("lr") is not None:
+        settings["lr"] = group["lr"] * lr_multiplier
+    if weight_decay is not None and "weight_decay" in group:
+        settings["weight_decay"] = weight_decay
+    return settings
+
+
+def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Parameter groups for hand-written loops and custom optimizers.
+
+    For an adapter, training with these groups equals training with `model.parameters()`, where the same rules are
+    applied during each step; groups make them visible and let a scheduler treat them apart. Biases and other
+    one-dimensional parameters of the model itself, such as those of a trained head, get no weight decay.
+
+    Args:
+        model: A model with adapters.
+        lr: Learning rate of the adapter's factors; parameters with a multiplier (DISeL's gates) get a multiple.
+        weight_decay: Weight decay of the adapter, and of other parameters of two dimensions.
+
+    Returns:
+        Groups with `params`, `lr` and `weight_decay`, for any `torch.optim` optimizer. Frozen parameters
+        are left out; no group is empty.
+    """
+    prepare_unloaded(model)
+    rules: dict[int, OptimizerOverride] = {}
+    ours: set[int] = set()
+    for module in model.modules():
+        if not hasattr(module, "adapter_parameters"):
+            continue
+        layer = cast(Any, module)
+        for adapter, driver in layer.drivers.items():
+            overrides = driver.method.optimizer_overrides(driver.config, layer, adapter)
+            for role, parameter in layer.adapter_parameters(adapter).items():
+                ours.add(id(parameter))
+                if role in overrides:
+                    rules[id(parameter)] = overrides[role]
+    sorted_out: dict[tuple[float, float], list[torch.Tensor]] = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        rule = rules.get(id(parameter), OptimizerOverride())
+        decay = weight_decay if parameter.ndim > 1 or id(parameter) in ours else 0.0
+        if rule.weight_decay is not None:
+            decay = rule.weight_decay
+        sorted_out.setdefault((lr * rule.lr_multiplier, decay), []).append(parameter)
+    return [
+        {"params": params, "lr": rate, "weight_decay": decay, GROUP_MARK: True}
+        for (rate, decay), params in sorted_out.items()
+    ]

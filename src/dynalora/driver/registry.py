@@ -1,0 +1,74 @@
+"""The adapted layers alive in this process, which is where a step of any optimizer looks for adapters to drive.
+
+Layers are held weakly: nothing here keeps a model alive.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from dynalora.driver.driver import Driver
+from dynalora.driver.losses import Gradients, watch_backward
+
+_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_generation = 0
+
+
+def track(layer: nn.Module) -> None:
+    """Make an adapted layer, or a change of its adapters, known to the optimizer hooks (weakly)."""
+    _layers.add(layer)
+    if any(driver.needs_task_loss for driver in cast(Any, layer).drivers.values()):
+        watch_backward(_note_gradients, _tell_drivers)
+    invalidate()
+
+
+def invalidate() -> None:
+    """Look all optimizers up anew at their next step, because layers, adapters or parameters have changed."""
+    global _generation
+    _generation += 1
+
+
+def generation() -> int:
+    """A number that changes whenever layers, adapters or parameters have changed."""
+    return _generation
+
+
+def any_layers() -> bool:
+    """Whether there is any adapted layer."""
+    return bool(_layers)
+
+
+def all_drivers() -> list[tuple[Driver, list[Any]]]:
+    """Every driver alive in this process with its layers, in model order."""
+    drivers: dict[int, tuple[Driver, list[Any]]] = {}
+    for layer in list(_layers):
+        for driver in cast(Any, layer).drivers.values():
+            drivers.setdefault(id(driver), (driver, []))[1].append(layer)
+    for _, layers in drivers.values():
+        # A WeakSet has no order; the layers' own numbering makes results independent of it.
+        layers.sort(key=lambda layer: layer.order)
+    return list(drivers.values())
+
+
+def layers_of(driver: Driver) -> list[Any]:
+    """All layers of an adapter in model order, whichever optimizers own their parameters."""
+    return next((layers for other, layers in all_drivers() if other is driver), [])
+
+
+def _note_gradients() -> list[tuple[Driver, Gradients]]:
+    return [
+        (driver, Gradients(layers, driver.adapter))
+        for driver, layers in all_drivers()
+        if driver.needs_task_loss
+    ]
+
+
+def _tell_drivers(loss: torch.Tensor, noted: list[tuple[Driver, Gradients]]) -> None:
+    """Tell the drivers whose adapters got gradients from this loss."""
+    for driver, gradients in noted:
+        if gradients.made():
+            driver.saw_loss(loss, anew=not gradients.begun)
