@@ -81,10 +81,10 @@ def _ranks(model: nn.Module, adapter: str) -> str:
 
 
 def _settings(config: AdapterConfig) -> list[str]:
-    own = set(config.own_fields())
+    names = set(config.own_fields())
     rows = []
     for field in fields(config):
-        if field.name not in own:
+        if field.name not in names:
             continue
         value = getattr(config, field.name)
         default = field.default_factory() if field.default_factory is not MISSING else field.default

@@ -60,10 +60,10 @@ class StepGroups:
         """Put the user's groups back, if others are in place."""
         if self.replaced is None:
             return
-        for group, theirs, ours in self.replaced:
+        for group, before, during in self.replaced:
             # What the optimizer itself has changed since is its own business.
-            group.update({key: value for key, value in theirs.items() if group.get(key) is ours[key]})
-            for key in ours.keys() - theirs.keys():
+            group.update({key: value for key, value in before.items() if group.get(key) is during[key]})
+            for key in during.keys() - before.keys():
                 del group[key]
         optimizer.param_groups[:] = [group for group, _, _ in self.replaced]
         self.replaced = None
@@ -113,7 +113,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
     """
     prepare_unloaded(model)
     rules: dict[int, OptimizerOverride] = {}
-    ours: set[int] = set()
+    of_adapters: set[int] = set()
     for module in model.modules():
         if not hasattr(module, "adapter_parameters"):
             continue
@@ -121,7 +121,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
         for adapter, driver in layer.drivers.items():
             overrides = driver.method.optimizer_overrides(driver.config, layer, adapter)
             for role, parameter in layer.adapter_parameters(adapter).items():
-                ours.add(id(parameter))
+                of_adapters.add(id(parameter))
                 if role in overrides:
                     rules[id(parameter)] = overrides[role]
     sorted_out: dict[tuple[float, float], list[torch.Tensor]] = {}
@@ -129,7 +129,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
         if not parameter.requires_grad:
             continue
         rule = rules.get(id(parameter), OptimizerOverride())
-        decay = weight_decay if parameter.ndim > 1 or id(parameter) in ours else 0.0
+        decay = weight_decay if parameter.ndim > 1 or id(parameter) in of_adapters else 0.0
         if rule.weight_decay is not None:
             decay = rule.weight_decay
         sorted_out.setdefault((lr * rule.lr_multiplier, decay), []).append(parameter)

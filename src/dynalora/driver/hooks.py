@@ -202,7 +202,8 @@ def _only_makes_state(optimizer: Optimizer) -> bool:
     if optimizer.state or any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
         return False
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return not any(bool((one.to_local() if hasattr(one, "to_local") else one).any()) for one in gradients)
+    local = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in gradients]
+    return not any(bool(grad.any()) for grad in local)
 
 
 def _act_before(optimizer: Optimizer, plan: _Plan) -> None:

@@ -63,21 +63,21 @@ class Gradients:
     def __init__(self, layers: Iterable[Any], adapter: str) -> None:
         self._parameters = [tuple(layer.adapter_parameters(adapter).values()) for layer in layers]
         # The tensors are held, so that no new one can be taken for one that is gone.
-        self._before = [_some_gradient(own) for own in self._parameters]
-        self._versions = [None if one is None else version(one) for one in self._before]
+        self._before = [_some_gradient(layer) for layer in self._parameters]
+        self._versions = [None if gradient is None else version(gradient) for gradient in self._before]
 
-    def made(self) -> bool:
+    def changed(self) -> bool:
         """Whether any gradient is new or was written to since."""
-        now = (_some_gradient(own) for own in self._parameters)
+        now = (_some_gradient(layer) for layer in self._parameters)
         return any(
-            one is not None and (one is not before or version(one) != written)
-            for one, before, written in zip(now, self._before, self._versions, strict=True)
+            gradient is not None and (gradient is not before or version(gradient) != written)
+            for gradient, before, written in zip(now, self._before, self._versions, strict=True)
         )
 
     @property
     def begun(self) -> bool:
         """Whether there were gradients already, which a call would add to."""
-        return any(one is not None for one in self._before)
+        return any(gradient is not None for gradient in self._before)
 
 
 def _some_gradient(parameters: Iterable[nn.Parameter]) -> torch.Tensor | None:

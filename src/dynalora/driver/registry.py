@@ -70,5 +70,5 @@ def _note_gradients() -> list[tuple[Driver, Gradients]]:
 def _tell_drivers(loss: torch.Tensor, noted: list[tuple[Driver, Gradients]]) -> None:
     """Tell the drivers whose adapters got gradients from this loss."""
     for driver, gradients in noted:
-        if gradients.made():
+        if gradients.changed():
             driver.saw_loss(loss, anew=not gradients.begun)

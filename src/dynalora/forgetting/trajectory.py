@@ -66,15 +66,18 @@ def rank_trajectory(model: nn.Module, adapter: str = "default", tau: float = PAP
         )
     modules = list(record[0].ranks)
     start = {name: len(scores) for name, scores in record[0].scores.items()}
-    ranks = [[start[name] for name in modules], *([one.ranks[name] for name in modules] for one in record)]
-    scores = [[one.layer_scores[name] for name in modules] for one in record]
+    ranks = [
+        [start[name] for name in modules],
+        *([entry.ranks[name] for name in modules] for entry in record),
+    ]
+    scores = [[entry.layer_scores[name] for name in modules] for entry in record]
     importance = []
     for row in scores:
         order = sorted(range(len(row)), key=lambda i: (-row[i], i))
         importance.append([order.index(i) + 1 for i in range(len(row))])
     return RankTrajectory(
         modules=modules,
-        steps=[one.step for one in record],
+        steps=[entry.step for entry in record],
         ranks=ranks,
         scores=scores,
         importance=importance,

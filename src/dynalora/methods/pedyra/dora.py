@@ -77,10 +77,12 @@ class DoraLayer(GatedLayer):
                 cross = base(rows)
             bias = getattr(base, "bias", None)
             cross = (cross if bias is None else cross - bias).to(up.dtype)  # (r, out)
-            own = ((up @ (down @ down.t())) * up).sum(1)
+            update = ((up @ (down @ down.t())) * up).sum(1)
             squares = self._base_squares().to(up.device, up.dtype)
             norm = (
-                (squares + 2 * (cross.t() * up).sum(1) + own).clamp_min_(torch.finfo(up.dtype).tiny).sqrt_()
+                (squares + 2 * (cross.t() * up).sum(1) + update)
+                .clamp_min_(torch.finfo(up.dtype).tiny)
+                .sqrt_()
             )
         gain: torch.Tensor = self.parameter("magnitude", adapter) / norm
         return gain

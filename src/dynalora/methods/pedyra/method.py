@@ -63,13 +63,13 @@ class Pedyra(Method):
                     f"{(layer.out_features, layer.in_features)} with init_weights='pissa', got {rank}."
                 )
         fresh = [layer for layer in layers.values() if not layer.parameter("up", adapter).is_meta]
-        found = decompose(
+        triplets = decompose(
             [layer.base_matrix for layer in fresh],
             [layer.rank(adapter) for layer in fresh],
             which="largest",
             describe="Decomposing the base weights",
         )
-        for layer, largest in zip(fresh, found, strict=True):
+        for layer, largest in zip(fresh, triplets, strict=True):
             layer.start_from(adapter, largest)
 
     def optimizer_overrides(

@@ -35,15 +35,15 @@ def add_orthogonality(moment: Moment, weight: float) -> None:
         if role == "up":
             addition = addition.mT
         targets, additions = [], []
-        for layer, own in zip(layers, addition.unbind(), strict=True):
+        for layer, share in zip(layers, addition.unbind(), strict=True):
             parameter, dim = layer.parameter(role, moment.adapter), layer.rank_dims[role]
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             if hasattr(parameter, "full_tensor"):
-                parameter.grad.add_(_like(parameter, fit(own, dim, parameter.shape[dim])))
+                parameter.grad.add_(_like(parameter, fit(share, dim, parameter.shape[dim])))
             else:
                 targets.append(parameter.grad.narrow(dim, 0, rank))
-                additions.append(own)
+                additions.append(share)
         if targets:
             foreach_add_(targets, additions)
 

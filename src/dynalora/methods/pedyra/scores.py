@@ -19,8 +19,7 @@ def _gradient(layer: PedyraLayer, role: str, adapter: str) -> torch.Tensor:
     """The gradient as it stands; zero for a layer that took no part in this step."""
     parameter = layer.parameter(role, adapter)
     gradient = parameter.grad
-    found = torch.zeros_like(parameter) if gradient is None else gradient
-    return in_use(layer, role, adapter, found)
+    return in_use(layer, role, adapter, torch.zeros_like(parameter) if gradient is None else gradient)
 
 
 def update_averages(moment: Moment, layers: list[PedyraLayer], fresh: bool) -> None:
@@ -28,12 +27,12 @@ def update_averages(moment: Moment, layers: list[PedyraLayer], fresh: bool) -> N
     config, adapter = moment.config, moment.adapter
 
     def average(layer: PedyraLayer, role: str, shape: Sequence[int], device: torch.device) -> torch.Tensor:
-        found = layer.running(role, adapter)
-        if found is None or fresh:
+        mean = layer.running(role, adapter)
+        if mean is None or fresh:
             dtype = torch.promote_types(layer.parameter("e", adapter).dtype, torch.float32)
-            found = torch.zeros(shape, dtype=dtype, device=device)
-            layer.set_running(role, adapter, found)
-        return found
+            mean = torch.zeros(shape, dtype=dtype, device=device)
+            layer.set_running(role, adapter, mean)
+        return mean
 
     if config.uses_gradients:
         weights, gradients, sensitivity, uncertainty = [], [], [], []
@@ -66,13 +65,14 @@ def _gathered(layers: list[PedyraLayer], adapter: str, means: list[torch.Tensor]
     """This step's mean squares of the inputs, over all processes; a layer without input keeps its average."""
     sums = []
     for layer, mean in zip(layers, means, strict=True):
-        found = layer.gathered.get(adapter)
-        sums.append(mean.new_zeros(len(mean) + 1) if found is None else found.to(mean.device, mean.dtype))
+        squares = layer.gathered.get(adapter)
+        sums.append(mean.new_zeros(len(mean) + 1) if squares is None else squares.to(mean.device, mean.dtype))
     if process_count() > 1 and grouped():
-        flat = torch.cat([one.to(means[0].device) for one in sums])
+        flat = torch.cat([total.to(means[0].device) for total in sums])
         distributed.all_reduce(flat)
         sums = [
-            part.to(one.device) for part, one in zip(flat.split([len(s) for s in sums]), sums, strict=True)
+            part.to(total.device)
+            for part, total in zip(flat.split([len(s) for s in sums]), sums, strict=True)
         ]
     result = []
     for total, mean in zip(sums, means, strict=True):

@@ -94,8 +94,8 @@ class PedyraConfig(GatedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         start = self.init_weights
-        known = (True, False, "orthogonal", "pissa")
-        self._require(start in known, "init_weights", "'orthogonal', True, 'pissa' or False")
+        starts = (True, False, "orthogonal", "pissa")
+        self._require(start in starts, "init_weights", "'orthogonal', True, 'pissa' or False")
         # Gates would not let the start cancel, and DoRA needs the norms of one fixed weight.
         self._require(
             not (self.gates and start == "pissa"),
