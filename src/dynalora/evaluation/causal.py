@@ -52,23 +52,23 @@ def causal_pass(
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     virtual = prompt_length(model)
-    given: dict[str, Any] = {"use_cache": use_cache}
+    inputs: dict[str, Any] = {"use_cache": use_cache}
     if virtual and cache is None:
-        given["inputs_embeds"] = _with_prompt(model, tokens)
+        inputs["inputs_embeds"] = _with_prompt(model, tokens)
     else:
-        given["input_ids"] = tokens
-    given["attention_mask"] = mask = F.pad(mask, (virtual, 0), value=1)
+        inputs["input_ids"] = tokens
+    inputs["attention_mask"] = mask = F.pad(mask, (virtual, 0), value=1)
     if cache is not None:
-        given["past_key_values"] = cache
+        inputs["past_key_values"] = cache
     accepted = inspect.signature(base.forward).parameters
     length = tokens.shape[1] + (virtual if cache is None else 0)
     if "position_ids" in accepted:
-        given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
-    wanted = keep or tokens.shape[1]
-    if wanted < length and "logits_to_keep" in accepted:
-        given["logits_to_keep"] = wanted
-    output = (base if virtual else model)(**given)
-    return output.logits[:, -wanted:], getattr(output, "past_key_values", None)
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
+    positions = keep or tokens.shape[1]
+    if positions < length and "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = positions
+    output = (base if virtual else model)(**inputs)
+    return output.logits[:, -positions:], getattr(output, "past_key_values", None)
 
 
 def continued(
@@ -84,18 +84,18 @@ def continued(
     """
     caller: Any = model.get_base_model() if _learns_prompts(model) else model  # type: ignore[operator]
     virtual = prompt_length(model)
-    made: torch.Tensor
+    sequences: torch.Tensor
     if virtual:
         # Given embeddings alone, generate returns new tokens alone.
-        made = caller.generate(
+        sequences = caller.generate(
             inputs_embeds=_with_prompt(model, tokens),
             attention_mask=F.pad(mask, (virtual, 0), value=1),
             **settings,
         )
-        return made
-    made = caller.generate(input_ids=tokens, attention_mask=mask, **settings)
+        return sequences
+    sequences = caller.generate(input_ids=tokens, attention_mask=mask, **settings)
     # A decoder of its own begins with its start token.
-    return made[:, 1 if is_encoder_decoder(model) else tokens.shape[1] :]
+    return sequences[:, 1 if is_encoder_decoder(model) else tokens.shape[1] :]
 
 
 def _learns_prompts(model: torch.nn.Module) -> bool:

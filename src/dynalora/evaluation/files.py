@@ -103,16 +103,16 @@ def split_files(stem: Path, kinds: Sequence[str] = FILE_KINDS) -> dict[str, Path
         Split → file; `valid`, `validation` and `eval` are called `dev`.
     """
     folder, lead = (stem, "") if stem.is_dir() else (stem.parent, f"{stem.name}.")
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         name = path.name.removesuffix(".gz")
         kind = next((kind for kind in kinds if name.endswith(kind)), None)
         if kind is None or not name.startswith(lead) or not path.is_file():
             continue
-        own = name[len(lead) : -len(kind)]
-        if own and "." not in own:
-            found.setdefault(SAME_SPLIT.get(own, own), path)
-    return found
+        split = name[len(lead) : -len(kind)]
+        if split and "." not in split:
+            files.setdefault(SAME_SPLIT.get(split, split), path)
+    return files
 
 
 def is_text(path: Path) -> bool:
@@ -154,13 +154,13 @@ def text_field_of(names: Iterable[str]) -> str | None:
     return next((name for name in TEXT_FIELDS if name in has), None)
 
 
-def texts_of(rows: Rows, name: str | None, told: str) -> Iterator[str]:
+def texts_of(rows: Rows, name: str | None, source: str) -> Iterator[str]:
     """The texts in a field of rows; a field that is null is an empty text.
 
     Args:
         rows: Where each row lies, and the row.
         name: Of the field; None: the first of `TEXT_FIELDS` that the first row has.
-        told: How to call the source in errors.
+        source: How to call the source in errors.
 
     Raises:
         DataError: While they are taken, if a row has no text there.
@@ -170,20 +170,20 @@ def texts_of(rows: Rows, name: str | None, told: str) -> Iterator[str]:
             name = text_field_of(row) or TEXT_FIELDS[0]
         if name not in row or not isinstance(row[name], (str, type(None))):
             has = ", ".join(f"'{key}'" for key in row)
-            raise DataError(f"{told}, {where}: there is no text in the field '{name}'; its fields are {has}.")
+            raise DataError(f"{source}, {where}: there is no text in the field '{name}'; its fields are {has}.")
         yield (row[name] or "").strip()
 
 
-def some_texts(texts: Iterable[str], limit: int | None, told: str) -> list[str]:
+def some_texts(texts: Iterable[str], limit: int | None, source: str) -> list[str]:
     """The first texts that are not empty.
 
     Raises:
         DataError: There is none.
     """
-    kept = list(islice((text for text in texts if text.strip()), limit))
-    if not kept:
-        raise DataError(f"{told} holds no text; give one with at least one passage.")
-    return kept
+    chosen = list(islice((text for text in texts if text.strip()), limit))
+    if not chosen:
+        raise DataError(f"{source} holds no text; give one with at least one passage.")
+    return chosen
 
 
 @contextmanager
@@ -353,14 +353,14 @@ def hub_rows(
     """
     import datasets
 
-    told = f"'{name}'" + (f" ({subset})" if subset else "")
+    label = f"'{name}'" + (f" ({subset})" if subset else "")
     try:
         loaded = datasets.load_dataset(name, name=subset, split=split, revision=revision)
     except Exception as error:
         # datasets raises its own, the hub client's, the network's and pyarrow's errors here; their first line says
         # what happened and often lists the configurations or splits that exist.
         raise DataError(
-            f"The data set {told}, split '{split}', cannot be loaded ({first_line(error)}); {remedy}."
+            f"The data set {label}, split '{split}', cannot be loaded ({first_line(error)}); {remedy}."
         ) from error
     for number, row in enumerate(loaded, start=1):
         yield f"row {number}", row

@@ -171,7 +171,7 @@ def run_harness(
             max_length=max_length,
             backend="causal",
         )
-        found: Any = simple_evaluate(
+        output: Any = simple_evaluate(
             model=wrapped,
             tasks=names,
             num_fewshot=num_fewshot,
@@ -183,8 +183,8 @@ def run_harness(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
-    wanted = {**FORGETTING_SUITE, **(metrics or {})}
-    return [_result(name, found, wanted.get(name)) for name in names]
+    main_metrics = {**FORGETTING_SUITE, **(metrics or {})}
+    return [_result(name, output, main_metrics.get(name)) for name in names]
 
 
 def harness_mean(results: Sequence[HarnessResult]) -> float:
@@ -198,8 +198,8 @@ def harness_mean(results: Sequence[HarnessResult]) -> float:
     return sum(result.value for result in results) / len(results)
 
 
-def _result(name: str, found: Mapping[str, Any], metric: str | None) -> HarnessResult:
-    numbers: Mapping[str, Any] = found["results"].get(name) or found.get("groups", {}).get(name) or {}
+def _result(name: str, output: Mapping[str, Any], metric: str | None) -> HarnessResult:
+    numbers: Mapping[str, Any] = output["results"].get(name) or output.get("groups", {}).get(name) or {}
     every: dict[str, tuple[float, float | None]] = {}
     # The harness writes "metric,filter"; the first filter is the task's strictest.
     first: dict[str, str] = {}
@@ -214,12 +214,12 @@ def _result(name: str, found: Mapping[str, Any], metric: str | None) -> HarnessR
     if not every:
         raise ConfigError(f"lm-evaluation-harness gives no number for '{name}'; name its subtasks instead.")
     if metric is None:
-        metric = next(known for known in (*_PREFERRED, *first) if known in first)
+        metric = next(candidate for candidate in (*_PREFERRED, *first) if candidate in first)
     if metric not in first:
         raise ConfigError(
             f"Task '{name}' has no metric '{metric}'; it has {', '.join(first)}. Name one in metrics."
         )
-    samples = found.get("n-samples", {}).get(name, {}).get("effective")
+    samples = output.get("n-samples", {}).get(name, {}).get("effective")
     return HarnessResult(
         name, metric, *every[first[metric]], None if samples is None else int(samples), every
     )

@@ -89,8 +89,8 @@ def under_head(classifier: torch.nn.Module, original: PreTrainedModel) -> PreTra
     """
     base: Any = classifier.get_base_model() if isinstance(classifier, PeftModel) else classifier
     name = original.base_model_prefix
-    encoder, own = getattr(base, name, None), getattr(original, name, None)
-    if encoder is None or own is None or type(encoder) is not type(own):
+    encoder, replaced = getattr(base, name, None), getattr(original, name, None)
+    if encoder is None or replaced is None or type(encoder) is not type(replaced):
         raise ConfigError(
             f"The encoder of a {type(base).__name__} does not fit under the head of a {type(original).__name__}; give "
             "the masked language model that the classifier was made from."

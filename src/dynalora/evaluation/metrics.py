@@ -75,12 +75,12 @@ class Metric:
                 "at least one."
             )
         if self.items is not None:
-            found = {name: tuple(values) for name, values in self.items(answers, references).items()}
+            values_by_name = {name: tuple(values) for name, values in self.items(answers, references).items()}
             return {
                 name: item_interval([v for v in values if v is not None])
-                for name, values in found.items()
+                for name, values in values_by_name.items()
                 if any(value is not None for value in values)
-            }, found
+            }, values_by_name
         assert self.whole is not None
         return {self.names[0]: bootstrap(self.whole, answers, references, self.resamples)}, {}
 
@@ -93,8 +93,8 @@ def first_keyword(text: str, keywords: Sequence[str]) -> str | None:
 
     The rule of LLM-Adapters' commonsense evaluation (Hu et al., 2023): no keyword is a wrong answer.
     """
-    found = re.search("|".join(map(re.escape, keywords)), text.lower())
-    return found[0] if found else None
+    match = re.search("|".join(map(re.escape, keywords)), text.lower())
+    return match[0] if match else None
 
 
 def letter(text: str, letters: str = "ABCDE") -> str | None:
@@ -162,16 +162,16 @@ def keyword_accuracy(keywords: Sequence[str]) -> Metric:
     return _each("accuracy", lambda text, reference: first_keyword(text, keywords) == reference)
 
 
-STRICT = _each("strict", lambda text, wanted: same_number(final_number(text), number(wanted)))
-FLEXIBLE = _each("flexible", lambda text, wanted: same_number(last_number(text), number(wanted)))
-NUMBER = _each("accuracy", lambda text, wanted: same_number(last_number(text), number(wanted)))
-LETTER = _each("accuracy", lambda text, wanted: letter(text) == wanted)
-EXACT = _each("accuracy", lambda text, wanted: text.strip() == wanted.strip())
+STRICT = _each("strict", lambda text, reference: same_number(final_number(text), number(reference)))
+FLEXIBLE = _each("flexible", lambda text, reference: same_number(last_number(text), number(reference)))
+NUMBER = _each("accuracy", lambda text, reference: same_number(last_number(text), number(reference)))
+LETTER = _each("accuracy", lambda text, reference: letter(text) == reference)
+EXACT = _each("accuracy", lambda text, reference: text.strip() == reference.strip())
 MATH = _each(
     "accuracy",
-    lambda text, wanted: (found := boxed(text)) is not None and math_form(found) == math_form(wanted),
+    lambda text, reference: (answer := boxed(text)) is not None and math_form(answer) == math_form(reference),
 )
-ACCURACY = _each("accuracy", lambda predicted, wanted: predicted == wanted)
+ACCURACY = _each("accuracy", lambda predicted, reference: predicted == reference)
 PASS_AT_1 = _each("pass@1", lambda passed, _: bool(passed))
 
 
@@ -239,11 +239,11 @@ BLEU = Metric(("bleu",), whole=_bleu, needs={"sacrebleu": "sacrebleu"}, resample
 def _bert(answers: Sequence[str], references: Sequence[str]) -> Items:
     import bert_score
 
-    found = bert_score.score(list(answers), list(references), lang="en", verbose=False)
+    scores = bert_score.score(list(answers), list(references), lang="en", verbose=False)
     return dict(
         zip(
             ("bertscore_precision", "bertscore_recall", "bertscore_f1"),
-            (x.tolist() for x in found),
+            (x.tolist() for x in scores),
             strict=True,
         )
     )
@@ -285,26 +285,26 @@ METEOR = Metric(("meteor",), items=_meteor, needs={"nltk": "nltk"})
 _SKLEARN = {"sklearn": "scikit-learn"}
 
 
-def _f1(predicted: Sequence[int], wanted: Sequence[int]) -> float:
+def _f1(predicted: Sequence[int], references: Sequence[int]) -> float:
     from sklearn.metrics import f1_score
 
-    return float(f1_score(wanted, predicted, zero_division=0.0))
+    return float(f1_score(references, predicted, zero_division=0.0))
 
 
-def _matthews(predicted: Sequence[int], wanted: Sequence[int]) -> float:
+def _matthews(predicted: Sequence[int], references: Sequence[int]) -> float:
     from sklearn.metrics import matthews_corrcoef
 
-    if len({*predicted, *wanted}) < 2:
+    if len({*predicted, *references}) < 2:
         return 0.0  # undefined, which scikit-learn warns of
-    return float(matthews_corrcoef(wanted, predicted))
+    return float(matthews_corrcoef(references, predicted))
 
 
-def _pearson(predicted: Sequence[float], wanted: Sequence[float]) -> float:
+def _pearson(predicted: Sequence[float], references: Sequence[float]) -> float:
     from scipy.stats import pearsonr
 
-    if len(set(predicted)) < 2 or len(set(wanted)) < 2:
+    if len(set(predicted)) < 2 or len(set(references)) < 2:
         return 0.0  # undefined; a constant prediction explains nothing
-    return float(pearsonr(wanted, predicted).statistic)
+    return float(pearsonr(references, predicted).statistic)
 
 
 F1 = Metric(("f1",), whole=_f1, needs=_SKLEARN, resamples=300)

@@ -106,7 +106,7 @@ class OptionScores:
     def correct(self, *, normalised: bool = True) -> tuple[bool, ...]:
         """For each question whether the likeliest option is the right one."""
         chosen = self.chosen(normalised=normalised)
-        return tuple(own == right for own, right in zip(chosen, self.right, strict=True))
+        return tuple(choice == right for choice, right in zip(chosen, self.right, strict=True))
 
     def accuracy(self, *, normalised: bool = True) -> Interval:
         """Share of questions answered right, with Wilson's 95 % interval."""
@@ -229,7 +229,7 @@ def _shared(
 ) -> list[tuple[float, ...]]:
     """Log-likelihoods with one sequence per question, whose cache the options then continue."""
     device = next(model.parameters()).device
-    found: list[tuple[float, ...]] = [()] * len(prompts)
+    sums: list[tuple[float, ...]] = [()] * len(prompts)
     lengths = [len(prompt) + max(map(len, listed)) for prompt, listed in zip(prompts, options, strict=True)]
     done = 0
     progress(what, 0, len(prompts))
@@ -241,10 +241,10 @@ def _shared(
             losses = _continuations(model, tokens.to(device), mask.to(device), rows, owners, padding)
             values = iter(losses.tolist())
             for index in batch:
-                found[index] = tuple(next(values) for _ in options[index])
+                sums[index] = tuple(next(values) for _ in options[index])
             done += len(batch)
             progress(what, done, len(prompts))
-    return found
+    return sums
 
 
 def _continuations(
@@ -284,10 +284,10 @@ def _continuations(
     select(owner)
     seen = torch.cat([mask[owner], real[:, :-1].to(mask.dtype)], dim=1)
     logits, _ = causal_pass(model, aims[:, :-1], seen, cache=cache, use_cache=True)
-    wanted = real[:, 1:]
+    scored = real[:, 1:]
     # Selected first, so that no float32 copy is made of logits behind an option's end.
-    losses = torch.zeros(wanted.shape, device=device)
-    losses[wanted] = F.cross_entropy(logits[wanted].float(), aims[:, 1:][wanted], reduction="none")
+    losses = torch.zeros(scored.shape, device=device)
+    losses[scored] = F.cross_entropy(logits[scored].float(), aims[:, 1:][scored], reduction="none")
     return total - losses.sum(1)
 
 

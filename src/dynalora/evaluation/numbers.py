@@ -27,10 +27,10 @@ def number(text: str | None) -> Decimal | None:
     if text is None:
         return None
     try:
-        found = Decimal(re.sub(r"[,$\s]", "", text).rstrip("."))
+        value = Decimal(re.sub(r"[,$\s]", "", text).rstrip("."))
     except InvalidOperation:
         return None
-    return found if found.is_finite() else None
+    return value if value.is_finite() else None
 
 
 def final_number(text: str) -> Decimal | None:
@@ -42,19 +42,19 @@ def final_number(text: str) -> Decimal | None:
     Args:
         text: A solution, the reference's or the model's.
     """
-    found = _FINAL.search(text)
-    return number(found[1]) if found else None
+    match = _FINAL.search(text)
+    return number(match[1]) if match else None
 
 
 def last_number(text: str) -> Decimal | None:
     """The last number in a text; None where there is none."""
-    found = _ANY.findall(text)
-    return number(found[-1]) if found else None
+    matches = _ANY.findall(text)
+    return number(matches[-1]) if matches else None
 
 
-def same_number(found: Decimal | None, wanted: Decimal | None) -> bool:
+def same_number(value: Decimal | None, reference: Decimal | None) -> bool:
     """Whether two numbers are the same, to 0.001; what is no number is the same as nothing."""
-    return found is not None and wanted is not None and abs(found - wanted) <= TOLERANCE
+    return value is not None and reference is not None and abs(value - reference) <= TOLERANCE
 
 
 def solution_from(row: Mapping[str, Any], where: str = "the row") -> Item:

@@ -70,8 +70,8 @@ def perplexity(
         progress: Called with the number of windows done.
     """
     labelled = [{"input_ids": row, "labels": [IGNORED_LABEL, *row[1:]]} for row in rows]
-    found = answer_loss(model, labelled, batch_size=batch_size, what=what, progress=progress)
-    return exponential(ratio(found.sums, found.counts))
+    losses = answer_loss(model, labelled, batch_size=batch_size, what=what, progress=progress)
+    return exponential(ratio(losses.sums, losses.counts))
 
 
 def exponential(loss: Estimate) -> Interval:

@@ -22,8 +22,8 @@ def _field(row: Mapping[str, Any], where: str, *names: str) -> Any:
     for name in names:
         if row.get(name) is not None:
             return row[name]
-    wanted = " or ".join(f"'{name}'" for name in names)
-    raise DataError(f"{where} has no field {wanted}; its fields are {', '.join(map(repr, row)) or 'none'}.")
+    expected = " or ".join(f"'{name}'" for name in names)
+    raise DataError(f"{where} has no field {expected}; its fields are {', '.join(map(repr, row)) or 'none'}.")
 
 
 def _text(row: Mapping[str, Any], where: str, *names: str) -> str:
@@ -145,10 +145,10 @@ def read_gsm8k(row: Mapping[str, Any], where: str) -> list[Example]:
 def read_math(row: Mapping[str, Any], where: str) -> list[Example]:
     r"""A problem of MATH, whose solution has its answer in `\boxed{…}`."""
     solution = _text(row, where, "solution")
-    wanted = boxed(solution) or row.get("answer")
-    if not wanted:
+    reference = boxed(solution) or row.get("answer")
+    if not reference:
         raise DataError(rf"{where} has no \boxed{{…}} in its solution; give MATH's own rows.")
-    return [Example(_text(row, where, "problem"), str(wanted), solution, where=where)]
+    return [Example(_text(row, where, "problem"), str(reference), solution, where=where)]
 
 
 def read_arithmetic(row: Mapping[str, Any], where: str) -> list[Example]:
@@ -157,26 +157,26 @@ def read_arithmetic(row: Mapping[str, Any], where: str) -> list[Example]:
         question = f"{_text(row, where, 'Body').rstrip('.')}. {_text(row, where, 'Question')}"
     else:
         question = _text(row, where, "instruction", "question")
-    wanted = _text(row, where, "answer", "Answer", "final_ans", "result")
-    if number(wanted) is None:
-        raise DataError(f"{where} has the answer '{wanted}', which is no number.")
-    return [Example(question.strip(), wanted, str(row.get("output") or "").strip(), where=where)]
+    reference = _text(row, where, "answer", "Answer", "final_ans", "result")
+    if number(reference) is None:
+        raise DataError(f"{where} has the answer '{reference}', which is no number.")
+    return [Example(question.strip(), reference, str(row.get("output") or "").strip(), where=where)]
 
 
 def read_aqua(row: Mapping[str, Any], where: str) -> list[Example]:
     """A word problem with lettered options."""
     if "instruction" in row:
-        question, wanted = _text(row, where, "instruction"), _text(row, where, "answer").strip()
+        question, reference = _text(row, where, "instruction"), _text(row, where, "answer").strip()
     else:
         options = [str(option).replace(")", ") ", 1) for option in _field(row, where, "options")]
         question = (
             f"{_text(row, where, 'question')} Answer Choices: {' '.join(f'({option}' for option in options)}"
         )
-        wanted = _text(row, where, "correct").strip()
-    if wanted not in "ABCDE" or len(wanted) != 1:
-        raise DataError(f"{where} has the answer '{wanted}'; it must be a letter from A to E.")
+        reference = _text(row, where, "correct").strip()
+    if reference not in "ABCDE" or len(reference) != 1:
+        raise DataError(f"{where} has the answer '{reference}'; it must be a letter from A to E.")
     response = str(row.get("output") or row.get("rationale") or "").strip()
-    return [Example(question, wanted, response, where=where)]
+    return [Example(question, reference, response, where=where)]
 
 
 def _code_of(answer: str) -> str:
@@ -236,11 +236,11 @@ def pair_reader(first: Sequence[str], second: Sequence[str] = (), *, value: bool
 
     def read(row: Mapping[str, Any], where: str) -> list[Example]:
         label = _field(row, where, "label")
-        wanted = float(label) if value else int(label)
-        if wanted == -1 and not value:
+        reference = float(label) if value else int(label)
+        if reference == -1 and not value:
             raise DataError(f"{where} has no label (GLUE keeps those of its test sets); take the split dev.")
         both = _text(row, where, *second) if second else ""
-        return [Example(_text(row, where, *first), wanted, second=both, where=where)]
+        return [Example(_text(row, where, *first), reference, second=both, where=where)]
 
     return read
 

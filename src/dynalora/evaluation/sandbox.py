@@ -225,10 +225,10 @@ def _folders(packages: Sequence[str]) -> list[str]:
     """The folder of each module's top package."""
     folders = []
     for name in packages:
-        found = importlib.util.find_spec(name.partition(".")[0])
-        if found is None or not found.submodule_search_locations:
+        spec = importlib.util.find_spec(name.partition(".")[0])
+        if spec is None or not spec.submodule_search_locations:
             raise ConfigError(f"A program in the sandbox needs the package '{name}', which is not installed.")
-        folders.append(next(iter(found.submodule_search_locations)))
+        folders.append(next(iter(spec.submodule_search_locations)))
     return folders
 
 

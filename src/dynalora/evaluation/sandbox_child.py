@@ -71,12 +71,12 @@ def _statement(code: int, value: int, true: int = 0, false: int = 0) -> bytes:
     return struct.pack("=HBBI", code, true, false, value)
 
 
-def seccomp_program(machine: str, own: int) -> bytes:
+def seccomp_program(machine: str, process: int) -> bytes:
     """The filter as BPF instructions of 8 bytes each.
 
     Args:
         machine: `x86_64` or `aarch64`.
-        own: Process id: the only one that may be sent a signal.
+        process: Process id: the only one that may be sent a signal.
     """
     load, equal, both, back = 0x20, 0x15, 0x54, 0x06
     allow, deny = 0x7FFF0000, 0x00050000 | 1  # EPERM
@@ -116,7 +116,7 @@ def seccomp_program(machine: str, own: int) -> bytes:
         else:  # signals, to itself only (abort uses tgkill)
             body = [
                 argument(0),
-                _statement(equal, own, 0, 1),
+                _statement(equal, process, 0, 1),
                 _statement(back, allow),
                 _statement(back, deny),
             ]
@@ -130,9 +130,9 @@ def _failed(what: str) -> OSError:
 
 
 def _libc() -> Any:
-    found = ctypes.CDLL(None, use_errno=True)
-    found.syscall.restype = ctypes.c_long
-    return found
+    library = ctypes.CDLL(None, use_errno=True)
+    library.syscall.restype = ctypes.c_long
+    return library
 
 
 def lock_files(libc: Any, readable: list[str], work: str) -> None:
@@ -146,14 +146,14 @@ def lock_files(libc: Any, readable: list[str], work: str) -> None:
         raise _failed("Landlock is not available")
     # Rights known to each version: 13 for files from the start, then REFER, TRUNCATE and IOCTL_DEV; binding and
     # connecting, which the system call filter forbids altogether, are not handled here.
-    known = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
-    ruleset = libc.syscall(_LANDLOCK_CREATE, struct.pack("=Q", known), ctypes.c_size_t(8), ctypes.c_uint(0))
+    handled = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
+    ruleset = libc.syscall(_LANDLOCK_CREATE, struct.pack("=Q", handled), ctypes.c_size_t(8), ctypes.c_uint(0))
     if ruleset < 0:
         raise _failed("Landlock refuses")
     execute, write, read, read_folder, truncate = 1, 2, 4, 8, 1 << 14
     making = 1 << 5 | 1 << 8  # removing and making files; no folders, so that cleaning up is simple
     rules = [(path, execute | read | read_folder) for path in readable]
-    rules.append((work, (write | read | read_folder | making | truncate) & known))
+    rules.append((work, (write | read | read_folder | making | truncate) & handled))
     for path, rights in rules:
         try:
             handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -249,8 +249,8 @@ def forbid_in_python(work: str, readable: list[str]) -> None:
 def main() -> None:
     """Read the job, lock up, run the program, say so."""
     job = json.loads(sys.stdin.buffer.read())
-    own = os.dup(1)
-    os.set_inheritable(own, False)
+    channel = os.dup(1)
+    os.set_inheritable(channel, False)
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1):
         os.dup2(nothing, stream)
@@ -294,10 +294,10 @@ def main() -> None:
             reason = str(error.strerror or error)
     if not strong:
         if not job["allow_weak"]:
-            os.write(own, json.dumps({"refused": reason}).encode() + b"\n")
+            os.write(channel, json.dumps({"refused": reason}).encode() + b"\n")
             return
         forbid_in_python(job["work"], readable)
-    os.write(own, b'{"ready": true}\n')
+    os.write(channel, b'{"ready": true}\n')
     program, token = job["program"], job["token"]
     job.clear()
     names = {"__name__": "__main__", "__builtins__": __builtins__}
@@ -307,14 +307,14 @@ def main() -> None:
         # Memory may be what ran out: what is said about it is short, and saying it may fail.
         kind = type(error).__name__
         try:
-            told = f"{kind}: {error}" if str(error) else kind
+            description = f"{kind}: {error}" if str(error) else kind
             if isinstance(error, AssertionError) and not str(error):
-                told = f"{kind} in {traceback.extract_tb(error.__traceback__)[-1].lineno}"
+                description = f"{kind} in {traceback.extract_tb(error.__traceback__)[-1].lineno}"
         except BaseException:
-            told = kind
-        os.write(own, json.dumps({"error": told[:500]}).encode() + b"\n")
+            description = kind
+        os.write(channel, json.dumps({"error": description[:500]}).encode() + b"\n")
         os._exit(1)
-    os.write(own, json.dumps({"token": token}).encode() + b"\n")
+    os.write(channel, json.dumps({"token": token}).encode() + b"\n")
     os._exit(0)
 
 

@@ -82,7 +82,7 @@ def evaluate(
     if samples < 0:
         raise ConfigError(f"samples is {samples}; give 0 or more.")
     prompts = [_prompt(row, index) for index, row in enumerate(rows)]
-    found = answer_loss(model, rows, batch_size=batch_size, what=f"Measuring {name}", progress=progress)
+    losses = answer_loss(model, rows, batch_size=batch_size, what=f"Measuring {name}", progress=progress)
     shown: list[str] = []
     if samples:
         longest = max(len(row["input_ids"]) - len(prompt) for row, prompt in zip(rows, prompts, strict=True))
@@ -90,7 +90,7 @@ def evaluate(
             model, tokenizer, prompts[:samples], max_new_tokens=longest, batch_size=batch_size,
             what=f"Sample answers: {name}", progress=progress,
         )  # fmt: skip
-    return Score(found.greedy, found.mean, found.tokens, tuple(shown))
+    return Score(losses.greedy, losses.mean, losses.tokens, tuple(shown))
 
 
 @dataclass(frozen=True)
@@ -164,14 +164,14 @@ def answer_loss(
     # Not inference_mode: this runs between training steps, and what sharding gathers here is trained with later.
     with evaluating(model), torch.no_grad():
         for batch in batches_by_length([len(row["input_ids"]) for row in rows], batch_size):
-            logits, wanted = right_logits(model, [rows[index] for index in batch], padding)
-            scored = wanted != IGNORED_LABEL
+            logits, targets = right_logits(model, [rows[index] for index in batch], padding)
+            scored = targets != IGNORED_LABEL
             # Selected first, so that no float32 copy is made of logits that carry no label.
             chosen = logits[scored].float()
-            losses = torch.zeros(wanted.shape, device=wanted.device)
-            losses[scored] = F.cross_entropy(chosen, wanted[scored], reduction="none")
+            losses = torch.zeros(targets.shape, device=targets.device)
+            losses[scored] = F.cross_entropy(chosen, targets[scored], reduction="none")
             agrees = torch.ones_like(scored)
-            agrees[scored] = chosen.argmax(dim=-1) == wanted[scored]
+            agrees[scored] = chosen.argmax(dim=-1) == targets[scored]
             results = zip(
                 batch, losses.sum(1).tolist(), scored.sum(1).tolist(), agrees.all(1).tolist(), strict=True
             )
@@ -191,9 +191,9 @@ def _answer_logits(
     labels, _ = padded([row["labels"] for row in rows], IGNORED_LABEL, "left")
     # Padded on the left all answers end together, so only the last few positions need logits.
     first = int((labels[:, 1:] != IGNORED_LABEL).any(dim=0).nonzero()[0])
-    wanted = labels[:, first + 1 :].to(device)
-    logits = last_logits(model, tokens.to(device), mask.to(device), wanted.shape[1] + 1)
-    return logits[:, :-1], wanted
+    targets = labels[:, first + 1 :].to(device)
+    logits = last_logits(model, tokens.to(device), mask.to(device), targets.shape[1] + 1)
+    return logits[:, :-1], targets
 
 
 def last_logits(model: torch.nn.Module, tokens: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:

@@ -63,9 +63,9 @@ def taught_logits(
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in _padded(rows, padding).items()}
-    wanted = batch.pop("labels")
-    begun = base.prepare_decoder_input_ids_from_labels(wanted)
-    return model(**batch, decoder_input_ids=begun, use_cache=False).logits, wanted
+    targets = batch.pop("labels")
+    begun = base.prepare_decoder_input_ids_from_labels(targets)
+    return model(**batch, decoder_input_ids=begun, use_cache=False).logits, targets
 
 
 class Seq2SeqCollator:

@@ -79,10 +79,10 @@ class Source:
         if split is not None:
             split = SAME_SPLIT.get(split, split)
         name, rows = self._folder(split, Path(folder)) if folder is not None else self._hub(split)
-        found = list(islice(rows, limit))
-        if not found:
+        lines = list(islice(rows, limit))
+        if not lines:
             raise DataError(f"The split '{name}' of '{self.file}' holds no row; give data with at least one.")
-        return name, found
+        return name, lines
 
     def _folder(self, split: str | None, folder: Path) -> tuple[str, Iterator[Row]]:
         if not folder.is_dir():
@@ -91,10 +91,10 @@ class Source:
         files = split_files(folder / self.file, kinds)
         chosen = split or next((name for name in _MEASURED_ON if name in files), None)
         if chosen is None or chosen not in files:
-            wanted = f"split '{chosen}'" if chosen else "split test or dev"
-            there = f"there is {', '.join(sorted(files))}" if files else "there is none of its files"
+            missing = f"split '{chosen}'" if chosen else "split test or dev"
+            present = f"there is {', '.join(sorted(files))}" if files else "there is none of its files"
             raise MissingSplitError(
-                f"'{self.file}' has no {wanted} in '{folder}' ({there}); name another split, or put "
+                f"'{self.file}' has no {missing} in '{folder}' ({present}); name another split, or put "
                 f"'{self.file}.{chosen or 'test'}{kinds[0]}' there."
             )
         path = files[chosen]
@@ -116,6 +116,6 @@ class Source:
     def _hub_rows(self, split: str) -> Iterator[Row]:
         remedy = f"connect to the Hub, or give a folder that holds '{self.file}.*'"
         for subset in self.subsets:
-            told = f"'{self.hub}'" + (f" ({subset})" if subset else "")
+            label = f"'{self.hub}'" + (f" ({subset})" if subset else "")
             for where, row in hub_rows(self.hub, split, subset, revision=self.revision, remedy=remedy):
-                yield f"{told}, {where}", row
+                yield f"{label}, {where}", row

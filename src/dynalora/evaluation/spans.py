@@ -213,7 +213,7 @@ def mark_answers(
             progress(what, done, len(windows))
     answers = [text if worth > none else "" for (worth, text), none in zip(best, silence, strict=True)]
     cut = len({window.item for window in windows if window.cut})
-    return Marked(answers, [sum(own) / len(own) for own in losses], cut)
+    return Marked(answers, [sum(of_question) / len(of_question) for of_question in losses], cut)
 
 
 def _best(

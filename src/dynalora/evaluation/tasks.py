@@ -177,20 +177,20 @@ def _items(dataset: ProceduralDataset) -> Iterator[Item]:
 
 def _dataset(name: str, options: Mapping[str, Any], seed: int) -> ProceduralDataset:
     gym = _reasoning_gym()
-    known = task_names()
-    if name not in known:
-        raise ConfigError(f"There is no task '{name}'; choose one of {', '.join(known)}.")
+    names = task_names()
+    if name not in names:
+        raise ConfigError(f"There is no task '{name}'; choose one of {', '.join(names)}.")
     for reserved in ("seed", "size"):
         if reserved in options:
             raise ConfigError(
                 f"The task option '{reserved}' is set by load_task itself; use its arguments instead."
             )
     try:
-        made: ProceduralDataset = gym.create_dataset(name, seed=seed, size=_MOST_DRAWS, **options)
+        dataset: ProceduralDataset = gym.create_dataset(name, seed=seed, size=_MOST_DRAWS, **options)
     except (TypeError, ValueError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"The task '{name}' rejects the options {dict(options)} ({reason}).") from error
-    return made
+    return dataset
 
 
 def _reasoning_gym() -> Any:

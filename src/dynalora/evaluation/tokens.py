@@ -183,9 +183,9 @@ def _pair(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tup
     asked = "\n\n".join(message["content"] for message in before)
     question = list(tokenizer(asked, verbose=False)["input_ids"])
     answer = list(tokenizer(text_target=last["content"])["input_ids"])
-    kept = shortened(question, question_room(tokenizer))
-    tokens: Tokens = {"input_ids": kept + answer, "labels": [IGNORED_LABEL] * len(kept) + answer}
-    return tokens, len(kept) == len(question)
+    fitted = shortened(question, question_room(tokenizer))
+    tokens: Tokens = {"input_ids": fitted + answer, "labels": [IGNORED_LABEL] * len(fitted) + answer}
+    return tokens, len(fitted) == len(question)
 
 
 def _encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Tokens:
