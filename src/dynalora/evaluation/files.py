@@ -170,7 +170,9 @@ def texts_of(rows: Rows, name: str | None, source: str) -> Iterator[str]:
             name = text_field_of(row) or TEXT_FIELDS[0]
         if name not in row or not isinstance(row[name], (str, type(None))):
             has = ", ".join(f"'{key}'" for key in row)
-            raise DataError(f"{source}, {where}: there is no text in the field '{name}'; its fields are {has}.")
+            raise DataError(
+                f"{source}, {where}: there is no text in the field '{name}'; its fields are {has}."
+            )
         yield (row[name] or "").strip()
 
 
