@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -171,3 +172,20 @@ def test_which_models_serve_several_tasks() -> None:
     assert head_of(both, LANGUAGE_MODELS) is LANGUAGE_MODELS[1]
     assert head_of(both, (CAUSAL_LM,)) is None
     assert head_of(both, (CLASSIFIER,)) is CLASSIFIER
+
+
+def test_the_benchmark_of_the_guide_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    *_, example = re.findall(r"^```python\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    monkeypatch.setitem(BENCHMARKS, "riddles", VOWELS)  # taken out again after the test
+    exec(compile(example, "the guide", "exec"), {})
+    (tmp_path / "riddles").mkdir()
+    for split, count in (("train", 6), ("test", 2)):
+        rows = [{"riddle": f"{split} {n}?", "solution": str(n)} for n in range(count)]
+        tiny.write_jsonl(tmp_path / "riddles" / f"riddles.{split}.jsonl", rows)
+    words = tiny.tokenizer()
+    task = load_experiment_task("riddles", data=tmp_path)
+    score = task.measure(tiny.model(len(words)), words, Measuring(generated_tokens=4))
+    assert (len(task.items), score.questions, score.correct) == (6, 2, (False, False))
+    result = prepare("riddles", data=tmp_path).scored(["0", "2"])
+    assert result.scores["accuracy"].value == 0.5

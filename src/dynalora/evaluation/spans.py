@@ -1,9 +1,16 @@
-"""Answers that are marked in a passage: what a model with a question-answering head learns, and what it says.
+"""Extractive question answering: a model marks its answer in a passage, or says that the passage has none.
 
-The head gives every token two numbers, for an answer that starts there and for one that ends there, as in BERT (Devlin
-et al., 2019, sections 4.2 and 4.3). A passage longer than the model's window is read in windows that overlap. An answer
-is worth the sum of its two numbers, and silence, where the passage does not tell, that of the first token in the window
-that is least sure of it; the best of all windows is said.
+A question-answering head gives every token of the input two numbers, a score as the first token of the answer and one
+as its last (Devlin et al., 2019, sections 4.2 and 4.3). Both training and answering need to know which token of the
+input is which character of the passage.
+
+**Windows.** A passage that does not fit into the model's input together with its question is read in several windows,
+which overlap by up to 128 tokens. A window that does not hold the whole answer is trained on as one without answer.
+
+**Answers.** The score of a possible answer is the sum of its two numbers. "No answer" is marked at the window's
+`[CLS]` token (or the first token where there is none), and its score is the sum of that token's two numbers. Over all
+windows of a question the best answer is compared with the lowest score of "no answer", and the better of the two is
+the model's answer.
 """
 
 from __future__ import annotations
@@ -28,10 +35,11 @@ if TYPE_CHECKING:
 __all__ = ["LONGEST_ANSWER", "LONGEST_QUESTION", "Marked", "Window", "mark_answers", "read_windows"]
 
 LONGEST_QUESTION = 64
+"""Tokens of a question, as in BERT's own script; longer ones lose their end."""
 LONGEST_ANSWER = 30
-"""In tokens, both as in BERT's own script."""
+"""Tokens of an answer, as in BERT's own script."""
 _OVERLAP = 128
-_AT_ONCE = 256  # questions, so that a large set's windows need not all be held
+_AT_ONCE = 256  # questions, so that not all windows of a large set are in memory
 
 
 @dataclass(frozen=True)
@@ -42,8 +50,8 @@ class Window:
         item: Index of the question.
         inputs: Token ids and what else the model takes, one number per token.
         places: Per token its characters in the passage, (first, one behind the last); None for all else.
-        silence: The token that stands for no answer.
-        marks: Tokens at which the answer starts and ends; both `silence` where the window does not hold all of it.
+        silence: Index of the token that stands for "no answer".
+        marks: Indices of the answer's first and last token; both `silence` where the window does not hold all of it.
         cut: Whether the question was longer than 64 tokens (or half a window) and lost its end.
     """
 
@@ -85,41 +93,43 @@ def read_windows(
         )
     for begin in range(0, len(items), _AT_ONCE):
         part = range(begin, min(begin + _AT_ONCE, len(items)))
-        asked = tokenizer(
+        offsets = tokenizer(
             [items[index].prompt for index in part], add_special_tokens=False, return_offsets_mapping=True
         )["offset_mapping"]
-        alike: dict[int, list[tuple[int, str, bool]]] = {}
-        for index, tokens in zip(part, asked, strict=True):
+        by_overlap: dict[int, list[tuple[int, str, bool]]] = {}
+        for index, tokens in zip(part, offsets, strict=True):
             cut = len(tokens) > longest
             question = items[index].prompt[: tokens[longest - 1][1]] if cut else items[index].prompt
             room = max_length - special - min(len(tokens), longest)
-            alike.setdefault(min(_OVERLAP, room // 2), []).append((index, question, cut))
-        made = [_made(tokenizer, items, own, max_length, overlap) for overlap, own in alike.items()]
-        yield from sorted(itertools.chain.from_iterable(made), key=lambda window: window.item)
+            by_overlap.setdefault(min(_OVERLAP, room // 2), []).append((index, question, cut))
+        groups = [
+            _windows(tokenizer, items, group, max_length, overlap) for overlap, group in by_overlap.items()
+        ]
+        yield from sorted(itertools.chain.from_iterable(groups), key=lambda window: window.item)
 
 
-def _made(
+def _windows(
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[Example],
-    asked: Sequence[tuple[int, str, bool]],
+    questions: Sequence[tuple[int, str, bool]],
     max_length: int,
     overlap: int,
 ) -> Iterator[Window]:
     """The windows of items, each given with its question and whether that lost its end, at one overlap."""
-    made = tokenizer(
-        [question for _, question, _ in asked], [items[index].second for index, *_ in asked],
+    encoded = tokenizer(
+        [question for _, question, _ in questions], [items[index].second for index, *_ in questions],
         truncation="only_second", max_length=max_length, stride=overlap, return_overflowing_tokens=True,
         return_offsets_mapping=True,
     )  # fmt: skip
-    names = [name for name in made if name not in ("offset_mapping", "overflow_to_sample_mapping")]
-    for number, own in enumerate(made["overflow_to_sample_mapping"]):
-        index, _, cut = asked[own]
-        of_passage = [part == 1 for part in made.sequence_ids(number)]
+    names = [name for name in encoded if name not in ("offset_mapping", "overflow_to_sample_mapping")]
+    for number, sample in enumerate(encoded["overflow_to_sample_mapping"]):
+        index, _, cut = questions[sample]
+        of_passage = [part == 1 for part in encoded.sequence_ids(number)]
         places = tuple(
             (int(first), int(behind)) if inside and behind > first else None
-            for inside, (first, behind) in zip(of_passage, made["offset_mapping"][number], strict=True)
+            for inside, (first, behind) in zip(of_passage, encoded["offset_mapping"][number], strict=True)
         )
-        inputs = {name: list(made[name][number]) for name in names}
+        inputs = {name: list(encoded[name][number]) for name in names}
         ids, first = inputs["input_ids"], tokenizer.cls_token_id
         silence = ids.index(first) if first in ids else 0
         yield Window(index, inputs, places, silence, _marks(places, items[index].span, silence), cut)
