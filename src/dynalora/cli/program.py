@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from dynalora import __version__
 from dynalora.cli.commands import COMMANDS, Command
 from dynalora.cli.flags import settings_of, signature_of
 from dynalora.cli.screen import after_imports, complain, console, quiet
+from dynalora.common.version import __version__
 from dynalora.errors import DynaloraError
 
 app = typer.Typer(
