@@ -20,7 +20,7 @@ from dynalora.evaluation import metrics
 from dynalora.evaluation.benchmarks import BENCHMARKS, GROUPS, benchmark
 from dynalora.evaluation.generation import chat_prompt, generate
 from dynalora.evaluation.harness import FORGETTING_SUITE
-from dynalora.evaluation.kinds.base import Measuring
+from dynalora.evaluation.kinds.base import Subject
 from dynalora.evaluation.kinds.classify import class_logits, classes
 from dynalora.evaluation.kinds.code import CODE
 from dynalora.evaluation.masked_lm import mask_windows
@@ -37,6 +37,8 @@ from dynalora.lab.tasks.task import AnswerTask
 from . import benchmark_files, tiny
 
 QUICK = {"run_code": True, "weak_sandbox": True}
+NOBODY = Subject(torch.nn.Identity(), tiny.tokenizer())
+"""Executing what was said needs no model."""
 
 
 @pytest.fixture(scope="module")
@@ -362,7 +364,7 @@ def test_a_dialogue_is_one_item_per_turn(folder: Path) -> None:
 def test_generated_code_passes_or_fails(folder: Path) -> None:
     humaneval = prepare("humaneval", data=folder, **QUICK)  # type: ignore[arg-type]
     answers = ["    return 2 * x\n", "    return x\n", "", "```python\nwhile True\n```"]
-    assert [CODE.judged(humaneval, [answer], Measuring())[0] for answer in answers] == [
+    assert [CODE.judged(NOBODY, humaneval, [answer])[0] for answer in answers] == [
         True,
         *[False] * 3,
     ]
@@ -373,21 +375,21 @@ def test_generated_code_passes_or_fails(folder: Path) -> None:
     assert item.prefix == '```python\ndef twice(x):\n    """Two times x."""\n'
     assert item.response == '```python\ndef twice(x):\n    """Two times x."""\n    return 2 * x\n```'
     mbpp = prepare("mbpp", data=folder, **QUICK)  # type: ignore[arg-type]
-    assert CODE.judged(mbpp, ["def inc(x):\n    return x + 1\n"], Measuring()) == [True]
-    assert CODE.judged(mbpp, ["def inc(x):\n    return 2\n"], Measuring()) == [False]
+    assert CODE.judged(NOBODY, mbpp, ["def inc(x):\n    return x + 1\n"]) == [True]
+    assert CODE.judged(NOBODY, mbpp, ["def inc(x):\n    return 2\n"]) == [False]
 
 
 def test_the_plus_versions_ask_the_same_and_test_more(folder: Path) -> None:
     half = prepare("humaneval+", data=folder, **QUICK)  # type: ignore[arg-type]
     assert half.task.title == "HumanEval+"
     for answer, right in (("    return x / 2\n", True), ("    return x // 2\n", False), ("", False)):
-        assert CODE.judged(half, [answer], Measuring()) == [right]
+        assert CODE.judged(NOBODY, half, [answer]) == [right]
     add = prepare("MBPP+", data=folder, **QUICK)  # type: ignore[arg-type]
     plain = prepare("mbpp", data=folder, **QUICK)  # type: ignore[arg-type]
     assert add.items[0].prompt == plain.items[0].prompt
     # The second passes the assertion that the prompt shows, and not the others.
     for answer, right in (("def inc(x):\n    return x + 1\n", True), ("def inc(x):\n    return 2\n", False)):
-        assert CODE.judged(add, [answer], Measuring()) == [right]
+        assert CODE.judged(NOBODY, add, [answer]) == [right]
 
 
 def test_code_is_not_executed_unless_allowed(folder: Path) -> None:
@@ -749,5 +751,5 @@ def test_a_real_folder() -> None:
 
             with gzip.open(next((data / "code").glob("humaneval.*")), "rt", encoding="utf-8") as file:
                 solutions = [json.loads(line)["canonical_solution"] for line in file]
-            assert all(CODE.judged(prepared, solutions, Measuring()))
+            assert all(CODE.judged(NOBODY, prepared, solutions))
     assert read

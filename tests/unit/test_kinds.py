@@ -17,7 +17,7 @@ from dynalora.common.names import IGNORED_LABEL
 from dynalora.errors import ConfigError
 from dynalora.evaluation.benchmarks import BENCHMARKS
 from dynalora.evaluation.heads import CAUSAL_LM, CLASSIFIER, LANGUAGE_MODELS, Head, common_heads, head_of
-from dynalora.evaluation.kinds.base import Benchmark, Example, Measuring, Prepared
+from dynalora.evaluation.kinds.base import Benchmark, Example, Measuring, Prepared, Subject
 from dynalora.evaluation.kinds.encoder import EncoderKind, Outcome
 from dynalora.evaluation.kinds.generate import GENERATE
 from dynalora.evaluation.metrics import Metric
@@ -66,19 +66,17 @@ class TagKind(EncoderKind):
     def collator(self, tokenizer: Any) -> Any:
         return transformers.DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED_LABEL)
 
-    def outcome(
-        self, model: torch.nn.Module, tokenizer: Any, prepared: Prepared, how: Measuring, what: str
-    ) -> Outcome:
+    def outcome(self, subject: Subject, prepared: Prepared, how: Measuring, what: str) -> Outcome:
         tags, losses = [], []
-        how.progress(what, 0, len(prepared.items))
+        subject.progress(what, 0, len(prepared.items))
         for done, item in enumerate(prepared.items, start=1):
-            row = {name: torch.tensor([ids]) for name, ids in self._row(item, tokenizer, 64).items()}
+            row = {name: torch.tensor([ids]) for name, ids in self._row(item, subject.tokenizer, 64).items()}
             labels = row.pop("labels")[0]
             with torch.inference_mode():
-                logits = model(**row).logits[0]
+                logits = subject.model(**row).logits[0]
             tags.append(logits.argmax(-1).tolist())
             losses.append(float(F.cross_entropy(logits, labels)))
-            how.progress(what, done, len(prepared.items))
+            subject.progress(what, done, len(prepared.items))
         return Outcome(tags, losses)
 
 

@@ -18,8 +18,6 @@ from peft import PeftModel
 from dynalora.common.private import adapters_disabled
 from dynalora.evaluation.seq2seq import is_encoder_decoder
 
-__all__ = ["causal_pass", "continued", "prompt_length"]
-
 
 def prompt_length(model: torch.nn.Module) -> int:
     """Number of virtual tokens before every input: 0 without prompt learning, and with the adapter disabled."""

@@ -130,17 +130,9 @@ def mask_text(
     _check_share(share)
     if max_length < 4:
         raise ConfigError(f"max_length is {max_length}; give at least 4 tokens.")
-    mask_id = _mask_token(tokenizer)
-    rows, masked = [], []
-    for index, text in enumerate(texts):
-        ids = list(tokenizer(text, truncation=True, max_length=max_length)["input_ids"])
-        places = _chosen(ids, tokenizer, share, seed, index)
-        if places:
-            rows.append(tuple(ids))
-            masked.append(places)
-    if not rows:
-        raise DataError(f"None of the {len(texts)} texts has two ordinary tokens; give text to measure on.")
-    return MaskedText(tuple(rows), tuple(masked), mask_id)
+    _mask_token(tokenizer)
+    rows = [list(tokenizer(text, truncation=True, max_length=max_length)["input_ids"]) for text in texts]
+    return _masked(rows, "texts", tokenizer, share, seed)
 
 
 def mask_windows(
@@ -165,22 +157,26 @@ def mask_windows(
         DataError: No window is left.
     """
     _check_share(share)
-    mask_id = _mask_token(tokenizer)
+    _mask_token(tokenizer)
     first, last = (
         [] if token is None else [int(token)] for token in (tokenizer.cls_token_id, tokenizer.sep_token_id)
     )
+    return _masked([[*first, *window, *last] for window in windows], "windows", tokenizer, share, seed)
+
+
+def _masked(
+    texts: Sequence[list[int]], what: str, tokenizer: PreTrainedTokenizerBase, share: float, seed: int
+) -> MaskedText:
+    """Texts with a share of their tokens masked; those without two ordinary tokens are left out."""
     rows, masked = [], []
-    for index, window in enumerate(windows):
-        ids = [*first, *window, *last]
+    for index, ids in enumerate(texts):
         places = _chosen(ids, tokenizer, share, seed, index)
         if places:
             rows.append(tuple(ids))
             masked.append(places)
     if not rows:
-        raise DataError(
-            f"None of the {len(windows)} windows has two ordinary tokens; give text to measure on."
-        )
-    return MaskedText(tuple(rows), tuple(masked), mask_id)
+        raise DataError(f"None of the {len(texts)} {what} has two ordinary tokens; give text to measure on.")
+    return MaskedText(tuple(rows), tuple(masked), _mask_token(tokenizer))
 
 
 def _check_share(share: float) -> None:

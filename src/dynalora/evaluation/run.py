@@ -24,7 +24,7 @@ from dynalora.errors import ConfigError
 from dynalora.evaluation.benchmarks import GROUPS, benchmark
 from dynalora.evaluation.harness import FORGETTING_SUITE, SUITE, find_tasks
 from dynalora.evaluation.heads import described
-from dynalora.evaluation.kinds.base import Benchmark, Example, Measuring, Prepared
+from dynalora.evaluation.kinds.base import Benchmark, Example, Measuring, Prepared, Subject
 from dynalora.evaluation.kinds.choice import CHOICE
 from dynalora.evaluation.kinds.generate import GENERATE
 from dynalora.evaluation.kinds.harness import HarnessKind
@@ -171,11 +171,8 @@ def measure(
     """
     began = time.perf_counter()
     _check_model(model, prepared.task)
-    how = Measuring(
-        batch_size=batch_size, generated_tokens=max_new_tokens, window=window, system=system, name=name,
-        progress=progress,
-    )  # fmt: skip
-    result = prepared.task.kind.measure(model, tokenizer, prepared, how)
+    how = Measuring(batch_size=batch_size, generated_tokens=max_new_tokens, window=window, system=system)
+    result = prepared.task.kind.measure(Subject(model, tokenizer, name, progress), prepared, how)
     return replace(result, seconds=time.perf_counter() - began)
 
 

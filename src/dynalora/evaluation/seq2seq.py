@@ -19,14 +19,6 @@ from dynalora.evaluation.padding import padded
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "Seq2SeqCollator",
-    "is_encoder_decoder",
-    "question_room",
-    "shortened",
-    "taught_logits",
-]
-
 
 def is_encoder_decoder(model: torch.nn.Module) -> bool:
     """Whether a model, with or without adapter, has an encoder and a decoder."""

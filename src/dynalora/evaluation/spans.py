@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
     from dynalora.evaluation.kinds.base import Example
 
-__all__ = ["LONGEST_ANSWER", "LONGEST_QUESTION", "Marked", "Window", "mark_answers", "read_windows"]
-
 LONGEST_QUESTION = 64
 """Tokens of a question, as in BERT's own script; longer ones lose their end."""
 LONGEST_ANSWER = 30

@@ -19,6 +19,7 @@ from dynalora.evaluation.sandbox import Limits
 from dynalora.evaluation.sources import Source
 from dynalora.evaluation.tasks import Item
 from dynalora.evaluation.tokens import TokenizedSet
+from dynalora.evaluation.windows import model_window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -174,8 +175,6 @@ class Measuring:
         generated_tokens: Longest generated answer; None: the benchmark's.
         window: Tokens per window of running text.
         system: A system message before every question; empty: the chat template's own, if it has one.
-        name: Of the model, for `progress`.
-        progress: Called as questions are done.
     """
 
     batch_size: int = 8
@@ -183,8 +182,27 @@ class Measuring:
     generated_tokens: int | None = 256
     window: int = 512
     system: str = ""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is measured.
+
+    Attributes:
+        model: With or without adapter; left in the mode it was in.
+        tokenizer: The model's.
+        name: For `progress`.
+        progress: Called as questions are done.
+    """
+
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
     name: str = "the model"
-    progress: Progress = field(default=silent, repr=False)
+    progress: Progress = silent
+
+    def room(self) -> int:
+        """How many tokens the model can take."""
+        return model_window(self.model, self.tokenizer)
 
 
 class Kind(abc.ABC):
@@ -214,18 +232,11 @@ class Kind(abc.ABC):
         """
 
     @abc.abstractmethod
-    def measure(
-        self,
-        model: torch.nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        prepared: Prepared,
-        how: Measuring,
-    ) -> TaskResult:
+    def measure(self, subject: Subject, prepared: Prepared, how: Measuring) -> TaskResult:
         """Measure a model by the benchmark's own numbers, on all items.
 
         Args:
-            model: One that a head in `heads` fits, with or without adapter; left in the mode it was in.
-            tokenizer: The model's.
+            subject: A model that a head in `heads` fits.
             prepared: The task with its items.
             how: Batch sizes and the like.
 
@@ -250,14 +261,9 @@ class LearnedKind(Kind):
 
     @abc.abstractmethod
     def training(
-        self,
-        task: Benchmark,
-        examples: Sequence[Example],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        system: str = "",
+        self, task: Benchmark, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, system: str = "",
         max_length: int = 512,
-    ) -> TokenizedSet:
+    ) -> TokenizedSet:  # fmt: skip
         """Training rows, with the loss on the answers only.
 
         Args:
@@ -276,21 +282,11 @@ class LearnedKind(Kind):
         return None
 
     @abc.abstractmethod
-    def score(
-        self,
-        model: torch.nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        prepared: Prepared,
-        how: Measuring,
-    ) -> TaskScore:
+    def score(self, subject: Subject, prepared: Prepared, how: Measuring) -> TaskScore:
         """Measure a model with the loss of the right answers, as trainings are compared.
 
         Args:
-            model: As for `measure`.
-            tokenizer: Likewise.
-            prepared: Likewise.
+            subject: As for `measure`, and so are the others.
+            prepared: The task.
             how: Batch sizes and the like.
-
-        Raises:
-            DataError: Every item is longer than the model's window.
         """

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
-
 from dynalora.errors import DataError
 from dynalora.evaluation.heads import CAUSAL_LM
-from dynalora.evaluation.kinds.base import Example, Measuring, Prepared
+from dynalora.evaluation.kinds.base import Example, Measuring, Prepared, Subject
 from dynalora.evaluation.kinds.text import LEFT_OUT, TextKind
 from dynalora.evaluation.metrics import Metric
 from dynalora.evaluation.multiple_choice import Choice, OptionScores, option_lengths, option_scores
 from dynalora.evaluation.results import TaskResult, TaskScore
 from dynalora.evaluation.tasks import Item
-from dynalora.evaluation.windows import fitting, model_window
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from dynalora.evaluation.windows import fitting
 
 
 class ChoiceKind(TextKind):
@@ -29,20 +22,14 @@ class ChoiceKind(TextKind):
     def item(self, example: Example) -> Item:
         return _choice(example).item
 
-    def measure(
-        self,
-        model: torch.nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        prepared: Prepared,
-        how: Measuring,
-    ) -> TaskResult:
+    def measure(self, subject: Subject, prepared: Prepared, how: Measuring) -> TaskResult:
         items, title = prepared.items, prepared.task.title
         choices = [_choice(item) for item in items]
-        lengths = option_lengths(tokenizer, choices)
-        fits = fitting(lengths, model_window(model, tokenizer), title)
+        lengths = option_lengths(subject.tokenizer, choices)
+        fits = fitting(lengths, subject.room(), title)
         scores = option_scores(
-            model, tokenizer, [choices[index] for index in fits], batch_size=how.batch_size,
-            name=f"{title}: {how.name}", progress=how.progress,
+            subject.model, subject.tokenizer, [choices[index] for index in fits], batch_size=how.batch_size,
+            name=f"{title}: {subject.name}", progress=subject.progress,
         )  # fmt: skip
         values = _values(scores, fits, len(items))
         metric = Metric(tuple(values), items=lambda answers, references: values)
@@ -51,19 +38,13 @@ class ChoiceKind(TextKind):
             intervals, of_items, percent=("accuracy", "accuracy_raw"), main="accuracy", too_long=len(items) - len(fits)
         )  # fmt: skip
 
-    def score(
-        self,
-        model: torch.nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        prepared: Prepared,
-        how: Measuring,
-    ) -> TaskScore:
+    def score(self, subject: Subject, prepared: Prepared, how: Measuring) -> TaskScore:
         choices, name = [_choice(item) for item in prepared.items], prepared.task.name
-        lengths = option_lengths(tokenizer, choices, system=how.system)
-        fits = fitting(lengths, model_window(model, tokenizer), name, then=LEFT_OUT)
+        lengths = option_lengths(subject.tokenizer, choices, system=how.system)
+        fits = fitting(lengths, subject.room(), name, then=LEFT_OUT)
         scores = option_scores(
-            model, tokenizer, [choices[index] for index in fits], system=how.system, batch_size=how.batch_size,
-            name=f"{how.name} on {name}", progress=how.progress,
+            subject.model, subject.tokenizer, [choices[index] for index in fits], system=how.system,
+            batch_size=how.batch_size, name=f"{subject.name} on {name}", progress=subject.progress,
         )  # fmt: skip
         too_long = len(lengths) - len(fits)
         return TaskScore.of(scores.correct(), scores.right_losses, scores.right_counts, too_long=too_long)

@@ -13,7 +13,7 @@ from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError
 from dynalora.evaluation.generation import batches_by_length, evaluating
 from dynalora.evaluation.heads import CLASSIFIER
-from dynalora.evaluation.kinds.base import Benchmark, Example, Measuring, Prepared
+from dynalora.evaluation.kinds.base import Benchmark, Example, Measuring, Prepared, Subject
 from dynalora.evaluation.kinds.encoder import EncoderKind, Outcome
 from dynalora.evaluation.tasks import Item
 from dynalora.evaluation.tokens import TokenizedSet, Tokens
@@ -37,14 +37,9 @@ class ClassifyKind(EncoderKind):
         return Item(example.prompt, str(example.reference))
 
     def training(
-        self,
-        task: Benchmark,
-        examples: Sequence[Example],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        system: str = "",
+        self, task: Benchmark, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, system: str = "",
         max_length: int = 512,
-    ) -> TokenizedSet:
+    ) -> TokenizedSet:  # fmt: skip
         """The texts as token ids with their class; longer ones lose their end."""
         rows, cut = [], 0
         for example in examples:
@@ -54,16 +49,14 @@ class ClassifyKind(EncoderKind):
             rows.append({**inputs, "labels": label})
         return TokenizedSet(cast("list[Tokens]", rows), cut, 0)
 
-    def outcome(
-        self,
-        model: torch.nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        prepared: Prepared,
-        how: Measuring,
-        what: str,
-    ) -> Outcome:
+    def outcome(self, subject: Subject, prepared: Prepared, how: Measuring, what: str) -> Outcome:
         logits, cut = class_logits(
-            model, tokenizer, prepared.items, batch_size=how.batch_size, what=what, progress=how.progress
+            subject.model,
+            subject.tokenizer,
+            prepared.items,
+            batch_size=how.batch_size,
+            what=what,
+            progress=subject.progress,
         )
         predicted: list[Any] = classes(logits)
         references = [item.reference for item in prepared.items]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dynalora.errors import ConfigError
 from dynalora.evaluation.heads import CAUSAL_LM
-from dynalora.evaluation.kinds.base import Benchmark, Measuring, Prepared
+from dynalora.evaluation.kinds.base import Benchmark, Prepared, Subject
 from dynalora.evaluation.kinds.generate import GenerateKind
 from dynalora.evaluation.sandbox import check_sandbox, run_program
 
@@ -25,18 +25,18 @@ class CodeKind(GenerateKind):
             )
         check_sandbox(weak=weak_sandbox, packages=task.packages)
 
-    def judged(self, prepared: Prepared, answers: Sequence[str], how: Measuring) -> list[bool]:
+    def judged(self, subject: Subject, prepared: Prepared, answers: Sequence[str]) -> list[bool]:
         """Whether each answer passes its tests."""
         passed = []
-        what = f"{prepared.task.title}: running what {how.name} wrote"
-        how.progress(what, 0, len(answers))
+        what = f"{prepared.task.title}: running what {subject.name} wrote"
+        subject.progress(what, 0, len(answers))
         for done, (item, answer) in enumerate(zip(prepared.items, answers, strict=True), start=1):
             assert item.program is not None
             outcome = run_program(
                 item.program(answer), prepared.limits, weak=prepared.weak_sandbox, packages=prepared.task.packages
             )  # fmt: skip
             passed.append(outcome.passed)
-            how.progress(what, done, len(answers))
+            subject.progress(what, done, len(answers))
         return passed
 
 

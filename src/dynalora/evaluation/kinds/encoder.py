@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from dynalora.evaluation.kinds.base import LearnedKind, Measuring, Prepared
+from dynalora.evaluation.kinds.base import LearnedKind, Measuring, Prepared, Subject
 from dynalora.evaluation.results import TaskResult, TaskScore
 
 if TYPE_CHECKING:
@@ -39,43 +37,23 @@ class EncoderKind(LearnedKind):
     """Tasks for encoders, all of whose numbers come from one pass over the items."""
 
     @abc.abstractmethod
-    def outcome(
-        self,
-        model: torch.nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        prepared: Prepared,
-        how: Measuring,
-        what: str,
-    ) -> Outcome:
+    def outcome(self, subject: Subject, prepared: Prepared, how: Measuring, what: str) -> Outcome:
         """What the model says to all items.
 
         Args:
-            model: One that a head in `heads` fits.
-            tokenizer: The model's.
+            subject: A model that a head in `heads` fits.
             prepared: The task with its items.
             how: Batch size.
-            what: Description given to `how.progress`.
+            what: Description given to its `progress`.
         """
 
-    def measure(
-        self,
-        model: torch.nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        prepared: Prepared,
-        how: Measuring,
-    ) -> TaskResult:
-        outcome = self.outcome(model, tokenizer, prepared, how, f"{prepared.task.title}: {how.name}")
+    def measure(self, subject: Subject, prepared: Prepared, how: Measuring) -> TaskResult:
+        outcome = self.outcome(subject, prepared, how, f"{prepared.task.title}: {subject.name}")
         return prepared.scored(outcome.judged, answers=outcome.answers, too_long=outcome.too_long)
 
-    def score(
-        self,
-        model: torch.nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        prepared: Prepared,
-        how: Measuring,
-    ) -> TaskScore:
-        what = f"Measuring {how.name} on {prepared.task.name}"
-        outcome = self.outcome(model, tokenizer, prepared, how, what)
+    def score(self, subject: Subject, prepared: Prepared, how: Measuring) -> TaskScore:
+        what = f"Measuring {subject.name} on {prepared.task.name}"
+        outcome = self.outcome(subject, prepared, how, what)
         references = [item.reference for item in prepared.items]
         scores = [metric.score(outcome.judged, references)[0] for metric in prepared.metrics]
         numbers = {name: interval.value for score in scores for name, interval in score.items()}

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import torch
 
 from dynalora.common.statistics import Estimate
 from dynalora.evaluation.harness import run_harness
 from dynalora.evaluation.heads import CAUSAL_LM
-from dynalora.evaluation.kinds.base import Kind, Measuring, Prepared
+from dynalora.evaluation.kinds.base import Kind, Measuring, Prepared, Subject
 from dynalora.evaluation.results import TaskResult
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _SHARES = ("acc", "acc_norm", "exact_match", "f1", "em")
 
@@ -32,15 +26,10 @@ class HarnessKind(Kind):
     shots: int | None = None
     heads = (CAUSAL_LM,)
 
-    def measure(
-        self,
-        model: torch.nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        prepared: Prepared,
-        how: Measuring,
-    ) -> TaskResult:
+    def measure(self, subject: Subject, prepared: Prepared, how: Measuring) -> TaskResult:
         (result,) = run_harness(
-            model, tokenizer, [self.name], num_fewshot=self.shots, limit=prepared.limit, batch_size=how.batch_size
+            subject.model, subject.tokenizer, [self.name], num_fewshot=self.shots, limit=prepared.limit,
+            batch_size=how.batch_size,
         )  # fmt: skip
         scores = {
             name: Estimate(value, error or 0.0).interval for name, (value, error) in result.numbers.items()

@@ -6,10 +6,8 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
 from dynalora.evaluation.heads import MARKER
-from dynalora.evaluation.kinds.base import Benchmark, Example, Measuring, Prepared
+from dynalora.evaluation.kinds.base import Benchmark, Example, Measuring, Prepared, Subject
 from dynalora.evaluation.kinds.encoder import EncoderKind, Outcome
 from dynalora.evaluation.spans import mark_answers, read_windows
 from dynalora.evaluation.tasks import Item
@@ -33,14 +31,9 @@ class MarkKind(EncoderKind):
         return Item(example.prompt, example.response or "unanswerable")
 
     def training(
-        self,
-        task: Benchmark,
-        examples: Sequence[Example],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        system: str = "",
+        self, task: Benchmark, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, system: str = "",
         max_length: int = 512,
-    ) -> TokenizedSet:
+    ) -> TokenizedSet:  # fmt: skip
         """The questions with their passages, in windows of up to `max_length` tokens."""
         rows: list[Tokens] = []
         cut: set[int] = set()
@@ -55,17 +48,11 @@ class MarkKind(EncoderKind):
         right.padding_side = "right"  # places are counted from the left
         return super().collator(right)
 
-    def outcome(
-        self,
-        model: torch.nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        prepared: Prepared,
-        how: Measuring,
-        what: str,
-    ) -> Outcome:
+    def outcome(self, subject: Subject, prepared: Prepared, how: Measuring, what: str) -> Outcome:
+        model, tokenizer = subject.model, subject.tokenizer
         marked = mark_answers(
             model, tokenizer, prepared.items, max_length=within_window(_WINDOW, model, tokenizer),
-            batch_size=how.batch_size, what=what, progress=how.progress,
+            batch_size=how.batch_size, what=what, progress=subject.progress,
         )  # fmt: skip
         return Outcome(marked.answers, marked.losses, answers=marked.answers, too_long=marked.cut)
 

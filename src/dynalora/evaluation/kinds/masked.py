@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
-
 from dynalora.common.statistics import Interval
 from dynalora.evaluation.heads import MASKED_LM
-from dynalora.evaluation.kinds.base import Measuring
+from dynalora.evaluation.kinds.base import Subject
 from dynalora.evaluation.kinds.perplexity import PerplexityKind
 from dynalora.evaluation.masked_lm import mask_windows, masked_lm_perplexity
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class MaskedKind(PerplexityKind):
@@ -21,16 +14,10 @@ class MaskedKind(PerplexityKind):
 
     heads = (MASKED_LM,)
 
-    def perplexity(
-        self,
-        model: torch.nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        rows: list[list[int]],
-        how: Measuring,
-        title: str,
-    ) -> Interval:
+    def perplexity(self, subject: Subject, rows: list[list[int]], batch_size: int, title: str) -> Interval:
         return masked_lm_perplexity(
-            model, mask_windows(rows, tokenizer), batch_size=how.batch_size, name=how.name, progress=how.progress
+            subject.model, mask_windows(rows, subject.tokenizer), batch_size=batch_size, name=subject.name,
+            progress=subject.progress,
         ).interval  # fmt: skip
 
 

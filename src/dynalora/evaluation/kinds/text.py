@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from dynalora.errors import DataError
-from dynalora.evaluation.kinds.base import Benchmark, Example, LearnedKind, Measuring
+from dynalora.evaluation.kinds.base import Benchmark, Example, LearnedKind, Measuring, Subject
 from dynalora.evaluation.scoring import AnswerLoss, answer_loss
 from dynalora.evaluation.seq2seq import is_encoder_decoder
 from dynalora.evaluation.tasks import Item
 from dynalora.evaluation.tokens import TokenizedSet, tokenize
-from dynalora.evaluation.windows import fitting, model_window
+from dynalora.evaluation.windows import fitting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,14 +29,9 @@ class TextKind(LearnedKind):
         return Item(example.prompt, example.response or str(example.reference))
 
     def training(
-        self,
-        task: Benchmark,
-        examples: Sequence[Example],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        system: str = "",
+        self, task: Benchmark, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, system: str = "",
         max_length: int = 512,
-    ) -> TokenizedSet:
+    ) -> TokenizedSet:  # fmt: skip
         items = [self.item(example) for example in examples]
         return training_rows(items, tokenizer, task.name, system=system, max_length=max_length)
 
@@ -83,18 +76,13 @@ def training_rows(
 
 
 def right_answers(
-    items: Sequence[Item],
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    name: str,
-    how: Measuring,
+    items: Sequence[Item], subject: Subject, name: str, how: Measuring
 ) -> tuple[AnswerLoss, int]:
     """The loss of the right answers.
 
     Args:
         items: Questions with their right answers.
-        model: A causal language model or an encoder-decoder.
-        tokenizer: The model's.
+        subject: A causal language model or an encoder-decoder.
         name: The task's, for progress and warnings.
         how: Batch size and system message.
 
@@ -104,13 +92,13 @@ def right_answers(
     Raises:
         DataError: None fits.
     """
-    rows = conversation_rows(items, tokenizer, how.system).rows
+    rows = conversation_rows(items, subject.tokenizer, how.system).rows
     too_long = 0
-    if not is_encoder_decoder(model):  # which reads the beginning of a long question
+    if not is_encoder_decoder(subject.model):  # which reads the beginning of a long question
         lengths = [len(row["input_ids"]) for row in rows]
-        fits = fitting(lengths, model_window(model, tokenizer), name, then=LEFT_OUT)
+        fits = fitting(lengths, subject.room(), name, then=LEFT_OUT)
         too_long = len(rows) - len(fits)
         rows = [rows[index] for index in fits]
-    what = f"Measuring {how.name} on {name}"
-    losses = answer_loss(model, rows, batch_size=how.batch_size, what=what, progress=how.progress)
+    what = f"Measuring {subject.name} on {name}"
+    losses = answer_loss(subject.model, rows, batch_size=how.batch_size, what=what, progress=subject.progress)
     return losses, too_long

@@ -10,22 +10,9 @@ from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.benchmarks import find_benchmark
 from dynalora.evaluation.kinds.base import Benchmark
 from dynalora.evaluation.sources import Row
+from dynalora.lab.tasks import reading
 from dynalora.lab.tasks.mixed import GENERATED, mixed_task
-from dynalora.lab.tasks.reading import (
-    HELD_OUT_SPLITS,
-    Request,
-    benchmark_task,
-    check_measured,
-    examples_of,
-    file_benchmark,
-    file_split,
-    generated,
-    generator_name,
-    group_members,
-    is_place,
-    origin,
-    question_key,
-)
+from dynalora.lab.tasks.reading import Request
 from dynalora.lab.tasks.task import AnswerTask, ExperimentTask
 
 
@@ -71,19 +58,19 @@ def load_experiment_task(
         raise ConfigError(
             "A task has no name; give a benchmark, a task of reasoning-gym, or the place of its files."
         )
-    if is_place(source):
+    if reading.is_place(source):
         return _from_files(Path(source).expanduser(), request)
     entry = find_benchmark(source)
     if entry is not None:
         return _from_benchmark(entry, request)
-    members = group_members(source)
+    members = reading.group_members(source)
     if members is not None:
         raise ConfigError(
             f"'{source}' is a group of tasks; name one of them, or say what is trained on and what is measured: "
             f"{source} -> {' + '.join(members[:2])}."
         )
-    questions = generated(source, request, train_limit or GENERATED)
-    name = generator_name(source)
+    questions = reading.generated(source, request, train_limit or GENERATED)
+    name = reading.generator_name(source)
     about = (
         f"{name} of reasoning-gym, seed {seed}: {len(questions.train):,} training and {len(questions.held_out):,} "
         "held out"
@@ -92,28 +79,30 @@ def load_experiment_task(
 
 
 def _from_files(path: Path, request: Request) -> ExperimentTask:
-    train_file, train = file_split(path, "train")
-    held_file, held_out = file_split(path, *HELD_OUT_SPLITS)
-    task = file_benchmark(train_file, train, path.resolve().name)
+    train_file, train = reading.file_split(path, "train")
+    held_file, held_out = reading.file_split(path, *reading.HELD_OUT_SPLITS)
+    task = reading.file_benchmark(train_file, train, path.resolve().name)
     return _task(task, (f"'{train_file.name}'", f"'{held_file.name}'"), train, held_out, request)
 
 
 def _from_benchmark(task: Benchmark, request: Request) -> ExperimentTask:
-    check_measured(task, request)
+    reading.check_measured(task, request)
     train = task.source.rows("train", folder=request.data)[1]
     split, held_out = task.source.rows(folder=request.data, limit=request.held_out)
-    return _task(task, (origin(task, request), f"its {split} split"), train, held_out, request)
+    return _task(task, (reading.origin(task, request), f"its {split} split"), train, held_out, request)
 
 
 def _task(
     task: Benchmark, places: tuple[str, str], train: Sequence[Row], held_out: Sequence[Row], request: Request
 ) -> ExperimentTask:
     """A task out of rows that are read as a benchmark's; no question is on both sides."""
-    aside = examples_of(task, held_out[: request.held_out])[: request.held_out]
-    keys = {question_key(example) for example in aside}
-    examples = [example for example in examples_of(task, train) if question_key(example) not in keys]
+    aside = reading.examples_of(task, held_out[: request.held_out])[: request.held_out]
+    keys = {reading.question_key(example) for example in aside}
+    examples = [
+        example for example in reading.examples_of(task, train) if reading.question_key(example) not in keys
+    ]
     examples = examples[: request.train_limit]
     if not examples:
         raise DataError(f"Every training question of {task.name} is also held out; give other files.")
     about = f"{task.name}: {len(examples):,} training questions of {places[0]}, {len(aside):,} held out of {places[1]}"
-    return benchmark_task(about, task, examples, aside, request)
+    return reading.benchmark_task(about, task, examples, aside, request)

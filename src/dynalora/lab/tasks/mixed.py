@@ -18,23 +18,8 @@ from dynalora.evaluation.kinds.generate import GENERATE
 from dynalora.evaluation.sources import MissingSplitError
 from dynalora.evaluation.tasks import Item
 from dynalora.lab.data.conversations import load_conversations
-from dynalora.lab.tasks.reading import (
-    HELD_OUT_SPLITS,
-    Request,
-    benchmark_task,
-    check_measured,
-    examples_of,
-    file_benchmark,
-    file_split,
-    generated,
-    generator_name,
-    group_members,
-    is_place,
-    origin,
-    plain,
-    question_keys,
-    similar_benchmark,
-)
+from dynalora.lab.tasks import reading
+from dynalora.lab.tasks.reading import Request
 from dynalora.lab.tasks.task import AnswerTask, Chat, ExperimentTask, MixedTask
 
 GENERATED = 1000
@@ -62,7 +47,9 @@ def mixed_task(source: str, request: Request) -> ExperimentTask:
     name, trained, measured = split_source(source)
     tasks: list[ExperimentTask] = []
     keys: set[str] = set()
-    for member in dict.fromkeys(member for part in measured for member in group_members(part) or (part,)):
+    for member in dict.fromkeys(
+        member for part in measured for member in reading.group_members(part) or (part,)
+    ):
         task, asked = _measured(member, request)
         if CAUSAL_LM not in task.heads:
             raise ConfigError(
@@ -73,7 +60,7 @@ def mixed_task(source: str, request: Request) -> ExperimentTask:
         tasks.append(task)
         keys |= asked
     lessons = [lesson for part in trained for lesson in _lessons(part, request)]
-    if len(trained) > 1 or group_members(trained[0]) is not None:
+    if len(trained) > 1 or reading.group_members(trained[0]) is not None:
         # One behind the other, a limit would leave out the later ones.
         random.Random(request.seed).shuffle(lessons)
     items = [lesson.item for lesson in lessons if not lesson.keys & keys]
@@ -110,40 +97,40 @@ def split_source(source: str) -> tuple[str, list[str], list[str]]:
 def _measured(source: str, request: Request) -> tuple[ExperimentTask, set[str]]:
     """A task without training questions, and what it asks."""
     entry = find_benchmark(source)
-    if is_place(source):
+    if reading.is_place(source):
         path = Path(source).expanduser()
-        file, rows = file_split(path, *HELD_OUT_SPLITS)
-        task, place = file_benchmark(file, rows, path.resolve().name), f"'{file.name}'"
+        file, rows = reading.file_split(path, *reading.HELD_OUT_SPLITS)
+        task, place = reading.file_benchmark(file, rows, path.resolve().name), f"'{file.name}'"
     elif entry is not None:
-        check_measured(entry, request)
+        reading.check_measured(entry, request)
         split, rows = entry.source.rows(folder=request.data, limit=request.held_out)
-        task, place = entry, f"the {split} split of {origin(entry, request)}"
+        task, place = entry, f"the {split} split of {reading.origin(entry, request)}"
     else:
-        name = generator_name(source)
-        questions = generated(source, request, 1).held_out
+        name = reading.generator_name(source)
+        questions = reading.generated(source, request, 1).held_out
         about = f"{name} of reasoning-gym, seed {request.seed}: {len(questions):,}"
-        return AnswerTask(name, about, (), questions), {plain(item.question) for item in questions}
-    aside = examples_of(task, rows[: request.held_out])[: request.held_out]
+        return AnswerTask(name, about, (), questions), {reading.plain(item.question) for item in questions}
+    aside = reading.examples_of(task, rows[: request.held_out])[: request.held_out]
     about = f"{task.name}: {len(aside):,} of {place}"
-    keys = {key for example in aside for key in question_keys(example)}
-    return benchmark_task(about, task, (), aside, request), keys
+    keys = {key for example in aside for key in reading.question_keys(example)}
+    return reading.benchmark_task(about, task, (), aside, request), keys
 
 
 def _lessons(source: str, request: Request) -> list[_Lesson]:
     """The training rows of a source, all of them."""
     path = Path(source).expanduser()
-    if not is_place(source) and not path.is_file():
+    if not reading.is_place(source) and not path.is_file():
         return _named_lessons(source, request)
     if "train" in split_files(path):
-        file, rows = file_split(path, "train")
-        similar = similar_benchmark(rows[0][1])
+        file, rows = reading.file_split(path, "train")
+        similar = reading.similar_benchmark(rows[0][1])
         if similar is not None:
-            return [_lesson(example, GENERATE, request) for example in examples_of(similar, rows)]
+            return [_lesson(example, GENERATE, request) for example in reading.examples_of(similar, rows)]
         source = source if path.is_dir() else str(file)
     return [
         _Lesson(
             Chat.of(messages),
-            frozenset(plain(turn["content"]) for turn in messages if turn["role"] == "user"),
+            frozenset(reading.plain(turn["content"]) for turn in messages if turn["role"] == "user"),
         )
         for messages in load_conversations(source)
     ]
@@ -156,11 +143,11 @@ def _named_lessons(source: str, request: Request) -> list[_Lesson]:
         return _benchmark_lessons(entry, request)
     if source.strip().lower() == UNION_NAME:
         return [_lesson(example, GENERATE, request) for example in commonsense_rows(request.data)]
-    members = group_members(source)
+    members = reading.group_members(source)
     if members is not None:
         return _group_lessons(source, members, request)
-    questions = generated(source, request, request.train_limit or GENERATED).train
-    return [_Lesson(item, frozenset([plain(item.question)])) for item in questions]
+    questions = reading.generated(source, request, request.train_limit or GENERATED).train
+    return [_Lesson(item, frozenset([reading.plain(item.question)])) for item in questions]
 
 
 def _benchmark_lessons(task: Benchmark, request: Request) -> list[_Lesson]:
@@ -172,7 +159,7 @@ def _benchmark_lessons(task: Benchmark, request: Request) -> list[_Lesson]:
             f"{task.name} {why}, which a model that is measured on other tasks cannot learn; choose another."
         )
     rows = task.source.rows("train", folder=request.data)[1]
-    return [_lesson(example, kind, request) for example in examples_of(task, rows)]
+    return [_lesson(example, kind, request) for example in reading.examples_of(task, rows)]
 
 
 def _group_lessons(name: str, members: Sequence[str], request: Request) -> list[_Lesson]:
@@ -191,4 +178,4 @@ def _group_lessons(name: str, members: Sequence[str], request: Request) -> list[
 
 def _lesson(example: Example, kind: LearnedKind, request: Request) -> _Lesson:
     in_words = request.by_generation or example.choice is None
-    return _Lesson((kind if in_words else CHOICE).item(example), question_keys(example))
+    return _Lesson((kind if in_words else CHOICE).item(example), reading.question_keys(example))

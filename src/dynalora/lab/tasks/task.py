@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError
 from dynalora.evaluation.heads import LANGUAGE_MODELS, Head, common_heads
-from dynalora.evaluation.kinds.base import Benchmark, Example, LearnedKind, Measuring, Prepared
+from dynalora.evaluation.kinds.base import Benchmark, Example, LearnedKind, Measuring, Prepared, Subject
 from dynalora.evaluation.kinds.text import TextKind, right_answers, training_rows
 from dynalora.evaluation.results import TaskScore
 from dynalora.evaluation.tasks import Item
@@ -106,12 +106,10 @@ class ExperimentTask(abc.ABC):
             name: Of the model, for `progress`.
             progress: Called as questions are done.
         """
-        return self._score(model, tokenizer, replace(how or Measuring(), name=name, progress=progress))
+        return self._score(Subject(model, tokenizer, name, progress), how or Measuring())
 
     @abc.abstractmethod
-    def _score(
-        self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, how: Measuring
-    ) -> TaskScore: ...
+    def _score(self, subject: Subject, how: Measuring) -> TaskScore: ...
 
     def training(
         self, tokenizer: PreTrainedTokenizerBase, *, system: str = "", max_length: int = 512
@@ -140,8 +138,8 @@ class AnswerTask(ExperimentTask):
     def items(self) -> Sequence[Item]:
         return self.train
 
-    def _score(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, how: Measuring) -> TaskScore:
-        losses, too_long = right_answers(self.held_out, model, tokenizer, self.name, how)
+    def _score(self, subject: Subject, how: Measuring) -> TaskScore:
+        losses, too_long = right_answers(self.held_out, subject, self.name, how)
         return TaskScore.of(losses.greedy, losses.sums, losses.counts, too_long=too_long)
 
 
@@ -184,9 +182,9 @@ class BenchmarkTask(ExperimentTask):
     ) -> TokenizedSet:
         return self.kind.training(self.benchmark, self.train, tokenizer, system=system, max_length=max_length)
 
-    def _score(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, how: Measuring) -> TaskScore:
+    def _score(self, subject: Subject, how: Measuring) -> TaskScore:
         prepared = Prepared(self.benchmark, "", self.held_out, self.benchmark.metrics)
-        return self.kind.score(model, tokenizer, prepared, how)
+        return self.kind.score(subject, prepared, how)
 
 
 @dataclass(frozen=True)
@@ -237,5 +235,5 @@ class MixedTask(ExperimentTask):
         rest, aside = self._parted(count, seed)
         return replace(self, train=rest), AnswerTask(self.name, self.about, (), aside)
 
-    def _score(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, how: Measuring) -> TaskScore:
-        return TaskScore.together({task.name: task._score(model, tokenizer, how) for task in self.measured})
+    def _score(self, subject: Subject, how: Measuring) -> TaskScore:
+        return TaskScore.together({task.name: task._score(subject, how) for task in self.measured})
