@@ -10,6 +10,7 @@ from typing import TextIO
 
 from rich.console import Console
 from rich.text import Text
+from transformers.utils import logging as messages
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -82,8 +83,6 @@ def _one_line(
 
 def after_imports() -> None:
     """The rest of `quiet`, for libraries that can be told only once they are imported."""
-    from transformers.utils import logging as messages
-
     messages.set_verbosity_error()
     if not sys.stderr.isatty():
         messages.disable_progress_bar()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,8 +13,6 @@ from dynalora.drawing.style import describe, figure, heat_map, legend, looks, pa
 from dynalora.drawing.training import running_mean
 
 if TYPE_CHECKING:
-    from typing import Any
-
     from matplotlib.figure import Figure
 
 Points = Mapping[str, Sequence[tuple[float, float, float]]]

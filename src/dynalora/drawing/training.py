@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dynalora.adapter.method import Panel
 from dynalora.drawing.style import describe, figure, legend, look, looks, panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from dynalora.adapter.method import Panel
 
 
 def plot_losses(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:

@@ -12,18 +12,16 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from dynalora.common.files import write_file
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import CheckpointError, DataError
 from dynalora.forgetting.retention import Retention, predictions_within, retention
 from dynalora.forgetting.texts import MeasuredText
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

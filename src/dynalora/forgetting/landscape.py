@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -14,10 +14,8 @@ from dynalora.adapter.gates import GatedLayer
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.common.names import plain_name
 from dynalora.errors import ConfigError, DynaloraError
+from dynalora.forgetting.gates import GateStatistics
 from dynalora.spectral.spectrum import factor_spectrum
-
-if TYPE_CHECKING:
-    from dynalora.forgetting.gates import GateStatistics
 
 PAPER_TAU = 1e-3
 TAUS = (0.01, 0.005, 0.001, 0.0005, 0.0001)

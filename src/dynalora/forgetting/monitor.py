@@ -18,10 +18,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
@@ -33,9 +34,6 @@ from dynalora.forgetting.best_state import BestState
 from dynalora.forgetting.curves import RetentionPoint, append_points, read_points, write_points
 from dynalora.forgetting.retention import BasePredictions, Retention, predictions_within, retention
 from dynalora.forgetting.texts import MeasuredText, OwnText, given_text, own_text
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 OWN_TEXT = "own text"
 """Name of the text that the base model wrote itself."""

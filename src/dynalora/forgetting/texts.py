@@ -8,9 +8,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from dynalora.common.cache import cache_folder
 from dynalora.common.files import write_file
@@ -20,9 +20,6 @@ from dynalora.evaluation.causal import continued
 from dynalora.evaluation.generation import chat_prompt, end_ids, evaluating, padding_id
 from dynalora.evaluation.padding import padded
 from dynalora.forgetting.base_model import adapters_off, fingerprint, refuse_merged
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _FORMAT = 1
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from huggingface_hub import snapshot_download
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 
 from dynalora.adapter.config import check_adapter_folder
 from dynalora.errors import CheckpointError, ConfigError, first_line
 from dynalora.evaluation.heads import CAUSAL_LM, Head
 from dynalora.lab.models import load_model
-
-if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
 
 
 def adapter_folder(source: str | os.PathLike[str]) -> str:
@@ -67,8 +67,6 @@ def _fetched(name: str, patterns: list[str], remedy: str) -> str:
         patterns: Which files.
         remedy: What to give instead, for the error.
     """
-    from huggingface_hub import snapshot_download
-
     try:
         return str(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client's, the network's and the file system's errors
@@ -83,8 +81,6 @@ def read_config(source: str | os.PathLike[str]) -> PeftConfig:
     Raises:
         CheckpointError: There is no adapter, it is damaged, or its method is unknown here.
     """
-    from peft import PeftConfig
-
     folder = adapter_folder(source)
     try:
         config: PeftConfig = PeftConfig.from_pretrained(folder)
@@ -119,8 +115,6 @@ def load_adapter(
         CheckpointError: There is no adapter, it is damaged, or it does not fit the base model.
         ConfigError: No adapter is given, or the base model is unknown or cannot be loaded.
     """
-    from peft import PeftModel
-
     if not source:
         raise ConfigError("No adapter is given; name a run folder, an adapter folder or a Hub id.")
     config = read_config(source)
@@ -145,9 +139,6 @@ def load_adapter(
 
 def _refuse_leftovers(adapted: PeftModel, folder: str, name: str) -> None:
     """Weights without a module in the model would be left out in silence: another base model's adapter."""
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-
     with safe_open(os.path.join(folder, "adapter_model.safetensors"), framework="pt") as file:
         saved = set(file.keys())
     leftover = sorted(saved - set(get_peft_model_state_dict(adapted)))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+from dynalora.evaluation.kinds.base import Measuring
 from dynalora.evaluation.prompts import TEMPLATES
 from dynalora.lab.precision import DTYPES
 from dynalora.lab.settings import Setting, Settings
-
-if TYPE_CHECKING:
-    from dynalora.evaluation.kinds.base import Measuring
-    from dynalora.lab.tasks.task import ExperimentTask
+from dynalora.lab.tasks.loading import load_experiment_task
+from dynalora.lab.tasks.task import ExperimentTask
 
 MODEL_AND_DATA = "Model and data"
 MEASURING = "Measuring"
@@ -81,10 +80,6 @@ class LabSettings(Settings, panel=MODEL_AND_DATA):
     @property
     def measuring(self) -> Measuring:
         """How tasks are measured."""
-        from dynalora.evaluation.kinds.base import (
-            Measuring,  # what reads and measures is not needed for --help
-        )
-
         return Measuring(
             batch_size=self.eval_batch_size,
             generated=self.generated,
@@ -94,8 +89,6 @@ class LabSettings(Settings, panel=MODEL_AND_DATA):
 
     def load_task(self, source: str) -> ExperimentTask:
         """A task with as many questions as the settings say."""
-        from dynalora.lab.tasks.loading import load_experiment_task  # likewise
-
         return load_experiment_task(
             source,
             data=self.data,

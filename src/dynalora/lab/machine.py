@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dynalora.lab.run_folder import version_of
 
 
 def machine() -> dict[str, Any]:
     """What numbers depend on besides the settings: system, processor or GPU, cores, PyTorch's threads, versions."""
-    import torch
-
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "platform": platform.platform(),

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError, first_line
 from dynalora.evaluation.heads import CAUSAL_LM, MASKED_LM, Head, head_of
 from dynalora.evaluation.prompts import use_template
 from dynalora.evaluation.tokens import ensure_chat_template, ensure_pad_token
+from dynalora.lab.packaged_models import demo_model
 from dynalora.lab.precision import new_layers, not_installed, quantization_config, resolve_dtype
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO_ALIAS = "smollm2"
 
@@ -25,8 +25,6 @@ def local_model_name(name: str, *, progress: Progress = silent) -> str:
     """What `from_pretrained` takes for a model's name: `smollm2` is the demo's model, wherever it is to be had."""
     if name.lower() != DEMO_ALIAS:
         return name
-    from dynalora.lab.packaged_models import demo_model
-
     return demo_model(progress=progress).path
 
 
@@ -48,8 +46,6 @@ def empty_model(
     Raises:
         ConfigError: There is no such model, or it is not of that kind.
     """
-    import transformers
-
     config, head = _configured(name, heads, trust_remote_code)
     if head.labelled:
         config.num_labels = labels
@@ -69,8 +65,6 @@ def _configured(name: str, heads: Sequence[Head], trust_remote_code: bool) -> tu
     Raises:
         ConfigError: There is no such model, or it is of another kind.
     """
-    import transformers
-
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -105,8 +99,6 @@ def load_tokenizer(
     Raises:
         ConfigError: There is none, or no such template.
     """
-    from transformers import AutoTokenizer
-
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code
@@ -144,8 +136,6 @@ def load_model(
         ConfigError: The weights cannot be loaded, the model is of another kind, or quantization is asked for without
             its library.
     """
-    import transformers
-
     _, head = _configured(name, heads, trust_remote_code)
     options: dict[str, Any] = {
         "dtype": resolve_dtype(dtype),

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from transformers import PreTrainedTokenizerBase
 
-from dynalora.forgetting.texts import given_text
+from dynalora.forgetting.texts import MeasuredText, given_text
 from dynalora.lab.data.conversations import load_texts
 from dynalora.lab.settings import named_source
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from dynalora.forgetting.texts import MeasuredText
 
 MONITORED_TEXTS = 32
 MONITORED_LENGTH = 128

@@ -27,6 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from dynalora.common.cache import cache_folder
 from dynalora.common.files import folder_beside
@@ -106,8 +111,6 @@ def _offline() -> bool:
 
 def _hub_snapshot(progress: Progress, *, local: bool) -> ModelSource | None:
     """The model from the Hub or its cache; None where it is not to be had there."""
-    from huggingface_hub import snapshot_download
-
     patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
     if local:
         try:
@@ -142,8 +145,6 @@ def _hub_reachable(patience: float = _HUB_PATIENCE) -> bool:
 
     def ask() -> None:
         try:
-            from huggingface_hub import HfApi
-
             HfApi().model_info(DEMO_MODEL, timeout=patience)
             answer.append(True)
         except Exception:  # whatever went wrong, the answer is no
@@ -274,10 +275,6 @@ def _pip_version() -> tuple[int, ...]:
 
 def _convert(gguf: Path, target: Path, progress: Progress) -> None:
     """Write the model and the tokenizer of a GGUF file as safetensors, float32, and `tokenizer.json`."""
-    import torch
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     what = "Converting the model (once)"
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     with _quiet_transformers():
@@ -344,8 +341,6 @@ def _sha256(path: Path) -> str:
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Without the progress bars of transformers: the caller shows the progress."""
-    from transformers.utils import logging as transformers_logging
-
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

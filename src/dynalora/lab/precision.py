@@ -1,17 +1,14 @@
-"""The precision of base weights: dtypes and quantisation.
-
-Settings classes import this module, so it loads torch only where that is needed.
-"""
+"""The precision of base weights: dtypes and quantisation."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from dynalora.errors import ConfigError, first_line
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Precisions of the base weights; `auto` takes bfloat16 where the machine computes in it fast."""
@@ -23,8 +20,6 @@ QUANTIZATIONS = {"4bit": "quant", "8bit": "quant", "int8": "torchao"}
 
 def resolve_dtype(name: str) -> torch.dtype:
     """The torch dtype for one of [`DTYPES`][dynalora.lab.precision.DTYPES] on this machine."""
-    import torch
-
     if name == "auto":
         return (
             torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
@@ -47,8 +42,6 @@ def new_layers(model: nn.Module) -> list[str]:
 
     transformers would make quantised layers of them and then leave their new weights as they are, which works nowhere.
     """
-    from torch import nn
-
     encoder = f"{getattr(model, 'base_model_prefix', '')}."
     return [
         name
@@ -68,8 +61,6 @@ def quantization_config(name: str, dtype: torch.dtype, *, whole: list[str] | Non
     Raises:
         ConfigError: There is no such way, or its library is not installed.
     """
-    from transformers import BitsAndBytesConfig, TorchAoConfig
-
     check_quantization(name)
     try:
         if name == "int8":

@@ -4,9 +4,6 @@ A field has its name, its type and its default as in any dataclass; the class's 
 `Attributes:`. What is not said by these stands in a [`Setting`][dynalora.lab.settings.Setting] inside `Annotated`:
 a short flag, bounds, the group of flags in `--help`. The command line, the checks and the file `config.yaml` of a
 run folder all come from there.
-
-Modules with settings are imported to show `--help`, so they import nothing heavy on top: what a check needs of torch
-or PEFT is imported inside the check.
 """
 
 from __future__ import annotations

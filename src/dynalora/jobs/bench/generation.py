@@ -11,9 +11,10 @@ import inspect
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
 
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError
@@ -32,9 +33,6 @@ from dynalora.jobs.bench.setup import (
 )
 from dynalora.lab.baselines import BASELINES
 from dynalora.lab.report import Table
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 __all__ = ["Generated", "bench_generation", "generate_greedily", "generation_json", "generation_tables"]
 

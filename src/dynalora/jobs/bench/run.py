@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from rich.console import Console
 
 from dynalora.common.files import write_file
 from dynalora.common.progress import rich_progress
 from dynalora.jobs.bench import generation, training
+from dynalora.jobs.bench.settings import BenchSpec
 from dynalora.lab.report import rich_table
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from dynalora.jobs.bench.settings import BenchSpec
 
 
 def run_bench(spec: BenchSpec, *, console: Console) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
+
+import torch
 
 from dynalora.errors import ConfigError
 from dynalora.lab.configs import method_names
 from dynalora.lab.settings import Setting, Settings
-
-if TYPE_CHECKING:
-    import torch
 
 REFERENCE = "lora"
 
@@ -79,17 +78,12 @@ class BenchSpec(Settings):
                 raise ConfigError(f"dtype is '{name}'; choose from {', '.join(dtypes)}.")
         if self.json is not None and Path(self.json).is_dir():
             raise ConfigError(f"'{self.json}' is a folder; give --json the name of a file.")
-        if self.device == "cuda":
-            import torch  # not needed for --help
-
-            if not torch.cuda.is_available():
-                raise ConfigError("device is 'cuda', but torch finds no CUDA device; choose cpu.")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device is 'cuda', but torch finds no CUDA device; choose cpu.")
 
     @property
     def torch_device(self) -> torch.device:
         """Where to run."""
-        import torch  # not needed for --help
-
         return torch.device(
             "cuda"
             if self.device == "auto" and torch.cuda.is_available()

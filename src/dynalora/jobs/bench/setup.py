@@ -7,9 +7,11 @@ import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
+import peft
 import torch
+from peft import PeftModel
 from torch import nn
 
 from dynalora.common.progress import Progress
@@ -19,9 +21,6 @@ from dynalora.lab.configs import adapter_config
 from dynalora.lab.machine import machine
 from dynalora.lab.models import empty_model, load_model, local_model_name
 from dynalora.lab.targets import check_targets
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 CONTROL = "lora (again)"
 
@@ -77,8 +76,6 @@ def entries(spec: BenchSpec) -> list[tuple[str, str]]:
 
 def adapted(method: str, base: nn.Module, spec: BenchSpec, total_steps: int) -> PeftModel:
     """A method's model on the shared base weights."""
-    import peft
-
     torch.manual_seed(spec.seed)
     baseline = BASELINES.get(method)
     options = {} if baseline is not None else {"total_steps": total_steps}

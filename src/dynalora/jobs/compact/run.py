@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
+
+from rich.console import Console
 
 from dynalora.adapter.compaction import CompactedMatrix, Compaction
 from dynalora.export.compaction import compact_adapter_folder
+from dynalora.jobs.compact.settings import CompactSpec
 from dynalora.lab.adapters import adapter_folder
 from dynalora.lab.report import Cell, Table, rich_table
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from dynalora.jobs.compact.settings import CompactSpec
 
 
 def run_compact(spec: CompactSpec, *, console: Console) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.figure import Figure
 
 from dynalora.common.statistics import Interval, mcnemar, paired_difference
 from dynalora.drawing.bars import plot_bars
@@ -13,9 +15,6 @@ from dynalora.evaluation.scoring import Score
 from dynalora.evaluation.tasks import Task
 from dynalora.jobs.demo.settings import DemoSpec
 from dynalora.lab.report import Cell, Table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SHOWN = 8
 

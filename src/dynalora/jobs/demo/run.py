@@ -14,14 +14,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.figure import Figure
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.common.progress import Progress, rich_progress
+from dynalora.drawing.gates import plot_gates
 from dynalora.errors import ConfigError
 from dynalora.evaluation.scoring import Score, evaluate
 from dynalora.evaluation.tasks import Task, load_task
 from dynalora.evaluation.tokens import TokenizedSet, Tokens, tokenize
+from dynalora.forgetting.gate_recording import record_gates
 from dynalora.forgetting.retention import BasePredictions, Retention, base_predictions, retention
 from dynalora.forgetting.texts import OwnText, own_text
 from dynalora.jobs.demo.report import (
@@ -48,12 +55,6 @@ from dynalora.lab.targets import check_targets
 from dynalora.lab.training.checkpoints import save_adapter
 from dynalora.lab.training.settings import train_settings
 from dynalora.lab.training.train import TrainResult, take_off, train_adapter
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from peft import PeftModel
-    from rich.console import Console
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TASK = "needle_haystack"
 TASK_OPTIONS = {"min_num_statements": 3, "max_num_statements": 6}
@@ -243,9 +244,6 @@ class _Demo:
 
     def _gates(self, model: PeftModel, held_out: TokenizedSet, text: OwnText) -> Figure:
         """Histograms of DISeL's gates on the task and on the base model's own text."""
-        from dynalora.drawing.gates import plot_gates
-        from dynalora.forgetting.gate_recording import record_gates
-
         written: list[Tokens] = [
             {"input_ids": list(ids), "labels": [IGNORED_LABEL] * start + list(ids[start:])}
             for ids, start in zip(text.rows[:16], text.starts[:16], strict=True)

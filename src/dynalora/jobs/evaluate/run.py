@@ -7,9 +7,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from rich.console import Console
+from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from dynalora.common.files import write_file
 from dynalora.common.progress import Progress, rich_progress, silent
@@ -25,10 +28,6 @@ from dynalora.jobs.evaluate.settings import EvaluateSpec
 from dynalora.lab.adapters import adapter_folder, load_adapter, read_config
 from dynalora.lab.models import load_model, load_tokenizer, local_model_name, placed
 from dynalora.lab.report import Cell, Table, rich_table
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from transformers import PreTrainedTokenizerBase
 
 
 def run_evaluate(spec: EvaluateSpec, *, console: Console) -> list[TaskResult]:
@@ -224,8 +223,6 @@ def _template(spec: EvaluateSpec, model: torch.nn.Module) -> str | None:
 
 
 def _has_trained_head(name: str, head: Head) -> bool:
-    from transformers import AutoConfig
-
     architectures = getattr(AutoConfig.from_pretrained(name), "architectures", None) or []
     return any(head.model_class in architecture for architecture in architectures)
 
@@ -237,8 +234,6 @@ def is_adapter(source: str) -> bool:
         return any((path / name).exists() for name in ("adapter_config.json", "adapter", "run.json"))
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         return False
-    from transformers.utils.peft_utils import find_adapter_config_file
-
     try:
         return find_adapter_config_file(source) is not None
     except Exception:  # not there, or no network: loading it as a model will say so

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from peft import PeftModel
+from rich.console import Console
 
 from dynalora.errors import ConfigError
 from dynalora.evaluation.tokens import Conversation, tokenize
@@ -12,18 +15,13 @@ from dynalora.export.lora import ExportReport, export_adapter_folder, export_lor
 from dynalora.export.snapshot import snapshot_price
 from dynalora.forgetting.gate_recording import record_gates
 from dynalora.forgetting.gates import GateStatistics
+from dynalora.jobs.export.settings import ExportSpec
 from dynalora.lab.adapters import adapter_folder, load_adapter, read_config
 from dynalora.lab.data.collator import batches_of
 from dynalora.lab.data.conversations import load_conversations
 from dynalora.lab.models import load_tokenizer
 from dynalora.lab.precision import resolve_dtype
 from dynalora.lab.report import Cell, Table, rich_table
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from rich.console import Console
-
-    from dynalora.jobs.export.settings import ExportSpec
 
 
 def run_export(spec: ExportSpec, *, console: Console) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from peft import PeftConfig
+from transformers import PreTrainedTokenizerBase
 
 from dynalora.errors import ConfigError
 from dynalora.evaluation.tokens import TokenizedSet, tokenize
@@ -21,9 +21,6 @@ from dynalora.lab.monitoring import load_named_text, measured_text
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.settings import defaults_of
 from dynalora.lab.targets import check_targets
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from matplotlib.figure import Figure
+from peft import PeftModel
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from dynalora.adapter.layer import adapter_layers
 from dynalora.adapter.method import Method
@@ -31,11 +34,6 @@ from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.training.recorder import UNTIMED_STEPS
 from dynalora.lab.training.train import TrainResult
 from dynalora.methods import METHODS
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
 
 
 def method_of(model: PeftModel) -> Method | None:

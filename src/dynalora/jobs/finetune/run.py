@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -27,9 +26,6 @@ from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.settings import defaults_of
 from dynalora.lab.training.checkpoints import save_adapter
 from dynalora.lab.training.train import TrainResult, train_adapter
-
-if TYPE_CHECKING:
-    pass
 
 
 def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResult:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+import torch
+
 from dynalora.errors import ConfigError
 from dynalora.lab.configs import method_names
 from dynalora.lab.data.fields import Fields
@@ -103,13 +105,8 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
             raise ConfigError("keep_best needs a budget; give max_forgetting in nats per token.")
         for text in self.monitor_text:
             named_source(text, "monitor_text")
-        if self.dtype == "float16":
-            import torch  # not needed for --help
-
-            if not torch.cuda.is_available():
-                raise ConfigError(
-                    "dtype is 'float16', which trains on GPUs only; choose bfloat16 or float32."
-                )
+        if self.dtype == "float16" and not torch.cuda.is_available():
+            raise ConfigError("dtype is 'float16', which trains on GPUs only; choose bfloat16 or float32.")
 
     @property
     def monitored(self) -> bool:

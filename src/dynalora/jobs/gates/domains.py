@@ -6,7 +6,9 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from dynalora.errors import DataError
 from dynalora.evaluation import files
@@ -15,9 +17,6 @@ from dynalora.jobs.gates.settings import DomainSpec
 from dynalora.lab.data.collator import batches_of
 from dynalora.lab.data.conversations import load_texts, to_conversations
 from dynalora.lab.data.fields import Fields, find_fields
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

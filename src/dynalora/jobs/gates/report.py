@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from matplotlib.figure import Figure
 from safetensors.torch import save
 
 from dynalora.common.files import records_csv
@@ -23,9 +24,6 @@ from dynalora.jobs.gates.record import GatesResult
 from dynalora.lab.report import Cell, Report, Section, Table, render_html, save_figures
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.scores import shown_interval
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def kinds_table(record: GateRecord, title: str = "Mean gate, 0 closed to 1 open", note: str = "") -> Table:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from rich.console import Console
 
 from dynalora.common.files import write_file
 from dynalora.common.progress import rich_progress
@@ -11,13 +12,9 @@ from dynalora.drawing.gates import plot_gates
 from dynalora.drawing.style import rendered
 from dynalora.jobs.gates.record import GatesResult, compare_gates
 from dynalora.jobs.gates.report import domains_table, kinds_table, separation_table, summary, write_gates
+from dynalora.jobs.gates.settings import GatesSpec
 from dynalora.lab.report import rich_table
 from dynalora.lab.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from dynalora.jobs.gates.settings import GatesSpec
 
 
 def run_gates(spec: GatesSpec, *, console: Console) -> GatesResult:

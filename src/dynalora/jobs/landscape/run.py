@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from rich.console import Console
 
 from dynalora.common.files import records_csv, write_file
 from dynalora.common.progress import Progress, rich_progress
@@ -27,6 +28,7 @@ from dynalora.forgetting.landscape import (
     landscape_records,
     rank_landscape,
 )
+from dynalora.jobs.landscape.settings import LandscapeSpec
 from dynalora.jobs.landscape.tables import energy_by_threshold, landscape_table
 from dynalora.lab.adapters import adapter_folder, load_adapter, model_folder, read_config
 from dynalora.lab.data.collator import batches_of
@@ -34,11 +36,6 @@ from dynalora.lab.data.conversations import load_conversations
 from dynalora.lab.models import load_tokenizer
 from dynalora.lab.report import rich_table
 from dynalora.methods import METHODS
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from dynalora.jobs.landscape.settings import LandscapeSpec
 
 Landscapes = dict[str, list[LandscapeRow]]
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
 
 from dynalora.common.files import csv_text
 from dynalora.common.progress import rich_progress
@@ -20,10 +23,6 @@ from dynalora.jobs.linear_model.training import (
 )
 from dynalora.lab.report import Cell, Report, Section, Table, rich_table, save_figures, write_report
 from dynalora.lab.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from rich.console import Console
 
 
 def run_linear_model(

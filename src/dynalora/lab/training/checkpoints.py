@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from dynalora.adapter.config import check_adapter_folder
 from dynalora.common.files import file_beside
 from dynalora.errors import CheckpointError
 from dynalora.lab.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
 
 
 def last_checkpoint(folder: Path, *, needs: str | None = None) -> Path | None:
@@ -44,8 +42,6 @@ def last_checkpoint(folder: Path, *, needs: str | None = None) -> Path | None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    from dynalora.adapter.config import check_adapter_folder
-
     try:
         check_adapter_folder(str(checkpoint))
         for part in checkpoint.glob("model*.safetensors"):

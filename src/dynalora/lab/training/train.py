@@ -12,13 +12,21 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import peft
 import torch
+from peft import PeftConfig, PeftModel
 from rich.console import Console
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.errors import ConfigError, DataError
@@ -33,10 +41,6 @@ from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.training.checkpoints import KeepPrompt, last_checkpoint
 from dynalora.lab.training.recorder import Display, Recorder
 from dynalora.lab.training.settings import TrainSettings
-
-if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # transformers renamed the setting; the old name warns in new versions, the new one is unknown to old ones.
 _CHECKPOINTING = (
