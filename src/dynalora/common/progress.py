@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bars
 
+T = TypeVar("T")
 Progress = Callable[[str, int, int | None], None]
 """Called as `progress(what, done, total)`: a short description, units done so far, units in all or None if unknown.
 
@@ -24,6 +25,14 @@ _PATIENCE = 2.0  # seconds that a library call may take without a word
 
 def silent(what: str, done: int, total: int | None) -> None:
     """A listener that does nothing: the default everywhere."""
+
+
+def counted(items: Collection[T], what: str, progress: Progress) -> Iterator[T]:
+    """Items one after the other, of which those done are told to a listener."""
+    progress(what, 0, len(items))
+    for done, item in enumerate(items, start=1):
+        yield item
+        progress(what, done, len(items))
 
 
 @contextmanager

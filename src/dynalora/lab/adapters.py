@@ -9,11 +9,12 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
+from transformers import PreTrainedTokenizerBase
 
 from dynalora.adapter.config import check_adapter_folder
 from dynalora.errors import CheckpointError, ConfigError, first_line
 from dynalora.evaluation.heads import CAUSAL_LM, Head
-from dynalora.lab.models import load_model
+from dynalora.lab.models import load_model, load_tokenizer
 
 
 def adapter_folder(source: str | os.PathLike[str]) -> str:
@@ -89,6 +90,11 @@ def read_config(source: str | os.PathLike[str]) -> PeftConfig:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"The adapter '{source}' cannot be read ({first_line(error)}).") from error
     return config
+
+
+def base_tokenizer(source: str, model: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of an adapter's base model: of `model` if that is given, else of the one the adapter names."""
+    return load_tokenizer(model or str(read_config(source).base_model_name_or_path))
 
 
 def load_adapter(

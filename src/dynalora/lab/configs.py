@@ -33,6 +33,11 @@ def compared_names() -> list[str]:
     return [*method_names(), *(name for name, baseline in BASELINES.items() if baseline.config is None)]
 
 
+def method_name(config: PeftConfig) -> str:
+    """The name of a configuration's method, in lower case."""
+    return str(config.peft_type).rpartition(".")[2].lower()
+
+
 def title_of(method: str) -> str:
     """A method's name as its paper writes it."""
     titles = {name: item.title for name, item in BASELINES.items()}

@@ -10,21 +10,24 @@ import base64
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from importlib import resources
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import yaml
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
 
 from dynalora.common.files import write_file
 from dynalora.drawing.style import rendered
 
 if TYPE_CHECKING:
-    import jinja2
     from matplotlib.figure import Figure as Drawn
-    from rich.table import Table as RichTable
 
 Cell = str | int | float | None
 
@@ -144,17 +147,10 @@ def show(cell: Cell) -> str:
 
 def render_html(report: Report) -> str:
     """The report as one HTML page that refers to nothing outside itself. All text is escaped."""
-    return _template().render(report=report)
-
-
-@lru_cache(maxsize=1)
-def _template() -> jinja2.Template:
-    import jinja2
-
     source = resources.files("dynalora.lab").joinpath("report.html.j2").read_text(encoding="utf-8")
     # Autoescape by name, not by file ending: data set texts and user settings end up in this page.
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(source)
+    return environment.from_string(source).render(report=report)
 
 
 def listing(settings: Mapping[str, Any]) -> str:
@@ -163,7 +159,7 @@ def listing(settings: Mapping[str, Any]) -> str:
 
 
 def write_report(report: Report, path: str | PathLike[str]) -> Path:
-    """Write the report as an HTML file, atomically, and return its path."""
+    """Write the report as an HTML file, whole or not at all, and return its path."""
     return write_file(path, render_html(report))
 
 
@@ -230,12 +226,19 @@ def latex_table(table: Table) -> str:
     return "\n".join([*comments, *lines]) + "\n"
 
 
+def say(console: Console | None, *parts: str | Table) -> None:
+    """Show text, as it is and unwrapped, and tables; nothing without a console."""
+    for part in parts:
+        if console is None:
+            return
+        if isinstance(part, Table):
+            console.print(rich_table(part))
+        else:
+            console.print(part, highlight=False, markup=False, soft_wrap=True)
+
+
 def rich_table(table: Table) -> RichTable:
     """The table for a terminal, numbers flush right."""
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table as RichTable
-
     shown = RichTable(
         title=escape(table.title) or None, caption=escape(table.note) or None, box=box.SIMPLE_HEAD,
         title_justify="left", caption_justify="left", title_style="bold",

@@ -36,6 +36,7 @@ from dynalora.evaluation.seq2seq import Seq2SeqCollator, is_encoder_decoder
 from dynalora.evaluation.tokens import TokenizedSet
 from dynalora.forgetting.monitor import RetentionMonitor
 from dynalora.lab.baselines import DriveBaseline, optimizer_of, prompt_only
+from dynalora.lab.configs import method_name
 from dynalora.lab.data.collator import Collator
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.training.checkpoints import KeepPrompt, last_checkpoint
@@ -231,10 +232,7 @@ def _train_all(model: nn.Module, monitor: RetentionMonitor | None) -> None:
 
 def _label_of(model: nn.Module) -> str:
     """A run's name where none is given: the method's, `full` without an adapter."""
-    if not isinstance(model, peft.PeftModel):
-        return "full"
-    peft_type = model.active_peft_config.peft_type
-    return str(getattr(peft_type, "value", peft_type)).lower()
+    return method_name(model.active_peft_config) if isinstance(model, peft.PeftModel) else "full"
 
 
 def _parameter_counts(model: nn.Module) -> tuple[int, int]:

@@ -1,10 +1,11 @@
-"""Write a saved adapter as a plain LoRA, as a snapshot of its gates, or as its ranks alone."""
+"""`dynalora export`: a saved adapter as a plain LoRA, as a snapshot of its gates, or as its ranks alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from peft import PeftModel
 from rich.console import Console
@@ -15,36 +16,71 @@ from dynalora.export.lora import ExportReport, export_adapter_folder, export_lor
 from dynalora.export.snapshot import snapshot_price
 from dynalora.forgetting.gate_recording import record_gates
 from dynalora.forgetting.gates import GateStatistics
-from dynalora.jobs.export.settings import ExportSpec
-from dynalora.lab.adapters import adapter_folder, load_adapter, read_config
+from dynalora.lab.adapters import adapter_folder, base_tokenizer, load_adapter
 from dynalora.lab.data.collator import batches_of
 from dynalora.lab.data.conversations import load_conversations
-from dynalora.lab.models import load_tokenizer
 from dynalora.lab.precision import resolve_dtype
-from dynalora.lab.report import Cell, Table, rich_table
+from dynalora.lab.report import Cell, Table, say
+from dynalora.lab.settings import Setting, Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSpec(Settings):
+    """Which adapter to export, how, and where to.
+
+    Attributes:
+        adapter: Run folder, adapter folder or Hub id of an adapter.
+        output: Folder to write, new or empty.
+        dtype: Data type of the written factors, float32, bfloat16 or float16; None: as they are.
+        max_rank: Cut every update to at most this rank; None: keep all.
+        tolerance: Cut each update to the rank that loses at most this share of it, from 0 to 1; None: keep all.
+        uniform_rank: Fill all matrices up to this rank with zeros, 0 takes the largest; None: each has its own rank.
+        ranks_only: Write a JSON file with the ranks alone, as LoraConfig(**...) takes them for a fresh run.
+        calibrate: Hold a DISeL adapter's gates at their means over these conversations.
+        measure: Measure the price of that on these conversations; empty: every other row of --calibrate.
+        model: Base model; None: the one the adapter names.
+        split: Split of the data that is read.
+        limit: Number of rows of the data that are used, from the first.
+        max_length: Longest sequence in tokens; longer ones lose their end.
+    """
+
+    adapter: Annotated[str, Setting(positional=True, metavar="ADAPTER")]
+    output: Annotated[str, Setting(positional=True, metavar="OUTPUT")]
+    dtype: Annotated[str | None, Setting(choices=("float32", "bfloat16", "float16"))] = None
+    max_rank: int | None = None
+    tolerance: float | None = None
+    uniform_rank: int | None = None
+    ranks_only: bool = False
+    calibrate: Annotated[str | None, Setting(metavar="DATA")] = None
+    measure: Annotated[list[str], Setting(metavar="DATA")] = field(default_factory=list)
+    model: Annotated[str | None, Setting("-m")] = None
+    split: str = "train"
+    limit: int = 128
+    max_length: int = 512
+
+    def _check(self) -> None:
+        super()._check()
+        if self.ranks_only:
+            for name in ("dtype", "max_rank", "tolerance", "uniform_rank", "calibrate"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"ranks_only writes the adapter's ranks as they are, and {name} would change what is written; "
+                        "give one or the other."
+                    )
+        elif self.measure and self.calibrate is None:
+            raise ConfigError(
+                "measure is the text to measure a snapshot on, which needs calibrate, the text to take the gates from."
+            )
 
 
 def run_export(spec: ExportSpec, *, console: Console) -> None:
-    """Write what the settings ask for, and say what it is and who can serve it.
-
-    Args:
-        spec: What to do.
-        console: Where that is said.
-
-    Raises:
-        ConfigError: A setting, or a base model that cannot be loaded.
-        CheckpointError: There is no adapter, or it is damaged.
-        DataError: The conversations.
-        UnsupportedError: The adapter has no such export.
-    """
+    """Write what the settings ask for, and say what it is and who can serve it."""
     if spec.ranks_only:
         ranks = export_ranks(adapter_folder(spec.adapter), spec.output)["rank_pattern"]
-        lines = [f"{spec.output}: the ranks of {len(ranks)} matrices, for LoraConfig."]
+        say(console, f"{spec.output}: the ranks of {len(ranks)} matrices, for LoraConfig.")
     else:
         exported = _export(spec, console)
-        lines = [_summary(exported), *map(str, exported.serving)]
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, _summary(exported), *map(str, exported.serving))
 
 
 def _export(spec: ExportSpec, console: Console) -> ExportReport:
@@ -58,7 +94,7 @@ def _export(spec: ExportSpec, console: Console) -> ExportReport:
         return export_adapter_folder(adapter_folder(spec.adapter), spec.output, **options)
     adapted, record, prices = _snapshot(spec, spec.calibrate)
     exported = export_lora(adapted, spec.output, gates=record, **options)
-    console.print(rich_table(prices))
+    say(console, prices)
     return exported
 
 
@@ -76,7 +112,7 @@ def _snapshot(spec: ExportSpec, calibrate: str) -> tuple[PeftModel, Sequence[Gat
     """The adapter on its base model, its gates over the calibration text, and what holding them there costs."""
     texts = _texts(spec, calibrate)
     adapted = load_adapter(spec.adapter, spec.model)
-    tokenizer = load_tokenizer(spec.model or str(read_config(spec.adapter).base_model_name_or_path))
+    tokenizer = base_tokenizer(spec.adapter, spec.model)
     batches = {
         source: batches_of(
             tokenize(conversations, tokenizer, max_length=spec.max_length).rows, tokenizer.pad_token_id

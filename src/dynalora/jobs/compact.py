@@ -1,38 +1,44 @@
-"""Compact a saved adapter and show, kind by kind of module, what was removed."""
+"""`dynalora compact`: an adapter without its dead components, and what was removed by kind of module."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
+from typing import Annotated
 
 from rich.console import Console
 
 from dynalora.adapter.compaction import CompactedMatrix, Compaction
 from dynalora.export.compaction import compact_adapter_folder
-from dynalora.jobs.compact.settings import CompactSpec
 from dynalora.lab.adapters import adapter_folder
-from dynalora.lab.report import Cell, Table, rich_table
+from dynalora.lab.report import Cell, Table, say
+from dynalora.lab.settings import Setting, Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompactSpec(Settings):
+    """Which adapter to make smaller, and where to write the smaller one.
+
+    Attributes:
+        adapter: Run folder, adapter folder or Hub id of an adapter.
+        output: Folder to write, new or empty.
+        threshold: Components of at most this share of the largest singular value are dead.
+        rewrite: Rewrite factors to singular components where that removes more.
+    """
+
+    adapter: Annotated[str, Setting(positional=True, metavar="ADAPTER")]
+    output: Annotated[str, Setting(positional=True, metavar="OUTPUT")]
+    threshold: float = 1e-4
+    rewrite: bool = True
 
 
 def run_compact(spec: CompactSpec, *, console: Console) -> None:
-    """Write the smaller adapter.
-
-    Args:
-        spec: What to do.
-        console: Where the table is shown.
-
-    Raises:
-        CheckpointError: There is no adapter, or it is damaged.
-        UnsupportedError: The adapter is of none of dynalora's methods.
-    """
+    """Write the smaller adapter, and show what was removed."""
     result = compact_adapter_folder(
         adapter_folder(spec.adapter), spec.output, spec.threshold, rewrite=spec.rewrite
     )
-    console.print(rich_table(compaction_table(result)))
-    console.print(
-        f"{spec.output}: {result.removed} components removed; {result.parameters_after:,} of "
-        f"{result.parameters_before:,} parameters are left.",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
+    left = f"{result.parameters_after:,} of {result.parameters_before:,} parameters are left"
+    say(console, compaction_table(result), f"{spec.output}: {result.removed} components removed; {left}.")
 
 
 def compaction_table(result: Compaction) -> Table:

@@ -1,1 +1,0 @@
-"""`dynalora compact`: an adapter without its dead components."""

@@ -1,1 +1,0 @@
-"""Measure a model, or an adapter on its base model, on benchmarks by name."""

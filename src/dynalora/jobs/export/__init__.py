@@ -1,1 +1,0 @@
-"""`dynalora export`: an adapter as a plain LoRA."""

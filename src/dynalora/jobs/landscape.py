@@ -1,0 +1,257 @@
+"""`dynalora landscape`: how much rank adapters, or differences of full models, use."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import torch
+from rich.console import Console
+
+from dynalora.common.files import records_csv, write_file
+from dynalora.common.progress import Progress, rich_progress
+from dynalora.drawing.landscape import plot_rank_landscape
+from dynalora.drawing.style import save
+from dynalora.errors import ConfigError, UnsupportedError
+from dynalora.evaluation.tokens import tokenize
+from dynalora.export.lora import load_without_base
+from dynalora.forgetting.full_models import model_landscape
+from dynalora.forgetting.gate_recording import record_gates
+from dynalora.forgetting.gates import GateRecord
+from dynalora.forgetting.landscape import (
+    QUANTITIES,
+    TAUS,
+    LandscapeRow,
+    check_tau,
+    energy_table,
+    landscape_records,
+    rank_landscape,
+)
+from dynalora.lab.adapters import adapter_folder, base_tokenizer, load_adapter, model_folder, read_config
+from dynalora.lab.configs import method_name
+from dynalora.lab.data.collator import batches_of
+from dynalora.lab.data.conversations import load_conversations
+from dynalora.lab.report import Cell, Table, say
+from dynalora.lab.settings import Setting, Settings
+from dynalora.methods import METHODS
+
+Landscapes = dict[str, list[LandscapeRow]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LandscapeSpec(Settings):
+    """Which adapters or models to look at, and what to make of them.
+
+    Attributes:
+        adapter: Run folders, adapter folders or Hub ids, or full models with --against.
+        model: Base model; None: the one the adapter names.
+        against: Compare full models with this one, by the difference of their weights.
+        modules: Regular expression for the names of the matrices to take of full models; None: all.
+        data: Conversations over which the gates of gated adapters are averaged; None: all gates count as open.
+        split: Split of the data that is read.
+        limit: Number of rows of the data that are used, from the first.
+        max_length: Longest sequence in tokens; longer ones lose their end.
+        tau: Threshold above which a singular value of s·ΔW counts.
+        taus: Thresholds of the energy table; empty: 0.01, 0.005, 0.001, 0.0005, 0.0001.
+        plot: File for a plot, layer by layer.
+        csv: File for a table with a line per matrix.
+        json: File for the same table with all singular values.
+    """
+
+    adapter: Annotated[list[str] | str, Setting(positional=True, metavar="ADAPTER...")]
+    model: Annotated[str | None, Setting("-m")] = None
+    against: Annotated[str | None, Setting(metavar="MODEL")] = None
+    modules: Annotated[str | None, Setting(metavar="REGEX")] = None
+    data: Annotated[str | None, Setting("-d")] = None
+    split: str = "train"
+    limit: int = 64
+    max_length: int = 512
+    tau: float = 1e-3
+    taus: Annotated[list[str], Setting(commas=True)] = field(default_factory=list)
+    plot: Annotated[str | None, Setting(metavar="FILE.png")] = None
+    csv: Annotated[str | None, Setting(metavar="FILE")] = None
+    json: Annotated[str | None, Setting(metavar="FILE")] = None
+
+    def _check(self) -> None:
+        super()._check()
+        if self.against is not None and (self.data is not None or self.model is not None):
+            raise ConfigError(
+                "--against compares full models; --data and --model belong to adapters, so leave them out."
+            )
+        if self.against is None and self.modules is not None:
+            raise ConfigError("--modules chooses matrices of full models; give --against, or leave it out.")
+        _ = self.thresholds
+
+    @property
+    def sources(self) -> list[str]:
+        """The adapters or models."""
+        return [self.adapter] if isinstance(self.adapter, str) else list(self.adapter)
+
+    @property
+    def thresholds(self) -> list[float]:
+        """The thresholds that were given for the energy table.
+
+        Raises:
+            ConfigError: One of them is no number.
+        """
+        try:
+            return [float(text) for text in self.taus]
+        except ValueError as error:
+            raise ConfigError(
+                f"taus must be numbers ({error}); write them with commas, such as 0.01,0.001."
+            ) from None
+
+
+def run_landscape(spec: LandscapeSpec, *, console: Console) -> None:
+    """Measure, show and write the landscapes."""
+    thresholds = spec.thresholds or list(TAUS)
+    for number in (spec.tau, *thresholds):
+        check_tau(number)
+    names = short_names(spec.sources)
+    gates: dict[str, str] = {}
+    with rich_progress(console) as progress:
+        if spec.against is not None:
+            landscapes = _of_models(spec, names, progress)
+        else:
+            landscapes, gates = _of_adapters(spec, names, progress)
+    say(console, landscape_table(landscapes, spec.tau, gates), energy_by_threshold(landscapes, thresholds))
+    if written := _write(spec, landscapes):
+        say(console, f"Written: {', '.join(map(str, written))}")
+
+
+def short_names(sources: list[str]) -> dict[str, str]:
+    """Each source by the shortest end of its path that tells it from the others."""
+    paths = {
+        source: (Path(source).resolve() if Path(source).exists() else Path(source)).parts
+        for source in sources
+    }
+    longest = max(map(len, paths.values()), default=1)
+    for length in range(1, longest + 1):
+        names = {"/".join(parts[-length:]): source for source, parts in paths.items()}
+        if len(names) == len(paths):
+            return names
+    return {source: source for source in paths}
+
+
+def _of_models(spec: LandscapeSpec, names: Mapping[str, str], progress: Progress) -> Landscapes:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    original = model_folder(str(spec.against))
+    return {
+        name: model_landscape(
+            model_folder(source), original, spec.tau, modules=spec.modules, device=device, progress=progress
+        )
+        for name, source in names.items()
+    }
+
+
+def _of_adapters(
+    spec: LandscapeSpec, names: Mapping[str, str], progress: Progress
+) -> tuple[Landscapes, dict[str, str]]:
+    """The landscapes, and for each gated adapter how its gates were counted."""
+    configs = {name: read_config(source) for name, source in names.items()}
+    gates = {name: "all gates open" for name, saved in configs.items() if getattr(saved, "gated", False)}
+    if spec.data is not None and not gates:
+        raise UnsupportedError("None of the adapters has gates, so --data has no use; leave it out.")
+    landscapes: Landscapes = {}
+    for name, source in names.items():
+        record = None
+        if name in gates and spec.data is not None:
+            adapted: Any = load_adapter(source, spec.model)
+            record = _mean_gates(spec, adapted, source, progress)
+            gates[name] = f"mean gates on {Path(spec.data).name}"
+        elif method_name(configs[name]) in METHODS:
+            adapted = load_without_base(adapter_folder(source))
+        else:
+            adapted = load_adapter(source, spec.model)
+        landscapes[name] = rank_landscape(adapted, tau=spec.tau, gates=record)
+    return landscapes, gates
+
+
+def _mean_gates(spec: LandscapeSpec, adapted: Any, source: str, progress: Progress) -> GateRecord:
+    conversations = load_conversations(str(spec.data), split=spec.split, limit=spec.limit)
+    tokenizer = base_tokenizer(source, spec.model)
+    tokens = tokenize(conversations, tokenizer, max_length=spec.max_length)
+    return record_gates(
+        adapted,
+        batches_of(tokens.rows, tokenizer.pad_token_id),
+        progress=lambda done, total: progress("Recording gates", done, total or None),
+    )
+
+
+def _write(spec: LandscapeSpec, landscapes: Landscapes) -> list[Path]:
+    written = []
+    if spec.csv is not None:
+        written.append(write_file(Path(spec.csv), records_csv(landscape_records(landscapes))))
+    if spec.json is not None:
+        lines = map(json.dumps, landscape_records(landscapes, spectra=True))
+        written.append(write_file(Path(spec.json), "[\n" + ",\n".join(lines) + "\n]\n"))
+    if spec.plot is not None:
+        shown = landscapes if len(landscapes) > 1 else next(iter(landscapes.values()))
+        for quantity in QUANTITIES:
+            figure = plot_rank_landscape(shown, quantity=quantity)
+            place = Path(spec.plot)
+            if quantity != QUANTITIES[0]:
+                place = place.with_name(f"{place.stem}-{quantity}{place.suffix}")
+            written += save(figure, place)
+    return written
+
+
+def landscape_table(
+    landscapes: Mapping[str, Sequence[LandscapeRow]], tau: float, gates: Mapping[str, str]
+) -> Table:
+    """Ranks, nuclear norms and energies by kind of module; `gates` says how those of gated adapters were counted."""
+    several = len(landscapes) > 1
+    cells: list[list[Cell]] = []
+    for run, rows in landscapes.items():
+        kinds: dict[str, list[LandscapeRow]] = defaultdict(list)
+        for row in rows:
+            kinds[row.kind].append(row)
+        for kind, members in [*kinds.items(), ("all", list(rows))]:
+            ranks = [row.effective_rank for row in members]
+            cells.append(
+                [
+                    *([run] if several else []), kind, len(members), f"{fmean(ranks):.2f}", min(ranks), max(ranks),
+                    f"{fmean([row.rank for row in members]):.1f}",
+                    f"{fmean([row.nuclear_norm for row in members]):.4f}",
+                    f"{fmean([row.energy for row in members]):.4f}",
+                ]
+            )  # fmt: skip
+    note = (
+        f"effective rank: singular values of s·ΔW above {tau:g}; energy: their share of the sum of squares."
+    )
+    for counted in dict.fromkeys(gates.values()):
+        which = ", ".join(name for name, how in gates.items() if how == counted)
+        most = ", the most that the update can be" if counted == "all gates open" else ""
+        note += f" {which}: with {counted}{most}."
+    columns = ["module", "matrices", "effective rank", "least", "most", "rank", "nuclear norm", "energy"]
+    return Table(
+        [*(["run"] if several else []), *columns], cells, title="Rank landscape (means over the matrices)", note=note
+    )  # fmt: skip
+
+
+def energy_by_threshold(landscapes: Mapping[str, Sequence[LandscapeRow]], taus: Sequence[float]) -> Table:
+    """Energy and mean effective rank above each of several thresholds."""
+    tables = {run: energy_table(rows, taus) for run, rows in landscapes.items()}
+    cells: list[list[Cell]] = [
+        [
+            f"{tau:g}",
+            *(
+                cell
+                for table in tables.values()
+                for cell in (f"{100 * table[place].energy:.2f}", f"{table[place].effective_rank:.2f}")
+            ),
+        ]
+        for place, tau in enumerate(taus)
+    ]
+    columns = [
+        f"{run}: {what}" if len(tables) > 1 else what
+        for run in tables
+        for what in ("energy (%)", "mean effective rank")
+    ]
+    note = "Over all matrices together: squares of the singular values above τ, as a share of all squares."
+    return Table(["τ", *columns], cells, title="Energy above thresholds", note=note)

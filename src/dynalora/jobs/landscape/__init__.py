@@ -1,1 +1,0 @@
-"""`dynalora landscape`: how much rank adapters use, side by side."""
