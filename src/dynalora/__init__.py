@@ -24,6 +24,7 @@ from dynalora.driver import (
 )
 from dynalora.errors import DynaloraError
 from dynalora.export import export_lora, rank_pattern
+from dynalora.forgetting.retain import RetainCallback, prepare_retain
 
 if TYPE_CHECKING:
     from dynalora.drawing.gates import plot_gates as plot_gates
@@ -67,6 +68,7 @@ _LAZY = {
 
 hooks.install()
 trainer.install()
+trainer.install(RetainCallback)
 _hub.install()
 
 __all__ = [
@@ -77,6 +79,7 @@ __all__ = [
     "compact",
     "export_lora",
     "param_groups",
+    "prepare_retain",
     "rank_pattern",
     "report_task_loss",
     "restart_schedule",

@@ -46,6 +46,9 @@ class AdapterConfig(PeftConfig):
         init_weights: True starts as the base model. False gives the update random non-zero factors, for tests.
         total_steps: Optimizer steps of the run, for methods with a schedule. Not needed under transformers' Trainer,
             which tells it; if given, it counts.
+        retain: Weight of a penalty that keeps what the base model says on text that it wrote itself
+            ([`adapter.retain`][dynalora.adapter.retain]); 300 to 3000 keeps much and learns as well. None leaves it
+            out. Needs a causal language model, and its tokenizer before the first step (`dynalora.prepare_retain`).
 
     Raises:
         ConfigError: A value that cannot work; the message names the field, the value and the remedy.
@@ -92,6 +95,9 @@ class AdapterConfig(PeftConfig):
         default=None,
         metadata={"help": "Optimizer steps of the run; found by itself under transformers' Trainer."},
     )
+    retain: float | None = field(
+        default=None, metadata={"help": "Weight of the penalty on changes of the base model's own text."}
+    )
 
     #: Name of the method, set by each method's configuration.
     method: ClassVar[str] = ""
@@ -129,6 +135,12 @@ class AdapterConfig(PeftConfig):
         self._require(self.bias in biases, "bias", f"one of {', '.join(map(repr, biases))}")
         if self.total_steps is not None:
             self._require(_is_count(self.total_steps), "total_steps", "a positive integer, or left out")
+        if self.retain is not None:
+            self._require(
+                _is_number(self.retain) and self.retain > 0,
+                "retain",
+                "a positive number, or None to leave it out",
+            )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             # "all-linear" included, as in PEFT: a pattern already says which layers it means.
             raise ConfigError(

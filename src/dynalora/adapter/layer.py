@@ -20,6 +20,7 @@ from torch import nn
 
 from dynalora.adapter.base_weight import BaseWeight
 from dynalora.adapter.config import AdapterConfig
+from dynalora.adapter.curvature import Curvature
 from dynalora.adapter.kernel import add_low_rank, apart, may_overwrite, project
 from dynalora.adapter.ranks import RankedStorage, fit
 from dynalora.adapter.storage import RANK
@@ -55,6 +56,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
         self.drivers: dict[str, Driver] = {}
         self.unprepared: dict[str, nn.Parameter] = {}
         self.adapter_dropout: dict[str, float] = {}
+        self.curvatures: dict[str, Curvature] = {}
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.order = next(_order)
@@ -115,6 +117,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
         """Delete an adapter from this layer."""
         super().delete_adapter(adapter_name)
         self.unprepared.pop(adapter_name, None)
+        self.curvatures.pop(adapter_name, None)
         invalidate()
 
     def expect(self, adapter: str, saved: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -296,11 +299,16 @@ class AdapterLayer(RankedStorage, BaseWeight):
                 "so there is no fixed ΔW to merge or export; keep the adapter attached, or export a snapshot with "
                 "held gates (export_lora(gates=record_gates(...)), dynalora export --calibrate)."
             )
+        up, down = self.sides(adapter)
+        d = self.diagonal(adapter, gates)
+        return (up if d is None else up * d), down
+
+    def sides(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The components of the update without their diagonal, frozen ones last: (out, r + k) and (r + k, in)."""
         up, down = self.used("up", adapter), self.projections(adapter)[0]
         if (frozen := self._frozen("frozen_up", adapter)) is not None:
             up, down = torch.cat([up, frozen], dim=1), torch.cat([down, self.buffer("frozen_down", adapter)])
-        d = self.diagonal(adapter, gates)
-        return (up if d is None else up * d), down
+        return up, down
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The update `s·ΔW`, (out, in) whatever the base layer's layout, float32 or the adapter's wider dtype.

@@ -21,6 +21,7 @@ from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
 from dynalora.adapter.method import Method
 from dynalora.adapter.ranks import fit
+from dynalora.adapter.retain import Retain
 from dynalora.adapter.targets import describe_linear_layers, leave_out_head
 from dynalora.common.names import plain_name
 from dynalora.driver import Driver, check_driven, prepare_unloaded
@@ -58,7 +59,8 @@ class AdapterModel(BaseTuner):
         }
         if not layers:
             return
-        driver = Driver(self.method, config, adapter_name)
+        parts = [] if config.retain is None else [Retain(config.retain)]
+        driver = Driver(self.method, config, adapter_name, parts)
         for layer in layers.values():
             layer.drive(adapter_name, driver)
         next(iter(layers.values())).become_lead(adapter_name)

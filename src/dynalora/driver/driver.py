@@ -15,7 +15,7 @@ import torch
 
 from dynalora.common.private import version
 from dynalora.common.processes import grouped
-from dynalora.driver.moment import DrivenLayer, DrivenMethod, Moment
+from dynalora.driver.moment import DrivenLayer, DrivenMethod, DrivenPart, Moment
 from dynalora.errors import ScheduleError, TrainingError
 
 if TYPE_CHECKING:
@@ -30,12 +30,14 @@ class Driver:
         method: The method, stateless.
         config: The adapter's configuration; `config.total_steps`, where given, is what counts.
         adapter: The adapter's name.
+        parts: What acts at every step besides the method, for adapters of any method.
         optimizer_steps: Calls of `optimizer.step()` seen in this process, skipped ones included.
     """
 
     method: DrivenMethod
     config: PeftConfig
     adapter: str
+    parts: Sequence[DrivenPart] = ()
     optimizer_steps: int = 0
     accepted_undriven: bool = False
     _step: int = 0
@@ -159,6 +161,8 @@ class Driver:
         moment.shared, moment.awaiting, moment.task_loss = self._shared, awaiting, self._task_loss
         moment.others = [p for p in moment.others if p.grad is not None and not _is_marked(p.grad)]
         self.method.before_step(moment)
+        for part in self.parts:
+            part.before_step(moment)
         self._done |= awaiting
         for parameter in (*parameters, *moment.others):
             if parameter.grad is not None:

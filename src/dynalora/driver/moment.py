@@ -111,6 +111,13 @@ class DrivenLayer(Protocol):
         """Saved clock, int64 `[step, total_steps]`, on the one layer of the adapter that carries it."""
 
 
+class DrivenPart(Protocol):
+    """What adapters of any method may have besides: it acts when all gradients are there, after the method."""
+
+    def before_step(self, moment: Moment) -> None:
+        """Add to the gradients of the parameters that are about to step (under `no_grad`)."""
+
+
 class DrivenMethod(Protocol):
     """What a method may do around optimizer steps. See `dynalora.adapter.method.Method`."""
 

@@ -76,6 +76,6 @@ class DriverCallback(TrainerCallback):
                     state.log_history[-1][name] = value
 
 
-def install() -> None:
-    """Make the callback one of every Trainer's defaults."""
-    add_default_callback(DriverCallback)
+def install(callback: type[TrainerCallback] = DriverCallback) -> None:
+    """Make a callback one of every Trainer's defaults."""
+    add_default_callback(callback)

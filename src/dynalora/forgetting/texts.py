@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,8 @@ from dynalora.evaluation.padding import padded
 from dynalora.forgetting.base_model import adapters_off, fingerprint, refuse_merged
 
 _FORMAT = 1
+
+Rows = tuple[tuple[int, ...], ...]
 
 # Short and varied: prose, dialogue, knowledge, lists, code, mathematics. What follows them is the model's own.
 OPENINGS = (
@@ -127,25 +130,116 @@ def own_text(
         ConfigError: Texts, tokens or batch_size below 1.
         UnsupportedError: The model holds weights merged from an adapter, so its base cannot be asked.
     """
-    for name, value in (("texts", texts), ("tokens", tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; give 1 or more.")
+    _check_counts(texts=texts, tokens=tokens, batch_size=batch_size)
     refuse_merged(model)
     prompts = _openings(tokenizer, texts)
+
+    def write() -> Rows:
+        return sampled(model, tokenizer, prompts, tokens, seed, batch_size, progress)
+
+    plan = [prompts, tokens, seed, batch_size]
+    return _remembered(model, cache, plan, seed, tuple(len(prompt) for prompt in prompts), write)
+
+
+def anchor_text(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    texts: int = 128,
+    tokens: int = 64,
+    seed: int = 0,
+    batch_size: int = 32,
+    cache: str | os.PathLike[str] | bool = True,
+    progress: Progress = silent,
+) -> OwnText:
+    """Text that the base model writes without being asked anything, to train with (`retain`).
+
+    Half of the texts continue a random first token. With a chat template the other half are chats of which the model
+    writes both sides: the user's message after what the template puts before it, then the answer. None of the openings
+    of [`own_text`][dynalora.forgetting.texts.own_text], on which retention is measured, is used.
+
+    Args:
+        model: A causal language model, with or without adapters, which are switched off while it writes.
+        tokenizer: The model's.
+        texts: Number of texts.
+        tokens: Most tokens per text; in a chat most tokens of the answer, and half as many of the user's message.
+        seed: Of the first tokens and of the sampling. The global random state is left as it was.
+        batch_size: Texts per batch.
+        cache: True for the user's cache folder, a folder, or False to neither read nor write a file.
+        progress: Called with the number of texts written.
+
+    Raises:
+        ConfigError: Texts, tokens or batch_size below 1.
+        UnsupportedError: The model holds weights merged from an adapter, so its base cannot be asked.
+    """
+    _check_counts(texts=texts, tokens=tokens, batch_size=batch_size)
+    refuse_merged(model)
+    chats = texts // 2 if tokenizer.chat_template else 0
+    first = _first_tokens(tokenizer, texts - chats, seed)
+
+    def write() -> Rows:
+        rows = sampled(model, tokenizer, first, tokens, seed, batch_size, progress)
+        if not chats:
+            return rows
+        before, between = _chat_frame(tokenizer)
+        ends = end_ids(model, tokenizer)
+        messages = sampled(
+            model, tokenizer, [before] * chats, max(1, tokens // 2), seed + 1, batch_size, progress
+        )
+        asked = [[*(row[:-1] if row[-1] in ends else row), *between] for row in messages]
+        return (*rows, *sampled(model, tokenizer, asked, tokens, seed + 2, batch_size, progress))
+
+    frame = len(_chat_frame(tokenizer)[0]) if chats else 0
+    starts = (1,) * len(first) + (max(1, frame),) * chats
+    return _remembered(model, cache, ["anchors", first, chats, tokens, seed, batch_size], seed, starts, write)
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[list[int]]:
+    """One ordinary token each."""
+    special = set(tokenizer.all_special_ids)
+    ordinary = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
+    generator = torch.Generator().manual_seed(seed)
+    return [[int(ordinary[index])] for index in torch.randint(len(ordinary), (count,), generator=generator)]
+
+
+def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What a chat template writes before the user's message, and between it and the answer, as token ids."""
+    mark = "\u2063message\u2063"
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
+    )
+    before, _, between = str(text).partition(mark)
+    return tuple(list(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (before, between))  # type: ignore[return-value]
+
+
+def _remembered(
+    model: torch.nn.Module,
+    cache: str | os.PathLike[str] | bool,
+    plan: list[Any],
+    seed: int,
+    starts: tuple[int, ...],
+    write: Callable[[], Rows],
+) -> OwnText:
+    """Text of a plan from the cache, or written now and put there."""
     mark = fingerprint(model)
     file = None
     if cache is not False:
         folder = cache_folder() / "own-text" if cache is True else Path(cache)
-        plan = json.dumps([_FORMAT, mark, prompts, tokens, seed, batch_size])
-        file = folder / f"{hashlib.sha256(plan.encode()).hexdigest()[:32]}.json"
-        kept = _read(file, mark, seed, prompts)
-        if kept is not None:
-            return kept
-    rows = _sample(model, tokenizer, prompts, tokens, seed, batch_size, progress)
-    text = OwnText(rows, tuple(len(prompt) for prompt in prompts), mark, seed)
+        name = hashlib.sha256(json.dumps([_FORMAT, mark, *plan]).encode()).hexdigest()[:32]
+        file = folder / f"{name}.json"
+        rows = _read(file, starts)
+        if rows is not None:
+            return OwnText(rows, starts, mark, seed)
+    text = OwnText(write(), starts, mark, seed)
     if file is not None:
         _write(file, text)
     return text
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; give 1 or more.")
 
 
 def given_text(
@@ -184,7 +278,7 @@ def _openings(tokenizer: PreTrainedTokenizerBase, texts: int) -> list[list[int]]
     return prompts
 
 
-def _sample(
+def sampled(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
@@ -192,7 +286,8 @@ def _sample(
     seed: int,
     batch_size: int,
     progress: Progress,
-) -> tuple[tuple[int, ...], ...]:
+) -> Rows:
+    """Continuations that the base model samples at temperature 1, each behind its prompt."""
     what = "The base model writes text"
     padding = padding_id(model, tokenizer)
     device = next(model.parameters()).device
@@ -219,18 +314,17 @@ def _sample(
     return tuple(rows)
 
 
-def _read(file: Path, mark: str, seed: int, prompts: Sequence[Sequence[int]]) -> OwnText | None:
+def _read(file: Path, starts: tuple[int, ...]) -> Rows | None:
     """The text kept in a file; None if there is none or it is damaged, so that it is made again."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         rows = tuple(tuple(int(token) for token in row) for row in content["rows"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    whole = len(rows) == len(prompts) and all(
-        row[: len(prompt)] == tuple(prompt) and len(row) > len(prompt)
-        for row, prompt in zip(rows, prompts, strict=True)
+    whole = len(rows) == len(starts) and all(
+        len(row) > start for row, start in zip(rows, starts, strict=True)
     )
-    return OwnText(rows, tuple(len(prompt) for prompt in prompts), mark, seed) if whole else None
+    return rows if whole else None
 
 
 def _write(file: Path, text: OwnText) -> None:
