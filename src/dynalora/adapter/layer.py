@@ -141,6 +141,10 @@ class AdapterLayer(RankedStorage, BaseWeight):
         """Make the update zero and leave the adapter able to train again: `up` becomes zero, as at LoRA's start."""
         self.parameter("up", adapter).zero_()
 
+    def scale_update(self, adapter: str, factor: float) -> None:
+        """Multiply the update by a factor, from 0 (the base layer) up; what is saved as `alpha` must follow."""
+        self.scaling[adapter] *= factor
+
     def projections(self, adapter: str) -> Sequence[torch.Tensor]:
         """Matrices (·, in) that meet the input: `down` first, then what the diagonal needs. One GEMM does all."""
         return (self.used("down", adapter),)

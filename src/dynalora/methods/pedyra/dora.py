@@ -38,6 +38,26 @@ class DoraLayer(GatedLayer):
         if self.has_parameter("magnitude", adapter):
             self.parameter("magnitude", adapter).copy_(self._base_squares().sqrt())
 
+    @torch.no_grad()
+    def scale_update(self, adapter: str, factor: float) -> None:
+        """Multiply the update by a factor.
+
+        Row by row, W0 + f·(g(W0 + sΔW) − W0) = (1 − f + fg)·(W0 + c·f·sΔW) with c = g / (1 − f + fg): the update's
+        rows are scaled by c, and the magnitude becomes (1 − f + fg) times the norm of the new rows.
+        """
+        if not self.has_parameter("magnitude", adapter):
+            super().scale_update(adapter, factor)
+            return
+        gain = self._gain(adapter)
+        blend = 1 - factor + factor * gain
+        super().scale_update(adapter, factor)
+        for role in ("up", "frozen_up"):
+            part = self.parameter(role, adapter) if role == "up" else self._frozen(role, adapter)
+            if part is not None:
+                part.mul_((gain / blend)[:, None].to(part.dtype))
+        magnitude = self.parameter("magnitude", adapter)
+        magnitude.copy_(blend * magnitude / self._gain(adapter))  # magnitude / gain: the norm of the new rows
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The shared form; an adapter with `use_dora` must be the only one that acts on an input."""
         if kwargs.get("adapter_names") is None and len(self.active_adapters) > 1:

@@ -1,0 +1,246 @@
+"""Scaling an adapter's update down after training, as far as a bound on forgetting asks for.
+
+With factor f every adapted layer computes y = W0·x + f·(W'·x − W0·x): 1 is the adapter as trained, 0 the base model.
+Forgetting falls faster than learning does: most of what a large learning rate forgets
+is back at f between 0.3 and 0.7.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+
+from dynalora.adapter.layer import AdapterLayer, adapter_layers
+from dynalora.common.progress import Progress, silent
+from dynalora.driver import drivers_of
+from dynalora.errors import ConfigError, UnsupportedError
+from dynalora.forgetting.base_model import refuse_merged
+from dynalora.forgetting.retention import base_predictions, retention
+from dynalora.forgetting.texts import MeasuredText
+
+FACTORS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+"""Factors of the curve, from the adapter as trained downwards."""
+_SEARCH = 6  # halvings of the interval that holds the factor
+
+
+@dataclass(frozen=True)
+class TrimPoint:
+    """An adapter at one factor.
+
+    Attributes:
+        factor: Of its update.
+        kl: KL(base ‖ adapted) on the text, nats per token.
+        kl_error: Its standard error over the texts.
+        loss: Held-out loss of the task; None where none was measured.
+    """
+
+    factor: float
+    kl: float
+    kl_error: float
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Trim:
+    """What trimming came to.
+
+    Attributes:
+        factor: The factor that was taken.
+        points: The curve, factors descending, with the one that was taken.
+    """
+
+    factor: float
+    points: tuple[TrimPoint, ...]
+
+    @property
+    def taken(self) -> TrimPoint:
+        """The point that was taken."""
+        return next(point for point in self.points if point.factor == self.factor)
+
+
+def trim_curve(
+    model: PeftModel,
+    text: MeasuredText,
+    *,
+    loss: Callable[[], float] | None = None,
+    factors: Sequence[float] = FACTORS,
+    adapter: str | None = None,
+    batch_size: int = 8,
+    progress: Progress = silent,
+) -> list[TrimPoint]:
+    """Forgetting and held-out loss of an adapter at several factors; the adapter is left as it is.
+
+    Args:
+        model: A causal language model with an adapter of dynalora's, or a LoRA of PEFT's.
+        text: Text to measure forgetting on, from [`own_text`][dynalora.forgetting.texts.own_text] or `given_text`.
+        loss: Measures the model's held-out loss as it is when called; None: not measured.
+        factors: The factors.
+        adapter: Its name; None: the active one.
+        batch_size: Texts per pass.
+        progress: Called with the number of factors done.
+
+    Raises:
+        ConfigError: A factor below 0, or there is no such adapter.
+        UnsupportedError: The adapter's update cannot be scaled (PEFT's other methods), or is merged.
+    """
+    for factor in factors:
+        if not factor >= 0:
+            raise ConfigError(
+                f"factors holds {factor!r}; give numbers from 0 (the base model) up to 1 (as trained)."
+            )
+    refuse_merged(model)
+    name = adapter or model.active_adapter
+    layers = _scalable(model, name)
+    base = base_predictions(model, text, batch_size=batch_size, dtype=None, max_bytes=2**30)
+    points = []
+    for done, factor in enumerate(factors):
+        progress("Scaling the update", done, len(factors))
+        with _at(layers, name, factor):
+            measured = retention(model, text, base=base, batch_size=batch_size)
+            value = None if loss is None else float(loss())
+        points.append(TrimPoint(float(factor), measured.kl, measured.kl_error, value))
+    progress("Scaling the update", len(factors), len(factors))
+    return points
+
+
+def trim(
+    model: PeftModel,
+    text: MeasuredText,
+    *,
+    max_kl: float,
+    loss: Callable[[], float] | None = None,
+    factors: Sequence[float] = FACTORS,
+    adapter: str | None = None,
+    batch_size: int = 8,
+    progress: Progress = silent,
+) -> Trim:
+    """Scale an adapter's update down to where it forgets no more than is allowed; the model is changed.
+
+    The factor is the largest up to 1 whose KL is at most `max_kl`, to about a hundredth. Saving the adapter then writes
+    the scaled update (as a smaller `alpha`), and everything else that reads it (merge, export, spectra) sees it.
+
+    Args:
+        model: As in [`trim_curve`][dynalora.forgetting.trim.trim_curve], and so are the other arguments.
+        text: Text to measure forgetting on.
+        max_kl: The most that may be forgotten, nats per token on that text; above 0.
+        loss: Measures the held-out loss.
+        factors: The factors of the curve.
+        adapter: The adapter's name.
+        batch_size: Texts per pass.
+        progress: Called with the number of factors done.
+
+    Returns:
+        The factor and the curve.
+
+    Raises:
+        ConfigError: `max_kl` is not above 0, and as `trim_curve`.
+        UnsupportedError: As `trim_curve`.
+    """
+    if not 0 < max_kl < float("inf"):
+        raise ConfigError(f"max_kl is {max_kl!r}; give the most KL to allow, a number above 0 such as 0.05.")
+    name = adapter or model.active_adapter
+    options: dict[str, Any] = {"loss": loss, "adapter": name, "batch_size": batch_size}
+    points = trim_curve(
+        model, text, factors=sorted({1.0, *factors}, reverse=True), progress=progress, **options
+    )
+    low = max((point.factor for point in points if point.kl <= max_kl), default=0.0)
+    if low < 1.0:
+        high = min(point.factor for point in points if point.factor > low)
+        for _ in range(_SEARCH):
+            middle = (low + high) / 2
+            (point,) = trim_curve(model, text, factors=[middle], adapter=name, batch_size=batch_size)
+            low, high = (middle, high) if point.kl <= max_kl else (low, middle)
+        if low not in {point.factor for point in points}:
+            points += trim_curve(model, text, factors=[low], **options)
+    scale_update(model, low, name)
+    return Trim(low, tuple(sorted(points, key=lambda point: -point.factor)))
+
+
+def scale_update(model: PeftModel, factor: float, adapter: str | None = None) -> None:
+    """Multiply an adapter's update by a factor, for good: in the layers and in the configuration that is saved.
+
+    Args:
+        model: The model with the adapter.
+        factor: The factor, above or equal to 0.
+        adapter: Its name; None: the active one.
+
+    Raises:
+        ConfigError: The factor is negative.
+        UnsupportedError: The update cannot be scaled.
+    """
+    if not factor >= 0:
+        raise ConfigError(
+            f"factor is {factor!r}; give a number from 0 (the base model) up to 1 (as trained)."
+        )
+    name = adapter or model.active_adapter
+    for layer in _scalable(model, name):
+        _scale(layer, name, factor)
+    # The configuration may serve several models: this one gets its own.
+    config: Any = copy.copy(model.peft_config[name])
+    field = "alpha" if hasattr(config, "alpha") else "lora_alpha"
+    setattr(config, field, getattr(config, field) * factor)
+    config.alpha_pattern = {key: alpha * factor for key, alpha in (config.alpha_pattern or {}).items()}
+    model.peft_config[name] = config
+    for driver, _ in drivers_of(model):
+        if driver.adapter == name:
+            driver.config = config
+
+
+def _scalable(model: PeftModel, adapter: str) -> list[AdapterLayer | LoraLayer]:
+    if adapter not in model.peft_config:
+        raise ConfigError(
+            f"The model has no adapter {adapter!r}; it has {', '.join(map(repr, model.peft_config))}."
+        )
+    layers: list[AdapterLayer | LoraLayer] = list(adapter_layers(model, adapter).values())
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and adapter in module.scaling:
+            if module.use_dora.get(adapter):
+                raise UnsupportedError(
+                    f"adapter {adapter!r} is a DoRA of PEFT's, whose norms do not scale with its update; plain LoRAs "
+                    "and dynalora's adapters can be scaled."
+                )
+            layers.append(module)
+    if not layers:
+        kind = type(model.peft_config[adapter]).__name__
+        raise UnsupportedError(f"adapter {adapter!r} ({kind}) has no layers whose update can be scaled.")
+    return layers
+
+
+def _scale(layer: AdapterLayer | LoraLayer, adapter: str, factor: float) -> None:
+    if isinstance(layer, AdapterLayer):
+        layer.scale_update(adapter, factor)
+    else:
+        layer.scaling[adapter] *= factor
+
+
+@contextmanager
+def _at(layers: Sequence[AdapterLayer | LoraLayer], adapter: str, factor: float) -> Iterator[None]:
+    """The adapter at a factor inside, and as it was afterwards, bit for bit."""
+    before = [(layer.scaling[adapter], _copies(layer, adapter) if factor != 1 else []) for layer in layers]
+    try:
+        if factor != 1:
+            for layer in layers:
+                _scale(layer, adapter, factor)
+        yield
+    finally:
+        with torch.no_grad():
+            for layer, (scaling, tensors) in zip(layers, before, strict=True):
+                layer.scaling[adapter] = scaling
+                for tensor, value in tensors:
+                    tensor.copy_(value)
+
+
+def _copies(layer: AdapterLayer | LoraLayer, adapter: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What scaling may change besides the layer's factor, each with a copy of its values."""
+    if not isinstance(layer, AdapterLayer):
+        return []
+    buffers = [layer.running(role, adapter) for role in layer.buffer_roles]
+    tensors = [*layer.adapter_parameters(adapter).values(), *(b for b in buffers if b is not None)]
+    return [(tensor.detach(), tensor.detach().clone()) for tensor in tensors]
