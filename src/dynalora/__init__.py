@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from dynalora.forgetting.texts import given_text as given_text
     from dynalora.forgetting.texts import own_text as own_text
     from dynalora.forgetting.trajectory import rank_trajectory as rank_trajectory
+    from dynalora.forgetting.trim import trim as trim
+    from dynalora.forgetting.trim import trim_curve as trim_curve
     from dynalora.methods.dira import DiraConfig as DiraConfig
     from dynalora.methods.disel import DiselConfig as DiselConfig
     from dynalora.methods.dislora import DisloraConfig as DisloraConfig
@@ -64,6 +66,8 @@ _LAZY = {
     "read_retention": "forgetting.curves",
     "record_gates": "forgetting.gate_recording",
     "recover": "forgetting.recovery",
+    "trim": "forgetting.trim",
+    "trim_curve": "forgetting.trim",
 }
 
 hooks.install()
