@@ -19,9 +19,8 @@ from dynalora.forgetting.texts import given_text
 from dynalora.jobs.finetune.run import finetune
 from dynalora.jobs.stages.settings import ForgettingSpec
 from dynalora.lab.baselines import BASELINES, driver_of, edits_base, label_of, optimizer_of
-from dynalora.lab.configs import adapter_config, compared_config, compared_names, method_names
+from dynalora.lab.configs import adapter_config, check_targets, compared_config, compared_names, method_names
 from dynalora.lab.run_folder import RunFolder
-from dynalora.lab.targets import check_targets
 from dynalora.lab.training import train
 from dynalora.lab.training.checkpoints import last_checkpoint
 from dynalora.lab.training.settings import TrainSettings

@@ -34,8 +34,8 @@ from dynalora.jobs.compare.grid import Comparison
 from dynalora.jobs.compare.run import run_compare
 from dynalora.jobs.compare.settings import CompareSpec, variant_from
 from dynalora.jobs.compare.store import CellStore, shared_settings
+from dynalora.lab.data.conversations import MONITORED_LENGTH, load_named_text
 from dynalora.lab.models import load_model, load_tokenizer
-from dynalora.lab.monitoring import MONITORED_LENGTH, load_named_text
 from dynalora.lab.report import Table, latex_table, markdown_table
 
 from . import tiny

@@ -14,9 +14,14 @@ from dynalora.common.names import IGNORED_LABEL
 from dynalora.errors import DataError
 from dynalora.evaluation.tokens import ensure_chat_template, ensure_pad_token, tokenize
 from dynalora.lab.data.collator import Collator
-from dynalora.lab.data.conversations import load_conversations, load_texts, to_conversations
+from dynalora.lab.data.conversations import (
+    load_conversations,
+    load_texts,
+    split,
+    to_conversations,
+    without_repeats,
+)
 from dynalora.lab.data.fields import Fields, find_fields
-from dynalora.lab.data.splitting import split, without_repeats
 from tests.unit import tiny
 
 PAIR = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]

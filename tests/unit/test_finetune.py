@@ -27,12 +27,11 @@ from dynalora.jobs.finetune.prepare import prepare
 from dynalora.jobs.finetune.run import finetune
 from dynalora.jobs.finetune.settings import FinetuneSpec
 from dynalora.lab.baselines import BASELINES
-from dynalora.lab.configs import adapter_config, method_names
+from dynalora.lab.configs import adapter_config, check_targets, method_names
 from dynalora.lab.data.collator import Collator
 from dynalora.lab.data.conversations import to_conversations
 from dynalora.lab.models import empty_model
 from dynalora.lab.run_folder import read_metrics
-from dynalora.lab.targets import check_targets
 from dynalora.lab.training.checkpoints import last_checkpoint
 from dynalora.lab.training.recorder import Recorder
 from dynalora.lab.training.settings import TrainSettings

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dynalora.errors import ConfigError, DataError
-from dynalora.jobs.gates.domains import read_domain
+from dynalora.jobs.gates.record import read_domain
 from dynalora.jobs.gates.settings import DomainSpec, GatesSpec
 from tests.unit import tiny
 

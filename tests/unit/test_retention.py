@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import dynalora
-from dynalora.common.cache import cache_folder
+from dynalora.common.files import cache_folder
 from dynalora.errors import ConfigError, UnsupportedError
 from dynalora.forgetting import texts as measured
 from dynalora.forgetting.base_model import adapters_off, fingerprint

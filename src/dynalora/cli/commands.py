@@ -124,7 +124,7 @@ COMMANDS = {
     ),
     "gates": Command(
         settings=GatesSpec,
-        job="dynalora.jobs.gates.run:run_gates",
+        job="dynalora.jobs.gates.report:run_gates",
         help="""Show on which text a DISeL adapter's gates open, and where.
 
         Mean gates by domain, depth and kind of module (0 is closed, 1 is open), and how well they tell the first

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written beside their place, then moved there."""
+"""Files and folders that appear whole or not at all (written beside their place, then moved there), and the cache."""
 
 from __future__ import annotations
 
@@ -106,3 +106,15 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def cache_folder() -> Path:
+    """The user's cache folder: `$DYNALORA_CACHE`, else `$XDG_CACHE_HOME/dynalora`, else `~/.cache/dynalora`.
+
+    It may not exist yet. Everything in it can be deleted at any time.
+    """
+    folder = os.environ.get("DYNALORA_CACHE")
+    if folder:
+        return Path(folder).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "dynalora"

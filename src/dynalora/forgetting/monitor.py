@@ -12,28 +12,80 @@ trains bit for bit as it would without.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from dynalora.common.files import file_beside
 from dynalora.common.processes import first_process, from_first
 from dynalora.common.progress import Progress, silent
-from dynalora.errors import ConfigError, UnsupportedError
+from dynalora.errors import CheckpointError, ConfigError, UnsupportedError
 from dynalora.forgetting.base_model import adapter_tensors, base_weights
-from dynalora.forgetting.best_state import BestState
 from dynalora.forgetting.curves import RetentionPoint, append_points, read_points, write_points
 from dynalora.forgetting.retention import BasePredictions, Retention, predictions_within, retention
 from dynalora.forgetting.texts import MeasuredText, OwnText, given_text, own_text
+
+_FILE = "retention_best.safetensors"
+
+
+@dataclass(frozen=True)
+class BestState:
+    """The best state under the budget so far.
+
+    Attributes:
+        step: Optimizer steps done.
+        forgetting: The largest KL over the texts there, in nats per token.
+        score: What `score`, or the trainer's evaluation, gave there; None where nothing was scored.
+        tensors: The adapter's weights and state by their names in the model, on the CPU.
+    """
+
+    step: int
+    forgetting: float
+    score: float | None
+    tensors: dict[str, torch.Tensor]
+
+    def save(self, folder: Path) -> None:
+        """Write the state into a folder, whole or not at all."""
+        record = {"step": self.step, "forgetting": self.forgetting, "score": self.score}
+        tensors = {name: value.contiguous() for name, value in self.tensors.items()}
+        with file_beside(folder / _FILE) as beside:
+            save_file(tensors, beside, metadata={"format": "pt", "kept": json.dumps(record)})
+
+    @classmethod
+    def load(cls, folder: Path) -> BestState | None:
+        """The state in a folder; None if there is none.
+
+        Raises:
+            CheckpointError: The file is damaged.
+        """
+        file = folder / _FILE
+        if not file.exists():
+            return None
+        try:
+            with safe_open(file, framework="pt") as content:
+                record = json.loads(content.metadata()["kept"])
+                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
+            return cls(int(record["step"]), float(record["forgetting"]), record["score"], tensors)
+        except Exception as error:  # safetensors raises a type of its own
+            raise CheckpointError(
+                f"The weights kept in '{file}' cannot be read ({str(error).splitlines()[0]}); continue from an earlier "
+                "checkpoint."
+            ) from error
+
 
 OWN_TEXT = "own text"
 """Name of the text that the base model wrote itself."""

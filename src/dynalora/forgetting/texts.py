@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dynalora.common.cache import cache_folder
-from dynalora.common.files import write_file
+from dynalora.common.files import cache_folder, write_file
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError
 from dynalora.evaluation.causal import continued

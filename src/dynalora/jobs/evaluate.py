@@ -26,8 +26,7 @@ from dynalora.evaluation.sandbox import Limits
 from dynalora.evaluation.seq2seq import is_encoder_decoder
 from dynalora.lab.adapters import adapter_folder, load_adapter, read_config
 from dynalora.lab.lab_settings import PROMPTS
-from dynalora.lab.models import load_model, load_tokenizer, local_model_name, placed
-from dynalora.lab.precision import DTYPES, QUANTIZATIONS
+from dynalora.lab.models import DTYPES, QUANTIZATIONS, load_model, load_tokenizer, local_model_name, placed
 from dynalora.lab.report import Cell, Table, say
 from dynalora.lab.settings import Setting, Settings
 

@@ -19,7 +19,7 @@ from dynalora.forgetting.gates import GateStatistics
 from dynalora.lab.adapters import adapter_folder, base_tokenizer, load_adapter
 from dynalora.lab.data.collator import batches_of
 from dynalora.lab.data.conversations import load_conversations
-from dynalora.lab.precision import resolve_dtype
+from dynalora.lab.models import resolve_dtype
 from dynalora.lab.report import Cell, Table, say
 from dynalora.lab.settings import Setting, Settings
 

@@ -1,19 +1,23 @@
-"""Configurations of adapters by the method's name, dynalora's and PEFT's."""
+"""Configurations of adapters by the method's name, dynalora's and PEFT's, and the modules that they adapt."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_type_hints
 
 from peft import PeftConfig
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from dynalora.adapter.targets import leave_out_head
+from dynalora.adapter.targets import leave_out_head, targeted_modules
 from dynalora.errors import ConfigError
 from dynalora.lab.baselines import (
     BASELINES,
     config_from_file,
     is_config_file,
+    prompt_only,
 )
 from dynalora.lab.settings import coerce, did_you_mean, names_or_pattern
 from dynalora.methods import METHODS, config_class
@@ -171,3 +175,42 @@ def _typed(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
             return value  # the configuration says itself what it wants
 
     return {name: typed(name, value) for name, value in options.items()}
+
+
+def check_targets(model: nn.Module, config: PeftConfig) -> list[str]:
+    """Names of the modules that an adapter would wrap; none for methods that train virtual tokens instead.
+
+    Args:
+        model: The base model; one on the meta device will do.
+        config: The adapter's configuration.
+
+    Raises:
+        ConfigError: Nothing matches, or one of the listed names matches nothing; says which linear modules exist.
+    """
+    if prompt_only(config):
+        return []
+    linear = {
+        name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
+    }
+    targets: Any = getattr(config, "target_modules", None)
+    if targets is None:
+        return list(linear)  # PEFT's own choice for the architecture
+    kinds = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linear)) or "none"
+    exist = f"the model's linear modules are {kinds}"
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ConfigError(
+                f"target_modules '{targets}' is not a valid regular expression ({error})."
+            ) from None
+    else:
+        everything = [name for name, _ in model.named_modules()]
+        for target in sorted(targets):
+            if not any(name == target or name.endswith(f".{target}") for name in everything):
+                raise ConfigError(f"target_modules '{target}' matches nothing; {exist}.")
+    matched = targeted_modules(model, config)
+    if not matched:
+        names = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+        raise ConfigError(f"target_modules '{names}' matches nothing; {exist}.")
+    return matched

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from dynalora.evaluation.kinds.base import Measuring
 from dynalora.evaluation.prompts import TEMPLATES
-from dynalora.lab.precision import DTYPES
+from dynalora.lab.models import DTYPES
 from dynalora.lab.settings import Setting, Settings
 from dynalora.lab.tasks.loading import load_experiment_task
 from dynalora.lab.tasks.task import ExperimentTask

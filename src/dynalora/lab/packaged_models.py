@@ -33,8 +33,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from dynalora.common.cache import cache_folder
-from dynalora.common.files import folder_beside
+from dynalora.common.files import cache_folder, folder_beside
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import DynaloraError, UnsupportedError
 

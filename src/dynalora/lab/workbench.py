@@ -16,10 +16,10 @@ from dynalora.evaluation.heads import CAUSAL_LM
 from dynalora.evaluation.results import TaskScore
 from dynalora.evaluation.tokens import TokenizedSet
 from dynalora.evaluation.windows import within_window
+from dynalora.lab.configs import check_targets
 from dynalora.lab.data.collator import Collator
 from dynalora.lab.lab_settings import LabSettings
 from dynalora.lab.models import empty_model, load_model, load_tokenizer, local_model_name
-from dynalora.lab.targets import check_targets
 from dynalora.lab.training.settings import TrainSettings
 from dynalora.lab.training.train import TrainResult, take_off, train_adapter
 

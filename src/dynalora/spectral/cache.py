@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dynalora.common.cache import cache_folder
+from dynalora.common.files import cache_folder
 from dynalora.errors import ConfigError
 
 SIZE_VARIABLE = "DYNALORA_DECOMPOSITION_CACHE_GIB"

@@ -8,19 +8,11 @@ from dynalora.common.files import write_file
 from dynalora.common.progress import rich_progress
 from dynalora.jobs.bench import generation, training
 from dynalora.jobs.bench.settings import BenchSpec
-from dynalora.lab.report import rich_table
+from dynalora.lab.report import say
 
 
 def run_bench(spec: BenchSpec, *, console: Console) -> None:
-    """Do the measurement that the settings ask for.
-
-    Args:
-        spec: What to time.
-        console: Where progress and the tables are shown.
-
-    Raises:
-        ConfigError: A setting, or a model that cannot be loaded.
-    """
+    """Do the measurement that the settings ask for."""
     with rich_progress(console) as progress:
         if spec.generate:
             generated = generation.bench_generation(spec, progress=progress)
@@ -29,8 +21,7 @@ def run_bench(spec: BenchSpec, *, console: Console) -> None:
         else:
             measured = training.bench(spec, progress=progress)
             tables, text = training.tables(spec, measured), training.as_json(spec, measured)
-    for table in tables:
-        console.print(rich_table(table))
+    say(console, *tables)
     if spec.json is not None:
         write_file(spec.json, text)
-        console.print(f"Written: {spec.json}", highlight=False, markup=False)
+        say(console, f"Written: {spec.json}")

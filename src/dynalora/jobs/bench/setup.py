@@ -17,10 +17,9 @@ from torch import nn
 from dynalora.common.progress import Progress
 from dynalora.jobs.bench.settings import BenchSpec
 from dynalora.lab.baselines import BASELINES
-from dynalora.lab.configs import adapter_config
+from dynalora.lab.configs import adapter_config, check_targets
 from dynalora.lab.machine import machine
 from dynalora.lab.models import empty_model, load_model, local_model_name
-from dynalora.lab.targets import check_targets
 
 CONTROL = "lora (again)"
 

@@ -23,9 +23,9 @@ from dynalora.jobs.compare.planning import kept_tasks
 from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.jobs.compare.store import CellStore, shared_settings
 from dynalora.lab.baselines import edits_base
+from dynalora.lab.data.conversations import load_named_text, measured_text
 from dynalora.lab.machine import forget_peak, machine, peak
 from dynalora.lab.models import load_model, load_tokenizer, local_model_name, placed
-from dynalora.lab.monitoring import load_named_text, measured_text
 from dynalora.lab.training.settings import train_settings
 from dynalora.lab.training.train import TrainResult, train_adapter
 

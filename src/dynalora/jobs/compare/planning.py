@@ -15,8 +15,8 @@ from dynalora.jobs.compare.contestants import Contestant
 from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.lab.baselines import prompt_only
 from dynalora.lab.budgets import match_parameters, trainable_parameters
+from dynalora.lab.configs import check_targets
 from dynalora.lab.models import empty_model, local_model_name
-from dynalora.lab.targets import check_targets
 from dynalora.lab.tasks.task import ExperimentTask
 
 if TYPE_CHECKING:

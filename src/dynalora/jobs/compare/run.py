@@ -32,9 +32,8 @@ from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.jobs.compare.store import CellStore, shared_settings
 from dynalora.jobs.compare.tables import plan_table
 from dynalora.jobs.compare.writing import show_tables, write_results
-from dynalora.lab.models import local_model_name
-from dynalora.lab.monitoring import load_named_text
-from dynalora.lab.precision import quantization_config, resolve_dtype
+from dynalora.lab.data.conversations import load_named_text
+from dynalora.lab.models import local_model_name, quantization_config, resolve_dtype
 from dynalora.lab.report import rich_table
 
 if TYPE_CHECKING:

@@ -44,14 +44,13 @@ from dynalora.jobs.demo.report import (
     summary_table,
 )
 from dynalora.jobs.demo.settings import DemoSpec
-from dynalora.lab.configs import adapter_config
+from dynalora.lab.configs import adapter_config, check_targets
 from dynalora.lab.data.collator import batches_of
 from dynalora.lab.machine import peak
 from dynalora.lab.models import load_model, load_tokenizer
 from dynalora.lab.packaged_models import demo_model
-from dynalora.lab.report import Report, Section, listing, rich_table, save_figures, write_report
+from dynalora.lab.report import Report, Section, listing, save_figures, say, write_report
 from dynalora.lab.run_folder import RunFolder
-from dynalora.lab.targets import check_targets
 from dynalora.lab.training.checkpoints import save_adapter
 from dynalora.lab.training.settings import train_settings
 from dynalora.lab.training.train import TrainResult, take_off, train_adapter
@@ -120,11 +119,7 @@ def run_demo(
             demo = _Demo(spec, task, system, origin, model, tokenizer, run, progress, console)
             result = demo.run(configs, began)
             run.finish()
-    if console is not None:
-        console.print(rich_table(summary_table(result.rows)))
-        console.print(
-            f"Adapters: {run.adapter.parent}\nReport:   {run.report}", highlight=False, markup=False
-        )
+    say(console, summary_table(result.rows), f"Adapters: {run.adapter.parent}\nReport:   {run.report}")
     return result
 
 

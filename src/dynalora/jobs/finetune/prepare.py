@@ -13,14 +13,17 @@ from dynalora.evaluation.windows import within_window
 from dynalora.forgetting.texts import MeasuredText
 from dynalora.jobs.finetune.settings import FinetuneSpec
 from dynalora.lab.baselines import edits_base, label_of
-from dynalora.lab.configs import adapter_config, title_of
-from dynalora.lab.data.conversations import load_conversations
-from dynalora.lab.data.splitting import split, without_repeats
+from dynalora.lab.configs import adapter_config, check_targets, title_of
+from dynalora.lab.data.conversations import (
+    load_conversations,
+    load_named_text,
+    measured_text,
+    split,
+    without_repeats,
+)
 from dynalora.lab.models import empty_model, load_tokenizer, local_model_name
-from dynalora.lab.monitoring import load_named_text, measured_text
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.settings import defaults_of
-from dynalora.lab.targets import check_targets
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from dynalora.forgetting.landscape import rank_landscape
 from dynalora.forgetting.monitor import RetentionMonitor
 from dynalora.forgetting.retention import Retention
 from dynalora.jobs.finetune.prepare import Prepared
-from dynalora.lab.configs import title_of
+from dynalora.lab.configs import method_name, title_of
 from dynalora.lab.data.collator import batches_of
-from dynalora.lab.report import Cell, Report, Section, Table, listing, rich_table, save_figures, write_report
+from dynalora.lab.report import Cell, Report, Section, Table, listing, save_figures, say, write_report
 from dynalora.lab.report import Figure as ReportFigure
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.training.recorder import UNTIMED_STEPS
@@ -38,23 +38,15 @@ from dynalora.methods import METHODS
 
 def method_of(model: PeftModel) -> Method | None:
     """The method of a model's active adapter; None if it is not one of dynalora's."""
-    kind = str(model.active_peft_config.peft_type).rpartition(".")[2]
-    return METHODS.get(kind.lower())
+    return METHODS.get(method_name(model.active_peft_config))
 
 
 def decisions(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, held_out: TokenizedSet
 ) -> tuple[str, Figure, str] | None:
-    """What the adapter decided, as a plot.
+    """File name, figure and caption of what the adapter decided; None if there is nothing to see.
 
-    Args:
-        model: The adapted model.
-        tokenizer: For padding.
-        held_out: Where gates are recorded, on response tokens only; empty: no gates are.
-
-    Returns:
-        File name, figure and caption: the gates of an adapter that has any, the rank landscape of any other; None if
-        there is nothing to see.
+    These are the gates of an adapter that has any, on held-out responses, and the rank landscape of any other.
     """
     try:
         if getattr(getattr(model, "active_peft_config", None), "gated", False):
@@ -62,19 +54,11 @@ def decisions(
                 return None
             batches = batches_of(held_out.rows[:128], tokenizer.pad_token_id)
             gates = plot_gates({"held-out responses": record_gates(model, batches)})
-            return (
-                "gates",
-                gates,
-                "How far the gates open on the tokens of held-out responses, by depth.",
-            )
-        rows = rank_landscape(model)
+            return "gates", gates, "How far the gates open on the tokens of held-out responses, by depth."
+        figure = plot_rank_heatmap(rank_landscape(model))
     except DynaloraError:
         return None
-    return (
-        "rank_landscape",
-        plot_rank_heatmap(rows),
-        "Singular values above 0.001 of every adapted matrix's update.",
-    )
+    return "rank_landscape", figure, "Singular values above 0.001 of every adapted matrix's update."
 
 
 def decided_by(model: PeftModel, method: Method) -> list[dict[str, Any]]:
@@ -130,16 +114,7 @@ def write_results(
     console: Console | None,
     monitor: RetentionMonitor | None = None,
 ) -> None:
-    """Write the plots and the report, and show the closing table.
-
-    Args:
-        ready: The job.
-        result: What training gave.
-        measured: What the model forgot; None: not measured.
-        run: Where everything goes.
-        console: Where the table is shown; None: nowhere.
-        monitor: Followed forgetting during training; None: nothing did.
-    """
+    """Write the plots and the report, and show the closing table."""
     spec = ready.spec
     more: dict[str, list[Cell]] = {}
     if measured is not None:
@@ -165,11 +140,7 @@ def write_results(
     budget = _budget_report(monitor)
     summary = " ".join(part for part in (_training_report(ready, result), budget) if part)
     write_report(Report(title, summary, sections), run.report)
-    if console is not None:
-        console.print(rich_table(table))
-        if budget:
-            console.print(budget, highlight=False, markup=False)
-        console.print(f"Adapter: {run.adapter}\nReport:  {run.report}", highlight=False, markup=False)
+    say(console, table, *([budget] if budget else []), f"Adapter: {run.adapter}\nReport:  {run.report}")
 
 
 def _figures(

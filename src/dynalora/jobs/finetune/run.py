@@ -22,6 +22,7 @@ from dynalora.jobs.finetune.settings import FinetuneSpec
 from dynalora.lab.baselines import edits_base, label_of
 from dynalora.lab.configs import title_of
 from dynalora.lab.models import load_model
+from dynalora.lab.report import say
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.settings import defaults_of
 from dynalora.lab.training.checkpoints import save_adapter
@@ -30,10 +31,6 @@ from dynalora.lab.training.train import TrainResult, train_adapter
 
 def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResult:
     """Do the whole job: check, load, train, measure, write the run folder.
-
-    Args:
-        spec: What to do.
-        console: Where progress and the closing table are shown; None: nowhere.
 
     Returns:
         The trained model with its measurements; everything is also in the run folder.
@@ -48,7 +45,7 @@ def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResu
     with RunFolder.create(
         spec.output, spec.settings(), resume=spec.resume, defaults=defaults_of(type(spec)), main_process=main
     ) as run:
-        _say(
+        say(
             console,
             f"{len(ready.training):,} training and {len(ready.held_out):,} held-out conversations, "
             f"{ready.training.response_tokens:,} tokens to learn from. Loading {spec.model} …",
@@ -82,11 +79,6 @@ def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResu
     return result
 
 
-def _say(console: Console | None, text: str) -> None:
-    if console is not None:
-        console.print(text, highlight=False, markup=False)
-
-
 def _monitor(spec: FinetuneSpec, ready: Prepared, run: RunFolder) -> RetentionMonitor | None:
     if not spec.monitored or edits_base(spec.method, ready.config):
         return None
@@ -109,7 +101,7 @@ def _measured_retention(
     if not spec.retention:
         return None
     if edits_base(spec.method, ready.config):
-        _say(
+        say(
             console,
             f"{title_of(label_of(spec.method))} changes the base weights, so disabling it does not tell what was "
             "forgotten; retention is left out.",

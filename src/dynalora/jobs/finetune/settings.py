@@ -11,7 +11,7 @@ from dynalora.errors import ConfigError
 from dynalora.lab.configs import method_names
 from dynalora.lab.data.fields import Fields
 from dynalora.lab.lab_settings import MODEL_AND_DATA, PROMPTS, RUN, AdapterSettings
-from dynalora.lab.precision import DTYPES, QUANTIZATIONS
+from dynalora.lab.models import DTYPES, QUANTIZATIONS
 from dynalora.lab.settings import Setting, named_source, names_or_pattern
 from dynalora.lab.training.settings import TrainSettings
 
@@ -116,9 +116,4 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
     @property
     def fields(self) -> Fields:
         """The data's fields that the user named."""
-        return Fields(
-            prompt=self.prompt_field,
-            response=self.response_field,
-            input=self.input_field,
-            messages=self.messages_field,
-        )
+        return Fields(self.prompt_field, self.response_field, self.input_field, self.messages_field)

@@ -1,15 +1,18 @@
-"""What the gates do, as tables, and as a folder with numbers, histograms, plots and a report."""
+"""`dynalora gates`: what the gates do, as tables, and as a folder with numbers, histograms, plots and a report."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from rich.console import Console
 from safetensors.torch import save
 
-from dynalora.common.files import records_csv
+from dynalora.common.files import records_csv, write_file
+from dynalora.common.progress import rich_progress
 from dynalora.common.statistics import Interval
 from dynalora.drawing.gates import (
     plot_gate_heatmap,
@@ -18,10 +21,12 @@ from dynalora.drawing.gates import (
     plot_gates_by_kind,
     plot_separation,
 )
+from dynalora.drawing.style import rendered
 from dynalora.forgetting.gates import ALL, DEPTHS, GateMean, GateRecord
 from dynalora.forgetting.separation import Separation
-from dynalora.jobs.gates.record import GatesResult
-from dynalora.lab.report import Cell, Report, Section, Table, render_html, save_figures
+from dynalora.jobs.gates.record import GatesResult, compare_gates
+from dynalora.jobs.gates.settings import GatesSpec
+from dynalora.lab.report import Cell, Report, Section, Table, save_figures, say, write_report
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.scores import shown_interval
 
@@ -107,35 +112,23 @@ def write_gates(result: GatesResult, run: RunFolder) -> None:
 
     `layers.csv`, `ranks.csv` and `separation.csv` hold one number per line and column, `gates.json` the same with
     histograms, `histograms.safetensors` the histograms of every rank component and of tokens' mean gates.
-
-    Args:
-        result: What was found.
-        run: An open folder.
     """
     run.write("layers.csv", records_csv(_layer_rows(result)))
     run.write("ranks.csv", records_csv(_rank_rows(result)))
     if result.separations:
         run.write("separation.csv", records_csv(_separation_rows(result)))
     run.write("gates.json", json.dumps(_plain(result), indent=1) + "\n")
-    run.write(
-        "histograms.safetensors",
-        save(
-            {
-                f"{domain}/{row.module}/{name}": value.contiguous()
-                for domain, record in result.records.items()
-                for row in record
-                for name, value in (
-                    ("rank_histogram", row.rank_histogram),
-                    ("token_histogram", row.token_histogram.sum(0)),
-                )
-            }
-        ),
-    )
+    histograms = {}
+    for domain, record in result.records.items():
+        for row in record:
+            histograms[f"{domain}/{row.module}/rank_histogram"] = row.rank_histogram.contiguous()
+            histograms[f"{domain}/{row.module}/token_histogram"] = row.token_histogram.sum(0)
+    run.write("histograms.safetensors", save(histograms))
     sections = [
         Section(heading, tables=tables, figures=save_figures(run.write, drawn))
         for heading, tables, drawn in _sections(result)
     ]
-    run.write("report.html", render_html(Report(f"Gates of {result.adapter}", summary(result), sections)))
+    write_report(Report(f"Gates of {result.adapter}", summary(result), sections), run.report)
 
 
 def summary(result: GatesResult) -> str:
@@ -251,3 +244,27 @@ def _plain(result: GatesResult) -> dict[str, Any]:
         for pair, items in result.separations.items()
     }
     return {"adapter": result.adapter, "domains": domains, "separation": separations}
+
+
+def run_gates(spec: GatesSpec, *, console: Console) -> GatesResult:
+    """Record, show and write the gates; see [`compare_gates`][dynalora.jobs.gates.record.compare_gates]."""
+    if spec.output is not None:
+        RunFolder.check(spec.output, spec.settings())
+    with rich_progress(console) as progress:
+        result = compare_gates(spec, progress=progress)
+    if len(result.records) == 1:
+        ((name, record),) = result.records.items()
+        note = f"Over {record.tokens:,} {result.counted[name].removeprefix('all ')}"
+        note += "; early, middle and late are thirds of the layers."
+        say(console, kinds_table(record, note=note))
+    else:
+        say(console, domains_table(result), separation_table(result), summary(result))
+    if spec.plot is not None:
+        write_file(Path(spec.plot), rendered(plot_gates(result.records)))
+        say(console, f"Written: {spec.plot}")
+    if spec.output is not None:
+        with RunFolder.create(spec.output, spec.settings()) as run:
+            write_gates(result, run)
+            run.finish()
+        say(console, f"Report: {run.report}")
+    return result

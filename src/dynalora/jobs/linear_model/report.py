@@ -21,7 +21,7 @@ from dynalora.jobs.linear_model.training import (
     LinearModelResult,
     compare_on_linear_model,
 )
-from dynalora.lab.report import Cell, Report, Section, Table, rich_table, save_figures, write_report
+from dynalora.lab.report import Cell, Report, Section, Table, save_figures, say, write_report
 from dynalora.lab.run_folder import RunFolder
 
 
@@ -53,10 +53,7 @@ def run_linear_model(
         sections = [Section("Losses", _reading(result), tables=[table], figures=pictures)]
         write_report(Report("A fixed update against a gated one", _verdict(result), sections), run.report)
         run.finish()
-    if console is not None:
-        console.print(rich_table(table))
-        console.print(_verdict(result), highlight=False, markup=False)
-        console.print(f"Report: {run.report}", highlight=False, markup=False)
+    say(console, table, _verdict(result), f"Report: {run.report}")
     return result
 
 

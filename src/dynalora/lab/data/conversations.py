@@ -1,13 +1,16 @@
-"""Read data sets, and bring every row to one form: a list of chat messages."""
+"""Read data sets, bring every row to one form (a list of chat messages), and hold a part of the rows out."""
 
 from __future__ import annotations
 
 import json
 import logging
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from dynalora.errors import DataError
 from dynalora.evaluation.files import (
@@ -19,7 +22,9 @@ from dynalora.evaluation.files import (
     texts_of,
 )
 from dynalora.evaluation.tokens import Conversation, Message
+from dynalora.forgetting.texts import MeasuredText, given_text
 from dynalora.lab.data.fields import Fields, find_fields
+from dynalora.lab.settings import named_source
 
 logger = logging.getLogger(__name__)
 
@@ -201,3 +206,82 @@ def _chat(value: Any, name: str, where: str) -> Conversation | None:
     while chat and (chat[-1]["role"] != "assistant" or not chat[-1]["content"].strip()):
         chat.pop()
     return chat or None
+
+
+MONITORED_TEXTS = 32
+MONITORED_LENGTH = 128
+"""The first texts of a source, and the first tokens of each: enough for a curve, and cheap at every measurement."""
+
+
+def load_named_text(text: str, setting: str) -> tuple[str, list[str]]:
+    """The name and the first texts of `NAME=SOURCE`.
+
+    Args:
+        text: What was given.
+        setting: The setting it was given in, for errors.
+
+    Raises:
+        ConfigError: It is not of that form.
+        DataError: The source.
+    """
+    name, source = named_source(text, setting)
+    return name, load_texts(source, limit=MONITORED_TEXTS)
+
+
+def measured_text(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> MeasuredText:
+    """The beginning of each text as tokens, to measure on."""
+    return given_text(texts, tokenizer, max_length=MONITORED_LENGTH)
+
+
+def split(
+    conversations: Sequence[Conversation], fraction: float, *, seed: int = 42
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Hold a part out for measuring.
+
+    Equal conversations always land on the same side, so nothing that is measured was trained on.
+
+    Args:
+        conversations: All of them.
+        fraction: The part to hold out, 0 (none) up to but without 1; at least one conversation if above 0.
+        seed: Fixes the choice.
+
+    Returns:
+        The training part and the held-out part, each in a shuffled order that `seed` fixes.
+
+    Raises:
+        DataError: `fraction` is out of range, or there are too few different conversations to split.
+    """
+    if not 0 <= fraction < 1:
+        raise DataError(f"eval_fraction is {fraction}; give a fraction from 0 up to, but without, 1.")
+    if fraction == 0:
+        return list(conversations), []
+    groups: dict[str, list[Conversation]] = {}
+    for conversation in conversations:
+        groups.setdefault(json.dumps(conversation, sort_keys=True), []).append(conversation)
+    if len(groups) < 2:
+        raise DataError(
+            f"The data has {len(groups)} distinct row, too few to hold a part out; give more rows, or eval_fraction 0."
+        )
+    order = list(groups.values())
+    random.Random(seed).shuffle(order)
+    held = max(1, min(len(order) - 1, round(fraction * len(order))))
+    return [item for group in order[held:] for item in group], [
+        item for group in order[:held] for item in group
+    ]
+
+
+def without_repeats(held_out: Sequence[Conversation], training: Sequence[Conversation]) -> list[Conversation]:
+    """The held-out conversations that do not also occur in training; warns with the number of those that do.
+
+    Raises:
+        DataError: All of them occur in training.
+    """
+    trained = {json.dumps(conversation, sort_keys=True) for conversation in training}
+    fresh = [item for item in held_out if json.dumps(item, sort_keys=True) not in trained]
+    if held_out and not fresh:
+        raise DataError("Every held-out row is also a training row; give other evaluation data.")
+    if len(fresh) < len(held_out):
+        logger.warning(
+            "%d held-out rows are also training rows and are left out.", len(held_out) - len(fresh)
+        )
+    return fresh
