@@ -42,6 +42,7 @@ COMMANDS = (
     "recover",
     "transfer",
     "linear-model",
+    "trim",
     "compact",
     "export",
 )

@@ -18,6 +18,7 @@ from dynalora.jobs.gates.settings import GatesSpec
 from dynalora.jobs.landscape import LandscapeSpec
 from dynalora.jobs.linear_model.settings import LinearModelSpec
 from dynalora.jobs.stages.settings import ForgettingSpec, RecoverSpec, TransferSpec
+from dynalora.jobs.trim import TrimSpec
 from dynalora.lab.settings import Settings
 
 
@@ -178,6 +179,16 @@ COMMANDS = {
         correction, DISeL at the Bayes-optimal one; both are known in closed form.""",
         examples=("dynalora linear-model --separation 2 -o runs/linear-model",),
         idle=True,
+    ),
+    "trim": Command(
+        settings=TrimSpec,
+        job="dynalora.jobs.trim:run_trim",
+        help="""Scale an adapter's update down until it forgets no more than you allow.
+
+        Forgetting falls faster than learning does. The largest factor is taken at which KL(base ‖ tuned) on text that
+        the base model writes is at most --max-kl; the new adapter gets the whole curve of factors beside it, with the
+        held-out loss of a run of finetune.""",
+        examples=("dynalora trim runs/first trimmed --max-kl 0.05",),
     ),
     "compact": Command(
         settings=CompactSpec,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dynalora.drawing.style import describe, legend, looks, panels, save
 from dynalora.errors import ConfigError
 from dynalora.forgetting.curves import RetentionPoint
+from dynalora.forgetting.trim import TrimPoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,4 +66,41 @@ def plot_retention_curves(
     legend(axes[0])
     drawn.suptitle(title, fontsize=10)
     save(drawn, path)
+    return drawn
+
+
+def plot_scaled_update(
+    curves: Mapping[str, Sequence[TrimPoint]], *, taken: float | None = None, max_kl: float | None = None
+) -> Figure:
+    """Draw what an update forgets and what it has learned against the factor that it is scaled with.
+
+    Args:
+        curves: Text → points; the held-out loss is drawn of the first text that has it.
+        taken: The factor that was taken, drawn as a dotted line.
+        max_kl: The bound on KL, drawn as a dotted line.
+
+    Returns:
+        The matplotlib figure. Bars on KL are its standard error over the texts.
+    """
+    losses = next((points for points in curves.values() if any(p.loss is not None for p in points)), [])
+    drawn, axes = panels(2 if losses else 1, width=4.2, height=2.9, columns=2)
+    chosen = looks(curves)
+    for name, points in curves.items():
+        axes[0].errorbar(
+            [point.factor for point in points], [point.kl for point in points],
+            yerr=[point.kl_error for point in points], capsize=2, elinewidth=0.7,
+            **(chosen[name].line() | {"label": name}),
+        )  # fmt: skip
+    if max_kl is not None:
+        axes[0].axhline(max_kl, color="black", linestyle=":", linewidth=1, label="bound")
+    axes[0].set_ylim(bottom=0)
+    describe(axes[0], title="forgotten", x="factor of the update", y="KL(base ‖ tuned) (nats per token)")
+    if losses:
+        places, heights = zip(*((p.factor, p.loss) for p in losses if p.loss is not None), strict=True)
+        axes[1].plot(places, heights, color="black", marker="o", markersize=3.5, linewidth=1.2)
+        describe(axes[1], title="learned", x="factor of the update", y="held-out loss (nats per token)")
+    for axis in axes[: 1 + bool(losses)]:
+        if taken is not None:
+            axis.axvline(taken, color="0.5", linestyle=":", linewidth=1, label="taken")
+    legend(axes[0])
     return drawn

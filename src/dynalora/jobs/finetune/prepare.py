@@ -8,7 +8,7 @@ from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
 from dynalora.errors import ConfigError
-from dynalora.evaluation.tokens import TokenizedSet, tokenize
+from dynalora.evaluation.tokens import Conversation, TokenizedSet, tokenize
 from dynalora.evaluation.windows import within_window
 from dynalora.forgetting.texts import MeasuredText
 from dynalora.jobs.finetune.settings import FinetuneSpec
@@ -78,19 +78,7 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
         )
     if main_process:
         RunFolder.check(spec.output, spec.settings(), resume=spec.resume, defaults=defaults_of(type(spec)))
-    conversations = load_conversations(
-        spec.data, fields=spec.fields, split=spec.split, subset=spec.subset, limit=spec.limit
-    )
-    if spec.eval_data is not None or spec.eval_split is not None:
-        elsewhere = load_conversations(
-            spec.eval_data or spec.data,
-            fields=spec.fields,
-            split=spec.eval_split or spec.split,
-            subset=spec.subset if spec.eval_data is None else None,
-        )
-        training, held_out = conversations, without_repeats(elsewhere, conversations)
-    else:
-        training, held_out = split(conversations, spec.eval_fraction, seed=spec.seed)
+    training, held_out = training_and_held_out(spec)
     monitored = spec.monitor_text if spec.monitored else []
     texts = dict(load_named_text(text, "monitor_text") for text in monitored)
     name = local_model_name(spec.model)
@@ -108,3 +96,23 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
         modules=len(modules),
         texts={label: measured_text(content, tokenizer) for label, content in texts.items()},
     )
+
+
+def training_and_held_out(spec: FinetuneSpec) -> tuple[list[Conversation], list[Conversation]]:
+    """The conversations that a run trains on and those that it measures, which has none if nothing is held out.
+
+    Raises:
+        DataError: The data.
+    """
+    conversations = load_conversations(
+        spec.data, fields=spec.fields, split=spec.split, subset=spec.subset, limit=spec.limit
+    )
+    if spec.eval_data is not None or spec.eval_split is not None:
+        elsewhere = load_conversations(
+            spec.eval_data or spec.data,
+            fields=spec.fields,
+            split=spec.eval_split or spec.split,
+            subset=spec.subset if spec.eval_data is None else None,
+        )
+        return conversations, without_repeats(elsewhere, conversations)
+    return split(conversations, spec.eval_fraction, seed=spec.seed)

@@ -1,0 +1,204 @@
+"""`dynalora trim`: a trained adapter's update scaled down until it forgets no more than is allowed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from dynalora.common.files import folder_beside, records_csv, write_file
+from dynalora.common.progress import Progress, rich_progress
+from dynalora.drawing.retention import plot_scaled_update
+from dynalora.drawing.style import rendered
+from dynalora.errors import ConfigError, DataError, RunFolderError
+from dynalora.evaluation.tokens import TokenizedSet, tokenize
+from dynalora.evaluation.windows import within_window
+from dynalora.forgetting.monitor import OWN_TEXT
+from dynalora.forgetting.texts import MeasuredText, own_text
+from dynalora.forgetting.trim import FACTORS, TrimPoint, trim
+from dynalora.jobs.finetune.prepare import training_and_held_out
+from dynalora.jobs.finetune.settings import FinetuneSpec
+from dynalora.lab.adapters import load_adapter, read_config
+from dynalora.lab.data.conversations import load_named_text, measured_text
+from dynalora.lab.models import DTYPES, QUANTIZATIONS, load_tokenizer
+from dynalora.lab.report import Cell, Table, say
+from dynalora.lab.run_folder import CONFIG
+from dynalora.lab.settings import Setting, Settings, named_source, read_yaml, settings_from
+from dynalora.lab.training.train import held_out_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrimSpec(Settings):
+    """Which adapter to scale down, how far, and where to write it.
+
+    Attributes:
+        adapter: Run folder, adapter folder or Hub id of an adapter.
+        output: Folder to write, new or empty.
+        max_kl: Most that may be forgotten: KL(base ‖ tuned) in nats per token, on each text.
+        texts: Text to keep within the bound besides the base model's own, may be given again.
+        factors: Factors of the curve, with commas.
+        model: Base model; None: the one the adapter names.
+        dtype: Data type of the base model's weights; None: as the run had them, else auto.
+        quantization: Hold the base weights in fewer bits; None: as the run had them.
+        loss: Measure the held-out loss along the curve, of a run of `dynalora finetune`.
+    """
+
+    adapter: Annotated[str, Setting(positional=True, metavar="RUN")]
+    output: Annotated[str, Setting(positional=True, metavar="OUTPUT")]
+    max_kl: Annotated[float, Setting(above=0)]
+    texts: Annotated[list[str], Setting(name="--text", metavar="NAME=SOURCE")] = field(default_factory=list)
+    factors: Annotated[list[float], Setting(commas=True)] = field(default_factory=lambda: list(FACTORS))
+    model: Annotated[str | None, Setting("-m")] = None
+    dtype: Annotated[str | None, Setting(choices=DTYPES)] = None
+    quantization: Annotated[str | None, Setting(choices=tuple(QUANTIZATIONS))] = None
+    loss: bool = True
+
+    def _check(self) -> None:
+        super()._check()
+        if any(not 0 < factor <= 1 for factor in self.factors):
+            raise ConfigError(
+                f"factors is {self.factors}; give numbers above 0 (the base model) up to 1 (as trained)."
+            )
+        names = [named_source(text, "texts")[0] for text in self.texts]
+        if len({OWN_TEXT, *names}) < len(names) + 1:
+            raise ConfigError(f"texts uses a name twice: {', '.join([OWN_TEXT, *names])}.")
+
+
+def run_trim(spec: TrimSpec, *, console: Console) -> None:
+    """Write the scaled adapter with its curve, and show the curve.
+
+    Raises:
+        DynaloraError: The adapter, its base model, a text, or an output folder that holds something.
+    """
+    output = Path(spec.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RunFolderError(f"'{output}' is there already; choose another output folder.")
+    passages = dict(load_named_text(text, "texts") for text in spec.texts)
+    run = _run_of(spec.adapter)
+    base = spec.model or str(read_config(spec.adapter).base_model_name_or_path)
+    model = load_adapter(
+        spec.adapter,
+        spec.model,
+        dtype=spec.dtype or (run.dtype if run is not None else "auto"),
+        quantization=spec.quantization or (run.quantization if run is not None else None),
+    )
+    tokenizer = load_tokenizer(base, template="chat" if run is None else run.template)
+    loss = _loss(spec, run, model, tokenizer, console)
+    with rich_progress(console) as progress:
+        texts: dict[str, MeasuredText] = {OWN_TEXT: own_text(model, tokenizer, progress=progress)}
+        texts |= {name: measured_text(content, tokenizer) for name, content in passages.items()}
+        factor, curves = trim_to_all(
+            model, texts, max_kl=spec.max_kl, loss=loss, factors=spec.factors, progress=progress
+        )
+    with folder_beside(output, replace=False) as folder:
+        model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+        _write_curves(folder, spec, factor, curves)
+    say(
+        console,
+        trim_table(curves, factor),
+        f"{output}: the adapter with {factor:.3g} of its update, at most {spec.max_kl:g} nats per token from the base "
+        f"model.",
+        f"Measure it: dynalora evaluate {output} --task TASK",
+    )
+
+
+def trim_to_all(
+    model: PeftModel,
+    texts: Mapping[str, MeasuredText],
+    *,
+    max_kl: float,
+    loss: Callable[[], float] | None,
+    factors: list[float],
+    progress: Progress,
+) -> tuple[float, dict[str, list[TrimPoint]]]:
+    """Scale an adapter's update down until no text's KL is above the bound; the model is changed.
+
+    Args:
+        model: A causal language model with the adapter.
+        texts: The texts by name.
+        max_kl: The bound.
+        loss: Measures the held-out loss; it is taken along the first text's curve.
+        factors: Factors of the curves.
+        progress: Called with the number of factors done.
+
+    Returns:
+        The factor, and each text's curve over factors of the update as it was.
+    """
+    factor = 1.0
+    curves: dict[str, list[TrimPoint]] = {}
+    for name, text in texts.items():
+        # Each text goes on from the factor that the texts before it have left.
+        result = trim(
+            model, text, max_kl=max_kl, loss=None if curves else loss, factors=factors, progress=progress
+        )
+        curves[name] = [replace(point, factor=factor * point.factor) for point in result.points]
+        factor *= result.factor
+    return factor, curves
+
+
+def trim_table(curves: Mapping[str, list[TrimPoint]], factor: float) -> Table:
+    """Forgetting and held-out loss by factor and text; the factor that was taken is marked."""
+    several = len(curves) > 1
+    rows: list[list[Cell]] = []
+    for name, points in curves.items():
+        for point in points:
+            mark = " (taken)" if point.factor == factor else ""
+            loss = None if point.loss is None else f"{point.loss:.4f}"
+            text: list[Cell] = [name] if several else []
+            rows.append([*text, f"{point.factor:.3g}{mark}", f"{point.kl:.4f} ± {point.kl_error:.4f}", loss])
+    return Table(
+        [*(["text"] if several else []), "factor", "KL from base", "held-out loss"],
+        rows,
+        title="The update scaled down",
+        note="KL(base ‖ tuned) with its standard error, nats per token; 1 is the adapter as trained.",
+    )
+
+
+def _run_of(source: str) -> FinetuneSpec | None:
+    """The settings of the fine-tuning run that an adapter comes from; None if it comes from none."""
+    file = Path(source) / CONFIG
+    values = read_yaml(file) if file.exists() else {}
+    if not {"model", "data", "method"} <= set(values):
+        return None
+    return settings_from(FinetuneSpec, values, source=f"'{file}'")
+
+
+def _loss(
+    spec: TrimSpec,
+    run: FinetuneSpec | None,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+) -> Callable[[], float] | None:
+    """What measures the loss on the run's held-out data; None where there are none."""
+    if not spec.loss or run is None:
+        return None
+    try:
+        _, conversations = training_and_held_out(run)
+    except DataError as error:
+        say(console, f"The held-out loss is not measured, because the run's data cannot be read: {error}")
+        return None
+    if not conversations:
+        return None
+    longest = within_window(run.max_length, model, tokenizer)
+    rows: TokenizedSet = tokenize(conversations, tokenizer, max_length=longest)
+    return partial(held_out_loss, model, rows, batch_size=run.batch_size)
+
+
+def _write_curves(folder: Path, spec: TrimSpec, factor: float, curves: Mapping[str, list[TrimPoint]]) -> None:
+    """The curve as `trim.json`, `trim.csv` and `trim.png` beside the adapter."""
+    records: list[dict[str, Any]] = [
+        {"text": name, **asdict(point)} for name, points in curves.items() for point in points
+    ]
+    content = {"adapter": spec.adapter, "max_kl": spec.max_kl, "factor": factor, "points": records}
+    write_file(folder / "trim.json", json.dumps(content, indent=1) + "\n")
+    write_file(folder / "trim.csv", records_csv(records))
+    write_file(folder / "trim.png", rendered(plot_scaled_update(curves, taken=factor, max_kl=spec.max_kl)))
