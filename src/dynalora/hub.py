@@ -39,14 +39,9 @@ _MAIN = ("r", "alpha", "target_modules")
 
 
 def card_section(model: PeftModel, picture: bool = False) -> str:
-    """The section of a model card on a model's adapters, in Markdown.
+    """The section of a model card on a model's adapters, in Markdown; empty if there are none of dynalora.
 
-    Args:
-        model: A model with adapters of dynalora.
-        picture: Whether `rank_map.png` lies beside the card.
-
-    Returns:
-        The text, between two comments by which it is found again; empty if there are no such adapters.
+    It stands between two comments by which it is found again. `picture`: `rank_map.png` lies beside the card.
     """
     configs = {name: c for name, c in model.peft_config.items() if isinstance(c, AdapterConfig)}
     if not configs:
@@ -119,15 +114,10 @@ def _how_to_load(model: PeftModel, config: AdapterConfig) -> str:
 
 
 def draw_rank_map(model: nn.Module, folder: str) -> bool:
-    """Draw the effective rank of every adapted matrix into `rank_map.png` in a folder.
+    """Draw the effective rank of every adapted matrix into `rank_map.png` in a folder, several adapters together.
 
-    Args:
-        model: A model with adapters of dynalora; several are drawn over each other.
-        folder: Where to.
-
-    Returns:
-        Whether it was drawn. It is not where weights are sharded over processes or not there (on the meta device), nor
-        without matplotlib.
+    Says whether it was drawn. It is not where weights are sharded over processes or not there (on the meta device), nor
+    without matplotlib.
     """
     if find_spec("matplotlib") is None:
         return False
@@ -153,10 +143,7 @@ def draw_rank_map(model: nn.Module, folder: str) -> bool:
 def update_card(model: PeftModel, folder: str, picture: bool = False) -> None:
     """Put the section of a model's adapters into the card in a folder, in place of an earlier one.
 
-    Args:
-        model: A model with adapters of dynalora; nothing happens for others.
-        folder: Folder with a `README.md`.
-        picture: Whether to draw `rank_map.png` (about half a second); one that is there is drawn anew in any case.
+    `picture` draws `rank_map.png` (about half a second); one that is there is drawn anew in any case.
     """
     if not _concerned(model):
         return

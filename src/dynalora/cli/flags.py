@@ -38,12 +38,7 @@ def signature_of(kind: type[Settings]) -> inspect.Signature:
 
 
 def settings_of(kind: type[Kind], config: Path | None, flags: Mapping[str, Any]) -> Kind:
-    """Settings from a YAML file, overridden by the flags that were given.
-
-    Args:
-        kind: The settings class.
-        config: The YAML file; None: none.
-        flags: What typer gives, by field; None or an empty list where the flag was not given.
+    """Settings from a YAML file, overridden by the flags that were given, which are those that hold a value.
 
     Raises:
         ConfigError: The file or a value is wrong.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +42,7 @@ def file_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> Path:
-    """Write a file whole or not at all; see [`file_beside`][dynalora.common.files.file_beside].
-
-    Args:
-        path: The file to write; its folder is made if needed.
-        content: Text (written as UTF-8) or bytes.
-
-    Returns:
-        The path written.
-    """
+    """Write text (as UTF-8) or bytes whole or not at all, and return the path; its folder is made if needed."""
     with file_beside(path) as beside:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
     return Path(path)
@@ -83,12 +77,7 @@ def folder_beside(path: str | os.PathLike[str], *, replace: bool = True) -> Iter
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table as CSV.
-
-    Args:
-        header: Names of the columns.
-        rows: As many values each; None is an empty cell.
-    """
+    """A table as CSV; None is an empty cell."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(header)
@@ -100,6 +89,35 @@ def records_csv(records: Iterable[Mapping[str, Any]]) -> str:
     """Records with the same names as CSV; empty without any."""
     rows = list(records)
     return csv_text(list(rows[0]), [list(row.values()) for row in rows]) if rows else ""
+
+
+def plain(value: Any, *, finite: bool = False) -> Any:
+    """`value` in terms that JSON and YAML hold: paths and dates as text, tuples and sets as lists.
+
+    Args:
+        value: Mappings and sequences of these, and single ones.
+        finite: Make None of NaN and infinities, for which JSON has no word.
+
+    Raises:
+        TypeError: There are no such terms for a value.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, finite=finite) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain(item, finite=finite) for item in value)
+    if isinstance(value, (list, tuple)):
+        return [plain(item, finite=finite) for item in value]
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) or not finite else None
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        return plain(value.item(), finite=finite)  # a NumPy or torch scalar
+    if isinstance(value, (os.PathLike, date)):
+        return str(value)
+    raise TypeError(f"A {type(value).__name__} cannot be written as JSON or YAML.")
 
 
 def _umask() -> int:

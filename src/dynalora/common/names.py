@@ -10,9 +10,5 @@ IGNORED_LABEL = -100
 
 
 def plain_name(name: str) -> str:
-    """A module's name in the base model: without what PEFT puts before it.
-
-    Args:
-        name: The name in the base model, or in the model that PEFT made of it.
-    """
+    """A module's name in the base model: without what PEFT puts before it."""
     return name.removeprefix(PREFIX)

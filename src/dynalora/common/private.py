@@ -73,12 +73,9 @@ def adapters_disabled(model: nn.Module) -> bool:
 
 @contextmanager
 def without_updates(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
-    """Inside, adapted layers compute what their base layers do.
+    """Inside, adapted layers compute what their base layers do; afterwards each is as it was.
 
     `BaseTunerLayer.enable_adapters` also changes which parameters train, and unmerges.
-
-    Args:
-        layers: The layers; afterwards each is as it was.
     """
     before = [layer._disable_adapters for layer in layers]
     try:

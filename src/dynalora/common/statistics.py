@@ -207,9 +207,7 @@ def standard_error(values: Sequence[float]) -> float | None:
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """A mean with Student's t interval, for a number measured in several independent runs.
 
-    Args:
-        values: One per run. Of a single run the spread is unknown, and the interval is that value alone.
-        confidence: Coverage, between 0 and 1.
+    Of a single run the spread is unknown, and the interval is that value alone.
 
     Raises:
         DataError: No values.
@@ -255,9 +253,7 @@ def item_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
 def ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
     """Σ sums / Σ counts with the standard error of a ratio estimate; with equal counts, that of a mean.
 
-    Args:
-        sums: One per item, such as negative log-likelihoods.
-        counts: One per item, such as numbers of tokens; not all 0.
+    Both have one number per item, such as its negative log-likelihood and its number of tokens; not all counts are 0.
     """
     number, whole = len(sums), sum(counts)
     value = math.fsum(sums) / whole
@@ -287,12 +283,7 @@ def bootstrap(
 
 
 def t_quantile(probability: float, degrees: int) -> float:
-    """The quantile of Student's t distribution.
-
-    Args:
-        probability: Between 0 and 1.
-        degrees: Degrees of freedom, at least 1.
-    """
+    """The quantile of Student's t distribution."""
     return float(_scipy_stats().t.ppf(probability, degrees))
 
 

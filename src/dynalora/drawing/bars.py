@@ -33,7 +33,7 @@ def plot_bars(
     runs = list(dict.fromkeys(run for task in bars.values() for run in task))
     chosen = looks(runs)
     widest = max(len(task) for task in bars.values())
-    drawn, axes = figure(max(3.0, 1.0 * widest + 0.9) * len(bars), 3.9, columns=len(bars))
+    drawn, axes = figure(max(3.0, 1.0 * widest + 0.9) * len(bars), 3.9, columns=len(bars), title=title)
     for axis, (task, values) in zip(axes, bars.items(), strict=True):
         for index, (run, number) in enumerate(values.items()):
             _bar(axis, index, number, chosen[run], decimals)
@@ -48,7 +48,6 @@ def plot_bars(
         axis.margins(y=0.18)
         describe(axis, title=task, y=label)
         legend(axis)
-    drawn.suptitle(title, fontsize=10)
     return drawn
 
 

@@ -117,11 +117,10 @@ def plot_rank_maps(landscapes: Mapping[str, Sequence[Any]], *, title: str) -> Fi
     """
     maps = {label: rank_grid(rows) for label, rows in landscapes.items()}
     largest = max(1.0, *(float(np.nanmax(grid)) for *_, grid in maps.values()))
-    drawn, axes = panels(len(maps), width=3.4, columns=3)
+    drawn, axes = panels(len(maps), width=3.4, columns=3, title=title)
     for axis, (label, (kinds, layers, grid)) in zip(axes, maps.items(), strict=True):
         image = heat_map(axis, grid, rows=kinds, columns=layers, cmap="cividis", vmin=0, vmax=largest)
         axis.tick_params(labelsize=6)
         describe(axis, title=label, x="layer")
     drawn.colorbar(image, ax=axes, label="effective rank", fraction=0.04)
-    drawn.suptitle(title, fontsize=10)
     return drawn

@@ -30,9 +30,6 @@ def plot_gates(
         statistics: Results of `dynalora.record_gates` by the name of their text's domain.
         path: File to write, as PNG and SVG side by side; None only returns the figure.
         title: Heading.
-
-    Returns:
-        The matplotlib figure.
     """
     drawn = _histograms({domain: _by_depth(rows) for domain, rows in statistics.items()}, title)
     save(drawn, path)
@@ -42,12 +39,7 @@ def plot_gates(
 def plot_gates_by_kind(
     statistics: Sequence[GateStatistics], title: str = "Gates by depth and kind of module"
 ) -> Figure:
-    """Normalised gate histograms by depth group, kinds of module overlaid, for one domain (DISeL Figure 5).
-
-    Args:
-        statistics: Result of `dynalora.record_gates`.
-        title: Heading.
-    """
+    """Normalised gate histograms by depth group, kinds of module overlaid, for one domain (DISeL Figure 5)."""
     by_kind: dict[str, dict[str, list[GateStatistics]]] = {kind: {} for kind in _kinds(statistics)}
     for group, rows in _by_depth(statistics).items():
         for row in rows:
@@ -67,7 +59,7 @@ def _histograms(named: Mapping[str, Mapping[str, Sequence[GateStatistics]]], tit
     """One panel per depth group, one line per name; each histogram adds up to 1."""
     present = {group for groups in named.values() for group in groups}
     groups = [group for group in DEPTHS if group in present] or ["none"]
-    drawn, axes = panels(len(groups), share_y=True)
+    drawn, axes = panels(len(groups), share_y=True, title=title)
     edges = torch.linspace(0, 1, BINS + 1).numpy()
     for axis, group in zip(axes, groups, strict=True):
         for index, (name, by_group) in enumerate(named.items()):
@@ -81,7 +73,6 @@ def _histograms(named: Mapping[str, Mapping[str, Sequence[GateStatistics]]], tit
         describe(axis, title=f"{group} layers" if group != "none" else "all layers", x="gate")
     describe(axes[0], y="share of gates")
     legend(axes[-1])
-    drawn.suptitle(title, fontsize=10)
     return drawn
 
 
@@ -94,9 +85,8 @@ def plot_gate_means(
         records: Results of `dynalora.record_gates` by domain, all of the same adapter.
         title: Heading.
     """
-    curves: dict[str, list[_Point]] = {}
+    curves: dict[str, list[_Point]] = {domain: [] for domain in records}
     for domain, record in records.items():
-        curves[domain] = []
         for row in record:
             mean = record.layer_mean(row)
             curves[domain].append((row.kind, row.layer, mean.value, mean.low, mean.high))
@@ -124,7 +114,7 @@ def _over_depth(
     curves: Mapping[str, Sequence[_Point]], label: str, title: str, level: float | None = None
 ) -> Figure:
     kinds = list(dict.fromkeys(kind for points in curves.values() for kind, *_ in points))
-    drawn, axes = over_layers(kinds, label, share_y=True)
+    drawn, axes = over_layers(kinds, label, share_y=True, title=title)
     for axis, kind in zip(axes, kinds, strict=True):
         for index, (name, points) in enumerate(curves.items()):
             chosen = [point for point in points if point[0] == kind]
@@ -139,21 +129,15 @@ def _over_depth(
         if level is not None:
             axis.axhline(level, color="0.5", linewidth=0.8)
     legend(axes[0])
-    drawn.suptitle(title, fontsize=10)
     return drawn
 
 
 def plot_gate_heatmap(
     statistics: Sequence[GateStatistics], title: str = "Mean gate per rank component"
 ) -> Figure:
-    """Mean gate of every rank component: one panel per kind of module, layers across, components down.
-
-    Args:
-        statistics: Result of `dynalora.record_gates`.
-        title: Heading.
-    """
+    """Mean gate of every rank component: one panel per kind of module, layers across, components down."""
     kinds = _kinds(statistics)
-    drawn, axes = panels(len(kinds), share_y=True)
+    drawn, axes = panels(len(kinds), share_y=True, title=title)
     largest = max(float(row.mean.max()) for row in statistics)
     for axis, kind in zip(axes, kinds, strict=True):
         chosen = [row for row in statistics if row.kind == kind]
@@ -165,7 +149,6 @@ def plot_gate_heatmap(
         image = heat_map(axis, grid.numpy(), columns=layers, cmap="gray_r", vmin=0, vmax=largest)
         describe(axis, title=kind, x="layer", y="rank component")
     drawn.colorbar(image, ax=axes, label="mean gate")
-    drawn.suptitle(title, fontsize=10)
     return drawn
 
 

@@ -40,9 +40,6 @@ def plot_rank_landscape(
             rank that the adapters have.
         title: Of the figure; by default it says what is drawn.
 
-    Returns:
-        The matplotlib figure.
-
     Raises:
         ConfigError: The quantity is unknown, or there is nothing to draw.
     """
@@ -98,7 +95,7 @@ def _curves(
 ) -> tuple[Figure, dict[str, Axes]]:
     """A figure and its plots by kind of module: of each run the mean over its landscapes, with a band if several."""
     kinds = list(dict.fromkeys(row.kind for run in runs.values() for rows in run for row in rows))
-    drawn, axes = over_layers(kinds, label, share_y=share_y)
+    drawn, axes = over_layers(kinds, label, share_y=share_y, title=title)
     chosen = looks(runs)
     for axis, kind in zip(axes, kinds, strict=True):
         for name, run in runs.items():
@@ -111,7 +108,6 @@ def _curves(
                 axis.fill_between(layers, low, high, color=color, alpha=0.15, linewidth=0)
     if any(runs):
         legend(axes[0])
-    drawn.suptitle(title, fontsize=10)
     return drawn, dict(zip(kinds, axes, strict=True))
 
 
@@ -134,12 +130,8 @@ def plot_rank_heatmap(rows: Sequence[Any], *, title: str = "") -> Figure:
 def rank_grid(rows: Sequence[Any]) -> tuple[list[str], list[str], np.ndarray[Any, Any]]:
     """Effective ranks as a grid.
 
-    Args:
-        rows: As in [`plot_rank_heatmap`][dynalora.drawing.landscape.plot_rank_heatmap].
-
-    Returns:
-        Kinds of modules, names of the layers (a dash for matrices outside of blocks), and the effective ranks,
-        (kinds, layers), float64; NaN where a layer has no such matrix.
+    Gives kinds of modules, names of the layers (a dash for matrices outside of blocks), and the effective ranks,
+    (kinds, layers), float64; NaN where a layer has no such matrix.
     """
 
     def value(row: Any, name: str) -> Any:

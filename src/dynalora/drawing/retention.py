@@ -45,7 +45,7 @@ def plot_retention_curves(
     texts = list(dict.fromkeys(point.text for points in named.values() for point in points))
     if not texts:
         raise ConfigError("There are no measurements to draw; train with a RetentionMonitor first.")
-    drawn, axes = panels(2 * len(texts), width=4.2, height=2.9, columns=2)
+    drawn, axes = panels(2 * len(texts), width=4.2, height=2.9, columns=2, title=title)
     chosen = looks(named)
     for text, kl, shift in zip(texts, axes[::2], axes[1::2], strict=True):
         for name, points in named.items():
@@ -64,7 +64,6 @@ def plot_retention_curves(
         describe(kl, title=text, x="optimizer step", y="KL(base ‖ tuned) (nats per token)")
         describe(shift, title=text, x="optimizer step", y="loss shift (nats per token)")
     legend(axes[0])
-    drawn.suptitle(title, fontsize=10)
     save(drawn, path)
     return drawn
 

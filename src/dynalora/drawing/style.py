@@ -51,29 +51,17 @@ class Look:
     hatch: str
 
     def line(self, *, marker: bool = True) -> dict[str, Any]:
-        """Arguments of a curve.
-
-        Args:
-            marker: Whether points are marked; False for curves with many.
-        """
+        """Arguments of a curve, with marked points unless there are many."""
         arguments = {"color": self.color, "linestyle": self.linestyle, "linewidth": 1.2}
         return arguments | ({"marker": self.marker, "markersize": 3.5} if marker else {})
 
 
 def look(number: int) -> Look:
-    """The look with a number: colour, marker, line and hatch all differ, so that grey print will do.
-
-    Args:
-        number: From 0.
-    """
+    """The look with a number: colour, marker, line and hatch all differ, so that grey print will do."""
     # A colour that comes again comes with another marker.
     shift = number + number // len(PALETTE)
-    return Look(
-        PALETTE[number % len(PALETTE)],
-        MARKERS[shift % len(MARKERS)],
-        LINES[number % len(LINES)],
-        HATCHES[number % len(HATCHES)],
-    )
+    places = ((PALETTE, number), (MARKERS, shift), (LINES, number), (HATCHES, number))
+    return Look(*(items[place % len(items)] for items, place in places))
 
 
 def looks(labels: Iterable[str]) -> dict[str, Look]:
@@ -94,17 +82,21 @@ def looks(labels: Iterable[str]) -> dict[str, Look]:
     order |= {method.title.casefold(): order[name] for name, method in METHODS.items()}
     fixed = {name: order.get(name.casefold().removesuffix(" fine-tuning")) for name in names}
     free = (number for number in itertools.count() if number not in fixed.values())
-    result = {}
-    for name, number in fixed.items():
-        if name == BASE:
-            result[name] = Look("0.6", "x", ":", "")
-        else:
-            result[name] = look(next(free) if number is None else number)
-    return result
+    base = Look("0.6", "x", ":", "")
+    return {
+        name: base if name == BASE else look(next(free) if number is None else number)
+        for name, number in fixed.items()
+    }
 
 
 def figure(
-    width: float = 6.4, height: float = 3.8, *, columns: int = 1, rows: int = 1, share_y: bool = False
+    width: float = 6.4,
+    height: float = 3.8,
+    *,
+    columns: int = 1,
+    rows: int = 1,
+    share_y: bool = False,
+    title: str = "",
 ) -> tuple[Figure, list[Axes]]:
     """An empty figure with plots side by side, row after row, on a canvas of its own (pyplot is not touched).
 
@@ -114,6 +106,7 @@ def figure(
         columns: Number of plots in a row.
         rows: Number of rows.
         share_y: Whether all have the same vertical axis.
+        title: Heading of the whole figure.
     """
     require("matplotlib", "Drawing")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -121,6 +114,7 @@ def figure(
 
     drawn = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(drawn)
+    drawn.suptitle(title, fontsize=10)
     axes: list[Axes] = []
     for index in range(rows * columns):
         axes.append(drawn.add_subplot(rows, columns, index + 1, sharey=axes[0] if axes and share_y else None))
@@ -133,7 +127,7 @@ def figure(
 
 
 def panels(
-    count: int, *, width: float | None = None, height: float = 2.5, columns: int = 4, share_y: bool = False
+    count: int, *, width: float | None = None, height: float = 2.5, columns: int = 4, **more: Any
 ) -> tuple[Figure, list[Axes]]:
     """A figure with this many plots, row after row.
 
@@ -142,27 +136,21 @@ def panels(
         width: Of a plot, in inches; None: 3.2, and 4.2 of a single one, which carries the figure's heading alone.
         height: Of a plot, in inches.
         columns: Plots in a row at most.
-        share_y: Whether all have the same vertical axis.
+        more: Further arguments of [`figure`][dynalora.drawing.style.figure].
     """
     if width is None:
         width = 3.2 if count > 1 else 4.2
     columns = max(1, min(columns, count))
     rows = max(1, -(-count // columns))
-    drawn, axes = figure(width * columns, height * rows + 0.4, columns=columns, rows=rows, share_y=share_y)
+    drawn, axes = figure(width * columns, height * rows + 0.4, columns=columns, rows=rows, **more)
     for axis in axes[count:]:
         drawn.delaxes(axis)
     return drawn, axes[:count]
 
 
-def over_layers(kinds: Sequence[str], label: str, *, share_y: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure with a plot for each kind of module, with the layers on its horizontal axis.
-
-    Args:
-        kinds: Names of the kinds.
-        label: Of the vertical axes.
-        share_y: Whether all have the same vertical axis.
-    """
-    drawn, axes = panels(len(kinds), share_y=share_y)
+def over_layers(kinds: Sequence[str], label: str, **more: Any) -> tuple[Figure, list[Axes]]:
+    """A figure with a plot for each kind of module, with the layers on its horizontal axis."""
+    drawn, axes = panels(len(kinds), **more)
     from matplotlib.ticker import MaxNLocator  # after it has been made sure that matplotlib is there
 
     for axis, kind in zip(axes, kinds, strict=True):
@@ -231,16 +219,7 @@ def rendered(drawn: Figure, kind: str = "png", *, dpi: int = 150) -> bytes:
 
 
 def save(drawn: Figure, path: str | os.PathLike[str] | None, *, dpi: int = 150) -> list[Path]:
-    """Write a figure as PNG and SVG side by side, each of them whole or not at all.
-
-    Args:
-        drawn: The figure.
-        path: File to write; both files have its name, with their own endings. None writes nothing.
-        dpi: Of the PNG.
-
-    Returns:
-        The files written.
-    """
+    """Write a figure as PNG and SVG side by side, each whole or not at all; nothing without a path."""
     if path is None:
         return []
     return [

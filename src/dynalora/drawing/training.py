@@ -42,14 +42,9 @@ def plot_losses(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 
 
 def plot_metrics(records: Sequence[Mapping[str, Any]], shown: Sequence[Panel]) -> Figure | None:
-    """A method's own metrics against the optimizer step, one plot for each panel.
+    """A method's own metrics against the optimizer step, one plot for each panel that has any number; None if none has.
 
-    Args:
-        records: Metric records of a run, with `step` and the metrics.
-        shown: What to draw; panels without any number are left out.
-
-    Returns:
-        The figure; None if there is nothing to draw.
+    `records` are those of a run, with `step` and the metrics.
     """
     filled = []
     for panel in shown:
@@ -84,14 +79,7 @@ def _series(
 
 
 def running_mean(values: Sequence[float] | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Mean over a centred window of about a fifteenth of the run, narrower at both ends.
-
-    Args:
-        values: The run, (n).
-
-    Returns:
-        The means, (n).
-    """
+    """Mean over a centred window of about a fifteenth of the run, narrower at both ends: (n) → (n)."""
     half = max(1, len(values) // 30)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     low = np.maximum(np.arange(len(values)) - half, 0)

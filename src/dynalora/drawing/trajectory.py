@@ -25,9 +25,6 @@ def plot_rank_trajectory(trajectory: RankTrajectory, path: str | None = None) ->
     Args:
         trajectory: Result of `rank_trajectory`.
         path: File to write, as PNG and SVG side by side; None only returns the figure.
-
-    Returns:
-        The matplotlib figure.
     """
     drawn, (over_time, ranking, final, against, used, pareto) = figure(13, 7.5, columns=3, rows=2)
     kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in trajectory.modules))

@@ -44,8 +44,9 @@ def plot_transfer(
     # Grey from light to dark, so that a printed copy says the same.
     shades = {"cmap": "Greys" if larger_is_better else "Greys_r", "vmin": low, "vmax": high}
     width = 0.72 * len(measured_on) + 2.0
-    drawn, axes = figure(width * len(grids) + 0.8, 0.5 * len(trained_on) + 2.2, columns=len(grids))
-    image = None
+    drawn, axes = figure(
+        width * len(grids) + 0.8, 0.5 * len(trained_on) + 2.2, columns=len(grids), title=title
+    )
     for axis, (name, grid) in zip(axes, grids.items(), strict=True):
         image = heat_map(axis, grid, rows=trained_on, columns=measured_on, turned=35, **shades)
         axis.spines[["top", "right"]].set_visible(True)
@@ -56,7 +57,5 @@ def plot_transfer(
                 fontsize=8, color="white" if dark else "black",
             )  # fmt: skip
         describe(axis, title=name, x="measured on", y="trained on")
-    if image is not None:
-        drawn.colorbar(image, ax=axes, label=label, fraction=0.04)
-    drawn.suptitle(title, fontsize=10)
+    drawn.colorbar(image, ax=axes, label=label, fraction=0.04)
     return drawn

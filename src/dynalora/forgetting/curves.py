@@ -17,8 +17,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from dynalora.common.files import write_file
-from dynalora.common.progress import Progress, silent
+from dynalora.common.files import plain, write_file
+from dynalora.common.progress import Progress, counted, silent
 from dynalora.errors import CheckpointError, DataError
 from dynalora.forgetting.retention import Retention, predictions_within, retention
 from dynalora.forgetting.texts import MeasuredText
@@ -44,35 +44,21 @@ class RetentionPoint:
 
     def as_record(self) -> dict[str, Any]:
         """The point as one flat mapping, for a line of JSON."""
-        record = {
-            "run": self.run,
-            "step": self.step,
-            "text": self.text,
-            **asdict(self.retention),
-            "seconds": self.seconds,
-        }
-        # JSON has no word for what is not a number.
-        return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in record.items()
-        }
+        record = asdict(self)
+        measured = record.pop("retention")
+        seconds = record.pop("seconds")
+        flat: dict[str, Any] = plain({**record, **measured, "seconds": seconds}, finite=True)
+        return flat
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> RetentionPoint:
         """The point that `as_record` wrote; raises KeyError, TypeError or ValueError for anything else."""
-        measured = Retention(
-            kl=_number(record["kl"]),
-            loss_shift=_number(record["loss_shift"]),
-            base_loss=_number(record["base_loss"]),
-            tokens=int(record["tokens"]),
-            kl_error=_number(record["kl_error"]),
+        kl, shift, base, error, seconds = (
+            math.nan if record[name] is None else float(record[name])
+            for name in ("kl", "loss_shift", "base_loss", "kl_error", "seconds")
         )
-        run, step, text = str(record["run"]), int(record["step"]), str(record["text"])
-        return cls(run, step, text, measured, _number(record["seconds"]))
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
+        measured = Retention(kl, shift, base, int(record["tokens"]), error)
+        return cls(str(record["run"]), int(record["step"]), str(record["text"]), measured, seconds)
 
 
 def read_retention(*paths: str | os.PathLike[str]) -> dict[str, list[RetentionPoint]]:
@@ -177,9 +163,7 @@ def checkpoint_retention(
         )
     references = predictions_within(model, texts, cache_bytes, batch_size=batch_size)
     points = []
-    what = f"Retention of checkpoints: {name}"
-    progress(what, 0, len(checkpoints))
-    for number, (step, checkpoint) in enumerate(checkpoints, start=1):
+    for step, checkpoint in counted(checkpoints, f"Retention of checkpoints: {name}", progress):
         adapted = PeftModel.from_pretrained(model, str(checkpoint))
         for text_name, base in references.items():
             began = time.perf_counter()
@@ -187,5 +171,4 @@ def checkpoint_retention(
             points.append(RetentionPoint(name, step, text_name, measured, time.perf_counter() - began))
         if not adapted.active_peft_config.is_prompt_learning:  # which leaves the base model as it is
             adapted.unload()
-        progress(what, number, len(checkpoints))
     return points

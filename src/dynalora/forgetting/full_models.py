@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dynalora.common.progress import Progress, silent
+from dynalora.common.progress import Progress, counted, silent
 from dynalora.errors import CheckpointError, ConfigError
 from dynalora.forgetting.landscape import PAPER_TAU, LandscapeRow, check_tau, landscape_row
 from dynalora.spectral.spectrum import matrix_spectrum
@@ -80,9 +80,7 @@ def model_landscape(
                 stacklevel=2,
             )
         rows = []
-        what = "Comparing weights"
-        progress(what, 0, len(names))
-        for name in sorted(names, key=_natural):
+        for name in counted(sorted(names, key=_natural), "Comparing weights", progress):
             after, before = first[name](), second[name]()
 
             def difference(
@@ -96,7 +94,6 @@ def model_landscape(
             shape = _shape(after)
             sigma = matrix_spectrum((shape[0], shape[1]), difference, device)
             rows.append(landscape_row(name.removesuffix(".weight"), min(shape), sigma, tau))
-            progress(what, len(rows), len(names))
     return rows
 
 

@@ -83,10 +83,10 @@ def record_gates(
         raise ConfigError("texts must be a list of texts, got one string; put it into a list.")
     recorder = _Recorder(layers)
     options = _forward_options(model, layers)
-    seen = 0
+    device, seen = next(model.parameters()).device, 0
     with evaluating(model):
         for batch, count, total in _batches(texts, tokenizer, batch_size, max_length):
-            batch = {k: v.to(_device(model)) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+            batch = {k: v.to(device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
             with recorder.listening(_counted(batch)):
                 model(**{k: v for k, v in batch.items() if k != "labels"}, **options)
             seen += count
@@ -284,9 +284,7 @@ def _batches(
     total = len(texts) if isinstance(texts, Sized) else 0
     items = iter(texts)
     first = next(items, None)
-    if first is None:
-        return
-    whole: Iterator[Any] = itertools.chain([first], items)
+    whole: Iterator[Any] = itertools.chain([] if first is None else [first], items)
     if not isinstance(first, str):
         for batch in whole:
             yield dict(batch), 1, total
@@ -306,7 +304,3 @@ def _batches(
         encoded["labels"] = encoded["input_ids"].masked_fill(special.bool(), IGNORED_LABEL)
         if encoded["input_ids"].shape[1]:
             yield encoded, len(some), total
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

@@ -180,11 +180,6 @@ class EnergyRow:
 def energy_table(rows: Sequence[LandscapeRow], taus: Sequence[float] = TAUS) -> list[EnergyRow]:
     """Spectral energy and effective rank above each of several thresholds, over all matrices.
 
-    Args:
-        rows: Result of `rank_landscape` or of
-            [`model_landscape`][dynalora.forgetting.full_models.model_landscape].
-        taus: The thresholds.
-
     Raises:
         ConfigError: A threshold is negative, or there are no rows.
     """
@@ -204,12 +199,7 @@ def energy_table(rows: Sequence[LandscapeRow], taus: Sequence[float] = TAUS) -> 
 def landscape_records(
     runs: Mapping[str, Sequence[LandscapeRow]], *, spectra: bool = False
 ) -> list[dict[str, Any]]:
-    """Landscapes as flat mappings, one per run and matrix, for CSV or JSON.
-
-    Args:
-        runs: Rows by the name of their run.
-        spectra: Whether to include the singular values.
-    """
+    """Landscapes as flat mappings, one per run and matrix, for CSV or JSON; with the singular values if asked for."""
     records = []
     for run, rows in runs.items():
         for row in rows:

@@ -17,7 +17,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
-from transformers.training_args import TrainingArguments
+from transformers.trainer_callback import TrainerCallback
 
 from dynalora.common.files import file_beside
 from dynalora.common.processes import first_process, from_first
@@ -186,8 +185,8 @@ class RetentionMonitor(TrainerCallback):
     @property
     def forgetting(self) -> float:
         """The largest KL over the texts at the last measurement, in nats per token; 0 before the first."""
-        last = [point.retention.kl for point in self.points if point.step == self.points[-1].step]
-        return _worst(last)
+        last = (point.retention.kl for point in self.points if point.step == self.points[-1].step)
+        return max(last, key=_order, default=0.0)
 
     # --- the work -----------------------------------------------------------------------------------------
 
@@ -224,9 +223,6 @@ class RetentionMonitor(TrainerCallback):
     def step(self, model: nn.Module) -> bool:
         """Count one optimizer step of a loop of your own, and measure when it is time to.
 
-        Args:
-            model: The model in training.
-
         Returns:
             Whether to stop, because more was forgotten than `max_forgetting`; never with `keep_best`.
 
@@ -246,11 +242,7 @@ class RetentionMonitor(TrainerCallback):
         return self.exceeded is not None and not self.keep_best
 
     def end(self, model: nn.Module) -> None:
-        """Close a run: measure unless that was just done, and with `keep_best` put the best weights back.
-
-        Args:
-            model: The model that was trained.
-        """
+        """Close a run: measure unless that was just done, and with `keep_best` put the best weights back."""
         if not self._begun:
             return
         if not self.points or self.points[-1].step != self._step:
@@ -261,11 +253,7 @@ class RetentionMonitor(TrainerCallback):
         self._references = {}
 
     def restore_best(self, model: nn.Module) -> None:
-        """Put the best weights under the budget back into the model; without any, the model stays as it is.
-
-        Args:
-            model: The model that they came from, with the same adapters.
-        """
+        """Put the best weights under the budget back into the model; without any, the model stays as it is."""
         if self.best is None:
             warnings.warn(
                 f"no state within max_forgetting ({self.max_forgetting}) was kept, so the weights stay as they are.",
@@ -295,10 +283,9 @@ class RetentionMonitor(TrainerCallback):
             )
 
     def _reset(self, step: int) -> None:
-        self.exceeded = None
+        self._step, self.exceeded = step, None
         if step == 0:
             self.best = None
-        self._step = step
 
     def _prepare(self, model: nn.Module) -> dict[str, MeasuredText]:
         texts: dict[str, MeasuredText] = {}
@@ -384,10 +371,8 @@ class RetentionMonitor(TrainerCallback):
 
     # --- transformers' Trainer ----------------------------------------------------------------------------
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
-    ) -> None:
-        if more.get("model") is None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+        if model is None:
             return
         if self.tokenizer is None:
             self.tokenizer = more.get("processing_class")
@@ -395,44 +380,36 @@ class RetentionMonitor(TrainerCallback):
             self._every = max(1, math.ceil(self.every * state.max_steps))
         if self.keep_best and state.global_step > 0:
             self.best = BestState.load(_checkpoint(args, state)) or self.best
-        self.begin(more["model"], step=state.global_step)
+        self.begin(model, step=state.global_step)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
-    ) -> None:
-        if more.get("model") is None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+        if model is None:
             return
         self._step = state.global_step
         if self._step % self._every == 0 or self._step == state.max_steps:
-            self._measure(more["model"])
+            self._measure(model)
         if self.stopping:
             control.should_training_stop = True
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         scored = self._begun and self.keep_best and self.score is None
-        if more.get("model") is None or not scored:
+        if model is None or not scored:
             return
         if self.points[-1].step != self._step:
-            self._measure(more["model"])
+            self._measure(model)
         assert self.max_forgetting is not None
         if self.forgetting <= self.max_forgetting:
             loss = (more.get("metrics") or {}).get("eval_loss")
-            self._consider(more["model"], None if loss is None else float(loss))
+            self._consider(model, None if loss is None else float(loss))
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
-    ) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         folder = _checkpoint(args, state)
         if self.keep_best and self.best is not None and first_process() and folder.is_dir():
             self.best.save(folder)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
-    ) -> None:
-        if more.get("model") is not None:
-            self.end(more["model"])
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+        if model is not None:
+            self.end(model)
 
 
 def _check(
@@ -462,14 +439,10 @@ def _check(
         raise ConfigError(f"'{OWN_TEXT}' is the name of the base model's own text; name yours otherwise.")
 
 
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+def _checkpoint(args: Any, state: Any) -> Path:
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
 
-def _worst(values: Iterable[float]) -> float:
-    """The largest, not-a-number being larger than everything; 0 of none."""
-    return max(values, key=_order, default=0.0)
-
-
 def _order(value: float) -> float:
+    """What not-a-number is compared as: larger than everything."""
     return math.inf if math.isnan(value) else value

@@ -54,11 +54,12 @@ def low_rank_modules(landscape: Sequence[LandscapeRow], *, tau: float | None = N
     """
     if tau is not None and not tau >= 0:
         raise ConfigError(f"tau is {tau}; give a number of at least 0.")
-    return [row.module for row in landscape if _effective_rank(row, tau) <= LOW_RANK]
-
-
-def _effective_rank(row: LandscapeRow, tau: float | None) -> int:
-    return row.effective_rank if tau is None else sum(value > tau for value in row.singular_values)
+    return [
+        row.module
+        for row in landscape
+        if (row.effective_rank if tau is None else sum(value > tau for value in row.singular_values))
+        <= LOW_RANK
+    ]
 
 
 def modules_to_zero(
@@ -127,7 +128,7 @@ def zero_updates(model: nn.Module, modules: Sequence[str], adapter_name: str | N
         if isinstance(module, AdapterLayer):
             module.zero_update(adapter)
         else:
-            lora = _lora(module)
+            lora: Any = module
             # AdaLoRA keeps its directions orthogonal and starts with singular values of zero.
             (lora.lora_E[adapter] if hasattr(lora, "lora_E") else lora.lora_B[adapter].weight).zero_()
 
@@ -137,7 +138,7 @@ def _refuse_unzeroable(module: BaseTunerLayer, adapter: str) -> None:
         raise UnsupportedError("The adapter is merged into the base weights; call unmerge_adapter() first.")
     if isinstance(module, AdapterLayer):
         return
-    lora = _lora(module)
+    lora: Any = module
     if hasattr(lora, "lora_E"):
         return
     if adapter in getattr(lora, "lora_magnitude_vector", {}) or lora.lora_B[adapter].bias is not None:
@@ -145,10 +146,6 @@ def _refuse_unzeroable(module: BaseTunerLayer, adapter: str) -> None:
             f"The LoRA adapter '{adapter}' changes more than its two factors (use_dora or lora_bias), so zeroing "
             "one of them does not undo its update; train it without."
         )
-
-
-def _lora(module: nn.Module | BaseTunerLayer) -> Any:
-    return module  # its lora_A and lora_B are made at run time
 
 
 def _adapters(module: BaseTunerLayer, adapter_name: str | None) -> list[str]:
@@ -307,8 +304,9 @@ def ablated(model: nn.Module, layers: str | Sequence[int]) -> Iterator[list[str]
     chosen = ablated_layers(model, layers)
     matches = [(name, layer) for name, layer in _tuner_layers(model) if layer_index(name) in chosen]
     if not matches:
+        listed = ", ".join(map(str, chosen))
         raise DynaloraError(
-            f"No adapter changes the layers {_listed(chosen)}; choose layers that have one, or attach an adapter."
+            f"No adapter changes the layers {listed}; choose layers that have one, or attach an adapter."
         )
     for name, layer in matches:
         if layer.merged:
@@ -320,15 +318,7 @@ def ablated(model: nn.Module, layers: str | Sequence[int]) -> Iterator[list[str]
 
 
 def ablated_layers(model: nn.Module, layers: str | Sequence[int]) -> list[int]:
-    """The indices of transformer blocks that `"front"`, `"back"` or a list of indices means.
-
-    Args:
-        model: The model, with or without adapters.
-        layers: As in [`ablated`][dynalora.forgetting.recovery.ablated].
-
-    Raises:
-        ConfigError: As `ablated`.
-    """
+    """The indices of transformer blocks that [`ablated`][dynalora.forgetting.recovery.ablated] takes `layers` for."""
     indices = [layer_index(name) for name, _ in _outside_of_adapters(model)]
     count = max((index for index in indices if index is not None), default=-1) + 1
     if count == 0:
@@ -344,7 +334,3 @@ def ablated_layers(model: nn.Module, layers: str | Sequence[int]) -> list[int]:
         problem = f"names layer {wrong[0]}" if wrong else "is empty"
         raise ConfigError(f"layers {problem}; give indices from 0 to {count - 1}.")
     return chosen
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))

@@ -198,12 +198,7 @@ def predictions_within(
 ) -> dict[str, BasePredictions]:
     """The base model's exact predictions on several texts, those of the first ones kept while memory lasts.
 
-    Args:
-        model: The base model, with or without adapters.
-        texts: The texts by name.
-        max_bytes: Memory for all of them; what does not fit is made anew each time.
-        batch_size: Texts per batch.
-        progress: Called with the number of texts done.
+    What does not fit into `max_bytes` is made anew each time.
     """
     predictions = {}
     for name, text in texts.items():

@@ -63,12 +63,7 @@ def gate_separation(first: GateRecord, second: GateRecord) -> list[Separation]:
 
 
 def depth_separation(first: GateRecord, second: GateRecord) -> dict[str, Separation]:
-    """The separation by each token's mean gate over a depth group, and over all layers (`"all"`).
-
-    Args:
-        first: Record on the domain whose gates are expected to be further open.
-        second: Record on the other domain.
-    """
+    """The separation by each token's mean gate over a depth group, and over all layers (`"all"`)."""
     return {
         group: _separation(group, None, group, first.depth_histograms[group], second.depth_histograms[group])
         for group in first.depth_histograms

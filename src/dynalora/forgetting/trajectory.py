@@ -48,12 +48,7 @@ class RankTrajectory:
 
 
 def rank_trajectory(model: nn.Module, adapter: str = "default", tau: float = PAPER_TAU) -> RankTrajectory:
-    """What became of the ranks of a PE-DyRA adapter.
-
-    Args:
-        model: Model with the adapter, trained or loaded.
-        adapter: The adapter's name.
-        tau: Threshold on singular values for the effective rank.
+    """What became of the ranks of a PE-DyRA adapter; singular values above `tau` make its effective ranks.
 
     Raises:
         DynaloraError: There has been no adjustment.

@@ -103,13 +103,6 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = silent) -> list[TaskRes
     Data, metrics and the sandbox are checked for all tasks before the model is loaded. With `spec.json`, the file is
     written anew after every task, so that what is measured is kept whatever happens.
 
-    Args:
-        spec: What to do.
-        progress: Called as items are done.
-
-    Returns:
-        One result per task.
-
     Raises:
         ConfigError: A setting, or tasks that need different kinds of models.
         DataError: The data.

@@ -61,13 +61,7 @@ def model_folder(source: str | os.PathLike[str]) -> str:
 
 
 def _fetched(name: str, patterns: list[str], remedy: str) -> str:
-    """The local copy of a repository on the Hub.
-
-    Args:
-        name: Its id.
-        patterns: Which files.
-        remedy: What to give instead, for the error.
-    """
+    """The local copy of some files of a repository on the Hub; `remedy` says in the error what to give instead."""
     try:
         return str(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client's, the network's and the file system's errors

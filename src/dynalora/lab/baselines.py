@@ -211,9 +211,7 @@ BASELINES: dict[str, Baseline] = {
 def edits_base(method: str, config: PeftConfig | None) -> bool:
     """Whether training changes the base weights, so that the model without its adapter is not the base model.
 
-    Args:
-        method: The method's name.
-        config: Its configuration; None: every weight is trained.
+    Without a configuration every weight is trained.
     """
     baseline = BASELINES.get(method.lower())
     start = getattr(config, "init_lora_weights", None)
@@ -303,13 +301,7 @@ def prompt_only(config: PeftConfig | None) -> bool:
 
 
 def optimizer_of(model: nn.Module, kind: type[Optimizer], settings: Mapping[str, Any]) -> Optimizer | None:
-    """The optimizer that a method brings; None if it is trained as all others are.
-
-    Args:
-        model: A model with an adapter, or without.
-        kind: The class of the optimizer.
-        settings: What the class takes, `lr` and `weight_decay` among it.
-    """
+    """The optimizer of this class and settings that a method brings; None if it is trained as all others are."""
     if not isinstance(model, PeftModel):
         return None
     config = model.active_peft_config
@@ -320,17 +312,11 @@ def optimizer_of(model: nn.Module, kind: type[Optimizer], settings: Mapping[str,
 
 
 def driver_of(model: nn.Module, total_steps: int) -> Callable[[int], None] | None:
-    """What must be called after every optimizer step and before the gradients are cleared.
+    """What must be called after every optimizer step, before gradients are cleared, with the number of steps before it.
 
     AdaLoRA's own fields `tinit`, `tfinal` (steps before the first and after the last cut) and `deltaT` (steps between)
-    are kept where any is given; else ranks are cut from 10 % to 70 % of the run, about 20 times.
-
-    Args:
-        model: A model with an adapter.
-        total_steps: Optimizer steps of the run.
-
-    Returns:
-        A function of the number of steps done before, or None if the method needs nothing.
+    are kept where any is given; else ranks are cut from 10 % to 70 % of the run, about 20 times. None: the method needs
+    nothing.
 
     Raises:
         ScheduleError: The run is too short for AdaLoRA's schedule.

@@ -189,12 +189,7 @@ def _mixed(make: Make, model: nn.Module, low: int, target: int) -> PeftConfig:
 
 
 def _spread(more: Mapping[str, int], missing: int) -> set[str]:
-    """Modules that together have about as many parameters more as are missing.
-
-    Args:
-        more: Parameters that each module would have more, in the model's order.
-        missing: How many are wanted.
-    """
+    """Modules that together have about as many parameters more as are missing; `more` is in the model's order."""
     share = min(1.0, max(0.0, missing / max(1, sum(more.values()))))
     modules: set[str] = set()
     kinds: dict[str, list[str]] = {}

@@ -60,14 +60,6 @@ def compared_config(
 ) -> PeftConfig | None:
     """As [`adapter_config`][dynalora.lab.configs.adapter_config], and None for full fine-tuning, which has no rank.
 
-    Args:
-        method: One of [`compared_names`][dynalora.lab.configs.compared_names], or a configuration file.
-        r: Rank.
-        alpha: As for `adapter_config`, as all that follow.
-        dropout: On the adapter's input.
-        options: Further fields of the method's configuration.
-        more: Further arguments of `adapter_config`.
-
     Raises:
         ConfigError: As `adapter_config`; alpha, dropout or options are given for full fine-tuning.
     """
@@ -180,9 +172,7 @@ def _typed(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
 def check_targets(model: nn.Module, config: PeftConfig) -> list[str]:
     """Names of the modules that an adapter would wrap; none for methods that train virtual tokens instead.
 
-    Args:
-        model: The base model; one on the meta device will do.
-        config: The adapter's configuration.
+    A model on the meta device will do.
 
     Raises:
         ConfigError: Nothing matches, or one of the listed names matches nothing; says which linear modules exist.

@@ -15,7 +15,6 @@ Layout::
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import socket
@@ -31,7 +30,7 @@ from typing import Any
 import filelock
 import yaml
 
-from dynalora.common.files import folder_beside, write_file
+from dynalora.common.files import folder_beside, plain, write_file
 from dynalora.errors import RunFolderError
 
 CONFIG = "config.yaml"
@@ -97,7 +96,7 @@ class RunFolder:
         if (folder / LOCK).exists():
             lock = _lock_of(folder)
             lock.release()
-        cls._refuse_what_is_there(folder, _plain(config), resume, _plain(defaults or {}))
+        cls._refuse_what_is_there(folder, plain(config), resume, plain(defaults or {}))
 
     @classmethod
     def create(
@@ -126,16 +125,16 @@ class RunFolder:
                 live process, cannot be written, or (with `resume`) holds no run or one with other settings.
         """
         folder = Path(path)
-        plain = _plain(config)
+        settings = plain(config)
         if not main_process:
-            return cls(folder, plain, None, resume)
-        cls.check(folder, plain, resume=resume, defaults=defaults)
+            return cls(folder, settings, None, resume)
+        cls.check(folder, settings, resume=resume, defaults=defaults)
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock_of(folder)
         try:
             # Looked at again under the lock: two processes may both have passed the first look.
-            cls._refuse_what_is_there(folder, plain, resume, _plain(defaults or {}))
-            run = cls(folder, plain, lock, resume)
+            cls._refuse_what_is_there(folder, settings, resume, plain(defaults or {}))
+            run = cls(folder, settings, lock, resume)
             run._start()
         except BaseException:
             lock.release()
@@ -249,7 +248,7 @@ class RunFolder:
             return
         if self._metrics_file is None:
             self._metrics_file = open(self.path / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        self._metrics_file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+        self._metrics_file.write(json.dumps(plain(record, finite=True), allow_nan=False) + "\n")
         self._metrics_file.flush()
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -257,11 +256,7 @@ class RunFolder:
         return list(read_metrics(self.path))
 
     def forget_metrics_after(self, step: int) -> None:
-        """Drop the records of steps later than `step`, which a resumed run is going to take again.
-
-        Args:
-            step: The step, counted in optimizer steps, of the checkpoint that the run continues from.
-        """
+        """Drop the records of optimizer steps later than `step`, which a resumed run is going to take again."""
         if not self.writable:
             return
         if self._metrics_file is not None:
@@ -283,9 +278,6 @@ class RunFolder:
 
         On processes that do not write the run, the folder is a temporary one and goes away again.
 
-        Args:
-            name: Relative to the run folder, such as `"adapter"`.
-
         Example:
             ```python
             with run.replacing("adapter") as folder:
@@ -301,11 +293,7 @@ class RunFolder:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Records of a run's `metrics.jsonl`, oldest first.
-
-    Args:
-        path: The run folder. A folder without metrics gives nothing.
-    """
+    """Records of a run's `metrics.jsonl`, oldest first; none where a folder has no metrics."""
     file = Path(path) / METRICS
     if not file.exists():
         return
@@ -372,25 +360,6 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for name in dict.fromkeys([*old, *new])
         if old.get(name, missing) != new.get(name, missing)
     ]
-
-
-def _plain(value: Any) -> Any:
-    """`value` in terms that JSON and YAML hold: paths as text, tuples as lists, NaN and infinities as None."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(_plain(item) for item in value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
-        return _plain(value.item())  # a NumPy or torch scalar
-    return str(value)
 
 
 def version_of(name: str) -> str | None:

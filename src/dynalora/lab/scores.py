@@ -12,11 +12,7 @@ SCORE_COLUMNS = ("accuracy", "accuracy_low", "accuracy_high", "loss", "loss_erro
 
 
 def mean_accuracy(records: Sequence[Mapping[str, Any]]) -> Interval | None:
-    """Mean accuracy over runs with its 95 % interval: Student's t over the runs; of a single one over its questions.
-
-    Args:
-        records: What [`TaskScore.record`][dynalora.evaluation.results.TaskScore] gave, one per run.
-    """
+    """Mean accuracy over runs with its 95 % interval: Student's t over the runs; of a single one over its questions."""
     values = [record["accuracy"] for record in records]
     if not values or any(value is None for value in values):
         return None

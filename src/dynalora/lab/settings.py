@@ -66,12 +66,7 @@ class Setting:
     suggested: Sequence[str] | Callable[[], Sequence[str]] = ()
 
     def refusal(self, name: str, value: Any) -> str | None:
-        """Why a value is not allowed, with the remedy; None if it is allowed.
-
-        Args:
-            name: The field.
-            value: A single value.
-        """
+        """Why a single value of a field is not allowed, with the remedy; None if it is allowed."""
         choices = named(self.choices)
         if choices and value not in choices:
             return f"{name} is '{value}'; choose one of {', '.join(choices)}."
@@ -339,11 +334,7 @@ def named_values(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def named_source(text: str, setting: str) -> tuple[str, str]:
-    """`NAME=SOURCE` as its two parts.
-
-    Args:
-        text: What was given.
-        setting: Where, for the error.
+    """`NAME=SOURCE` as its two parts; `setting` is where it was given, for the error.
 
     Raises:
         ConfigError: A part is missing.

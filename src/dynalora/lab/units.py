@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import filelock
 
-from dynalora.common.files import write_file
+from dynalora.common.files import plain, write_file
 from dynalora.errors import RunFolderError
 
 
@@ -75,7 +75,7 @@ class UnitStore(Generic[U]):
 
     def write(self, unit: U, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write a unit's file, whole or not at all, and return what it holds."""
-        content: dict[str, Any] = plain_json(self.content(unit, result))
+        content: dict[str, Any] = plain(self.content(unit, result))
         write_file(self.file(unit), json.dumps(content) + "\n")
         return content
 
@@ -109,11 +109,6 @@ class UnitStore(Generic[U]):
             return True
         lock.release()
         return False
-
-
-def plain_json(content: Any) -> Any:
-    """`content` as JSON gives it back: tuples as lists, names of mappings as text."""
-    return json.loads(json.dumps(content))
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

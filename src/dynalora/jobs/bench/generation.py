@@ -103,15 +103,7 @@ def generate_greedily(model: Any, tokens: torch.Tensor, count: int) -> tuple[tor
 
 
 def bench_generation(spec: BenchSpec, *, progress: Progress = silent) -> list[Generated]:
-    """Measure generation.
-
-    Args:
-        spec: What to measure; `length` is the prompts', and `new_tokens` what follows. Memory is not measured.
-        progress: Told of rounds done.
-
-    Returns:
-        One result per dtype and method, in the order of the spec; with `control`, the second run of the reference
-        stands last of its dtype.
+    """Measure generation: one result per dtype and method, in the order of the spec, the control last of its dtype.
 
     Raises:
         ConfigError: The model or the target modules.

@@ -149,15 +149,7 @@ def saved_for_backward(model: nn.Module, forward: Callable[[], torch.Tensor]) ->
 
 
 def bench(spec: BenchSpec, *, progress: Progress = silent) -> list[Measured]:
-    """Measure training steps.
-
-    Args:
-        spec: What to measure.
-        progress: Told of rounds and memory runs done.
-
-    Returns:
-        One result per dtype and method, in the order of the spec; with `control`, the second run of the reference
-        stands last of its dtype.
+    """Measure training steps: one result per dtype and method, in the order of the spec, the control last of its dtype.
 
     Raises:
         ConfigError: The model or the target modules.

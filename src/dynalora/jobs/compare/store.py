@@ -10,14 +10,14 @@ from typing import Any
 
 import yaml
 
-from dynalora.common.files import write_file
+from dynalora.common.files import plain, write_file
 from dynalora.common.version import __version__
 from dynalora.errors import RunFolderError
 from dynalora.jobs.compare.contestants import BASE, Cell
 from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.lab.run_folder import CONFIG
 from dynalora.lab.settings import defaults_of, read_yaml
-from dynalora.lab.units import UnitStore, plain_json
+from dynalora.lab.units import UnitStore
 
 CELLS = "cells"
 _GROWS = (
@@ -32,7 +32,7 @@ _OF_EACH_CELL = ("r", "alpha", "dropout", "target_modules", "quantization", "mat
 def shared_settings(spec: CompareSpec) -> dict[str, Any]:
     """The settings that all cells of a folder have in common, as JSON holds them."""
     separate = {*_GROWS, *_OF_EACH_CELL}
-    settings: dict[str, Any] = plain_json(
+    settings: dict[str, Any] = plain(
         {name: value for name, value in spec.settings().items() if name not in separate}
     )
     return settings
@@ -99,7 +99,7 @@ class CellStore(UnitStore[Cell]):
         Raises:
             RunFolderError: It was not.
         """
-        expected = {**self.settings, **plain_json(asdict(unit))}
+        expected = {**self.settings, **plain(asdict(unit))}
         recorded = {**defaults_of(CompareSpec), **content.get("settings", {}), **content.get("cell", {})}
         # The same files may lie elsewhere, as on another machine.
         differing = [
@@ -177,7 +177,7 @@ class CellStore(UnitStore[Cell]):
         self.check()
         try:
             (self.folder / CELLS).mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(plain_json(dict(settings)), sort_keys=False, allow_unicode=True)
+            text = yaml.safe_dump(plain(dict(settings)), sort_keys=False, allow_unicode=True)
             write_file(self.folder / CONFIG, text)
         except OSError as error:
             raise RunFolderError(

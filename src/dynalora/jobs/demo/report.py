@@ -137,14 +137,7 @@ def summary(result: DemoResult) -> str:
 
 
 def description(spec: DemoSpec, result: DemoResult, system: str, *, retention_tokens: int) -> str:
-    """What was trained and measured, as a paragraph.
-
-    Args:
-        spec: The demo's settings.
-        result: Its measurements.
-        system: The system message of every question.
-        retention_tokens: Number of tokens that retention was measured on.
-    """
+    """What was trained and measured, as a paragraph."""
     task = result.task
     options = ", ".join(f"{name} = {value}" for name, value in task.options.items())
     batch = spec.batch_size * spec.gradient_accumulation

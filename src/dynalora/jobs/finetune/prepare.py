@@ -54,9 +54,7 @@ class Prepared:
 def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
     """Check everything that can be checked without the model's weights, cheapest first.
 
-    Args:
-        spec: What is asked for.
-        main_process: False on all but one process of a distributed run, which leave the run folder alone.
+    Only the main process of a distributed run looks at the run folder.
 
     Raises:
         ConfigError: The method, its options, the model or the target modules.

@@ -71,12 +71,7 @@ def decided_by(model: PeftModel, method: Method) -> list[dict[str, Any]]:
 def summary_table(
     results: Sequence[TrainResult], *, more: Mapping[str, Sequence[Cell]] | None = None
 ) -> Table:
-    """Results as one table, a row per run.
-
-    Args:
-        results: The runs.
-        more: Further columns, name → one cell per run.
-    """
+    """Results as one table, a row per run; `more` are further columns, name → one cell per run."""
     extra = dict(more or {})
 
     def loss(value: float | None) -> Cell:

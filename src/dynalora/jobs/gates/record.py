@@ -133,11 +133,6 @@ def compare_gates(
 ) -> GatesResult:
     """Record the gates of an adapter on every domain and compare the first domain with the others.
 
-    Args:
-        spec: Which adapter, on which text.
-        progress: Called with the documents (or batches) done, domain by domain.
-        load: Loads the adapter, as [`load_adapter`][dynalora.lab.adapters.load_adapter].
-
     Raises:
         UnsupportedError: The adapter has no gates.
         CheckpointError: There is no adapter, or it is damaged.

@@ -30,10 +30,6 @@ def run_linear_model(
 ) -> LinearModelResult:
     """Compare on the linear model and write a run folder with the numbers, plots and a report.
 
-    Args:
-        spec: Settings; None: the defaults.
-        console: Where progress and the table are shown; None: nowhere.
-
     Raises:
         RunFolderError: The run folder cannot be used.
         TrainingError: A loss is no longer a number.

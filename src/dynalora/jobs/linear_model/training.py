@@ -130,10 +130,6 @@ def compare_on_linear_model(
 ) -> LinearModelResult:
     """Train full fine-tuning, LoRA and DISeL on the mixture and compare them with the closed forms.
 
-    Args:
-        spec: Settings; None: the defaults.
-        progress: Called with the steps done, method by method.
-
     Raises:
         TrainingError: A loss is no longer a number.
     """
@@ -231,14 +227,7 @@ def _train(
 
 @torch.no_grad()
 def gate_curve(model: nn.Module, problem: LinearModel, *, samples: int = 50_000, seed: int = 7) -> GateCurve:
-    """The gates of a model's first gated layer against the posterior's logit.
-
-    Args:
-        model: A linear model with a gated adapter.
-        problem: What it was trained on.
-        samples: Inputs that the curve is drawn from.
-        seed: Of the inputs.
-    """
+    """The gates of a model's first gated layer against the posterior's logit."""
     layer: Any = next(module for module in model.modules() if hasattr(module, "gates"))
     x = problem.sample(samples, torch.Generator().manual_seed(seed)).x
     weight, bias = problem.posterior_parameters

@@ -214,11 +214,7 @@ MONITORED_LENGTH = 128
 
 
 def load_named_text(text: str, setting: str) -> tuple[str, list[str]]:
-    """The name and the first texts of `NAME=SOURCE`.
-
-    Args:
-        text: What was given.
-        setting: The setting it was given in, for errors.
+    """The name and the first texts of `NAME=SOURCE`; `setting` is where it was given, for errors.
 
     Raises:
         ConfigError: It is not of that form.

@@ -19,13 +19,9 @@ from dynalora.lab.run_folder import RunFolder
 
 
 def last_checkpoint(folder: Path, *, needs: str | None = None) -> Path | None:
-    """The newest checkpoint in a folder that was written to its end; None if there is none.
+    """The newest checkpoint in a folder that was written to its end and has the file it `needs`; else None.
 
     A run may be killed while it writes a checkpoint, so the newest folder is not always a whole one.
-
-    Args:
-        folder: What holds the checkpoints.
-        needs: A further file that a whole one has.
     """
     if not folder.is_dir():
         return None

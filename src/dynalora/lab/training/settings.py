@@ -59,12 +59,7 @@ class TrainSettings(OptimizerSettings, panel="Run"):
 
 
 def train_settings(spec: OptimizerSettings, **changes: Any) -> TrainSettings:
-    """The settings of one training run out of a job's.
-
-    Args:
-        spec: The job's settings, of which those that a training run has are taken.
-        changes: What is otherwise in this run.
-    """
+    """The settings of one training run: a job's, as far as a run has them, with some changed."""
     names = [item.name for item in fields(TrainSettings)]
     values = {name: getattr(spec, name) for name in names if hasattr(spec, name)}
     return TrainSettings(**{**values, **changes})

@@ -86,11 +86,6 @@ class TrainResult:
 def held_out_loss(model: nn.Module, rows: TokenizedSet, *, batch_size: int = 8) -> float:
     """Mean loss over all response tokens of a set, in nats per token; every token counts the same.
 
-    Args:
-        model: A causal language model, with or without adapter.
-        rows: The tokenised set; rows without a response token do not count.
-        batch_size: Sequences per forward pass.
-
     Raises:
         DataError: No row has a response token.
     """
@@ -261,14 +256,7 @@ def _continued(
 def _arguments(
     settings: TrainSettings, run: RunFolder | None, scratch: str, *, half: bool
 ) -> TrainingArguments:
-    """The trainer's settings.
-
-    Args:
-        settings: How to train.
-        run: Where checkpoints go.
-        scratch: The output folder of a run that saves none: the trainer makes one all the same.
-        half: Whether the weights are in float16, whose gradients must be scaled.
-    """
+    """The trainer's settings; `scratch` is where a run without checkpoints lets it make its folder."""
     saves = run is not None and settings.save_every != 0
     checkpointing: dict[str, Any] = {}
     if settings.gradient_checkpointing:
