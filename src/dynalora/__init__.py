@@ -29,8 +29,8 @@ from dynalora.forgetting.retain import RetainCallback, prepare_retain
 if TYPE_CHECKING:
     from dynalora.drawing.gates import plot_gates as plot_gates
     from dynalora.drawing.landscape import plot_rank_landscape as plot_rank_landscape
+    from dynalora.drawing.landscape import plot_rank_trajectory as plot_rank_trajectory
     from dynalora.drawing.retention import plot_retention_curves as plot_retention_curves
-    from dynalora.drawing.trajectory import plot_rank_trajectory as plot_rank_trajectory
     from dynalora.forgetting.curves import read_retention as read_retention
     from dynalora.forgetting.gate_recording import record_gates as record_gates
     from dynalora.forgetting.landscape import rank_landscape as rank_landscape
@@ -59,7 +59,7 @@ _LAZY = {
     "own_text": "forgetting.texts",
     "plot_gates": "drawing.gates",
     "plot_rank_landscape": "drawing.landscape",
-    "plot_rank_trajectory": "drawing.trajectory",
+    "plot_rank_trajectory": "drawing.landscape",
     "plot_retention_curves": "drawing.retention",
     "rank_landscape": "forgetting.landscape",
     "rank_trajectory": "forgetting.trajectory",

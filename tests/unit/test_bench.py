@@ -136,7 +136,7 @@ def test_wrong_settings_are_named(changed: dict[str, Any], message: str, folder:
 
 def test_targets_are_checked_before_weights_are_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "dynalora.jobs.bench.training.load_model", lambda *_, **__: pytest.fail("weights were loaded")
+        "dynalora.jobs.bench.setup.load_model", lambda *_, **__: pytest.fail("weights were loaded")
     )
     with pytest.raises(ConfigError, match="'query' matches nothing; the model's linear modules are q_proj"):
         bench(small(folder, target_modules=["query"]))

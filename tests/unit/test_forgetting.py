@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from dynalora.common.statistics import Interval, mean_interval, t_quantile
-from dynalora.drawing.bars import plot_bars
+from dynalora.drawing.comparison import plot_bars, plot_transfer
 from dynalora.drawing.landscape import plot_stages
 from dynalora.drawing.style import rendered
-from dynalora.drawing.transfer import plot_transfer
 from dynalora.errors import CheckpointError, ConfigError, RunFolderError
 from dynalora.forgetting.landscape import LandscapeRow
 from dynalora.jobs.stages.forgetting import STAGES, run_forgetting

@@ -25,9 +25,11 @@ from dynalora.forgetting.gates import (
     DOCUMENT_GROUPS,
     TOKEN_BINS,
     GateRecord,
+    binned_auc,
     depth_group,
+    depth_separation,
+    gate_separation,
 )
-from dynalora.forgetting.separation import binned_auc, depth_separation, gate_separation
 from dynalora.lab.data.collator import Collator
 from tests.toys import TOYS
 from tests.unit import tiny

@@ -16,7 +16,7 @@ from rich.console import Console
 from dynalora import drawing
 from dynalora.adapter.method import Panel
 from dynalora.common.statistics import Interval
-from dynalora.drawing.bars import plot_bars
+from dynalora.drawing.comparison import plot_bars
 from dynalora.drawing.landscape import plot_rank_heatmap
 from dynalora.drawing.style import PALETTE, look, looks, rendered
 from dynalora.drawing.training import plot_losses, plot_metrics

@@ -17,7 +17,7 @@ from dynalora.adapter.curvature import Curvature
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
 from dynalora.adapter.retain import BANK_ROWS, retention_penalty
 from dynalora.errors import ConfigError, TrainingError, UnsupportedError
-from dynalora.forgetting.curvature import read_curvature
+from dynalora.forgetting.retain import read_curvature
 from dynalora.forgetting.retention import retention
 from dynalora.forgetting.texts import CHATS, OPENINGS, MeasuredText, anchor_text, own_text
 from dynalora.spectral.second_moment import MomentSketch, SecondMoment

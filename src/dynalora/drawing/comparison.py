@@ -1,4 +1,4 @@
-"""Methods against each other: learned against forgotten, quality against size, learning curves."""
+"""Methods against each other: bars, learned against forgotten, quality against size, learning curves, transfer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import numpy as np
 
 from dynalora.common.statistics import Interval
 from dynalora.drawing.landscape import rank_grid
-from dynalora.drawing.style import describe, figure, heat_map, legend, looks, panels
+from dynalora.drawing.style import LINES, Look, describe, figure, heat_map, legend, looks, panels
 from dynalora.drawing.training import running_mean
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 Points = Mapping[str, Sequence[tuple[float, float, float]]]
 """Label → (learning rate, x, y), in the order of the rates; labels without points only reserve their look."""
@@ -123,4 +125,112 @@ def plot_rank_maps(landscapes: Mapping[str, Sequence[Any]], *, title: str) -> Fi
         axis.tick_params(labelsize=6)
         describe(axis, title=label, x="layer")
     drawn.colorbar(image, ax=axes, label="effective rank", fraction=0.04)
+    return drawn
+
+
+def plot_bars(
+    bars: Mapping[str, Mapping[str, Interval | None]],
+    *,
+    label: str,
+    title: str = "",
+    lines: Mapping[str, Mapping[str, float | None]] | None = None,
+    decimals: int = 1,
+) -> Figure:
+    """Bars with their numbers above them and their intervals, a plot per task and a bar per run (DiRA Figure 3).
+
+    Args:
+        bars: Task → name of the run → its number with interval; None: not measured, no bar.
+        label: What the height means, with its unit.
+        title: Heading.
+        lines: Task → name → height of a horizontal line to compare with.
+        decimals: Digits of the printed numbers after the point.
+    """
+    runs = list(dict.fromkeys(run for task in bars.values() for run in task))
+    chosen = looks(runs)
+    widest = max(len(task) for task in bars.values())
+    drawn, axes = figure(max(3.0, 1.0 * widest + 0.9) * len(bars), 3.9, columns=len(bars), title=title)
+    for axis, (task, values) in zip(axes, bars.items(), strict=True):
+        for index, (run, number) in enumerate(values.items()):
+            _bar(axis, index, number, chosen[run], decimals)
+        for index, (name, height) in enumerate((lines or {}).get(task, {}).items()):
+            if height is not None:
+                dashes = LINES[1 + index % (len(LINES) - 1)]
+                axis.axhline(height, color="black", linewidth=1, linestyle=dashes, label=name)
+        if any(number is not None and number.value < 0 for number in values.values()):
+            axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(values)), list(values))
+        axis.grid(False, axis="x")
+        axis.margins(y=0.18)
+        describe(axis, title=task, y=label)
+        legend(axis)
+    return drawn
+
+
+def _bar(axis: Axes, place: float, number: Interval | None, look: Look, decimals: int) -> None:
+    if number is None:
+        axis.annotate("not measured", (place, 0), ha="center", va="bottom", fontsize=7, rotation=90)
+        return
+    axis.bar(
+        place,
+        number.value,
+        width=0.66,
+        facecolor=look.color,
+        edgecolor="black",
+        linewidth=0.8,
+        hatch=look.hatch,
+    )
+    if number.high > number.low:
+        ends = [[number.value - number.low], [number.high - number.value]]
+        axis.errorbar(place, number.value, yerr=ends, color="black", capsize=4, linewidth=1.1)
+    axis.annotate(
+        f"{number.value:.{decimals}f}", (place, max(number.value, number.high, 0)), xytext=(0, 3),
+        textcoords="offset points", ha="center", va="bottom", fontsize=8,
+    )  # fmt: skip
+
+
+def plot_transfer(
+    matrices: Mapping[str, Sequence[Sequence[float | None]]],
+    trained_on: Sequence[str],
+    measured_on: Sequence[str],
+    *,
+    label: str,
+    title: str,
+    decimals: int = 1,
+    larger_is_better: bool = True,
+) -> Figure:
+    """Heat maps side by side: trained on a row's task, measured on a column's (DiRA Figure 6).
+
+    Args:
+        matrices: Name of a method → numbers by row and column; None: not measured.
+        trained_on: Names of the rows.
+        measured_on: Names of the columns.
+        label: What the numbers are, with their unit.
+        title: Heading.
+        decimals: Digits of the printed numbers after the point.
+        larger_is_better: Darker is better in either case.
+    """
+    grids = {
+        name: np.array([[np.nan if cell is None else cell for cell in row] for row in rows], dtype=float)
+        for name, rows in matrices.items()
+    }
+    measured = np.concatenate([grid[~np.isnan(grid)] for grid in grids.values()] or [np.zeros(0)])
+    low, high = (float(measured.min()), float(measured.max())) if measured.size else (0.0, 1.0)
+    high = high if high > low else low + 1
+    # Grey from light to dark, so that a printed copy says the same.
+    shades = {"cmap": "Greys" if larger_is_better else "Greys_r", "vmin": low, "vmax": high}
+    width = 0.72 * len(measured_on) + 2.0
+    drawn, axes = figure(
+        width * len(grids) + 0.8, 0.5 * len(trained_on) + 2.2, columns=len(grids), title=title
+    )
+    for axis, (name, grid) in zip(axes, grids.items(), strict=True):
+        image = heat_map(axis, grid, rows=trained_on, columns=measured_on, turned=35, **shades)
+        axis.spines[["top", "right"]].set_visible(True)
+        for (row, column), number in np.ndenumerate(grid):
+            dark = not np.isnan(number) and ((number - low) / (high - low) > 0.55) == larger_is_better
+            axis.text(
+                column, row, "–" if np.isnan(number) else f"{number:.{decimals}f}", ha="center", va="center",
+                fontsize=8, color="white" if dark else "black",
+            )  # fmt: skip
+        describe(axis, title=name, x="measured on", y="trained on")
+    drawn.colorbar(image, ax=axes, label=label, fraction=0.04)
     return drawn

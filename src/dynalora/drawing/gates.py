@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dynalora.drawing.style import describe, heat_map, legend, look, over_layers, panels, save
-from dynalora.forgetting.gates import BINS, DEPTHS, GateRecord, GateStatistics, depth_group
-from dynalora.forgetting.separation import Separation
+from dynalora.forgetting.gates import BINS, DEPTHS, GateRecord, GateStatistics, Separation, depth_group
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,7 +99,7 @@ def plot_separation(
     """Area under the ROC curve over depth, one panel per kind of module, with 95 % intervals over documents.
 
     Args:
-        separations: Results of `dynalora.forgetting.separation.gate_separation` by the name of their pair of domains.
+        separations: Results of `dynalora.forgetting.gates.gate_separation` by the name of their pair of domains.
         title: Heading.
     """
     curves: dict[str, list[_Point]] = {

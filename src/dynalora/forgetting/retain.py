@@ -1,17 +1,32 @@
-"""Preparing `retain`: the base model writes text, and the adapter's layers read it, before the first step."""
+"""Preparing `retain`: the base model writes text, and the adapter's layers read it, before the first step.
+
+One forward and one backward pass of the base model over the text give each adapted layer the second moments of its
+inputs and of the gradients at its outputs ([`adapter.retain`][dynalora.adapter.retain]). They are added up as
+sketches, so memory does not grow with the text; layers that read the same tensor share the moment of their inputs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from dynalora.adapter.curvature import Curvature
+from dynalora.adapter.layer import AdapterLayer, adapter_layers
 from dynalora.common.progress import Progress, late_progress, silent
 from dynalora.driver import drivers_of
-from dynalora.forgetting.curvature import read_curvature
+from dynalora.errors import UnsupportedError
+from dynalora.evaluation.generation import batches_by_length, evaluating
+from dynalora.evaluation.padding import padded
+from dynalora.forgetting.base_model import adapters_off
 from dynalora.forgetting.texts import MeasuredText, anchor_text
+from dynalora.spectral.second_moment import MomentSketch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,3 +83,150 @@ class RetainCallback(TrainerCallback):
         if unread:
             with late_progress() as progress:
                 prepare_retain(model, processing_class, progress=progress)
+
+
+RANK = 128
+"""Rank to which second moments are kept, beside their diagonal."""
+BANK = 1024
+"""Inputs that are stored for updates that depend on them."""
+
+
+def read_curvature(
+    model: nn.Module,
+    text: MeasuredText,
+    adapter: str = "default",
+    *,
+    rank: int = RANK,
+    bank: int = BANK,
+    batch_size: int = 4,
+    progress: Progress = silent,
+) -> None:
+    """Let the layers of an adapter read text of the base model; afterwards they carry its curvature.
+
+    Memory: (rank + 17) float32 numbers for each value of an input or output, and while reading three times that; `bank`
+    inputs in the model's dtype where an update depends on the input.
+
+    Args:
+        model: A causal language model with the adapter, which is off while the text is read.
+        text: The text; the positions that predict its tokens from `starts` on count.
+        adapter: The adapter's name.
+        rank: Rank of the second moments beside their diagonal.
+        bank: Number of inputs to store where they are needed.
+        batch_size: Texts per pass.
+        progress: Called with the number of texts read.
+
+    Raises:
+        UnsupportedError: The model is no causal language model.
+    """
+    layers = adapter_layers(model, adapter)
+    reader = _Reader(layers, adapter, rank, bank, text.tokens)
+    what = "Reading the base model's text"
+    done = 0
+    progress(what, 0, len(text.rows))
+    with adapters_off(model), evaluating(model), torch.enable_grad(), reader.listening(model):
+        for batch in batches_by_length([len(row) for row in text.rows], batch_size):
+            _read(model, text, batch, reader)
+            done += len(batch)
+            progress(what, done, len(text.rows))
+    reader.hand_out()
+
+
+def _read(model: nn.Module, text: MeasuredText, batch: list[int], reader: _Reader) -> None:
+    """One forward and one backward pass."""
+    device = next(model.parameters()).device
+    tokens, mask = padded([text.rows[index] for index in batch], 0, "left")
+    length = tokens.shape[1]
+    predicts = torch.zeros_like(mask, dtype=torch.bool)  # positions whose next token counts
+    for row, index in enumerate(batch):
+        predicts[row, length - 1 - (len(text.rows[index]) - text.starts[index]) : length - 1] = True
+    tokens, mask, predicts = tokens.to(device), mask.to(device), predicts.to(device)
+    reader.predicts = predicts
+    output: Any = model(input_ids=tokens, attention_mask=mask, use_cache=False)
+    logits = getattr(output, "logits", None)
+    if logits is None or logits.ndim != 3 or logits.shape[1] != length:
+        raise UnsupportedError(
+            f"retain needs a causal language model, whose own text can be kept; {type(model).__name__} gives no logits "
+            "for every token. Leave retain out, or follow what is lost with RetentionMonitor."
+        )
+    targets = tokens.roll(-1, dims=1)[predicts]
+    F.cross_entropy(logits[predicts].float(), targets, reduction="sum").backward()
+    reader.end_batch()
+
+
+class _Reader:
+    """Adds up what the hooks on the layers see."""
+
+    def __init__(
+        self, layers: Mapping[str, AdapterLayer], adapter: str, rank: int, bank: int, tokens: int
+    ) -> None:
+        self.layers, self.adapter, self.rank, self.bank = list(layers.values()), adapter, rank, bank
+        self.predicts = torch.zeros(0, dtype=torch.bool)
+        # Which layer's input a layer reads: its own, or that of an earlier layer with the same tensor.
+        self.source: dict[AdapterLayer, AdapterLayer] = {}
+        self.inputs: dict[AdapterLayer, MomentSketch] = {}
+        self.outputs: dict[AdapterLayer, MomentSketch] = {}
+        self.stored: dict[AdapterLayer, list[torch.Tensor]] = {}
+        self.stores = any(layer.depends_on_input(adapter) for layer in self.layers)
+        # Every so many-th token is stored, so that all kinds of text are.
+        self.stride = max(1, tokens // bank)
+        self._batch: dict[int, tuple[AdapterLayer, torch.Tensor]] = {}
+
+    @contextmanager
+    def listening(self, model: nn.Module) -> Iterator[None]:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        handles = [layer.register_forward_hook(self._see) for layer in self.layers]
+        # Base weights are frozen: the graph begins at the embeddings.
+        handles.append(embedding.register_forward_hook(_begin_graph))
+        trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trains:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter in trains:
+                parameter.requires_grad_(True)
+
+    def _see(self, layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        assert isinstance(layer, AdapterLayer)
+        predicts = self.predicts.to(output.device)
+        x = args[0].detach()
+        first, _ = self._batch.setdefault(id(args[0]), (layer, args[0]))  # held, so that its id stays its own
+        source = self.source.setdefault(layer, first)
+        if source is layer:
+            rows = x[predicts]
+            if layer not in self.inputs:
+                self.inputs[layer] = MomentSketch(layer.in_features, self.rank, device=x.device)
+            self.inputs[layer].add(rows)
+            if self.stores:
+                self.stored.setdefault(layer, []).append(rows[:: self.stride].clone())
+        if layer not in self.outputs:
+            self.outputs[layer] = MomentSketch(layer.out_features, self.rank, device=output.device)
+        sketch = self.outputs[layer]
+        output.register_hook(lambda gradient: sketch.add(gradient.detach()[predicts.to(gradient.device)]))
+
+    def end_batch(self) -> None:
+        """Let go of the batch's tensors."""
+        self._batch.clear()
+
+    def hand_out(self) -> None:
+        """Give every layer its curvature."""
+        inputs = {layer: sketch.result() for layer, sketch in self.inputs.items()}
+        stored = {layer: torch.cat(parts)[: self.bank] for layer, parts in self.stored.items()}
+        for layer in self.layers:
+            source = self.source.get(layer)
+            if source is None:  # the text did not come by, so nothing of it depends on this layer
+                layer.curvatures[self.adapter] = Curvature(
+                    MomentSketch(layer.in_features, 1).result(),
+                    MomentSketch(layer.out_features, 1).result(),
+                    torch.zeros(1, layer.in_features),
+                )
+                continue
+            layer.curvatures[self.adapter] = Curvature(
+                inputs[source], self.outputs[layer].result(), stored.get(source)
+            )
+
+
+def _begin_graph(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output if output.requires_grad else output.detach().requires_grad_(True)

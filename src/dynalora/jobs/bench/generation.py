@@ -27,14 +27,12 @@ from dynalora.jobs.bench.setup import (
     now,
     ratio_text,
     ratios,
-    setting,
     start,
+    tables_by_dtype,
     with_machine,
 )
 from dynalora.lab.baselines import BASELINES
-from dynalora.lab.report import Table
-
-__all__ = ["Generated", "bench_generation", "generate_greedily", "generation_json", "generation_tables"]
+from dynalora.lab.report import Cell, Table
 
 
 @dataclass(frozen=True)
@@ -116,10 +114,7 @@ def bench_generation(spec: BenchSpec, *, progress: Progress = silent) -> list[Ge
                 "it out."
             )
     name = start(spec, progress)
-    results: list[Generated] = []
-    for dtype in spec.dtypes:
-        results += _generate_dtype(spec, name, dtype, progress)
-    return results
+    return [result for dtype in spec.dtypes for result in _generate_dtype(spec, name, dtype, progress)]
 
 
 def _generate_dtype(spec: BenchSpec, name: str, dtype: str, progress: Progress) -> list[Generated]:
@@ -161,37 +156,20 @@ def generation_tables(spec: BenchSpec, results: Sequence[Generated]) -> list[Tab
         "method", "prefill (ms)", f"prefill / {spec.reference}", "per token (ms)", f"token / {spec.reference}",
         "tokens/s", "parameters",
     ]  # fmt: skip
-    tables = []
-    for dtype in spec.dtypes:
-        rows: list[list[str | int | float | None]] = [
-            [
-                item.method,
-                f"{1000 * item.prefill:.1f}",
-                ratio_text(item.prefill_ratio, item.prefill_quartiles),
-                f"{1000 * item.token:.2f}",
-                ratio_text(item.token_ratio, item.token_quartiles),
-                f"{spec.batch_size / item.token:.1f}",
-                item.adapter_parameters,
-            ]
-            for item in results
-            if item.dtype == dtype
-        ]
-        tables.append(
-            Table(
-                columns,
-                rows,
-                title=(
-                    f"Generation: {setting(spec, dtype)}, {spec.batch_size} prompts of {spec.length} tokens, "
-                    f"{spec.new_tokens} new tokens each"
-                ),
-                note=(
-                    f"Medians of {spec.rounds} rounds in turns on shared base weights; ratio: median of the rounds' "
-                    "ratios, with quartiles. Greedy, with a key-value cache; per token: one further token for the "
-                    "whole batch; tokens/s: of the whole batch."
-                ),
-            )
-        )
-    return tables
+
+    def cells(item: Generated) -> list[Cell]:
+        return [
+            item.method, f"{1000 * item.prefill:.1f}", ratio_text(item.prefill_ratio, item.prefill_quartiles),
+            f"{1000 * item.token:.2f}", ratio_text(item.token_ratio, item.token_quartiles),
+            f"{spec.batch_size / item.token:.1f}", item.adapter_parameters,
+        ]  # fmt: skip
+
+    return tables_by_dtype(
+        spec, results, columns, cells,
+        f"Generation: {{}}, {spec.batch_size} prompts of {spec.length} tokens, {spec.new_tokens} new tokens each",
+        "Greedy, with a key-value cache; per token: one further token for the whole batch; tokens/s: of the whole "
+        "batch.",
+    )  # fmt: skip
 
 
 def generation_json(spec: BenchSpec, results: Sequence[Generated]) -> str:

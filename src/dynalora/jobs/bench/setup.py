@@ -6,8 +6,8 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar, cast
 
 import peft
 import torch
@@ -20,10 +20,19 @@ from dynalora.lab.baselines import BASELINES
 from dynalora.lab.configs import adapter_config, check_targets
 from dynalora.lab.machine import machine
 from dynalora.lab.models import empty_model, load_model, local_model_name
+from dynalora.lab.report import Cell, Table
 
 CONTROL = "lora (again)"
 
 T = TypeVar("T")
+
+
+class _Result(Protocol):
+    @property
+    def dtype(self) -> str: ...
+
+
+R = TypeVar("R", bound=_Result)
 
 
 def now(device: torch.device) -> float:
@@ -125,10 +134,26 @@ def ratio_text(median: float, quartiles: tuple[float, float]) -> str:
     return f"{median:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def setting(spec: BenchSpec, dtype: str) -> str:
-    """Model, dtype, rank and target modules, for titles."""
+def tables_by_dtype(
+    spec: BenchSpec,
+    results: Sequence[R],
+    columns: Sequence[str],
+    cells: Callable[[R], list[Cell]],
+    title: str,
+    note: str,
+) -> list[Table]:
+    """A table per dtype with a row per result; model, dtype, rank and target modules stand for `{}` in the title."""
     targets = spec.target_modules if isinstance(spec.target_modules, str) else ", ".join(spec.target_modules)
-    return f"{spec.model}, {dtype}, r = {spec.r}, {targets}"
+    return [
+        Table(
+            columns,
+            [cells(item) for item in results if item.dtype == dtype],
+            title=title.format(f"{spec.model}, {dtype}, r = {spec.r}, {targets}"),
+            note=f"Medians of {spec.rounds} rounds in turns on shared base weights; ratio: median of the rounds' "
+            f"ratios, with quartiles. {note}",
+        )
+        for dtype in spec.dtypes
+    ]
 
 
 def with_machine(spec: BenchSpec, rows: list[dict[str, Any]]) -> str:

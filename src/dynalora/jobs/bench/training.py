@@ -14,12 +14,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from dynalora.common.progress import Progress, silent
+from dynalora.common.progress import Progress, counted, silent
 from dynalora.jobs.bench.settings import BenchSpec
 from dynalora.jobs.bench.setup import (
     adapted,
@@ -30,14 +31,13 @@ from dynalora.jobs.bench.setup import (
     random_tokens,
     ratio_text,
     ratios,
-    setting,
     start,
+    tables_by_dtype,
     with_machine,
 )
 from dynalora.lab.baselines import driver_of, optimizer_of
 from dynalora.lab.machine import forget_peak, peak, resident
-from dynalora.lab.models import load_model
-from dynalora.lab.report import Table
+from dynalora.lab.report import Cell, Table
 from dynalora.lab.settings import settings_from
 
 logger = logging.getLogger(__name__)
@@ -76,11 +76,15 @@ class Measured:
     @property
     def steps(self) -> list[float]:
         """Whole step time of each round, in seconds."""
-        return [sum(times) for times in zip(*self.seconds.values(), strict=True)]
+        return _whole_steps(self.seconds)
 
     def median(self, phase: str | None = None) -> float:
         """Median time of a phase, or of the whole step, in seconds."""
         return statistics.median(self.steps if phase is None else self.seconds[phase])
+
+
+def _whole_steps(seconds: dict[str, list[float]]) -> list[float]:
+    return [sum(times) for times in zip(*seconds.values(), strict=True)]
 
 
 class _Contestant:
@@ -103,12 +107,17 @@ class _Contestant:
     @property
     def step_seconds(self) -> list[float]:
         """Time of each whole step."""
-        return [sum(times) for times in zip(*self.seconds.values(), strict=True)]
+        return _whole_steps(self.seconds)
+
+    def loss(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch (batch_size, length)."""
+        loss: torch.Tensor = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        return loss
 
     def step(self, tokens: torch.Tensor, *, record: bool = True) -> None:
         """One training step, timed phase by phase."""
         marks = [now(tokens.device)]
-        loss = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss = self.loss(tokens)
         marks.append(now(tokens.device))
         loss.backward()
         marks.append(now(tokens.device))
@@ -155,10 +164,7 @@ def bench(spec: BenchSpec, *, progress: Progress = silent) -> list[Measured]:
         ConfigError: The model or the target modules.
     """
     name = start(spec, progress)
-    results: list[Measured] = []
-    for dtype in spec.dtypes:
-        results += _bench_dtype(spec, name, dtype, progress)
-    return results
+    return [result for dtype in spec.dtypes for result in _bench_dtype(spec, name, dtype, progress)]
 
 
 def _bench_dtype(spec: BenchSpec, name: str, dtype: str, progress: Progress) -> list[Measured]:
@@ -180,7 +186,7 @@ def _bench_dtype(spec: BenchSpec, name: str, dtype: str, progress: Progress) -> 
                 ratio=ratio,
                 ratio_quartiles=quartiles,
                 trainable_parameters=item.trainable,
-                saved_bytes=_saved(item, tokens),
+                saved_bytes=saved_for_backward(item.model, partial(item.loss, tokens)),
                 step_bytes=memory[0],
                 peak_bytes=memory[1],
             )
@@ -192,14 +198,6 @@ def _bench_dtype(spec: BenchSpec, name: str, dtype: str, progress: Progress) -> 
             step_bytes, peak_bytes = memory_of.get(result.method, (None, None))
             results[index] = replace(result, step_bytes=step_bytes, peak_bytes=peak_bytes)
     return results
-
-
-def _saved(contestant: _Contestant, tokens: torch.Tensor) -> int:
-    def forward() -> torch.Tensor:
-        loss: torch.Tensor = contestant.model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        return loss
-
-    return saved_for_backward(contestant.model, forward)
 
 
 def _cuda_memory(contestant: _Contestant, tokens: torch.Tensor) -> tuple[int, int]:
@@ -214,10 +212,8 @@ def _cuda_memory(contestant: _Contestant, tokens: torch.Tensor) -> tuple[int, in
 
 def _cpu_memory(spec: BenchSpec, name: str, dtype: str, progress: Progress) -> dict[str, tuple[int, int]]:
     """Peak of a step and of the process by method, in bytes; on a CPU only a fresh process tells them."""
-    what = f"Memory, {dtype}, a fresh process per method"
     memory: dict[str, tuple[int, int]] = {}
-    progress(what, 0, len(spec.methods))
-    for number, method in enumerate(spec.methods, start=1):
+    for method in counted(spec.methods, f"Memory, {dtype}, a fresh process per method", progress):
         job = {**spec.settings(), "model": name, "methods": [method], "dtypes": [dtype], "control": False}
         if job["threads"] is None:
             job["threads"] = torch.get_num_threads()
@@ -234,7 +230,6 @@ def _cpu_memory(spec: BenchSpec, name: str, dtype: str, progress: Progress) -> d
         else:
             step_bytes, peak_bytes = json.loads(done.stdout.strip().splitlines()[-1])
             memory[method] = (step_bytes, peak_bytes)
-        progress(what, number, len(spec.methods))
     return memory
 
 
@@ -243,9 +238,7 @@ def _memory_of_one(job: dict[str, Any]) -> tuple[int, int]:
     spec = settings_from(BenchSpec, job)
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
-    base = load_model(spec.model, dtype=spec.dtypes[0])
-    for parameter in base.parameters():
-        parameter.requires_grad_(False)
+    base = frozen_base(spec, spec.model, spec.dtypes[0])
     contestant = _Contestant(spec.methods[0], spec.methods[0], base, spec)
     for parameter in base.parameters():
         # Weights are mapped from the file and come into memory when first read: have that behind us.
@@ -261,55 +254,34 @@ def _memory_of_one(job: dict[str, Any]) -> tuple[int, int]:
 
 def tables(spec: BenchSpec, results: Sequence[Measured]) -> list[Table]:
     """The results, a table per dtype."""
-    tables = []
-    for dtype in spec.dtypes:
-        rows: list[list[str | int | float | None]] = []
-        for item in results:
-            if item.dtype != dtype:
-                continue
-            rows.append(
-                [
-                    item.method,
-                    *(f"{1000 * item.median(phase):.1f}" for phase in PHASES),
-                    f"{1000 * item.median():.1f}",
-                    ratio_text(item.ratio, item.ratio_quartiles),
-                    item.trainable_parameters,
-                    f"{item.saved_bytes / 2**20:.1f}",
-                    None if item.step_bytes is None else f"{item.step_bytes / 2**20:.0f}",
-                    None if item.peak_bytes is None else f"{item.peak_bytes / 2**20:.0f}",
-                ]
-            )
-        columns = [
-            "method", "forward (ms)", "backward", "optimizer", "step", f"step / {spec.reference}",
-            "parameters", "saved (MiB)", "step peak (MiB)", "peak (MiB)",
+    columns = [
+        "method", "forward (ms)", "backward", "optimizer", "step", f"step / {spec.reference}",
+        "parameters", "saved (MiB)", "step peak (MiB)", "peak (MiB)",
+    ]  # fmt: skip
+
+    def cells(item: Measured) -> list[Cell]:
+        times = (item.median(phase) for phase in (*PHASES, None))
+        peaks = (item.step_bytes, item.peak_bytes)
+        return [
+            item.method, *(f"{1000 * time:.1f}" for time in times), ratio_text(item.ratio, item.ratio_quartiles),
+            item.trainable_parameters, f"{item.saved_bytes / 2**20:.1f}",
+            *(None if size is None else f"{size / 2**20:.0f}" for size in peaks),
         ]  # fmt: skip
-        tables.append(
-            Table(
-                columns,
-                rows,
-                title=f"{setting(spec, dtype)}, {spec.batch_size} × {spec.length} tokens",
-                note=(
-                    f"Medians of {spec.rounds} rounds in turns on shared base weights; ratio: median of the rounds' "
-                    "ratios, with quartiles. optimizer: step, driver and clearing the gradients. saved: kept from "
-                    "forward for backward. step peak: above what was held before the steps."
-                ),
-            )
-        )
-    return tables
+
+    return tables_by_dtype(
+        spec, results, columns, cells, f"{{}}, {spec.batch_size} × {spec.length} tokens",
+        "optimizer: step, driver and clearing the gradients. saved: kept from forward for backward. step peak: above "
+        "what was held before the steps.",
+    )  # fmt: skip
 
 
 def as_json(spec: BenchSpec, results: Sequence[Measured]) -> str:
     """Everything measured, round by round, with the settings and the machine."""
-    return with_machine(
-        spec,
-        [
-            {
-                **asdict(item),
-                "median_seconds": {**{phase: item.median(phase) for phase in PHASES}, "step": item.median()},
-            }
-            for item in results
-        ],
-    )
+    rows = []
+    for item in results:
+        medians = {phase: item.median(phase) for phase in PHASES}
+        rows.append({**asdict(item), "median_seconds": {**medians, "step": item.median()}})
+    return with_machine(spec, rows)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dynalora.common.statistics import Interval
-from dynalora.drawing.bars import plot_bars
 from dynalora.drawing.comparison import (
+    plot_bars,
     plot_learning_curves,
     plot_learning_rates,
     plot_rank_maps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from dynalora.common.statistics import Interval, mcnemar, paired_difference
-from dynalora.drawing.bars import plot_bars
+from dynalora.drawing.comparison import plot_bars
 from dynalora.drawing.training import plot_losses
 from dynalora.evaluation.scoring import Score
 from dynalora.evaluation.tasks import Task
 from dynalora.jobs.demo.settings import DemoSpec
 from dynalora.lab.report import Cell, Table
+from dynalora.lab.scores import shown_interval
 
 SHOWN = 8
 
@@ -80,15 +82,11 @@ def summary_table(rows: Sequence[DemoRow]) -> Table:
     for row in rows:
         cells.append(
             [
-                row.method,
-                _share(row.accuracy_after),
-                f"{row.answer_loss_after:.3f}",
-                f"{row.kl:.4f} ± {row.kl_error:.4f}",
-                f"{row.loss_shift:+.4f}",
-                row.trainable_parameters,
+                row.method, _share(row.accuracy_after), f"{row.answer_loss_after:.3f}",
+                f"{row.kl:.4f} ± {row.kl_error:.4f}", f"{row.loss_shift:+.4f}", row.trainable_parameters,
                 None if row.step_seconds is None else f"{row.step_seconds:.2f}",
             ]
-        )
+        )  # fmt: skip
     return Table(
         ["", "accuracy", "answer loss", "KL from base", "loss shift", "trainable parameters", "step (s)"],
         cells,
@@ -105,14 +103,10 @@ def comparison_table(result: DemoResult) -> Table:
     """Differences in accuracy on the same questions: each method against the base model and against the others."""
     names = list(result.scores)
     rows: list[list[Cell]] = []
-    for index, first in enumerate(names):
-        for second in names[index + 1 :]:
-            a, b = result.scores[first].correct, result.scores[second].correct
-            difference, p = paired_difference(a, b), mcnemar(a, b)
-            interval = (
-                f"{100 * difference.value:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
-            )
-            rows.append([f"{second} − {first}", interval, "< 0.0001" if p < 1e-4 else f"{p:.4f}"])
+    for first, second in itertools.combinations(names, 2):
+        a, b = result.scores[first].correct, result.scores[second].correct
+        interval, p = shown_interval(paired_difference(a, b), 1, scale=100, sign="+"), mcnemar(a, b)
+        rows.append([f"{second} − {first}", interval, "< 0.0001" if p < 1e-4 else f"{p:.4f}"])
     return Table(
         ["accuracy on the same questions", "difference in points (95 % interval)", "McNemar's p"],
         rows,
@@ -177,10 +171,8 @@ def figures(
 ) -> dict[str, tuple[Figure | None, str]]:
     """The plots by name, each with its caption."""
     distances: dict[str, dict[str, Interval | None]] = {
-        "KL(base ‖ tuned)": {row.method: Interval(row.kl, row.kl, row.kl) for row in result.rows},
-        "loss shift": {
-            row.method: Interval(row.loss_shift, row.loss_shift, row.loss_shift) for row in result.rows
-        },
+        "KL(base ‖ tuned)": {row.method: Interval(*[row.kl] * 3) for row in result.rows},
+        "loss shift": {row.method: Interval(*[row.loss_shift] * 3) for row in result.rows},
     }
     accuracy = {name: score.accuracy for name, score in result.scores.items()}
     return {

@@ -48,7 +48,7 @@ from dynalora.lab.configs import adapter_config, check_targets
 from dynalora.lab.data.collator import batches_of
 from dynalora.lab.machine import peak
 from dynalora.lab.models import load_model, load_tokenizer
-from dynalora.lab.packaged_models import demo_model
+from dynalora.lab.packaged_models import ModelSource, demo_model
 from dynalora.lab.report import Report, Section, listing, save_figures, say, write_report
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.training.checkpoints import save_adapter
@@ -108,7 +108,8 @@ def run_demo(
         if model is None and spec.model is None and spec.system is None:
             system = SYSTEM
         if model is None or tokenizer is None:
-            source, origin = (spec.model, spec.model) if spec.model else _demo_source(progress)
+            chosen = ModelSource(spec.model, spec.model) if spec.model else demo_model(progress=progress)
+            source, origin = chosen.path, chosen.origin
             tokenizer = load_tokenizer(source)
             progress("Loading the model", 0, None)
             model = load_model(source, dtype="float32")
@@ -140,11 +141,6 @@ def _config(method: str, spec: DemoSpec) -> Any:
     )
 
 
-def _demo_source(progress: Progress) -> tuple[str, str]:
-    source = demo_model(progress=progress)
-    return source.path, source.origin
-
-
 @dataclass
 class _Demo:
     """One run of the demo: what all its steps share."""
@@ -168,12 +164,9 @@ class _Demo:
         base = self._score(self.model, held_out, "base model")
         self.run_folder.log(_score_record("base", base))
         text = own_text(
-            self.model,
-            self.tokenizer,
-            texts=spec.retention_texts,
-            tokens=spec.retention_tokens,
+            self.model, self.tokenizer, texts=spec.retention_texts, tokens=spec.retention_tokens,
             progress=self.progress,
-        )
+        )  # fmt: skip
         reference = base_predictions(self.model, text, progress=self.progress)
         result = DemoResult([], {"base": base}, self.task, self.origin)
         records: dict[str, list[dict[str, Any]]] = {}
@@ -228,14 +221,11 @@ class _Demo:
         )
         self.run_folder.log(
             {
-                **_score_record(trained.label, score),
-                "step": trained.steps,
-                "retention": asdict(forgotten),
-                "trainable_parameters": trained.trainable_parameters,
-                "median_step_seconds": trained.step_seconds,
+                **_score_record(trained.label, score), "step": trained.steps, "retention": asdict(forgotten),
+                "trainable_parameters": trained.trainable_parameters, "median_step_seconds": trained.step_seconds,
                 "train_seconds": trained.seconds,
             }
-        )
+        )  # fmt: skip
 
     def _gates(self, model: PeftModel, held_out: TokenizedSet, text: OwnText) -> Figure:
         """Histograms of DISeL's gates on the task and on the base model's own text."""
@@ -261,13 +251,8 @@ class _Demo:
         reference: BasePredictions,
     ) -> None:
         spec = self.spec
-        drawn = {
-            **figures(result, records),
-            "gates": (
-                gates,
-                "DISeL's gates on the task's answers and on the base model's own text, by depth.",
-            ),
-        }
+        caption = "DISeL's gates on the task's answers and on the base model's own text, by depth."
+        drawn = {**figures(result, records), "gates": (gates, caption)}
         paragraph = description(spec, result, self.system, retention_tokens=reference.text.tokens)
         sections = [
             Section("Result", text=READING, tables=[summary_table(result.rows), comparison_table(result)]),

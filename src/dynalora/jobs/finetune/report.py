@@ -133,7 +133,7 @@ def write_results(
     ]
     title = f"{_short(spec.model)} fine-tuned with {title_of(result.label)} on {_short(spec.data)}"
     budget = _budget_report(monitor)
-    summary = " ".join(part for part in (_training_report(ready, result), budget) if part)
+    summary = f"{_training_report(ready, result)} {budget}".strip()
     write_report(Report(title, summary, sections), run.report)
     say(console, table, *([budget] if budget else []), f"Adapter: {run.adapter}\nReport:  {run.report}")
 
@@ -151,7 +151,7 @@ def _figures(
     if (plot := decisions(result.model, ready.tokenizer, ready.held_out)) is not None:
         name, figure, caption = plot
         drawn[name] = (figure, caption)
-    method = method_of(result.model)
+    method = METHODS.get(method_name(result.model.active_peft_config))
     if method is not None:
         drawn["method"] = (
             plot_metrics(result.records, method.panels),

@@ -15,8 +15,7 @@ from dynalora.errors import DataError, UnsupportedError
 from dynalora.evaluation import files
 from dynalora.evaluation.tokens import Conversation, tokenize
 from dynalora.forgetting.gate_recording import record_gates
-from dynalora.forgetting.gates import GateRecord
-from dynalora.forgetting.separation import Separation, depth_separation, gate_separation
+from dynalora.forgetting.gates import GateRecord, Separation, depth_separation, gate_separation
 from dynalora.jobs.gates.settings import DomainSpec, GatesSpec
 from dynalora.lab.adapters import base_tokenizer, load_adapter, read_config
 from dynalora.lab.configs import method_name

@@ -22,8 +22,7 @@ from dynalora.drawing.gates import (
     plot_separation,
 )
 from dynalora.drawing.style import rendered
-from dynalora.forgetting.gates import ALL, DEPTHS, GateMean, GateRecord
-from dynalora.forgetting.separation import Separation
+from dynalora.forgetting.gates import ALL, DEPTHS, GateMean, GateRecord, GateStatistics, Separation
 from dynalora.jobs.gates.record import GatesResult, compare_gates
 from dynalora.jobs.gates.settings import GatesSpec
 from dynalora.lab.report import Cell, Report, Section, Table, save_figures, say, write_report
@@ -136,14 +135,11 @@ def summary(result: GatesResult) -> str:
     if not result.depth_separations:
         (name, record), *_ = result.records.items()
         return f"On {name}, the mean gate is {_interval(record.mean())}."
-    sentences = []
-    for pair, by_depth in result.depth_separations.items():
-        first, _, second = pair.partition(" / ")
-        sentences.append(
-            f"A token of {first} opens the gates further than a token of {second} with probability "
-            f"{_interval(by_depth[ALL])}."
-        )
-    return " ".join(sentences)
+    return " ".join(
+        f"A token of {pair.replace(' / ', ' opens the gates further than a token of ', 1)} with probability "
+        f"{_interval(by_depth[ALL])}."
+        for pair, by_depth in result.depth_separations.items()
+    )
 
 
 def _sections(result: GatesResult) -> Iterable[tuple[str, list[Table], dict[str, tuple[Figure, str]]]]:
@@ -192,24 +188,24 @@ def _file_name(name: str, index: int) -> str:
 def _layer_rows(result: GatesResult) -> Iterable[dict[str, Any]]:
     for domain, record in result.records.items():
         for row in record:
-            mean = record.layer_mean(row)
-            yield {
-                "domain": domain, "module": row.module, "layer": row.layer, "kind": row.kind,
-                "depth": record.depth(row), "tokens": row.tokens, "documents": record.documents,
-                "mean": mean.value, "low": mean.low, "high": mean.high,
-            }  # fmt: skip
+            yield {"domain": domain, **_layer_row(record, row)}
+
+
+def _layer_row(record: GateRecord, row: GateStatistics) -> dict[str, Any]:
+    mean = record.layer_mean(row)
+    return {
+        "module": row.module, "layer": row.layer, "kind": row.kind, "depth": record.depth(row), "tokens": row.tokens,
+        "documents": record.documents, "mean": mean.value, "low": mean.low, "high": mean.high,
+    }  # fmt: skip
 
 
 def _rank_rows(result: GatesResult) -> Iterable[dict[str, Any]]:
     for domain, record in result.records.items():
         for row in record:
-            for index, (mean, deviation) in enumerate(
-                zip(row.mean.tolist(), row.deviation.tolist(), strict=True)
-            ):
-                yield {
-                    "domain": domain, "module": row.module, "layer": row.layer, "kind": row.kind,
-                    "rank": index, "mean": mean, "deviation": deviation,
-                }  # fmt: skip
+            place = {"domain": domain, "module": row.module, "layer": row.layer, "kind": row.kind}
+            numbers = zip(row.mean.tolist(), row.deviation.tolist(), strict=True)
+            for index, (mean, deviation) in enumerate(numbers):
+                yield {**place, "rank": index, "mean": mean, "deviation": deviation}
 
 
 def _separation_rows(result: GatesResult) -> Iterable[dict[str, Any]]:
@@ -221,21 +217,18 @@ def _separation_rows(result: GatesResult) -> Iterable[dict[str, Any]]:
 def _plain(result: GatesResult) -> dict[str, Any]:
     domains = {}
     for name, record in result.records.items():
-        layers = {row["module"]: row for row in _layer_rows(result) if row["domain"] == name}
+        layers = [
+            {
+                **_layer_row(record, row),
+                "mean_per_rank": row.mean.tolist(),
+                "deviation_per_rank": row.deviation.tolist(),
+                "histogram": row.histogram.tolist(),
+            }
+            for row in record
+        ]
         domains[name] = {
-            "documents": record.documents,
-            "tokens": record.tokens,
-            "counted": result.counted[name],
-            "layers": [
-                {
-                    **{key: value for key, value in layers[row.module].items() if key != "domain"},
-                    "mean_per_rank": row.mean.tolist(),
-                    "deviation_per_rank": row.deviation.tolist(),
-                    "histogram": row.histogram.tolist(),
-                }
-                for row in record
-            ],
-        }
+            "documents": record.documents, "tokens": record.tokens, "counted": result.counted[name], "layers": layers,
+        }  # fmt: skip
     separations = {
         pair: {
             "layers": [vars(item) for item in items],

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol
 
 from dynalora.common.files import csv_text
-from dynalora.drawing.bars import plot_bars
+from dynalora.drawing.comparison import plot_bars
 from dynalora.lab.report import Report, Section, Table, listing, rich_table, save_figures, write_report
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.scores import SCORE_COLUMNS, mean_accuracy, mean_loss, percent, score_line

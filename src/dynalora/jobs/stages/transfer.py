@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dynalora.drawing.transfer import plot_transfer
+from dynalora.drawing.comparison import plot_transfer
 from dynalora.jobs.stages.experiment import Experiment, Result, Results, run_experiment
 from dynalora.jobs.stages.settings import TransferSpec
 from dynalora.lab.report import Cell, Table
