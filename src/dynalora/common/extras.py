@@ -30,8 +30,16 @@ def require(module: str, purpose: str, extra: str = "lab") -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        root = module.partition(".")[0]
-        raise UnsupportedError(
-            f"{purpose} needs the package {_PACKAGES.get(root, root)}, which is not installed; run: pip install "
-            f"'dynalora[{extra}]' (in a clone of the repository: pip install '.[{extra}]')."
-        ) from error
+        raise missing(module, purpose, extra) from error
+
+
+def missing(module: str, purpose: str, extra: str = "lab") -> UnsupportedError:
+    """The error that says how to install a module's package; the arguments are those of `require`."""
+    root = module.partition(".")[0]
+    package = _PACKAGES.get(root, root)
+    return UnsupportedError(f"{purpose} needs the package {package}, which is not installed; run: {install(extra)}.")
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra."""
+    return f"pip install 'dynalora[{extra}]' (in a clone of the repository: pip install '.[{extra}]')"

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dynalora.common.extras import missing
 from dynalora.errors import ConfigError, UnsupportedError
 from dynalora.evaluation.causal import prompt_length
 from dynalora.evaluation.generation import evaluating
@@ -90,10 +91,7 @@ def find_tasks(
     if not names:
         raise ConfigError(f"No task is named; give names of harness tasks, or '{SUITE}'.")
     if importlib.util.find_spec("lm_eval") is None:
-        raise UnsupportedError(
-            f"The harness task {names[0]} needs lm-evaluation-harness, which is not installed; run: "
-            "pip install 'dynalora[eval]'."
-        )
+        raise missing("lm_eval", f"The harness task {names[0]}", "eval")
     from lm_eval.tasks import TaskManager
 
     manager: Any = None

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dynalora.common.extras import install
 from dynalora.common.statistics import Interval, bootstrap, item_interval
 from dynalora.errors import DataError, UnsupportedError
 from dynalora.evaluation.numbers import final_number, last_number, number, same_number
@@ -56,7 +57,7 @@ class Metric:
             if importlib.util.find_spec(module) is None:
                 raise UnsupportedError(
                     f"The metric {self.names[0]} needs the package {package}, which is not installed; run: "
-                    "pip install 'dynalora[eval]', or choose other metrics."
+                    f"{install('eval')}, or choose other metrics."
                 )
         if "nltk" in (self.needs or {}):
             _wordnet()

@@ -8,14 +8,9 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TorchAoConfig,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dynalora.common.extras import install
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError, first_line
 from dynalora.evaluation.heads import CAUSAL_LM, MASKED_LM, Head, head_of
@@ -79,9 +74,9 @@ def quantization_config(name: str, dtype: torch.dtype, *, whole: list[str] | Non
         if name == "int8":
             from torchao.quantization import Int8WeightOnlyConfig
 
-            return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=whole)
+            return transformers.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=whole)
         four = name == "4bit"
-        return BitsAndBytesConfig(
+        return transformers.BitsAndBytesConfig(
             load_in_4bit=four, load_in_8bit=not four, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=whole,
         )  # fmt: skip
@@ -92,8 +87,8 @@ def quantization_config(name: str, dtype: torch.dtype, *, whole: list[str] | Non
 def not_installed(quantization: str, error: ImportError) -> ConfigError:
     """The error to raise where quantization lacks its library."""
     return ConfigError(
-        f"quantization '{quantization}' needs a library that is not installed ({first_line(error)}): "
-        f"pip install 'dynalora[{QUANTIZATIONS.get(quantization, 'quant')}]'."
+        f"quantization '{quantization}' needs a library that is not installed ({first_line(error)}); run: "
+        f"{install(QUANTIZATIONS.get(quantization, 'quant'))}."
     )
 
 
@@ -179,7 +174,7 @@ def load_tokenizer(
         ConfigError: There is none, or no such template.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:

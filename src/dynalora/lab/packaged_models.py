@@ -33,9 +33,10 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from dynalora.common.extras import missing
 from dynalora.common.files import cache_folder, folder_beside
 from dynalora.common.progress import Progress, silent
-from dynalora.errors import DynaloraError, UnsupportedError
+from dynalora.errors import DynaloraError
 
 logger = logging.getLogger(__name__)
 
@@ -161,10 +162,7 @@ def _hub_reachable(patience: float = _HUB_PATIENCE) -> bool:
 def _converted(copy: Path, progress: Progress) -> Path:
     """The converted copy in the cache, made now if it is not there or damaged."""
     if importlib.util.find_spec("gguf") is None:
-        raise UnsupportedError(
-            "The demo's model comes as a GGUF file, and the package gguf, which reads it, is not installed; run: "
-            "pip install 'dynalora[demo]'"
-        )
+        raise missing("gguf", "The demo's model, which comes as a GGUF file,", "demo")
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         _need_space(copy.parent, 1.2e9)
