@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from typing import TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -31,19 +31,10 @@ def quiet() -> None:
 
     Progress bars of other libraries are left on in a terminal and switched off in a pipe, where they are garbage.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning, module=_OTHERS)
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module=_OTHERS)
-    warnings.filterwarnings("ignore", category=UserWarning, module=_OTHERS)
+    for category in (FutureWarning, DeprecationWarning, UserWarning):
+        warnings.filterwarnings("ignore", category=category, module=rf"({'|'.join(_OTHERS)})(\.|$)")
     warnings.showwarning = _one_line
-    for name in (
-        "transformers",
-        "peft",
-        "accelerate",
-        "datasets",
-        "bitsandbytes",
-        "httpx",
-        "huggingface_hub",
-    ):
+    for name in (*_OTHERS, "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logger = logging.getLogger("dynalora")
     if not logger.handlers:
@@ -56,7 +47,7 @@ def quiet() -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
-_OTHERS = r"(transformers|peft|torch|datasets|accelerate|bitsandbytes|huggingface_hub)(\.|$)"
+_OTHERS = ("transformers", "peft", "torch", "datasets", "accelerate", "bitsandbytes", "huggingface_hub")
 
 
 class _Lines(logging.Handler):
@@ -70,14 +61,7 @@ class _Lines(logging.Handler):
             complain(f"Warning: {message}" if record.levelno >= logging.WARNING else message, style="yellow")
 
 
-def _one_line(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def _one_line(message: Warning | str, *_: Any, **__: Any) -> None:
     complain(f"Warning: {message}", style="yellow")
 
 

@@ -37,7 +37,9 @@ def missing(module: str, purpose: str, extra: str = "lab") -> UnsupportedError:
     """The error that says how to install a module's package; the arguments are those of `require`."""
     root = module.partition(".")[0]
     package = _PACKAGES.get(root, root)
-    return UnsupportedError(f"{purpose} needs the package {package}, which is not installed; run: {install(extra)}.")
+    return UnsupportedError(
+        f"{purpose} needs the package {package}, which is not installed; run: {install(extra)}."
+    )
 
 
 def install(extra: str) -> str:

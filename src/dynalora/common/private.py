@@ -16,30 +16,13 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners._buffer_dict import BufferDict
+from peft.tuners._buffer_dict import BufferDict as BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
 from peft.utils.peft_types import PeftType
 from torch import nn
 from torch.optim import Optimizer
 from transformers import trainer as transformers_trainer
 from transformers.trainer_callback import TrainerCallback
-
-__all__ = [
-    "BufferDict",
-    "adapters_disabled",
-    "add_default_callback",
-    "extend_model_cards",
-    "features",
-    "gradient_scale",
-    "has_forward_hooks",
-    "in_backward",
-    "peft_type",
-    "resolve_all_linear",
-    "steps_around",
-    "version",
-    "view_base",
-    "without_updates",
-]
 
 # torch's operations on lists of tensors, which its own optimizers are made of: one launch instead of one per tensor.
 foreach_abs_ = torch._foreach_abs_

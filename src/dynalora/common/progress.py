@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import Progress as Bars
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int | None], None]
@@ -82,6 +82,17 @@ def late_progress() -> Iterator[Progress]:
         shown.stop()
 
 
+def live_bar(console: Console, field: str | None = None) -> bars.Progress:
+    """A line with bar, count, elapsed and remaining time, and with a field of the task's between if one is named."""
+    from rich import progress as bars  # a plain installation lacks it
+
+    between = [] if field is None else [bars.TextColumn(f"{{task.fields[{field}]}}")]
+    return bars.Progress(
+        bars.TextColumn("[bold]{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(), *between,
+        bars.TimeElapsedColumn(), bars.TextColumn("left"), bars.TimeRemainingColumn(), console=console,
+    )  # fmt: skip
+
+
 class _Shown:
     """The listener behind `rich_progress`: at most one job is live at a time."""
 
@@ -90,7 +101,7 @@ class _Shown:
         self._what: str | None = None
         self._began = 0.0
         self._told = 0.0
-        self._bars: Bars | None = None
+        self._bars: bars.Progress | None = None
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
         if what != self._what:
@@ -100,11 +111,8 @@ class _Shown:
             self._bars.update(self._bars.task_ids[0], completed=done, total=total)
         elif (total is None or done < total) and time.monotonic() - self._told >= _PLAIN_EVERY:
             self._told = time.monotonic()
-            self.console.print(
-                f"{what}: {done}" + (f" of {total}" if total is not None else ""),
-                highlight=False,
-                markup=False,
-            )
+            count = f"{done}" if total is None else f"{done} of {total}"
+            self.console.print(f"{what}: {count}", highlight=False, markup=False)
         if total is not None and done >= total:
             seconds = time.monotonic() - self._began
             self.stop()
@@ -112,23 +120,11 @@ class _Shown:
                 self.console.print(f"{what}: done in {seconds:.0f} s", highlight=False, markup=False)
 
     def _begin(self, what: str) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import Progress as Bars
-
         self._what, self._began = what, time.monotonic()
         self._told = self._began
         if not self.console.is_terminal:
             return
-        self._bars = Bars(
-            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), console=self.console,
-        )  # fmt: skip
+        self._bars = live_bar(self.console)
         self._bars.add_task(what, total=None)
         self._bars.start()
 

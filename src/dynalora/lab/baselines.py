@@ -28,20 +28,6 @@ from transformers import TrainerCallback
 from dynalora.errors import ConfigError, ScheduleError
 from dynalora.lab.settings import did_you_mean
 
-__all__ = [
-    "BASELINES",
-    "Baseline",
-    "DriveBaseline",
-    "LoraPlusConfig",
-    "config_from_file",
-    "driver_of",
-    "edits_base",
-    "is_config_file",
-    "label_of",
-    "optimizer_of",
-    "prompt_only",
-]
-
 # AdaLoRA's schedule where none is given, as parts of the run: ranks are cut from the first to the second.
 _ADALORA_START, _ADALORA_END, _ADALORA_CUTS = 0.1, 0.7, 20
 

@@ -22,8 +22,6 @@ from torch import nn
 from dynalora.common.names import plain_name
 from dynalora.errors import ConfigError
 
-__all__ = ["Make", "Matched", "match_parameters", "trainable_parameters"]
-
 Make = Callable[[int, dict[str, int] | None], PeftConfig]
 """A configuration for a rank, and for ranks that differ from it, by module name as PEFT's `rank_pattern`."""
 

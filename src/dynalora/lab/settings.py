@@ -16,7 +16,7 @@ import operator
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -192,8 +192,6 @@ def _describe(kind: type[Any]) -> dict[str, Described]:
         sources = declaring + borrowed
         setting = next((extra for base in sources if (extra := _setting(base, name))), Setting())
         text = next((texts[name] for base in sources if name in (texts := _descriptions(base))), "")
-        item = declared[name]
-        default = item.default if item.default_factory is MISSING else item.default_factory()
         none = _NONE.search(_first_sentence(text))
         described[name] = Described(
             name=name,
@@ -201,7 +199,7 @@ def _describe(kind: type[Any]) -> dict[str, Described]:
             setting=setting,
             text=text,
             panel=setting.panel or getattr(sources[-1], "_panel", None),
-            default=default,
+            default=_default(declared[name]),
             absent=kind._absent if borrowed else none and none[1].strip(),
         )
     return described
@@ -270,11 +268,12 @@ def defaults_of(kind: type[Any]) -> dict[str, Any]:
 
     Files that an older version has written lack the settings that came later; these had their defaults' effect.
     """
-    values = {item.name: item.default for item in fields(kind) if item.default is not MISSING}
-    factories = {
-        item.name: item.default_factory for item in fields(kind) if item.default_factory is not MISSING
-    }
-    return values | {name: factory() for name, factory in factories.items()}
+    return {item.name: value for item in fields(kind) if (value := _default(item)) is not MISSING}
+
+
+def _default(item: Field[Any]) -> Any:
+    """The default of a dataclass's field; MISSING if it must be given."""
+    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 def settings_from(kind: type[Kind], values: Mapping[str, Any], *, source: str = "the settings") -> Kind:
@@ -303,9 +302,7 @@ def settings_from(kind: type[Kind], values: Mapping[str, Any], *, source: str = 
         if name not in allowed:
             raise ConfigError(f"Unknown setting '{name}' in {source}; {did_you_mean(name, allowed)}.")
     missing = [
-        name
-        for name, item in allowed.items()
-        if item.default is MISSING and item.default_factory is MISSING and values.get(name) is None
+        name for name, item in allowed.items() if _default(item) is MISSING and values.get(name) is None
     ]
     if missing:
         raise ConfigError(

@@ -93,22 +93,11 @@ def losses_table(result: LinearModelResult) -> Table:
         "Bayes-optimal correction": result.bayes,
     }
     rows: list[list[Cell]] = [
-        [name, "closed form", losses.fine_tuning, losses.pre_training, losses.mixture, None, None]
-        for name, losses in closed.items()
+        [name, "closed form", *_numbers(losses), None, None] for name, losses in closed.items()
     ]
     for row in result.rows:
-        losses = row.losses
-        rows.append(
-            [
-                NAMES[row.method],
-                "trained",
-                losses.fine_tuning,
-                losses.pre_training,
-                losses.mixture,
-                f"{100 * row.excess:+.2f} %",
-                f"{row.trainable_parameters:,}",
-            ]
-        )
+        more = (f"{100 * row.excess:+.2f} %", f"{row.trainable_parameters:,}")
+        rows.append([NAMES[row.method], "trained", *_numbers(row.losses), *more])
     return Table(
         ["correction", "how", "fine-tuning", "pre-training", "mixture", "above its optimum", "parameters"],
         rows,
@@ -166,14 +155,9 @@ def _plain(result: LinearModelResult) -> dict[str, Any]:
 def _csv(result: LinearModelResult) -> str:
     header = ["correction", "kind", "fine_tuning", "pre_training", "mixture"]
     closed = {"none": result.base, "best_fixed": result.fixed, "bayes": result.bayes}
-    rows = (
-        *((name, "closed form", losses) for name, losses in closed.items()),
-        *((row.method, "trained", row.losses) for row in result.rows),
-    )
-    return csv_text(
-        header,
-        (
-            [name, kind, losses.fine_tuning, losses.pre_training, losses.mixture]
-            for name, kind, losses in rows
-        ),
-    )
+    rows = [[name, "closed form", *_numbers(losses)] for name, losses in closed.items()]
+    return csv_text(header, [*rows, *([row.method, "trained", *_numbers(row.losses)] for row in result.rows)])
+
+
+def _numbers(losses: PopulationLosses) -> tuple[float, float, float]:
+    return losses.fine_tuning, losses.pre_training, losses.mixture

@@ -10,16 +10,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from transformers import TrainerCallback
 
+from dynalora.common.progress import live_bar
 from dynalora.errors import TrainingError
 from dynalora.forgetting.monitor import RetentionMonitor
 from dynalora.lab.run_folder import RunFolder
@@ -41,8 +35,7 @@ class Recorder(TrainerCallback):
         records: list[dict[str, Any]],
     ) -> None:
         self.label, self.run, self.display, self.measure = label, run, display, measure
-        self.eval_every = eval_every
-        self.records = records
+        self.eval_every, self.records = eval_every, records
         self.durations: list[float] = []
         self.held_out: float | None = None
         self._began = 0.0
@@ -141,11 +134,7 @@ class Display:
         if self.console is None:
             return
         if self.console.is_terminal:
-            self._progress = Progress(
-                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-                TextColumn("{task.fields[losses]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-                console=self.console,
-            )  # fmt: skip
+            self._progress = live_bar(self.console, "losses")
             self._progress.start()
             self._task = self._progress.add_task(self.label, total=total, completed=done, losses="")
 
