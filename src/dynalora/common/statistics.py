@@ -73,7 +73,7 @@ def wilson(correct: int, total: int, confidence: float = 0.95) -> Interval:
     return Interval(correct / total, float(ends.low), float(ends.high))
 
 
-def paired_difference(first: Sequence[bool], second: Sequence[bool], confidence: float = 0.95) -> Interval:
+def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> Interval:
     """Accuracy of `second` minus accuracy of `first` on the same items, with its interval.
 
     The interval is the adjusted Wald interval of D. G. Bonett and R. M. Price, J. Educ. Behav. Stat. 37 (2012): one
@@ -86,7 +86,7 @@ def paired_difference(first: Sequence[bool], second: Sequence[bool], confidence:
     gained, lost = _discordant(first, second)
     total = len(first)
     plus, minus = (gained + 1) / (total + 2), (lost + 1) / (total + 2)
-    half = normal_quantile(confidence) * math.sqrt((plus + minus - (plus - minus) ** 2) / (total + 2))
+    half = normal_quantile() * math.sqrt((plus + minus - (plus - minus) ** 2) / (total + 2))
     return Interval((gained - lost) / total, max(-1.0, plus - minus - half), min(1.0, plus - minus + half))
 
 
@@ -127,9 +127,7 @@ class Difference(Interval):
     p: float
 
 
-def crossed_difference(
-    first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], confidence: float = 0.95
-) -> Difference:
+def crossed_difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> Difference:
     """Mean of `second` minus `first`, where the same runs (seeds) were measured on the same items.
 
     Runs and items both count as drawn at random, so the result speaks of other seeds and other questions. With
@@ -144,13 +142,10 @@ def crossed_difference(
     Args:
         first: One sequence per run, one value per item.
         second: Likewise, runs and items in the same order.
-        confidence: Coverage, between 0 and 1.
 
     Raises:
         DataError: No runs, fewer than two items, or different numbers of either.
-        ConfigError: Confidence outside (0, 1).
     """
-    normal_quantile(confidence)
     shape = [len(run) for run in first]
     if not shape or shape != [len(run) for run in second] or len(set(shape)) > 1 or shape[0] < 2:
         raise DataError(
@@ -173,7 +168,7 @@ def crossed_difference(
         return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0)
     degrees = max(1, int(variance**2 / math.fsum(part**2 / free for part, free in parts)))
     error = math.sqrt(variance)
-    half = t_quantile(0.5 + confidence / 2, degrees) * error
+    half = t_quantile(0.975, degrees) * error
     return Difference(
         mean, mean - half, mean + half, float(2 * _scipy_stats().t.sf(abs(mean) / error, degrees))
     )
@@ -238,7 +233,7 @@ def unweighted_mean(scores: Sequence[Interval]) -> Interval:
     return Interval(value, value - below, value + above)
 
 
-def item_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+def item_interval(values: Sequence[float]) -> Interval:
     """A mean over a task's items: Wilson's interval if all values are 0 or 1, else Student's.
 
     Raises:
@@ -246,8 +241,8 @@ def item_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
         ConfigError: Confidence outside (0, 1).
     """
     if values and all(value in (0, 1) for value in values):
-        return wilson(round(sum(values)), len(values), confidence)
-    return mean_interval(values, confidence)
+        return wilson(round(sum(values)), len(values))
+    return mean_interval(values)
 
 
 def ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:

@@ -75,37 +75,26 @@ def _histograms(named: Mapping[str, Mapping[str, Sequence[GateStatistics]]], tit
     return drawn
 
 
-def plot_gate_means(
-    records: Mapping[str, GateRecord], title: str = "Mean gate by layer and domain"
-) -> Figure:
+def plot_gate_means(records: Mapping[str, GateRecord]) -> Figure:
     """Mean gate over depth, one panel per kind of module, domains overlaid, with 95 % intervals over documents.
 
-    Args:
-        records: Results of `dynalora.record_gates` by domain, all of the same adapter.
-        title: Heading.
+    All records are of the same adapter.
     """
     curves: dict[str, list[_Point]] = {domain: [] for domain in records}
     for domain, record in records.items():
         for row in record:
             mean = record.layer_mean(row)
             curves[domain].append((row.kind, row.layer, mean.value, mean.low, mean.high))
-    return _over_depth(curves, "mean gate", title)
+    return _over_depth(curves, "mean gate", "Mean gate by layer and domain")
 
 
-def plot_separation(
-    separations: Mapping[str, Sequence[Separation]],
-    title: str = "How well the gates tell tokens of two domains apart",
-) -> Figure:
-    """Area under the ROC curve over depth, one panel per kind of module, with 95 % intervals over documents.
-
-    Args:
-        separations: Results of `dynalora.forgetting.gates.gate_separation` by the name of their pair of domains.
-        title: Heading.
-    """
+def plot_separation(separations: Mapping[str, Sequence[Separation]]) -> Figure:
+    """Area under the ROC curve over depth, one panel per kind of module, with 95 % intervals over documents."""
     curves: dict[str, list[_Point]] = {
         pair: [(item.kind, item.layer, item.auc, item.low, item.high) for item in items]
         for pair, items in separations.items()
     }
+    title = "How well the gates tell tokens of two domains apart"
     return _over_depth(curves, "area under ROC", title, level=0.5)
 
 

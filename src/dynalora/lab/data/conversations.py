@@ -63,24 +63,14 @@ def load_conversations(
     return to_conversations(rows, fields=fields, source=name, limit=limit)
 
 
-def load_texts(
-    source: str | Path,
-    *,
-    split: str = "train",
-    subset: str | None = None,
-    limit: int | None = None,
-    text_field: str | None = None,
-) -> list[str]:
+def load_texts(source: str | Path, *, limit: int | None = None) -> list[str]:
     """Plain texts to measure on.
 
     Args:
         source: A plain text file, whose passages, parted by empty lines, are the texts; or whatever
-            [`load_conversations`][dynalora.lab.data.conversations.load_conversations] reads.
-        split: Which split of a Hub data set or folder.
-        subset: Which configuration of a Hub data set.
+            [`load_conversations`][dynalora.lab.data.conversations.load_conversations] reads, of whose rows the first
+            of the fields `dynalora.evaluation.files.TEXT_FIELDS` is taken, in the split `train`.
         limit: Keep only the first texts; None: all.
-        text_field: The field of a row that is the text; None: the first there is of
-            `dynalora.evaluation.files.TEXT_FIELDS`.
 
     Raises:
         DataError: The source does not exist, cannot be read, has no such field, or holds no text.
@@ -88,8 +78,8 @@ def load_texts(
     path = Path(source).expanduser()
     if is_text(path):
         return some_texts(passages(path), limit, f"'{source}'")
-    rows, name = read_rows(source, split=split, subset=subset)
-    return some_texts(texts_of(rows, text_field, name), limit, f"'{source}'")
+    rows, name = read_rows(source, split="train", subset=None)
+    return some_texts(texts_of(rows, None, name), limit, f"'{source}'")
 
 
 def to_conversations(
