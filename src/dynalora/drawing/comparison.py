@@ -70,6 +70,48 @@ def plot_learning_rates(
     return drawn
 
 
+def plot_factors(
+    curves: Mapping[str, Sequence[tuple[float, Sequence[tuple[float, float]]]]],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    highest: float | None = None,
+) -> Figure:
+    """A line over factors of the update for each run, from as trained (a large marker) down to the smallest factor.
+
+    Args:
+        curves: Label → runs as (learning rate, points), the points as (x, y) with falling factors.
+        title: Heading.
+        x: What the horizontal axis means, with its unit; it is logarithmic.
+        y: What the vertical axis means, with its unit.
+        highest: Show only the range of the points up to this height; None: of all.
+    """
+    drawn, (axis,) = figure(6.6, 4.6)
+    chosen = looks(curves)
+    shown = []
+    for label, runs in curves.items():
+        for number, (rate, points) in enumerate(runs):
+            line = chosen[label].line() | ({"label": label} if number == 0 else {})
+            axis.plot([at for at, _ in points], [height for _, height in points], **line)
+            first = points[0]
+            axis.plot(*first, color=chosen[label].color, marker=chosen[label].marker, markersize=7)
+            visible = [point for point in points if highest is None or point[1] <= highest]
+            if first in visible:
+                axis.annotate(f"{rate:g}", first, xytext=(4, 4), textcoords="offset points", fontsize=6)
+            shown += visible
+    axis.set_xscale("log")
+    shown = [point for point in shown if point[0] > 0]
+    if len(shown) > 1:
+        places, heights = zip(*shown, strict=True)
+        room = 0.08 * (max(heights) - min(heights)) or 0.1
+        axis.set_xlim(min(places) / 1.3, max(places) * 1.3)
+        axis.set_ylim(min(heights) - room, max(heights) + room)
+    describe(axis, title=title, x=x, y=y)
+    legend(axis)
+    return drawn
+
+
 def plot_sizes(points: Mapping[str, tuple[int, Interval] | None], *, title: str, y: str) -> Figure:
     """Quality against the number of trained parameters, with intervals.
 

@@ -193,6 +193,24 @@ def scale_update(model: PeftModel, factor: float, adapter: str | None = None) ->
             driver.config = config
 
 
+@contextmanager
+def update_scaled(model: PeftModel, factor: float, adapter: str | None = None) -> Iterator[PeftModel]:
+    """The model with an adapter's update scaled inside, and exactly as it was afterwards.
+
+    Args:
+        model: The model with the adapter.
+        factor: The factor.
+        adapter: Its name; None: the active one.
+
+    Raises:
+        ConfigError: There is no such adapter.
+        UnsupportedError: The update cannot be scaled.
+    """
+    name = adapter or model.active_adapter
+    with _at(_scalable(model, name), name, factor):
+        yield model
+
+
 def _scalable(model: PeftModel, adapter: str) -> list[AdapterLayer | LoraLayer]:
     if adapter not in model.peft_config:
         raise ConfigError(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dynalora.common.names import IGNORED_LABEL
 from dynalora.common.progress import Progress, rich_progress
 from dynalora.errors import DynaloraError
 from dynalora.evaluation.heads import CAUSAL_LM, MASKED_LM, head_of
@@ -16,22 +17,25 @@ from dynalora.evaluation.run import measure
 from dynalora.evaluation.windows import model_window, within_window
 from dynalora.forgetting.landscape import rank_landscape
 from dynalora.forgetting.monitor import OWN_TEXT
-from dynalora.forgetting.retention import retention
+from dynalora.forgetting.retention import predictions_within, retention
 from dynalora.forgetting.texts import MeasuredText, own_text
 from dynalora.jobs.compare.contestants import BASE, Cell
 from dynalora.jobs.compare.planning import kept_tasks
 from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.jobs.compare.store import CellStore, shared_settings
 from dynalora.lab.baselines import edits_base
-from dynalora.lab.data.conversations import load_named_text, measured_text
+from dynalora.lab.data.conversations import MONITORED_LENGTH, load_named_text, measured_text
 from dynalora.lab.machine import forget_peak, machine, peak
 from dynalora.lab.models import load_model, load_tokenizer, local_model_name, placed
+from dynalora.lab.scaling import scalable
 from dynalora.lab.training.settings import train_settings
 from dynalora.lab.training.train import TrainResult, train_adapter
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dynalora.lab.tasks.task import ExperimentTask
 
 
 def run_cell(spec: CompareSpec, cell: Cell, *, console: Console | None = None) -> dict[str, Any]:
@@ -44,7 +48,8 @@ def run_cell(spec: CompareSpec, cell: Cell, *, console: Console | None = None) -
 
     Returns:
         The result: `test` and `validation` scores, `retention` by text, `kept` by benchmark, `training` (loss by step,
-        times, memory, parameters) and `landscape`.
+        times, memory, parameters), `landscape`, `curve` (losses and KL by factor of the update) and `change` (its
+        size, and KL on the task's prompts).
 
     Raises:
         filelock.Timeout: Another process has the cell.
@@ -80,13 +85,15 @@ class _Run:
         tokenizer = load_tokenizer(self.path, template=spec.template if head is CAUSAL_LM else None)
         if head.encoder_decoder:
             tokenizer.model_max_length = model_window(model, tokenizer)
-        texts = self._texts(model, tokenizer)
+        self.texts = self._texts(model, tokenizer)
         result: dict[str, Any] = {"machine": machine(), "task": task.about}
+        prompts: MeasuredText | None = None
         if not self.base:
             longest = within_window(spec.max_length, model, tokenizer)
             rows = task.training(tokenizer, system=spec.system or "", max_length=longest)
             how = train_settings(
-                spec, seed=cell.seed, learning_rate=cell.learning_rate, log_every=1, eval_every=0, save_every=0
+                spec, seed=cell.seed, learning_rate=cell.learning_rate, weight_decay=cell.weight_decay, log_every=1,
+                eval_every=0, save_every=0,
             )  # fmt: skip
             _forget_peak()
             trained = train_adapter(
@@ -94,15 +101,72 @@ class _Run:
                 console=self.console, collator=task.collator(tokenizer),
             )  # fmt: skip
             model = trained.model
+            prompts = _prompts(rows) if self.texts else None
             result |= {"training": _training(trained, len(rows)), "landscape": self._landscape(model)}
+        parts = {"test": held_out} | ({} if validation is None else {"validation": validation})
         with rich_progress(self.console) as progress:
-            for name, part in (("test", held_out), ("validation", validation)):
-                if part is not None:
-                    score = part.measure(model, tokenizer, spec.measuring, name=name, progress=progress)
-                    result[name] = score.record()
-            result["retention"] = self._retention(model, texts, progress)
+            for name, part in parts.items():
+                score = part.measure(model, tokenizer, spec.measuring, name=name, progress=progress)
+                result[name] = score.record()
+            # The base model apart, where switching the adapter off does not give it back.
+            self.apart = self._load(self.spec.quantization) if self._needs_base_apart() else None
+            result["retention"] = self._retention(model, progress)
             result["kept"] = self._kept(model, tokenizer, progress)
+            if prompts is not None:
+                kl = retention(
+                    model, prompts, base=self.apart, name="the task's prompts", progress=progress
+                ).kl
+                result |= self._scaled(model, tokenizer, parts, result, progress)
+                result["change"] = {"norm": result.pop("norm"), "prompts_kl": kl}
         return result
+
+    def _scaled(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        parts: Mapping[str, ExperimentTask],
+        result: Mapping[str, Any],
+        progress: Progress,
+    ) -> dict[str, Any]:
+        """The size of what training changed, and losses and KL with less of it; the model is of no use afterwards."""
+        point = {"test": _losses(result["test"]), "kl": _kl(result["retention"])}
+        if "validation" in parts:
+            point["validation"] = _losses(result["validation"])
+        curve: list[dict[str, Any]] = [{"factor": 1.0, **point}]
+        ready = scalable(model, self.apart, lambda: self._load(self.spec.quantization))
+        if ready is None:
+            return {"norm": None, "curve": curve}
+        bases: Mapping[str, Any] = dict.fromkeys(self.texts, ready.base)
+        factors = sorted({factor for factor in self.spec.factors if factor != 1}, reverse=True)
+        if factors and ready.base is None:
+            bases = predictions_within(model, self.texts, _PREDICTIONS, progress=progress)
+        # Losses are enough here: answers are generated as trained only.
+        how = replace(self.spec.measuring, generated=0)
+        for factor in factors:
+            with ready.at(factor) as scaled:
+                point = {
+                    name: _losses(
+                        part.measure(
+                            scaled, tokenizer, how, name=f"{name} × {factor:g}", progress=progress
+                        ).record()
+                    )
+                    for name, part in parts.items()
+                }
+                point["kl"] = _kl(
+                    {
+                        name: asdict(
+                            retention(
+                                scaled, text, base=bases[name], name=f"{name} × {factor:g}", progress=progress
+                            )
+                        )
+                        for name, text in self.texts.items()
+                    }
+                )
+            curve.append({"factor": factor, **point})
+        return {"norm": ready.norm, "curve": curve}
+
+    def _needs_base_apart(self) -> bool:
+        return bool(self.texts) and not self.base and not (self._on_the_base() and not self._edits_base())
 
     def _landscape(self, model: Any) -> list[dict[str, Any]] | None:
         """Effective ranks and nuclear norms by matrix; None where factors are not the whole change of the weights."""
@@ -142,18 +206,16 @@ class _Run:
             texts[name] = measured_text(passages, tokenizer)
         return texts
 
-    def _retention(
-        self, model: Any, texts: Mapping[str, MeasuredText], progress: Progress
-    ) -> dict[str, Any] | None:
-        if not texts:
+    def _retention(self, model: Any, progress: Progress) -> dict[str, Any] | None:
+        if not self.texts:
             return None
         if self.base:
-            return {name: {"kl": 0.0, "kl_error": 0.0, "loss_shift": 0.0} for name in texts}
-        same_base = self._on_the_base() and not self._edits_base()
-        base = None if same_base else self._load(self.spec.quantization)
+            return {name: {"kl": 0.0, "kl_error": 0.0, "loss_shift": 0.0} for name in self.texts}
         measured = {}
-        for name, text in texts.items():
-            result = retention(model, text, base=base, name=f"{self.cell.label} on {name}", progress=progress)
+        for name, text in self.texts.items():
+            result = retention(
+                model, text, base=self.apart, name=f"{self.cell.label} on {name}", progress=progress
+            )
             measured[name] = {**asdict(result), "tokens": text.tokens}
         return measured
 
@@ -192,6 +254,30 @@ def _training(trained: TrainResult, rows: int) -> dict[str, Any]:
         "peak_bytes": _peak(),
         "losses": [[record["step"], record["loss"]] for record in trained.records if "loss" in record],
     }
+
+
+_PREDICTIONS = 2**30
+"""Bytes that the base model's predictions may take while a curve is measured."""
+_PROMPTS = 32
+"""Number of the task's prompts that KL is measured on, and below of the tokens of each."""
+
+
+def _prompts(rows: Any) -> MeasuredText | None:
+    """The prompts of the first training questions; None if they have none."""
+    prompts = []
+    for row in rows.rows[:_PROMPTS]:
+        length = next((place for place, label in enumerate(row["labels"]) if label != IGNORED_LABEL), 0)
+        prompts.append(tuple(row["input_ids"][:length][-MONITORED_LENGTH:]))
+    prompts = [prompt for prompt in prompts if len(prompt) > 1]
+    return MeasuredText(tuple(prompts), (1,) * len(prompts)) if prompts else None
+
+
+def _losses(score: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: score[name] for name in ("loss", "loss_error", "losses", "counts")}
+
+
+def _kl(measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    return {text: {name: row[name] for name in ("kl", "kl_error")} for text, row in measured.items()}
 
 
 _OF_A_MATRIX = ("module", "layer", "kind", "rank", "effective_rank", "nuclear_norm")

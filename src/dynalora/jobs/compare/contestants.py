@@ -31,6 +31,7 @@ class Setup:
         dropout: Dropout on the adapter's input, in [0, 1).
         target_modules: Modules that are adapted.
         quantization: How the base weights are held; None: as they are.
+        weight_decay: Weight decay of AdamW.
         options: Further fields of the method's configuration.
     """
 
@@ -41,6 +42,7 @@ class Setup:
     dropout: float = 0.0
     target_modules: list[str] | str = "all-linear"
     quantization: str | None = None
+    weight_decay: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
 
     def config(self, task_type: str) -> PeftConfig | None:

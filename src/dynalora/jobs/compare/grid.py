@@ -61,8 +61,9 @@ class Grid:
     def base(self, task: str) -> Cell:
         """The untouched model on a task."""
         return Cell(
-            task=task, place=self.places[task], label=BASE, method=BASE, quantization=self.spec.quantization
-        )
+            task=task, place=self.places[task], label=BASE, method=BASE, quantization=self.spec.quantization,
+            weight_decay=self.spec.weight_decay,
+        )  # fmt: skip
 
     def tried(self, task: str, contestant: Contestant) -> list[Cell]:
         """The cells that the learning rate is chosen from."""
@@ -77,9 +78,15 @@ class Grid:
             result = self.result(cell)
             if result is None:
                 return None
-            loss = (result.get("validation") or {}).get("loss")
-            losses[cell.learning_rate] = math.inf if loss is None else float(loss)
+            losses[cell.learning_rate] = min(self._validation_losses(result), default=math.inf)
         return min(losses, key=lambda rate: (losses[rate], rate))
+
+    def _validation_losses(self, result: Mapping[str, Any]) -> list[float]:
+        """A run's losses on the questions set aside: as trained, or at every factor where the best one chooses."""
+        scores = [result.get("validation") or {}]
+        if self.spec.choose == "best-factor":
+            scores += [point.get("validation") or {} for point in result.get("curve") or []]
+        return [float(score["loss"]) for score in scores if score.get("loss") is not None]
 
     def known(self) -> Iterator[Cell]:
         """All cells that can be named now; more come to be known as learning rates are chosen.

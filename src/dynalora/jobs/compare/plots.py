@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 from dynalora.common.statistics import Interval
 from dynalora.drawing.comparison import (
     plot_bars,
+    plot_factors,
     plot_learning_curves,
     plot_learning_rates,
     plot_rank_maps,
     plot_sizes,
 )
-from dynalora.jobs.compare.grid import Comparison
+from dynalora.jobs.compare.frontiers import points_of
+from dynalora.jobs.compare.grid import Comparison, Grid
 from dynalora.jobs.compare.summaries import MEAN, Summary, curve, kept_numbers, training_numbers
 
 if TYPE_CHECKING:
@@ -32,11 +34,7 @@ def plot_frontier(comparison: Comparison, task: str, text: str) -> Figure | None
     losses = [loss for points in curves.values() for *_, loss in points]
     if not losses:
         return None
-    base = grid.result(grid.base(task))
-    highest, against = None, ""
-    if base is not None:
-        highest = min(losses) + (base["test"]["loss"] - min(losses)) / 4
-        against = f"; base model: {base['test']['loss']:.3f}"
+    highest, against = _range(grid, task, losses)
     return plot_learning_rates(
         curves,
         title=f"{grid.places[task]}: learned against forgotten, by learning rate",
@@ -45,6 +43,48 @@ def plot_frontier(comparison: Comparison, task: str, text: str) -> Figure | None
         highest=highest,
         log=True,
     )
+
+
+def plot_scaled(comparison: Comparison, task: str, text: str) -> Figure | None:
+    """Loss against distance from the base model, a line over factors of the update for each learning rate.
+
+    Points are means over the seeds that ran at a rate. None where no curve was measured.
+    """
+    grid = comparison.grid
+    curves: dict[str, list[tuple[float, list[tuple[float, float]]]]] = {}
+    several = False
+    for contestant in grid.contestants:
+        curves[contestant.label] = []
+        for rate in contestant.learning_rates:
+            results = [grid.result(grid.cell(task, contestant, rate, seed)) for seed in grid.spec.run_seeds]
+            runs = [points_of(result, text) for result in results if result is not None]
+            means = [
+                (statistics.fmean(kl for *_, kl in points), statistics.fmean(loss for _, loss, _ in points))
+                for points in zip(*filter(None, runs), strict=False)
+            ]
+            several |= len(means) > 1
+            if means:
+                curves[contestant.label].append((rate, means))
+    losses = [loss for runs in curves.values() for _, points in runs for _, loss in points]
+    if not several:
+        return None
+    highest, against = _range(grid, task, losses)
+    return plot_factors(
+        curves,
+        title=f"{grid.places[task]}: learned against forgotten, updates scaled down",
+        x=f"KL(base ‖ tuned) on {text}, nats per token (log scale)",
+        y=f"loss of the right answers{against}",
+        highest=highest,
+    )
+
+
+def _range(grid: Grid, task: str, losses: Sequence[float]) -> tuple[float | None, str]:
+    """The loss up to which runs are shown, and the base model's in words; none where that was not measured."""
+    base = grid.result(grid.base(task))
+    if base is None:
+        return None, ""
+    loss = base["test"]["loss"]
+    return min(losses) + (loss - min(losses)) / 4, f"; base model: {loss:.3f}"
 
 
 def plot_kept(comparison: Comparison, task: str) -> Figure | None:

@@ -20,7 +20,9 @@ from dynalora.methods import method_names as own_methods
 _COMPARED = "What is compared"
 _OF_A_VARIANT = (
     "method", "r", "alpha", "dropout", "target_modules", "learning_rates", "match", "quantization",
+    "weight_decay",
 )  # fmt: skip
+CHOICES = ("as-trained", "best-factor")
 
 
 def _variants(texts: list[str]) -> dict[str, dict[str, Any]]:
@@ -38,7 +40,7 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPAR
         methods: Methods to compare, with commas: names, PEFT's and full included, or files with PEFT configurations.
         variants: A method with settings of its own, may be given again. Label → settings with `method` and any of `r`,
             `alpha`, `dropout`, `target_modules`, `learning_rates`, `match` (whether its parameters are matched),
-            `quantization` and fields of the method's configuration.
+            `quantization`, `weight_decay` and fields of the method's configuration.
         reference: Label that all others are compared with.
         r: Rank of the reference, and of all where parameters are not matched.
         quantization: Hold the base weights in fewer bits, with bitsandbytes (4bit is NF4) or torchao (int8);
@@ -50,6 +52,10 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPAR
         seeds: Number of runs per method, with the seeds `seed`, `seed` + 1 and so on.
         all_rates: Run every seed at every learning rate, and not only at the chosen one.
         validation: Number of training questions that the learning rate is chosen on.
+        factors: Factors of each run's update at which loss and KL are measured besides, with commas; empty: only as
+            trained. For causal models with retention.
+        choose: What a learning rate is chosen by: the loss as-trained, or at the best-factor, the lowest loss over the
+            factors; both on the questions set aside.
         retention: Measure what was forgotten, on text that the base model writes itself. Causal models only.
         texts: Further text to measure that on, may be given again.
         retention_tasks: Benchmarks that no model is trained for, measured on all models to see what was kept, with
@@ -82,6 +88,10 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPAR
     seeds: Annotated[int, Setting(least=1)] = 3
     all_rates: Annotated[bool, Setting(negative="--chosen-rate")] = False
     validation: Annotated[int, Setting(panel=MEASURING)] = 100
+    factors: Annotated[list[float], Setting(commas=True, panel=MEASURING)] = field(
+        default_factory=lambda: [1.0, 0.7, 0.5, 0.35, 0.25]
+    )
+    choose: Annotated[str, Setting(choices=CHOICES, panel=MEASURING)] = "as-trained"
     retention: Annotated[bool, Setting(panel=MEASURING)] = True
     texts: Annotated[list[str], Setting(name="--text", metavar="NAME=SOURCE", panel=MEASURING)] = field(
         default_factory=list
@@ -112,6 +122,10 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPAR
             )
         if len({named_source(text, "texts")[0] for text in self.texts}) < len(self.texts):
             raise ConfigError(f"texts uses a name twice: {', '.join(self.texts)}.")
+        if any(not 0 < factor <= 1 for factor in self.factors):
+            raise ConfigError(
+                f"factors is {self.factors}; give numbers above 0 (the base model) up to 1 (as trained)."
+            )
         self.contestants()
 
     @property
@@ -182,6 +196,7 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPAR
             dropout=float(values.get("dropout", self.dropout)),
             target_modules=values.get("target_modules", self.target_modules),
             quantization=values.get("quantization", self.quantization),
+            weight_decay=float(values.get("weight_decay", self.weight_decay)),
             options={name: value for name, value in values.items() if name not in _OF_A_VARIANT},
             learning_rates=tuple(sorted(set(rates))),
             # A variant that names its rank has that rank.

@@ -22,10 +22,18 @@ from dynalora.lab.units import UnitStore
 CELLS = "cells"
 _GROWS = (
     "tasks", "output", "methods", "variants", "reference", "learning_rates", "learning_rate", "seeds", "all_rates",
-    "jobs", "threads",
+    "jobs", "threads", "factors", "choose",
 )  # fmt: skip
-"""Settings that may differ between calls on the same folder: what more to run, and how many at once."""
-_OF_EACH_CELL = ("r", "alpha", "dropout", "target_modules", "quantization", "match_parameters")
+"""Settings that may differ between calls on the same folder: what more to run or to measure, and how many at once."""
+_OF_EACH_CELL = (
+    "r",
+    "alpha",
+    "dropout",
+    "target_modules",
+    "quantization",
+    "weight_decay",
+    "match_parameters",
+)
 """Settings that each cell records for itself."""
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from dynalora.common.statistics import Difference, Interval, crossed_difference, holm, mean_interval
 from dynalora.jobs.compare.contestants import Contestant
-from dynalora.jobs.compare.grid import Comparison
+from dynalora.jobs.compare.frontiers import Scaled, compare_scaled
+from dynalora.jobs.compare.grid import Comparison, Grid
 from dynalora.lab.scores import mean_accuracy, mean_loss
 
 Result = Mapping[str, Any]
@@ -40,6 +41,9 @@ class Summary:
         loss_apart: Loss minus the reference's.
         at_reference_loss: KL by text where the method's curve over learning rates has the reference's loss; None where
             it does not reach it.
+        norm: ‖ΔW‖_F over all matrices, gates counted as open; None: not measured.
+        prompts_kl: KL(base ‖ tuned) on the task's prompts, nats per token; None: not measured.
+        scaled: By text, how its curves over factors of the update compare with the reference's.
     """
 
     label: str
@@ -55,6 +59,9 @@ class Summary:
     accuracy_apart: Difference | None = None
     loss_apart: Difference | None = None
     at_reference_loss: dict[str, float | None] = field(default_factory=dict)
+    norm: Interval | None = None
+    prompts_kl: Interval | None = None
+    scaled: dict[str, Scaled] = field(default_factory=dict)
 
     def training(self, name: str) -> list[float]:
         """A number of the trainings, by seed; without those that do not have it."""
@@ -96,7 +103,16 @@ def _summary(
     kl = {name: mean_interval([texts[name]["kl"] for texts in retained]) for name in retained[0]}
     numbers = [kept_numbers(result) for result in results.values()]
     kept = {name: mean_interval([of_run[name] for of_run in numbers]) for name in numbers[0]}
-    return Summary(label, place, rate, edge, results, accuracy, loss, metrics, kl, kept)
+    norm, prompts_kl = (_change(results, name) for name in ("norm", "prompts_kl"))
+    return Summary(
+        label, place, rate, edge, results, accuracy, loss, metrics, kl, kept, norm=norm, prompts_kl=prompts_kl
+    )
+
+
+def _change(results: Mapping[int, Result], name: str) -> Interval | None:
+    """A number of what training changed, over the seeds; None where one lacks it."""
+    values = [(result.get("change") or {}).get(name) for result in results.values()]
+    return None if None in values else mean_interval([float(value) for value in values if value is not None])
 
 
 def kept_numbers(result: Result) -> dict[str, float]:
@@ -114,8 +130,13 @@ def _against(comparison: Comparison, task: str, of_task: list[Summary]) -> list[
     reference = next((summary for summary in of_task if summary.label == grid.spec.reference), None)
     if reference is None:
         return of_task
+    base = grid.result(grid.base(task))
+    base_loss = None if base is None else float(base["test"]["loss"])
     compared = []
     for summary in of_task:
+        if summary.label != "base":
+            summary, plain = _scaled(grid, summary, reference, base_loss), summary
+            reference = summary if plain is reference else reference
         if summary is reference or summary.label == "base":
             compared.append(summary)
             continue
@@ -137,6 +158,18 @@ def _against(comparison: Comparison, task: str, of_task: list[Summary]) -> list[
         for index, p in zip(indices, adjusted, strict=True):
             compared[index] = replace(compared[index], **{name: replace(getattr(compared[index], name), p=p)})
     return compared
+
+
+def _scaled(grid: Grid, summary: Summary, reference: Summary, base_loss: float | None) -> Summary:
+    """A summary with what its curves over factors say beside the reference's."""
+    weights = {entry.label: entry.quantization for entry in grid.contestants}
+    # On other weights than the base model's a factor of 0 is not the base model.
+    ends = weights[summary.label] == weights[reference.label] == grid.spec.quantization
+    compared = {
+        text: compare_scaled(summary.results, reference.results, text, base_loss if ends else None)
+        for text in summary.kl
+    }
+    return replace(summary, scaled={text: found for text, found in compared.items() if found is not None})
 
 
 def value_of(interval: Interval | None) -> float:

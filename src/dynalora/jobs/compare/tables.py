@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from dynalora.common.statistics import Difference
+from dynalora.common.statistics import Difference, Interval
 from dynalora.jobs.compare.contestants import Contestant
+from dynalora.jobs.compare.frontiers import NEAR_BEST, Scaled
 from dynalora.jobs.compare.grid import Comparison
 from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.jobs.compare.summaries import MEAN, Summary, training_numbers
@@ -55,6 +56,12 @@ def result_table(comparison: Comparison, place: str, summaries: Sequence[Summary
     columns += [*metrics, "loss", f"− {spec.reference}, loss"]
     columns += [f"KL, {text}" for text in texts]
     columns += [f"KL, {texts[0]}, at {spec.reference}'s loss"] if texts else []
+    changes = {
+        "KL, task's prompts": {summary.label: summary.prompts_kl for summary in summaries},
+        "‖ΔW‖_F": {summary.label: summary.norm for summary in summaries},
+    }
+    changes = {name: values for name, values in changes.items() if any(values.values())}
+    columns += changes
     rows: list[list[TableCell]] = []
     for summary in summaries:
         row: list[TableCell] = [summary.label, *_rate_and_seeds(summary)]
@@ -68,6 +75,7 @@ def result_table(comparison: Comparison, place: str, summaries: Sequence[Summary
         if texts:
             at_loss = summary.at_reference_loss.get(texts[0])
             row.append(None if at_loss is None else f"{at_loss:.4f}")
+        row += [shown_interval(values[summary.label], 4, half=True) for values in changes.values()]
         rows.append(row)
     return Table(columns, rows, title=place, note=_result_note(spec, summaries))
 
@@ -90,9 +98,12 @@ def _result_note(spec: CompareSpec, summaries: Sequence[Summary]) -> str:
     ]
     if any(summary.kl for summary in summaries):
         sentences.append(
-            "KL(base ‖ tuned) in nats per token: what was forgotten. The last column compares at equal adaptation: KL "
-            f"where the method's curve over learning rates reaches {reference}'s loss; a dash where it does not."
+            "KL(base ‖ tuned) in nats per token: what was forgotten. The column at a loss compares at equal "
+            f"adaptation: KL where the method's curve over learning rates reaches {reference}'s loss; a dash where it "
+            "does not."
         )
+    if any(summary.norm for summary in summaries):
+        sentences.append("‖ΔW‖_F: over all matrices, with gates counted as open.")
     if any(score.get("unweighted") for score in scores):
         sentences.append(
             "Several tasks are measured: accuracy is the unweighted mean of theirs, which have a column each; losses "
@@ -105,6 +116,54 @@ def _result_note(spec: CompareSpec, summaries: Sequence[Summary]) -> str:
             "(edge): the chosen learning rate is the grid's smallest or largest; a wider grid may do better."
         )
     return " ".join(sentences)
+
+
+def scaled_tables(comparison: Comparison, place: str, summaries: Sequence[Summary]) -> list[Table]:
+    """A table per text: runs along their curves over factors of the update; none where no curve was measured."""
+    if not any(len(result.get("curve") or []) > 1 for each in summaries for result in each.results.values()):
+        return []
+    reference = comparison.grid.spec.reference
+    columns = [
+        "method", "lr", "seeds", "factor", "loss", "KL", f"KL at {reference}'s loss", f"/ {reference}",
+        f"/ {reference}, scaled", f"loss at {reference}'s KL, − {reference}",
+        f"KL / {reference}, scaled, over all losses",
+    ]  # fmt: skip
+    note = (
+        f"Every run at factors of its update. factor, loss, KL: at the smallest factor whose loss on the questions set "
+        f"aside is within {NEAR_BEST:.0%} of the best. Then the curve's lower edge, read where it has the loss, and "
+        f"the KL, of {reference} as trained; '/ {reference}, scaled' compares with {reference}'s own curve at that "
+        "loss. The last column is the geometric mean of KL's ratio over all losses that both curves have (area "
+        "between the curves). Ratios below 1 and differences below 0 are better; ± and brackets: 95 % intervals, "
+        "paired over the seeds; a dash where a seed's curve does not get there."
+    )
+    tables = []
+    for text in dict.fromkeys(text for summary in summaries for text in summary.scaled):
+        rows: list[list[TableCell]] = []
+        for summary in summaries:
+            if text in summary.scaled:
+                rows.append([summary.label, *_rate_and_seeds(summary), *_scaled_cells(summary.scaled[text])])
+        tables.append(Table(columns, rows, title=f"{place}: scaled after training, {text}", note=note))
+    return tables
+
+
+def _scaled_cells(scaled: Scaled) -> list[TableCell]:
+    """The cells of one method on one text."""
+
+    def ratio(interval: Interval | None) -> str | None:
+        if interval is None or interval.low == interval.high:
+            return None if interval is None else f"{interval.value:.3f}"
+        return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+    return [
+        None if scaled.factor is None else f"{scaled.factor:.2f}",
+        shown_interval(scaled.loss, 4, half=True),
+        shown_interval(scaled.kl, 4, half=True),
+        shown_interval(scaled.at_loss, 4, half=True),
+        ratio(scaled.at_loss_ratio),
+        ratio(scaled.own_ratio),
+        shown_interval(scaled.at_kl, 4, sign="+", half=True),
+        ratio(scaled.area),
+    ]
 
 
 def kept_table(comparison: Comparison, place: str, summaries: Sequence[Summary]) -> Table | None:

@@ -17,9 +17,10 @@ from dynalora.jobs.compare.plots import (
     plot_learning,
     plot_parameters,
     plot_ranks,
+    plot_scaled,
 )
 from dynalora.jobs.compare.summaries import Summary, kept_numbers, summaries, value_of
-from dynalora.jobs.compare.tables import cost_table, kept_table, plan_table, result_table
+from dynalora.jobs.compare.tables import cost_table, kept_table, plan_table, result_table, scaled_tables
 from dynalora.lab.report import (
     Report,
     Section,
@@ -47,7 +48,7 @@ def cells_csv(comparison: Comparison) -> str:
     trained = ("trainable_parameters", "steps", "step_seconds", "peak_bytes", "seconds")
     header = [
         *of_cell, *measured, "validation_loss", *(f"kl {text}" for text in texts),
-        *(f"kept {name}" for name in retention_tasks), *trained, "chosen",
+        *(f"kept {name}" for name in retention_tasks), "kl task prompts", "norm", *trained, "chosen",
     ]  # fmt: skip
     rates = {
         (task, contestant.label): grid.chosen_rate(task, contestant)
@@ -63,11 +64,28 @@ def cells_csv(comparison: Comparison) -> str:
                 (result.get("validation") or {}).get("loss"),
                 *(retention.get(text, {}).get("kl") for text in texts),
                 *(kept_numbers(result).get(name) for name in retention_tasks),
+                *((result.get("change") or {}).get(name) for name in ("prompts_kl", "norm")),
                 *(training.get(name) for name in trained),
                 int(rates.get((cell.task, cell.label)) == cell.learning_rate),
             ]
         )  # fmt: skip
     return csv_text(header, rows)
+
+
+def curves_csv(comparison: Comparison) -> str:
+    """Every cell at every factor of its update, a row each."""
+    results = comparison.grid.results()
+    texts = list(dict.fromkeys(text for _, result in results for text in result.get("retention") or {}))
+    of_cell = ("place", "label", "learning_rate", "seed")
+    rows = [
+        [
+            *(getattr(cell, name) for name in of_cell), point["factor"], point["test"]["loss"],
+            (point.get("validation") or {}).get("loss"), *((point["kl"].get(text) or {}).get("kl") for text in texts),
+        ]
+        for cell, result in results
+        for point in result.get("curve") or []
+    ]  # fmt: skip
+    return csv_text([*of_cell, "factor", "loss", "validation_loss", *(f"kl {text}" for text in texts)], rows)
 
 
 def _table_csv(tables: Sequence[Table]) -> str:
@@ -90,6 +108,7 @@ def write_results(comparison: Comparison) -> Path:
     tables = {place: _tables(comparison, place, of_task) for place, of_task in by_place.items()}
     all_tables = [*(table for of_task in tables.values() for table in of_task), cost]
     write_file(folder / "cells.csv", cells_csv(comparison))
+    write_file(folder / "curves.csv", curves_csv(comparison))
     write_file(folder / "results.csv", _table_csv(all_tables))
     records = {place: [_as_record(summary) for summary in of_task] for place, of_task in by_place.items()}
     write_file(folder / "results.json", json.dumps(records, indent=1) + "\n")
@@ -129,6 +148,11 @@ def _figures(
             f"Loss against KL from the base model on {text}; below and to the left is better. Numbers are learning "
             "rates.",
         )
+        figures[f"scaled-{place}" + (f"-{number + 1}" if number else "")] = (
+            plot_scaled(comparison, task, text),
+            f"Every run along factors of its update, from as trained (large marker, with its learning rate) down; on "
+            f"{text}. Below and to the left is better.",
+        )
     return {
         **figures,
         f"kept-{place}": (
@@ -147,7 +171,11 @@ def _figures(
 def _tables(comparison: Comparison, place: str, of_task: Sequence[Summary]) -> list[Table]:
     """The tables of one task."""
     retention = kept_table(comparison, place, of_task)
-    return [result_table(comparison, place, of_task), *([retention] if retention is not None else [])]
+    return [
+        result_table(comparison, place, of_task),
+        *scaled_tables(comparison, place, of_task),
+        *([retention] if retention is not None else []),
+    ]
 
 
 def _conclusion(comparison: Comparison, by_place: Mapping[str, Sequence[Summary]]) -> str:
