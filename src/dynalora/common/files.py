@@ -16,15 +16,10 @@ from typing import Any
 
 @contextmanager
 def file_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` when the block ends without an error.
+    """An empty file to write, which takes the place of `path` when the block ends without an error.
 
     A reader, or a crash, sees the old content or the new one and nothing between. The file follows the user's umask.
-
-    Args:
-        path: The file to replace or to make; its folder is made if needed.
-
-    Yields:
-        An empty file in the same folder.
+    Its folder is made if needed.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -94,13 +94,9 @@ def extend_model_cards(
 ) -> None:
     """Have functions called whenever a model card was written, and whenever a folder is about to be uploaded.
 
-    PEFT chooses the class of the model, and writes the card, before it asks the adapter's own classes for anything;
-    `push_to_hub` then writes another card over the one that was saved. Neither has a hook, so two methods of
-    `PeftModel` are wrapped. A second call changes nothing.
-
-    Args:
-        written: Called with the model and the folder, after `create_or_update_model_card`.
-        uploading: Called with the model and the folder, before what lies in it is uploaded.
+    Both get the model and the folder. PEFT chooses the class of the model, and writes the card, before it asks the
+    adapter's own classes for anything; `push_to_hub` then writes another card over the one that was saved. Neither
+    has a hook, so two methods of `PeftModel` are wrapped. A second call changes nothing.
     """
     write_card: Any = PeftModel.create_or_update_model_card
     if hasattr(write_card, "extended_by_dynalora"):

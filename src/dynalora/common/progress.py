@@ -42,9 +42,6 @@ def rich_progress(console: Console | None) -> Iterator[Progress]:
     A line is live only from a job's first call to its last, so other displays may use the console in between. Where
     the console is no terminal, a job prints a plain line now and then and one when it is done.
 
-    Args:
-        console: Where to draw; None shows nothing.
-
     Example:
         ```python
         with rich_progress(Console()) as progress:

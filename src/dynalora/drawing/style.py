@@ -100,13 +100,7 @@ def figure(
 ) -> tuple[Figure, list[Axes]]:
     """An empty figure with plots side by side, row after row, on a canvas of its own (pyplot is not touched).
 
-    Args:
-        width: In inches, of the whole figure.
-        height: In inches.
-        columns: Number of plots in a row.
-        rows: Number of rows.
-        share_y: Whether all have the same vertical axis.
-        title: Heading of the whole figure.
+    Width and height are in inches and those of the whole figure.
     """
     require("matplotlib", "Drawing")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -129,14 +123,10 @@ def figure(
 def panels(
     count: int, *, width: float | None = None, height: float = 2.5, columns: int = 4, **more: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with this many plots, row after row.
+    """A figure with this many plots of a size in inches, row after row, and at most so many in a row.
 
-    Args:
-        count: Number of plots.
-        width: Of a plot, in inches; None: 3.2, and 4.2 of a single one, which carries the figure's heading alone.
-        height: Of a plot, in inches.
-        columns: Plots in a row at most.
-        more: Further arguments of [`figure`][dynalora.drawing.style.figure].
+    Without a width plots are 3.2 wide, and a single one, which carries the figure's heading alone, 4.2. `more` are
+    arguments of [`figure`][dynalora.drawing.style.figure].
     """
     if width is None:
         width = 3.2 if count > 1 else 4.2
@@ -184,15 +174,10 @@ def heat_map(
     turned: float = 0,
     **options: Any,
 ) -> AxesImage:
-    """Numbers as shades; what is not a number stays empty.
+    """Numbers (rows, columns) as shades; what is not a number stays empty.
 
-    Args:
-        axis: The plot to draw into.
-        grid: The numbers, (rows, columns).
-        rows: Names of the rows, of which at most 16 are written; None numbers them.
-        columns: Names of the columns, likewise.
-        turned: Degrees by which the columns' names are turned.
-        options: Of matplotlib's `imshow`, such as `cmap`, `vmin` and `vmax`.
+    Of the names of rows and of columns, which are turned by so many degrees, at most 16 are written; None numbers them.
+    `options` are those of matplotlib's `imshow`, such as `cmap`, `vmin` and `vmax`.
     """
     image = axis.imshow(grid, aspect="auto", interpolation="nearest", **options)
     axis.grid(False)

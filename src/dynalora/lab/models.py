@@ -61,10 +61,7 @@ def new_layers(model: nn.Module) -> list[str]:
 def quantization_config(name: str, dtype: torch.dtype, *, whole: list[str] | None = None) -> Any:
     """Settings of transformers for a way to hold the base weights.
 
-    Args:
-        name: One of [`QUANTIZATIONS`][dynalora.lab.models.QUANTIZATIONS].
-        dtype: That 4-bit weights are multiplied in.
-        whole: Names of layers that stay as they are; None: the output layer.
+    4-bit weights are multiplied in `dtype`; the layers `whole` stay as they are (None: the output layer).
 
     Raises:
         ConfigError: There is no such way, or its library is not installed.
@@ -109,13 +106,7 @@ def empty_model(
     heads: Sequence[Head] = (CAUSAL_LM,),
     labels: int = 2,
 ) -> nn.Module:
-    """The model on the meta device: all its modules, none of its weights.
-
-    Args:
-        name: Hub id or folder.
-        trust_remote_code: Run code that comes with the model.
-        heads: As in [`load_model`][dynalora.lab.models.load_model].
-        labels: Likewise.
+    """The model of [`load_model`][dynalora.lab.models.load_model] on the meta device: all modules, no weights.
 
     Raises:
         ConfigError: There is no such model, or it is not of that kind.

@@ -169,16 +169,9 @@ def save_figures(
     *,
     svg: bool = True,
 ) -> list[Figure]:
-    """Write figures as `plots/NAME.png` and `plots/NAME.svg`.
+    """Write figures as `plots/NAME.png`, and `.svg` if asked for, and return those that are there, for a report.
 
-    Args:
-        write: Writes a file with this name and content, as [`RunFolder.write`][dynalora.lab.run_folder.RunFolder.write]
-            does.
-        drawn: Name → figure and caption; None in place of a figure: there is nothing to draw.
-        svg: Whether to write SVG as well as PNG.
-
-    Returns:
-        The figures that are there, for a report.
+    `drawn` has name → figure and caption, with None in place of a figure where there is nothing to draw.
     """
     figures = []
     for name, (picture, caption) in drawn.items():

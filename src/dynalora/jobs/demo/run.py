@@ -79,9 +79,6 @@ def run_demo(
         model: A base model that is already loaded, used instead of `spec.model`. It is unchanged afterwards.
         tokenizer: Its tokenizer; needed with `model`.
 
-    Returns:
-        The measurements; they, the adapters, plots and `report.html` are also in the run folder.
-
     Raises:
         ConfigError: A setting, the method, the task or the target modules; before the model is loaded.
         RunFolderError: The run folder cannot be used.

@@ -89,16 +89,9 @@ def to_conversations(
     source: str = "the data",
     limit: int | None = None,
 ) -> list[Conversation]:
-    """Bring rows to conversations.
+    """Bring rows to conversations, as [`load_conversations`][dynalora.lab.data.conversations.load_conversations] does.
 
-    Args:
-        rows: Pairs of where the row lies (such as `"line 3"`) and the row.
-        fields: As in [`load_conversations`][dynalora.lab.data.conversations.load_conversations].
-        source: How to call the data in errors.
-        limit: Keep only the first rows; None: all.
-
-    Raises:
-        DataError: As `load_conversations`.
+    Each row comes with where it lies, such as `"line 3"`; errors call the data `source`.
     """
     by_names: dict[tuple[str, ...], Fields] = {}  # rows of JSON lines need not all have the same fields
     conversations: list[Conversation] = []
@@ -222,17 +215,10 @@ def measured_text(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Measu
 def split(
     conversations: Sequence[Conversation], fraction: float, *, seed: int = 42
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """Hold a part out for measuring.
+    """Hold a part out: the training part and the held-out part, each in a shuffled order that `seed` fixes.
 
-    Equal conversations always land on the same side, so nothing that is measured was trained on.
-
-    Args:
-        conversations: All of them.
-        fraction: The part to hold out, 0 (none) up to but without 1; at least one conversation if above 0.
-        seed: Fixes the choice.
-
-    Returns:
-        The training part and the held-out part, each in a shuffled order that `seed` fixes.
+    Equal conversations always land on the same side, so nothing that is measured was trained on. The fraction is from 0
+    (none) up to, but without, 1; above 0 at least one conversation is held out.
 
     Raises:
         DataError: `fraction` is out of range, or there are too few different conversations to split.
