@@ -34,7 +34,6 @@ from dynalora.jobs.compare.grid import Comparison
 from dynalora.jobs.compare.run import run_compare
 from dynalora.jobs.compare.settings import CompareSpec, variant_from
 from dynalora.jobs.compare.store import CellStore, shared_settings
-from dynalora.lab import models
 from dynalora.lab.data.conversations import MONITORED_LENGTH, load_named_text
 from dynalora.lab.models import load_model, load_tokenizer
 from dynalora.lab.report import Table, latex_table, markdown_table
@@ -702,7 +701,7 @@ def test_a_missing_library_is_told_before_anything_runs(place: Path, monkeypatch
     def missing(*_: Any, **__: Any) -> Any:
         raise ImportError("No package metadata was found for bitsandbytes")
 
-    monkeypatch.setattr(models, "BitsAndBytesConfig", missing)
+    monkeypatch.setattr(transformers, "BitsAndBytesConfig", missing)
     spec = spec_of(place, "missing", variants={"qlora": {"method": "lora", "quantization": "4bit"}})
     with pytest.raises(ConfigError, match=r"'4bit' needs a library .* pip install 'dynalora\[quant\]'"):
         run_compare(spec, apart=False)

@@ -213,6 +213,7 @@ CURVE = [(2.0, 0.36), (1.8, 0.16), (2.4, 0.04), (5.0, 0.0)]
 def test_a_frontier_leaves_out_what_is_worse_in_both() -> None:
     assert frontier(CURVE) == [(5.0, 0.0), (2.4, 0.04), (1.8, 0.16)]
     assert frontier([(math.nan, 0.1), (2.0, math.inf)]) == []
+    assert frontier([(2.0, -1e-9), (3.0, 0.0)]) == [(2.0, 0.0)]
 
 
 def test_kl_and_loss_are_read_between_the_points() -> None:

@@ -38,7 +38,8 @@ def points_of(result: Mapping[str, Any], text: str) -> list[tuple[float, float, 
 def frontier(points: Sequence[Point]) -> list[Point]:
     """The points to which no other is superior, KL rising and loss falling."""
     best: list[Point] = []
-    for loss, kl in sorted(points, key=lambda point: (point[1], point[0])):
+    # Rounding may take a KL of nothing below 0.
+    for kl, loss in sorted((max(0.0, kl), loss) for loss, kl in points):
         if math.isfinite(loss) and math.isfinite(kl) and (not best or loss < best[-1][0]):
             best.append((loss, kl))
     return best
@@ -51,7 +52,7 @@ def kl_at(front: Sequence[Point], loss: float) -> float | None:
     for (high, less), (low, more) in itertools.pairwise(front):
         if low <= loss <= high:
             part = (high - loss) / (high - low)
-            return ((1 - part) * math.sqrt(max(0.0, less)) + part * math.sqrt(max(0.0, more))) ** 2
+            return ((1 - part) * math.sqrt(less) + part * math.sqrt(more)) ** 2
     return front[0][1] if loss >= front[0][0] else front[-1][1]
 
 
@@ -60,9 +61,9 @@ def loss_at(front: Sequence[Point], kl: float) -> float | None:
     if not front or kl < front[0][1]:
         return None
     for (high, less), (low, more) in itertools.pairwise(front):
-        if less <= kl <= more and more > less:
-            roots = [math.sqrt(max(0.0, value)) for value in (less, kl, more)]
-            return high + (low - high) * (roots[1] - roots[0]) / (roots[2] - roots[0])
+        if less <= kl <= more:
+            first, at, last = (math.sqrt(value) for value in (less, kl, more))
+            return high + (low - high) * (at - first) / (last - first) if last > first else low
     return front[-1][0]
 
 
