@@ -40,6 +40,13 @@ class UnsupportedError(DynaloraError, TypeError):
     """The method or layer cannot do what was asked."""
 
 
+def check_least(least: int, **values: float | None) -> None:
+    """Raise ConfigError for a value that is less than it may be; None is left out."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ConfigError(f"{name} is {value}; give {least} or more.")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, without its full stop; without a message, the error's class."""
     # A KeyError's text is its key with quotes.

@@ -165,7 +165,7 @@ def test_the_text_is_written_once_and_read_back(
     model = base_model(words)
     first = own_text(model, words, texts=4, tokens=5)
     (file,) = (tmp_path / "own-text").iterdir()
-    monkeypatch.setattr(measured, "_sample", lambda *_: pytest.fail("sampled again"))
+    monkeypatch.setattr(measured, "sampled", lambda *_: pytest.fail("sampled again"))
     assert own_text(model, words, texts=4, tokens=5) == first
     assert list((tmp_path / "own-text").iterdir()) == [file]
 

@@ -58,11 +58,6 @@ class Estimate:
 def wilson(correct: int, total: int, confidence: float = 0.95) -> Interval:
     """A proportion with Wilson's score interval (E. B. Wilson, JASA 22, 1927), which stays inside [0, 1].
 
-    Args:
-        correct: Number of successes.
-        total: Number of trials.
-        confidence: Coverage, between 0 and 1.
-
     Raises:
         ConfigError: Total below 1, correct outside 0 … total, or confidence outside (0, 1).
     """

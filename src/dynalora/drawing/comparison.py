@@ -113,13 +113,7 @@ def plot_factors(
 
 
 def plot_sizes(points: Mapping[str, tuple[int, Interval] | None], *, title: str, y: str) -> Figure:
-    """Quality against the number of trained parameters, with intervals.
-
-    Args:
-        points: Label → trained parameters and quality; None: not measured.
-        title: Heading.
-        y: What the quality is, with its unit.
-    """
+    """Quality against the number of trained parameters, with intervals."""
     drawn, (axis,) = figure(6.0, 4.0)
     chosen = looks(points)
     for label, point in points.items():
@@ -135,12 +129,7 @@ def plot_sizes(points: Mapping[str, tuple[int, Interval] | None], *, title: str,
 
 
 def plot_learning_curves(curves: Mapping[str, Sequence[tuple[int, float]]], *, title: str) -> Figure:
-    """Running means of the training loss by step.
-
-    Args:
-        curves: Label → (optimizer step, loss), in order; labels without points only reserve their look.
-        title: Heading.
-    """
+    """Running means of the training loss by step."""
     drawn, (axis,) = figure(6.6, 4.0)
     chosen = looks(curves)
     for label, points in curves.items():
@@ -153,12 +142,7 @@ def plot_learning_curves(curves: Mapping[str, Sequence[tuple[int, float]]], *, t
 
 
 def plot_rank_maps(landscapes: Mapping[str, Sequence[Any]], *, title: str) -> Figure:
-    """Effective ranks by layer and kind of module, a panel per method.
-
-    Args:
-        landscapes: Label → rows, as for [`rank_grid`][dynalora.drawing.landscape.rank_grid].
-        title: Heading.
-    """
+    """Effective ranks by layer and kind of module, a panel per method."""
     maps = {label: rank_grid(rows) for label, rows in landscapes.items()}
     largest = max(1.0, *(float(np.nanmax(grid)) for *_, grid in maps.values()))
     drawn, axes = panels(len(maps), width=3.4, columns=3, title=title)

@@ -116,9 +116,7 @@ def _curves(
 def plot_rank_heatmap(rows: Sequence[Any]) -> Figure:
     """Effective rank of every adapted matrix: one row per kind of module, one column per layer.
 
-    Args:
-        rows: Rows of [`dynalora.rank_landscape`][dynalora.rank_landscape], as objects or mappings with `layer`,
-            `kind` and `effective_rank`.
+    Rows are those of [`rank_landscape`][dynalora.rank_landscape], as objects or as mappings.
     """
     kinds, layers, grid = rank_grid(rows)
     drawn, (axis,) = figure(max(4.5, 0.24 * len(layers) + 2.2), max(2.2, 0.34 * len(kinds) + 1.4))

@@ -69,14 +69,7 @@ def plot_mixture_losses(
 def plot_gate_curve(
     logit: Sequence[float], gate: Sequence[float], low: Sequence[float], high: Sequence[float]
 ) -> Figure:
-    """Gates against the logit of the posterior, with the posterior itself.
-
-    Args:
-        logit: Log-odds that an input belongs to the fine-tuning population, ascending.
-        gate: Mean gate at each.
-        low: Lower quantile of the gates at each.
-        high: Upper quantile.
-    """
+    """Gates against the logit of the posterior, with the posterior itself."""
     drawn, (axis,) = figure(width=5.2)
     x = np.linspace(min(logit), max(logit), 200)
     axis.plot(

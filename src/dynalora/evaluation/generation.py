@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from dynalora.common.progress import Progress, silent
-from dynalora.errors import ConfigError
+from dynalora.errors import ConfigError, check_least
 from dynalora.evaluation.causal import continued
 from dynalora.evaluation.padding import padded
 from dynalora.evaluation.seq2seq import is_encoder_decoder
@@ -76,9 +76,7 @@ def generate(
     Raises:
         ConfigError: Max_new_tokens or batch_size below 1, or an empty prompt.
     """
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; give 1 or more.")
+    check_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
     ids = [chat_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     for index, prompt_ids in enumerate(ids):
         if not prompt_ids:
@@ -88,10 +86,8 @@ def generate(
     stopping = {"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}
     side: Literal["left", "right"] = "right" if is_encoder_decoder(model) else "left"
     answers = [""] * len(ids)
-    done = 0
-    progress(what, 0, len(ids))
     with evaluating(model), torch.inference_mode():
-        for batch in batches_by_length([len(prompt_ids) for prompt_ids in ids], batch_size):
+        for batch in batches_by_length([len(prompt_ids) for prompt_ids in ids], batch_size, what, progress):
             tokens, mask = padded([ids[index] for index in batch], padding, side)
             written = continued(
                 model, tokens.to(device), mask.to(device), do_sample=False, num_beams=1,
@@ -104,8 +100,6 @@ def generate(
             for index, text in zip(batch, texts, strict=True):
                 cut = min((place for end in stop if (place := text.find(end)) >= 0), default=len(text))
                 answers[index] = text[:cut].strip() if strip else text[:cut]
-            done += len(batch)
-            progress(what, done, len(ids))
     return answers
 
 
@@ -118,10 +112,15 @@ def end_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[i
     return ends
 
 
-def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices in batches of similar length, longest first; equal lengths keep their order."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+def batches_by_length(
+    lengths: Sequence[int], batch_size: int, what: str, progress: Progress
+) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first; those done are told to a listener."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])  # equal lengths keep their order
+    progress(what, 0, len(order))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+        progress(what, min(start + batch_size, len(order)), len(order))
 
 
 def padding_id(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dynalora.common.extras import missing
-from dynalora.errors import ConfigError, UnsupportedError
+from dynalora.errors import ConfigError, UnsupportedError, check_least
 from dynalora.evaluation.causal import prompt_length
 from dynalora.evaluation.generation import evaluating
 
@@ -147,11 +147,8 @@ def run_harness(
             such metric.
         UnsupportedError: Lm-evaluation-harness is not installed, or the adapter is of prompt learning.
     """
-    for what, value in (("batch_size", batch_size), ("limit", limit), ("max_length", max_length)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{what} is {value}; give 1 or more.")
-    if num_fewshot is not None and num_fewshot < 0:
-        raise ConfigError(f"num_fewshot is {num_fewshot}; give 0 or more.")
+    check_least(1, batch_size=batch_size, limit=limit, max_length=max_length)
+    check_least(0, num_fewshot=num_fewshot)
     if prompt_length(model):
         raise UnsupportedError(
             "lm-evaluation-harness cannot measure prompt learning: it takes the logits of the virtual tokens for the "

@@ -23,7 +23,7 @@ from peft import PeftModel
 
 from dynalora.common.progress import Progress, silent
 from dynalora.common.statistics import Estimate, Interval, ratio
-from dynalora.errors import ConfigError, DataError
+from dynalora.errors import ConfigError, DataError, check_least
 from dynalora.evaluation.generation import batches_by_length, evaluating, padding_id
 from dynalora.evaluation.padding import padded
 from dynalora.evaluation.perplexity import exponential
@@ -226,16 +226,13 @@ def masked_lm_perplexity(
     Raises:
         ConfigError: Batch_size below 1.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}; give 1 or more.")
+    check_least(1, batch_size=batch_size)
     what = f"Masked-LM perplexity: {name}"
     device = next(model.parameters()).device
     padding = padding_id(model, None)
     sums = [0.0] * len(text.rows)
-    done = 0
-    progress(what, 0, len(text.rows))
     with evaluating(model), torch.inference_mode():
-        for batch in batches_by_length([len(row) for row in text.rows], batch_size):
+        for batch in batches_by_length([len(row) for row in text.rows], batch_size, what, progress):
             # Padded on the right: encoders count their positions from the left, some from the first token that is no
             # padding, which is the same here.
             ids, mask = padded([text.rows[index] for index in batch], padding, "right")
@@ -252,7 +249,5 @@ def masked_lm_perplexity(
             parts = losses.double().cpu().split([len(text.masked[index]) for index in batch])
             for index, part in zip(batch, parts, strict=True):
                 sums[index] = float(part.sum())
-            done += len(batch)
-            progress(what, done, len(text.rows))
     loss = ratio(sums, [len(places) for places in text.masked])
     return MaskedPerplexity(math.exp(loss.value), loss.value, loss.error, text.tokens)

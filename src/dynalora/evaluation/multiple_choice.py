@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.common.progress import Progress, silent
 from dynalora.common.statistics import Estimate, Interval, ratio, wilson
-from dynalora.errors import ConfigError, DataError, UnsupportedError
+from dynalora.errors import DataError, UnsupportedError, check_least
 from dynalora.evaluation.causal import causal_pass
 from dynalora.evaluation.generation import batches_by_length, chat_prompt, evaluating, padding_id
 from dynalora.evaluation.padding import padded
@@ -164,8 +164,7 @@ def option_scores(
         DataError: No questions, or a prompt or an option without any token.
         UnsupportedError: The model keeps no cache whose rows can be repeated, and `share_prompt` is True.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}; give 1 or more.")
+    check_least(1, batch_size=batch_size)
     if not choices:
         raise DataError("There are no questions to measure on; give at least one.")
     prompts = [chat_prompt(tokenizer, choice.question, system) for choice in choices]
@@ -231,10 +230,8 @@ def _shared(
     device = next(model.parameters()).device
     sums: list[tuple[float, ...]] = [()] * len(prompts)
     lengths = [len(prompt) + max(map(len, listed)) for prompt, listed in zip(prompts, options, strict=True)]
-    done = 0
-    progress(what, 0, len(prompts))
     with evaluating(model), torch.inference_mode():
-        for batch in batches_by_length(lengths, batch_size):
+        for batch in batches_by_length(lengths, batch_size, what, progress):
             tokens, mask = padded([prompts[index] for index in batch], padding, "left")
             rows = [option for index in batch for option in options[index]]
             owners = [place for place, index in enumerate(batch) for _ in options[index]]
@@ -242,8 +239,6 @@ def _shared(
             values = iter(losses.tolist())
             for index in batch:
                 sums[index] = tuple(next(values) for _ in options[index])
-            done += len(batch)
-            progress(what, done, len(prompts))
     return sums
 
 

@@ -20,7 +20,7 @@ from peft import PeftModel
 
 from dynalora.common.progress import Progress, silent
 from dynalora.common.statistics import Interval, unweighted_mean
-from dynalora.errors import ConfigError
+from dynalora.errors import ConfigError, check_least
 from dynalora.evaluation.benchmarks import GROUPS, benchmark
 from dynalora.evaluation.harness import FORGETTING_SUITE, SUITE, find_tasks
 from dynalora.evaluation.heads import described
@@ -97,8 +97,7 @@ def prepare(
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; give 1 or more, or leave it out.")
     if name.startswith(_HARNESS):
-        if shots is not None and shots < 0:
-            raise ConfigError(f"shots is {shots}; give 0 or more.")
+        check_least(0, shots=shots)
         return _harness_task(name, limit, shots)
     if name.startswith(_GENERATED):
         return _generated_task(name, limit or _GENERATED_ITEMS, seed)

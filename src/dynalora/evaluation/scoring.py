@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.common.progress import Progress, silent
 from dynalora.common.statistics import Interval, wilson
-from dynalora.errors import ConfigError, DataError
+from dynalora.errors import DataError, check_least
 from dynalora.evaluation.causal import causal_pass
 from dynalora.evaluation.generation import batches_by_length, evaluating, generate, padding_id
 from dynalora.evaluation.padding import padded
@@ -79,8 +79,7 @@ def evaluate(
         ConfigError: Samples below 0 or batch_size below 1.
         DataError: No item, or a row without answer tokens or prompt.
     """
-    if samples < 0:
-        raise ConfigError(f"samples is {samples}; give 0 or more.")
+    check_least(0, samples=samples)
     prompts = [_prompt(row, index) for index, row in enumerate(rows)]
     losses = answer_loss(model, rows, batch_size=batch_size, what=f"Measuring {name}", progress=progress)
     shown: list[str] = []
@@ -143,8 +142,7 @@ def answer_loss(
         ConfigError: Batch_size below 1.
         DataError: No rows, or a row has no labelled token after its first.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}; give 1 or more.")
+    check_least(1, batch_size=batch_size)
     if not rows:
         raise DataError("There are no held-out items to measure on; give at least one.")
     for index, row in enumerate(rows):
@@ -159,11 +157,9 @@ def answer_loss(
     padding = padding_id(model, None)
     right_logits = taught_logits if is_encoder_decoder(model) else _answer_logits
     sums, counts, greedy = [0.0] * len(rows), [0] * len(rows), [False] * len(rows)
-    done = 0
-    progress(what, 0, len(rows))
     # Not inference_mode: this runs between training steps, and what sharding gathers here is trained with later.
     with evaluating(model), torch.no_grad():
-        for batch in batches_by_length([len(row["input_ids"]) for row in rows], batch_size):
+        for batch in batches_by_length([len(row["input_ids"]) for row in rows], batch_size, what, progress):
             logits, targets = right_logits(model, [rows[index] for index in batch], padding)
             scored = targets != IGNORED_LABEL
             # Selected first, so that no float32 copy is made of logits that carry no label.
@@ -177,8 +173,6 @@ def answer_loss(
             )
             for index, total, count, agreed in results:
                 sums[index], counts[index], greedy[index] = total, count, agreed
-            done += len(batch)
-            progress(what, done, len(rows))
     return AnswerLoss(tuple(sums), tuple(counts), tuple(greedy))
 
 

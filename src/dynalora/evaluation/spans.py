@@ -194,10 +194,10 @@ def mark_answers(
     best = [(float("-inf"), "")] * len(items)
     silence = [float("inf")] * len(items)
     losses: list[list[float]] = [[] for _ in items]
-    done = 0
-    progress(what, 0, len(windows))
     with evaluating(model), torch.inference_mode():
-        for batch in batches_by_length([len(window.places) for window in windows], batch_size):
+        for batch in batches_by_length(
+            [len(window.places) for window in windows], batch_size, what, progress
+        ):
             rows = [dict(windows[index].inputs) for index in batch]
             inputs = tokenizer.pad(
                 rows, padding=len(batch) > 1, padding_side="right", return_tensors="pt"
@@ -217,8 +217,6 @@ def mark_answers(
                 worth, place = _best(start, end, window.places)
                 if place is not None and worth > best[window.item][0]:
                     best[window.item] = worth, items[window.item].second[slice(*place)].strip()
-            done += len(batch)
-            progress(what, done, len(windows))
     answers = [text if worth > none else "" for (worth, text), none in zip(best, silence, strict=True)]
     cut = len({window.item for window in windows if window.cut})
     return Marked(answers, [sum(of_question) / len(of_question) for of_question in losses], cut)

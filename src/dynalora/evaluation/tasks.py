@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dynalora.common.extras import require
-from dynalora.errors import ConfigError, DataError
+from dynalora.errors import ConfigError, DataError, check_least
 
 if TYPE_CHECKING:
     from reasoning_gym.dataset import ProceduralDataset
@@ -98,8 +98,7 @@ def load_task(
     for what, size in (("train_size", train_size), ("held_out_size", held_out_size)):
         if not 1 <= size <= _MOST_DRAWS:
             raise ConfigError(f"{what} is {size}; give a number from 1 to {_MOST_DRAWS}.")
-    if seed < 0:
-        raise ConfigError(f"seed is {seed}; give 0 or more.")
+    check_least(0, seed=seed)
     options = dict(options or {})
     first = 2 * SEED_DISTANCE * seed
     held_out = _draw(name, options, first + SEED_DISTANCE, held_out_size, set())

@@ -19,7 +19,7 @@ from torch import nn
 
 from dynalora.adapter.gates import GatedLayer
 from dynalora.common.names import IGNORED_LABEL, plain_name
-from dynalora.errors import ConfigError, DynaloraError
+from dynalora.errors import ConfigError, DynaloraError, check_least
 from dynalora.evaluation.generation import evaluating
 from dynalora.forgetting.gates import (
     ALL,
@@ -267,15 +267,9 @@ class _Collector:
     def result(self, name: str) -> GateStatistics:
         n = max(self.tokens, 1)
         return GateStatistics(
-            name,
-            layer_index(name),
-            name.rpartition(".")[2],
-            self.tokens,
-            self.sum / n,
-            self.sum_square / n,
-            self.rank_histogram,
-            self.token_histogram,
-        )
+            name, layer_index(name), name.rpartition(".")[2], self.tokens, self.sum / n, self.sum_square / n,
+            self.rank_histogram, self.token_histogram,
+        )  # fmt: skip
 
 
 def _batches(
@@ -291,8 +285,7 @@ def _batches(
         return
     if tokenizer is None:
         raise ConfigError("texts need a tokenizer; pass tokenizer=, or batches that are already tokenised.")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}; give 1 or more.")
+    check_least(1, batch_size=batch_size)
     while some := list(itertools.islice(whole, batch_size)):
         encoded = dict(
             tokenizer(

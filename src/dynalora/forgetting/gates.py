@@ -240,13 +240,8 @@ def _separation(
         if groups < 2:
             return Separation(name, layer, kind, auc, error, None, None)
         whole, rest = counts.sum(0), other.sum(0)
-        left_out = torch.tensor(
-            [
-                binned_auc(rest, whole - part)[0] if flip else binned_auc(whole - part, rest)[0]
-                for part in filled
-            ],
-            dtype=torch.float64,
-        )
+        pairs = [(rest, whole - part) if flip else (whole - part, rest) for part in filled]
+        left_out = torch.tensor([binned_auc(*pair)[0] for pair in pairs], dtype=torch.float64)
         variance += (groups - 1) / groups * float((left_out - left_out.mean()).square().sum())
         freedom = min(freedom, groups - 1)
     half = t_quantile(0.975, freedom) * math.sqrt(variance)

@@ -32,7 +32,7 @@ from transformers.trainer_callback import TrainerCallback
 from dynalora.common.files import file_beside
 from dynalora.common.processes import first_process, from_first
 from dynalora.common.progress import Progress, silent
-from dynalora.errors import CheckpointError, ConfigError, UnsupportedError
+from dynalora.errors import CheckpointError, ConfigError, UnsupportedError, check_least
 from dynalora.forgetting.base_model import adapter_tensors, base_weights
 from dynalora.forgetting.curves import RetentionPoint, append_points, read_points, write_points
 from dynalora.forgetting.retention import BasePredictions, Retention, predictions_within, retention
@@ -422,9 +422,8 @@ def _check(
     cache_bytes: int,
 ) -> None:
     """Refuse settings that cannot work."""
-    for what, value, least in (("batch_size", batch_size, 1), ("cache_bytes", cache_bytes, 0)):
-        if value < least:
-            raise ConfigError(f"{what} is {value}; give {least} or more.")
+    check_least(1, batch_size=batch_size)
+    check_least(0, cache_bytes=cache_bytes)
     if not every > 0 or (every > 1 and every != int(every)):
         raise ConfigError(
             f"every is {every}; give a whole number of steps, or a fraction of the run below 1."

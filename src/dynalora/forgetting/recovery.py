@@ -26,7 +26,7 @@ from torch import nn
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.common.names import plain_name
 from dynalora.common.private import without_updates
-from dynalora.common.progress import Progress, silent
+from dynalora.common.progress import Progress, counted, silent
 from dynalora.driver import param_groups, restart_schedule
 from dynalora.errors import ConfigError, DataError, DynaloraError, TrainingError, UnsupportedError
 from dynalora.forgetting.landscape import LandscapeRow, layer_index
@@ -248,11 +248,9 @@ def recover(
     parameters = [parameter for group in groups for parameter in group["params"]]
     device = parameters[0].device
     losses: list[float] = []
-    what = f"Recovering ({strategy})"
-    progress(what, 0, total)
     model.train()
     try:
-        for batch in (batch for _ in range(epochs) for batch in batches):
+        for batch in counted([*batches] * epochs, f"Recovering ({strategy})", progress):
             loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
             losses.append(float(loss.detach()))
             if not losses[-1] < float("inf"):
@@ -265,7 +263,6 @@ def recover(
                 torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            progress(what, len(losses), total)
     finally:
         model.eval()
     return Recovery(strategy, tuple(zeroed), tuple(losses))

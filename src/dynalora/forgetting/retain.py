@@ -121,13 +121,9 @@ def read_curvature(
     layers = adapter_layers(model, adapter)
     reader = _Reader(layers, adapter, rank, bank, text.tokens)
     what = "Reading the base model's text"
-    done = 0
-    progress(what, 0, len(text.rows))
     with adapters_off(model), evaluating(model), torch.enable_grad(), reader.listening(model):
-        for batch in batches_by_length([len(row) for row in text.rows], batch_size):
+        for batch in batches_by_length([len(row) for row in text.rows], batch_size, what, progress):
             _read(model, text, batch, reader)
-            done += len(batch)
-            progress(what, done, len(text.rows))
     reader.hand_out()
 
 

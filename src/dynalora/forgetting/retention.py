@@ -23,8 +23,8 @@ import torch.nn.functional as F
 
 from dynalora.common.progress import Progress, silent
 from dynalora.common.statistics import ratio
-from dynalora.errors import ConfigError
-from dynalora.evaluation.generation import evaluating
+from dynalora.errors import ConfigError, check_least
+from dynalora.evaluation.generation import batches_by_length, evaluating
 from dynalora.evaluation.padding import padded
 from dynalora.evaluation.scoring import last_logits
 from dynalora.forgetting.base_model import adapters_off, fingerprint, refuse_merged
@@ -118,11 +118,10 @@ def retention(
         )
     what = f"Retention: {name}"
     totals = [torch.zeros(3, dtype=torch.float64) for _ in text.rows]  # Σ KL, Σ base loss, Σ tuned loss
-    done = 0
-    progress(what, 0, len(text.rows))
+    lengths = [len(row) for row in text.rows]
     # Not inference_mode: a model in training may keep what it computes here, such as rotary frequencies.
     with evaluating(model), evaluating(apart or model), torch.no_grad():
-        for batch in _batches(text, batch_size):
+        for batch in batches_by_length(lengths, batch_size, what, progress):
             kept = [predictions.log_probs[index] for index in batch] if predictions else []
             reference = [part for part in kept if part is not None]
             if len(reference) < len(batch):
@@ -130,10 +129,8 @@ def retention(
             tuned = _written(model, text, batch, off=False)
             for index, first, second in zip(batch, reference, tuned, strict=True):
                 totals[index] = _distances(first, second, _targets(text, index, second.device), chunk)
-            done += len(batch)
-            progress(what, done, len(text.rows))
-    lengths = [len(row) - start for row, start in zip(text.rows, text.starts, strict=True)]
-    kl, base_loss, tuned_loss = (ratio(sums, lengths) for sums in torch.stack(totals).T.tolist())
+    counts = [len(row) - start for row, start in zip(text.rows, text.starts, strict=True)]
+    kl, base_loss, tuned_loss = (ratio(sums, counts) for sums in torch.stack(totals).T.tolist())
     return Retention(kl.value, tuned_loss.value - base_loss.value, base_loss.value, text.tokens, kl.error)
 
 
@@ -165,26 +162,24 @@ def base_predictions(
         UnsupportedError: An adapter is merged into the weights.
     """
     _check(model, text, batch_size, 1)
-    if max_bytes is not None and max_bytes < 0:
-        raise ConfigError(f"max_bytes is {max_bytes}; give 0 or more.")
+    check_least(0, max_bytes=max_bytes)
     what = "Predictions of the base model"
     kept: dict[int, torch.Tensor | None] = {}
     used = 0
-    progress(what, 0, len(text.rows))
+    lengths = [len(row) for row in text.rows]
     with evaluating(model), torch.no_grad():
-        for batch in _batches(text, batch_size):
+        for batch in batches_by_length(lengths, batch_size, what, progress):
             parts = _written(model, text, batch, off=True)
             size = dtype.itemsize if dtype is not None else parts[0].element_size()
             used += size * sum(part.numel() for part in parts)
             if max_bytes is not None and used > max_bytes:
+                progress(what, len(lengths), len(lengths))
                 break  # what follows would fit only in part
             for index, logits in zip(batch, parts, strict=True):
                 if dtype is not None:
                     kept[index] = F.log_softmax(logits.float(), dim=-1).to("cpu", dtype)
                 else:
                     kept[index] = logits.to("cpu", copy=True)  # a view would keep the whole batch alive
-            progress(what, len(kept), len(text.rows))
-    progress(what, len(text.rows), len(text.rows))
     return BasePredictions(text, tuple(kept.get(index) for index in range(len(text.rows))))
 
 
@@ -216,17 +211,10 @@ def _check(
     chunk: int,
     writer: torch.nn.Module | None = None,
 ) -> None:
-    for what, value in (("batch_size", batch_size), ("chunk", chunk)):
-        if value < 1:
-            raise ConfigError(f"{what} is {value}; give 1 or more.")
+    check_least(1, batch_size=batch_size, chunk=chunk)
     refuse_merged(model)
     if isinstance(text, OwnText) and fingerprint(writer or model) != text.fingerprint:
         raise ConfigError("The text was written by another base model; write it anew with own_text().")
-
-
-def _batches(text: MeasuredText, batch_size: int) -> list[list[int]]:
-    order = sorted(range(len(text.rows)), key=lambda index: -len(text.rows[index]))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def _written(

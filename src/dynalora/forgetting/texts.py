@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dynalora.common.files import cache_folder, write_file
 from dynalora.common.progress import Progress, silent
-from dynalora.errors import ConfigError
+from dynalora.errors import ConfigError, check_least
 from dynalora.evaluation.causal import continued
 from dynalora.evaluation.generation import chat_prompt, end_ids, evaluating, padding_id
 from dynalora.evaluation.padding import padded
@@ -129,7 +129,7 @@ def own_text(
         ConfigError: Texts, tokens or batch_size below 1.
         UnsupportedError: The model holds weights merged from an adapter, so its base cannot be asked.
     """
-    _check_counts(texts=texts, tokens=tokens, batch_size=batch_size)
+    check_least(1, texts=texts, tokens=tokens, batch_size=batch_size)
     refuse_merged(model)
     prompts = _openings(tokenizer, texts)
 
@@ -171,7 +171,7 @@ def anchor_text(
         ConfigError: Texts, tokens or batch_size below 1.
         UnsupportedError: The model holds weights merged from an adapter, so its base cannot be asked.
     """
-    _check_counts(texts=texts, tokens=tokens, batch_size=batch_size)
+    check_least(1, texts=texts, tokens=tokens, batch_size=batch_size)
     refuse_merged(model)
     chats = texts // 2 if tokenizer.chat_template else 0
     first = _first_tokens(tokenizer, texts - chats, seed)
@@ -233,12 +233,6 @@ def _remembered(
     if file is not None:
         _write(file, text)
     return text
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; give 1 or more.")
 
 
 def given_text(

@@ -166,11 +166,6 @@ def trim(
 def scale_update(model: PeftModel, factor: float, adapter: str | None = None) -> None:
     """Multiply an adapter's update by a factor, for good: in the layers and in the configuration that is saved.
 
-    Args:
-        model: The model with the adapter.
-        factor: The factor, above or equal to 0.
-        adapter: Its name; None: the active one.
-
     Raises:
         ConfigError: The factor is negative.
         UnsupportedError: The update cannot be scaled.

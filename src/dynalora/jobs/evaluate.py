@@ -111,20 +111,12 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = silent) -> list[TaskRes
     """
     tasks = [
         prepare(
-            name,
-            data=spec.data,
-            split=spec.split,
-            limit=spec.limit,
-            seed=spec.seed,
-            likelihood=spec.likelihood,
-            metrics=spec.metric,
-            run_code=spec.run_code,
-            weak_sandbox=spec.weak_sandbox,
-            limits=Limits(seconds=spec.code_seconds),
-            shots=spec.shots,
+            name, data=spec.data, split=spec.split, limit=spec.limit, seed=spec.seed, likelihood=spec.likelihood,
+            metrics=spec.metric, run_code=spec.run_code, weak_sandbox=spec.weak_sandbox,
+            limits=Limits(seconds=spec.code_seconds), shots=spec.shots,
         )
         for name in task_list(spec.task)
-    ]
+    ]  # fmt: skip
     heads, labels = _common_model(tasks)
     model, tokenizer = _load(spec, heads, labels)
     results: list[TaskResult] = []
@@ -225,13 +217,8 @@ def _load(
         # The tokenizer saved with an adapter has the template it was trained with.
         saved = (Path(folder) / "tokenizer_config.json").exists()
         model = load_adapter(
-            spec.source,
-            spec.model,
-            dtype=spec.dtype,
-            quantization=spec.quantization,
-            heads=heads,
-            labels=labels,
-        )
+            spec.source, spec.model, dtype=spec.dtype, quantization=spec.quantization, heads=heads, labels=labels
+        )  # fmt: skip
         tokenizer = load_tokenizer(folder if saved else base, template=_template(spec, model))
     else:
         name = local_model_name(spec.source)

@@ -121,13 +121,7 @@ def trim_to_all(
 ) -> tuple[float, dict[str, list[TrimPoint]]]:
     """Scale an adapter's update down until no text's KL is above the bound; the model is changed.
 
-    Args:
-        model: A causal language model with the adapter.
-        texts: The texts by name.
-        max_kl: The bound.
-        loss: Measures the held-out loss; it is taken along the first text's curve.
-        factors: Factors of the curves.
-        progress: Called with the number of factors done.
+    The held-out loss is taken along the first text's curve.
 
     Returns:
         The factor, and each text's curve over factors of the update as it was.

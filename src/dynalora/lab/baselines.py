@@ -145,53 +145,29 @@ BASELINES: dict[str, Baseline] = {
     "dora": Baseline("DoRA", peft.LoraConfig, alpha_per_rank=2, options={"use_dora": True}),
     # Its factors start at the length of the weight's own singular values.
     "pissa": Baseline(
-        "PiSSA",
-        peft.LoraConfig,
-        alpha_per_rank=1,
-        options={"init_lora_weights": "pissa"},
-        edits_base=True,
+        "PiSSA", peft.LoraConfig, alpha_per_rank=1, options={"init_lora_weights": "pissa"}, edits_base=True,
     ),
     # total_step is set when training begins and its length is known; PEFT asks for a number before that.
     "adalora": Baseline(
-        "AdaLoRA",
-        peft.AdaLoraConfig,
-        alpha_per_rank=2,
-        rank="target_r",
-        options={"total_step": 2**31},
+        "AdaLoRA", peft.AdaLoraConfig, alpha_per_rank=2, rank="target_r", options={"total_step": 2**31},
         more=lambda r: {"init_r": round(1.5 * r)},
     ),
     # The rank is that of each of its random bases: the smaller it is, the more of them there are, and the more weights
     # are trained. PEFT advises 20 times the rank for alpha.
     "randlora": Baseline(
-        "RandLoRA",
-        peft.RandLoraConfig,
-        alpha_per_rank=20,
-        alpha="randlora_alpha",
-        dropout="randlora_dropout",
+        "RandLoRA", peft.RandLoraConfig, alpha_per_rank=20, alpha="randlora_alpha", dropout="randlora_dropout",
         has_factors=False,
     ),
     "miss": Baseline("MiSS", peft.MissConfig, alpha=None, dropout="miss_dropout", has_factors=False),
     # PEFT's default is an encoder as wide as the model, in which nearly all trained weights would be.
     "p-tuning": Baseline(
-        "P-Tuning",
-        peft.PromptEncoderConfig,
-        rank="num_virtual_tokens",
-        options={"encoder_hidden_size": 128},
-        alpha=None,
-        dropout=None,
-        adapts_modules=False,
-        has_factors=False,
+        "P-Tuning", peft.PromptEncoderConfig, rank="num_virtual_tokens", options={"encoder_hidden_size": 128},
+        alpha=None, dropout=None, adapts_modules=False, has_factors=False,
     ),
     "full": Baseline(
-        "full fine-tuning",
-        None,
-        alpha=None,
-        dropout=None,
-        adapts_modules=False,
-        edits_base=True,
-        has_factors=False,
+        "full fine-tuning", None, alpha=None, dropout=None, adapts_modules=False, edits_base=True, has_factors=False,
     ),
-}
+}  # fmt: skip
 
 
 def edits_base(method: str, config: PeftConfig | None) -> bool:

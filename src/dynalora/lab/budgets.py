@@ -215,13 +215,10 @@ def _alpha(config: PeftConfig) -> Any:
 
 def _skeleton(model: nn.Module) -> nn.Module:
     """A copy of a model on the meta device, ties kept; its weights are not copied."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
     for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(
-            torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
-        )
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+        meta = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
     return copy.deepcopy(model, memo)
 
 
@@ -246,8 +243,5 @@ def _count(model: nn.Module) -> int:
 
 def _by_module(model: nn.Module) -> dict[str, int]:
     """Trained parameters of every adapted module, by its name in the base model and in its order."""
-    return {
-        plain_name(name): _count(module)
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer) and isinstance(module, nn.Module)
-    }
+    layers = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    return {plain_name(name): _count(model.get_submodule(name)) for name in layers}

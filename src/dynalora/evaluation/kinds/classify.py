@@ -108,9 +108,8 @@ def class_logits(
         logger.warning("%d of %d texts are longer than %d tokens and lose their end.", cut, len(items), room)
     device = next(model.parameters()).device
     rows: dict[int, torch.Tensor] = {}
-    progress(what, 0, len(items))
     with evaluating(model), torch.inference_mode():
-        for batch in batches_by_length(lengths, batch_size):
+        for batch in batches_by_length(lengths, batch_size, what, progress):
             texts: Any = [[items[i].prompt for i in batch]]
             if items[batch[0]].second:
                 texts.append([items[i].second for i in batch])
@@ -118,7 +117,6 @@ def class_logits(
                 *texts, truncation=True, max_length=room, padding=len(batch) > 1, return_tensors="pt"
             ).to(device)
             rows |= zip(batch, model(**inputs).logits.float().cpu(), strict=True)
-            progress(what, len(rows), len(items))
     return torch.stack([rows[index] for index in range(len(items))]), cut
 
 

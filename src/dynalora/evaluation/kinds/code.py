@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dynalora.common.progress import counted
 from dynalora.errors import ConfigError
 from dynalora.evaluation.heads import CAUSAL_LM
 from dynalora.evaluation.kinds.base import Benchmark, Prepared, Subject
@@ -29,14 +30,13 @@ class CodeKind(GenerateKind):
         """Whether each answer passes its tests."""
         passed = []
         what = f"{prepared.task.title}: running what {subject.name} wrote"
-        subject.progress(what, 0, len(answers))
-        for done, (item, answer) in enumerate(zip(prepared.items, answers, strict=True), start=1):
+        pairs = list(zip(prepared.items, answers, strict=True))
+        for item, answer in counted(pairs, what, subject.progress):
             assert item.program is not None
             outcome = run_program(
                 item.program(answer), prepared.limits, weak=prepared.weak_sandbox, packages=prepared.task.packages
             )  # fmt: skip
             passed.append(outcome.passed)
-            subject.progress(what, done, len(answers))
         return passed
 
 

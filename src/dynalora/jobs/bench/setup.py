@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from dynalora.common.progress import Progress
+from dynalora.common.progress import Progress, counted
 from dynalora.jobs.bench.settings import BenchSpec
 from dynalora.lab.baselines import BASELINES
 from dynalora.lab.configs import adapter_config, check_targets
@@ -99,26 +99,16 @@ def in_turns(
 ) -> Iterator[tuple[T, torch.Tensor, bool]]:
     """Let every method take its turn in every round.
 
-    Args:
-        spec: What to measure.
-        base: The base model.
-        methods: What takes turns.
-        what: What is measured, for the progress.
-        progress: Called after every round.
-
     Yields:
         A method, the round's tokens (batch_size, length), and whether this turn counts, which those of the warm-up
         do not.
     """
-    total = spec.warmup + spec.rounds
-    progress(what, 0, total)
-    for number in range(total):
+    for number in counted(range(spec.warmup + spec.rounds), what, progress):
         tokens = random_tokens(int(base.config.vocab_size), spec, number).to(spec.torch_device)
         # Each round begins with another method: whoever follows finds caches as its predecessor left them.
         first = number % len(methods)
         for method in [*methods[first:], *methods[:first]]:
             yield method, tokens, number >= spec.warmup
-        progress(what, number + 1, total)
 
 
 def ratios(times: Sequence[float], reference: Sequence[float]) -> tuple[float, tuple[float, float]]:

@@ -203,19 +203,13 @@ class _Demo:
         result.scores[trained.label] = score
         result.rows.append(
             DemoRow(
-                method=trained.label,
-                accuracy_before=base.accuracy,
-                accuracy_after=score.accuracy,
-                answer_loss_before=base.answer_loss,
-                answer_loss_after=score.answer_loss,
-                kl=forgotten.kl,
-                kl_error=forgotten.kl_error,
-                loss_shift=forgotten.loss_shift,
-                trainable_parameters=trained.trainable_parameters,
-                step_seconds=trained.step_seconds,
+                method=trained.label, accuracy_before=base.accuracy, accuracy_after=score.accuracy,
+                answer_loss_before=base.answer_loss, answer_loss_after=score.answer_loss, kl=forgotten.kl,
+                kl_error=forgotten.kl_error, loss_shift=forgotten.loss_shift,
+                trainable_parameters=trained.trainable_parameters, step_seconds=trained.step_seconds,
                 train_seconds=trained.seconds,
             )
-        )
+        )  # fmt: skip
         self.run_folder.log(
             {
                 **_score_record(trained.label, score), "step": trained.steps, "retention": asdict(forgotten),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 from peft import PeftModel
@@ -13,7 +11,6 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from dynalora.adapter.layer import adapter_layers
-from dynalora.adapter.method import Method
 from dynalora.common.names import plain_name
 from dynalora.drawing.gates import plot_gates
 from dynalora.drawing.landscape import plot_rank_heatmap
@@ -36,11 +33,6 @@ from dynalora.lab.training.train import TrainResult
 from dynalora.methods import METHODS
 
 
-def method_of(model: PeftModel) -> Method | None:
-    """The method of a model's active adapter; None if it is not one of dynalora's."""
-    return METHODS.get(method_name(model.active_peft_config))
-
-
 def decisions(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, held_out: TokenizedSet
 ) -> tuple[str, Figure, str] | None:
@@ -61,44 +53,26 @@ def decisions(
     return "rank_landscape", figure, "Singular values above 0.001 of every adapted matrix's update."
 
 
-def decided_by(model: PeftModel, method: Method) -> list[dict[str, Any]]:
-    """What the active adapter decided, as rows of a table."""
-    adapter = model.active_adapter
-    layers = {plain_name(name): layer for name, layer in adapter_layers(model, adapter).items()}
-    return method.decided(layers, adapter)
-
-
-def summary_table(
-    results: Sequence[TrainResult], *, more: Mapping[str, Sequence[Cell]] | None = None
-) -> Table:
-    """Results as one table, a row per run; `more` are further columns, name → one cell per run."""
-    extra = dict(more or {})
-
-    def loss(value: float | None) -> Cell:
-        return None if value is None else f"{value:.4f}"
-
-    rows = [
-        [
-            result.label,
-            loss(result.held_out_before),
-            loss(result.held_out_after),
-            result.trainable_parameters,
-            None if result.step_seconds is None else f"{result.step_seconds:.3f}",
-            *(cells[index] for cells in extra.values()),
-        ]
-        for index, result in enumerate(results)
-    ]
-    columns = ["method", "held-out loss before", "after", "trainable parameters", "step (s)", *extra]
-    note = (
-        "Losses in nats per response token; step: median time of an optimizer step "
-        f"without the first {UNTIMED_STEPS}."
+def summary_table(result: TrainResult, measured: Retention | None) -> Table:
+    """A run's result, and what it forgot if that was measured, as a table of one row."""
+    before, after = (
+        None if loss is None else f"{loss:.4f}" for loss in (result.held_out_before, result.held_out_after)
     )
-    if "KL from base" in extra:
+    seconds = None if result.step_seconds is None else f"{result.step_seconds:.3f}"
+    cells: dict[str, Cell] = {
+        "method": result.label, "held-out loss before": before, "after": after,
+        "trainable parameters": result.trainable_parameters, "step (s)": seconds,
+    }  # fmt: skip
+    note = "Losses in nats per response token; step: median time of an optimizer step without the first "
+    note += f"{UNTIMED_STEPS}."
+    if measured is not None:
+        cells["KL from base"] = f"{measured.kl:.4f} ± {measured.kl_error:.4f}"
+        cells["loss shift"] = f"{measured.loss_shift:+.4f}"
         note += (
             " KL(base ‖ tuned), with its standard error, and loss shift in nats per token of text that the base "
             "model wrote."
         )
-    return Table(columns, rows, note=note)
+    return Table(list(cells), [list(cells.values())], note=note)
 
 
 def write_results(
@@ -111,13 +85,7 @@ def write_results(
 ) -> None:
     """Write the plots and the report, and show the closing table."""
     spec = ready.spec
-    more: dict[str, list[Cell]] = {}
-    if measured is not None:
-        more = {
-            "KL from base": [f"{measured.kl:.4f} ± {measured.kl_error:.4f}"],
-            "loss shift": [f"{measured.loss_shift:+.4f}"],
-        }
-    table = summary_table([result], more=more)
+    table = summary_table(result, measured)
     counts = Table(
         ["", "conversations", "tokens to learn from", "truncated", "left out"],
         [
@@ -157,7 +125,9 @@ def _figures(
             plot_metrics(result.records, method.panels),
             f"What {method.title or method.name} weighed and measured in training.",
         )
-        if rows := decided_by(result.model, method):
+        adapter = result.model.active_adapter
+        layers = {plain_name(name): layer for name, layer in adapter_layers(result.model, adapter).items()}
+        if rows := method.decided(layers, adapter):
             run.write("decisions.json", json.dumps(rows, indent=1))
     figures = save_figures(run.write, drawn, svg=False)
     if monitor is not None and monitor.points:

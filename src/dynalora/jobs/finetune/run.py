@@ -51,24 +51,13 @@ def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResu
             f"{ready.training.response_tokens:,} tokens to learn from. Loading {spec.model} …",
         )
         model = load_model(
-            ready.model,
-            dtype=spec.dtype,
-            quantization=spec.quantization,
-            trust_remote_code=spec.trust_remote_code,
-        )
+            ready.model, dtype=spec.dtype, quantization=spec.quantization, trust_remote_code=spec.trust_remote_code
+        )  # fmt: skip
         monitor = _monitor(spec, ready, run)
         result = train_adapter(
-            model,
-            ready.tokenizer,
-            ready.config,
-            ready.training,
-            ready.held_out,
-            settings=spec,
-            run=run,
-            label=label_of(spec.method),
-            console=console,
-            monitor=monitor,
-        )
+            model, ready.tokenizer, ready.config, ready.training, ready.held_out, settings=spec, run=run,
+            label=label_of(spec.method), console=console, monitor=monitor,
+        )  # fmt: skip
         if main:
             save_adapter(result.model, ready.tokenizer, run)
             measured = _measured_retention(ready, result, run, console)

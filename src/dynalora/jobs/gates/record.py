@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,12 +124,7 @@ class GatesResult:
     depth_separations: dict[str, dict[str, Separation]]
 
 
-def compare_gates(
-    spec: GatesSpec,
-    *,
-    progress: Progress = silent,
-    load: Callable[..., Any] = load_adapter,
-) -> GatesResult:
+def compare_gates(spec: GatesSpec, *, progress: Progress = silent) -> GatesResult:
     """Record the gates of an adapter on every domain and compare the first domain with the others.
 
     Raises:
@@ -140,13 +135,13 @@ def compare_gates(
     """
     saved = read_config(spec.adapter)
     if not getattr(saved, "gated", False):
-        gated = [name for name, known in METHODS.items() if known.gated]
+        gated = [name for name, method in METHODS.items() if method.gated]
         raise UnsupportedError(
             f"The adapter '{spec.adapter}' was made by {method_name(saved)}, which has no gates; "
             f"give a {' or '.join(gated)} adapter, or one that was trained with gates=True."
         )
     domains = {name: read_domain(source) for name, source in spec.sources().items()}
-    model = load(spec.adapter, spec.model)
+    model = load_adapter(spec.adapter, spec.model)
     tokenizer = base_tokenizer(spec.adapter, spec.model)
     records = {}
     for name, domain in domains.items():

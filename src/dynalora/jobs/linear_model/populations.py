@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from dynalora.errors import ConfigError
+from dynalora.errors import ConfigError, check_least
 
 _CHUNK = 20_000  # samples evaluated at once
 
@@ -201,23 +201,10 @@ def random_linear_model(
 
     W0 and the two factors of ΔW* have independent standard normal entries; μ has a random direction.
 
-    Args:
-        in_features: Length of the inputs.
-        out_features: Length of the targets.
-        task_rank: Rank of ΔW*.
-        separation: ‖μ‖ in standard deviations; half the distance of the populations.
-        seed: Of everything random.
-
     Raises:
         ConfigError: A size below 1, a task rank above the sizes, or a separation that is not positive.
     """
-    for name, value in (
-        ("in_features", in_features),
-        ("out_features", out_features),
-        ("task_rank", task_rank),
-    ):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; give 1 or more.")
+    check_least(1, in_features=in_features, out_features=out_features, task_rank=task_rank)
     if task_rank > min(in_features, out_features):
         raise ConfigError(
             f"task_rank is {task_rank}; give at most {min(in_features, out_features)}, the smaller feature count."
@@ -229,11 +216,8 @@ def random_linear_model(
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    base, left, right = (
-        normal(out_features, in_features),
-        normal(out_features, task_rank),
-        normal(task_rank, in_features),
-    )
+    base, left = normal(out_features, in_features), normal(out_features, task_rank)
+    right = normal(task_rank, in_features)
     mean = normal(in_features)
     mean *= separation / mean.norm()
     return LinearModel(base, left @ right, mean, -mean, torch.eye(in_features, dtype=torch.float64))

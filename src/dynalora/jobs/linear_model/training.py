@@ -144,14 +144,8 @@ def compare_on_linear_model(
             gates = gate_curve(model, problem)
     assert gates is not None  # DISeL is among the methods
     zero = torch.zeros_like(problem.update)
-    return LinearModelResult(
-        spec,
-        problem.fixed_losses(zero),
-        problem.fixed_losses(problem.best_fixed()),
-        problem.bayes_losses(),
-        tuple(rows),
-        gates,
-    )
+    base, fixed = (problem.fixed_losses(correction) for correction in (zero, problem.best_fixed()))
+    return LinearModelResult(spec, base, fixed, problem.bayes_losses(), tuple(rows), gates)
 
 
 def _build(method: str, problem: LinearModel, spec: LinearModelSpec) -> nn.Module:
@@ -183,13 +177,9 @@ def _train(
 
     def measured(samples: int) -> MeasuredLosses:
         return measure_losses(
-            problem,
-            model,
-            like=lambda x: x @ problem.base_weight.mT + correction(x),
-            like_losses=optimum,
-            samples=samples,
-            seed=spec.seed + 1,
-        )
+            problem, model, like=lambda x: x @ problem.base_weight.mT + correction(x), like_losses=optimum,
+            samples=samples, seed=spec.seed + 1,
+        )  # fmt: skip
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=spec.learning_rate, weight_decay=0.0)

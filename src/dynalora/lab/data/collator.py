@@ -66,11 +66,6 @@ def batches_of(
 ) -> list[dict[str, torch.Tensor]]:
     """Rows as batches, in their order and padded on the right.
 
-    Args:
-        rows: Tokenised conversations.
-        pad_token_id: What to pad with; None: 0, since padding gets no attention.
-        batch_size: Rows per batch.
-
     Returns:
         Batches as [`Collator`][dynalora.lab.data.collator.Collator] makes them, of tensors (batch_size, T).
     """

@@ -197,18 +197,10 @@ def train_adapter(
     after = recorder.loss_after(steps, monitor)
     step_seconds, quartiles = recorder.step_seconds()
     return TrainResult(
-        model=adapted,
-        label=label,
-        held_out_before=before,
-        held_out_after=after,
-        trainable_parameters=trainable,
-        parameters=parameters,
-        steps=steps,
-        step_seconds=step_seconds,
-        step_seconds_quartiles=quartiles,
-        seconds=seconds,
-        records=records,
-    )
+        model=adapted, label=label, held_out_before=before, held_out_after=after, trainable_parameters=trainable,
+        parameters=parameters, steps=steps, step_seconds=step_seconds, step_seconds_quartiles=quartiles,
+        seconds=seconds, records=records,
+    )  # fmt: skip
 
 
 def _train_all(model: nn.Module, monitor: RetentionMonitor | None) -> None:
