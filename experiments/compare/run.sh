@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # The four methods and PEFT's against LoRA: SmolLM2 on ARC-Easy and OpenBookQA, MiniLM on CoLA and SST-2.
-#   bash experiments/compare/run.sh DATA OUT [smollm2 | minilm MODEL | frontier] [OPTION …]
-# The last: SmolLM2 on ARC-Easy with LoRA at three ranks, seed 0; the cells of smollm2/ that it shares can be copied.
+#   bash experiments/compare/run.sh DATA OUT [smollm2 | minilm MODEL | frontier | retain] [OPTION …]
+# frontier: SmolLM2 on ARC-Easy with LoRA at three ranks, seed 0; the cells of smollm2/ that it shares can be copied.
+# retain: the same with and without `retain`, every run along factors of its update.
 # DATA holds commonsense/, glue/ and text/; MODEL is all-MiniLM-L6-v2, a Hub id or a folder. Call it again to continue after a
 # kill, or at the same time to share the work.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 data=${1:?"give the folder with commonsense/, glue/ and text/"}
 out=${2:?"give a folder for the results"}
-which=${3:?"say smollm2, minilm or frontier"}
+which=${3:?"say smollm2, minilm, frontier or retain"}
 shift 3
 case $which in
     smollm2)
@@ -20,9 +21,9 @@ case $which in
         shift
         dynalora compare --config "$here/minilm.yaml" --model "$model" --data "$data" --output "$out/minilm" "$@"
         ;;
-    frontier)
-        dynalora compare --config "$here/frontier.yaml" --text "WikiText=$data/text/wikitext2.valid.txt.gz" \
-            --tasks "$data/commonsense/ARC-Easy" --output "$out/frontier" "$@"
+    frontier | retain)
+        dynalora compare --config "$here/$which.yaml" --text "WikiText=$data/text/wikitext2.valid.txt.gz" \
+            --tasks "$data/commonsense/ARC-Easy" --output "$out/$which" "$@"
         ;;
-    *) echo "say smollm2, minilm or frontier, not $which" >&2; exit 2 ;;
+    *) echo "say smollm2, minilm, frontier or retain, not $which" >&2; exit 2 ;;
 esac
