@@ -153,20 +153,15 @@ def update_card(model: PeftModel, folder: str, picture: bool = False) -> None:
     with open(path, encoding="utf-8") as file:
         text = file.read()
     text = re.sub(rf"\n*{re.escape(BEGIN)}.*?{re.escape(END)}\n*", "\n\n", text, flags=re.DOTALL)
-    # Right under the title, before the template's empty headings.
-    start = re.search(r"^# .*$", text, flags=re.MULTILINE)
-    at = start.end() if start else _after_metadata(text)
+    # Right under the title, before the template's empty headings; without a title, after the metadata.
+    start = re.search(r"^# .*$", text, flags=re.MULTILINE) or re.match(r"(?s:---\n.*?\n---\n)", text)
+    at = start.end() if start else 0
     rest = text[at:].lstrip("\n")
     write_file(path, f"{text[:at]}\n\n{section}\n\n{rest}")
 
 
 def _concerned(model: PeftModel) -> bool:
     return any(isinstance(config, AdapterConfig) for config in model.peft_config.values())
-
-
-def _after_metadata(text: str) -> int:
-    block = re.match(r"---\n.*?\n---\n", text, flags=re.DOTALL)
-    return block.end() if block else 0
 
 
 def install() -> None:

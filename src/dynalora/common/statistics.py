@@ -189,11 +189,6 @@ def normal_quantile(confidence: float = 0.95) -> float:
     return NormalDist().inv_cdf(0.5 + confidence / 2)
 
 
-def standard_error(values: Sequence[float]) -> float | None:
-    """Standard error of a mean; None for fewer than two values, whose spread is unknown."""
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """A mean with Student's t interval, for a number measured in several independent runs.
 
@@ -207,10 +202,9 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
         raise DataError("There are no values to average; give at least one.")
     normal_quantile(confidence)
     mean = math.fsum(values) / len(values)
-    error = standard_error(values)
-    if error is None:
+    if len(values) == 1:
         return Interval(mean, mean, mean)
-    half = t_quantile(0.5 + confidence / 2, len(values) - 1) * error
+    half = t_quantile(0.5 + confidence / 2, len(values) - 1) * (stdev(values) / math.sqrt(len(values)))
     return Interval(mean, mean - half, mean + half)
 
 

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,16 +119,12 @@ def _matrices(folder: Path, stack: ExitStack) -> dict[str, Callable[[], Any]]:
             for key in opened.keys():  # noqa: SIM118 (not a mapping)
                 part = opened.get_slice(key)
                 if len(part.get_shape()) == 2 and part.get_dtype() in _FLOATS:
-                    matrices[key] = _opener(opened, key)
+                    matrices[key] = partial(opened.get_slice, key)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"'{folder / name}' cannot be read ({error}); fetch the model again."
             ) from error
     return matrices
-
-
-def _opener(file: Any, key: str) -> Callable[[], Any]:
-    return lambda: file.get_slice(key)
 
 
 def _shape(part: Any) -> tuple[int, ...]:

@@ -128,7 +128,8 @@ def retention(
                 reference = _written(apart or model, text, batch, off=True)
             tuned = _written(model, text, batch, off=False)
             for index, first, second in zip(batch, reference, tuned, strict=True):
-                totals[index] = _distances(first, second, _targets(text, index, second.device), chunk)
+                targets = torch.tensor(text.rows[index][text.starts[index] :], device=second.device)
+                totals[index] = _distances(first, second, targets, chunk)
     counts = [len(row) - start for row, start in zip(text.rows, text.starts, strict=True)]
     kl, base_loss, tuned_loss = (ratio(sums, counts) for sums in torch.stack(totals).T.tolist())
     return Retention(kl.value, tuned_loss.value - base_loss.value, base_loss.value, text.tokens, kl.error)
@@ -227,10 +228,6 @@ def _written(
     with adapters_off(model) if off else nullcontext():
         logits = last_logits(model, tokens.to(device), mask.to(device), max(counts) + 1)
     return [row[-count - 1 : -1] for row, count in zip(logits, counts, strict=True)]
-
-
-def _targets(text: MeasuredText, index: int, device: torch.device) -> torch.Tensor:
-    return torch.tensor(text.rows[index][text.starts[index] :], device=device)
 
 
 def _distances(base: torch.Tensor, tuned: torch.Tensor, targets: torch.Tensor, chunk: int) -> torch.Tensor:

@@ -225,11 +225,13 @@ def _load(
         model = load_model(name, dtype=spec.dtype, quantization=spec.quantization, heads=heads, labels=labels)
         reads_prompts = heads[0] in LANGUAGE_MODELS
         tokenizer = load_tokenizer(name, template=_template(spec, model) if reads_prompts else None)
-        if heads[0].new and not _has_trained_head(name, heads[0]):
-            raise ConfigError(
-                f"'{spec.source}' has no trained {heads[0].new} head; give an adapter or a model that was fine-tuned "
-                "for the task."
-            )
+        if heads[0].new:
+            trained = getattr(AutoConfig.from_pretrained(name), "architectures", None) or []
+            if not any(heads[0].model_class in architecture for architecture in trained):
+                raise ConfigError(
+                    f"'{spec.source}' has no trained {heads[0].new} head; give an adapter or a model that was "
+                    "fine-tuned for the task."
+                )
     if heads[0].new and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return placed(model, "cuda" if torch.cuda.is_available() else None), tokenizer
@@ -245,11 +247,6 @@ def _template(spec: EvaluateSpec, model: torch.nn.Module) -> str | None:
             f"'{spec.template}'."
         )
     return None
-
-
-def _has_trained_head(name: str, head: Head) -> bool:
-    architectures = getattr(AutoConfig.from_pretrained(name), "architectures", None) or []
-    return any(head.model_class in architecture for architecture in architectures)
 
 
 def is_adapter(source: str) -> bool:

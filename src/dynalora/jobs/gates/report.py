@@ -85,11 +85,7 @@ def separation_table(result: GatesResult) -> Table:
                 f"{least.auc:.3f} {least.name}",
             ]
         )
-    error = max(
-        item.bin_error
-        for pair in result.separations
-        for item in (*result.separations[pair], *result.depth_separations[pair].values())
-    )
+    error = max(item.bin_error for pair in result.separations for item in _areas(result, pair))
     return Table(
         ["pair", *DEPTHS, "all layers", "most in a layer", "least in a layer"], rows,
         title="Separation: area under the ROC curve of a token's mean gate",
@@ -112,16 +108,19 @@ def write_gates(result: GatesResult, run: RunFolder) -> None:
     `layers.csv`, `ranks.csv` and `separation.csv` hold one number per line and column, `gates.json` the same with
     histograms, `histograms.safetensors` the histograms of every rank component and of tokens' mean gates.
     """
-    run.write("layers.csv", records_csv(_layer_rows(result)))
-    run.write("ranks.csv", records_csv(_rank_rows(result)))
-    if result.separations:
-        run.write("separation.csv", records_csv(_separation_rows(result)))
-    run.write("gates.json", json.dumps(_plain(result), indent=1) + "\n")
+    layers: list[dict[str, Any]] = []
     histograms = {}
     for domain, record in result.records.items():
         for row in record:
+            layers.append({"domain": domain, **_layer_row(record, row)})
             histograms[f"{domain}/{row.module}/rank_histogram"] = row.rank_histogram.contiguous()
             histograms[f"{domain}/{row.module}/token_histogram"] = row.token_histogram.sum(0)
+    run.write("layers.csv", records_csv(layers))
+    run.write("ranks.csv", records_csv(_rank_rows(result)))
+    if result.separations:
+        areas = [{"pair": pair, **vars(item)} for pair in result.separations for item in _areas(result, pair)]
+        run.write("separation.csv", records_csv(areas))
+    run.write("gates.json", json.dumps(_plain(result), indent=1) + "\n")
     run.write("histograms.safetensors", save(histograms))
     sections = [
         Section(heading, tables=tables, figures=save_figures(run.write, drawn))
@@ -185,12 +184,6 @@ def _file_name(name: str, index: int) -> str:
     return plain if plain == name else f"{plain}-{index + 1}"
 
 
-def _layer_rows(result: GatesResult) -> Iterable[dict[str, Any]]:
-    for domain, record in result.records.items():
-        for row in record:
-            yield {"domain": domain, **_layer_row(record, row)}
-
-
 def _layer_row(record: GateRecord, row: GateStatistics) -> dict[str, Any]:
     mean = record.layer_mean(row)
     return {
@@ -208,10 +201,9 @@ def _rank_rows(result: GatesResult) -> Iterable[dict[str, Any]]:
                 yield {**place, "rank": index, "mean": mean, "deviation": deviation}
 
 
-def _separation_rows(result: GatesResult) -> Iterable[dict[str, Any]]:
-    for pair in result.separations:
-        for item in (*result.separations[pair], *result.depth_separations[pair].values()):
-            yield {"pair": pair, **vars(item)}
+def _areas(result: GatesResult, pair: str) -> list[Separation]:
+    """The separation of two domains in every layer, and by depth."""
+    return [*result.separations[pair], *result.depth_separations[pair].values()]
 
 
 def _plain(result: GatesResult) -> dict[str, Any]:

@@ -162,7 +162,8 @@ def train_adapter(
     adapted: Any = model if config is None else peft.get_peft_model(model, config)
     if not isinstance(adapted, peft.PeftModel):
         _train_all(adapted, monitor)
-    label = label or _label_of(adapted)
+    adapter = adapted.active_peft_config if isinstance(adapted, peft.PeftModel) else None
+    label = label or ("full" if adapter is None else method_name(adapter))
     trainable, parameters = _parameter_counts(adapted)
     measure = None
     if eval_dataset is not None and len(eval_dataset) > 0:
@@ -174,7 +175,7 @@ def train_adapter(
     with tempfile.TemporaryDirectory(prefix="dynalora-") as scratch:
         arguments = _arguments(settings, run, scratch, half=next(model.parameters()).dtype == torch.float16)
         trainer = _trainer(adapted, tokenizer, train_dataset, arguments, collator)
-        if isinstance(adapted, peft.PeftModel) and prompt_only(adapted.active_peft_config):
+        if prompt_only(adapter):
             trainer.add_callback(KeepPrompt(adapted, checkpoint))
         # After what the method does, so that a step's time contains it.
         trainer.add_callback(recorder)
@@ -215,11 +216,6 @@ def _train_all(model: nn.Module, monitor: RetentionMonitor | None) -> None:
     if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
         raise ConfigError("Weights in float16 cannot be trained; load the model in float32 or bfloat16.")
     model.requires_grad_(True)
-
-
-def _label_of(model: nn.Module) -> str:
-    """A run's name where none is given: the method's, `full` without an adapter."""
-    return method_name(model.active_peft_config) if isinstance(model, peft.PeftModel) else "full"
 
 
 def _parameter_counts(model: nn.Module) -> tuple[int, int]:
