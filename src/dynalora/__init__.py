@@ -24,6 +24,7 @@ from dynalora.driver import (
 )
 from dynalora.errors import DynaloraError
 from dynalora.export import export_lora, rank_pattern
+from dynalora.forgetting.budget import hold_budget
 from dynalora.forgetting.retain import RetainCallback, prepare_retain
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ __all__ = [
     "accept_undriven",
     "compact",
     "export_lora",
+    "hold_budget",
     "param_groups",
     "prepare_retain",
     "rank_pattern",

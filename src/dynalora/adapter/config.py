@@ -9,7 +9,7 @@ import re
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
@@ -19,6 +19,8 @@ from dynalora.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from dynalora.adapter.layer import AdapterLayer
+
+RetainMode = Literal["quadratic", "replay"]
 
 
 @dataclass
@@ -49,6 +51,13 @@ class AdapterConfig(PeftConfig):
         retain: Weight of a penalty that keeps what the base model says on text that it wrote itself
             ([`adapter.retain`][dynalora.adapter.retain]); 300 to 3000 keeps much and learns as well. None leaves it
             out. Needs a causal language model, and its tokenizer before the first step (`dynalora.prepare_retain`).
+        max_forgetting: KL(base ‖ tuned) in nats per token, on the text that `retain` keeps, at which the run is to end.
+            The weight of the penalty then follows measurements of the KL and starts at `retain`
+            ([`adapter.budget`][dynalora.adapter.budget]). None keeps the weight as it is.
+        retain_mode: `"quadratic"`, the penalty in closed form; or `"replay"`, the KL itself on four of the texts at
+            every step, which costs a forward and a backward pass over them.
+        retain_on: What to keep instead of text that the base model writes: a `.txt` file (texts between blank lines),
+            a data file with a field `text`, or a list of texts. Not written into the saved configuration.
 
     Raises:
         ConfigError: A value that cannot work; the message names the field, the value and the remedy.
@@ -98,6 +107,20 @@ class AdapterConfig(PeftConfig):
     retain: float | None = field(
         default=None, metadata={"help": "Weight of the penalty on changes of the base model's own text."}
     )
+    max_forgetting: float | None = field(
+        default=None,
+        metadata={
+            "help": "KL in nats per token at which the run is to end; the weight of retain follows it."
+        },
+    )
+    retain_mode: RetainMode = field(
+        default="quadratic",
+        metadata={"help": "quadratic: a closed form; replay: the KL itself at every step."},
+    )
+    retain_on: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Text to keep: a .txt or .jsonl file, or texts; None: the base model's own."},
+    )
 
     #: Name of the method, set by each method's configuration.
     method: ClassVar[str] = ""
@@ -141,6 +164,7 @@ class AdapterConfig(PeftConfig):
                 "retain",
                 "a positive number, or None to leave it out",
             )
+        self._check_retain()
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             # "all-linear" included, as in PEFT: a pattern already says which layers it means.
             raise ConfigError(
@@ -152,6 +176,30 @@ class AdapterConfig(PeftConfig):
                 f"{type(self).__name__}: layers_pattern={self.layers_pattern!r} needs layers_to_transform, the indices "
                 "of the blocks to adapt."
             )
+
+    def _check_retain(self) -> None:
+        self._require(self.retain_mode in get_args(RetainMode), "retain_mode", "'quadratic' or 'replay'")
+        if self.max_forgetting is not None:
+            self._require(
+                _is_number(self.max_forgetting) and self.max_forgetting > 0,
+                "max_forgetting",
+                "a positive number of nats per token, or None",
+            )
+            if self.retain is None:
+                raise ConfigError(
+                    f"{type(self).__name__}: max_forgetting={self.max_forgetting:g} needs retain, whose weight it "
+                    "controls; give retain=1000.0 too, or bound a run without it with "
+                    "RetentionMonitor(max_forgetting=...) or dynalora.trim(model, text, max_kl=...)."
+                )
+        if self.retain_on is not None:
+            texts = [self.retain_on] if isinstance(self.retain_on, str) else self.retain_on
+            listed = isinstance(texts, (list, tuple)) and bool(texts)
+            self._require(
+                listed and all(isinstance(text, str) for text in texts),
+                "retain_on",
+                "a file or a list of texts",
+            )
+            self._require(self.retain is not None, "retain_on", "left out unless retain has a weight")
 
     def _require(self, holds: bool, name: str, expected: str, value: Any = MISSING) -> None:
         """Raise a `ConfigError` that names field, value and remedy unless `holds`."""
@@ -215,6 +263,7 @@ class AdapterConfig(PeftConfig):
         written = copy.copy(self)
         for name, value in self.describe(layers, adapter).items() if layers else ():
             setattr(written, name, value)
+        written.retain_on = None  # the user's texts, or a place on this machine
         super(AdapterConfig, written).save_pretrained(save_directory, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:

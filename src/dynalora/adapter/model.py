@@ -59,7 +59,7 @@ class AdapterModel(BaseTuner):
         }
         if not layers:
             return
-        parts = [] if config.retain is None else [Retain(config.retain)]
+        parts = [] if config.retain is None else [Retain()]
         driver = Driver(self.method, config, adapter_name, parts)
         for layer in layers.values():
             layer.drive(adapter_name, driver)

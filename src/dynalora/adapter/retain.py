@@ -12,7 +12,8 @@ With s·ΔW = s·up·diag(d)·down this is a form in r × r products only,
 
 For an update that depends on the input (gates), M is the mean of m(x) m(x)ᵀ over stored inputs x of the base model,
 with m(x) = g(x) ⊙ d ⊙ down(x) as the layer computes it. The gradient of `weight` · Σ_layers P is added right before the
-optimizer's step, so the logged loss stays the task's.
+optimizer's step, so the logged loss stays the task's. With `retain_mode="replay"` the gradient is that of the KL itself
+on a few texts, and with `max_forgetting` the weight follows the KL ([`adapter.budget`][dynalora.adapter.budget]).
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
+from dynalora.adapter.budget import Meter, controlled_weight, due, measured, new_state
 from dynalora.adapter.curvature import Curvature
 from dynalora.adapter.layer import AdapterLayer
+from dynalora.adapter.storage import BUDGET
 from dynalora.driver import Moment
 from dynalora.errors import TrainingError
 from dynalora.spectral.second_moment import SecondMoment
@@ -100,16 +104,30 @@ class Retain:
     """Adds the gradient of the penalty to an adapter's, at every step. One object per adapter; its driver holds it.
 
     Attributes:
-        weight: Of the penalty.
-        value: Σ P at the last step, without the weight.
+        weight: Of the penalty at the last step.
+        value: Σ P at the last step, without the weight; with `retain_mode="replay"` the KL on the step's texts.
+        meter: Measures the model; None until text was read. It belongs to one model: copies have none.
+        outcome: What became of the budget, once the run has ended.
     """
 
-    def __init__(self, weight: float) -> None:
-        self.weight = weight
+    def __init__(self) -> None:
+        self.weight: torch.Tensor | float | None = None
         self.value: torch.Tensor | None = None
+        self.meter: Meter | None = None
+        self.outcome: Any = None
         # Of the training step that is under way: gradients by parameter, and the parameters that have had theirs.
         self._gradients: dict[int, torch.Tensor] = {}
         self._done: set[int] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "meter": None, "_gradients": {}, "_done": set()}
+
+    def ready(self, config: Any, layers: Iterable[AdapterLayer], adapter: str) -> bool:
+        """Whether the text that a configuration needs has been read."""
+        replay = config.retain_mode == "replay"
+        measures = replay or config.max_forgetting is not None
+        unread = not replay and any(adapter not in layer.curvatures for layer in layers)
+        return not unread and (self.meter is not None or not measures)
 
     def before_step(self, moment: Moment) -> None:
         """Add the gradient to the parameters that are about to step.
@@ -129,24 +147,59 @@ class Retain:
         if not self._gradients or not self._done.isdisjoint(ids):
             self._done.clear()
             self._gradients = self._differentiate(moment)
+        weight = self.weight
+        assert weight is not None
         for parameter in parameters:
             gradient = self._gradients.get(id(parameter))
             if gradient is None:
                 continue
-            addition = gradient * (self.weight * moment.grad_scale)
+            if isinstance(weight, torch.Tensor):
+                weight = weight.to(gradient.device)
+            addition = gradient * (weight * moment.grad_scale)
             if parameter.grad is None:
                 parameter.grad = addition
             else:
                 parameter.grad.add_(addition)
         self._done |= ids
 
+    def metrics(self, moment: Moment) -> dict[str, float]:
+        """The weight, the penalty without it, and the KL that was measured last."""
+        if self.weight is None or self.value is None:
+            return {}
+        numbers = {"retain_weight": float(self.weight), "retain_penalty": float(self.value)}
+        last = self._measured(moment)
+        return numbers if last is None else {**numbers, "retain_kl": last[0]}
+
+    def report(self, moment: Moment) -> dict[str, Any]:
+        """The weight, and where the adapter stands with its budget."""
+        config = moment.config
+        report: dict[str, Any] = {
+            "retain_weight": config.retain if self.weight is None else float(self.weight)
+        }
+        if config.max_forgetting is not None:
+            report["max_forgetting"] = config.max_forgetting
+            last = self._measured(moment)
+            if last is not None:
+                report["forgetting"], report["forgetting_step"] = last
+            if self.outcome is not None:
+                report["budget"] = str(self.outcome)
+        return report
+
+    def forget_run(self, lead: AdapterLayer, adapter: str) -> None:
+        """Begin the budget of a new run."""
+        lead.set_running(BUDGET.name, adapter, None)
+        self.outcome = None
+
+    def _measured(self, moment: Moment) -> tuple[float, int] | None:
+        state = None if moment.lead is None else moment.lead.running(BUDGET.name, moment.adapter)
+        return None if state is None else measured(state)
+
     def _differentiate(self, moment: Moment) -> dict[int, torch.Tensor]:
-        """The gradient of Σ P by parameter, by the parameter's id."""
-        layers, adapter = moment.all_layers, moment.adapter
-        unread = [layer.name for layer in layers if adapter not in layer.curvatures]
-        if unread:
+        """The gradient of Σ P, or of the KL itself, by the parameter's id; and the weight for it."""
+        layers, adapter, config = moment.all_layers, moment.adapter, moment.config
+        if not self.ready(config, layers, adapter):
             raise TrainingError(
-                f"{type(moment.config).__name__}(retain={moment.config.retain:g}) needs text of the base model, and "
+                f"{type(config).__name__}(retain={config.retain:g}) needs text of the base model, and "
                 f"adapter {adapter!r} has not read any: call dynalora.prepare_retain(model, tokenizer) once before "
                 "training, or give transformers' Trainer the tokenizer (processing_class=tokenizer), which then does."
             )
@@ -156,13 +209,31 @@ class Retain:
             for parameter in layer.adapter_parameters(adapter).values()
             if parameter.requires_grad
         ]
-        with torch.enable_grad():
-            curvatures = {layer: layer.curvatures[adapter] for layer in layers}
-            value = retention_penalty(layers, adapter, curvatures, moment.step)
-            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+        if config.retain_mode == "replay":
+            assert self.meter is not None
+            value, gradients = self.meter.replay(moment.step, parameters)
+        else:
+            with torch.enable_grad():
+                curvatures = {layer: layer.curvatures[adapter] for layer in layers}
+                value = retention_penalty(layers, adapter, curvatures, moment.step)
+                gradients = torch.autograd.grad(value, parameters, allow_unused=True)
         self.value = value.detach()
+        self.weight = config.retain if config.max_forgetting is None else self._controlled(moment, self.value)
         return {
             id(parameter): gradient
             for parameter, gradient in zip(parameters, gradients, strict=True)
             if gradient is not None
         }
+
+    def _controlled(self, moment: Moment, value: torch.Tensor) -> torch.Tensor:
+        """The weight that keeps to the budget."""
+        lead, config = moment.lead, moment.config
+        state = lead.running(BUDGET.name, moment.adapter)
+        if state is None:
+            lead.set_running(BUDGET.name, moment.adapter, new_state().to(value.device))
+            state = lead.running(BUDGET.name, moment.adapter)
+        kl = None
+        if due(moment.step, moment.total_steps):
+            assert self.meter is not None
+            kl = self.meter.kl()
+        return controlled_weight(state, value, config.retain, config.max_forgetting, kl, moment.step)

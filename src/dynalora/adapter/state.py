@@ -24,7 +24,7 @@ class StateReport:
         total_steps: Steps of the run, None when unknown.
         ranks: Rank of each adapted matrix by module name.
         trainable_parameters: Numbers of the adapter that train.
-        details: What the method says of itself (the weight of its penalty, how open its gates are, …).
+        details: What the method and `retain` say of themselves (weights of penalties, how open gates are, …).
     """
 
     adapter: str
@@ -51,6 +51,10 @@ def state_report(model: nn.Module) -> list[StateReport]:
     for driver, layers in drivers_of(model):
         method = driver.method
         assert isinstance(method, Method)
+        moment = driver.moment(layers)
+        details = method.report(moment)
+        for part in driver.parts:
+            details = {**details, **part.report(moment)}
         parameters = [p for layer in layers for p in layer.adapter_parameters(driver.adapter).values()]
         reports.append(
             StateReport(
@@ -60,7 +64,7 @@ def state_report(model: nn.Module) -> list[StateReport]:
                 total_steps=driver.total_steps,
                 ranks={names[id(layer)]: layer.rank(driver.adapter) for layer in layers},
                 trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-                details=method.report(driver.moment(layers)),
+                details=details,
             )
         )
     return reports

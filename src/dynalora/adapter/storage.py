@@ -37,6 +37,8 @@ class Role:
 FACTORS = (Role("down", rank_dim=0), Role("up", rank_dim=1))
 #: The adapter's clock, int64 `[step, total_steps]`.
 CLOCK = Role("progress", trains=False, saved="first")
+#: What an adapter with a budget of forgetting remembers; see `adapter.budget`.
+BUDGET = Role("budget", trains=False, saved="present")
 #: The rank in use, for layers with room for more.
 RANK = "rank"
 
@@ -74,7 +76,7 @@ class Storage(nn.Module):
         parameters = [role for role in cls.roles if role.trains]
         cls.parameter_roles = tuple(role.name for role in parameters)
         cls.rank_dims = {role.name: role.rank_dim for role in parameters if role.rank_dim is not None}
-        cls.buffer_roles = {role.name: role for role in (CLOCK, *cls.roles) if not role.trains}
+        cls.buffer_roles = {role.name: role for role in (CLOCK, BUDGET, *cls.roles) if not role.trains}
         cls.adapter_layer_names = tuple(f"{cls.method_name}_{role}" for role in cls.parameter_roles)
         cls.other_param_names = (
             *("scaling", "scaling_ranks", "ranks", "reserved", "drivers", "adapter_dropout"),

@@ -117,6 +117,12 @@ class DrivenPart(Protocol):
     def before_step(self, moment: Moment) -> None:
         """Add to the gradients of the parameters that are about to step (under `no_grad`)."""
 
+    def metrics(self, moment: Moment) -> dict[str, float]:
+        """Numbers for the trainer's log; must be cheap."""
+
+    def report(self, moment: Moment) -> dict[str, Any]:
+        """What it is doing now, for `dynalora.state_report`."""
+
 
 class DrivenMethod(Protocol):
     """What a method may do around optimizer steps. See `dynalora.adapter.method.Method`."""

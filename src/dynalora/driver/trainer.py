@@ -69,7 +69,11 @@ class DriverCallback(TrainerCallback):
         if model is None or logs is None or "loss" not in logs:
             return
         for driver, layers in drivers_of(model):
-            for key, value in driver.method.metrics(driver.moment(layers)).items():
+            moment = driver.moment(layers)
+            metrics = driver.method.metrics(moment)
+            for part in driver.parts:
+                metrics = {**metrics, **part.metrics(moment)}
+            for key, value in metrics.items():
                 name = key if driver.adapter == "default" else f"{driver.adapter}/{key}"
                 logs[name] = value
                 if state.log_history:  # what the trainer keeps in trainer_state.json

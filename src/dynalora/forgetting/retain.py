@@ -7,8 +7,9 @@ sketches, so memory does not grow with the text; layers that read the same tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +20,17 @@ from transformers.training_args import TrainingArguments
 
 from dynalora.adapter.curvature import Curvature
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
+from dynalora.adapter.retain import Retain
+from dynalora.common.processes import from_first
 from dynalora.common.progress import Progress, late_progress, silent
-from dynalora.driver import drivers_of
+from dynalora.driver import Driver, drivers_of
 from dynalora.errors import UnsupportedError
+from dynalora.evaluation.files import is_text, passages, read_rows, texts_of
 from dynalora.evaluation.generation import batches_by_length, evaluating
 from dynalora.evaluation.padding import padded
 from dynalora.forgetting.base_model import adapters_off
-from dynalora.forgetting.texts import MeasuredText, anchor_text
+from dynalora.forgetting.budget import TextMeter, hold_budget, retain_part
+from dynalora.forgetting.texts import MeasuredText, anchor_text, given_text
 from dynalora.spectral.second_moment import MomentSketch
 
 if TYPE_CHECKING:
@@ -41,26 +46,55 @@ def prepare_retain(
 ) -> None:
     """Make the adapters of a model ready for training with `retain`: a bare loop's one call.
 
+    With `max_forgetting`, call [`hold_budget`][dynalora.forgetting.budget.hold_budget] after the last step.
+
     Args:
         model: A causal language model whose adapters have `retain`; others are left alone.
         tokenizer: The model's.
-        text: What to keep; None: text that the base model writes itself
+        text: What to keep; None: the configuration's `retain_on`, or else text that the base model writes itself
             ([`anchor_text`][dynalora.forgetting.texts.anchor_text]), once per base model, kept in the user's cache.
         progress: Called with the number of texts that were written and read.
 
     Raises:
+        DataError: The file that `retain_on` names cannot be read.
         UnsupportedError: The model is no causal language model, or has an adapter merged into its weights.
     """
-    adapters = [driver.adapter for driver, _ in drivers_of(model) if getattr(driver.config, "retain", None)]
-    if not adapters:
-        return
-    anchors = text or anchor_text(model, tokenizer, progress=progress)
-    for adapter in adapters:
-        read_curvature(model, anchors, adapter, progress=progress)
+    own: MeasuredText | None = None
+    for driver, _, part in _retaining(model):
+        config: Any = driver.config
+        if text is not None:
+            anchors = text
+        elif config.retain_on is not None:
+            anchors = given_text(_texts(config.retain_on), tokenizer)
+        else:
+            own = anchors = own or from_first(anchor_text(model, tokenizer, progress=progress))
+        part.meter = TextMeter(model, anchors)
+        if config.retain_mode != "replay":
+            read_curvature(model, anchors, driver.adapter, progress=progress)
+
+
+def _retaining(model: nn.Module) -> list[tuple[Driver, list[AdapterLayer], Retain]]:
+    """The adapters that have `retain`, with their layers."""
+    return [
+        (driver, layers, part)
+        for driver, layers in drivers_of(model)
+        if (part := retain_part(driver)) is not None
+    ]
+
+
+def _texts(source: str | Sequence[str]) -> list[str]:
+    """The texts that `retain_on` gives or names: passages of a plain text file, or a field of a data file's rows."""
+    if not isinstance(source, str):
+        return list(source)
+    path = Path(source).expanduser()
+    if is_text(path):
+        return list(passages(path))
+    rows, name = read_rows(source)
+    return [text for text in texts_of(rows, None, name) if text]
 
 
 class RetainCallback(TrainerCallback):
-    """Prepares `retain` at the beginning of training; one of transformers' default callbacks."""
+    """Prepares `retain` at the beginning of training and ends budgets; one of transformers' default callbacks."""
 
     def on_train_begin(
         self,
@@ -71,18 +105,32 @@ class RetainCallback(TrainerCallback):
         processing_class: Any = None,
         **_: Any,
     ) -> None:
-        if model is None or not hasattr(processing_class, "all_special_ids"):
-            return  # the first step says what is missing
-        unread = [
-            layer
-            for driver, layers in drivers_of(model)
-            if getattr(driver.config, "retain", None)
-            for layer in layers
-            if driver.adapter not in layer.curvatures
-        ]
-        if unread:
+        if model is None:
+            return
+        adapters = _retaining(model)
+        if state.global_step == 0:
+            for driver, layers, part in adapters:
+                part.forget_run(layers[0], driver.adapter)
+        unread = any(
+            not part.ready(driver.config, layers, driver.adapter) for driver, layers, part in adapters
+        )
+        if unread and hasattr(
+            processing_class, "all_special_ids"
+        ):  # or else the first step says what is missing
             with late_progress() as progress:
                 prepare_retain(model, processing_class, progress=progress)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        if model is not None:
+            with late_progress() as progress:
+                hold_budget(model, progress=progress)
 
 
 RANK = 128

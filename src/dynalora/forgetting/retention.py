@@ -125,8 +125,8 @@ def retention(
             kept = [predictions.log_probs[index] for index in batch] if predictions else []
             reference = [part for part in kept if part is not None]
             if len(reference) < len(batch):
-                reference = _written(apart or model, text, batch, off=True)
-            tuned = _written(model, text, batch, off=False)
+                reference = continuation_logits(apart or model, text, batch, off=True)
+            tuned = continuation_logits(model, text, batch, off=False)
             for index, first, second in zip(batch, reference, tuned, strict=True):
                 targets = torch.tensor(text.rows[index][text.starts[index] :], device=second.device)
                 totals[index] = _distances(first, second, targets, chunk)
@@ -170,7 +170,7 @@ def base_predictions(
     lengths = [len(row) for row in text.rows]
     with evaluating(model), torch.no_grad():
         for batch in batches_by_length(lengths, batch_size, what, progress):
-            parts = _written(model, text, batch, off=True)
+            parts = continuation_logits(model, text, batch, off=True)
             size = dtype.itemsize if dtype is not None else parts[0].element_size()
             used += size * sum(part.numel() for part in parts)
             if max_bytes is not None and used > max_bytes:
@@ -218,7 +218,7 @@ def _check(
         raise ConfigError("The text was written by another base model; write it anew with own_text().")
 
 
-def _written(
+def continuation_logits(
     model: torch.nn.Module, text: MeasuredText, batch: Sequence[int], *, off: bool
 ) -> list[torch.Tensor]:
     """For each text of a batch the logits (tokens written, V) that predict the tokens the model wrote."""

@@ -8,6 +8,7 @@ is back at f between 0.3 and 0.7.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
-from dynalora.common.progress import Progress, silent
+from dynalora.common.processes import from_first
+from dynalora.common.progress import Progress, counted, silent
 from dynalora.driver import drivers_of
 from dynalora.errors import ConfigError, UnsupportedError
 from dynalora.forgetting.base_model import refuse_merged
@@ -27,7 +29,8 @@ from dynalora.forgetting.texts import MeasuredText
 
 FACTORS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 """Factors of the curve, from the adapter as trained downwards."""
-_SEARCH = 6  # halvings of the interval that holds the factor
+_SEARCH = 8  # most measurements for the factor of a bound
+_CLOSE = 0.97  # share of the bound at which the search ends
 
 
 @dataclass(frozen=True)
@@ -90,24 +93,8 @@ def trim_curve(
         ConfigError: A factor below 0, or there is no such adapter.
         UnsupportedError: The adapter's update cannot be scaled (PEFT's other methods), or is merged.
     """
-    for factor in factors:
-        if not factor >= 0:
-            raise ConfigError(
-                f"factors holds {factor!r}; give numbers from 0 (the base model) up to 1 (as trained)."
-            )
-    refuse_merged(model)
-    name = adapter or model.active_adapter
-    layers = _scalable(model, name)
-    base = base_predictions(model, text, batch_size=batch_size, dtype=None, max_bytes=2**30)
-    points = []
-    for done, factor in enumerate(factors):
-        progress("Scaling the update", done, len(factors))
-        with _at(layers, name, factor):
-            measured = retention(model, text, base=base, batch_size=batch_size)
-            value = None if loss is None else float(loss())
-        points.append(TrimPoint(float(factor), measured.kl, measured.kl_error, value))
-    progress("Scaling the update", len(factors), len(factors))
-    return points
+    measure = _Measure(model, text, loss, factors, adapter, batch_size)
+    return measure.curve(factors, progress)
 
 
 def trim(
@@ -123,8 +110,8 @@ def trim(
 ) -> Trim:
     """Scale an adapter's update down to where it forgets no more than is allowed; the model is changed.
 
-    The factor is the largest up to 1 whose KL is at most `max_kl`, to about a hundredth. Saving the adapter then writes
-    the scaled update (as a smaller `alpha`), and everything else that reads it (merge, export, spectra) sees it.
+    The factor is the largest up to 1 whose KL is at most `max_kl`, to a few hundredths of it. Saving the adapter then
+    writes the scaled update (as a smaller `alpha`), and everything else that reads it (merge, export, spectra) sees it.
 
     Args:
         model: As in [`trim_curve`][dynalora.forgetting.trim.trim_curve], and so are the other arguments.
@@ -145,22 +132,75 @@ def trim(
     """
     if not 0 < max_kl < float("inf"):
         raise ConfigError(f"max_kl is {max_kl!r}; give the most KL to allow, a number above 0 such as 0.05.")
-    name = adapter or model.active_adapter
-    options: dict[str, Any] = {"loss": loss, "adapter": name, "batch_size": batch_size}
-    points = trim_curve(
-        model, text, factors=sorted({1.0, *factors}, reverse=True), progress=progress, **options
-    )
-    low = max((point.factor for point in points if point.kl <= max_kl), default=0.0)
-    if low < 1.0:
-        high = min(point.factor for point in points if point.factor > low)
+    factors = sorted({1.0, *factors}, reverse=True)
+    measure = _Measure(model, text, loss, factors, adapter, batch_size)
+    points = measure.curve(factors, progress)
+    low = max((p for p in points if p.kl <= max_kl), key=lambda p: p.factor, default=_BASE)
+    if low.factor < 1.0:
+        high = min((p for p in points if p.factor > low.factor), key=lambda p: p.factor)
+        low = measure.search(low, high, max_kl)
+        if low.factor not in {point.factor for point in points}:
+            points.append(measure.at(low.factor) if loss is not None or low is _BASE else low)
+    scale_update(model, low.factor, measure.name)
+    return Trim(low.factor, tuple(sorted(points, key=lambda point: -point.factor)))
+
+
+_BASE = TrimPoint(0.0, 0.0, 0.0)
+
+
+class _Measure:
+    """Measures an adapter at factors; the base model's predictions are made once."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        text: MeasuredText,
+        loss: Callable[[], float] | None,
+        factors: Sequence[float],
+        adapter: str | None,
+        batch_size: int,
+    ) -> None:
+        for factor in factors:
+            if not factor >= 0:
+                raise ConfigError(
+                    f"factors holds {factor!r}; give numbers from 0 (the base model) up to 1 (as trained)."
+                )
+        refuse_merged(model)
+        self.model, self.text, self.loss, self.batch_size = model, text, loss, batch_size
+        self.name = adapter or model.active_adapter
+        self.layers = _scalable(model, self.name)
+        self.base = base_predictions(model, text, batch_size=batch_size, dtype=None, max_bytes=2**30)
+
+    def curve(self, factors: Sequence[float], progress: Progress) -> list[TrimPoint]:
+        """The adapter at each of the factors."""
+        return [self.at(factor) for factor in counted(factors, "Scaling the update", progress)]
+
+    def at(self, factor: float, *, with_loss: bool = True) -> TrimPoint:
+        """The adapter at one factor; on several processes the first one's numbers, so that all take the same factor."""
+        with _at(self.layers, self.name, factor):
+            result = retention(self.model, self.text, base=self.base, batch_size=self.batch_size)
+            value = float(self.loss()) if self.loss is not None and with_loss else None
+        return from_first(TrimPoint(float(factor), result.kl, result.kl_error, value))
+
+    def search(self, low: TrimPoint, high: TrimPoint, max_kl: float) -> TrimPoint:
+        """The adapter as close below the bound as need be, between one below and one above.
+
+        KL is nearly a power of the factor, and a power through both points tells where to look next.
+        """
         for _ in range(_SEARCH):
-            middle = (low + high) / 2
-            (point,) = trim_curve(model, text, factors=[middle], adapter=name, batch_size=batch_size)
-            low, high = (middle, high) if point.kl <= max_kl else (low, middle)
-        if low not in {point.factor for point in points}:
-            points += trim_curve(model, text, factors=[low], **options)
-    scale_update(model, low, name)
-    return Trim(low, tuple(sorted(points, key=lambda point: -point.factor)))
+            if low.kl >= _CLOSE * max_kl:
+                break
+            width = high.factor - low.factor
+            guess = low.factor + width / 2
+            if math.isfinite(high.kl):
+                power = 2.0
+                if low.kl > 0:
+                    power = max(0.5, math.log(high.kl / low.kl) / math.log(high.factor / low.factor))
+                guess = high.factor * ((1 + _CLOSE) / 2 * max_kl / high.kl) ** (1 / power)
+            guess = min(max(guess, low.factor + width / 50), high.factor - width / 50)
+            point = self.at(guess, with_loss=False)
+            low, high = (point, high) if point.kl <= max_kl else (low, point)
+        return low
 
 
 def scale_update(model: PeftModel, factor: float, adapter: str | None = None) -> None:
