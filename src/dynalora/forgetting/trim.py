@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,8 @@ from dynalora.forgetting.texts import MeasuredText
 
 FACTORS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 """Factors of the curve, from the adapter as trained downwards."""
+NEAR_BEST = 0.01
+"""Share of the lowest loss by which another may be higher and still count as near it."""
 _SEARCH = 8  # most measurements for the factor of a bound
 _CLOSE = 0.97  # share of the bound at which the search ends
 
@@ -95,6 +97,16 @@ def trim_curve(
     """
     measure = _Measure(model, text, loss, factors, adapter, batch_size)
     return measure.curve(factors, progress)
+
+
+def smallest_near_best(losses: Mapping[float, float]) -> float:
+    """The smallest factor whose loss is within 1 % ([`NEAR_BEST`][dynalora.forgetting.trim.NEAR_BEST]) of the lowest.
+
+    Args:
+        losses: Factor → loss, at least one.
+    """
+    limit = min(losses.values()) * (1 + NEAR_BEST)
+    return min(factor for factor, loss in losses.items() if loss <= limit)
 
 
 def trim(

@@ -22,14 +22,15 @@ from dynalora.evaluation.tokens import TokenizedSet, tokenize
 from dynalora.evaluation.windows import within_window
 from dynalora.forgetting.monitor import OWN_TEXT
 from dynalora.forgetting.texts import MeasuredText, own_text
-from dynalora.forgetting.trim import FACTORS, TrimPoint, trim
+from dynalora.forgetting.trim import FACTORS, TrimPoint, scale_update, trim, trim_curve
 from dynalora.jobs.finetune.prepare import training_and_held_out
 from dynalora.jobs.finetune.settings import FinetuneSpec
 from dynalora.lab.adapters import load_adapter, read_config
 from dynalora.lab.data.conversations import load_named_text, measured_text
 from dynalora.lab.models import DTYPES, QUANTIZATIONS, load_tokenizer
-from dynalora.lab.report import Cell, Table, say
+from dynalora.lab.report import say
 from dynalora.lab.run_folder import CONFIG
+from dynalora.lab.scaling import curve_table
 from dynalora.lab.settings import Setting, Settings, named_source, read_yaml, settings_from
 from dynalora.lab.training.train import held_out_loss
 
@@ -41,7 +42,8 @@ class TrimSpec(Settings):
     Attributes:
         adapter: Run folder, adapter folder or Hub id of an adapter.
         output: Folder to write, new or empty.
-        max_kl: Most that may be forgotten: KL(base ‖ tuned) in nats per token, on each text.
+        max_kl: Most that may be forgotten: KL(base ‖ tuned) in nats per token, on each text. One of this and factor.
+        factor: Factor to take, instead of the largest within a bound.
         texts: Text to keep within the bound besides the base model's own, may be given again.
         factors: Factors of the curve, with commas.
         model: Base model; None: the one the adapter names.
@@ -52,7 +54,8 @@ class TrimSpec(Settings):
 
     adapter: Annotated[str, Setting(positional=True, metavar="RUN")]
     output: Annotated[str, Setting(positional=True, metavar="OUTPUT")]
-    max_kl: Annotated[float, Setting(above=0)]
+    max_kl: Annotated[float | None, Setting(above=0)] = None
+    factor: Annotated[float | None, Setting(above=0)] = None
     texts: Annotated[list[str], Setting(name="--text", metavar="NAME=SOURCE")] = field(default_factory=list)
     factors: Annotated[list[float], Setting(commas=True)] = field(default_factory=lambda: list(FACTORS))
     model: Annotated[str | None, Setting("-m")] = None
@@ -62,9 +65,14 @@ class TrimSpec(Settings):
 
     def _check(self) -> None:
         super()._check()
-        if any(not 0 < factor <= 1 for factor in self.factors):
+        if (self.max_kl is None) == (self.factor is None):
             raise ConfigError(
-                f"factors is {self.factors}; give numbers above 0 (the base model) up to 1 (as trained)."
+                "An update is scaled down to a bound or to a factor; give one of max_kl (such as 0.05) and factor."
+            )
+        if any(not 0 < factor <= 1 for factor in [*self.factors, self.factor or 1.0]):
+            raise ConfigError(
+                f"factors is {self.factors} and factor {self.factor}; give numbers above 0 (the base model) up to 1 "
+                "(as trained)."
             )
         names = [named_source(text, "texts")[0] for text in self.texts]
         if len({OWN_TEXT, *names}) < len(names) + 1:
@@ -94,66 +102,56 @@ def run_trim(spec: TrimSpec, *, console: Console) -> None:
     with rich_progress(console) as progress:
         texts: dict[str, MeasuredText] = {OWN_TEXT: own_text(model, tokenizer, progress=progress)}
         texts |= {name: measured_text(content, tokenizer) for name, content in passages.items()}
-        factor, curves = trim_to_all(
-            model, texts, max_kl=spec.max_kl, loss=loss, factors=spec.factors, progress=progress
-        )
+        factor, curves = _scale_down(spec, model, texts, loss, progress)
     with folder_beside(output, replace=False) as folder:
         model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
         _write_curves(folder, spec, factor, curves)
     say(
         console,
-        trim_table(curves, factor),
-        f"{output}: the adapter with {factor:.3g} of its update, at most {spec.max_kl:g} nats per token from the base "
-        f"model.",
+        curve_table(curves, factor),
+        f"{output}: the adapter with {factor:.3g} of its update"
+        + ("." if spec.max_kl is None else f", at most {spec.max_kl:g} nats per token from the base model."),
         f"Measure it: dynalora evaluate {output} --task TASK",
     )
 
 
-def trim_to_all(
+def _scale_down(
+    spec: TrimSpec,
     model: PeftModel,
     texts: Mapping[str, MeasuredText],
-    *,
-    max_kl: float,
     loss: Callable[[], float] | None,
-    factors: list[float],
     progress: Progress,
 ) -> tuple[float, dict[str, list[TrimPoint]]]:
-    """Scale an adapter's update down until no text's KL is above the bound; the model is changed.
-
-    The held-out loss is taken along the first text's curve.
+    """Scale an adapter's update to the factor, or until no text's KL is above the bound; the model is changed.
 
     Returns:
-        The factor, and each text's curve over factors of the update as it was.
+        The factor, and each text's curve over factors of the update as it was; the first one has the loss.
     """
-    factor = 1.0
     curves: dict[str, list[TrimPoint]] = {}
+    if spec.factor is not None:
+        factors = sorted({1.0, spec.factor, *spec.factors}, reverse=True)
+        for name, text in texts.items():
+            curves[name] = trim_curve(
+                model, text, loss=None if curves else loss, factors=factors, progress=progress
+            )
+        scale_update(model, spec.factor)
+        return spec.factor, curves
+    assert spec.max_kl is not None  # checked with the settings
+    factor = 1.0
     for name, text in texts.items():
         # Each text goes on from the factor that the texts before it have left.
         result = trim(
-            model, text, max_kl=max_kl, loss=None if curves else loss, factors=factors, progress=progress
+            model,
+            text,
+            max_kl=spec.max_kl,
+            loss=None if curves else loss,
+            factors=spec.factors,
+            progress=progress,
         )
         curves[name] = [replace(point, factor=factor * point.factor) for point in result.points]
         factor *= result.factor
     return factor, curves
-
-
-def trim_table(curves: Mapping[str, list[TrimPoint]], factor: float) -> Table:
-    """Forgetting and held-out loss by factor and text; the factor that was taken is marked."""
-    several = len(curves) > 1
-    rows: list[list[Cell]] = []
-    for name, points in curves.items():
-        for point in points:
-            mark = " (taken)" if point.factor == factor else ""
-            loss = None if point.loss is None else f"{point.loss:.4f}"
-            text: list[Cell] = [name] if several else []
-            rows.append([*text, f"{point.factor:.3g}{mark}", f"{point.kl:.4f} ± {point.kl_error:.4f}", loss])
-    return Table(
-        [*(["text"] if several else []), "factor", "KL from base", "held-out loss"],
-        rows,
-        title="The update scaled down",
-        note="KL(base ‖ tuned) with its standard error, nats per token; 1 is the adapter as trained.",
-    )
 
 
 def _run_of(source: str) -> FinetuneSpec | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +15,9 @@ from torch import nn
 
 from dynalora.errors import DynaloraError, UnsupportedError
 from dynalora.forgetting.landscape import rank_landscape
-from dynalora.forgetting.trim import update_scaled
+from dynalora.forgetting.trim import TrimPoint, update_scaled
 from dynalora.lab.baselines import prompt_only
+from dynalora.lab.report import Cell, Table
 
 
 @dataclass(frozen=True)
@@ -114,3 +115,21 @@ def _norm_of_factors(model: nn.Module) -> float | None:
     except DynaloraError:
         return None
     return math.sqrt(sum(value**2 for row in rows for value in row.singular_values))
+
+
+def curve_table(curves: Mapping[str, Sequence[TrimPoint]], factor: float) -> Table:
+    """Forgetting and held-out loss by factor and text; the factor that was taken is marked."""
+    several = len(curves) > 1
+    rows: list[list[Cell]] = []
+    for name, points in curves.items():
+        for point in points:
+            mark = " (taken)" if point.factor == factor else ""
+            loss = None if point.loss is None else f"{point.loss:.4f}"
+            text: list[Cell] = [name] if several else []
+            rows.append([*text, f"{point.factor:.3g}{mark}", f"{point.kl:.4f} ± {point.kl_error:.4f}", loss])
+    return Table(
+        [*(["text"] if several else []), "factor", "KL from base", "held-out loss"],
+        rows,
+        title="The update scaled down",
+        note="KL(base ‖ tuned) with its standard error, nats per token; 1 is the adapter as trained.",
+    )

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynalora.common.statistics import Interval, mean_interval
+from dynalora.forgetting.trim import smallest_near_best
 
 Point = tuple[float, float]
 """Loss and KL."""
 
 _STEPS = 200  # losses at which two frontiers are compared
-NEAR_BEST = 0.01
-"""A factor is good enough at a loss within this share of the best one's."""
 
 
 def points_of(result: Mapping[str, Any], text: str) -> list[tuple[float, float, float]]:
@@ -175,8 +174,7 @@ def taken_point(result: Mapping[str, Any], text: str) -> tuple[float, float, flo
     }
     if not losses:
         return points[0]
-    limit = min(losses.values()) * (1 + NEAR_BEST)
-    factor = min(factor for factor, loss in losses.items() if loss <= limit)
+    factor = smallest_near_best(losses)
     return next(point for point in points if point[0] == factor)
 
 

@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from dynalora.common.statistics import Difference, Interval
+from dynalora.forgetting.trim import NEAR_BEST
 from dynalora.jobs.compare.contestants import Contestant
-from dynalora.jobs.compare.frontiers import NEAR_BEST, Scaled
+from dynalora.jobs.compare.frontiers import Scaled
 from dynalora.jobs.compare.grid import Comparison
 from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.jobs.compare.summaries import MEAN, Summary, training_numbers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -14,20 +15,22 @@ from dynalora.adapter.layer import adapter_layers
 from dynalora.common.names import plain_name
 from dynalora.drawing.gates import plot_gates
 from dynalora.drawing.landscape import plot_rank_heatmap
-from dynalora.drawing.retention import plot_retention_curves
+from dynalora.drawing.retention import plot_retention_curves, plot_scaled_update
 from dynalora.drawing.training import plot_losses, plot_metrics
 from dynalora.errors import DynaloraError
 from dynalora.evaluation.tokens import TokenizedSet
 from dynalora.forgetting.gate_recording import record_gates
 from dynalora.forgetting.landscape import rank_landscape
-from dynalora.forgetting.monitor import RetentionMonitor
+from dynalora.forgetting.monitor import OWN_TEXT, RetentionMonitor
 from dynalora.forgetting.retention import Retention
+from dynalora.forgetting.trim import TrimPoint, smallest_near_best
 from dynalora.jobs.finetune.prepare import Prepared
 from dynalora.lab.configs import method_name, title_of
 from dynalora.lab.data.collator import batches_of
 from dynalora.lab.report import Cell, Report, Section, Table, listing, save_figures, say, write_report
 from dynalora.lab.report import Figure as ReportFigure
 from dynalora.lab.run_folder import RunFolder
+from dynalora.lab.scaling import curve_table
 from dynalora.lab.training.recorder import UNTIMED_STEPS
 from dynalora.lab.training.train import TrainResult
 from dynalora.methods import METHODS
@@ -82,6 +85,7 @@ def write_results(
     run: RunFolder,
     console: Console | None,
     monitor: RetentionMonitor | None = None,
+    curve: Sequence[TrimPoint] = (),
 ) -> None:
     """Write the plots and the report, and show the closing table."""
     spec = ready.spec
@@ -97,13 +101,17 @@ def write_results(
         Section("Result", tables=[table]),
         Section("Data", tables=[counts]),
         Section("Plots", figures=_figures(ready, result, run, monitor)),
+        *([_scaled_section(run, curve)] if curve else []),
         Section("Settings", listing=listing(spec.settings())),
     ]
     title = f"{_short(spec.model)} fine-tuned with {title_of(result.label)} on {_short(spec.data)}"
     budget = _budget_report(monitor)
     summary = f"{_training_report(ready, result)} {budget}".strip()
     write_report(Report(title, summary, sections), run.report)
-    say(console, table, *([budget] if budget else []), f"Adapter: {run.adapter}\nReport:  {run.report}")
+    less = [_advice(run, curve)] if curve else []
+    say(
+        console, table, *([budget] if budget else []), *less, f"Adapter: {run.adapter}\nReport:  {run.report}"
+    )
 
 
 def _figures(
@@ -135,6 +143,40 @@ def _figures(
         caption = "KL from the base model, with its standard error, and loss shift during training."
         figures += save_figures(run.write, {"retention": (curves, caption)})
     return figures
+
+
+def _scaled_section(run: RunFolder, curve: Sequence[TrimPoint]) -> Section:
+    """What the update has learned and forgets when it is scaled down."""
+    curves = {OWN_TEXT: list(curve)}
+    taken = _taken(curve).factor
+    caption = "What is forgotten and what is left of the learning by factor of the update; dotted: the factor to take."
+    figures = save_figures(run.write, {"scaled": (plot_scaled_update(curves, taken=taken), caption)})
+    return Section(
+        "If less is to be forgotten",
+        text=_advice(run, curve),
+        tables=[curve_table(curves, taken)],
+        figures=figures,
+    )
+
+
+def _taken(curve: Sequence[TrimPoint]) -> TrimPoint:
+    factor = smallest_near_best({point.factor: point.loss for point in curve if point.loss is not None})
+    return next(point for point in curve if point.factor == factor)
+
+
+def _advice(run: RunFolder, curve: Sequence[TrimPoint]) -> str:
+    """Which factor of the update to take and why, in two sentences."""
+    taken, trained = _taken(curve), curve[0]
+    if taken is trained:
+        return (
+            "Scaling the update down would cost more than 1 % of the held-out loss at every factor measured; for less "
+            f"forgetting all the same: dynalora trim {run.path} OUTPUT --max-kl {trained.kl / 2:.2g}"
+        )
+    return (
+        f"With {taken.factor:g} of its update the adapter forgets {taken.kl:.4f} nats per token instead of "
+        f"{trained.kl:.4f}, at a held-out loss of {taken.loss:.4f} instead of {trained.loss:.4f}: the smallest factor "
+        f"within 1 % of the lowest loss. To take it: dynalora trim {run.path} OUTPUT --factor {taken.factor:g}"
+    )
 
 
 def _training_report(ready: Prepared, result: TrainResult) -> str:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import asdict
+from functools import partial
 
 from rich.console import Console
 
 from dynalora.common.progress import rich_progress
+from dynalora.errors import UnsupportedError
 from dynalora.forgetting.monitor import RetentionMonitor
 from dynalora.forgetting.retention import Retention, retention
 from dynalora.forgetting.texts import own_text
+from dynalora.forgetting.trim import TrimPoint, trim_curve
 from dynalora.jobs.finetune.prepare import Prepared, prepare
 from dynalora.jobs.finetune.report import write_results
 from dynalora.jobs.finetune.settings import FinetuneSpec
@@ -26,7 +29,10 @@ from dynalora.lab.report import say
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.settings import defaults_of
 from dynalora.lab.training.checkpoints import save_adapter
-from dynalora.lab.training.train import TrainResult, train_adapter
+from dynalora.lab.training.train import TrainResult, held_out_loss, train_adapter
+
+_FACTORS = (0.7, 0.5, 0.35, 0.25)
+"""Factors of the update in the report, besides 1: few, since each costs a measurement of the held-out data."""
 
 
 def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResult:
@@ -61,7 +67,8 @@ def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResu
         if main:
             save_adapter(result.model, ready.tokenizer, run)
             measured = _measured_retention(ready, result, run, console)
-            write_results(ready, result, measured, run, console, monitor)
+            curve = _scaled_down(ready, result, measured, run, console)
+            write_results(ready, result, measured, run, console, monitor, curve)
             run.finish()
             # The adapter is saved; optimizer states are of no more use and larger than everything else.
             shutil.rmtree(run.checkpoints, ignore_errors=True)
@@ -101,3 +108,22 @@ def _measured_retention(
         measured = retention(result.model, text, progress=progress)
     run.log({"run": result.label, "step": result.steps, "retention": asdict(measured)})
     return measured
+
+
+def _scaled_down(
+    ready: Prepared, result: TrainResult, measured: Retention | None, run: RunFolder, console: Console | None
+) -> list[TrimPoint]:
+    """Held-out loss and KL over factors of the update, as trained first; empty: not measured."""
+    after = result.held_out_after
+    if not ready.spec.scaled or measured is None or after is None:
+        return []
+    loss = partial(held_out_loss, result.model, ready.held_out, batch_size=ready.spec.batch_size)
+    try:
+        with rich_progress(console) as progress:
+            text = own_text(result.model, ready.tokenizer, progress=progress)
+            points = trim_curve(result.model, text, loss=loss, factors=_FACTORS, progress=progress)
+    except UnsupportedError:
+        return []  # virtual tokens, and updates of PEFT's that cannot be scaled
+    curve = [TrimPoint(1.0, measured.kl, measured.kl_error, after), *points]
+    run.log({"run": result.label, "step": result.steps, "scaled": [asdict(point) for point in curve]})
+    return curve

@@ -50,6 +50,8 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
         quantization: Hold the base weights in fewer bits, with bitsandbytes (4bit is NF4) or torchao (int8);
             None: as they are. A checkpoint that is quantised stays so.
         retention: Measure what the model forgot, on text that the base model writes itself.
+        scaled: When the run is over, measure the held-out loss and what was forgotten with the update scaled down, for
+            the report. Where there are held-out data and retention is measured.
         monitor_every: Number of optimizer steps between measurements of retention; None: a tenth of the run; 0: only
             when it is over.
         monitor_text: Further text to measure retention on during training, may be given again. See
@@ -85,6 +87,7 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
     dtype: Annotated[str, Setting(choices=DTYPES, panel=_TRAINING)] = "auto"
     quantization: Annotated[str | None, Setting(choices=tuple(QUANTIZATIONS), panel=_TRAINING)] = None
     retention: Annotated[bool, Setting(panel=RUN)] = True
+    scaled: Annotated[bool, Setting(panel=RUN)] = True
     monitor_every: Annotated[int | None, Setting(least=0, panel=RUN)] = None
     monitor_text: Annotated[list[str], Setting(metavar="NAME=SOURCE", panel=RUN)] = field(
         default_factory=list
