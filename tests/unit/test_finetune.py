@@ -354,7 +354,7 @@ def test_whole_job(folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest
         "adapter", "config.yaml", "metrics.jsonl", "plots", "report.html", "retention.jsonl", "run.json"
     ]  # fmt: skip
     assert sorted(entry.name for entry in (run / "plots").iterdir()) == [
-        "gates.png", "loss.png", "retention.png", "retention.svg"
+        "gates.png", "loss.png", "retention.png", "retention.svg", "scaled.png", "scaled.svg"
     ]  # fmt: skip
     assert json.loads((run / "run.json").read_text())["finished"]
     records = list(read_metrics(run))
