@@ -147,6 +147,10 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     config = getattr(model, "config", None)
     cache = getattr(config, "use_cache", None)
     model.eval()
+    for module, _ in modes:
+        # In eval mode bitsandbytes packs 4-bit weights on some CPUs for good, and no gradient passes them afterwards.
+        if type(module).__name__ == "Linear4bit":
+            module.training = True
     if cache is False:
         config.use_cache = True  # type: ignore[union-attr]  # trainers turn it off
     try:
