@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -19,6 +24,7 @@ from dynalora.adapter.layer import adapter_layers
 from dynalora.driver import drivers_of
 from dynalora.errors import ConfigError, TrainingError
 from dynalora.forgetting.budget import BudgetOutcome, TextMeter, hold_budget, retain_part, some_texts
+from dynalora.forgetting.retain import read_curvature, retain_cost
 from dynalora.forgetting.retention import retention
 from dynalora.forgetting.texts import MeasuredText, anchor_text, given_text
 
@@ -186,6 +192,16 @@ def test_a_run_that_does_not_need_its_budget_says_so(words: Any, caplog: pytest.
     assert "still falling" in str(late)
 
 
+def test_weights_that_are_no_numbers_are_no_success(words: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted(words)
+    dynalora.prepare_retain(model, words, anchor_text(model, words, texts=4, tokens=4, cache=False))
+    loop(words, model, 2)
+    layer = next(iter(adapter_layers(model).values()))
+    layer.parameter("up", "default").data.fill_(float("nan"))
+    assert hold_budget(model) == []
+    assert "max_forgetting=0.05 was not held" in caplog.text
+
+
 def test_a_copy_asks_for_its_own_text(words: Any) -> None:
     model = adapted(words)
     dynalora.prepare_retain(model, words, anchor_text(model, words, texts=4, tokens=4, cache=False))
@@ -297,3 +313,134 @@ def test_texts_of_the_users_own_are_kept(words: Any, tmp_path: Any) -> None:
     model.save_pretrained(tmp_path / "saved")
     assert "texts.jsonl" not in (tmp_path / "saved" / "adapter_config.json").read_text()
     assert model.peft_config["default"].retain_on == str(lines)
+
+
+# --- costs, precision, processes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gates", [False, True])
+def test_the_cost_in_memory_is_that_of_what_is_kept(words: Any, gates: bool) -> None:
+    config = dynalora.DiraConfig(
+        r=4, target_modules="all-linear", retain=1.0, gates=gates, penalty_weight=0.0
+    )
+    model = adapted(words, config)
+    text = anchor_text(model, words, texts=6, tokens=8, cache=False)
+    read_curvature(model, text, rank=20, bank=16)
+    tensors = {}
+    for layer in adapter_layers(model).values():
+        curvature = layer.curvatures["default"]
+        moments = (curvature.inputs, curvature.outputs)
+        parts = [part for moment in moments for part in (moment.basis, moment.diagonal)]
+        for tensor in (*parts, curvature.bank):
+            if tensor is not None:
+                tensors[id(tensor)] = tensor.numel() * tensor.element_size()
+    cost = retain_cost(model, rank=20, bank=16)
+    assert cost.bytes == sum(tensors.values())
+    assert cost.share(1000) == pytest.approx(cost.share(10) / 100)
+
+
+def test_the_cost_of_a_large_model_needs_no_weights() -> None:
+    with torch.device("meta"):
+        config = transformers.LlamaConfig(
+            hidden_size=4096, intermediate_size=11008, num_hidden_layers=2, num_attention_heads=32
+        )
+        base = transformers.LlamaForCausalLM(config)
+        model = peft.get_peft_model(base, dynalora.DiraConfig(target_modules="all-linear", retain=1.0))
+    cost = retain_cost(model)
+    widths = 3 * 4096 + 11008 + 5 * 4096 + 2 * 11008  # q, k and v read one tensor, gate and up another
+    assert cost.bytes == 2 * 4 * 129 * widths
+    assert cost.share(2048) < 0.01
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "checkpointing", "tied", "4-bit"])
+@pytest.mark.parametrize("mode", ["quadratic", "replay"])
+def test_bases_of_all_kinds_train_within_a_budget(words: Any, kind: str, mode: str, tmp_path: Any) -> None:
+    base = tiny.model(len(words), width=64)
+    if kind == "bfloat16":
+        base = base.bfloat16()
+    elif kind == "tied":
+        base.config.tie_word_embeddings = True
+        base.tie_weights()
+    elif kind == "4-bit":
+        pytest.importorskip("bitsandbytes")
+        base.save_pretrained(tmp_path)
+        how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=how)
+    config = dynalora.DiraConfig(
+        r=4,
+        target_modules="all-linear",
+        retain=30.0,
+        max_forgetting=0.05,
+        retain_mode=mode,
+        penalty_weight=0.0,
+    )  # type: ignore[call-arg]
+    model = peft.get_peft_model(base, config).train()
+    if kind == "checkpointing":
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    dynalora.prepare_retain(model, words, anchor_text(model, words, texts=6, tokens=8, cache=False))
+    loop(words, model, 8)
+    part = part_of(model)
+    assert torch.isfinite(torch.as_tensor(part.weight))
+    assert part.value > 0
+    for layer in adapter_layers(model).values():
+        assert mode == "replay" or torch.isfinite(layer.curvatures["default"].outputs.basis).all()
+        assert all(torch.isfinite(p).all() for p in layer.adapter_parameters("default").values())
+    (outcome,) = hold_budget(model)
+    assert outcome.kl <= 0.055
+
+
+WORKER = """
+import os, sys
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+from tests.unit import test_budget as this
+rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE="2")
+torch.set_num_threads(1)
+distributed.init_process_group("gloo", rank=rank, world_size=2)
+torch.save(this.on_processes(slice(rank, None, 2), DistributedDataParallel), f"{folder}/{rank}.pt")
+distributed.destroy_process_group()
+"""
+
+
+def on_processes(rows: slice, wrap: Any = lambda model: model) -> dict[str, torch.Tensor]:
+    """A run over its part of every batch; the adapter at its end."""
+    words = tiny.tokenizer()
+    model = adapted(words).train()
+    dynalora.prepare_retain(model, words, given_text([row["response"] for row in tiny.rows(6)], words))
+    called = wrap(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    ids = torch.tensor([words(text)["input_ids"] for text in ("One.", "Six.", "Ten.", "Two.")])[rows]
+    for _ in range(10):
+        called(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    hold_budget(model)
+    return {name: value.detach() for name, value in peft.get_peft_model_state_dict(model).items()}
+
+
+def test_two_processes_train_as_one(tmp_path: Any) -> None:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = str(place.getsockname()[1])
+    root = Path(__file__).resolve().parents[2]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(root / "src"), str(root)]))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), port, str(tmp_path)],
+            stderr=subprocess.PIPE,
+            env=environment,
+        )
+        for rank in range(2)
+    ]
+    alone = on_processes(slice(None))
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors.decode()[-3000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert any("budget" in name for name in alone)
+    for name, value in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, atol=2e-5, rtol=2e-3)

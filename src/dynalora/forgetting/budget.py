@@ -178,14 +178,18 @@ def hold_budget(model: nn.Module, *, progress: Progress = silent) -> list[Budget
         if part is None or budget is None or part.weight is None or part.meter is None:
             continue
         assert isinstance(part.meter, TextMeter)
-        result = trim(
-            cast(PeftModel, model),
-            part.meter.text,
-            max_kl=budget,
-            factors=(1.0,),
-            adapter=driver.adapter,
-            progress=progress,
-        )
+        try:
+            result = trim(
+                cast(PeftModel, model),
+                part.meter.text,
+                max_kl=budget,
+                factors=(1.0,),
+                adapter=driver.adapter,
+                progress=progress,
+            )
+        except TrainingError as error:  # the model is the caller's to look at
+            logger.warning("max_forgetting=%g was not held: %s", budget, error)
+            continue
         outcome = BudgetOutcome(
             adapter=driver.adapter,
             budget=budget,

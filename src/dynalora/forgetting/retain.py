@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from transformers.training_args import TrainingArguments
 
 from dynalora.adapter.curvature import Curvature
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
-from dynalora.adapter.retain import Retain
+from dynalora.adapter.retain import BANK_ROWS, Retain
 from dynalora.common.processes import from_first
 from dynalora.common.progress import Progress, late_progress, silent
 from dynalora.driver import Driver, drivers_of
@@ -31,7 +32,7 @@ from dynalora.evaluation.padding import padded
 from dynalora.forgetting.base_model import adapters_off
 from dynalora.forgetting.budget import TextMeter, hold_budget, retain_part
 from dynalora.forgetting.texts import MeasuredText, anchor_text, given_text
-from dynalora.spectral.second_moment import MomentSketch
+from dynalora.spectral.second_moment import OVERSAMPLING, MomentSketch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -270,6 +271,75 @@ class _Reader:
             layer.curvatures[self.adapter] = Curvature(
                 inputs[source], self.outputs[layer].result(), stored.get(source)
             )
+
+
+@dataclass(frozen=True)
+class RetainCost:
+    """What `retain` costs an adapter, from its shapes.
+
+    Attributes:
+        bytes: Memory of the curvature while training.
+        reading_bytes: Memory of the sketches while the text is read, besides the model's own passes.
+        multiplications: Of one step's penalty and its gradient.
+        base_multiplications: Of a forward pass and the backward pass to the inputs, per token, in the adapted layers.
+    """
+
+    bytes: int
+    reading_bytes: int
+    multiplications: int
+    base_multiplications: int
+
+    def share(self, tokens: int) -> float:
+        """The penalty's part of a step over so many tokens, in multiplications; other layers make it smaller."""
+        return self.multiplications / (tokens * self.base_multiplications)
+
+
+def retain_cost(
+    model: nn.Module, adapter: str = "default", *, rank: int = RANK, bank: int = BANK
+) -> RetainCost:
+    """What `retain` costs, before paying it: the model may be on the meta device and have no weights.
+
+    Args:
+        model: A causal language model with the adapter; it makes one pass over two tokens.
+        adapter: The adapter's name.
+        rank: Rank of the second moments.
+        bank: Number of stored inputs, where updates depend on them.
+    """
+    layers = adapter_layers(model, adapter)
+    seen: dict[int, tuple[AdapterLayer, torch.Tensor]] = {}  # the tensors are held, so that ids stay theirs
+
+    def see(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(layer, AdapterLayer)
+        seen.setdefault(id(args[0]), (layer, args[0]))
+
+    handles = [layer.register_forward_pre_hook(see) for layer in layers.values()]
+    try:
+        with adapters_off(model), evaluating(model), torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    inputs = [(layer.in_features, x.element_size()) for layer, x in seen.values()]
+    outputs = [layer.out_features for layer in layers.values()]
+    widths = [*(width for width, _ in inputs), *outputs]
+    gated = any(layer.depends_on_input(adapter) for layer in layers.values())
+    numbers = sum((min(rank, width) + 1) * width for width in widths)
+    stored = sum(bank * width * size for width, size in inputs) if gated else 0
+    reading = sum((2 * min(width, rank + OVERSAMPLING) + 1) * width for width in widths)
+    products = 0
+    for layer in layers.values():
+        r = layer.sides(adapter)[0].shape[1]
+        across = (
+            [layer.out_features]
+            if layer.depends_on_input(adapter)
+            else [layer.in_features, layer.out_features]
+        )
+        products += sum(width * r * (min(rank, width) + r) for width in across)
+        if layer.depends_on_input(adapter):
+            width = sum(matrix.shape[0] for matrix in layer.projections(adapter))
+            products += min(bank, BANK_ROWS) * (layer.in_features * width + r * r)
+    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
+    return RetainCost(4 * numbers + stored, 4 * reading + stored, 3 * products, 2 * weights)
 
 
 def _begin_graph(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:

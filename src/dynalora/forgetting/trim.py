@@ -22,7 +22,7 @@ from dynalora.adapter.layer import AdapterLayer, adapter_layers
 from dynalora.common.processes import from_first
 from dynalora.common.progress import Progress, counted, silent
 from dynalora.driver import drivers_of
-from dynalora.errors import ConfigError, UnsupportedError
+from dynalora.errors import ConfigError, TrainingError, UnsupportedError
 from dynalora.forgetting.base_model import refuse_merged
 from dynalora.forgetting.retention import base_predictions, retention
 from dynalora.forgetting.texts import MeasuredText
@@ -140,13 +140,19 @@ def trim(
 
     Raises:
         ConfigError: `max_kl` is not above 0, and as `trim_curve`.
+        TrainingError: The KL of the adapter as trained is not finite.
         UnsupportedError: As `trim_curve`.
     """
     if not 0 < max_kl < float("inf"):
         raise ConfigError(f"max_kl is {max_kl!r}; give the most KL to allow, a number above 0 such as 0.05.")
-    factors = sorted({1.0, *factors}, reverse=True)
+    factors = [1.0, *sorted({*factors} - {1.0}, reverse=True)]
     measure = _Measure(model, text, loss, factors, adapter, batch_size)
     points = measure.curve(factors, progress)
+    if not math.isfinite(points[0].kl):
+        raise TrainingError(
+            f"adapter {measure.name!r} has a KL of {points[0].kl}, so its weights are no numbers any more and cannot "
+            "be scaled; train it again with a smaller learning rate."
+        )
     low = max((p for p in points if p.kl <= max_kl), key=lambda p: p.factor, default=_BASE)
     if low.factor < 1.0:
         high = min((p for p in points if p.factor > low.factor), key=lambda p: p.factor)

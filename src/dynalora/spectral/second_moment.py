@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-_OVERSAMPLING = 16  # columns of the sketch beyond the rank that is kept
+OVERSAMPLING = 16
+"""Columns of the sketch beyond the rank that is kept."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class MomentSketch:
 
     def __init__(self, width: int, rank: int, *, device: torch.device | str = "cpu", seed: int = 0) -> None:
         self.rank = min(rank, width)
-        columns = min(width, self.rank + _OVERSAMPLING)
+        columns = min(width, self.rank + OVERSAMPLING)
         if columns == width:
             self.test = torch.eye(width, device=device)
         else:

@@ -44,6 +44,7 @@ class PedyraConfig(GatedConfig):
             as LoRA's (alpha = 2r) would with the optimizer's learning rate. False takes the optimizer's for all, as in
             the paper, which needs many more steps.
         use_dora: Train the norms of the adapted weight's rows apart from their directions (DoRA, Liu et al., 2024).
+            The penalty of `retain` leaves the norms out; `retain_mode="replay"` and `max_forgetting` see them.
         init_weights: All but False start as the base model: `"orthogonal"` with random orthonormal directions and
             e = 0, as new triples do; True with factors drawn from N(0, 0.02²) and e = 0, as in the paper, which the
             penalty has to bring to length 1 first; `"pissa"` with the weight's own largest singular triplets (Meng et
