@@ -22,6 +22,7 @@ from dynalora.jobs.compare.frontiers import compare_scaled, frontier, kl_at, log
 from dynalora.jobs.compare.grid import Comparison
 from dynalora.jobs.compare.run import run_compare
 from dynalora.jobs.compare.settings import CompareSpec
+from dynalora.lab.baselines import corda_config
 from dynalora.lab.scaling import interpolated, scalable
 
 from . import tiny
@@ -36,6 +37,7 @@ METHODS = {
     "disel": {"method": "disel"},
     "dora": {"method": "dora"},
     "pissa": {"method": "pissa"},
+    "corda": {"method": "lora", "init_lora_weights": "corda"},
     "full": {"method": "full"},
 }
 
@@ -97,6 +99,14 @@ def test_a_variant_may_keep_the_base_model_and_decay_its_weights(done: Compariso
     kl = {label: result_of(done, label)["retention"]["own text"]["kl"] for label in ("lora", "kept")}
     assert kl["kept"] < kl["lora"]
     assert result_of(done, "decayed")["cell"]["weight_decay"] == 5.0
+
+
+def test_cordas_start_keeps_the_base_models_knowledge(done: Comparison) -> None:
+    result = result_of(done, "corda")
+    assert "kpm" in str(result["configuration"]["corda_config"])
+    assert result["landscape"] is None  # it edits the base weights
+    with pytest.raises(ConfigError, match="corda_config"):
+        corda_config({"mode": "kpm"})
 
 
 def test_interpolated_weights_are_between_the_base_models_and_the_tuned_ones() -> None:

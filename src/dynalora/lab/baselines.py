@@ -9,6 +9,7 @@ Methods of PEFT that have no entry here are configured by a file as PEFT writes 
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -17,15 +18,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import peft
+import torch
 import yaml
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from torch import nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from dynalora.adapter.targets import targeted_modules
 from dynalora.errors import ConfigError, ScheduleError
+from dynalora.evaluation.generation import evaluating
+from dynalora.forgetting.texts import anchor_text
 from dynalora.lab.settings import did_you_mean
 
 # AdaLoRA's schedule where none is given, as parts of the run: ranks are cut from the first to the second.
@@ -182,6 +189,46 @@ def edits_base(method: str, config: PeftConfig | None) -> bool:
         or (baseline is not None and baseline.edits_base)
         or (isinstance(start, str) and start.lower().startswith(_SUBTRACTING_STARTS))
     )
+
+
+def corda_config(values: Any = None) -> CordaConfig:
+    """PEFT's settings of CorDA's start; in the knowledge-preserving mode unless the values say otherwise.
+
+    Raises:
+        ConfigError: A value is unknown.
+    """
+    if isinstance(values, CordaConfig):
+        return values
+    try:
+        return CordaConfig(**{"corda_method": "kpm", **(values or {})})
+    except TypeError as error:
+        raise ConfigError(
+            f"corda_config is {values!r}, which PEFT's CordaConfig does not take: {error}"
+        ) from error
+
+
+def prepare_start(
+    model: PreTrainedModel | PeftModel, config: PeftConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """What must be done with a base model before an adapter is attached to it.
+
+    CorDA's start is computed from the layers' inputs on text whose knowledge is to be kept; here on text that the base
+    model writes itself, of other openings than retention is measured on.
+    """
+    if not isinstance(config, peft.LoraConfig) or config.init_lora_weights != "corda":
+        return
+    anchors = anchor_text(model, tokenizer)
+
+    def run_model() -> None:
+        with evaluating(model), torch.no_grad():
+            for row in anchors.rows:
+                model(torch.tensor([row], device=next(model.parameters()).device))
+
+    named = copy.copy(
+        config
+    )  # PEFT looks for each module's name among these, and does not know all-linear here
+    named.target_modules = targeted_modules(model, config)
+    preprocess_corda(model, named, run_model=run_model)
 
 
 def is_config_file(method: str) -> bool:

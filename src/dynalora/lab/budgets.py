@@ -227,6 +227,8 @@ def _adapted(model: nn.Module, config: PeftConfig) -> nn.Module:
     base: Any = _skeleton(model)
     fresh = copy.deepcopy(config)
     fresh.inference_mode = False
+    if isinstance(fresh, peft.LoraConfig) and fresh.init_lora_weights == "corda":
+        fresh.init_lora_weights = True  # of the same size, and needs no inputs
     # On the meta device no random number is drawn; the state is kept for methods that draw theirs on the CPU.
     with torch.random.fork_rng(devices=[]):
         try:

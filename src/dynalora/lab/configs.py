@@ -16,6 +16,7 @@ from dynalora.errors import ConfigError
 from dynalora.lab.baselines import (
     BASELINES,
     config_from_file,
+    corda_config,
     is_config_file,
     prompt_only,
 )
@@ -143,6 +144,8 @@ def adapter_config(
             raise ConfigError(
                 f"Method '{name}' has no option '{option}'; {did_you_mean(option, sorted(valid))}."
             )
+    if values.get("init_lora_weights") == "corda":
+        values["corda_config"] = corda_config(values.get("corda_config"))
     try:
         config = kind(**common, **{**preset, **_typed(kind, values)})
     except ConfigError:

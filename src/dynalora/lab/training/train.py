@@ -35,7 +35,7 @@ from dynalora.evaluation.scoring import answer_loss
 from dynalora.evaluation.seq2seq import Seq2SeqCollator, is_encoder_decoder
 from dynalora.evaluation.tokens import TokenizedSet
 from dynalora.forgetting.monitor import RetentionMonitor
-from dynalora.lab.baselines import DriveBaseline, optimizer_of, prompt_only
+from dynalora.lab.baselines import DriveBaseline, optimizer_of, prepare_start, prompt_only
 from dynalora.lab.configs import method_name
 from dynalora.lab.data.collator import Collator
 from dynalora.lab.run_folder import RunFolder
@@ -159,6 +159,7 @@ def train_adapter(
         raise DataError("The training set is empty; give at least one row.")
     set_seed(settings.seed)
     caching = getattr(model.config, "use_cache", None)
+    prepare_start(model, config, tokenizer)
     adapted: Any = model if config is None else peft.get_peft_model(model, config)
     if not isinstance(adapted, peft.PeftModel):
         _train_all(adapted, monitor)
