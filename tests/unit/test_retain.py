@@ -16,7 +16,7 @@ import dynalora
 from dynalora.adapter.curvature import Curvature
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
 from dynalora.adapter.retain import BANK_ROWS, retention_penalty
-from dynalora.errors import ConfigError, TrainingError, UnsupportedError
+from dynalora.errors import ConfigError, ScheduleError, TrainingError, UnsupportedError
 from dynalora.forgetting.retain import read_curvature
 from dynalora.forgetting.retention import retention
 from dynalora.forgetting.texts import CHATS, OPENINGS, MeasuredText, anchor_text, own_text
@@ -219,6 +219,18 @@ def test_a_step_without_text_says_what_is_missing() -> None:
     TOYS["mlp"].loss(model).backward()
     with pytest.raises(TrainingError, match=r"retain=10.*prepare_retain\(model, tokenizer\)"):
         optimizer.step()
+
+
+def test_training_past_the_driver_is_reported_for_a_method_that_needs_none_itself(tmp_path: Any) -> None:
+    config = dynalora.DiraConfig(target_modules=["first"], penalty_weight=0.0, retain=10.0)
+    model = peft.get_peft_model(TOYS["mlp"].build(), config)
+    TOYS["mlp"].loss(model.train()).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad)
+    with pytest.raises(ScheduleError, match="plain low-rank adapter"):
+        model.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), True, "much"])

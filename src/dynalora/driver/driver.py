@@ -274,7 +274,7 @@ class Driver:
         """
         if self.optimizer_steps or self.accepted_undriven or not self._gradients_seen:
             return
-        if not self.method.needs_driving(self.config):
+        if not (self.parts or self.method.needs_driving(self.config)):
             return
         if all(_fingerprint(layer, self.adapter) == self._baselines.get(layer.order) for layer in layers):
             return
