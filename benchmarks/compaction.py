@@ -131,8 +131,7 @@ def run_cell(cell: Cell, data_folder: Path, threads: int | None, console: Consol
     if torch.cuda.is_available():
         base = base.to("cuda")
     rows, questions = (
-        tokenize([choice.item.conversation() for choice in part], tokenizer)
-        for part in (train, dev[: cell.questions])
+        tokenize([choice.item.conversation() for choice in part], tokenizer) for part in (train, dev[: cell.questions])
     )
     config = adapter_config(
         "dira", r=cell.r,
@@ -253,9 +252,7 @@ def _read(file: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         _ = content["cell"], content["variants"], content["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"'{file}' is no result of this script ({type(error).__name__}); move it away."
-        ) from error
+        raise DataError(f"'{file}' is no result of this script ({type(error).__name__}); move it away.") from error
     return content
 
 
@@ -317,9 +314,7 @@ def _cells(arguments: argparse.Namespace) -> list[Cell]:
     thresholds = _numbers(arguments.thresholds, "--thresholds", float)
     for threshold in thresholds:
         if not 0 <= threshold < 1:
-            raise ConfigError(
-                f"--thresholds has {threshold:g}; give shares of the largest singular value in [0, 1)."
-            )
+            raise ConfigError(f"--thresholds has {threshold:g}; give shares of the largest singular value in [0, 1).")
     for name in ("steps", "rounds", "texts", "questions", "r", "batch_size"):
         if getattr(arguments, name) < 1:
             flag = name.replace("_", "-")
@@ -337,9 +332,7 @@ def _cells(arguments: argparse.Namespace) -> list[Cell]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, help="folder with commonsense/")
     add("--output", type=Path, required=True, help="folder of the results")

@@ -25,10 +25,7 @@ from torch import Tensor
 
 from dynalora.spectral.decomposition import Triplets, largest_triplets, smallest_triplets
 
-TRIPLETS: dict[str, Callable[[Tensor, int], Triplets]] = {
-    "smallest": smallest_triplets,
-    "largest": largest_triplets,
-}
+TRIPLETS: dict[str, Callable[[Tensor, int], Triplets]] = {"smallest": smallest_triplets, "largest": largest_triplets}
 
 
 @dataclass(frozen=True)
@@ -78,21 +75,14 @@ def smollm() -> list[Case]:
         model = AutoModelForCausalLM.from_pretrained(demo_model().path, dtype=torch.float32)
     except Exception as error:
         print(f"SmolLM2-135M is not to be had ({error}); Gaussian weights instead", file=sys.stderr)
-        shapes = {
-            "q_proj": (576, 576),
-            "k_proj": (192, 576),
-            "gate_proj": (1536, 576),
-            "down_proj": (576, 1536),
-        }
+        shapes = {"q_proj": (576, 576), "k_proj": (192, 576), "gate_proj": (1536, 576), "down_proj": (576, 1536)}
         return [Case(f"SmolLM2 {name}, Gaussian", gaussian(*shape)) for name, shape in shapes.items()]
     layer = model.model.layers[len(model.model.layers) // 2]
     cases: dict[tuple[int, ...], Case] = {}
     for name, module in layer.named_modules():
         if isinstance(module, torch.nn.Linear):
             weight = module.weight.detach().clone()
-            cases.setdefault(
-                tuple(weight.shape), Case(f"SmolLM2-135M {name.split('.')[-1]}", lambda w=weight: w)
-            )
+            cases.setdefault(tuple(weight.shape), Case(f"SmolLM2-135M {name.split('.')[-1]}", lambda w=weight: w))
     return list(cases.values())
 
 
@@ -151,9 +141,7 @@ def accuracy(weight: Tensor, made: Triplets, which: str, k: int) -> tuple[str, s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", choices=["all", "smollm", "llama"], default="all", help="whose shapes")
     parser.add_argument("--which", choices=list(TRIPLETS), default="smallest", help="which triplets")
     parser.add_argument("--rank", type=int, default=16, help="how many triplets (default: 16)")
@@ -161,9 +149,7 @@ def main() -> None:
     parser.add_argument("--large-rounds", type=int, default=3, help="rounds for 4096 and wider (default: 3)")
     parser.add_argument("--large-reference", action="store_true",
                         help="errors for 4096 and wider too, against a float64 decomposition of minutes")  # fmt: skip
-    parser.add_argument(
-        "--only", default="", help="only weights whose name or shape (4096x11008) contains this"
-    )
+    parser.add_argument("--only", default="", help="only weights whose name or shape (4096x11008) contains this")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--output", type=Path, help="also write the table to this Markdown file")

@@ -13,9 +13,7 @@ steps = len(batches) // 2
 config = dynalora.DiraConfig(r=8, target_modules="all-linear", penalty_weight=0.01, total_steps=steps)
 model = get_peft_model(tiny.causal_model(), config)
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
-model, optimizer, loader = accelerator.prepare(
-    model, optimizer, torch.utils.data.DataLoader(batches, batch_size=None)
-)
+model, optimizer, loader = accelerator.prepare(model, optimizer, torch.utils.data.DataLoader(batches, batch_size=None))
 for batch in loader:
     with accelerator.accumulate(model):
         accelerator.backward(model(**batch).loss)

@@ -90,11 +90,7 @@ _T5 = {
     "decoder_start_token_id": 0,
 }
 _VIT = {
-    **{
-        name: value
-        for name, value in ENCODER.items()
-        if name not in ("vocab_size", "max_position_embeddings")
-    },
+    **{name: value for name, value in ENCODER.items() if name not in ("vocab_size", "max_position_embeddings")},
     "image_size": 8,
     "patch_size": 4,
     "num_labels": 3,
@@ -151,13 +147,7 @@ FAMILIES: dict[str, Toy] = {
             _pair,
             "SEQ_2_SEQ_LM",
         ),
-        Toy(
-            "t5",
-            _made("T5ForConditionalGeneration", "T5Config", **_T5),
-            ("q", "v"),
-            _pair,
-            "SEQ_2_SEQ_LM",
-        ),
+        Toy("t5", _made("T5ForConditionalGeneration", "T5Config", **_T5), ("q", "v"), _pair, "SEQ_2_SEQ_LM"),
         Toy(
             "vit",
             _made("ViTForImageClassification", "ViTConfig", **_VIT),
@@ -165,13 +155,7 @@ FAMILIES: dict[str, Toy] = {
             _image,
         ),
         Toy("gpt2", _made("GPT2LMHeadModel", "GPT2Config", **_GPT2), ("c_attn",), _text, "CAUSAL_LM"),
-        Toy(
-            "llama",
-            _made("LlamaForCausalLM", "LlamaConfig", **DECODER),
-            ("q_proj", "v_proj"),
-            _text,
-            "CAUSAL_LM",
-        ),
+        Toy("llama", _made("LlamaForCausalLM", "LlamaConfig", **DECODER), ("q_proj", "v_proj"), _text, "CAUSAL_LM"),
         Toy(
             "qwen",
             _made("Qwen3ForCausalLM", "Qwen3Config", head_dim=4, **DECODER),
@@ -180,11 +164,7 @@ FAMILIES: dict[str, Toy] = {
             "CAUSAL_LM",
         ),
         Toy(
-            "mistral",
-            _made("MistralForCausalLM", "MistralConfig", **DECODER),
-            ("q_proj", "v_proj"),
-            _text,
-            "CAUSAL_LM",
+            "mistral", _made("MistralForCausalLM", "MistralConfig", **DECODER), ("q_proj", "v_proj"), _text, "CAUSAL_LM"
         ),
     )
 }

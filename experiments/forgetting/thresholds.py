@@ -50,17 +50,11 @@ def main(data: Path, out: Path, method: str, questions: int) -> None:
         weak = low_rank_modules(landscape, tau=tau)
         guided = loss(weak, f"{part:.0%}, guided")
         drawn = [
-            loss(random.Random(seed).sample(names, len(weak)), f"{part:.0%}, random {seed}")
-            for seed in range(DRAWS)
+            loss(random.Random(seed).sample(names, len(weak)), f"{part:.0%}, random {seed}") for seed in range(DRAWS)
         ]
         spread = mean_interval(drawn)
         rows.append(
-            [
-                len(weak),
-                f"{tau:.3f}",
-                f"{guided:.3f}",
-                f"{spread.value:.3f} ({min(drawn):.3f} to {max(drawn):.3f})",
-            ]
+            [len(weak), f"{tau:.3f}", f"{guided:.3f}", f"{spread.value:.3f} ({min(drawn):.3f} to {max(drawn):.3f})"]
         )
     table = Table(
         ["matrices zeroed", "τ", "loss A, weakest after A", "loss A, drawn at random"], rows,

@@ -14,14 +14,7 @@ from dynalora import methods as _methods
 from dynalora.adapter.compaction import Compaction, compact
 from dynalora.adapter.state import StateReport, state_report
 from dynalora.common.version import __version__ as __version__
-from dynalora.driver import (
-    accept_undriven,
-    hooks,
-    param_groups,
-    report_task_loss,
-    restart_schedule,
-    trainer,
-)
+from dynalora.driver import accept_undriven, hooks, param_groups, report_task_loss, restart_schedule, trainer
 from dynalora.errors import DynaloraError
 from dynalora.export import export_lora, rank_pattern
 from dynalora.forgetting.budget import hold_budget

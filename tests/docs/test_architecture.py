@@ -75,9 +75,7 @@ def test_the_rows_have_no_circle() -> None:
 
 def test_modules_import_each_other_in_one_direction() -> None:
     """No two modules need each other, directly or over others; what only type checkers read does not count."""
-    files = {
-        ".".join(("dynalora", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in modules()
-    }
+    files = {".".join(("dynalora", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in modules()}
     files = {name.removesuffix(".__init__"): path for name, path in files.items()}
     graph: dict[str, set[str]] = {}
     for name, path in files.items():

@@ -39,11 +39,7 @@ def test_every_setting_of_a_method_is_on_its_page_with_its_default(method: str) 
     page = (DOCS / "methods" / f"{method}.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \| `([^|]+)` \|", page, re.MULTILINE))
     shared = {item.name for item in dataclasses.fields(AdapterConfig)}
-    own = {
-        item.name: item.default
-        for item in dataclasses.fields(config_class(method))
-        if item.name not in shared
-    }
+    own = {item.name: item.default for item in dataclasses.fields(config_class(method)) if item.name not in shared}
     assert own
     assert {name: _value(rows[name]) if name in rows else "missing" for name in own} == own
 
@@ -57,8 +53,7 @@ def _value(shown: str) -> object:
 def test_commands_and_flags_in_the_documentation_exist() -> None:
     program: Any = typer.main.get_command(app)
     known = {
-        name: {flag for item in command.params for flag in item.opts}
-        for name, command in program.commands.items()
+        name: {flag for item in command.params for flag in item.opts} for name, command in program.commands.items()
     }
     guide = (DOCS / "cli.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^## ([\w-]+)$", guide, re.MULTILINE)) == set(known)
@@ -68,9 +63,7 @@ def test_commands_and_flags_in_the_documentation_exist() -> None:
     lines = re.findall(r"^dynalora ([\w-]+)(.*)$", fenced, re.MULTILINE)
     assert {command for command, _ in lines} == set(known)
     for command, rest in lines:
-        assert set(re.findall(r"--[a-z][a-z-]*", rest.split("#")[0])) <= known[command], (
-            f"dynalora {command}{rest}"
-        )
+        assert set(re.findall(r"--[a-z][a-z-]*", rest.split("#")[0])) <= known[command], f"dynalora {command}{rest}"
     for heading, section in re.findall(r"^## ([\w-]+)$(.*?)(?=^## |\Z)", guide, re.MULTILINE | re.DOTALL):
         flags = set(re.findall(r"`(--[a-z][a-z-]*)", section))
         assert flags <= known[heading], f"{heading}: {flags - known[heading]}"

@@ -25,9 +25,7 @@ PAGES = [
 
 
 def blocks(page: str) -> list[str]:
-    return re.findall(
-        r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -48,18 +46,11 @@ def test_examples_run_as_printed(page: str, tmp_path: Path, monkeypatch: pytest.
         "tokenizer": words,
         "math_texts": ["1 + 1 = 2", "2 + 3 = 5"],
         "general_texts": ["A passage.", "Another one."],
-        "model": peft.get_peft_model(
-            tiny.model(len(words)), dynalora.DiselConfig(target_modules="all-linear")
-        ),
+        "model": peft.get_peft_model(tiny.model(len(words)), dynalora.DiselConfig(target_modules="all-linear")),
     }
     for number, example in enumerate(examples, start=1):
         names["base_model"] = tiny.model(len(words))
-        exec(
-            compile(
-                example.replace(NAMED_MODEL, str(tmp_path / "tiny")), f"{page}, example {number}", "exec"
-            ),
-            names,
-        )
+        exec(compile(example.replace(NAMED_MODEL, str(tmp_path / "tiny")), f"{page}, example {number}", "exec"), names)
     if page in ("README.md", "docs/quickstart.md"):
         assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
         assert (tmp_path / "my-adapter" / "adapter_config.json").is_file()

@@ -22,16 +22,11 @@ NEEDS = {
 @pytest.mark.parametrize("name", NEEDS)
 def test_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in NEEDS[name]:
-        pytest.importorskip(
-            package, reason=f"{package} is not installed, which examples/{name}.py trains with"
-        )
+        pytest.importorskip(package, reason=f"{package} is not installed, which examples/{name}.py trains with")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    assert (
-        "assert dynalora" in (text := (EXAMPLES / f"{name}.py").read_text(encoding="utf-8"))
-        or "report.step" in text
-    )
+    assert "assert dynalora" in (text := (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")) or "report.step" in text
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 

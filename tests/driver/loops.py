@@ -74,9 +74,7 @@ def pedyra(**options: Any) -> dynalora.PedyraConfig:
 CONFIGS = {"dira": dira, "disel": disel, "dislora": dislora, "pedyra": pedyra}
 
 
-def adapted(
-    config: Any, base: nn.Module | None = None, dtype: torch.dtype = torch.float32, seed: int = 3
-) -> Any:
+def adapted(config: Any, base: nn.Module | None = None, dtype: torch.dtype = torch.float32, seed: int = 3) -> Any:
     """A tiny Llama with an adapter, the same at every call."""
     base = (llama() if base is None else base).to(dtype)
     torch.manual_seed(seed)

@@ -157,10 +157,7 @@ def test_state_report_says_what_goes_on() -> None:
     loop(model, sgd(model), batches(2))
     first, second = dynalora.state_report(model)
     assert (first.step, second.step) == (2, 0)
-    assert {name.rsplit(".", 1)[-1]: rank for name, rank in first.ranks.items()} == {
-        "q_proj": 3,
-        "down_proj": 2,
-    }
+    assert {name.rsplit(".", 1)[-1]: rank for name, rank in first.ranks.items()} == {"q_proj": 3, "down_proj": 2}
     assert first.trainable_parameters == sum(p.numel() for p in trainable(model))
     assert second.trainable_parameters == 0
     assert first.details["dira_penalty_weight"] == pytest.approx(0.5 * (1 - 2 / 8))
@@ -212,9 +209,7 @@ def test_clock_is_loaded_by_every_way(lean: bool, tmp_path: Path) -> None:
     model = adapted(dira(total_steps=9))
     loop(model, sgd(model), batches(3))
     model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(
-        TOYS["llama"].build(), tmp_path, is_trainable=True, low_cpu_mem_usage=lean
-    )
+    loaded = peft.PeftModel.from_pretrained(TOYS["llama"].build(), tmp_path, is_trainable=True, low_cpu_mem_usage=lean)
     assert clock(loaded) == (3, 9)
     fresh = adapted(dira(total_steps=9))
     fresh.load_state_dict(model.state_dict())
@@ -222,9 +217,7 @@ def test_clock_is_loaded_by_every_way(lean: bool, tmp_path: Path) -> None:
     fresh = adapted(dira(total_steps=9))
     peft.set_peft_model_state_dict(fresh, peft.get_peft_model_state_dict(model))
     assert clock(fresh) == (3, 9)
-    named = peft.PeftModel.from_pretrained(
-        TOYS["llama"].build(), tmp_path, adapter_name="other", is_trainable=True
-    )
+    named = peft.PeftModel.from_pretrained(TOYS["llama"].build(), tmp_path, adapter_name="other", is_trainable=True)
     assert clock(named, "other") == (3, 9)
 
 
@@ -290,9 +283,7 @@ def test_an_idle_adapter_keeps_its_clock_and_weights(name: str) -> None:
     loop(model, adamw(model), data[:3])
     assert clock(model, "default") == (4, 4)
     assert clock(model, "second") == (3, 50)
-    assert_same_weights(
-        {n: dict(model.named_parameters())[n].detach() for n in weights(alone)}, weights(alone)
-    )
+    assert_same_weights({n: dict(model.named_parameters())[n].detach() for n in weights(alone)}, weights(alone))
 
 
 def test_two_active_adapters_each_count() -> None:
@@ -628,9 +619,7 @@ def test_lbfgs_with_a_closure() -> None:
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    "make", ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Adafactor", "NAdam", "RAdam", "Muon"]
-)
+@pytest.mark.parametrize("make", ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Adafactor", "NAdam", "RAdam", "Muon"])
 @every_config
 def test_every_torch_optimizer(name: str, make: str) -> None:
     if not hasattr(torch.optim, make):

@@ -75,10 +75,7 @@ def test_a_step_that_raises_does_no_lasting_harm(name: str) -> None:
     optimizer.fail = True
     with pytest.raises(RuntimeError, match="out of memory"):
         loop(model, optimizer, data[1:2])
-    assert [len(group["params"]) for group in optimizer.state_dict()["param_groups"]] == [
-        3,
-        len(before[1][0]),
-    ]
+    assert [len(group["params"]) for group in optimizer.state_dict()["param_groups"]] == [3, len(before[1][0])]
     assert shape_of(optimizer) == before
     with pytest.raises(RuntimeError, match="out of memory"):
         loop(model, optimizer, data[1:2])
@@ -190,9 +187,7 @@ def test_the_rules_cover_gates_only() -> None:
     optimizer.step()
     for name, now in weights(model).items():
         lr, decay = (0.5, 0.0) if "gate" in name else (0.1, 0.5)
-        torch.testing.assert_close(
-            now, before[name] - lr * (gradients[name] + decay * before[name]), msg=name
-        )
+        torch.testing.assert_close(now, before[name] - lr * (gradients[name] + decay * before[name]), msg=name)
 
 
 def test_tensor_learning_rates() -> None:

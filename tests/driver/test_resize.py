@@ -29,17 +29,14 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
     "momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
     "torch-adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
-    "transformers-adafactor": lambda p: transformers.Adafactor(
-        p, lr=1e-2, relative_step=False, scale_parameter=False
-    ),
+    "transformers-adafactor": lambda p: transformers.Adafactor(p, lr=1e-2, relative_step=False, scale_parameter=False),
 }
 
 
 def adapted(**options: Any) -> tuple[Any, AdapterLayer]:
     torch.manual_seed(0)
     model = peft.get_peft_model(
-        TOY.build(),
-        dynalora.DiraConfig(r=4, alpha=8, target_modules=["first", "second"], total_steps=50, **options),
+        TOY.build(), dynalora.DiraConfig(r=4, alpha=8, target_modules=["first", "second"], total_steps=50, **options)
     )
     return model, next(m for m in model.modules() if isinstance(m, AdapterLayer))
 

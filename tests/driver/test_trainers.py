@@ -119,9 +119,7 @@ def test_the_penalty_matters_here(tmp_path: Path) -> None:
 @every_config
 def test_accumulation_of_four_equals_batches_of_four(name: str, tmp_path: Path) -> None:
     whole = trained(tmp_path / "a", CONFIGS[name](), per_device_train_batch_size=4)
-    parts = trained(
-        tmp_path / "b", CONFIGS[name](), per_device_train_batch_size=1, gradient_accumulation_steps=4
-    )
+    parts = trained(tmp_path / "b", CONFIGS[name](), per_device_train_batch_size=1, gradient_accumulation_steps=4)
     assert clock(whole) == clock(parts) == (6, 6)
     assert_close_weights(weights(parts), weights(whole), 1e-5)
 
@@ -222,9 +220,7 @@ def test_resumed_in_another_process(tmp_path: Path, run_python: Any) -> None:
     import safetensors.torch
 
     straight = {
-        name: trained(
-            tmp_path / name, CONFIGS[name](dropout=0.1), max_steps=8, save_strategy="steps", save_steps=4
-        )
+        name: trained(tmp_path / name, CONFIGS[name](dropout=0.1), max_steps=8, save_strategy="steps", save_steps=4)
         for name in CONFIGS
     }
     run_python(script, str(tmp_path))
@@ -236,9 +232,7 @@ def test_loading_the_best_checkpoint_takes_its_clock(tmp_path: Path) -> None:
     """The clock saved with the adapter is that of the adapter's weights."""
     model = trained(tmp_path, dira(), max_steps=6, save_strategy="steps", save_steps=2)
     assert clock(model) == (6, 6)
-    loaded = peft.PeftModel.from_pretrained(
-        TOYS["llama"].build(), tmp_path / "checkpoint-2", is_trainable=True
-    )
+    loaded = peft.PeftModel.from_pretrained(TOYS["llama"].build(), tmp_path / "checkpoint-2", is_trainable=True)
     assert clock(loaded) == (2, 6)
 
 
@@ -278,9 +272,7 @@ def test_an_invisible_optimizer_is_an_error_at_once(name: str, tmp_path: Path) -
 def test_evaluation_does_not_move_the_clock(tmp_path: Path) -> None:
     model = adapted(dira())
     settings = arguments(tmp_path, eval_strategy="steps", eval_steps=1, max_steps=3)
-    trainer = OrderedTrainer(
-        model=model, args=settings, train_dataset=examples(6), eval_dataset=examples(4, seed=2)
-    )
+    trainer = OrderedTrainer(model=model, args=settings, train_dataset=examples(6), eval_dataset=examples(4, seed=2))
     trainer.train()
     trainer.evaluate()
     assert clock(model) == (3, 3)

@@ -44,12 +44,9 @@ def test_a_scaled_step_adds_the_same_penalty(fused: bool) -> None:
     def train(scaler: Any) -> list[torch.Tensor]:
         torch.manual_seed(0)
         model = peft.get_peft_model(
-            LLAMA.build(),
-            DiraConfig(target_modules=["q_proj"], penalty_weight=0.1, total_steps=4, init_weights=False),
+            LLAMA.build(), DiraConfig(target_modules=["q_proj"], penalty_weight=0.1, total_steps=4, init_weights=False)
         ).to(DEVICE)
-        optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=fused
-        )
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=fused)
         ids = tokens(2, 9).to(DEVICE)
         for _ in range(4):
             optimizer.zero_grad()

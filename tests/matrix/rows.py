@@ -46,9 +46,7 @@ class Row:
     @property
     def needs_weights(self) -> bool:
         """Whether the values of the base weight are read at the start."""
-        return (
-            self.config is dynalora.DisloraConfig or self.alone or self.options.get("init_weights") == "pissa"
-        )
+        return self.config is dynalora.DisloraConfig or self.alone or self.options.get("init_weights") == "pissa"
 
     @property
     def prefix(self) -> str:

@@ -292,8 +292,7 @@ def test_targets_that_match_nothing_say_what_exists(row: Row) -> None:
 
 @every_method
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("r", 0), ("r", -3), ("alpha", -1), ("dropout", 1.5), ("dropout", -0.1), ("total_steps", 0)],
+    ("field", "value"), [("r", 0), ("r", -3), ("alpha", -1), ("dropout", 1.5), ("dropout", -0.1), ("total_steps", 0)]
 )
 def test_bad_values_name_the_field(row: Row, field: str, value: float) -> None:
     toy = TOYS["mlp"]

@@ -32,9 +32,7 @@ every_static_method = pytest.mark.parametrize(
 def two_adapters(row: Row, toy: Toy, **second: Any) -> Any:
     """A model with adapters ``default`` and ``second``, both away from the base model."""
     model = row.adapt(toy, init_weights=False, task_type=None)
-    model.add_adapter(
-        "second", row.configure(toy, **{"init_weights": False, "task_type": None, "r": 2, **second})
-    )
+    model.add_adapter("second", row.configure(toy, **{"init_weights": False, "task_type": None, "r": 2, **second}))
     return model.eval()
 
 
@@ -73,8 +71,7 @@ def test_mixed_batch_gives_every_row_its_adapter(row: Row, toy: Toy) -> None:
     names = [("default", "__base__", "second")[index % 3] for index in range(size)]
     found = mixed(model, toy, names)
     alone = {
-        name: logits_of(model, toy, None if name == "__base__" else name)
-        for name in ("default", "second", "__base__")
+        name: logits_of(model, toy, None if name == "__base__" else name) for name in ("default", "second", "__base__")
     }
     for index, name in enumerate(names):
         torch.testing.assert_close(found[index], alone[name][index], atol=1e-5, rtol=1e-5)
@@ -202,9 +199,7 @@ def test_merging_is_idempotent_and_the_same_in_training(row: Row) -> None:
         with pytest.warns(UserWarning, match="(?i)already"):
             model.merge_adapter()
         weights.append(snapshot(model))
-    assert all(
-        torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items() if "base_layer" in name
-    )
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items() if "base_layer" in name)
 
 
 @every_static_method
@@ -351,9 +346,7 @@ def test_low_cpu_mem_usage_without_weights_stays_on_meta(row: Row, tmp_path: Pat
     expected = MLP.logits(model)
     state = get_peft_model_state_dict(model)
     empty = peft.get_peft_model(MLP.build(), row.configure(MLP), low_cpu_mem_usage=True)
-    own = [
-        p for layer in adapted_layers(empty).values() for p in layer.adapter_parameters("default").values()
-    ]
+    own = [p for layer in adapted_layers(empty).values() for p in layer.adapter_parameters("default").values()]
     assert own
     assert all(p.is_meta for p in own)
     set_peft_model_state_dict(empty, state, low_cpu_mem_usage=True)
@@ -371,9 +364,7 @@ def test_base_on_the_meta_device(row: Row) -> None:
     reference = row.adapt(LLAMA, init_weights=False)
     model.to_empty(device="cpu")
     model.load_state_dict(reference.state_dict())
-    for buffer, source in zip(
-        model.buffers(), reference.buffers(), strict=True
-    ):  # some are not in the state dict
+    for buffer, source in zip(model.buffers(), reference.buffers(), strict=True):  # some are not in the state dict
         buffer.copy_(source)
     assert torch.equal(LLAMA.logits(model), LLAMA.logits(reference))
 
@@ -410,12 +401,7 @@ def test_regular_expressions_and_exclusions(row: Row) -> None:
     names = {name.removeprefix("base_model.model.") for name in adapted_layers(model)}
     assert names == {f"model.layers.1.self_attn.{kind}_proj" for kind in "qv"}
     model = row.adapt(LLAMA, target_modules="all-linear", exclude_modules=r".*mlp.*")
-    assert {name.rpartition(".")[2] for name in adapted_layers(model)} == {
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-    }
+    assert {name.rpartition(".")[2] for name in adapted_layers(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     with pytest.raises(ValueError, match="exclu"):
         row.adapt(LLAMA, exclude_modules=["q_proj", "v_proj", "down_proj"])
 
@@ -564,8 +550,7 @@ def test_feature_extraction(row: Row, tmp_path: Path) -> None:
 @every_method
 @pytest.mark.parametrize("targets", [["query", "value"], "all-linear"], ids=["some", "all-linear"])
 @pytest.mark.parametrize(
-    ("task_type", "name"),
-    [("TOKEN_CLS", "BertForTokenClassification"), ("QUESTION_ANS", "BertForQuestionAnswering")],
+    ("task_type", "name"), [("TOKEN_CLS", "BertForTokenClassification"), ("QUESTION_ANS", "BertForQuestionAnswering")]
 )
 def test_token_classification_and_question_answering(
     row: Row, task_type: str, name: str, targets: Any, tmp_path: Path
@@ -576,9 +561,7 @@ def test_token_classification_and_question_answering(
     settings = BERT.build().config
     settings.num_labels = 2
     base = getattr(transformers, name)(settings)
-    model = peft.get_peft_model(
-        copy.deepcopy(base), row.configure(BERT, task_type=task_type, target_modules=targets)
-    )
+    model = peft.get_peft_model(copy.deepcopy(base), row.configure(BERT, task_type=task_type, target_modules=targets))
     model.eval()
     heads = {name for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" in name}
     assert heads
@@ -602,9 +585,7 @@ def test_conversion_by_peft(row: Row) -> None:
         with pytest.raises(TypeError):
             peft.convert_to_lora(model, rank=20, progressbar=False)
         return
-    config, state = peft.convert_to_lora(
-        model, rank=12, progressbar=False
-    )  # as many as DisLoRA's components are
+    config, state = peft.convert_to_lora(model, rank=12, progressbar=False)  # as many as DisLoRA's components are
     lora = peft.get_peft_model(MLP.build(), config).eval()
     set_peft_model_state_dict(lora, state)
     torch.testing.assert_close(MLP.logits(lora), MLP.logits(model), atol=1e-4, rtol=1e-4)
@@ -644,9 +625,7 @@ def test_a_gradient_penalty_reaches_the_factors_in_half_precision(row: Row) -> N
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(4)
-        layer = adapted_layers(row.adapt(MLP, MLP.build().to(dtype), init_weights=False))[
-            "base_model.model.first"
-        ]
+        layer = adapted_layers(row.adapt(MLP, MLP.build().to(dtype), init_weights=False))["base_model.model.first"]
         x = MLP.batch(1)["x"].to(dtype).requires_grad_()
         [grad] = torch.autograd.grad(layer(x).float().square().sum(), x, create_graph=True)
         grad.float().square().sum().backward()
@@ -672,9 +651,7 @@ def test_reading_a_state_leaves_the_configuration_as_it_is(row: Row, tmp_path: P
     get_peft_model_state_dict(model)
     assert config.to_dict() == before
     config.save_pretrained(tmp_path / "alone")
-    written = [
-        peft.PeftConfig.from_pretrained(tmp_path / folder).rank_pattern for folder in ("whole", "alone")
-    ]
+    written = [peft.PeftConfig.from_pretrained(tmp_path / folder).rank_pattern for folder in ("whole", "alone")]
     ranks = {name: rank for name, rank in model.base_model.rank_pattern.items() if rank != config.r}
     moves = row.config is dynalora.PedyraConfig
     assert written == [{f"^{name}".replace(".", r"\."): rank for name, rank in ranks.items()}] * 2

@@ -53,12 +53,7 @@ def test_generates(row: Row, family: Toy) -> None:
     """With a cache and with beams, the same text as without a cache."""
     model = row.adapt(family, init_weights=False)
     ids = family.batch(1)["input_ids"]
-    options: dict[str, Any] = {
-        "max_new_tokens": 4,
-        "do_sample": False,
-        "pad_token_id": 0,
-        "min_new_tokens": 4,
-    }
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "min_new_tokens": 4}
     text = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     slow = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **options)
     assert torch.equal(text, slow)

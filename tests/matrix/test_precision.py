@@ -59,9 +59,7 @@ def test_half_precision_base(row: Row, toy: Toy, dtype: torch.dtype) -> None:
 def test_adapter_dtype_can_follow_the_base(row: Row) -> None:
     toy = TOYS["mlp"]
     base = toy.build().to(torch.bfloat16)
-    model = peft.get_peft_model(
-        base, row.configure(toy, init_weights=False), autocast_adapter_dtype=False
-    ).eval()
+    model = peft.get_peft_model(base, row.configure(toy, init_weights=False), autocast_adapter_dtype=False).eval()
     assert {p.dtype for p in adapter_parameters(model).values()} == {torch.bfloat16}
     assert toy.logits(model).dtype == torch.bfloat16
     train(model, toy)
@@ -79,9 +77,7 @@ def test_autocast(row: Row, toy: Toy) -> None:
         loss = toy.loss(model.train())
     assert (rough.float() - exact).abs().max() < 0.05 * exact.abs().max()
     loss.backward()
-    assert all(
-        p.grad is not None and p.grad.dtype == torch.float32 for p in adapter_parameters(model).values()
-    )
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter_parameters(model).values())
 
 
 @every_row
@@ -104,9 +100,7 @@ def test_gradient_checkpointing(row: Row, toy: Toy, reentrant: bool) -> None:
     checkpointed.enable_input_require_grads()
     for model in (plain, checkpointed):
         toy.loss(model.train()).backward()
-    assert (
-        checkpointed.is_gradient_checkpointing if hasattr(checkpointed, "is_gradient_checkpointing") else True
-    )
+    assert checkpointed.is_gradient_checkpointing if hasattr(checkpointed, "is_gradient_checkpointing") else True
     reference = adapter_parameters(plain)
     for name, parameter in adapter_parameters(checkpointed).items():
         assert reference[name].grad is not None

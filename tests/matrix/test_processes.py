@@ -155,9 +155,7 @@ def test_saved_folder_is_small_and_unpickled(row: Row, toy: Toy, elsewhere: dict
 @every_row
 def test_checkpoint_does_not_depend_on_the_adapter_name(row: Row, tmp_path: Path) -> None:
     toy = TOYS["llama"]
-    model = peft.get_peft_model(
-        toy.build(), row.configure(toy, init_weights=False), adapter_name="mine"
-    ).eval()
+    model = peft.get_peft_model(toy.build(), row.configure(toy, init_weights=False), adapter_name="mine").eval()
     expected = toy.logits(model)
     model.save_pretrained(tmp_path)
     tensors = safetensors.torch.load_file(tmp_path / "mine" / "adapter_model.safetensors")
@@ -290,11 +288,7 @@ def exported(
             dynalora.export_lora(model, folder / f"{row.name}.{toy.name}")
             here[f"{row.name}.{toy.name}"] = toy.logits(model)
     output = run_python(
-        LOAD_EXPORTED,
-        str(folder),
-        json.dumps([row.name for row in STATIC]),
-        without_dynalora=True,
-        timeout=400,
+        LOAD_EXPORTED, str(folder), json.dumps([row.name for row in STATIC]), without_dynalora=True, timeout=400
     )
     return {
         "folder": {"path": folder},
@@ -310,9 +304,7 @@ def test_export_loads_without_dynalora(row: Row, toy: Toy, exported: dict[str, A
     key = f"{row.name}.{toy.name}"
     assert exported["types"][key] == "LORA"
     torch.testing.assert_close(exported["there"][key], exported["here"][key], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        exported["there"][f"merged/{key}"], exported["here"][key], atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(exported["there"][f"merged/{key}"], exported["here"][key], atol=1e-4, rtol=1e-4)
     names = {path.name for path in (exported["folder"]["path"] / key).iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= names
 

@@ -239,9 +239,7 @@ def test_a_backend_that_only_computes(row: Row, tmp_path: Path) -> None:
     assert not torch.equal(trained, expected)
     with model.disable_adapter():
         assert torch.equal(forward_on(model, x), expected)
-    with pytest.raises(
-        UnsupportedError, match="cannot merge into a gptq layer" if row.static else "gptq|input"
-    ):
+    with pytest.raises(UnsupportedError, match="cannot merge into a gptq layer" if row.static else "gptq|input"):
         model.merge_adapter()
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(packed_mlp(), tmp_path)

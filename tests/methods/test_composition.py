@@ -23,12 +23,7 @@ TOY = TOYS["mlp"]
 
 def adapted(config: type, **options: Any) -> Any:
     torch.manual_seed(0)
-    settings = {
-        "r": 4,
-        "alpha": 8,
-        "target_modules": list(TOY.targets),
-        "total_steps": 12,
-    }
+    settings = {"r": 4, "alpha": 8, "target_modules": list(TOY.targets), "total_steps": 12}
     if options.get("gates") or config is DiselConfig:
         settings["gate_bias_init"] = 0.0
     return peft.get_peft_model(TOY.build(), config(**{**settings, **options}))
@@ -68,9 +63,7 @@ def test_gates_on_dira_without_a_penalty_are_disel() -> None:
         optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.3)
         for seed in range(3):
             step(model, optimizer, seed)
-        after[config] = [
-            p for layer in layers_of(model) for p in layer.adapter_parameters("default").values()
-        ]
+        after[config] = [p for layer in layers_of(model) for p in layer.adapter_parameters("default").values()]
     assert len(after[DiselConfig]) == 8
     assert all(one.equal(two) for one, two in zip(*after.values(), strict=True))
 
@@ -78,9 +71,7 @@ def test_gates_on_dira_without_a_penalty_are_disel() -> None:
 def test_the_penalty_is_on_the_factors_and_not_on_the_gates() -> None:
     moved = {}
     for weight in (0.0, 0.3):
-        model = adapted(
-            DiraConfig, gates=True, init_weights=False, penalty_weight=weight, penalty_schedule="constant"
-        )
+        model = adapted(DiraConfig, gates=True, init_weights=False, penalty_weight=weight, penalty_schedule="constant")
         before = [
             {role: p.detach().clone() for role, p in layer.adapter_parameters("default").items()}
             for layer in layers_of(model)
@@ -102,9 +93,7 @@ def test_the_penalty_is_on_the_factors_and_not_on_the_gates() -> None:
 @pytest.mark.parametrize("room", [None, 8], ids=["exact", "reserved"])
 @pytest.mark.parametrize("bottleneck", [None, 2], ids=["full", "bottleneck"])
 def test_gates_move_with_the_ranks(bottleneck: int | None, room: int | None, tmp_path: Path) -> None:
-    model = adapted(
-        PedyraConfig, gates=True, gate_bottleneck=bottleneck, max_rank=room, gate_bias_init=-1.0, **MOVING
-    )
+    model = adapted(PedyraConfig, gates=True, gate_bottleneck=bottleneck, max_rank=room, gate_bias_init=-1.0, **MOVING)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     for seed in range(5):
         step(model, optimizer, seed)
@@ -187,9 +176,7 @@ def test_what_cannot_have_gates_says_so() -> None:
         PedyraConfig(gates=True, init_weights="pissa")
     with pytest.raises(ConfigError, match="gates must be True"):
         DiselConfig(gates=False)
-    with pytest.raises(
-        ConfigError, match=r"gate_bias_init must be -3.0 \(its default\) without gates=True, got -1"
-    ):
+    with pytest.raises(ConfigError, match=r"gate_bias_init must be -3.0 \(its default\) without gates=True, got -1"):
         DiraConfig(gate_bias_init=-1)
     with pytest.raises(ConfigError, match="gates must be True or False, got 'yes'"):
         DiraConfig(gates="yes")

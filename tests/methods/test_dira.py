@@ -75,16 +75,8 @@ def assert_penalty(
 shapes = st.integers(1, 9)
 
 
-@given(
-    in_features=shapes,
-    out_features=shapes,
-    r=st.integers(1, 6),
-    rslora=st.booleans(),
-    seed=st.integers(0, 99),
-)
-def test_forward_equals_the_reference(
-    in_features: int, out_features: int, r: int, rslora: bool, seed: int
-) -> None:
+@given(in_features=shapes, out_features=shapes, r=st.integers(1, 6), rslora=st.booleans(), seed=st.integers(0, 99))
+def test_forward_equals_the_reference(in_features: int, out_features: int, r: int, rslora: bool, seed: int) -> None:
     model, layer = adapted_linear(in_features, out_features, seed=seed, r=r, alpha=3, use_rslora=rslora)
     x = torch.randn(2, 4, in_features, dtype=torch.float64)
     A, B = factors(layer)
@@ -107,23 +99,10 @@ def test_forward_equals_the_reference(
     seed=st.integers(0, 99),
 )
 def test_added_gradient_equals_autograd(
-    in_features: int,
-    out_features: int,
-    r: int,
-    form: str,
-    zero_A: set[int],
-    zero_B: set[int],
-    weight: float,
-    seed: int,
+    in_features: int, out_features: int, r: int, form: str, zero_A: set[int], zero_B: set[int], weight: float, seed: int
 ) -> None:
     model, layer = adapted_linear(
-        in_features,
-        out_features,
-        seed=seed,
-        r=r,
-        penalty=form,
-        penalty_weight=weight,
-        penalty_schedule="constant",
+        in_features, out_features, seed=seed, r=r, penalty=form, penalty_weight=weight, penalty_schedule="constant"
     )
     A, B = factors(layer)
     for i in range(r):
@@ -272,12 +251,7 @@ def test_vanishing_components_keep_a_bounded_gradient(magnitude: float) -> None:
     """‖∂/∂B_:,i‖ is λ‖A_i,:‖ however small B_:,i is, also where its square underflows in float32."""
     torch.manual_seed(0)
     config = DiraConfig(
-        r=2,
-        alpha=2,
-        target_modules=["0"],
-        penalty_weight=0.1,
-        penalty_schedule="constant",
-        init_weights=False,
+        r=2, alpha=2, target_modules=["0"], penalty_weight=0.1, penalty_schedule="constant", init_weights=False
     )
     model = peft.get_peft_model(nn.Sequential(nn.Linear(6, 5)), config)
     layer = next(m for m in model.modules() if isinstance(m, AdapterLayer))
@@ -333,9 +307,7 @@ def test_logged_loss_is_the_task_loss() -> None:
     model, layer = adapted_linear(4, 3, penalty_weight=100.0)
     x = torch.randn(8, 4, dtype=torch.float64)
     A, B = factors(layer)
-    expected = (
-        reference.forward(x, layer.base_layer.weight, layer.base_layer.bias, A, B, 5 / 3).square().mean()
-    )
+    expected = reference.forward(x, layer.base_layer.weight, layer.base_layer.bias, A, B, 5 / 3).square().mean()
     torch.testing.assert_close(model.train()(x).square().mean(), expected)
 
 
@@ -365,17 +337,14 @@ def test_several_layers_are_penalised_each_on_its_own() -> None:
         names_AB = by_id[id(A)], by_id[id(B)]
         wanted = reference.penalty_gradient("product", *(before[n] for n in names_AB))
         for name, now, grad in zip(names_AB, (A, B), wanted, strict=True):
-            torch.testing.assert_close(
-                before[name] - now.detach() - task[name], 0.4 * grad, atol=1e-7, rtol=1e-5
-            )
+            torch.testing.assert_close(before[name] - now.detach() - task[name], 0.4 * grad, atol=1e-7, rtol=1e-5)
 
 
 def test_a_layer_without_gradient_does_no_harm() -> None:
     """As in a mixture of experts, where some experts see no token."""
     toy = TOYS["mlp"]
     model = peft.get_peft_model(
-        toy.build(),
-        DiraConfig(target_modules=list(toy.targets), penalty_weight=0.5, total_steps=4, init_weights=False),
+        toy.build(), DiraConfig(target_modules=list(toy.targets), penalty_weight=0.5, total_steps=4, init_weights=False)
     )
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     hidden = model.base_model.model.first(toy.batch(1)["x"])
@@ -387,14 +356,10 @@ def test_a_layer_without_gradient_does_no_harm() -> None:
 # --- λ over the run ------------------------------------------------------------------------------------------
 
 
-@given(
-    schedule=st.sampled_from(SCHEDULES), total=st.integers(1, 12), data=st.data(), form=st.sampled_from(FORMS)
-)
+@given(schedule=st.sampled_from(SCHEDULES), total=st.integers(1, 12), data=st.data(), form=st.sampled_from(FORMS))
 def test_schedule_seen_by_the_optimizer(schedule: str, total: int, data: Any, form: str) -> None:
     done = data.draw(st.integers(0, total - 1))
-    model, layer = adapted_linear(
-        4, 3, penalty=form, penalty_weight=0.7, penalty_schedule=schedule, total_steps=total
-    )
+    model, layer = adapted_linear(4, 3, penalty=form, penalty_weight=0.7, penalty_schedule=schedule, total_steps=total)
     x = torch.randn(5, 4, dtype=torch.float64)
 
     def loss() -> Tensor:
@@ -443,9 +408,7 @@ def test_penalty_drives_unused_components_down() -> None:
         base = nn.Sequential(nn.Linear(8, 6, bias=False)).double()
         change = torch.outer(torch.randn(6), torch.randn(8)).double()
         target = base[0].weight.detach() + change
-        config = DiraConfig(
-            r=4, alpha=4, target_modules=["0"], penalty_weight=weight, penalty_schedule="constant"
-        )
+        config = DiraConfig(r=4, alpha=4, target_modules=["0"], penalty_weight=weight, penalty_schedule="constant")
         model = peft.get_peft_model(base, config)
         layer = next(m for m in model.modules() if isinstance(m, AdapterLayer))
         factors(layer)[1].data.copy_(0.5 * torch.randn(6, 4).double())
@@ -466,9 +429,7 @@ def test_penalty_drives_unused_components_down() -> None:
 
 
 @given(out=shapes, inp=shapes, r=st.integers(1, 7), true_rank=st.integers(0, 7), seed=st.integers(0, 99))
-def test_spectrum_from_factors_equals_dense_svd(
-    out: int, inp: int, r: int, true_rank: int, seed: int
-) -> None:
+def test_spectrum_from_factors_equals_dense_svd(out: int, inp: int, r: int, true_rank: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     B = torch.randn(out, r, generator=generator, dtype=torch.float64)
     A = torch.randn(r, inp, generator=generator, dtype=torch.float64)
@@ -523,12 +484,7 @@ def test_rank_landscape_equals_the_reference(tau: float) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [
-        ("penalty", "l1"),
-        ("penalty_weight", -1e-4),
-        ("penalty_weight", float("nan")),
-        ("penalty_schedule", "quadratic"),
-    ],
+    [("penalty", "l1"), ("penalty_weight", -1e-4), ("penalty_weight", float("nan")), ("penalty_schedule", "quadratic")],
 )
 def test_bad_values_name_field_and_choices(field: str, value: Any) -> None:
     with pytest.raises(dynalora.errors.ConfigError) as caught:

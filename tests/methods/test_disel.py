@@ -23,9 +23,7 @@ from tests.toys import TOYS, tokens
 shapes = st.integers(1, 9)
 
 
-def adapted_linear(
-    in_features: int, out_features: int, *, seed: int = 0, **options: Any
-) -> tuple[nn.Module, Any]:
+def adapted_linear(in_features: int, out_features: int, *, seed: int = 0, **options: Any) -> tuple[nn.Module, Any]:
     """One float64 linear layer with a non-zero DISeL adapter and gates that are half open: (PEFT model, layer)."""
     torch.manual_seed(seed)
     base = nn.Sequential(nn.Linear(in_features, out_features)).double()
@@ -80,21 +78,11 @@ def test_forward_equals_the_reference(
         normalize,
     )
     torch.testing.assert_close(model(x), expected, atol=1e-11, rtol=1e-9)
-    torch.testing.assert_close(
-        layer.gates(x, "default"), reference.gates(x, *gate, normalize), atol=1e-11, rtol=1e-9
-    )
+    torch.testing.assert_close(layer.gates(x, "default"), reference.gates(x, *gate, normalize), atol=1e-11, rtol=1e-9)
 
 
-@given(
-    in_features=shapes,
-    out_features=shapes,
-    r=st.integers(1, 5),
-    width=st.integers(1, 3),
-    seed=st.integers(0, 99),
-)
-def test_bottleneck_is_a_factored_gate(
-    in_features: int, out_features: int, r: int, width: int, seed: int
-) -> None:
+@given(in_features=shapes, out_features=shapes, r=st.integers(1, 5), width=st.integers(1, 3), seed=st.integers(0, 99))
+def test_bottleneck_is_a_factored_gate(in_features: int, out_features: int, r: int, width: int, seed: int) -> None:
     """W_g = U·V through a layer of the given width: the same as the full gate with that product."""
     model, layer = adapted_linear(in_features, out_features, r=r, seed=seed, gate_bottleneck=width)
     gate_in, gate_out = layer.disel_gate_in["default"], layer.disel_gate_out["default"]
@@ -177,9 +165,7 @@ def test_zeros_start_with_a_bottleneck_can_still_learn() -> None:
     """Both factors at zero would have zero gradients for ever."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(10, 5))
-    config = DiselConfig(
-        r=4, target_modules=["0"], gate_weight_init="zeros", gate_bottleneck=2, init_weights=True
-    )
+    config = DiselConfig(r=4, target_modules=["0"], gate_weight_init="zeros", gate_bottleneck=2, init_weights=True)
     model = peft.get_peft_model(base, config)
     layer = only_layer(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
@@ -195,9 +181,7 @@ def test_zeros_start_with_a_bottleneck_can_still_learn() -> None:
 @given(in_features=shapes, out_features=shapes, r=st.integers(1, 6))
 def test_parameter_count(in_features: int, out_features: int, r: int) -> None:
     _, layer = adapted_linear(in_features, out_features, r=r)
-    assert sum(p.numel() for p in own(layer).values()) == reference.parameter_count(
-        r, in_features, out_features
-    )
+    assert sum(p.numel() for p in own(layer).values()) == reference.parameter_count(r, in_features, out_features)
 
 
 # --- the optimizer's view of the gates -----------------------------------------------------------------------
@@ -243,9 +227,7 @@ class RecordingTrainer(transformers.Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        self.gradients.append(
-            {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
-        )
+        self.gradients.append({n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None})
         return loss
 
 
@@ -370,9 +352,7 @@ def test_recorded_gates_are_the_references_mean() -> None:
     seen: dict[str, Tensor] = {}
     layers = {n: m for n, m in model.named_modules() if isinstance(m, AdapterLayer)}
     handles = [
-        layer.register_forward_pre_hook(
-            lambda module, inputs, name=name: seen.update({name: inputs[0].detach()})
-        )
+        layer.register_forward_pre_hook(lambda module, inputs, name=name: seen.update({name: inputs[0].detach()}))
         for name, layer in layers.items()
     ]
     with torch.no_grad():
@@ -458,9 +438,7 @@ def test_gates_learn_where_to_act(two_populations: tuple[Tensor, Tensor]) -> Non
 
 def test_default_alpha_is_twice_the_rank() -> None:
     assert DiselConfig(r=6).alpha == 12
-    layer = only_layer(
-        peft.get_peft_model(nn.Sequential(nn.Linear(8, 6)), DiselConfig(r=3, target_modules=["0"]))
-    )
+    layer = only_layer(peft.get_peft_model(nn.Sequential(nn.Linear(8, 6)), DiselConfig(r=3, target_modules=["0"])))
     assert layer.scaling["default"] == 2.0
 
 

@@ -81,9 +81,7 @@ def test_start_is_the_base_model_at_its_smallest_triplets(
     have = tensors(layer)
     torch.testing.assert_close(have["up"] * have["sigma"] @ have["down"], smallest, atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(have["sigma"], sigma[-r:], atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(
-        layer.get_delta_weight("default"), torch.zeros_like(weight), atol=1e-12, rtol=0
-    )
+    torch.testing.assert_close(layer.get_delta_weight("default"), torch.zeros_like(weight), atol=1e-12, rtol=0)
     x = torch.randn(3, shape[1], dtype=torch.float64)
     torch.testing.assert_close(model(x), layer.base_layer(x), atol=1e-10, rtol=1e-10)
 
@@ -173,9 +171,7 @@ def model_metrics(model: Any) -> dict[str, float]:
 
 @given(task=st.floats(1e-3, 1e3), ratio=st.floats(2e-3, 500.0))
 def test_weights_follow_the_formula(task: float, ratio: float) -> None:
-    got = dislora.adaptive_weights(
-        *(torch.tensor(value, dtype=torch.float64) for value in (task, task * ratio))
-    )
+    got = dislora.adaptive_weights(*(torch.tensor(value, dtype=torch.float64) for value in (task, task * ratio)))
     for one, other in zip(got, reference.weights(task, task * ratio), strict=True):
         assert float(one) == pytest.approx(other, rel=1e-9, abs=1e-12)
 
@@ -331,9 +327,7 @@ def test_fixed_weights_need_no_loss() -> None:
 
 
 def test_the_head_beside_the_adapter_is_weighed_alike() -> None:
-    model, (layer,) = model_of(
-        [(4, 5), (3, 4)], target_modules=["0"], modules_to_save=["1"], tsd_count=0, r=1
-    )
+    model, (layer,) = model_of([(4, 5), (3, 4)], target_modules=["0"], modules_to_save=["1"], tsd_count=0, r=1)
     layer.parameter("up", "default").data *= 1.5
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert any("modules_to_save" in name for name in parameters)
@@ -362,9 +356,7 @@ def test_the_head_beside_the_adapter_is_weighed_alike() -> None:
     lr=st.sampled_from([0.01, 0.3]),
     seed=st.integers(0, 99),
 )
-def test_directions_equal_a_dense_computation(
-    shapes: list[int], score: str, count: int, lr: float, seed: int
-) -> None:
+def test_directions_equal_a_dense_computation(shapes: list[int], score: str, count: int, lr: float, seed: int) -> None:
     model, layers = model_of(row_of(shapes), seed=seed, r=2, tsd_count=count, tsd_score=score)
     train(model, 2, lr=lr, seed=seed)
     for layer in layers:
@@ -385,9 +377,7 @@ def test_directions_equal_a_dense_computation(
 
 
 @pytest.mark.parametrize("score", ["residual", "update"])
-def test_directions_need_only_few_pairs_and_widen_when_unsure(
-    score: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_directions_need_only_few_pairs_and_widen_when_unsure(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With few pairs at first, the bound on the rest decides when to look at more; the result stays exact."""
     model, (layer,) = model_of([(40, 60)], r=4, tsd_count=3, tsd_score=score)
     train(model, 1, lr=0.3)
@@ -471,9 +461,7 @@ def test_a_third_of_the_run_is_the_default() -> None:
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
 @pytest.mark.parametrize("options", [{}, {"ortho_weight": 1e-3}, {"loss_smoothing": 0.8}], ids=str)
-def test_resumed_before_at_and_after_the_end_of_warmup(
-    stop: int, options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_resumed_before_at_and_after_the_end_of_warmup(stop: int, options: dict[str, Any], tmp_path: Path) -> None:
     def adam(model: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
 
@@ -504,9 +492,7 @@ def test_resumed_before_at_and_after_the_end_of_warmup(
 
 
 @pytest.mark.parametrize("how", ["from_pretrained", "load_adapter", "load_adapter without PeftModel"])
-def test_every_way_of_loading_decomposes_nothing(
-    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_way_of_loading_decomposes_nothing(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy = TOYS["llama"]
     config = DisloraConfig(r=2, target_modules=["q_proj"], warmup_steps=1, task_type="CAUSAL_LM")
     model = peft.get_peft_model(toy.build(), config)
@@ -605,9 +591,7 @@ def test_a_matched_step_moves_the_function_like_loras(weight_size: float) -> Non
 
 def test_unmatched_steps_take_the_optimizers_rate() -> None:
     model, (layer,) = model_of([(6, 7)], match_step=False)
-    rules = layer.drivers["default"].method.optimizer_overrides(
-        layer.drivers["default"].config, layer, "default"
-    )
+    rules = layer.drivers["default"].method.optimizer_overrides(layer.drivers["default"].config, layer, "default")
     assert {rule.lr_multiplier for rule in rules.values()} == {1.0}
     assert {group["lr"] for group in dynalora.param_groups(model, lr=0.5)} == {0.5}
 

@@ -41,9 +41,7 @@ class Chain(nn.Module):
         return x
 
 
-def chain(
-    start: int = 0, /, dtype: torch.dtype = torch.float64, **options: Any
-) -> tuple[Any, list[PedyraLayer]]:
+def chain(start: int = 0, /, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Any, list[PedyraLayer]]:
     """A chain of adapted layers: (PEFT model, its layers)."""
     torch.manual_seed(start)
     defaults = {
@@ -56,9 +54,7 @@ def chain(
         "adjust_size": 2,
         "total_steps": 10,
     }
-    model = peft.get_peft_model(
-        Chain().to(dtype), PedyraConfig(**{"match_step": False, **defaults, **options})
-    )
+    model = peft.get_peft_model(Chain().to(dtype), PedyraConfig(**{"match_step": False, **defaults, **options}))
     return model, layers_of(model)
 
 
@@ -198,9 +194,7 @@ def test_runs_equal_the_simulation(
                 pruned, expanded = simulated.adjust(new)
                 assert record.pruned == [(names[layer], i) for layer, i in pruned]
                 assert record.expanded == [names[layer] for layer in expanded]
-                assert (
-                    list(record.ranks.values()) == ranks(model) == [len(x.triples) for x in simulated.layers]
-                )
+                assert list(record.ranks.values()) == ranks(model) == [len(x.triples) for x in simulated.layers]
                 if mode == "both":
                     assert sum(ranks(model)) == before
                 assert min(ranks(model)) >= 1
@@ -260,9 +254,7 @@ def test_decisions(scores: list[list[float]], size: int, extra: list[int], mode:
     total=st.integers(1, 200),
 )
 def test_plan(start: float, interval: float, end: float, total: int) -> None:
-    plan = AdjustmentPlan.of(
-        PedyraConfig(adjust_start=start, adjust_interval=interval, adjust_end=end), total
-    )
+    plan = AdjustmentPlan.of(PedyraConfig(adjust_start=start, adjust_interval=interval, adjust_end=end), total)
     due = [n for n in range(300) if plan.due(n)]
     assert len(due) == plan.count
     assert due == list(range(plan.start, plan.end + 1, plan.interval))
@@ -279,9 +271,7 @@ def test_plan(start: float, interval: float, end: float, total: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("options", [{}, {"max_rank": 6}], ids=["exact", "reserved"])
 def test_expansion_leaves_the_function_unchanged(dtype: torch.dtype, options: dict[str, Any]) -> None:
-    model, layers = chain(
-        dtype=dtype, mode="expand", adjust_size=3, init_weights=False, ortho_weight=0.0, **options
-    )
+    model, layers = chain(dtype=dtype, mode="expand", adjust_size=3, init_weights=False, ortho_weight=0.0, **options)
     x, _ = batch(0, dtype)
     before = model(x).detach()
     run(model, sgd(model, lr=0.0), 0, 2)
@@ -312,9 +302,7 @@ def test_a_full_layer_is_passed_over() -> None:
 
 @pytest.mark.parametrize("reserve", [None, 6])
 def test_orthogonality_gradient_equals_autograd(reserve: int | None) -> None:
-    model, layers = chain(
-        ortho_weight=0.3, init_weights=False, max_rank=reserve, adjust_start=5, adjust_end=9
-    )
+    model, layers = chain(ortho_weight=0.3, init_weights=False, max_rank=reserve, adjust_start=5, adjust_end=9)
     factors = [layer.used(role, "default") for layer in layers for role in ("down", "up")]
     penalty = 0.0
     for down, up in zip(factors[::2], factors[1::2], strict=True):
@@ -420,11 +408,7 @@ def test_averages_live_only_while_they_matter_and_decisions_are_the_same(tmp_pat
         assert number == 1 or all(g == (plan.matters(number) or plan.matters(number - 1)) for g in gathering)
         step(model, optimizer, number)
         simulated.step(*batch(number))
-        alive = [
-            layer.running(role, "default") is not None
-            for layer in layers
-            for role in ("inputs", "uncertainty_e")
-        ]
+        alive = [layer.running(role, "default") is not None for layer in layers for role in ("inputs", "uncertainty_e")]
         assert all(alive) if plan.matters(number + 1) and plan.matters(number) else True
         if not plan.matters(number) or plan.due(number):
             assert not any(alive)
@@ -495,9 +479,7 @@ def test_rank_pattern_is_public_and_saved(tmp_path: Path) -> None:
     assert ranks(model) != [3, 3, 3]
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert {f"^{n}".replace(".", r"\."): r for n, r in model.rank_pattern.items() if r != 3} == written[
-        "rank_pattern"
-    ]
+    assert {f"^{n}".replace(".", r"\."): r for n, r in model.rank_pattern.items() if r != 3} == written["rank_pattern"]
     assert config.rank_pattern == {}, "the user's own configuration can be used for another run"
     assert ranks(peft.get_peft_model(Chain(), config)) == [3, 3, 3]
     loaded = peft.PeftModel.from_pretrained(Chain(), tmp_path)
@@ -673,9 +655,7 @@ def dora(toy_name: str = "llama", base: nn.Module | None = None, **options: Any)
         "adjust_end": 6,
         "adjust_size": 2,
     }
-    return peft.get_peft_model(
-        base or toy.build(), PedyraConfig(**{"match_step": False, **defaults, **options})
-    ).eval()
+    return peft.get_peft_model(base or toy.build(), PedyraConfig(**{"match_step": False, **defaults, **options})).eval()
 
 
 def fit_dora(model: nn.Module, toy_name: str = "llama", steps: int = 5) -> None:
@@ -779,9 +759,7 @@ def test_dora_expansion_leaves_the_function_unchanged() -> None:
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["", "dora"])
 @pytest.mark.parametrize("name", ["mlp", "llama", "gpt2"])
-def test_pissa_starts_at_the_base_from_its_largest_triplets(
-    name: str, use_dora: bool, tmp_path: Path
-) -> None:
+def test_pissa_starts_at_the_base_from_its_largest_triplets(name: str, use_dora: bool, tmp_path: Path) -> None:
     toy = TOYS[name]
     base = toy.build()
     state, expected = {n: t.clone() for n, t in base.state_dict().items()}, toy.logits(toy.build())
@@ -793,9 +771,7 @@ def test_pissa_starts_at_the_base_from_its_largest_triplets(
         own = layer.scaling["default"] * (layer.used("up", "default") * layer.used("e", "default"))
         u, sigma, vt = (part.float() for part in torch.linalg.svd(weight.double()))
         wanted = (u[:, :3] * sigma[:3]) @ vt[:3]
-        torch.testing.assert_close(
-            (own @ layer.used("down", "default")).detach(), wanted, atol=1e-5, rtol=1e-4
-        )
+        torch.testing.assert_close((own @ layer.used("down", "default")).detach(), wanted, atol=1e-5, rtol=1e-4)
     fit_dora(model, name)
     assert len(set(ranks(model))) > 1
     trained = toy.logits(model)
@@ -840,9 +816,7 @@ def test_pissa_needs_rank_within_the_weight() -> None:
         PedyraConfig(init_weights="olora")
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"use_dora": True}, {"init_weights": "pissa"}, {"max_rank": 6}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_weights": "pissa"}, {"max_rank": 6}], ids=str)
 def test_export_from_a_folder_alone(options: dict[str, Any], tmp_path: Path) -> None:
     """Without the base model: the factors as they are, whatever came with them, and the ranks for a fresh run."""
     toy = TOYS["llama"]
@@ -857,9 +831,7 @@ def test_export_from_a_folder_alone(options: dict[str, Any], tmp_path: Path) -> 
     config = peft.LoraConfig(**json.loads((tmp_path / "ranks.json").read_text()))
     fresh = peft.get_peft_model(toy.build(), config)
     found = {
-        n.removeprefix("base_model.model."): m.r["default"]
-        for n, m in fresh.named_modules()
-        if hasattr(m, "lora_A")
+        n.removeprefix("base_model.model."): m.r["default"] for n, m in fresh.named_modules() if hasattr(m, "lora_A")
     }
     assert found == model.rank_pattern
     with pytest.raises(DynaloraError, match="already exists"):
@@ -912,9 +884,7 @@ def test_ranks_move_on_a_4_bit_base(use_dora: bool, tmp_path: Path) -> None:
 def test_a_matched_step_goes_as_far_as_loras(alpha: int) -> None:
     """At the start half a step of e, and with |e| = 1/8 a step of up, beside a first step of LoRA (alpha = 2r)."""
     toy = TOYS["llama"]
-    model = peft.get_peft_model(
-        toy.build(), PedyraConfig(r=4, alpha=alpha, target_modules=["q_proj", "down_proj"])
-    )
+    model = peft.get_peft_model(toy.build(), PedyraConfig(r=4, alpha=alpha, target_modules=["q_proj", "down_proj"]))
     groups = dynalora.param_groups(model, lr=1e-3)
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     for layer in layers_of(model):

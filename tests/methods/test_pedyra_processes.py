@@ -14,11 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 from dynalora import PedyraConfig
@@ -139,10 +135,7 @@ def work(rank: int, folder: str, kind: str) -> None:
         called = fully_sharded(model)
         optimizer = optimizer_of(model)
         set_optimizer_state_dict(
-            model,
-            optimizer,
-            torch.load(f"{folder}/middle.pt"),
-            options=StateDictOptions(full_state_dict=True),
+            model, optimizer, torch.load(f"{folder}/middle.pt"), options=StateDictOptions(full_state_dict=True)
         )
         train(model, called, optimizer, rows, range(4, STEPS))
     else:

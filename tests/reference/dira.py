@@ -50,10 +50,7 @@ def penalty_gradient(form: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     A64 = A.detach().double().clone().requires_grad_(True)
     B64 = B.detach().double().clone().requires_grad_(True)
     grad_A, grad_B = torch.autograd.grad(penalty(form, A64, B64), (A64, B64), allow_unused=True)
-    return (
-        torch.zeros_like(A64) if grad_A is None else grad_A,
-        torch.zeros_like(B64) if grad_B is None else grad_B,
-    )
+    return (torch.zeros_like(A64) if grad_A is None else grad_A, torch.zeros_like(B64) if grad_B is None else grad_B)
 
 
 def schedule(name: str, weight: float, step: int, total: int) -> float:

@@ -42,10 +42,7 @@ def change_rates(weight: Tensor, residual: Tensor, floor: float) -> Tensor:
     """δ_i = |u_iᵀ M v_i| / σ_i for every singular pair of W0 (eq. 4), with σ_i of at least ``floor``."""
     up, sigma, down = decompose(weight)
     return torch.stack(
-        [
-            (up[:, i] @ residual.double() @ down[i]).abs() / sigma[i].clamp_min(floor)
-            for i in range(len(sigma))
-        ]
+        [(up[:, i] @ residual.double() @ down[i]).abs() / sigma[i].clamp_min(floor) for i in range(len(sigma))]
     )
 
 

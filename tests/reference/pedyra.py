@@ -128,9 +128,7 @@ class Simulation:
                         now = abs(float(w[n]) * float(g[n]))
                         mean = b1 * triple.sensitivity[role][n] + (1 - b1) * now
                         triple.sensitivity[role][n] = mean
-                        triple.uncertainty[role][n] = b2 * triple.uncertainty[role][n] + (1 - b2) * abs(
-                            now - mean
-                        )
+                        triple.uncertainty[role][n] = b2 * triple.uncertainty[role][n] + (1 - b2) * abs(now - mean)
             for j in range(x.shape[1]):
                 square = sum(float(value) ** 2 for value in x[:, j].detach()) / x.shape[0]
                 layer.inputs[j] = b1 * layer.inputs[j] + (1 - b1) * square
@@ -150,9 +148,7 @@ class Simulation:
             for triple in layer.triples:
                 score = 0.0
                 for role in ROLES:
-                    products = [
-                        a * b for a, b in zip(triple.sensitivity[role], triple.uncertainty[role], strict=True)
-                    ]
+                    products = [a * b for a, b in zip(triple.sensitivity[role], triple.uncertainty[role], strict=True)]
                     share = 1.0
                     if self.settings.weighting:
                         share = norm[role] / whole if whole > 0 else 0.0

@@ -46,25 +46,15 @@ ROWS: dict[str, list[Any]] = {
         for n in range(20)
     ],
     "commonsense/openbookqa.train": [
-        choice_row(CHOOSE, f"Who has {n} legs?", "answer", ["a dog", "a fish", "a car", "tea"], 1)
-        for n in range(10)
+        choice_row(CHOOSE, f"Who has {n} legs?", "answer", ["a dog", "a fish", "a car", "tea"], 1) for n in range(10)
     ],
     "math/gsm8k.dev": [
-        {
-            "question": "Ann has 2 pens and buys 3. How many?",
-            "answer": "She has 2+3=<<2+3=5>>5 pens.\n#### 5",
-        },
+        {"question": "Ann has 2 pens and buys 3. How many?", "answer": "She has 2+3=<<2+3=5>>5 pens.\n#### 5"},
         {"question": "A town of 1,200 doubles. How many live there?", "answer": "2*1200 = 2400\n#### 2,400"},
     ],
-    "math/math.test": [
-        {"problem": "Half of one?", "solution": "It is $\\boxed{\\frac{1}{2}}$.", "level": "Level 1"}
-    ],
+    "math/math.test": [{"problem": "Half of one?", "solution": "It is $\\boxed{\\frac{1}{2}}$.", "level": "Level 1"}],
     "math/AQuA.dev": [
-        {
-            "instruction": "2+2? Answer Choices: (A) 4 (B) 5 (C) 6 (D) 7 (E) 8",
-            "output": "",
-            "answer": "A",
-        }
+        {"instruction": "2+2? Answer Choices: (A) 4 (B) 5 (C) 6 (D) 7 (E) 8", "output": "", "answer": "A"}
     ],
     "math/SVAMP.dev": [{"instruction": "One and one?", "output": "The answer is 3.", "answer": "2.0"}],
     "code/humaneval.dev": [
@@ -118,10 +108,7 @@ ROWS: dict[str, list[Any]] = {
             "personality": ["i like tea.", "i have a dog."],
             "utterances": [
                 {"candidates": ["no", "hello there"], "history": ["hi"]},
-                {
-                    "candidates": ["yes", "he is called rex"],
-                    "history": ["hi", "hello there", "and your dog ?"],
-                },
+                {"candidates": ["yes", "he is called rex"], "history": ["hi", "hello there", "and your dog ?"]},
             ],
         }
     ],

@@ -32,9 +32,7 @@ def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     # The program sets up logging and warnings for a process of its own.
     own = logging.getLogger("dynalora")
     handlers, propagate, show = list(own.handlers), own.propagate, warnings.showwarning
-    levels = {
-        name: logging.getLogger(name).level for name in ("transformers", "peft", "accelerate", "datasets")
-    }
+    levels = {name: logging.getLogger(name).level for name in ("transformers", "peft", "accelerate", "datasets")}
 
     def run(*arguments: str) -> Shown:
         monkeypatch.setattr(sys, "argv", ["dynalora", *arguments])

@@ -68,38 +68,27 @@ class TestFinetune:
     def asking(self, program: Program, model: Path, rows: Path, tmp_path: Path) -> Any:
         def ask(**changed: str) -> Shown:
             given = {"model": str(model), "data": str(rows), "output": str(tmp_path / "run"), **changed}
-            return program(
-                "finetune", *(part for name, value in given.items() for part in (f"--{name}", value))
-            )
+            return program("finetune", *(part for name, value in given.items() for part in (f"--{name}", value)))
 
         return ask
 
     def test_unknown_method(self, asking: Any) -> None:
-        one_sentence(
-            asking(method="qlora"),
-            f"Unknown method 'qlora'; choose one of {', '.join(method_names())}.",
-        )
+        one_sentence(asking(method="qlora"), f"Unknown method 'qlora'; choose one of {', '.join(method_names())}.")
 
     def test_rank_0(self, asking: Any) -> None:
         one_sentence(asking(rank="0"), "The rank r is 0; give a whole number of at least 1.")
 
     def test_target_modules_that_match_nothing(self, asking: Any) -> None:
         exist = "the model's linear modules are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head."
-        one_sentence(
-            asking(**{"target-modules": "query,value"}), f"target_modules 'query' matches nothing; {exist}"
-        )
+        one_sentence(asking(**{"target-modules": "query,value"}), f"target_modules 'query' matches nothing; {exist}")
 
     def test_data_file_without_the_named_fields(self, asking: Any, rows: Path) -> None:
         shown = asking(**{"prompt-field": "question", "response-field": "answer"})
-        one_sentence(
-            shown, f"'{rows}' has no field 'question' and 'answer'; its fields are 'prompt', 'response'."
-        )
+        one_sentence(shown, f"'{rows}' has no field 'question' and 'answer'; its fields are 'prompt', 'response'.")
 
     def test_data_file_without_usual_fields(self, asking: Any, tmp_path: Path) -> None:
         file = tiny.write_jsonl(tmp_path / "x.jsonl", [{"text": "a", "label": 0}])
-        one_sentence(
-            asking(data=str(file)), "its fields are 'text', 'label'.", "prompt_field and response_field"
-        )
+        one_sentence(asking(data=str(file)), "its fields are 'text', 'label'.", "prompt_field and response_field")
 
     def test_broken_line(self, asking: Any, tmp_path: Path) -> None:
         file = tmp_path / "x.jsonl"
@@ -115,9 +104,7 @@ class TestFinetune:
 
     def test_run_folder_of_another_run(self, asking: Any, tmp_path: Path) -> None:
         RunFolder.create(tmp_path / "run", {"method": "dira", "model": "m"}).close()
-        one_sentence(
-            asking(), "already holds a run (method dira, model m, started", "choose another output folder"
-        )
+        one_sentence(asking(), "already holds a run (method dira, model m, started", "choose another output folder")
 
     def test_run_folder_with_other_files(self, asking: Any, tmp_path: Path) -> None:
         (tmp_path / "run").mkdir()
@@ -125,25 +112,19 @@ class TestFinetune:
         one_sentence(asking(), "is not empty and holds no run (found notes.txt)")
 
     def test_nothing_to_resume(self, program: Program, model: Path, rows: Path, tmp_path: Path) -> None:
-        shown = program(
-            "finetune", "-m", str(model), "-d", str(rows), "-o", str(tmp_path / "run"), "--resume"
-        )
+        shown = program("finetune", "-m", str(model), "-d", str(rows), "-o", str(tmp_path / "run"), "--resume")
         one_sentence(shown, "There is no run to resume")
 
     def test_model_that_does_not_exist(self, asking: Any) -> None:
         one_sentence(asking(model="no/such-model"), "The model 'no/such-model' cannot be used (")
 
     def test_settings_left_out(self, program: Program) -> None:
-        one_sentence(
-            program("finetune", "--method", "dira"), "Missing 'model' and 'data' and 'output' in the flags"
-        )
+        one_sentence(program("finetune", "--method", "dira"), "Missing 'model' and 'data' and 'output' in the flags")
 
     def test_unknown_setting_in_the_file(self, program: Program, tmp_path: Path) -> None:
         (tmp_path / "job.yaml").write_text("modell: x\n")
         one_sentence(
-            program("finetune", "-c", str(tmp_path / "job.yaml")),
-            "Unknown setting 'modell'",
-            "did you mean 'model'?",
+            program("finetune", "-c", str(tmp_path / "job.yaml")), "Unknown setting 'modell'", "did you mean 'model'?"
         )
 
     def test_unknown_option_of_a_method(self, asking: Any) -> None:
@@ -162,28 +143,17 @@ class TestAdapters:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
         return copied
 
-    @pytest.mark.parametrize(
-        "command", [["export"], ["landscape"], ["gates"]], ids=lambda command: command[0]
-    )
+    @pytest.mark.parametrize("command", [["export"], ["landscape"], ["gates"]], ids=lambda command: command[0])
     def test_truncated_adapter_file(
-        self,
-        command: list[str],
-        truncated: Path,
-        rows: Path,
-        tmp_path: Path,
-        program: Program,
+        self, command: list[str], truncated: Path, rows: Path, tmp_path: Path, program: Program
     ) -> None:
         more = {"export": [str(tmp_path / "out")], "gates": ["--data", str(rows)]}.get(command[0], [])
-        one_sentence(
-            program(*command, str(truncated), *more), "adapter_model.safetensors", "is truncated or damaged"
-        )
+        one_sentence(program(*command, str(truncated), *more), "adapter_model.safetensors", "is truncated or damaged")
         assert not (tmp_path / "out").exists()
 
     def test_truncated_adapter_file_in_a_script(self, truncated: Path, model: Path) -> None:
         with pytest.raises(CheckpointError, match="is truncated or damaged"):
-            peft.PeftModel.from_pretrained(
-                transformers.AutoModelForCausalLM.from_pretrained(model), truncated
-            )
+            peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(model), truncated)
         with pytest.raises(CheckpointError, match="is truncated or damaged"):
             load_adapter(truncated)
 
@@ -196,21 +166,13 @@ class TestAdapters:
         )
 
     def test_export_of_an_adapter_whose_update_depends_on_the_input(
-        self,
-        adapters: Path,
-        tmp_path: Path,
-        program: Program,
+        self, adapters: Path, tmp_path: Path, program: Program
     ) -> None:
-        one_sentence(
-            program("export", str(adapters / "disel"), str(tmp_path / "out")), "update depends on the input"
-        )
+        one_sentence(program("export", str(adapters / "disel"), str(tmp_path / "out")), "update depends on the input")
         assert not (tmp_path / "out").exists()
 
     def test_export_of_an_adapter_that_is_a_lora_already(
-        self,
-        adapters: Path,
-        tmp_path: Path,
-        program: Program,
+        self, adapters: Path, tmp_path: Path, program: Program
     ) -> None:
         one_sentence(program("export", str(adapters / "lora"), str(tmp_path / "out")), "LORA")
 
@@ -231,14 +193,12 @@ class TestAdapters:
 
     def test_folder_without_an_adapter(self, tmp_path: Path, program: Program) -> None:
         one_sentence(
-            program("landscape", str(tmp_path)),
-            f"'{tmp_path}' holds no adapter (it has no adapter_config.json).",
+            program("landscape", str(tmp_path)), f"'{tmp_path}' holds no adapter (it has no adapter_config.json)."
         )
         one_sentence(program("landscape", str(tmp_path / "none")), f"There is no adapter '{tmp_path}/none'")
         RunFolder.create(tmp_path / "run", {}).close()
         one_sentence(
-            program("landscape", str(tmp_path / "run")),
-            "holds no adapter (the run did not finish; resume it).",
+            program("landscape", str(tmp_path / "run")), "holds no adapter (the run did not finish; resume it)."
         )
 
     def test_broken_adapter_config(self, adapters: Path, tmp_path: Path, program: Program) -> None:
@@ -292,6 +252,4 @@ def test_as_a_process_of_its_own(rows: Path, tmp_path: Path) -> None:
 
 def test_bad_settings_file_is_not_mistaken_for_data(program: Program, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(json.dumps([1, 2]))
-    one_sentence(
-        program("bench", "--config", str(tmp_path / "job.yaml")), "holds a list; write lines of 'name: value'"
-    )
+    one_sentence(program("bench", "--config", str(tmp_path / "job.yaml")), "holds a list; write lines of 'name: value'")

@@ -204,9 +204,7 @@ def test_full_fine_tuning_trains_every_weight() -> None:
 def test_full_fine_tuning_says_what_it_cannot_do(tmp_path: Path) -> None:
     tokenizer, rows = tokenized()
     assert compared_names() == [*method_names(), "full"]
-    with pytest.raises(
-        ConfigError, match="Method 'full' has no adapter and cannot be used here; choose one of"
-    ):
+    with pytest.raises(ConfigError, match="Method 'full' has no adapter and cannot be used here; choose one of"):
         adapter_config("full")
     with pytest.raises(ConfigError, match="Method 'full' has no adapter"):
         finetune(spec(tmp_path, tmp_path, tmp_path / "run", method="full"))
@@ -250,10 +248,7 @@ def test_a_saved_adapters_file_is_a_fresh_adapter(tmp_path: Path) -> None:
     assert peft.get_peft_model(tiny.model(64), config).get_nb_trainable_parameters()[0] > 0
     open_file = tmp_path / "open.json"
     open_file.write_text('{"peft_type": "DISEL", "r": 2}')
-    assert adapter_config(str(open_file), target_modules="q_proj,v_proj").target_modules == {
-        "q_proj",
-        "v_proj",
-    }
+    assert adapter_config(str(open_file), target_modules="q_proj,v_proj").target_modules == {"q_proj", "v_proj"}
 
 
 @pytest.mark.parametrize(
@@ -308,9 +303,7 @@ def test_checkpoints_of_p_tuning_are_measured(tmp_path: Path) -> None:
     text = given_text(["Some text.", "And more of it."], tokenizer)
     with RunFolder.create(tmp_path / "run", {"method": "p-tuning"}) as run:
         config = adapter_config("p-tuning", r=2)
-        trained = train_adapter(
-            tiny.model(len(tokenizer)), tokenizer, config, rows, settings=settings, run=run
-        )
+        trained = train_adapter(tiny.model(len(tokenizer)), tokenizer, config, rows, settings=settings, run=run)
     model = tiny.model(len(tokenizer))
     points = checkpoint_retention(model, tmp_path / "run" / "checkpoints", {"given": text})
     assert [point.step for point in points] == [2, 4]
@@ -345,16 +338,12 @@ def test_adalora_is_driven_to_its_budget() -> None:
 def test_adaloras_update_is_measured(tmp_path: Path) -> None:
     folder = tiny.saved_model(tmp_path / "model")
     rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.rows(12))
-    result = finetune(
-        spec(folder, rows, tmp_path / "run", method="adalora", r=2, steps=20, learning_rate=0.1)
-    )
+    result = finetune(spec(folder, rows, tmp_path / "run", method="adalora", r=2, steps=20, learning_rate=0.1))
     assert (tmp_path / "run" / "plots" / "rank_landscape.png").exists()
     layers = {name.removeprefix("base_model.model."): module for name, module in result.model.named_modules()}
     for row in rank_landscape(result.model):
         layer: Any = layers[row.module]
-        expected = torch.linalg.svdvals(layer.get_delta_weight("default").double())[
-            : len(row.singular_values)
-        ]
+        expected = torch.linalg.svdvals(layer.get_delta_weight("default").double())[: len(row.singular_values)]
         assert torch.tensor(row.singular_values) == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-6)
 
 
@@ -372,9 +361,7 @@ def test_adalora_says_when_there_is_no_time_for_it() -> None:
 
 
 def test_others_need_no_driver() -> None:
-    model = peft.get_peft_model(
-        torch.nn.Sequential(torch.nn.Linear(3, 3)), peft.LoraConfig(target_modules=["0"])
-    )
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 3)), peft.LoraConfig(target_modules=["0"]))
     assert driver_of(model, 5) is None
     assert driver_of(torch.nn.Linear(3, 3), 5) is None
 

@@ -11,15 +11,7 @@ import torch
 from dynalora.errors import ConfigError
 from dynalora.jobs.bench.settings import BenchSpec
 from dynalora.jobs.bench.setup import CONTROL, random_tokens, sharing_copy
-from dynalora.jobs.bench.training import (
-    PHASES,
-    Measured,
-    _Contestant,
-    as_json,
-    bench,
-    saved_for_backward,
-    tables,
-)
+from dynalora.jobs.bench.training import PHASES, Measured, _Contestant, as_json, bench, saved_for_backward, tables
 from tests.unit import tiny
 
 
@@ -29,15 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small(folder: Path, **more: Any) -> BenchSpec:
-    given = {
-        "dtypes": ["float32"],
-        "r": 2,
-        "batch_size": 2,
-        "length": 8,
-        "rounds": 3,
-        "warmup": 1,
-        "memory": False,
-    }
+    given = {"dtypes": ["float32"], "r": 2, "batch_size": 2, "length": 8, "rounds": 3, "warmup": 1, "memory": False}
     return BenchSpec(model=str(folder), device="cpu", **{**given, **more})
 
 
@@ -83,15 +67,7 @@ def test_every_method_is_timed_in_every_round(folder: Path) -> None:
 
 def test_ratio_is_taken_within_rounds() -> None:
     one = Measured(
-        "dira",
-        "float32",
-        {"forward": [1.0, 10.0], "backward": [1.0, 10.0]},
-        1.0,
-        (1.0, 1.0),
-        1,
-        1,
-        None,
-        None,
+        "dira", "float32", {"forward": [1.0, 10.0], "backward": [1.0, 10.0]}, 1.0, (1.0, 1.0), 1, 1, None, None
     )
     assert one.steps == [2.0, 20.0]
     assert one.median() == 11.0
@@ -135,9 +111,7 @@ def test_wrong_settings_are_named(changed: dict[str, Any], message: str, folder:
 
 
 def test_targets_are_checked_before_weights_are_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "dynalora.jobs.bench.setup.load_model", lambda *_, **__: pytest.fail("weights were loaded")
-    )
+    monkeypatch.setattr("dynalora.jobs.bench.setup.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match="'query' matches nothing; the model's linear modules are q_proj"):
         bench(small(folder, target_modules=["query"]))
 
@@ -166,7 +140,4 @@ def test_methods_without_alpha_and_with_their_own_optimizer_are_timed(folder: Pa
     found = bench(small(folder, methods=["lora", "miss", "p-tuning", "lora+"], rounds=2))
     assert [item.method for item in found] == ["lora", "miss", "p-tuning", "lora+"]
     contestant = _Contestant("lora+", "lora+", tiny.model(64), small(folder))
-    assert sorted({group["lr"] for group in contestant.optimizer.param_groups if group["params"]}) == [
-        1e-4,
-        16e-4,
-    ]
+    assert sorted({group["lr"] for group in contestant.optimizer.param_groups if group["params"]}) == [1e-4, 16e-4]

@@ -138,11 +138,7 @@ def test_the_original_rows_become_the_papers_prompts(
     name: str, row: dict[str, Any], instruction: str, answer: str
 ) -> None:
     (item,) = benchmark(name).read(row, "the row")
-    assert (item.prompt, item.reference, item.response) == (
-        instruction,
-        answer,
-        f"the correct answer is {answer}",
-    )
+    assert (item.prompt, item.reference, item.response) == (instruction, answer, f"the correct answer is {answer}")
     assert item.choice is not None
     again = {"instruction": instruction, "answer": answer, "output": item.response}
     assert benchmark(name).read(again, "the row") == [item]
@@ -264,9 +260,7 @@ def test_the_last_box() -> None:
 
 
 def test_squad_by_hand() -> None:
-    found = metrics.SQUAD.score(
-        ["The dog!", "a big dog", "unanswerable.", "Rex"], [["a dog"], ["dog"], [], []]
-    )[0]
+    found = metrics.SQUAD.score(["The dog!", "a big dog", "unanswerable.", "Rex"], [["a dog"], ["dog"], [], []])[0]
     assert found["exact"].value == pytest.approx(2 / 4)
     assert found["f1"].value == pytest.approx((1 + 2 / 3 + 1 + 0) / 4)  # "a" is no word: big dog, dog
     assert found["HasAns_f1"].value == pytest.approx((1 + 2 / 3) / 2)
@@ -285,9 +279,7 @@ def test_intervals() -> None:
     drawn = bootstrap(lambda a, r: sum(a) / len(a), list(range(100)), [0] * 100)
     assert drawn.value == 49.5
     assert drawn.high - drawn.low == pytest.approx(2 * 1.96 * 28.87 / 10, rel=0.15)
-    assert bootstrap(lambda a, r: sum(a), [1, 2, 3], [0] * 3) == bootstrap(
-        lambda a, r: sum(a), [1, 2, 3], [0] * 3
-    )
+    assert bootstrap(lambda a, r: sum(a), [1, 2, 3], [0] * 3) == bootstrap(lambda a, r: sum(a), [1, 2, 3], [0] * 3)
 
 
 def test_classes_by_hand() -> None:
@@ -315,9 +307,7 @@ def test_texts_by_hand() -> None:
     assert metrics.BLEU.score(["a b c d"], ["e f g h"])[0]["bleu"].value < 0.2
 
 
-def test_a_missing_package_is_told_before_anything_runs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_is_told_before_anything_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"rouge1 needs the package rouge-score.*dynalora\[eval\]"):
         prepare("xsum", data=folder)
@@ -364,10 +354,7 @@ def test_a_dialogue_is_one_item_per_turn(folder: Path) -> None:
 def test_generated_code_passes_or_fails(folder: Path) -> None:
     humaneval = prepare("humaneval", data=folder, **QUICK)  # type: ignore[arg-type]
     answers = ["    return 2 * x\n", "    return x\n", "", "```python\nwhile True\n```"]
-    assert [CODE.judged(NOBODY, humaneval, [answer])[0] for answer in answers] == [
-        True,
-        *[False] * 3,
-    ]
+    assert [CODE.judged(NOBODY, humaneval, [answer])[0] for answer in answers] == [True, *[False] * 3]
     item = humaneval.items[0]
     assert item.prompt == (
         'Write a solution to the following problem:\n```python\ndef twice(x):\n    """Two times x."""\n```'
@@ -394,9 +381,7 @@ def test_the_plus_versions_ask_the_same_and_test_more(folder: Path) -> None:
 
 def test_code_is_not_executed_unless_allowed(folder: Path) -> None:
     for name in GROUPS["code"]:
-        with pytest.raises(
-            ConfigError, match=rf"{name} executes code that the model writes; allow it.*--run-code"
-        ):
+        with pytest.raises(ConfigError, match=rf"{name} executes code that the model writes; allow it.*--run-code"):
             prepare(name, data=folder)
 
 
@@ -404,13 +389,9 @@ def test_code_is_not_executed_unless_allowed(folder: Path) -> None:
 
 
 def test_bad_data_is_told_in_one_sentence(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"'math/gsm8k' has no split 'train' in '.*' \(there is dev\); name another"
-    ):
+    with pytest.raises(DataError, match=r"'math/gsm8k' has no split 'train' in '.*' \(there is dev\); name another"):
         prepare("gsm8k", data=folder, split="train")
-    with pytest.raises(
-        DataError, match=r"no split test or dev in .*there is none of its files.*hellaswag.test.jsonl"
-    ):
+    with pytest.raises(DataError, match=r"no split test or dev in .*there is none of its files.*hellaswag.test.jsonl"):
         prepare("hellaswag", data=folder)
     with pytest.raises(DataError, match="There is no folder"):
         prepare("gsm8k", data=tmp_path / "nowhere")
@@ -442,9 +423,7 @@ def test_bad_data_is_told_in_one_sentence(folder: Path, tmp_path: Path) -> None:
         ("mbpp", {"text": "a", "test_list": []}, "line 1 has no test"),
     ],
 )  # fmt: skip
-def test_bad_rows_are_told_with_their_place(
-    name: str, row: dict[str, Any], told: str, tmp_path: Path
-) -> None:
+def test_bad_rows_are_told_with_their_place(name: str, row: dict[str, Any], told: str, tmp_path: Path) -> None:
     pytest.importorskip("rouge_score")
     path = tmp_path / f"{benchmark(name).source.file}.dev.jsonl"
     path.parent.mkdir()
@@ -456,9 +435,7 @@ def test_bad_rows_are_told_with_their_place(
 
 def test_the_hub_out_of_reach_is_told() -> None:
     source = Source("x/y", "no-such-owner/no-such-data", splits={"test": "test"})
-    with pytest.raises(
-        DataError, match=r"'no-such-owner/no-such-data', split 'test', cannot be loaded .*'x/y"
-    ):
+    with pytest.raises(DataError, match=r"'no-such-owner/no-such-data', split 'test', cannot be loaded .*'x/y"):
         source.rows()
 
 
@@ -566,9 +543,7 @@ def test_perplexity_by_hand(small: tuple[Any, Any], folder: Path) -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     rows = [ids[start : start + 32] for start in range(0, len(ids) - 31, 32)]
     with torch.no_grad():
-        losses = [
-            float(model(input_ids=torch.tensor([row]), labels=torch.tensor([row])).loss) for row in rows
-        ]
+        losses = [float(model(input_ids=torch.tensor([row]), labels=torch.tensor([row])).loss) for row in rows]
     expected = math.exp(sum(losses) / len(losses))
     result = measure(model, tokenizer, prepare("wikitext2", data=folder), window=32, batch_size=3)
     assert result.items == len(rows)
@@ -632,9 +607,7 @@ def test_classification(folder: Path) -> None:
 def test_what_does_not_fit_the_model_is_told(small: tuple[Any, Any], folder: Path) -> None:
     pytest.importorskip("sklearn")
     model, tokenizer = small
-    with pytest.raises(
-        ConfigError, match=r"cola needs a model with a classification head .* is a LlamaForCausalLM"
-    ):
+    with pytest.raises(ConfigError, match=r"cola needs a model with a classification head .* is a LlamaForCausalLM"):
         measure(model, tokenizer, prepare("cola", data=folder))
     classifier, words = encoder(3)
     with pytest.raises(ConfigError, match="gsm8k needs a causal language model"):
@@ -696,9 +669,7 @@ def test_harness_tasks_by_name(small: tuple[Any, Any], monkeypatch: pytest.Monke
     assert asked["model"] == {
         "pretrained": model, "tokenizer": tokenizer, "batch_size": 4, "max_length": None, "backend": "causal",
     }  # fmt: skip
-    assert result.scores["acc"] == Interval(
-        0.5, pytest.approx(0.304, abs=1e-3), pytest.approx(0.696, abs=1e-3)
-    )
+    assert result.scores["acc"] == Interval(0.5, pytest.approx(0.304, abs=1e-3), pytest.approx(0.696, abs=1e-3))
     assert result.scores["acc_norm"] == Interval(0.25, 0.25, 0.25)
     assert (result.items, result.main) == (25, "acc")
     with pytest.raises(ConfigError, match="no task 'sciqq'"):
@@ -724,9 +695,7 @@ def test_the_mean_of_a_group() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "DYNALORA_BENCHMARK_DATA" not in os.environ, reason="DYNALORA_BENCHMARK_DATA names no folder"
-)
+@pytest.mark.skipif("DYNALORA_BENCHMARK_DATA" not in os.environ, reason="DYNALORA_BENCHMARK_DATA names no folder")
 def test_a_real_folder() -> None:
     data = Path(os.environ["DYNALORA_BENCHMARK_DATA"])
     read = 0

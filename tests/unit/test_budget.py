@@ -79,9 +79,7 @@ def test_between_measurements_the_ratio_stays() -> None:
     first = controlled_weight(state, torch.tensor(0.01), 1.0, 0.1, 0.1, 5)
     again = controlled_weight(state, torch.tensor(0.02), 1.0, 0.1, None, 6)
     e = torch.tensor(2 / AIM).log()
-    assert float(again / first) == pytest.approx(
-        float((0.25 * e + 3 * torch.tensor(2.0).log()).exp()), rel=1e-4
-    )
+    assert float(again / first) == pytest.approx(float((0.25 * e + 3 * torch.tensor(2.0).log()).exp()), rel=1e-4)
     assert measured(state) == (pytest.approx(0.1), 5)
 
 
@@ -121,9 +119,7 @@ def test_a_budget_without_retain_says_what_else_there_is() -> None:
 
 
 def trainer_of(words: Any, model: Any, folder: Any, steps: int = 30, rate: float = 2e-2, **more: Any) -> Any:
-    data = [
-        {"input_ids": (ids := words(row["response"])["input_ids"]), "labels": ids} for row in tiny.rows(8)
-    ]
+    data = [{"input_ids": (ids := words(row["response"])["input_ids"]), "labels": ids} for row in tiny.rows(8)]
     arguments = transformers.TrainingArguments(
         str(folder), max_steps=steps, learning_rate=rate, report_to="none", use_cpu=True, disable_tqdm=True,
         per_device_train_batch_size=4, logging_steps=5, **{"save_strategy": "no", **more},
@@ -320,9 +316,7 @@ def test_texts_of_the_users_own_are_kept(words: Any, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("gates", [False, True])
 def test_the_cost_in_memory_is_that_of_what_is_kept(words: Any, gates: bool) -> None:
-    config = dynalora.DiraConfig(
-        r=4, target_modules="all-linear", retain=1.0, gates=gates, penalty_weight=0.0
-    )
+    config = dynalora.DiraConfig(r=4, target_modules="all-linear", retain=1.0, gates=gates, penalty_weight=0.0)
     model = adapted(words, config)
     text = anchor_text(model, words, texts=6, tokens=8, cache=False)
     read_curvature(model, text, rank=20, bank=16)
@@ -367,12 +361,7 @@ def test_bases_of_all_kinds_train_within_a_budget(words: Any, kind: str, mode: s
         how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
         base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=how)
     config = dynalora.DiraConfig(
-        r=4,
-        target_modules="all-linear",
-        retain=30.0,
-        max_forgetting=0.05,
-        retain_mode=mode,
-        penalty_weight=0.0,
+        r=4, target_modules="all-linear", retain=30.0, max_forgetting=0.05, retain_mode=mode, penalty_weight=0.0
     )  # type: ignore[call-arg]
     model = peft.get_peft_model(base, config).train()
     if kind == "checkpointing":
@@ -429,9 +418,7 @@ def test_two_processes_train_as_one(tmp_path: Any) -> None:
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(root / "src"), str(root)]))
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), port, str(tmp_path)],
-            stderr=subprocess.PIPE,
-            env=environment,
+            [sys.executable, "-c", WORKER, str(rank), port, str(tmp_path)], stderr=subprocess.PIPE, env=environment
         )
         for rank in range(2)
     ]

@@ -159,9 +159,7 @@ def test_the_scaling_of_a_module_is_that_of_its_rank() -> None:
         return float(layers[1].scaling["default"])  # type: ignore[union-attr]
 
     for method in ("lora", "disel", "rslora"):
-        found = match_parameters(
-            maker(method), model, target if method != "disel" else round(1.4 * target), 0.01
-        )
+        found = match_parameters(maker(method), model, target if method != "disel" else round(1.4 * target), 0.01)
         assert found.mixed
         adapted = peft.get_peft_model(copy.deepcopy(model), found.config)
         for module in adapted.modules():
@@ -221,10 +219,7 @@ def test_randlora_falls_with_its_rank() -> None:
     [
         ({"target": 0}, "target is 0; give a number of parameters, at least 1"),
         ({"target": 10, "tolerance": -1.0}, r"tolerance is -1\.0; give a part of the target"),
-        (
-            {"target": 10, "make": maker("lora", nonsense=1)},
-            "No rank can be matched: Method 'lora' has no option",
-        ),
+        ({"target": 10, "make": maker("lora", nonsense=1)}, "No rank can be matched: Method 'lora' has no option"),
     ],
 )
 def test_wrong_requests_are_named(given: dict[str, Any], message: str) -> None:

@@ -261,11 +261,7 @@ def test_finetune_from_the_command_line(folder: Path, rows: Path, tmp_path: Path
 
 
 def test_interrupted_run_says_how_to_go_on(
-    folder: Path,
-    rows: Path,
-    tmp_path: Path,
-    program: Program,
-    monkeypatch: pytest.MonkeyPatch,
+    folder: Path, rows: Path, tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -273,17 +269,12 @@ def test_interrupted_run_says_how_to_go_on(
     monkeypatch.setattr(finetune, "load_model", interrupted)
     shown = program("finetune", "-m", str(folder), "-d", str(rows), "-o", str(tmp_path / "run"))
     assert shown.code == 130
-    assert (
-        shown.err
-        == f"Interrupted; continue with: dynalora finetune --config {tmp_path}/run/config.yaml --resume\n"
-    )
+    assert shown.err == f"Interrupted; continue with: dynalora finetune --config {tmp_path}/run/config.yaml --resume\n"
 
 
 def test_gates_of_an_adapter(folder: Path, rows: Path, tmp_path: Path, program: Program) -> None:
     adapter = saved_adapter("disel", folder, tmp_path / "adapter")
-    shown = program(
-        "gates", str(adapter), "--data", str(rows), "--limit", "4", "--plot", str(tmp_path / "gates.png")
-    )
+    shown = program("gates", str(adapter), "--data", str(rows), "--limit", "4", "--plot", str(tmp_path / "gates.png"))
     assert shown.code == 0, shown.err
     table = {
         line.split()[0]: line.split()[1:]
@@ -335,9 +326,7 @@ def test_gates_over_several_domains(folder: Path, rows: Path, tmp_path: Path, pr
     assert json.loads((tmp_path / "again" / "gates.json").read_text()) == content
 
 
-def test_gates_tells_what_is_wrong_with_the_domains(
-    folder: Path, rows: Path, tmp_path: Path, program: Program
-) -> None:
+def test_gates_tells_what_is_wrong_with_the_domains(folder: Path, rows: Path, tmp_path: Path, program: Program) -> None:
     adapter = str(saved_adapter("disel", folder, tmp_path / "adapter"))
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "job.yaml").write_text(f"adapter: {adapter}\ndomains:\n  a: {{data: x.jsonl, fields: y}}\n")
@@ -466,12 +455,7 @@ def test_compaction_from_the_command_line(folder: Path, tmp_path: Path, program:
 
 def test_ranks_only_refuses_what_it_would_ignore(folder: Path, tmp_path: Path, program: Program) -> None:
     adapter = str(saved_adapter("dira", folder, tmp_path / "adapter"))
-    for flags in (
-        ["--max-rank", "2"],
-        ["--tolerance", "0.1"],
-        ["--uniform-rank", "0"],
-        ["--dtype", "float16"],
-    ):
+    for flags in (["--max-rank", "2"], ["--tolerance", "0.1"], ["--uniform-rank", "0"], ["--dtype", "float16"]):
         shown = program("export", adapter, str(tmp_path / "ranks.json"), "--ranks-only", *flags)
         assert shown.code == 2
         assert flags[0].strip("-").replace("-", "_") in shown.err
@@ -486,9 +470,7 @@ def test_export_says_who_can_serve_it(folder: Path, tmp_path: Path, program: Pro
     assert shown.out.splitlines()[-2:] == ["vLLM: yes (--max-lora-rank 8)", "llama.cpp: yes"]
 
 
-def test_snapshot_of_gates_from_the_command_line(
-    folder: Path, rows: Path, tmp_path: Path, program: Program
-) -> None:
+def test_snapshot_of_gates_from_the_command_line(folder: Path, rows: Path, tmp_path: Path, program: Program) -> None:
     adapter = str(saved_adapter("disel", folder, tmp_path / "adapter"))
     refused = program("export", adapter, str(tmp_path / "lora"))
     assert refused.code == 2

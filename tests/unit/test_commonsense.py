@@ -109,9 +109,7 @@ def changed(old: str, new: str) -> dict[str, Any]:
         (changed("Why: how?", " "), "question is empty"),
     ],
 )
-def test_a_malformed_row_is_named_with_file_row_and_remedy(
-    tmp_path: Path, bad: dict[str, Any], message: str
-) -> None:
+def test_a_malformed_row_is_named_with_file_row_and_remedy(tmp_path: Path, bad: dict[str, Any], message: str) -> None:
     file = tiny.write_jsonl(tmp_path / "some.jsonl", [row("a", "b"), bad])
     with pytest.raises(DataError, match=r"leave (it|this one) out") as caught:
         load_choices(file)

@@ -83,9 +83,7 @@ def test_survivors_keep_their_values_and_optimizer_state(name: str, threshold: f
     assert done.removed == 2 * len(before)
     assert (done.parameters_before, done.parameters_after) == (count, count * 4 // 6)
     assert sum(p.numel() for p in trainable(model)) == done.parameters_after
-    assert all(
-        (row.before, row.after, row.lost, row.rewritten) == (6, 4, 0.0, False) for row in done.matrices
-    )
+    assert all((row.before, row.after, row.lost, row.rewritten) == (6, 4, 0.0, False) for row in done.matrices)
     assert {row.module for row in done.matrices} == set(model.base_model.rank_pattern)
     torch.testing.assert_close(TOY.logits(model), logits, atol=1e-6, rtol=1e-6)
     for layer, roles in zip(layers_of(model), before, strict=True):
@@ -114,9 +112,7 @@ def test_training_goes_on_like_a_run_that_keeps_the_dead(name: str) -> None:
             schedule.step()
         assert [layer.rank("default") for layer in layers_of(model)] == [4 if compacts else 6] * 4
         weights[compacts] = [
-            (role, p.detach())
-            for layer in layers_of(model)
-            for role, p in layer.adapter_parameters("default").items()
+            (role, p.detach()) for layer in layers_of(model) for role, p in layer.adapter_parameters("default").items()
         ]
     for (role, whole), (_, compacted) in zip(weights[False], weights[True], strict=True):
         torch.testing.assert_close(compacted, of_rank(whole, role), atol=1e-6, rtol=1e-5)
@@ -152,32 +148,22 @@ def test_gradients_and_first_moments_follow_a_rewriting_exactly(name: str) -> No
     model = adapted(penalty_weight=0.0)
     with torch.no_grad():
         for layer in layers_of(model):
-            layer.parameter("down", "default")[3:] = (
-                torch.randn(3, 3) @ layer.parameter("down", "default")[:3]
-            )
+            layer.parameter("down", "default")[3:] = torch.randn(3, 3) @ layer.parameter("down", "default")[:3]
     optimizer = OPTIMIZERS[name](trainable(model))
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     step(model, optimizer, 0)
     held = [
-        (
-            layer.parameter("down", "default").detach().double(),
-            layer.parameter("up", "default").detach().double(),
-        )
+        (layer.parameter("down", "default").detach().double(), layer.parameter("up", "default").detach().double())
         for layer in layers_of(model)
     ]
     squares = [
-        {
-            role: optimizer.state[p].get("exp_avg_sq")
-            for role, p in layer.adapter_parameters("default").items()
-        }
+        {role: optimizer.state[p].get("exp_avg_sq") for role, p in layer.adapter_parameters("default").items()}
         for layer in layers_of(model)
     ]
     assert all(row.rewritten and row.after == 3 for row in dynalora.compact(model).matrices)
     followed = [p.grad.clone() for p in trainable(model)]
-    moments = [
-        optimizer.state[p]["exp_avg" if name == "adamw" else "momentum_buffer"] for p in trainable(model)
-    ]
+    moments = [optimizer.state[p]["exp_avg" if name == "adamw" else "momentum_buffer"] for p in trainable(model)]
     optimizer.zero_grad()
     TOY.loss(model, seed=0).backward()
     share = 0.1 if name == "adamw" else 1.0  # Adam's average starts at a tenth of the first gradient
@@ -189,10 +175,7 @@ def test_gradients_and_first_moments_follow_a_rewriting_exactly(name: str) -> No
             new_down, new_up = (layer.parameter(r, "default").detach().double() for r in ("down", "up"))
             s = new_down @ torch.linalg.pinv(down, rtol=1e-5)
             t = torch.linalg.pinv(up, rtol=1e-5) @ new_up
-            expected = {
-                "up": square["up"].double() @ (s**2).t(),
-                "down": (t**2).t() @ square["down"].double(),
-            }
+            expected = {"up": square["up"].double() @ (s**2).t(), "down": (t**2).t() @ square["down"].double()}
             for role, value in expected.items():
                 now = optimizer.state[layer.parameter(role, "default")]["exp_avg_sq"].double()
                 torch.testing.assert_close(now, value, rtol=1e-3, atol=1e-12)
@@ -202,16 +185,12 @@ def test_state_in_another_form_starts_anew_and_says_so() -> None:
     model = adapted()
     with torch.no_grad():
         for layer in layers_of(model):
-            layer.parameter("down", "default")[3:] = (
-                torch.randn(3, 3) @ layer.parameter("down", "default")[:3]
-            )
+            layer.parameter("down", "default")[3:] = torch.randn(3, 3) @ layer.parameter("down", "default")[:3]
     optimizer = torch.optim.Adafactor(trainable(model), lr=1e-3)
     step(model, optimizer, 0)
     with torch.no_grad():  # the step has made them independent again
         for layer in layers_of(model):
-            layer.parameter("down", "default")[3:] = (
-                torch.randn(3, 3) @ layer.parameter("down", "default")[:3]
-            )
+            layer.parameter("down", "default")[3:] = torch.randn(3, 3) @ layer.parameter("down", "default")[:3]
     with pytest.warns(UserWarning, match="Adafactor keeps 'row_var'"):
         dynalora.compact(model)
     step(model, optimizer, 1)
@@ -234,9 +213,7 @@ def test_small_components_go_relative_to_the_largest_of_all_matrices() -> None:
     assert done.smallest == pytest.approx(1.5 * 2e-3)
     gone = float(sizes[3:].norm() / sizes.norm())
     assert done.matrices[1].lost == pytest.approx(gone, rel=1e-3)
-    assert (
-        done.lost == done.matrices[0].lost == pytest.approx(float(sizes[1:].norm() / sizes.norm()), rel=1e-3)
-    )
+    assert done.lost == done.matrices[0].lost == pytest.approx(float(sizes[1:].norm() / sizes.norm()), rel=1e-3)
 
 
 def test_a_saved_adapter_has_its_ranks_in_another_process(tmp_path: Path) -> None:
@@ -395,9 +372,7 @@ def test_shapes_that_several_processes_share_are_left_alone(monkeypatch: pytest.
     with pytest.raises(UnsupportedError, match="trains on 2 processes"):
         dynalora.compact(adapted())
     model = adapted(compact_every=30)
-    with pytest.raises(
-        UnsupportedError, match="trains on 2 processes"
-    ):  # at the first step, not at the thirtieth
+    with pytest.raises(UnsupportedError, match="trains on 2 processes"):  # at the first step, not at the thirtieth
         step(model, OPTIMIZERS["adamw"](trainable(model)), 0)
 
 
@@ -409,9 +384,7 @@ def test_a_saved_adapter_is_compacted_without_its_base(tmp_path: Path) -> None:
     assert [row.after for row in done.matrices] == [4] * 3
     loaded = peft.PeftModel.from_pretrained(TOY.build(), tmp_path / "small")
     torch.testing.assert_close(TOY.logits(loaded), TOY.logits(model), atol=1e-6, rtol=1e-6)
-    before, after = (
-        json.loads((tmp_path / n / "adapter_config.json").read_text()) for n in ("whole", "small")
-    )
+    before, after = (json.loads((tmp_path / n / "adapter_config.json").read_text()) for n in ("whole", "small"))
     assert {key for key in before if before[key] != after[key]} == {"rank_pattern", "scaling_ranks"}
     assert set(load_without_base(str(tmp_path / "small")).base_model.rank_pattern.values()) == {4}
     with pytest.raises(DynaloraError, match="already exists"):

@@ -45,11 +45,7 @@ def call(script: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> in
 
 
 def test_from_training_to_the_table(
-    script: Any,
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    script: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, output = tiny.saved_model(tmp_path / "model"), tmp_path / "results"
     given = (

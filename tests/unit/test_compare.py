@@ -81,19 +81,14 @@ def test_the_first_seed_tries_every_rate_and_the_others_run_at_the_chosen_one(do
     assert (grid.total, grid.done(), done.failed) == (1 + 2 * 3, 7, ())
     task = done.grid.spec.tasks[0]
     for own in grid.contestants:
-        losses = {
-            cell.learning_rate: results(done)[cell.name]["validation"]["loss"]
-            for cell in grid.tried(task, own)
-        }
+        losses = {cell.learning_rate: results(done)[cell.name]["validation"]["loss"] for cell in grid.tried(task, own)}
         chosen = grid.chosen_rate(task, own)
         assert chosen == min(losses, key=lambda rate: losses[rate])
         names = [name for name in results(done) if f"/{own.label}_" in name and name.endswith("seed43")]
         assert names == [f"colour/{own.label}_r{own.r}_lr{chosen:g}_seed43"]
 
 
-def test_rates_are_chosen_on_questions_that_are_neither_trained_nor_judged_on(
-    place: Path, done: Comparison
-) -> None:
+def test_rates_are_chosen_on_questions_that_are_neither_trained_nor_judged_on(place: Path, done: Comparison) -> None:
     source = done.grid.spec.tasks[0]
     task = done.tasks[source]
     left, aside = task.validation(3, seed=0)
@@ -134,9 +129,7 @@ def test_finished_cells_are_not_run_again_and_lost_ones_are(
 
 def test_a_grid_may_grow_and_a_setting_of_all_cells_may_not_change(place: Path, done: Comparison) -> None:
     spec = done.grid.spec
-    more = replace(
-        spec, methods=["lora"], variants={"open": {"method": "disel", "gate_bias_init": 4.0}}, seeds=1
-    )
+    more = replace(spec, methods=["lora"], variants={"open": {"method": "disel", "gate_bias_init": 4.0}}, seeds=1)
     grown = run_compare(more, apart=False)
     assert {own.label for own in grown.grid.contestants} == {"lora", "open"}
     assert grown.grid.done() == grown.grid.total == 1 + 2 + 2
@@ -171,9 +164,7 @@ def test_a_cell_records_the_version_and_every_default_of_its_method(done: Compar
     assert cell.options == {}
     assert content["configuration"]["penalty_weight"] == dynalora.DiraConfig().penalty_weight
     fields_of_it = {item.name for item in fields(dynalora.DiraConfig)}
-    assert fields_of_it - set(content["configuration"]) <= set(contestants._OF_A_SAVED_ADAPTER) | {
-        "runtime_config"
-    }
+    assert fields_of_it - set(content["configuration"]) <= set(contestants._OF_A_SAVED_ADAPTER) | {"runtime_config"}
     base = json.loads(done.grid.store.file(done.grid.base(cell.task)).read_text(encoding="utf-8"))
     assert base["configuration"] is None
 
@@ -195,9 +186,7 @@ def test_a_cell_from_before_a_default_changed_is_another_cell(done: Comparison, 
     # What is there can still be reported.
     comparison = run_compare(spec, run=False)
     (sentence,) = comparison.grid.provenance()
-    assert sentence.startswith(
-        "dira was run by dynalora 0.0.9, where it had other defaults (penalty_weight was 0.5"
-    )
+    assert sentence.startswith("dira was run by dynalora 0.0.9, where it had other defaults (penalty_weight was 0.5")
     assert sentence in (tmp_path / "changed" / "report.html").read_text(encoding="utf-8")
     file.unlink()
     assert run_compare(spec, apart=False).grid.provenance() == []
@@ -232,14 +221,7 @@ def test_cells_do_not_depend_on_when_a_training_would_log_and_save(done: Compari
 
 def test_runs_may_be_as_long_as_epochs_say(place: Path) -> None:
     spec = spec_of(
-        place,
-        "epochs",
-        steps=None,
-        epochs=2,
-        learning_rates=[1e-2],
-        seeds=1,
-        methods=["lora"],
-        retention=False,
+        place, "epochs", steps=None, epochs=2, learning_rates=[1e-2], seeds=1, methods=["lora"], retention=False
     )
     found = results(run_compare(spec, apart=False))
     # 12 training questions without the 3 that are set aside, in batches of 2.
@@ -256,9 +238,7 @@ def test_a_task_that_is_trained_elsewhere_is_compared_by_its_mean(place: Path) -
     assert {name.split("/")[0] for name in cells} == {"mixed"}
     score = cells["mixed/dira_r2_lr0.01_seed42"]["test"]
     assert len(score["correct"]) == 4 + 2
-    assert score["accuracy"] == pytest.approx(
-        (sum(score["correct"][:4]) / 4 + sum(score["correct"][4:]) / 2) / 2
-    )
+    assert score["accuracy"] == pytest.approx((sum(score["correct"][:4]) / 4 + sum(score["correct"][4:]) / 2) / 2)
     (base, first, second) = summaries.summaries(comparison)["mixed"]
     assert base.accuracy is not None
     assert base.accuracy.value == pytest.approx(cells["mixed/base"]["test"]["accuracy"])
@@ -307,9 +287,7 @@ def test_a_damaged_cell_is_named(place: Path, done: Comparison, harm: Any, tmp_p
     store = CellStore(tmp_path, shared_settings(spec))
     cell = done.grid.base(spec.tasks[0])
     store.file(cell).parent.mkdir(parents=True)
-    store.file(cell).write_text(
-        harm(done.grid.store.file(cell).read_text(encoding="utf-8")), encoding="utf-8"
-    )
+    store.file(cell).write_text(harm(done.grid.store.file(cell).read_text(encoding="utf-8")), encoding="utf-8")
     with pytest.raises(RunFolderError, match=r"base\.json' (cannot be read|holds no result)"):
         store.read(cell)
 
@@ -317,9 +295,7 @@ def test_a_damaged_cell_is_named(place: Path, done: Comparison, harm: Any, tmp_p
 def test_cells_run_in_processes_of_their_own_and_one_that_dies_is_reported(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = spec_of(
-        place, "apart", learning_rates=[1e-2], seeds=1, retention=False, methods=["lora"], jobs=2, threads=1
-    )
+    spec = spec_of(place, "apart", learning_rates=[1e-2], seeds=1, retention=False, methods=["lora"], jobs=2, threads=1)
     broken = {**json.loads(json.dumps(spec.settings())), "data_seed": "none"}
     original = runner.Runner._process
 
@@ -429,9 +405,7 @@ def test_the_frontier_has_a_line_per_method_with_a_point_per_rate(done: Comparis
             both = [first]
             if rate == chosen:
                 both.append(results(done)[done.grid.cell(task, own, rate, 43).name])
-            assert x[place] == pytest.approx(
-                statistics.fmean(one["retention"]["lines"]["kl"] for one in both)
-            )
+            assert x[place] == pytest.approx(statistics.fmean(one["retention"]["lines"]["kl"] for one in both))
             assert y[place] == pytest.approx(statistics.fmean(one["test"]["loss"] for one in both))
     assert axis.get_xscale() == "log"
     assert "KL(base ‖ tuned) on lines" in axis.get_xlabel()
@@ -444,9 +418,7 @@ def test_the_other_plots_show_what_was_measured(done: Comparison) -> None:
     found = summaries.summaries(done)
     drawn = plots.plot_parameters(done, "colour", found["colour"])
     assert drawn is not None
-    heights = {
-        container.get_label(): container.lines[0].get_ydata()[0] for container in drawn.axes[0].containers
-    }
+    heights = {container.get_label(): container.lines[0].get_ydata()[0] for container in drawn.axes[0].containers}
     assert heights == {
         one.label: pytest.approx(100 * one.accuracy.value)  # type: ignore[union-attr]
         for one in found["colour"]
@@ -495,11 +467,7 @@ def test_an_encoder_is_compared_on_classification(place: Path, tmp_path: Path) -
     (tmp_path / "data" / "glue").mkdir(parents=True)
     for split, count in (("train", 12), ("dev", 6)):
         with gzip.open(tmp_path / "data" / "glue" / f"cola.{split}.jsonl.gz", "wt", encoding="utf-8") as file:
-            file.write(
-                "".join(
-                    json.dumps({"text": f"{split} text {n}.", "label": n % 2}) + "\n" for n in range(count)
-                )
-            )
+            file.write("".join(json.dumps({"text": f"{split} text {n}.", "label": n % 2}) + "\n" for n in range(count)))
     (tmp_path / "data" / "text").mkdir()
     (tmp_path / "data" / "text" / "wikitext2.test.txt").write_text("Some words of a text.\n" * 20)
     spec = spec_of(
@@ -515,9 +483,7 @@ def test_an_encoder_is_compared_on_classification(place: Path, tmp_path: Path) -
     assert len(trained["test"]["correct"]) == len(trained["test"]["losses"]) == 6
     assert trained["retention"] is None
     # The head is trained with every method, and starts alike with every one of a seed.
-    first = [
-        found[f"cola/{label}_r2_lr0.01_seed42"]["training"]["losses"][0][1] for label in ("lora", "dira")
-    ]
+    first = [found[f"cola/{label}_r2_lr0.01_seed42"]["training"]["losses"][0][1] for label in ("lora", "dira")]
     assert first[0] == pytest.approx(first[1], rel=1e-5)
     with pytest.raises(ConfigError, match="Some tasks take another kind of model"):
         run_compare(replace(spec, tasks=["cola", str(place / "data" / "colour")]), apart=False)
@@ -568,10 +534,7 @@ def test_benchmarks_that_nothing_was_trained_for_show_what_was_kept(place: Path,
     row = dict(zip(table.columns, table.text[1], strict=True))
     lora = statistics.fmean(after[f"colour/lora_r2_lr0.03_seed{seed}"] for seed in (42, 43))
     assert row["WikiText-2, perplexity"].startswith(f"{lora:.2f} ±")
-    assert (
-        table.text[1][table.columns.index("WikiText-2, perplexity") + 1]
-        == f"{lora - after['colour/base']:+.2f}"
-    )
+    assert table.text[1][table.columns.index("WikiText-2, perplexity") + 1] == f"{lora - after['colour/base']:+.2f}"
     assert row["method"] == "lora"
     assert "mean" not in table.columns, "a perplexity is no share"
     rows = list(csv.DictReader((Path(spec.output) / "cells.csv").open()))
@@ -592,10 +555,7 @@ def test_several_shares_have_a_mean() -> None:
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (
-            ["wikitext2_masked"],
-            "which the models of this comparison cannot do; name tasks of language models",
-        ),
+        (["wikitext2_masked"], "which the models of this comparison cannot do; name tasks of language models"),
         (["cola"], "cannot do"),
         (["humaneval"], "executes code that the model writes"),
         (["none_such"], "none_such"),
@@ -612,9 +572,7 @@ def test_what_cannot_show_what_was_kept_is_refused_before_anything_runs(
     assert not (place / "refused").exists()
 
 
-def test_methods_of_all_kinds_are_matched_and_those_that_change_the_base_are_measured_against_it(
-    place: Path,
-) -> None:
+def test_methods_of_all_kinds_are_matched_and_those_that_change_the_base_are_measured_against_it(place: Path) -> None:
     methods = ["lora", "dora", "disel", "adalora", "pissa", "full"]
     spec = spec_of(place, "kinds", methods=methods, learning_rates=[1e-2], seeds=1, steps=8, r=4)
     done = run_compare(spec, apart=False)
@@ -624,9 +582,7 @@ def test_methods_of_all_kinds_are_matched_and_those_that_change_the_base_are_mea
     for own in done.grid.contestants:
         found = done.grid.result(done.grid.cell(spec.tasks[0], own, 1e-2, 42))
         assert found is not None
-        assert found["training"]["trainable_parameters"] == own.parameters, (
-            "what is printed is what is trained"
-        )
+        assert found["training"]["trainable_parameters"] == own.parameters, "what is printed is what is trained"
         assert own.label == "full" or abs(found["training"]["trainable_parameters"] / aim - 1) <= 0.02
         assert found["retention"]["own text"]["kl"] > 1e-6, own.label
         assert (found["landscape"] is None) == (own.label in ("pissa", "full"))
@@ -659,10 +615,7 @@ def test_variants_on_quantised_weights_are_measured_against_the_base_as_it_is(pl
     )  # fmt: skip
     done = run_compare(spec, apart=False)
     assert done.failed == ()
-    found = {
-        own.label: done.grid.result(done.grid.cell(spec.tasks[0], own, 1e-9, 42))
-        for own in done.grid.contestants
-    }
+    found = {own.label: done.grid.result(done.grid.cell(spec.tasks[0], own, 1e-9, 42)) for own in done.grid.contestants}
     plain, four = (load_model(spec.model, quantization=how) for how in (None, "4bit"))
     words = load_tokenizer(spec.model)
     texts = {
@@ -682,8 +635,7 @@ def test_variants_on_quantised_weights_are_measured_against_the_base_as_it_is(pl
 def test_a_comparison_may_be_quantised_as_a_whole(place: Path, wide: str) -> None:
     given = {"model": wide, "methods": ["lora"], "learning_rates": [1e-9], "seeds": 1, "steps": 2}
     plain, four = (
-        run_compare(spec_of(place, f"whole-{how}", quantization=how, **given), apart=False)
-        for how in (None, "4bit")
+        run_compare(spec_of(place, f"whole-{how}", quantization=how, **given), apart=False) for how in (None, "4bit")
     )
     first, second = (one.grid.result(one.grid.base(one.grid.spec.tasks[0])) for one in (plain, four))
     assert first is not None
@@ -804,9 +756,7 @@ def test_tables_in_markdown_and_latex() -> None:
         ({"template": "alpacca"}, "template is 'alpacca'; choose one of chat, none, alpaca"),
     ],
 )  # fmt: skip
-def test_wrong_settings_are_told_before_anything_is_read(
-    place: Path, more: dict[str, Any], message: str
-) -> None:
+def test_wrong_settings_are_told_before_anything_is_read(place: Path, more: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         spec_of(place, "wrong", **more)
 
@@ -834,17 +784,13 @@ def test_variants_on_the_command_line() -> None:
 
 def test_equal_tasks_get_places_of_their_own(place: Path) -> None:
     task = spec_of(place, "x").load_task(str(place / "data" / "colour"))
-    found = planning.task_places(
-        {"a": task, "b": replace(task, name="colour"), "c": replace(task, name="a/b: c")}
-    )
+    found = planning.task_places({"a": task, "b": replace(task, name="colour"), "c": replace(task, name="a/b: c")})
     assert list(found.values()) == ["colour", "colour-2", "a-b-c"]
 
 
 def test_the_command_runs_a_comparison(place: Path, done: Comparison, program: Program) -> None:
     folder = done.grid.store.folder
-    shown = program(
-        "compare", "--config", str(folder / "config.yaml"), "--methods", "lora,dira", "--seeds", "2"
-    )
+    shown = program("compare", "--config", str(folder / "config.yaml"), "--methods", "lora,dira", "--seeds", "2")
     assert shown.code == 0
     assert "− lora" in shown.out
     assert "Report:" in shown.out

@@ -14,13 +14,7 @@ from dynalora.common.names import IGNORED_LABEL
 from dynalora.errors import DataError
 from dynalora.evaluation.tokens import ensure_chat_template, ensure_pad_token, tokenize
 from dynalora.lab.data.collator import Collator
-from dynalora.lab.data.conversations import (
-    load_conversations,
-    load_texts,
-    split,
-    to_conversations,
-    without_repeats,
-)
+from dynalora.lab.data.conversations import load_conversations, load_texts, split, to_conversations, without_repeats
 from dynalora.lab.data.fields import Fields, find_fields
 from tests.unit import tiny
 
@@ -53,13 +47,8 @@ def test_usual_fields_are_found(row: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_input_follows_the_instruction_and_may_be_absent_from_a_row(tmp_path: Path) -> None:
-    rows = [
-        {"instruction": "Add.", "output": "ok"},
-        {"instruction": "Add.", "input": "2 + 2", "output": "4"},
-    ]
-    told = [
-        chat[0]["content"] for chat in load_conversations(tiny.write_jsonl(tmp_path / "data.jsonl", rows))
-    ]
+    rows = [{"instruction": "Add.", "output": "ok"}, {"instruction": "Add.", "input": "2 + 2", "output": "4"}]
+    told = [chat[0]["content"] for chat in load_conversations(tiny.write_jsonl(tmp_path / "data.jsonl", rows))]
     assert told == ["Add.", "Add.\n\n2 + 2"]
     named = Fields(prompt="instruction", input="input", response="output")
     assert len(load_conversations(tiny.write_jsonl(tmp_path / "r.jsonl", rows[::-1]), fields=named)) == 2
@@ -85,9 +74,7 @@ def test_every_kind_of_file_gives_the_same_rows(name: str, tmp_path: Path) -> No
         text = "".join(json.dumps(row) + "\n" for row in rows)
         path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
     conversations = load_conversations(path, fields=Fields(prompt="q", response="a"))
-    assert [[turn["content"] for turn in chat] for chat in conversations] == [
-        [row["q"], row["a"]] for row in rows
-    ]
+    assert [[turn["content"] for turn in chat] for chat in conversations] == [[row["q"], row["a"]] for row in rows]
 
 
 def test_spreadsheet_csv_with_mark_and_semicolons(tmp_path: Path) -> None:
@@ -112,14 +99,8 @@ def test_folder_saved_by_datasets(tmp_path: Path) -> None:
         load_conversations(tmp_path / "saved", split="test")
 
 
-def test_rows_without_response_are_counted_not_trained_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    rows = [
-        {"prompt": "a", "response": " "},
-        {"prompt": "b", "response": "2"},
-        {"prompt": "c", "response": None},
-    ]
+def test_rows_without_response_are_counted_not_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": "a", "response": " "}, {"prompt": "b", "response": "2"}, {"prompt": "c", "response": None}]
     with caplog.at_level(logging.WARNING):
         assert len(load_conversations(tiny.write_jsonl(tmp_path / "d.jsonl", rows))) == 1
     assert "2 of 3 rows have an empty response and are left out (the first: line 1)" in caplog.text
@@ -177,9 +158,7 @@ def test_binary_file_is_named(tmp_path: Path) -> None:
 
 def test_missing_named_fields_and_those_that_exist(tmp_path: Path) -> None:
     path = tiny.write_jsonl(tmp_path / "d.jsonl", [{"prompt": "a", "response": "b"}])
-    with pytest.raises(
-        DataError, match=r"has no field 'ask' and 'reply'; its fields are 'prompt', 'response'\."
-    ):
+    with pytest.raises(DataError, match=r"has no field 'ask' and 'reply'; its fields are 'prompt', 'response'\."):
         load_conversations(path, fields=Fields(prompt="ask", response="reply"))
 
 
@@ -190,9 +169,7 @@ def test_path_that_does_not_exist(source: str) -> None:
 
 
 def test_hub_data_set_that_cannot_be_reached() -> None:
-    with pytest.raises(
-        DataError, match=r"The data set 'no/such-set' \(main\), split 'train', cannot be loaded \("
-    ):
+    with pytest.raises(DataError, match=r"The data set 'no/such-set' \(main\), split 'train', cannot be loaded \("):
         load_conversations("no/such-set", subset="main")
 
 
@@ -315,9 +292,7 @@ def test_long_rows_lose_their_end_and_are_counted(caplog: pytest.LogCaptureFixtu
     assert (len(made), made.truncated, made.dropped) == (1, 1, 1)
     assert made.response_tokens == 2
     assert f"1 of 2 conversations are longer than {whole} tokens" in caplog.text
-    with pytest.raises(
-        DataError, match=r"No response token is left in any of the 1 conversations at max_length 10"
-    ):
+    with pytest.raises(DataError, match=r"No response token is left in any of the 1 conversations at max_length 10"):
         tokenize([PAIR], tokenizer, max_length=10)
 
 

@@ -18,19 +18,10 @@ from dynalora.common import progress
 from dynalora.errors import ConfigError, DynaloraError
 from dynalora.spectral import cache as decomposition_cache
 from dynalora.spectral import decomposition, lanczos, triplets
-from dynalora.spectral.decomposition import (
-    DecompositionError,
-    Triplets,
-    decompose,
-    largest_triplets,
-    smallest_triplets,
-)
+from dynalora.spectral.decomposition import DecompositionError, Triplets, decompose, largest_triplets, smallest_triplets
 
 Which = Literal["smallest", "largest"]
-TRIPLETS: dict[str, Callable[[Tensor, int], Triplets]] = {
-    "smallest": smallest_triplets,
-    "largest": largest_triplets,
-}
+TRIPLETS: dict[str, Callable[[Tensor, int], Triplets]] = {"smallest": smallest_triplets, "largest": largest_triplets}
 both = pytest.mark.parametrize("which", list(TRIPLETS))
 
 
@@ -134,9 +125,7 @@ def test_any_small_shape(out: int, width: int, data: st.DataObject, dtype: torch
     seed=st.integers(0, 1000),
     which=st.sampled_from(["smallest", "largest"]),
 )
-def test_any_shape_of_the_iteration(
-    iterate: None, out: int, width: int, k: int, seed: int, which: str
-) -> None:
+def test_any_shape_of_the_iteration(iterate: None, out: int, width: int, k: int, seed: int, which: str) -> None:
     check(matrix(out, width, None, seed), k, which)
 
 
@@ -173,12 +162,7 @@ def test_repeated_values(no_fallback: None, which: str) -> None:
     check(torch.eye(240, 300) * 0.01, 8, which, subspace=False)
     ends = torch.cat([torch.full((8,), 5.0), separated(220), torch.full((12,), 0.1)])
     check(matrix(250, 240, ends), 8, which, subspace=which == "largest")
-    check(
-        matrix(250, 240, torch.cat([torch.full((200,), 2.0), torch.full((40,), 1.0)])),
-        8,
-        which,
-        subspace=False,
-    )
+    check(matrix(250, 240, torch.cat([torch.full((200,), 2.0), torch.full((40,), 1.0)])), 8, which, subspace=False)
 
 
 @both
@@ -391,12 +375,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 @both
 def test_many(which: Which, computed: list[tuple[int, ...]]) -> None:
-    weights = [
-        matrix(20, 30),
-        matrix(30, 20, seed=1).bfloat16(),
-        matrix(20, 30, seed=2),
-        matrix(9, 9).double(),
-    ]
+    weights = [matrix(20, 30), matrix(30, 20, seed=1).bfloat16(), matrix(20, 30, seed=2), matrix(9, 9).double()]
     ranks = [4, 3, 4, 9]
     made = decompose([lambda w=w: w for w in weights], ranks, which=which)  # type: ignore[misc]
     assert len(computed) == 4
@@ -467,9 +446,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "other shape": lambda file: swap(
         file, lambda tensors: tensors.update(up=tensors["up"][:-1].contiguous()), sealed=True
     ),
-    "other dtype": lambda file: swap(
-        file, lambda tensors: tensors.update(up=tensors["up"].half()), sealed=True
-    ),
+    "other dtype": lambda file: swap(file, lambda tensors: tensors.update(up=tensors["up"].half()), sealed=True),
     "missing": lambda file: swap(file, lambda tensors: tensors.pop("up"), sealed=True),  # type: ignore[arg-type,return-value]
     "not orthonormal": lambda file: swap(file, lambda tensors: tensors["down"][0].mul_(1.1), sealed=True),  # type: ignore[arg-type,return-value]
     "not a number": lambda file: swap(file, lambda tensors: tensors["up"].fill_(torch.nan), sealed=True),  # type: ignore[arg-type,return-value]
@@ -494,9 +471,7 @@ def test_damaged_files_are_made_anew(damage: str, computed: list[tuple[int, ...]
     assert file.read_bytes() == intact
 
 
-def test_the_least_recently_used_go_first(
-    computed: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_least_recently_used_go_first(computed: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     weights = [matrix(50, 60, seed=seed) for seed in range(4)]
     makers = [lambda w=w: w for w in weights]  # type: ignore[misc]
     decompose(makers[:3], [4] * 3)
@@ -592,9 +567,7 @@ def test_ranks_and_weights_must_match() -> None:
     assert decompose([], []) == []
 
 
-def test_progress_of_long_jobs_only(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_of_long_jobs_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     makers = [lambda seed=seed: matrix(20, 30, seed=seed) for seed in range(3)]  # type: ignore[misc]
     decompose(makers, [2] * 3, cache=False)
     assert capsys.readouterr() == ("", "")

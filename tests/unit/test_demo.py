@@ -70,9 +70,7 @@ def test_the_base_model_is_given_back_bit_for_bit(ran: Any) -> None:
 def test_both_methods_start_at_the_base_model_on_the_same_batches(ran: Any) -> None:
     _, folder, _, _ = ran
     losses = {
-        name: [
-            record["loss"] for record in read_metrics(folder) if record["run"] == name and "loss" in record
-        ]
+        name: [record["loss"] for record in read_metrics(folder) if record["run"] == name and "loss" in record]
         for name in ("disel", "lora")
     }
     assert len(losses["disel"]) == len(losses["lora"]) == SPEC.steps
@@ -143,9 +141,7 @@ def test_a_folder_that_holds_a_run_is_refused_first(ran: Any, monkeypatch: pytes
         run_demo(replace(SPEC, output=str(folder)))
 
 
-def test_without_an_output_the_first_free_folder_is_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_an_output_the_first_free_folder_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert demo._free_folder("runs/demo") == "runs/demo"
     (tmp_path / "runs" / "demo").mkdir(parents=True)

@@ -78,15 +78,7 @@ def test_an_adapter_changes_what_is_measured(
     for source in (model, adapter.parent, adapter):
         file = tmp_path / f"{len(losses)}.json"
         shown = program(
-            "evaluate",
-            str(source),
-            "--task",
-            "arc-easy",
-            "--likelihood",
-            "--data",
-            str(data),
-            "--json",
-            str(file),
+            "evaluate", str(source), "--task", "arc-easy", "--likelihood", "--data", str(data), "--json", str(file)
         )
         assert shown.code == 0, shown.err
         kept = json.loads(file.read_text(encoding="utf-8"))["results"][0]
@@ -138,12 +130,7 @@ def test_the_template_saved_with_an_adapter_is_used(
         words.save_pretrained(adapter)
         shown = program("evaluate", str(adapter), *arguments)
     finally:
-        for name in (
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "chat_template.jinja",
-            "special_tokens_map.json",
-        ):
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
             (adapter / name).unlink(missing_ok=True)
     assert shown.code == 0
     assert "100.00" in shown.out  # flexible
@@ -160,10 +147,7 @@ def test_a_classifier(data: Path, tmp_path: Path, program: Program) -> None:
         vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
         max_position_embeddings=64, pad_token_id=words.pad_token_id,
     )  # fmt: skip
-    for name, kind in (
-        ("tuned", transformers.BertForSequenceClassification),
-        ("plain", transformers.BertModel),
-    ):
+    for name, kind in (("tuned", transformers.BertForSequenceClassification), ("plain", transformers.BertModel)):
         words.save_pretrained(tmp_path / name)
         kind(config).save_pretrained(tmp_path / name)
     shown = program("evaluate", str(tmp_path / "tuned"), "--task", "cola", "--data", str(data))
@@ -209,9 +193,7 @@ def test_finetune_takes_a_template(model: Path, tmp_path: Path, program: Program
     text = prepared.tokenizer.decode(prepared.training.rows[0]["input_ids"])
     assert text.startswith("Below is an instruction")
     assert text.endswith("!<|im_end|>")
-    shown = program(
-        "finetune", "-m", str(model), "-d", str(rows), "-o", str(tmp_path / "b"), "--template", "alpacca"
-    )
+    shown = program("finetune", "-m", str(model), "-d", str(rows), "-o", str(tmp_path / "b"), "--template", "alpacca")
     assert shown.code == 2
     assert "no prompt template 'alpacca'" in shown.err
 

@@ -182,8 +182,7 @@ def test_evaluation_leaves_mode_and_cache_setting_as_they_were(model: Any, words
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [({"max_new_tokens": 0}, "max_new_tokens is 0"), ({"batch_size": 0}, "batch_size is 0")],
+    ("arguments", "message"), [({"max_new_tokens": 0}, "max_new_tokens is 0"), ({"batch_size": 0}, "batch_size is 0")]
 )
 def test_bad_generation_settings(model: Any, words: Any, arguments: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -206,8 +205,7 @@ def test_without_a_chat_template_the_question_itself_is_the_prompt() -> None:
 @pytest.fixture(scope="module")
 def rows(words: Any) -> list[Tokens]:
     items = [
-        Item(question, answer)
-        for question, answer in zip(QUESTIONS, ["one", "two", "three", "four", "5"], strict=True)
+        Item(question, answer) for question, answer in zip(QUESTIONS, ["one", "two", "three", "four", "5"], strict=True)
     ]
     return tokenize([item.conversation() for item in items], words).rows
 

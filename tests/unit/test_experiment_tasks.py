@@ -71,9 +71,7 @@ def test_tasks_are_found_by_the_beginning_of_their_files_and_by_folder(files: Pa
     sums = load_experiment_task(str(files / "sums"))
     assert kind_of(sums) is GENERATE
     assert (sums.name, len(sums.held_out)) == ("sums", 5)
-    assert [item.question for item in sums.items] == [f"{n} + 1?" for n in range(4)], (
-        "held out and trained on"
-    )
+    assert [item.question for item in sums.items] == [f"{n} + 1?" for n in range(4)], "held out and trained on"
     parity = load_experiment_task(str(files / "parity"), held_out=2, train_limit=3)
     assert kind_of(parity) is CHOICE
     assert (len(parity.train), len(parity.held_out)) == (3, 2)
@@ -141,10 +139,7 @@ def test_a_benchmark_is_scored_by_its_own_metric(tmp_path: Path, monkeypatch: py
     model = tiny.model(len(words))
     task = load_experiment_task("addsub", data=tmp_path)
     assert kind_of(task) is GENERATE
-    assert [item.answer for item in task.items] == [
-        "1.0",
-        "2.0",
-    ]  # where there is no solution, the answer is learned
+    assert [item.answer for item in task.items] == ["1.0", "2.0"]  # where there is no solution, the answer is learned
     monkeypatch.setattr(generate, "generate", lambda *_, **__: ["It is 3, so 3.0005", "4 or 5"])
     score = task.measure(model, words, Measuring(generated_tokens=8))
     assert score.correct == (True, False)
@@ -205,13 +200,10 @@ def test_a_word_problem_is_scored_by_its_solution_and_by_its_number(
         return ["It is #### 5", "#### 7", "6"][: len(prompts)]
 
     monkeypatch.setattr(generate, "generate", said)
-    score = task.measure(
-        model, words, Measuring(generated=3, generated_tokens=8, batch_size=2, system="Count.")
-    )
+    score = task.measure(model, words, Measuring(generated=3, generated_tokens=8, batch_size=2, system="Count."))
     assert score.correct == (True, False, False)  # 4 + 1, 5 + 1, 6 + 1
     assert (
-        asked[0]
-        == "<|im_start|>system\nCount.<|im_end|>\n<|im_start|>user\n4 + 1?<|im_end|>\n<|im_start|>assistant\n"
+        asked[0] == "<|im_start|>system\nCount.<|im_end|>\n<|im_start|>user\n4 + 1?<|im_end|>\n<|im_start|>assistant\n"
     )
     rows = conversation_rows([GENERATE.item(example) for example in task.held_out], words, "Count.").rows
     total, count, _ = losses_of(model, words, rows)
@@ -290,9 +282,7 @@ def test_classification_is_scored_as_its_definition_has_it(name: str, tmp_path: 
             logits = model(**words(*pair, return_tensors="pt")).logits[0].double()
         truth = row["label"]
         outputs.append(int(logits.argmax()) if labels == 2 else float(logits[0]))
-        losses.append(
-            float(-logits.log_softmax(-1)[truth]) if labels == 2 else float((logits[0] - truth) ** 2)
-        )
+        losses.append(float(-logits.log_softmax(-1)[truth]) if labels == 2 else float((logits[0] - truth) ** 2))
     assert score.losses == pytest.approx(losses, abs=1e-5)
     assert score.counts == (1,) * 6
     assert score.loss.value == pytest.approx(sum(losses) / 6, abs=1e-5)
@@ -397,10 +387,7 @@ def test_the_union_is_learned_in_words_or_by_its_options(benchmarks: Path) -> No
     assert isinstance(task, MixedTask)
     assert all(kind_of(own) is GENERATE for own in task.measured)
     assert len(task.items) == 9
-    assert {item.answer for item in task.items} == {
-        "the correct answer is answer1",
-        "the correct answer is answer2",
-    }
+    assert {item.answer for item in task.items} == {"the correct answer is answer1", "the correct answer is answer2"}
     assert all("Answer format: answer1/answer2" in item.question for item in task.items)
     own = load_experiment_task("arc_easy", data=benchmarks, by_generation=True)
     assert kind_of(own) is GENERATE
@@ -480,9 +467,7 @@ def test_measured_tasks_are_averaged_and_their_questions_put_together(
     assert score.accuracy.value == pytest.approx(sum(accuracies) / 2)
     # Two independent intervals: their halves add up as squares.
     below = [own.accuracy.value - own.accuracy.low for own in parts if own.accuracy is not None]
-    assert score.accuracy.value - score.accuracy.low == pytest.approx(
-        (below[0] ** 2 + below[1] ** 2) ** 0.5 / 2
-    )
+    assert score.accuracy.value - score.accuracy.low == pytest.approx((below[0] ** 2 + below[1] ** 2) ** 0.5 / 2)
     assert score.metrics == {"arc_easy": pytest.approx(accuracies[0]), "svamp": pytest.approx(accuracies[1])}
     assert score.correct == parts[0].correct + parts[1].correct
     assert score.losses == parts[0].losses + parts[1].losses
@@ -513,9 +498,7 @@ def test_questions_are_set_aside_of_what_is_trained_on(benchmarks: Path) -> None
         task.validation(11)
 
 
-def test_code_is_scored_by_running_it_if_that_is_allowed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_is_scored_by_running_it_if_that_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "code").mkdir()
     row = {
         "prompt": "def twice(x):\n", "entry_point": "twice", "canonical_solution": "    return 2 * x\n",
@@ -544,9 +527,7 @@ def test_code_is_scored_by_running_it_if_that_is_allowed(
     assert ran[0].startswith("def twice(x):\n    return x + x\n")
 
 
-def test_other_metrics_stand_where_no_answer_is_simply_right(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_metrics_stand_where_no_answer_is_simply_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "summarization").mkdir()
     for split in ("train", "test"):
         rows = [{"document": f"{split} a cat sat.", "summary": "A cat sat."}]
@@ -582,11 +563,7 @@ def test_a_plus_that_ends_a_name_joins_nothing() -> None:
         ("gsm8k -> no/such", DataError, "has no file 'no/such.dev or test.jsonl'"),
         ("gsm8k -> wikitext2", ConfigError, "wikitext2 has no questions with answers"),
         ("gsm8k -> cola", ConfigError, "cola is classification"),
-        (
-            "cola -> svamp",
-            ConfigError,
-            "cola is classification, which a model that is measured on other tasks",
-        ),
+        ("cola -> svamp", ConfigError, "cola is classification, which a model that is measured on other tasks"),
         ("wikitext2 -> svamp", ConfigError, "wikitext2 has no questions"),
         ("commonsense", ConfigError, "'commonsense' is a group of tasks"),
         ("commonsense_union", ConfigError, "'commonsense_union' is a group of tasks"),
@@ -615,13 +592,7 @@ def short_sighted(words: Any, window: int) -> Any:
     """A model that fails on longer texts: it has no more positions."""
     torch.manual_seed(4)
     config = transformers.GPT2Config(
-        vocab_size=len(words),
-        n_embd=16,
-        n_layer=1,
-        n_head=2,
-        n_positions=window,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
+        vocab_size=len(words), n_embd=16, n_layer=1, n_head=2, n_positions=window, resid_pdrop=0.0, embd_pdrop=0.0
     )
     return transformers.GPT2LMHeadModel(config).eval()
 
@@ -637,9 +608,7 @@ def test_questions_longer_than_the_window_are_left_out_and_counted(
     rows: Any = make(10, 5)
     field = "instruction" if kind == "multiple choice" else "question"
     for place in (1, 3):
-        rows[place][field] = (
-            rows[place][field].replace("Number", "Number" + LONG).replace(" + 1?", f" + 1?{LONG}")
-        )
+        rows[place][field] = rows[place][field].replace("Number", "Number" + LONG).replace(" + 1?", f" + 1?{LONG}")
     tiny.write_jsonl(tmp_path / "all.train.jsonl", make(0, 4))
     tiny.write_jsonl(tmp_path / "all.dev.jsonl", rows)
     tiny.write_jsonl(tmp_path / "few.train.jsonl", make(0, 4))
@@ -653,10 +622,7 @@ def test_questions_longer_than_the_window_are_left_out_and_counted(
     caplog.clear()
     found = load_experiment_task(source.format(tmp_path / "all")).measure(model, words, how)
     assert found.too_long == 2
-    assert (
-        "2 of 5 prompts of all are longer than the 110 tokens that the model's window has room for"
-        in caplog.text
-    )
+    assert "2 of 5 prompts of all are longer than the 110 tokens that the model's window has room for" in caplog.text
     assert found.losses == pytest.approx(few.losses, rel=1e-5)
     assert found.questions == 3
     assert TaskScore.from_record(json.loads(json.dumps(found.record()))) == found
@@ -674,9 +640,7 @@ def test_texts_to_learn_are_cut_to_the_window(tmp_path: Path, caplog: pytest.Log
     rows = [{"prompt": f"Say {n}.", "response": "It is said. " * (n + 1)} for n in range(12)]
     data = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     ready = prepare(
-        FinetuneSpec(
-            model=str(tmp_path / "model"), data=str(data), output=str(tmp_path / "run"), max_length=200
-        )
+        FinetuneSpec(model=str(tmp_path / "model"), data=str(data), output=str(tmp_path / "run"), max_length=200)
     )
     assert "are longer than 80 tokens (max_length or the model's window) and lose their end" in caplog.text
     lengths = [len(row["input_ids"]) for row in [*ready.training.rows, *ready.held_out.rows]]

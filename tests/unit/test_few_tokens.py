@@ -16,18 +16,7 @@ from tests.matrix.rows import ROWS, Row
 from tests.toys import TOYS
 
 LLAMA = TOYS["llama"]
-VIEWS = (
-    "view",
-    "_unsafe_view",
-    "t",
-    "transpose",
-    "slice",
-    "detach",
-    "alias",
-    "unsqueeze",
-    "reshape",
-    "permute",
-)
+VIEWS = ("view", "_unsafe_view", "t", "transpose", "slice", "detach", "alias", "unsqueeze", "reshape", "permute")
 
 
 class Operations(TorchDispatchMode):

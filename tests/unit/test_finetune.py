@@ -50,14 +50,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spec(folder: Path, rows: Path, output: Path, **more: Any) -> FinetuneSpec:
-    given = {
-        "steps": 12,
-        "batch_size": 4,
-        "r": 2,
-        "learning_rate": 1e-2,
-        "eval_fraction": 0.25,
-        "retention": False,
-    }
+    given = {"steps": 12, "batch_size": 4, "r": 2, "learning_rate": 1e-2, "eval_fraction": 0.25, "retention": False}
     return FinetuneSpec(model=str(folder), data=str(rows), output=str(output), **{**given, **more})
 
 
@@ -146,20 +139,11 @@ def test_targets_are_found_without_weights(folder: Path) -> None:
 @pytest.mark.parametrize("method", ["lora", "dira"])
 @pytest.mark.parametrize(
     ("kind", "task"),
-    [
-        ("SequenceClassification", "SEQ_CLS"),
-        ("TokenClassification", "TOKEN_CLS"),
-        ("QuestionAnswering", None),
-    ],
+    [("SequenceClassification", "SEQ_CLS"), ("TokenClassification", "TOKEN_CLS"), ("QuestionAnswering", None)],
 )
 def test_all_linear_is_read_as_peft_reads_it(kind: str, task: str | None, method: str) -> None:
     settings = transformers.BertConfig(
-        vocab_size=20,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_labels=3,
+        vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, num_labels=3
     )
     model = getattr(transformers, f"BertFor{kind}")(settings)
     config = adapter_config(method, task_type=task or "QUESTION_ANS")
@@ -173,10 +157,7 @@ def test_all_linear_is_read_as_peft_reads_it(kind: str, task: str | None, method
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (
-            ["q_proj", "query"],
-            "target_modules 'query' matches nothing; the model's linear modules are q_proj, k_proj",
-        ),
+        (["q_proj", "query"], "target_modules 'query' matches nothing; the model's linear modules are q_proj, k_proj"),
         (r".*\.nowhere", r"target_modules '.\*\\.nowhere' matches nothing; the model's linear modules are"),
         ("(q_proj", r"target_modules '\(q_proj' is not a valid regular expression"),
     ],
@@ -191,19 +172,14 @@ def test_targets_that_match_nothing(targets: Any, message: str, folder: Path) ->
 
 def test_held_out_loss_counts_every_token_once() -> None:
     tokenizer, rows = tokenized()
-    rows.rows[0]["input_ids"], rows.rows[0]["labels"] = (
-        rows.rows[0]["input_ids"][:-2],
-        rows.rows[0]["labels"][:-2],
-    )
+    rows.rows[0]["input_ids"], rows.rows[0]["labels"] = (rows.rows[0]["input_ids"][:-2], rows.rows[0]["labels"][:-2])
     model = tiny.model(len(tokenizer)).train()
     total, count = 0.0, 0
     with torch.no_grad():
         for row in rows.rows:
             logits = model.eval()(torch.tensor([row["input_ids"]])).logits[0, :-1].double()
             labels = torch.tensor(row["labels"][1:])
-            total += float(
-                torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-            )
+            total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
             count += int((labels != -100).sum())
     model.train()
     for batch_size in (1, 3, 8):
@@ -233,9 +209,7 @@ FAMILIES: dict[str, Any] = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["lora", "disel"])
-def test_logits_of_the_last_positions_alone_give_the_same_loss_and_gradients(
-    family: str, method: str
-) -> None:
+def test_logits_of_the_last_positions_alone_give_the_same_loss_and_gradients(family: str, method: str) -> None:
     tokenizer, rows = tokenized()
     model = FAMILIES[family](len(tokenizer)).double().eval()
     start = "init_lora_weights" if method == "lora" else "init_weights"
@@ -268,9 +242,7 @@ def test_training_asks_for_the_logits_of_the_last_positions_alone() -> None:
             shapes.append((kept["input_ids"].shape[1], output.logits.shape[1]))
 
     model.register_forward_hook(note, with_kwargs=True)
-    train_adapter(
-        model, tokenizer, adapter_config("dira", r=2), rows, settings=TrainSettings(steps=3, batch_size=4)
-    )
+    train_adapter(model, tokenizer, adapter_config("dira", r=2), rows, settings=TrainSettings(steps=3, batch_size=4))
     assert len(shapes) == 3
     assert all(kept < length for length, kept in shapes)
 
@@ -369,11 +341,7 @@ def test_whole_job(folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest
     assert transformers.AutoTokenizer.from_pretrained(run / "adapter").chat_template == tiny.CHAT_TEMPLATE
     # Terminal and report tell the same numbers.
     html = (run / "report.html").read_text(encoding="utf-8")
-    for text in (
-        f"{result.held_out_before:.4f}",
-        f"{result.held_out_after:.4f}",
-        f"{result.trainable_parameters:,}",
-    ):
+    for text in (f"{result.held_out_before:.4f}", f"{result.held_out_after:.4f}", f"{result.trainable_parameters:,}"):
         assert text in html
         assert text in screen.getvalue()
     assert "\x1b" not in screen.getvalue()
@@ -427,9 +395,7 @@ def test_forgetting_is_followed_and_kept_within_its_budget(
 
 
 def test_what_a_method_weighed_and_decided_is_kept(folder: Path, rows: Path, tmp_path: Path) -> None:
-    finetune(
-        spec(folder, rows, tmp_path / "run", method="dislora", log_every=1, method_options={"tsd_count": 2})
-    )
+    finetune(spec(folder, rows, tmp_path / "run", method="dislora", log_every=1, method_options={"tsd_count": 2}))
     logged = [record for record in read_metrics(tmp_path / "run") if "loss" in record]
     assert len(logged) == 12
     for record in logged:
@@ -485,9 +451,7 @@ def test_killed_run_continues_exactly(
     result = finetune(spec(folder, rows, tmp_path / "run", **more, resume=True))
     assert result.steps == 12
 
-    whole, resumed = (
-        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "run")
-    )
+    whole, resumed = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "run"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -531,26 +495,17 @@ def test_moving_ranks_continue_exactly_wherever_the_run_is_killed(
     result = finetune(spec(folder, rows, tmp_path / "run", **more, resume=True))
     assert result.steps == 12
 
-    whole, resumed = (
-        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "run")
-    )
+    whole, resumed = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "run"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    ranks = [
-        json.loads((tmp_path / name / "decisions.json").read_text(encoding="utf-8"))
-        for name in ("whole", "run")
-    ]
+    ranks = [json.loads((tmp_path / name / "decisions.json").read_text(encoding="utf-8")) for name in ("whole", "run")]
     assert ranks[0] == ranks[1]
     assert len({row["rank"] for row in ranks[0]}) > 1
 
 
 def _die_at(point: str) -> None:
     """Have this process killed, without any clean-up, at a point of its run."""
-    on_step_end, save, save_adapter = (
-        Recorder.on_step_end,
-        torch.save,
-        peft.PeftModel.save_pretrained,
-    )
+    on_step_end, save, save_adapter = (Recorder.on_step_end, torch.save, peft.PeftModel.save_pretrained)
     step = 0
 
     def die() -> None:
@@ -587,9 +542,7 @@ def _die_at(point: str) -> None:
 @pytest.mark.parametrize("method", ["dira", "dislora"])
 def test_two_processes_train_as_one(method: str, folder: Path, rows: Path, tmp_path: Path) -> None:
     # 16 training rows: whole batches only, so that both see the same ones.
-    finetune(
-        spec(folder, rows, tmp_path / "one", batch_size=4, method=method, log_every=1, eval_fraction=1 / 3)
-    )
+    finetune(spec(folder, rows, tmp_path / "one", batch_size=4, method=method, log_every=1, eval_fraction=1 / 3))
     arguments = [
         "finetune", "-m", str(folder), "-d", str(rows), "-o", str(tmp_path / "two"), "--method", method, "-b", "2",
         "--steps", "12", "-r", "2", "--lr", "1e-2", "--eval-fraction", str(1 / 3), "--no-retention",
@@ -612,8 +565,7 @@ def test_two_processes_train_as_one(method: str, folder: Path, rows: Path, tmp_p
     assert launcher.returncode == 0, told[-3000:]
     for key in ("loss", "held_out_loss"):
         one, two = (
-            [record[key] for record in read_metrics(tmp_path / name) if key in record]
-            for name in ("one", "two")
+            [record[key] for record in read_metrics(tmp_path / name) if key in record] for name in ("one", "two")
         )
         assert len(one) > 1
         assert two == pytest.approx(one, rel=1e-4)
@@ -650,7 +602,5 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_why() -> None:
     tokenizer, rows = tokenized()
     settings = TrainSettings(steps=20, batch_size=4, learning_rate=1e30, warmup=0.0, max_grad_norm=0.0)
     model = tiny.model(len(tokenizer))
-    with pytest.raises(
-        TrainingError, match=r"The loss of disel is nan at step \d+: .* lower learning_rate \(1e\+30\)"
-    ):
+    with pytest.raises(TrainingError, match=r"The loss of disel is nan at step \d+: .* lower learning_rate \(1e\+30\)"):
         train_adapter(model, tokenizer, adapter_config("disel", r=2), rows, settings=settings)

@@ -120,9 +120,7 @@ def test_every_stage_is_kept_with_its_scores(ran: Any) -> None:
 def test_stages_follow_each_other(ran: Any, place: Path) -> None:
     """Stage B's adapter measured again gives its scores; its training began where stage A ended."""
     results, folder = ran
-    lab = Workbench(
-        LabSettings(**common(place)), [str(place / "data" / "colour"), str(place / "data" / "sums")]
-    )
+    lab = Workbench(LabSettings(**common(place)), [str(place / "data" / "colour"), str(place / "data" / "sums")])
     model = lab.attach(folder / "seed-42" / "interference" / "adapter")
     again = lab.measure(model, "again")
     stage = next(done for done in results if done["stage"] == "interference")
@@ -193,9 +191,7 @@ def test_a_killed_run_goes_on_with_the_stage_that_is_missing(
     with pytest.raises(RunFolderError, match="other settings"):
         run_forgetting(replace(spec, resume=True, steps=5))
     resumed = run_forgetting(replace(spec, resume=True))
-    assert trained == [
-        f"seed 42, Task {stage}" for stage in ("A (initial)", "B (interference)", "A (recovered)")
-    ]
+    assert trained == [f"seed 42, Task {stage}" for stage in ("A (initial)", "B (interference)", "A (recovered)")]
     assert kept == {file: file.stat().st_mtime_ns for file in kept}, "a finished stage was written again"
     whole = run_forgetting(replace(spec, output=f"{spec.output}-whole"))
     for one, other in zip(resumed, whole, strict=True):
@@ -276,9 +272,7 @@ def test_every_strategy_is_run_from_every_checkpoint(recovered: Any, ran: Any) -
     results, folder = recovered
     units = [(done["checkpoint"], done["strategy"], done["seed"]) for done in results]
     strategies = [(strategy, seed) for seed in (0, 1) for strategy in ("rlgr", "random", "naive")]
-    assert units == [
-        (name, *unit) for name in ("seed-42", "seed-43") for unit in [("before", None), *strategies]
-    ]
+    assert units == [(name, *unit) for name in ("seed-42", "seed-43") for unit in [("before", None), *strategies]]
     _, source = ran
     for done in results:
         rows = read_landscape(source / done["checkpoint"] / "initial")
@@ -323,9 +317,7 @@ def test_recovery_is_reported(recovered: Any) -> None:
     assert row[-1] == 4
 
 
-def test_a_killed_recovery_goes_on(
-    recovered: Any, ran: Any, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_recovery_goes_on(recovered: Any, ran: Any, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import dynalora.jobs.stages.recovery as module
 
     whole, _ = recovered
@@ -483,9 +475,7 @@ def test_means_over_seeds_have_students_interval() -> None:
     assert inside is not None
     assert half > 1 / 3  # so the interval is cut at 0
     assert (inside.low, inside.high) == (0.0, pytest.approx(1 / 3 + half))
-    assert mean_loss(records[:1]) == Interval(
-        0.2, pytest.approx(0.2 - 0.1959963985), pytest.approx(0.2 + 0.1959963985)
-    )
+    assert mean_loss(records[:1]) == Interval(0.2, pytest.approx(0.2 - 0.1959963985), pytest.approx(0.2 + 0.1959963985))
     assert mean_accuracy([{**records[0], "accuracy": None}]) is None
 
 
@@ -523,9 +513,7 @@ def test_bars_are_drawn_with_their_intervals_and_lines() -> None:
     assert [label.get_text() for label in first.get_xticklabels()] == ["RLGR", "naive"]
     texts = [text.get_text() for text in first.texts]
     assert texts == ["80.0", "not measured"]
-    (segments,) = [
-        collection.get_segments() for collection in first.collections if len(collection.get_segments())
-    ]
+    (segments,) = [collection.get_segments() for collection in first.collections if len(collection.get_segments())]
     assert [list(segment[:, 1]) for segment in segments] == [[78.0, 82.0]]
     assert [list(line.get_ydata()) for line in first.lines if line.get_label() == "before"] == [[12.0, 12.0]]
     assert not second.collections, "an interval of no width is none"
@@ -538,9 +526,7 @@ def test_bars_are_drawn_with_their_intervals_and_lines() -> None:
 def test_heat_maps_share_one_scale_and_darker_is_better() -> None:
     numbers = {"lora": [[90.0, 10.0], [None, 50.0]], "dira": [[80.0, 20.0], [30.0, 40.0]]}
     for better in (True, False):
-        drawn = plot_transfer(
-            numbers, ["x", "y"], ["x", "y"], label="accuracy, %", title="T", larger_is_better=better
-        )
+        drawn = plot_transfer(numbers, ["x", "y"], ["x", "y"], label="accuracy, %", title="T", larger_is_better=better)
         left, right = drawn.axes[:2]
         assert (left.get_title(), right.get_title()) == ("lora", "dira")
         assert left.images[0].get_clim() == right.images[0].get_clim() == (10.0, 90.0)
@@ -563,9 +549,7 @@ def test_svg_is_the_same_for_the_same_figure() -> None:
 
 def test_recovery_figures_show_strategies_and_what_they_started_from(recovered: Any) -> None:
     results, _ = recovered
-    drawn, _ = recovery_figures(results, {"a": "colour", "b": "sums"}, [results[0]["scores"]])[
-        "recovery_loss"
-    ]
+    drawn, _ = recovery_figures(results, {"a": "colour", "b": "sums"}, [results[0]["scores"]])["recovery_loss"]
     first, _ = drawn.axes
     assert [label.get_text() for label in first.get_xticklabels()] == ["RLGR", "random", "naive"]
     mean = sum(d["scores"]["a"]["loss"] for d in results if d["strategy"] == "naive") / 4

@@ -131,9 +131,7 @@ def test_the_norm_of_an_adapter_is_that_of_its_update(place: Path) -> None:
 
     import dynalora
 
-    model = peft.get_peft_model(
-        tiny.model(300), dynalora.DiraConfig(r=3, target_modules=["q_proj", "down_proj"])
-    )
+    model = peft.get_peft_model(tiny.model(300), dynalora.DiraConfig(r=3, target_modules=["q_proj", "down_proj"]))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -268,12 +266,9 @@ def run_with(losses: list[float], kl: list[float], validation: list[float] | Non
 
 
 def test_methods_are_compared_seed_by_seed() -> None:
-    reference = {
-        seed: run_with([2.0 + shift, 2.2, 3.0], [0.4, 0.1, 0.02]) for seed, shift in ((0, 0.0), (1, 0.1))
-    }
+    reference = {seed: run_with([2.0 + shift, 2.2, 3.0], [0.4, 0.1, 0.02]) for seed, shift in ((0, 0.0), (1, 0.1))}
     better = {
-        seed: run_with([2.0 + shift, 2.2, 3.0], [0.1, 0.025, 0.005])
-        for seed, shift in ((0, 0.0), (1, 0.1), (7, 0.0))
+        seed: run_with([2.0 + shift, 2.2, 3.0], [0.1, 0.025, 0.005]) for seed, shift in ((0, 0.0), (1, 0.1), (7, 0.0))
     }
     found = compare_scaled(better, reference, "t", 5.0)
     assert found is not None
@@ -285,9 +280,7 @@ def test_methods_are_compared_seed_by_seed() -> None:
     assert found.at_kl is not None
     assert found.at_kl.value == pytest.approx(0)
     # A method that only one seed brings to the reference's loss has no mean that would be the lucky seed's.
-    found = compare_scaled(
-        {0: better[0], 1: run_with([2.5, 2.6, 3.0], [0.1, 0.02, 0.01])}, reference, "t", 5.0
-    )
+    found = compare_scaled({0: better[0], 1: run_with([2.5, 2.6, 3.0], [0.1, 0.02, 0.01])}, reference, "t", 5.0)
     assert found is not None
     assert (found.at_loss, found.reached) == (None, 1)
 

@@ -61,10 +61,7 @@ def two_models(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, 
         for parameter in base.parameters():
             if parameter.ndim == 2:
                 out, width = parameter.shape
-                up, down = (
-                    torch.randn(out, 3, generator=generator),
-                    torch.randn(3, width, generator=generator),
-                )
+                up, down = (torch.randn(out, 3, generator=generator), torch.randn(3, width, generator=generator))
                 parameter.add_((0.01 * up @ down).to(dtype))
     base.save_pretrained(folder / "tuned", max_shard_size="100KB")
     assert len(list((folder / "tuned").glob("*.safetensors"))) > 1
@@ -81,16 +78,12 @@ def test_statistics_of_the_difference(
         monkeypatch.setattr(spectrum, "_BLOCK", 5 * 32)
     tuned, base = two_models(tmp_path, dtype)
     told: list[tuple[int, int | None]] = []
-    rows = model_landscape(
-        tuned, base, tau=0.02, progress=lambda what, done, total: told.append((done, total))
-    )
+    rows = model_landscape(tuned, base, tau=0.02, progress=lambda what, done, total: told.append((done, total)))
     one: dict[str, torch.Tensor] = {}
     for file in tuned.glob("*.safetensors"):
         one |= load_file(file)
     other = load_file(base / "model.safetensors")
-    assert {row.module + ".weight" for row in rows} == {
-        name for name, value in other.items() if value.ndim == 2
-    }
+    assert {row.module + ".weight" for row in rows} == {name for name, value in other.items() if value.ndim == 2}
     assert told[-1] == (len(rows), len(rows))
     queries = [row for row in rows if row.kind == "q_proj"]
     assert [row.layer for row in queries] == list(range(11)), "ten comes after nine"
@@ -107,10 +100,7 @@ def test_statistics_of_the_difference(
 def test_only_the_modules_asked_for(tmp_path: Path) -> None:
     tuned, base = two_models(tmp_path)
     rows = model_landscape(tuned, base, modules=r"layers\.1\..*(q|v)_proj")
-    assert [row.module for row in rows] == [
-        "model.layers.1.self_attn.q_proj",
-        "model.layers.1.self_attn.v_proj",
-    ]
+    assert [row.module for row in rows] == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
     with pytest.raises(ConfigError, match="not a valid regular expression"):
         model_landscape(tuned, base, modules="(q")
     with pytest.raises(CheckpointError, match=r"no matrix of one name and shape that contains 'nothing'"):

@@ -52,9 +52,7 @@ def test_rows_are_conversations_if_they_can_be_and_else_text(tmp_path: Path) -> 
         ("a.bin", "\udcff", {}, "is not UTF-8 text"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said(
-    name: str, content: str, options: dict[str, object], words: str, tmp_path: Path
-) -> None:
+def test_what_is_wrong_is_said(name: str, content: str, options: dict[str, object], words: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(DataError, match=words):
         read_domain(DomainSpec(data=str(tmp_path / name), **options))  # type: ignore[arg-type]

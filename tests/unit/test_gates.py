@@ -66,9 +66,7 @@ def test_statistics_equal_those_by_hand_over_several_batches() -> None:
         mask[0, -2:] = 0
         batches.append({"input_ids": ids, "attention_mask": mask})
     recorded = dynalora.record_gates(model, batches)
-    assert [(row.layer, row.kind) for row in recorded] == [
-        (i, k) for i in (0, 1) for k in ("q_proj", "down_proj")
-    ]
+    assert [(row.layer, row.kind) for row in recorded] == [(i, k) for i in (0, 1) for k in ("q_proj", "down_proj")]
     expected = torch.cat(
         [by_hand(model, b["input_ids"], b["attention_mask"], "layers.1.mlp.down_proj") for b in batches]
     )
@@ -104,9 +102,7 @@ def test_gates_start_almost_closed_and_the_mode_is_left_alone() -> None:
 
 def test_what_cannot_be_recorded_says_why() -> None:
     with pytest.raises(DynaloraError, match="no adapter with gates"):
-        dynalora.record_gates(
-            peft.get_peft_model(LLAMA.build(), DiraConfig(target_modules=["q_proj"])), ["text"]
-        )
+        dynalora.record_gates(peft.get_peft_model(LLAMA.build(), DiraConfig(target_modules=["q_proj"])), ["text"])
     with pytest.raises(ConfigError, match="need a tokenizer"):
         dynalora.record_gates(gated(), ["text"])
     with pytest.raises(ConfigError, match="got one string"):
@@ -115,9 +111,7 @@ def test_what_cannot_be_recorded_says_why() -> None:
         dynalora.record_gates(gated(), [])
 
 
-@pytest.mark.parametrize(
-    ("layer", "group"), [(0, "early"), (9, "early"), (10, "middle"), (29, "late"), (None, "none")]
-)
+@pytest.mark.parametrize(("layer", "group"), [(0, "early"), (9, "early"), (10, "middle"), (29, "late"), (None, "none")])
 def test_depth_groups_are_thirds(layer: int | None, group: str) -> None:
     assert depth_group(layer, 30) == group
 
@@ -148,10 +142,7 @@ def batched(texts: list[torch.Tensor], size: int) -> Iterator[dict[str, torch.Te
 
 def in_memory(model: Any, texts: list[torch.Tensor]) -> dict[str, list[torch.Tensor]]:
     """For each layer the gates of every text (tokens, r), float64, each text alone and unpadded."""
-    return {
-        name: [by_hand(model, text[None], torch.ones(1, len(text)), name) for text in texts]
-        for name in LAYERS
-    }
+    return {name: [by_hand(model, text[None], torch.ones(1, len(text)), name) for text in texts] for name in LAYERS}
 
 
 @pytest.fixture(scope="module")
@@ -204,9 +195,7 @@ def test_streaming_histograms_equal_those_of_everything_in_memory(
 
 
 @pytest.mark.parametrize("size", [1, 7, 23])
-def test_the_batch_size_does_not_matter(
-    size: int, model: Any, texts: list[torch.Tensor], record: GateRecord
-) -> None:
+def test_the_batch_size_does_not_matter(size: int, model: Any, texts: list[torch.Tensor], record: GateRecord) -> None:
     other = dynalora.record_gates(model, batched(texts, size))
     assert other.documents == record.documents
     torch.testing.assert_close(other.moments, record.moments, atol=1e-4, rtol=1e-6)

@@ -7,12 +7,7 @@ import pytest
 import torch
 
 from dynalora.errors import ConfigError
-from dynalora.jobs.bench.generation import (
-    bench_generation,
-    generate_greedily,
-    generation_json,
-    generation_tables,
-)
+from dynalora.jobs.bench.generation import bench_generation, generate_greedily, generation_json, generation_tables
 from dynalora.jobs.bench.settings import BenchSpec
 from dynalora.jobs.bench.setup import CONTROL
 from tests.unit import tiny

@@ -13,13 +13,7 @@ import torch
 
 from dynalora import DiselConfig
 from dynalora.errors import ConfigError, UnsupportedError
-from dynalora.evaluation.harness import (
-    FORGETTING_SUITE,
-    HarnessResult,
-    _result,
-    harness_mean,
-    run_harness,
-)
+from dynalora.evaluation.harness import FORGETTING_SUITE, HarnessResult, _result, harness_mean, run_harness
 from tests.unit import tiny
 
 TASK = """
@@ -89,9 +83,7 @@ def test_what_the_harness_does_not_have_is_named(adapted: tuple[Any, Any], folde
     with pytest.raises(ConfigError, match="no task 'made_there'"):
         run_harness(*adapted, ["made_there"], include_path=folder)
     with pytest.raises(ConfigError, match="'made_here' has no metric 'bleu'; it has acc"):
-        run_harness(
-            *adapted, ["made_here"], metrics={"made_here": "bleu"}, num_fewshot=0, include_path=folder
-        )
+        run_harness(*adapted, ["made_here"], metrics={"made_here": "bleu"}, num_fewshot=0, include_path=folder)
     for given, message in (({"limit": 0}, "limit is 0"), ({"num_fewshot": -1}, "num_fewshot is -1")):
         with pytest.raises(ConfigError, match=message):
             run_harness(*adapted, ["made_here"], include_path=folder, **given)
@@ -108,9 +100,7 @@ def test_the_suite_is_known_to_the_harness() -> None:
     assert [name for name in FORGETTING_SUITE if name not in manager.all_tasks] == []
 
 
-def test_without_the_harness_the_extra_is_named(
-    adapted: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_harness_the_extra_is_named(adapted: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UnsupportedError, match=r"pip install 'dynalora\[eval\]'"):
         run_harness(*adapted, ["made_here"])

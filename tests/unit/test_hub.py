@@ -88,9 +88,7 @@ class Upload:
             monkeypatch.setattr(hub_of_transformers, "create_repo", self.create_repo)
             monkeypatch.setattr(hub_of_transformers, "create_commit", self.create_commit)
         # As transformers makes it for a new repository.
-        monkeypatch.setattr(
-            hub_of_transformers, "create_and_tag_model_card", lambda *args, **kwargs: ModelCard(card)
-        )
+        monkeypatch.setattr(hub_of_transformers, "create_and_tag_model_card", lambda *args, **kwargs: ModelCard(card))
 
     def create_repo(self, repo_id: str, **options: Any) -> Any:
         return SimpleNamespace(repo_id=repo_id)
@@ -103,12 +101,8 @@ class Upload:
 
 
 @every_method
-def test_push_to_hub_uploads_card_and_picture(
-    row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    upload = Upload(
-        monkeypatch, "---\nlibrary_name: transformers\n---\n\n# Model Card for Model ID\n\nWords.\n"
-    )
+def test_push_to_hub_uploads_card_and_picture(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload = Upload(monkeypatch, "---\nlibrary_name: transformers\n---\n\n# Model Card for Model ID\n\nWords.\n")
     model = row.adapt(LLAMA, init_weights=False)
     assert model.push_to_hub("someone/something") == "done"
     assert set(upload.files) == {"README.md", hub.PICTURE, "adapter_config.json", "adapter_model.safetensors"}
@@ -151,9 +145,7 @@ def test_weights_that_are_not_there_are_not_drawn(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_dynalora_peft_stops_with_the_error_that_the_card_names(
-    tmp_path: Path, run_python: Any
-) -> None:
+def test_without_dynalora_peft_stops_with_the_error_that_the_card_names(tmp_path: Path, run_python: Any) -> None:
     row = FIRST_OF_EACH_METHOD[0]
     row.adapt(TOYS["mlp"]).save_pretrained(tmp_path)
     script = """

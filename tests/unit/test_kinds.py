@@ -50,9 +50,7 @@ class TagKind(EncoderKind):
         return Item(example.prompt, " ".join(map(str, example.reference)))
 
     def _row(self, example: Example, tokenizer: Any, max_length: int) -> dict[str, Any]:
-        inputs = tokenizer(
-            example.prompt, truncation=True, max_length=max_length, return_offsets_mapping=True
-        )
+        inputs = tokenizer(example.prompt, truncation=True, max_length=max_length, return_offsets_mapping=True)
         offsets = inputs.pop("offset_mapping")
         return {**inputs, "labels": [example.reference[first] for first, _ in offsets]}
 
@@ -150,9 +148,7 @@ def test_a_saved_model_of_a_new_kind_is_evaluated(place: Path) -> None:
 
 def test_a_new_kind_is_refused_where_others_are(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = tiny.tokenizer()
-    with pytest.raises(
-        ConfigError, match=r"needs a model that tags tokens \(AutoModelForTokenClassification\)"
-    ):
+    with pytest.raises(ConfigError, match=r"needs a model that tags tokens \(AutoModelForTokenClassification\)"):
         measure(tiny.model(len(words)), words, prepare("vowels", data=place))
     with pytest.raises(ConfigError, match="vowels is tagging, which is trained and measured on one task"):
         load_experiment_task("gsm8k -> vowels", data=place)

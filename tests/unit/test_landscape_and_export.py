@@ -31,9 +31,7 @@ def test_landscape_of_a_plain_lora() -> None:
 
 
 def test_landscape_of_disel_is_of_its_ungated_factors() -> None:
-    model = peft.get_peft_model(
-        LLAMA.build(), DiselConfig(r=2, alpha=5, target_modules=["q_proj"], init_weights=False)
-    )
+    model = peft.get_peft_model(LLAMA.build(), DiselConfig(r=2, alpha=5, target_modules=["q_proj"], init_weights=False))
     (row, *_) = dynalora.rank_landscape(model)
     layer = model.get_submodule("base_model.model." + row.module)
     delta = 2.5 * layer.parameter("up", "default") @ layer.parameter("down", "default")
@@ -42,9 +40,7 @@ def test_landscape_of_disel_is_of_its_ungated_factors() -> None:
 
 def test_landscape_of_a_start_is_empty_of_rank() -> None:
     model = peft.get_peft_model(LLAMA.build(), DiraConfig(target_modules=["q_proj"]))
-    assert [(r.effective_rank, r.nuclear_norm, r.energy) for r in dynalora.rank_landscape(model)] == [
-        (0, 0, 0)
-    ] * 2
+    assert [(r.effective_rank, r.nuclear_norm, r.energy) for r in dynalora.rank_landscape(model)] == [(0, 0, 0)] * 2
 
 
 def test_landscape_without_an_adapter_says_so() -> None:
@@ -91,9 +87,7 @@ def test_every_statistic_is_that_of_a_full_decomposition(method: str) -> None:
 
 
 def gated_pedyra(e: float) -> peft.PeftModel:
-    config = PedyraConfig(
-        gates=True, r=3, alpha=6, target_modules=["q_proj"], init_weights=False, total_steps=20
-    )
+    config = PedyraConfig(gates=True, r=3, alpha=6, target_modules=["q_proj"], init_weights=False, total_steps=20)
     model = peft.get_peft_model(LLAMA.build(), config)
     for name, parameter in model.named_parameters():
         if name.endswith("pedyra_e.default"):
@@ -224,12 +218,7 @@ def delta_of(folder: Path, module: str) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("options", "rank"),
-    [
-        ({"max_rank": 2}, 2),
-        ({"tolerance": 0.0}, 6),
-        ({"tolerance": 0.35}, 4),
-        ({"tolerance": 0.35, "max_rank": 3}, 3),
-    ],
+    [({"max_rank": 2}, 2), ({"tolerance": 0.0}, 6), ({"tolerance": 0.35}, 4), ({"tolerance": 0.35, "max_rank": 3}, 3)],
     ids=str,
 )
 def test_export_cuts_to_the_best_of_its_rank(options: dict[str, float], rank: int, tmp_path: Path) -> None:

@@ -71,9 +71,7 @@ assert "pip install 'dynalora[lab]'" in message and "pip install '.[lab]'" in me
 
 
 def run(code: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
 
 

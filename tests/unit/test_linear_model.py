@@ -78,9 +78,7 @@ class TestClosedForms:
         for low in (0.1, 0.3, 0.5, 0.7):
             chosen = (posterior >= low) & (posterior < low + 0.2)
             share = float(sample.fine_tuning[chosen].double().mean())
-            assert share == pytest.approx(
-                float(posterior[chosen].mean()), abs=4 * 0.5 / int(chosen.sum()) ** 0.5
-            )
+            assert share == pytest.approx(float(posterior[chosen].mean()), abs=4 * 0.5 / int(chosen.sum()) ** 0.5)
 
     def test_posterior_equals_the_ratio_of_the_densities(self) -> None:
         problem = skewed()
@@ -95,9 +93,7 @@ class TestClosedForms:
         problem = PROBLEMS["symmetric"]
         torch.testing.assert_close(problem.best_fixed(), problem.update / 2)
         weight, bias = problem.posterior_parameters
-        torch.testing.assert_close(
-            weight, 2 * torch.linalg.solve(problem.covariance, problem.fine_tuning_mean)
-        )
+        torch.testing.assert_close(weight, 2 * torch.linalg.solve(problem.covariance, problem.fine_tuning_mean))
         assert abs(float(bias)) < 1e-12
         losses = problem.fixed_losses(problem.best_fixed())
         assert losses.fine_tuning == pytest.approx(losses.pre_training)

@@ -18,13 +18,7 @@ from dynalora.evaluation.masked_lm import mask_text, mask_windows, masked_lm_per
 from dynalora.lab.models import load_model
 from tests.unit import tiny
 
-TEXTS = [
-    "The quick brown fox jumps over the lazy dog.",
-    "",
-    "a",
-    "ab",
-    "It rained all day, and nobody minded.",
-]
+TEXTS = ["The quick brown fox jumps over the lazy dog.", "", "a", "ab", "It rained all day, and nobody minded."]
 
 
 @pytest.fixture(scope="module")
@@ -142,17 +136,13 @@ def test_what_cannot_be_masked_is_named(words: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_a_classifier_in_memory_is_measured_like_its_saved_adapter(
-    kind: str, words: Any, tmp_path: Path
-) -> None:
+def test_a_classifier_in_memory_is_measured_like_its_saved_adapter(kind: str, words: Any, tmp_path: Path) -> None:
     original = encoder(words, kind)
     original.save_pretrained(tmp_path / "base")
     text = mask_text(TEXTS, words)
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=2)
     targets = r".*encoder\.layer\.\d+\..*(query|value|dense)"
-    classifier: Any = peft.get_peft_model(
-        loaded, DiselConfig(r=3, target_modules=targets, task_type="SEQ_CLS")
-    )
+    classifier: Any = peft.get_peft_model(loaded, DiselConfig(r=3, target_modules=targets, task_type="SEQ_CLS"))
     with torch.no_grad():
         for name, parameter in classifier.named_parameters():
             if "up" in name or "gate" in name:

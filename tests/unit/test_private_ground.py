@@ -35,10 +35,7 @@ TUNER = {
     "_replace_module": ["parent", "child_name", "new_module", "child"],
     "_unload_and_optionally_merge": ["merge", "progressbar", "safe_merge", "adapter_names"],
 }  # fmt: skip
-LAYER = {
-    "_cast_input_dtype": ["x", "dtype"],
-    "_move_adapter_to_device_of_base_layer": ["adapter_name", "device"],
-}
+LAYER = {"_cast_input_dtype": ["x", "dtype"], "_move_adapter_to_device_of_base_layer": ["adapter_name", "device"]}
 
 
 @pytest.mark.parametrize(
@@ -46,9 +43,7 @@ LAYER = {
     [(BaseTuner, *item) for item in TUNER.items()] + [(BaseTunerLayer, *item) for item in LAYER.items()],
 )
 def test_peft_calls_what_we_override(base: type, name: str, parameters: list[str] | None) -> None:
-    assert hasattr(base, name), (
-        f"PEFT's {base.__name__} has no {name} any more, so ours would never be called"
-    )
+    assert hasattr(base, name), f"PEFT's {base.__name__} has no {name} any more, so ours would never be called"
     names = [p for p in inspect.signature(getattr(base, name)).parameters if p not in ("self", "cls")]
     assert parameters is None or names == parameters, f"PEFT calls {name} with other parameters: {names}"
 
@@ -70,9 +65,7 @@ def test_no_override_is_forgotten_here(ours: type, base: type, known: dict[str, 
 
 def test_forward_passes_go_through_the_tuners_hooks() -> None:
     source = inspect.getsource(peft.PeftModel._enable_peft_forward_hooks)
-    assert "self.base_model._enable_peft_forward_hooks(" in source, (
-        "adapter_names no longer reach AdapterModel"
-    )
+    assert "self.base_model._enable_peft_forward_hooks(" in source, "adapter_names no longer reach AdapterModel"
 
 
 def test_the_tuner_calls_its_hook_after_injection() -> None:
@@ -88,9 +81,7 @@ def test_the_tuner_calls_its_hook_after_injection() -> None:
             seen.append("hook")
 
     Tuner(nn.Linear(2, 2), {"default": peft.LoraConfig()}, "default")
-    assert seen == ["inject", "hook"], (
-        "BaseTuner calls _post_injection_hook no longer, or not after inject_adapter"
-    )
+    assert seen == ["inject", "hook"], "BaseTuner calls _post_injection_hook no longer, or not after inject_adapter"
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(3, 5), (5, 3)])
@@ -108,9 +99,7 @@ def test_all_linear_leaves_the_output_layer_out() -> None:
 def test_buffer_dict_saves_what_it_holds() -> None:
     buffers = private.BufferDict(persistent=True)
     buffers["default"] = torch.ones(2)
-    assert list(buffers.state_dict()) == ["default"], (
-        "BufferDict is to be part of checkpoints under the adapter's name"
-    )
+    assert list(buffers.state_dict()) == ["default"], "BufferDict is to be part of checkpoints under the adapter's name"
 
 
 def test_a_new_member_of_pefts_enumeration_is_like_its_own() -> None:
@@ -157,9 +146,7 @@ def test_model_cards_and_uploads_go_through_the_methods_that_are_wrapped() -> No
 
     for name in ("create_or_update_model_card", "_upload_modified_files"):
         assert hasattr(peft.PeftModel, name), f"PeftModel has no {name} any more, so cards get no section"
-        assert hasattr(getattr(peft.PeftModel, name), "__wrapped__"), (
-            f"{name} is not extended by `import dynalora`"
-        )
+        assert hasattr(getattr(peft.PeftModel, name), "__wrapped__"), f"{name} is not extended by `import dynalora`"
     called = inspect.getsource(peft.PeftModel.save_pretrained)
     assert "self.create_or_update_model_card(" in called, "save_pretrained writes its card by another way"
     called = inspect.getsource(transformers.utils.hub.PushToHubMixin.push_to_hub)
@@ -214,9 +201,7 @@ def test_a_backward_pass_knows_itself() -> None:
     y.register_hook(lambda _: seen.append(private.in_backward()))
     assert not private.in_backward()
     y.backward()
-    assert seen == [True], (
-        "autograd no longer says which graph runs, so checkpointed inputs would count twice"
-    )
+    assert seen == [True], "autograd no longer says which graph runs, so checkpointed inputs would count twice"
 
 
 def test_every_backward_goes_through_the_function_that_is_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,9 +213,7 @@ def test_every_backward_goes_through_the_function_that_is_wrapped(monkeypatch: p
     (2 * torch.ones(1, requires_grad=True)).sum().backward()
     assert seen == [2.0]
     source = inspect.getsource(torch.Tensor.backward)
-    assert "torch.autograd.backward(" in source, (
-        "Tensor.backward no longer calls torch.autograd.backward by its name"
-    )
+    assert "torch.autograd.backward(" in source, "Tensor.backward no longer calls torch.autograd.backward by its name"
 
 
 def test_versions_change_with_every_write() -> None:

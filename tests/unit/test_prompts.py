@@ -59,9 +59,7 @@ WRITTEN = {
 
 def learned(tokenizer: Any, row: Any) -> tuple[str, str]:
     """What the model is given and what carries loss, as text."""
-    given = [
-        token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORED_LABEL
-    ]
+    given = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORED_LABEL]
     answer = [label for label in row["labels"] if label != IGNORED_LABEL]
     return tokenizer.decode(given), tokenizer.decode(answer)
 

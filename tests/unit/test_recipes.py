@@ -105,9 +105,7 @@ def test_the_readme_names_every_recipe_and_twin() -> None:
         if path in TWINS:
             assert f"`{stem}`" in text, path
         elif own:
-            assert re.search(
-                rf"recipes/{path.parent.name}/{table}\.(?:TASK|MODEL-TASK)\.yaml.*`{own}`", text
-            ), path
+            assert re.search(rf"recipes/{path.parent.name}/{table}\.(?:TASK|MODEL-TASK)\.yaml.*`{own}`", text), path
         else:
             assert f"{table}.yaml" in text, path
     for folder, name in re.findall(r"recipes/([\w-]+)/([\w.\-]+\.yaml)", text):
@@ -122,14 +120,8 @@ def test_the_readme_names_every_recipe_and_twin() -> None:
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        (
-            "dira/table1",
-            {"r": 32, "learning_rate": 1e-4, "weight_decay": 0.0, "epochs": 3, "validation": 120},
-        ),
-        (
-            "disel/llama",
-            {"learning_rate": 2e-4, "weight_decay": 0.01, "warmup": 0.02, "max_length": 512, "epochs": 3},
-        ),
+        ("dira/table1", {"r": 32, "learning_rate": 1e-4, "weight_decay": 0.0, "epochs": 3, "validation": 120}),
+        ("disel/llama", {"learning_rate": 2e-4, "weight_decay": 0.01, "warmup": 0.02, "max_length": 512, "epochs": 3}),
         ("dislora/table1.sst2", {"learning_rate": 1e-3, "batch_size": 32, "dropout": 0.1, "epochs": 4}),
         ("dislora/table1.qqp", {"learning_rate": 1e-3, "batch_size": 40}),
         ("dislora/table2", {"dropout": 0.05, "epochs": 3, "by_generation": True}),
@@ -176,26 +168,14 @@ def test_recipes_train_as_many_parameters_as_the_papers_print() -> None:
         assert round(trainable_parameters(deberta, own[label].config("SEQ_CLS")) / 1e6, 2) == 1.33
     own = {one.label: one for one in spec_of(RECIPES / "dislora" / "table1.cola.yaml").contestants()}
     every = sum(parameter.numel() for parameter in deberta.parameters())
-    for label, share in (
-        ("lora-r16", 0.48),
-        ("dislora-r16", 0.48),
-        ("lora-r32", 0.95),
-        ("dislora-r64", 1.88),
-    ):
+    for label, share in (("lora-r16", 0.48), ("dislora-r16", 0.48), ("lora-r32", 0.95), ("dislora-r64", 1.88)):
         # DisLoRA, Table 1: shares of all parameters, the adapter's included.
         count = trainable_parameters(deberta, own[label].config("SEQ_CLS"))
         assert 100 * count / (every + count) == pytest.approx(share, abs=0.012), label
     own = {one.label: one for one in spec_of(RECIPES / "pe-dyra" / "table3.llama2-math.yaml").contestants()}
     every = sum(parameter.numel() for parameter in llama.parameters())
-    for label, share in (
-        ("lora", 0.15),
-        ("dora", 0.17),
-        ("adalora", 0.22),
-        ("pe-dyra", 0.15),
-    ):  # PE-DyRA, Table 3
-        assert round(100 * trainable_parameters(llama, own[label].config("CAUSAL_LM")) / every, 2) == share, (
-            label
-        )
+    for label, share in (("lora", 0.15), ("dora", 0.17), ("adalora", 0.22), ("pe-dyra", 0.15)):  # PE-DyRA, Table 3
+        assert round(100 * trainable_parameters(llama, own[label].config("CAUSAL_LM")) / every, 2) == share, label
     with torch.device("meta"):
         bart = transformers.BartForConditionalGeneration(transformers.BartConfig())  # BART-large
     own = {one.label: one for one in spec_of(RECIPES / "pe-dyra" / "table4.yaml").contestants()}
@@ -203,9 +183,7 @@ def test_recipes_train_as_many_parameters_as_the_papers_print() -> None:
         count = trainable_parameters(bart, own[label].config("SEQ_2_SEQ_LM"))
         assert round(count / 2**20, 2) == millions, label
     own = {one.label: one for one in spec_of(RECIPES / "dira" / "table1.yaml").contestants()}
-    counts = {
-        label: trainable_parameters(llama, own[label].config("CAUSAL_LM")) for label in ("lora", "p-tuning")
-    }
+    counts = {label: trainable_parameters(llama, own[label].config("CAUSAL_LM")) for label in ("lora", "p-tuning")}
     assert counts["p-tuning"] == pytest.approx(counts["lora"], rel=0.02)
 
 
@@ -259,18 +237,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
     for split, count in (("train", 40), ("dev", 6)):
         content[f"qa/squad_v2.{split}"] = [
-            {
-                "context": f"{split}: {n} cats.",
-                "question": "What?",
-                "answers": {"text": [f"{n} cats"] * (n % 2)},
-            }
+            {"context": f"{split}: {n} cats.", "question": "What?", "answers": {"text": [f"{n} cats"] * (n % 2)}}
             for n in range(count)
         ]
     for name in ("cola", "sst2"):
         for split, count in (("train", 40), ("dev", 6)):
-            content[f"glue/{name}.{split}"] = [
-                {"text": f"{split} {n}.", "label": n % 2} for n in range(count)
-            ]
+            content[f"glue/{name}.{split}"] = [{"text": f"{split} {n}.", "label": n % 2} for n in range(count)]
     for name, rows in content.items():
         path = folder / "data" / f"{name}.jsonl.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -291,9 +263,7 @@ def sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def cut(place: Path, path: Path, **more: Any) -> Any:
     """A twin for the tiny models: two steps, three questions, one rate a method, short answers."""
-    spec = spec_of(
-        path, data=str(place / "data"), output=str(place / "runs" / path.parent.name / path.stem), **more
-    )
+    spec = spec_of(path, data=str(place / "data"), output=str(place / "runs" / path.parent.name / path.stem), **more)
     stand_in = {"MiniLM": "encoder", "t5": "both"}
     model = next((own for name, own in stand_in.items() if name in (spec.model or "")), "model")
     return replace(spec, model=str(place / model))

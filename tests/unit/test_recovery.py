@@ -213,13 +213,7 @@ def test_recovery_of_lora_equals_a_loop_of_ones_own() -> None:
     landscape = dynalora.rank_landscape(with_ranks([0, 1, 2, 4, 1, 3]))
     first, second = adapted("lora"), adapted("lora")
     found = recover(
-        first,
-        batches(2),
-        landscape=landscape,
-        epochs=2,
-        learning_rate=1e-2,
-        max_grad_norm=0,
-        weight_decay=0.1,
+        first, batches(2), landscape=landscape, epochs=2, learning_rate=1e-2, max_grad_norm=0, weight_decay=0.1
     )
     for name, module in second.named_modules():
         if name.removeprefix("base_model.model.") in found.zeroed:
@@ -316,11 +310,7 @@ def test_halves_are_of_the_models_layers_not_of_the_adapted_ones() -> None:
 
 @pytest.mark.parametrize(
     ("layers", "message"),
-    [
-        ("middle", "'middle'; give front, back"),
-        ([2], "layer 2; give indices from 0 to 1"),
-        ([], "empty"),
-    ],
+    [("middle", "'middle'; give front, back"), ([2], "layer 2; give indices from 0 to 1"), ([], "empty")],
     ids=str,
 )
 def test_ablation_says_which_layers_there_are(layers: Any, message: str) -> None:

@@ -21,16 +21,7 @@ from dynalora.drawing.landscape import plot_rank_heatmap
 from dynalora.drawing.style import PALETTE, look, looks, rendered
 from dynalora.drawing.training import plot_losses, plot_metrics
 from dynalora.lab.baselines import BASELINES
-from dynalora.lab.report import (
-    Figure,
-    Report,
-    Section,
-    Table,
-    render_html,
-    rich_table,
-    show,
-    write_report,
-)
+from dynalora.lab.report import Figure, Report, Section, Table, render_html, rich_table, show, write_report
 from dynalora.methods import METHODS
 
 EVIL = "<script>alert('x')</script>"
@@ -47,9 +38,7 @@ class Links(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.links += [
-            value or "" for name, value in attributes if name in ("src", "href", "data", "action", "srcset")
-        ]
+        self.links += [value or "" for name, value in attributes if name in ("src", "href", "data", "action", "srcset")]
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -64,8 +53,7 @@ def parsed(report: Report) -> Links:
 @pytest.fixture
 def report() -> Report:
     table = Table(
-        ["method", "loss", "parameters", "note"],
-        [["disel", "0.5100", 1234567, EVIL], ["lora", "0.61", None, "b"]],
+        ["method", "loss", "parameters", "note"], [["disel", "0.5100", 1234567, EVIL], ["lora", "0.61", None, "b"]]
     )
     picture = Figure(plot_bars({"": {"a": Interval(1, 1, 1)}}, label="y"), caption=EVIL)
     return Report(EVIL, EVIL, [Section(EVIL, text=EVIL, tables=[table], figures=[picture], listing=EVIL)])
@@ -104,23 +92,14 @@ def test_report_is_written_whole_or_not_at_all(report: Report, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("cell", "text"),
-    [
-        (None, "–"),
-        (True, "yes"),
-        (1234567, "1,234,567"),
-        (0.123456, "0.1235"),
-        (2e-9, "2e-09"),
-        ("as is", "as is"),
-    ],
+    [(None, "–"), (True, "yes"), (1234567, "1,234,567"), (0.123456, "0.1235"), (2e-9, "2e-09"), ("as is", "as is")],
 )
 def test_cells(cell: object, text: str) -> None:
     assert show(cell) == text  # type: ignore[arg-type]
 
 
 def test_which_columns_are_numbers() -> None:
-    table = Table(
-        ["", "a", "b", "c"], [["x", 1, "0.5 [0.4, 0.6]", "1 or none"], ["y", None, "+0.1 ± 0.2", "none"]]
-    )
+    table = Table(["", "a", "b", "c"], [["x", 1, "0.5 [0.4, 0.6]", "1 or none"], ["y", None, "+0.1 ± 0.2", "none"]])
     assert table.numeric == [False, True, True, False]
 
 
@@ -130,9 +109,7 @@ def test_row_of_the_wrong_length_is_refused() -> None:
 
 
 def test_terminal_table_has_colours_in_a_terminal_only() -> None:
-    table = rich_table(
-        Table(["method", "loss"], [["[red]disel[/red]", "0.5"], ["lora", "10.25"]], title="T", note="N")
-    )
+    table = rich_table(Table(["method", "loss"], [["[red]disel[/red]", "0.5"], ["lora", "10.25"]], title="T", note="N"))
     pipe, terminal = io.StringIO(), io.StringIO()
     Console(file=pipe, width=80).print(table)
     Console(file=terminal, width=80, force_terminal=True, color_system="standard").print(table)
@@ -153,12 +130,7 @@ def has_colour(drawn: MplFigure, colour: str) -> bool:
 
 
 def test_loss_curves_draw_every_run_and_skip_what_is_missing() -> None:
-    records = [
-        {"step": 0, "held_out_loss": 3.0},
-        {"step": 1, "loss": 2.0},
-        {"step": 2, "loss": None},
-        {"epoch": 1},
-    ]
+    records = [{"step": 0, "held_out_loss": 3.0}, {"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"epoch": 1}]
     drawn = plot_losses({"a": records, "b": [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]})
     assert has_colour(drawn, PALETTE[0])
     assert has_colour(drawn, PALETTE[1])
@@ -166,11 +138,7 @@ def test_loss_curves_draw_every_run_and_skip_what_is_missing() -> None:
 
 
 def test_bars_retention_and_landscape_are_drawn() -> None:
-    numbers = {
-        "base": Interval(0.1, 0.1, 0.1),
-        "disel": Interval(0.5, 0.4, 0.6),
-        "lora": Interval(0.3, 0.3, 0.3),
-    }
+    numbers = {"base": Interval(0.1, 0.1, 0.1), "disel": Interval(0.5, 0.4, 0.6), "lora": Interval(0.3, 0.3, 0.3)}
     bars = plot_bars({"": numbers}, label="accuracy")
     assert has_colour(bars, "#999999")  # the base model, so that methods keep their colours from plot to plot
     disel, lora = (looks([name])[name].color for name in ("disel", "lora"))
@@ -179,10 +147,7 @@ def test_bars_retention_and_landscape_are_drawn() -> None:
     assert has_colour(bars, lora)
     other = next(colour for colour in PALETTE if colour not in (disel, lora))
     assert not has_colour(bars, other)
-    distances = {
-        "KL": {"disel": Interval(0.01, 0.01, 0.01)},
-        "shift": {"disel": Interval(-0.02, -0.02, -0.02)},
-    }
+    distances = {"KL": {"disel": Interval(0.01, 0.01, 0.01)}, "shift": {"disel": Interval(-0.02, -0.02, -0.02)}}
     assert has_colour(plot_bars(distances, label="nats per token"), disel)
     rows = [
         {"kind": kind, "layer": layer, "effective_rank": layer}

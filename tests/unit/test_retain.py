@@ -42,9 +42,7 @@ every_config = pytest.mark.parametrize("name", CONFIGS)
 
 @settings(max_examples=30, deadline=None)
 @given(width=st.integers(1, 40), rank=st.integers(1, 50), count=st.integers(1, 60), seed=st.integers(0, 9))
-def test_a_sketch_has_the_trace_and_never_exceeds_the_moment(
-    width: int, rank: int, count: int, seed: int
-) -> None:
+def test_a_sketch_has_the_trace_and_never_exceeds_the_moment(width: int, rank: int, count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(count, width, generator=generator) * torch.rand(width, generator=generator)
     sketch = MomentSketch(width, rank)
@@ -78,9 +76,7 @@ def test_a_sketch_finds_the_largest_directions_of_a_wide_moment() -> None:
 def random_model(name: str, toy: str = "mlp") -> Any:
     base = TOYS[toy].build().double()
     config = CONFIGS[name]
-    config = type(config)(
-        **{**config.to_dict(), "peft_type": None, "target_modules": list(TOYS[toy].targets)}
-    )
+    config = type(config)(**{**config.to_dict(), "peft_type": None, "target_modules": list(TOYS[toy].targets)})
     model = peft.get_peft_model(base, config)
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
@@ -309,9 +305,7 @@ def test_layers_learn_the_moments_of_the_base_models_text(words: Any, gates: boo
     base = model.get_base_model()
     for row, start in zip(text.rows, text.starts, strict=True):  # one text at a time, without padding
         seen: dict[str, Any] = {}
-        handles = [
-            layer.base_layer.register_forward_hook(watch(seen, name)) for name, layer in layers.items()
-        ]
+        handles = [layer.base_layer.register_forward_hook(watch(seen, name)) for name, layer in layers.items()]
         with model.disable_adapter():
             logits = base(input_ids=torch.tensor([row])).logits[0]
         loss = nn.functional.cross_entropy(logits[start - 1 : -1], torch.tensor(row[start:]), reduction="sum")
@@ -329,9 +323,7 @@ def test_layers_learn_the_moments_of_the_base_models_text(words: Any, gates: boo
             torch.testing.assert_close(moment.dense(), exact, atol=2e-4 * scale, rtol=1e-3)
         assert (curvature.bank is not None) == gates
     attention = [
-        layer
-        for name, layer in layers.items()
-        if "layers.0" in name and ("q_proj" in name or "k_proj" in name)
+        layer for name, layer in layers.items() if "layers.0" in name and ("q_proj" in name or "k_proj" in name)
     ]
     assert attention[0].curvatures["default"].inputs is attention[1].curvatures["default"].inputs
 
@@ -352,9 +344,7 @@ def trained(words: Any, retain: float | None, tmp_path: Any, **options: Any) -> 
     torch.manual_seed(0)
     config = dynalora.DiraConfig(r=4, target_modules="all-linear", penalty_weight=0.0, retain=retain)
     model = language_model(words, config)
-    rows = [
-        {"input_ids": (ids := words(row["response"])["input_ids"]), "labels": ids} for row in tiny.rows(8)
-    ]
+    rows = [{"input_ids": (ids := words(row["response"])["input_ids"]), "labels": ids} for row in tiny.rows(8)]
     arguments = transformers.TrainingArguments(
         str(tmp_path), max_steps=20, learning_rate=2e-2, report_to="none", save_strategy="no", use_cpu=True,
         disable_tqdm=True, per_device_train_batch_size=4,

@@ -63,9 +63,7 @@ def by_definition(model: Any, text: Any) -> tuple[float, float, float]:
 
 
 @pytest.mark.parametrize(("batch_size", "chunk"), [(1, 1), (2, 3), (8, 256)])
-def test_retention_is_its_definition_whatever_the_batch_and_chunk(
-    words: Any, batch_size: int, chunk: int
-) -> None:
+def test_retention_is_its_definition_whatever_the_batch_and_chunk(words: Any, batch_size: int, chunk: int) -> None:
     model = adapted(base_model(words))
     text = text_of(model, words)
     kl, base_loss, tuned_loss = by_definition(model, text)
@@ -126,9 +124,7 @@ def test_the_text_follows_the_models_distribution(words: Any) -> None:
     model = base_model(words)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.4)  # flat enough that truncation or a low temperature would show
-    model.generation_config.update(
-        do_sample=True, temperature=0.05, top_k=3, top_p=0.2, repetition_penalty=5.0
-    )
+    model.generation_config.update(do_sample=True, temperature=0.05, top_k=3, top_p=0.2, repetition_penalty=5.0)
     text = own_text(model, words, texts=64, tokens=16, cache=False)
     losses, entropies = [], []
     with torch.no_grad():
@@ -158,9 +154,7 @@ def test_a_text_ends_where_the_model_ends_it(words: Any) -> None:
 # --- the cache --------------------------------------------------------------------------------------------
 
 
-def test_the_text_is_written_once_and_read_back(
-    words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_text_is_written_once_and_read_back(words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DYNALORA_CACHE", str(tmp_path))
     model = base_model(words)
     first = own_text(model, words, texts=4, tokens=5)
@@ -217,9 +211,7 @@ def test_the_fingerprint_is_of_the_base_weights_alone(words: Any) -> None:
     assert fingerprint(base_model(words).to(torch.bfloat16)) != plain
 
 
-def test_the_fingerprint_of_4_bit_weights_is_the_same_after_their_first_use(
-    words: Any, tmp_path: Path
-) -> None:
+def test_the_fingerprint_of_4_bit_weights_is_the_same_after_their_first_use(words: Any, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     marks = []
     for scale in (1.0, 1.0, -1.0):
@@ -227,9 +219,7 @@ def test_the_fingerprint_of_4_bit_weights_is_the_same_after_their_first_use(
         wide.model.layers[0].self_attn.o_proj.weight.data.mul_(scale)
         wide.save_pretrained(str(tmp_path / "wide"))
         how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-        four = transformers.AutoModelForCausalLM.from_pretrained(
-            str(tmp_path / "wide"), quantization_config=how
-        ).eval()
+        four = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "wide"), quantization_config=how).eval()
         marks.append(fingerprint(four))
         text = own_text(four, words, texts=2, tokens=4, cache=False)
         assert fingerprint(four) == marks[-1] == text.fingerprint

@@ -43,9 +43,7 @@ def test_folder_of_another_run_is_refused_and_left_alone(tmp_path: Path) -> None
 def test_folder_with_foreign_files_is_refused(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "c.txt", "d.txt"):
         (tmp_path / name).write_text("mine")
-    with pytest.raises(
-        RunFolderError, match=r"is not empty and holds no run \(found a.txt, b.txt, c.txt and 1 more\)"
-    ):
+    with pytest.raises(RunFolderError, match=r"is not empty and holds no run \(found a.txt, b.txt, c.txt and 1 more\)"):
         RunFolder.create(tmp_path, CONFIG)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.txt", "b.txt", "c.txt", "d.txt"]
 
@@ -119,14 +117,7 @@ def test_a_setting_that_came_later_had_its_default(tmp_path: Path) -> None:
 
 
 def test_settings_survive_the_file_they_are_compared_with(tmp_path: Path) -> None:
-    config = {
-        "path": tmp_path,
-        "pair": (1, 2),
-        "names": {"b", "a"},
-        "ratio": np.float32(0.5),
-        "none": None,
-        "1": 1e-7,
-    }
+    config = {"path": tmp_path, "pair": (1, 2), "names": {"b", "a"}, "ratio": np.float32(0.5), "none": None, "1": 1e-7}
     RunFolder.create(tmp_path / "run", config).close()
     RunFolder.create(tmp_path / "run", config, resume=True).close()
 
@@ -153,9 +144,7 @@ def test_other_processes_of_a_distributed_run_write_nothing(tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
-def test_atomic_write_leaves_the_old_content_when_it_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_atomic_write_leaves_the_old_content_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = write_file(tmp_path / "file", "old")
 
     def fail(*_: object) -> None:

@@ -71,8 +71,7 @@ def made(kind: str, tokenizer: Any, dtype: torch.dtype = torch.float64) -> Any:
 
 def conversations(count: int) -> list[Any]:
     return [
-        [{"role": "user", "content": ARTICLES[n]}, {"role": "assistant", "content": SUMMARIES[n]}]
-        for n in range(count)
+        [{"role": "user", "content": ARTICLES[n]}, {"role": "assistant", "content": SUMMARIES[n]}] for n in range(count)
     ]
 
 
@@ -97,9 +96,7 @@ def test_question_and_answer_carry_the_tokenizers_own_tokens_and_the_answer_the_
     # What is learned from is what is asked, system message included.
     system: Any = [{"role": "system", "content": "Be short."}, *conversations(1)[0]]
     (row,) = tokenize([system], tokenizer).rows
-    assert row["input_ids"][: row["labels"].count(IGNORED_LABEL)] == chat_prompt(
-        tokenizer, ARTICLES[0], "Be short."
-    )
+    assert row["input_ids"][: row["labels"].count(IGNORED_LABEL)] == chat_prompt(tokenizer, ARTICLES[0], "Be short.")
 
 
 def test_long_questions_lose_their_end_and_are_counted(caplog: pytest.LogCaptureFixture) -> None:
@@ -121,8 +118,7 @@ def test_the_loss_of_answers_is_that_of_one_token_after_the_other(kind: str, ada
     model = made(kind, tokenizer)
     if adapted:
         model = peft.get_peft_model(
-            model,
-            dynalora.DiselConfig(r=4, target_modules="all-linear", task_type="SEQ_2_SEQ_LM", total_steps=5),
+            model, dynalora.DiselConfig(r=4, target_modules="all-linear", task_type="SEQ_2_SEQ_LM", total_steps=5)
         )
         model.to(torch.float64).eval()
         with torch.no_grad():
@@ -138,9 +134,7 @@ def test_the_loss_of_answers_is_that_of_one_token_after_the_other(kind: str, ada
         by_hand = -sum(float(one[token]) for one, token in zip(said, answer, strict=True))
         assert found.sums[index] == pytest.approx(by_hand, rel=1e-6)  # scores are summed in float32
         assert found.counts[index] == len(answer)
-        assert found.greedy[index] == all(
-            int(one.argmax()) == token for one, token in zip(said, answer, strict=True)
-        )
+        assert found.greedy[index] == all(int(one.argmax()) == token for one, token in zip(said, answer, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -190,8 +184,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data" / "summarization").mkdir(parents=True)
     for split, start, stop in (("train", 0, 18), ("test", 18, 24)):
         rows = [
-            {"document": ARTICLES[n] + "!" * 300 * (n % 5 == 0), "summary": SUMMARIES[n]}
-            for n in range(start, stop)
+            {"document": ARTICLES[n] + "!" * 300 * (n % 5 == 0), "summary": SUMMARIES[n]} for n in range(start, stop)
         ]
         tiny.write_jsonl(folder / "data" / "summarization" / f"xsum.{split}.jsonl", rows)
     return folder
@@ -241,8 +234,7 @@ def test_compare_refuses_what_they_cannot_do(place: Path, more: dict[str, Any], 
         (place / "data" / "commonsense").mkdir(exist_ok=True)
         for split in ("train", "dev"):
             tiny.write_jsonl(
-                place / "data" / "commonsense" / f"ARC-Easy.{split}.jsonl",
-                option_rows(0 if split == "dev" else 40, 20),
+                place / "data" / "commonsense" / f"ARC-Easy.{split}.jsonl", option_rows(0 if split == "dev" else 40, 20)
             )
     with pytest.raises(ConfigError, match=said):
         run_compare(spec(place, output=str(place / "refused"), **more), apart=False)
@@ -251,16 +243,12 @@ def test_compare_refuses_what_they_cannot_do(place: Path, more: dict[str, Any], 
 def test_what_needs_a_causal_language_model_says_so(place: Path) -> None:
     name = str(place / "bart")
     for load in (empty_model, load_model):
-        with pytest.raises(
-            ConfigError, match=r"is an encoder-decoder \(bart\), and a causal language model is needed"
-        ):
+        with pytest.raises(ConfigError, match=r"is an encoder-decoder \(bart\), and a causal language model is needed"):
             load(name)
         assert type(load(name, heads=LANGUAGE_MODELS)) is transformers.BartForConditionalGeneration
     tokenizer = load_tokenizer(name, template=None)
     with pytest.raises(ConfigError, match="needs a causal language model"):
-        measure(
-            load_model(name, heads=LANGUAGE_MODELS), tokenizer, prepare("wikitext2", data=write_text(place))
-        )
+        measure(load_model(name, heads=LANGUAGE_MODELS), tokenizer, prepare("wikitext2", data=write_text(place)))
 
 
 def write_text(place: Path) -> Path:
@@ -271,20 +259,11 @@ def write_text(place: Path) -> Path:
 
 def test_evaluate_measures_a_model_and_a_saved_adapter(place: Path, tmp_path: Path) -> None:
     base = load_model(str(place / "bart"), dtype="float32", heads=LANGUAGE_MODELS)
-    adapted = peft.get_peft_model(
-        base, dynalora.DiraConfig(r=2, target_modules="all-linear", task_type="SEQ_2_SEQ_LM")
-    )
+    adapted = peft.get_peft_model(base, dynalora.DiraConfig(r=2, target_modules="all-linear", task_type="SEQ_2_SEQ_LM"))
     adapted.save_pretrained(tmp_path / "adapter")
-    told: dict[str, Any] = {
-        "task": ["xsum"],
-        "data": str(place / "data"),
-        "max_new_tokens": 5,
-        "dtype": "float32",
-    }
+    told: dict[str, Any] = {"task": ["xsum"], "data": str(place / "data"), "max_new_tokens": 5, "dtype": "float32"}
     (plain,) = evaluate(EvaluateSpec(source=str(place / "bart"), **told))
-    (with_adapter,) = evaluate(
-        EvaluateSpec(source=str(tmp_path / "adapter"), model=str(place / "bart"), **told)
-    )
+    (with_adapter,) = evaluate(EvaluateSpec(source=str(tmp_path / "adapter"), model=str(place / "bart"), **told))
     assert with_adapter.answers == plain.answers  # it begins as the base model
     assert plain.items == 6
     prompts = [item.prompt for item in prepare("xsum", data=place / "data").items]

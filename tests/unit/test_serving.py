@@ -42,9 +42,7 @@ def layers_of(model: Any) -> list[AdapterLayer]:
 
 
 def files(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    return json.loads((folder / "adapter_config.json").read_text()), load_file(
-        folder / "adapter_model.safetensors"
-    )
+    return json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
 
 
 def vllm_update(folder: Path, module: str) -> torch.Tensor:
@@ -77,9 +75,7 @@ CASES = {
 
 @pytest.mark.parametrize("uniform", [None, 0, 16])
 @pytest.mark.parametrize("case", CASES)
-def test_a_server_said_to_take_it_computes_the_adapter(
-    case: str, uniform: int | None, tmp_path: Path
-) -> None:
+def test_a_server_said_to_take_it_computes_the_adapter(case: str, uniform: int | None, tmp_path: Path) -> None:
     model = adapted(**CASES[case])
     report = dynalora.export_lora(model, tmp_path / "lora", uniform_rank=uniform)
     assert report.max_error < 1e-6
@@ -129,8 +125,7 @@ def test_what_servers_refuse_is_named(tmp_path: Path) -> None:
     dynalora.export_lora(adapted(), tmp_path / "lora")
     config, state = files(tmp_path / "lora")
     save_file(
-        {**state, "base_model.model.lm_head.weight": torch.zeros(2)},
-        tmp_path / "lora" / "adapter_model.safetensors",
+        {**state, "base_model.model.lm_head.weight": torch.zeros(2)}, tmp_path / "lora" / "adapter_model.safetensors"
     )
     for server in check_serving(tmp_path / "lora"):
         assert server.problems == (

@@ -8,15 +8,7 @@ from typing import Annotated, Any, ClassVar
 import pytest
 
 from dynalora.errors import ConfigError
-from dynalora.lab.settings import (
-    Setting,
-    Settings,
-    coerce,
-    describe,
-    named_values,
-    read_yaml,
-    settings_from,
-)
+from dynalora.lab.settings import Setting, Settings, coerce, describe, named_values, read_yaml, settings_from
 
 
 @dataclass(frozen=True)
@@ -82,12 +74,7 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
 
 
 def test_named_values() -> None:
-    assert named_values(["a=1", "b=x=y", "c=[1, 2]", "d=true"]) == {
-        "a": 1,
-        "b": "x=y",
-        "c": [1, 2],
-        "d": True,
-    }
+    assert named_values(["a=1", "b=x=y", "c=[1, 2]", "d=true"]) == {"a": 1, "b": "x=y", "c": [1, 2], "d": True}
     with pytest.raises(ConfigError, match="'novalue' is not of the form NAME=VALUE"):
         named_values(["novalue"])
 
@@ -168,11 +155,7 @@ def test_a_subclass_may_change_the_default_alone() -> None:
 
 def test_descriptions_of_another_class_hold_for_equal_names() -> None:
     steps, goal = (describe(Same)[name] for name in ("steps", "goal"))
-    assert (steps.summary, steps.absent, steps.setting.alias) == (
-        "How far to go; 0: nowhere.",
-        "as before",
-        "-s",
-    )
+    assert (steps.summary, steps.absent, steps.setting.alias) == ("How far to go; 0: nowhere.", "as before", "-s")
     assert goal.absent is None
 
 

@@ -36,9 +36,7 @@ from . import tiny
 def words() -> Any:
     """A tokenizer that frames a question and its passage as BERT's does."""
     made = tiny.tokenizer(chat=False, merges=[("Ġ", "a"), ("e", "r"), ("s", "t")])
-    made.add_special_tokens(
-        {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "mask_token": "[MASK]"}
-    )
+    made.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "mask_token": "[MASK]"})
     made.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", made.cls_token_id), ("[SEP]", made.sep_token_id)],
@@ -132,10 +130,7 @@ def slowly(model: Any, items: list[Example], max_length: int) -> tuple[list[str]
             with torch.no_grad():
                 said = model(**{name: torch.tensor([values]) for name, values in window.inputs.items()})
             start, end = said.start_logits[0].double(), said.end_logits[0].double()
-            nats += [
-                float(-part.log_softmax(0)[mark])
-                for part, mark in zip((start, end), window.marks, strict=True)
-            ]
+            nats += [float(-part.log_softmax(0)[mark]) for part, mark in zip((start, end), window.marks, strict=True)]
             quiet.append(float(start[window.silence] + end[window.silence]))
             for i, first in enumerate(window.places):
                 for j, last in enumerate(window.places):
@@ -151,9 +146,7 @@ def questions(count: int = 12) -> list[Example]:
     draw = random.Random(4)
     made = []
     for number in range(count):
-        passage = " ".join(
-            draw.choice(["ster", "aer", "rest", "e.", "tsé"]) for _ in range(draw.randint(3, 40))
-        )
+        passage = " ".join(draw.choice(["ster", "aer", "rest", "e.", "tsé"]) for _ in range(draw.randint(3, 40)))
         span = (5, 9) if number % 3 else None
         text = passage[slice(*span)] if span else ""
         made.append(Example(f"are {number}?", [text] if text else [], text, second=passage, span=span))
@@ -174,22 +167,13 @@ def test_what_is_said_is_the_best_of_all_windows(batch_size: int) -> None:
 
 
 def test_the_loss_is_the_models_own_in_training() -> None:
-    items = [
-        Example("e?", ["st"], "st", second="a rest", span=(4, 6)),
-        Example("a?", [], "", second="ster aer"),
-    ]
+    items = [Example("e?", ["st"], "st", second="a rest", span=(4, 6)), Example("a?", [], "", second="ster aer")]
     model = encoder()
     rows = [window.training_row() for window in read_windows(WORDS, items, 64)]
     marked = mark_answers(model, WORDS, items, max_length=64)
     for row, loss in zip(rows, marked.losses, strict=True):
         batch = transformers.DataCollatorWithPadding(WORDS)([dict(row)])
-        assert set(batch) == {
-            "input_ids",
-            "attention_mask",
-            "token_type_ids",
-            "start_positions",
-            "end_positions",
-        }
+        assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "start_positions", "end_positions"}
         assert float(model(**batch).loss.detach()) == pytest.approx(loss, rel=1e-5)
     both = transformers.DataCollatorWithPadding(WORDS)([dict(row) for row in rows])
     assert both["start_positions"].shape == (2,)
@@ -278,10 +262,7 @@ def test_rows_say_where_the_answer_is(data: Path, tmp_path: Path) -> None:
     (tmp_path / "qa").mkdir()
     wrong = rows("dev", 2)[1]
     for answers, message in (
-        (
-            {"text": ["cats"], "answer_start": [1]},
-            "the answer 'cats', which its passage does not have at character 1",
-        ),
+        ({"text": ["cats"], "answer_start": [1]}, "the answer 'cats', which its passage does not have at character 1"),
         ({"text": ["dogs"]}, "the answer 'dogs', which its passage does not have; mend the row"),
     ):
         tiny.write_jsonl(tmp_path / "qa" / "squad_v2.dev.jsonl", [{**wrong, "answers": answers}])
@@ -380,9 +361,7 @@ def test_what_takes_another_model_is_refused(data: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["model", "adapter"])
-def test_saved_models_and_adapters_are_evaluated(
-    data: Path, loaded: Any, tmp_path: Path, adapted: bool
-) -> None:
+def test_saved_models_and_adapters_are_evaluated(data: Path, loaded: Any, tmp_path: Path, adapted: bool) -> None:
     model: Any = encoder(torch.float32)
     model.save_pretrained(str(tmp_path / "model"))
     WORDS.save_pretrained(str(tmp_path / "model"))

@@ -39,12 +39,7 @@ def test_trajectory_follows_the_record(tmp_path: Path) -> None:
     assert trajectory.ranks[-1] == list(model.rank_pattern.values())
     assert all(sum(row) == 12 for row in trajectory.ranks)
     for one, scores, places, ranks, variance in zip(
-        record,
-        trajectory.scores,
-        trajectory.importance,
-        trajectory.ranks,
-        trajectory.pareto_variance,
-        strict=False,
+        record, trajectory.scores, trajectory.importance, trajectory.ranks, trajectory.pareto_variance, strict=False
     ):
         assert scores == [np.mean(own) for own in one.scores.values()] == pytest.approx(scores)
         assert sorted(places) == [1, 2, 3, 4]
@@ -67,9 +62,7 @@ def test_trajectory_follows_the_record(tmp_path: Path) -> None:
 def test_rank_pattern_makes_a_fresh_lora_of_the_same_ranks() -> None:
     model = adapted(pedyra(total_steps=6))
     loop(model, adamw(model), batches(6))
-    config = peft.LoraConfig(
-        r=3, target_modules=["q_proj", "down_proj"], rank_pattern=dynalora.rank_pattern(model)
-    )
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"], rank_pattern=dynalora.rank_pattern(model))
     fresh = peft.get_peft_model(TOYS["llama"].build(), config)
     found = {
         name.removeprefix("base_model.model."): module.r["default"]

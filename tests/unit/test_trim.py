@@ -42,9 +42,7 @@ def adapted(words: Any, name: str, strength: float = 0.1) -> Any:
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data.add_(
-                strength * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            )
+            parameter.data.add_(strength * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return model.eval()
 
 
@@ -74,9 +72,7 @@ def test_a_scaled_update_is_that_part_of_the_change(words: Any, name: str, facto
 
 
 @every_config
-def test_what_is_saved_is_scaled_and_the_users_configuration_is_not(
-    words: Any, name: str, tmp_path: Any
-) -> None:
+def test_what_is_saved_is_scaled_and_the_users_configuration_is_not(words: Any, name: str, tmp_path: Any) -> None:
     model = adapted(words, name)
     given = model.peft_config["default"]
     before = dict(given.to_dict())
@@ -131,8 +127,7 @@ def test_what_cannot_be_scaled_says_so(words: Any) -> None:
     with pytest.raises(UnsupportedError, match="IA3Config"):
         scale_update(model, 0.5)
     dora = peft.get_peft_model(
-        tiny.model(len(words)),
-        peft.LoraConfig(use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        tiny.model(len(words)), peft.LoraConfig(use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM")
     )
     with pytest.raises(UnsupportedError, match="norms do not scale"):
         scale_update(dora, 0.5)

@@ -45,13 +45,9 @@ def kl_of(adapter: Path) -> float:
     return retention(model, own_text(model, words)).kl
 
 
-def test_the_written_adapter_is_within_the_bound_and_has_its_curve(
-    run: Path, tmp_path: Path, program: Program
-) -> None:
+def test_the_written_adapter_is_within_the_bound_and_has_its_curve(run: Path, tmp_path: Path, program: Program) -> None:
     bound = 0.3 * kl_of(run)
-    shown = program(
-        "trim", str(run), str(tmp_path / "out"), "--max-kl", f"{bound}", "--factors", "1,0.5,0.25"
-    )
+    shown = program("trim", str(run), str(tmp_path / "out"), "--max-kl", f"{bound}", "--factors", "1,0.5,0.25")
     assert shown.code == 0, shown.err
     kl = kl_of(tmp_path / "out")
     assert 0.8 * bound < kl <= bound * (1 + 1e-5)
@@ -89,9 +85,7 @@ def test_every_text_is_kept_within_the_bound(run: Path, tmp_path: Path, program:
     assert kl_of(tmp_path / "out") <= bound * (1 + 1e-5)
 
 
-def test_what_cannot_be_done_is_said_and_nothing_is_overwritten(
-    run: Path, tmp_path: Path, program: Program
-) -> None:
+def test_what_cannot_be_done_is_said_and_nothing_is_overwritten(run: Path, tmp_path: Path, program: Program) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     shown = program("trim", str(run), str(tmp_path / "full"), "--max-kl", "0.1")
@@ -113,9 +107,7 @@ def test_what_cannot_be_done_is_said_and_nothing_is_overwritten(
 
 
 def test_a_factor_may_be_given_instead_of_a_bound(run: Path, tmp_path: Path, program: Program) -> None:
-    shown = program(
-        "trim", str(run), str(tmp_path / "out"), "--factor", "0.5", "--factors", "0.25", "--no-loss"
-    )
+    shown = program("trim", str(run), str(tmp_path / "out"), "--factor", "0.5", "--factors", "0.25", "--no-loss")
     assert shown.code == 0, shown.err
     content = json.loads((tmp_path / "out" / "trim.json").read_text())
     points = {point["factor"]: point for point in content["points"]}
@@ -149,10 +141,7 @@ def test_a_run_says_which_factor_it_would_take(run: Path, tmp_path: Path) -> Non
     else:
         assert f"OUTPUT --factor {taken:g}" in shown.replace("\n", "")
     # The adapter that was saved and returned is the one that was trained.
-    assert (
-        load_adapter(str(tmp_path / "run")).peft_config["default"].alpha
-        == result.model.peft_config["default"].alpha
-    )
+    assert load_adapter(str(tmp_path / "run")).peft_config["default"].alpha == result.model.peft_config["default"].alpha
     finetune(FinetuneSpec(output=str(tmp_path / "off"), scaled=False, **given))
     assert "scaled" not in (tmp_path / "off" / "metrics.jsonl").read_text()
 

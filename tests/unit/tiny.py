@@ -24,9 +24,7 @@ def tokenizer(*, chat: bool = True, merges: list[tuple[str, str]] | None = None)
     """One token per byte (and per merge), so that every text can be written."""
     merges = merges or []
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {
-        token: index for index, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])
-    }
+    vocabulary = {token: index for index, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     raw.decoder = decoders.ByteLevel()

@@ -150,9 +150,7 @@ class BaseWeight(BaseTunerLayer):
         if check or self.quantization_backend is not None:
             merged = (weight.to(delta.dtype) + sign * delta.to(weight.device)).to(weight.dtype)
             if check and not torch.isfinite(merged).all():
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken"
-                )
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
             self._put_base_weight(merged)
         else:
             weight.copy_(weight.to(delta.dtype) + sign * delta.to(weight.device))
@@ -181,9 +179,7 @@ class BaseWeight(BaseTunerLayer):
             ) from refused
 
 
-def quantization_of(
-    base_layer: nn.Module, settings: Mapping[str, Any] | None = None
-) -> QuantizationBackend | None:
+def quantization_of(base_layer: nn.Module, settings: Mapping[str, Any] | None = None) -> QuantizationBackend | None:
     """PEFT's way to read and write a quantised layer's weight; None if the layer is not quantised.
 
     Args:

@@ -166,13 +166,9 @@ def compact_layers(
     adapter = driver.adapter
     _check(driver, layers)
     before = _parameters(layers, adapter)
-    largest = max(
-        float(layer.scaling[adapter] * factor_spectrum(*_factors(layer, adapter))[0]) for layer in layers
-    )
+    largest = max(float(layer.scaling[adapter] * factor_spectrum(*_factors(layer, adapter))[0]) for layer in layers)
     if not largest:
-        rows = [
-            CompactedMatrix(x.name, x.rank(adapter), x.rank(adapter), 0.0, rewritten=False) for x in layers
-        ]
+        rows = [CompactedMatrix(x.name, x.rank(adapter), x.rank(adapter), 0.0, rewritten=False) for x in layers]
         return Compaction(tuple(rows), before, before, 0.0, 0.0)
     rows, smallest = [], []
     for layer in layers:
@@ -258,9 +254,7 @@ def _sizes(layer: AdapterLayer, adapter: str) -> torch.Tensor:
     return sizes
 
 
-def _rewrite(
-    layer: AdapterLayer, adapter: str, u: torch.Tensor, values: torch.Tensor, v: torch.Tensor
-) -> None:
+def _rewrite(layer: AdapterLayer, adapter: str, u: torch.Tensor, values: torch.Tensor, v: torch.Tensor) -> None:
     """Put singular components in the place of all components, with gradients and optimizer state."""
     up, down = (layer.parameter(role, adapter) for role in ("up", "down"))
     old_up, old_down = (layer.used(role, adapter).detach().double() for role in ("up", "down"))
@@ -287,9 +281,7 @@ def _parameters(layers: Iterable[AdapterLayer], adapter: str) -> int:
     return sum(p.numel() for layer in layers for p in layer.adapter_parameters(adapter).values())
 
 
-def _openness(
-    layers: Sequence[AdapterLayer], adapter: str, gates: Iterable[RecordedGates]
-) -> dict[str, torch.Tensor]:
+def _openness(layers: Sequence[AdapterLayer], adapter: str, gates: Iterable[RecordedGates]) -> dict[str, torch.Tensor]:
     """Root mean squares of the gates by layer name."""
     openness = {row.module: row.mean_square.double().sqrt() for row in gates}
     for layer in layers:

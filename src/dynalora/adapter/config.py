@@ -65,19 +65,16 @@ class AdapterConfig(PeftConfig):
 
     r: int = field(default=8, metadata={"help": "Rank of the adapter."})
     alpha: float | None = field(
-        default=None,
-        metadata={"help": "Scaling numerator, s = alpha / r; None: the method's default multiple of r."},
+        default=None, metadata={"help": "Scaling numerator, s = alpha / r; None: the method's default multiple of r."}
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input during training."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r)."})
     target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Linear layers to adapt: names, a regular expression or 'all-linear'."},
+        default=None, metadata={"help": "Linear layers to adapt: names, a regular expression or 'all-linear'."}
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     rank_pattern: dict[str, int] = field(
-        default_factory=dict,
-        metadata={"help": "Ranks that differ from r, by module name or regular expression."},
+        default_factory=dict, metadata={"help": "Ranks that differ from r, by module name or regular expression."}
     )
     alpha_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Alphas that differ, by module name or regular expression."}
@@ -86,40 +83,30 @@ class AdapterConfig(PeftConfig):
         default_factory=dict,
         metadata={"help": "Written by training that moved ranks: ranks that the scaling refers to."},
     )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of blocks to adapt."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of blocks."}
-    )
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of blocks to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train in full and save with the adapter."}
     )
     bias: str = field(default="none", metadata={"help": "Base biases to train: none, all or <method>_only."})
     init_weights: bool = field(
-        default=True,
-        metadata={"help": "True starts as the base model; False with a random update, for tests."},
+        default=True, metadata={"help": "True starts as the base model; False with a random update, for tests."}
     )
     total_steps: int | None = field(
-        default=None,
-        metadata={"help": "Optimizer steps of the run; found by itself under transformers' Trainer."},
+        default=None, metadata={"help": "Optimizer steps of the run; found by itself under transformers' Trainer."}
     )
     retain: float | None = field(
         default=None, metadata={"help": "Weight of the penalty on changes of the base model's own text."}
     )
     max_forgetting: float | None = field(
         default=None,
-        metadata={
-            "help": "KL in nats per token at which the run is to end; the weight of retain follows it."
-        },
+        metadata={"help": "KL in nats per token at which the run is to end; the weight of retain follows it."},
     )
     retain_mode: RetainMode = field(
-        default="quadratic",
-        metadata={"help": "quadratic: a closed form; replay: the KL itself at every step."},
+        default="quadratic", metadata={"help": "quadratic: a closed form; replay: the KL itself at every step."}
     )
     retain_on: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Text to keep: a .txt or .jsonl file, or texts; None: the base model's own."},
+        default=None, metadata={"help": "Text to keep: a .txt or .jsonl file, or texts; None: the base model's own."}
     )
 
     #: Name of the method, set by each method's configuration.
@@ -151,18 +138,14 @@ class AdapterConfig(PeftConfig):
         for key, rank in self.rank_pattern.items():
             self._require(_is_count(rank), f"rank_pattern[{key!r}]", "a positive integer", rank)
         for key, alpha in self.alpha_pattern.items():
-            self._require(
-                _is_number(alpha) and alpha > 0, f"alpha_pattern[{key!r}]", "a positive number", alpha
-            )
+            self._require(_is_number(alpha) and alpha > 0, f"alpha_pattern[{key!r}]", "a positive number", alpha)
         biases = ("none", "all", f"{self.method}_only")
         self._require(self.bias in biases, "bias", f"one of {', '.join(map(repr, biases))}")
         if self.total_steps is not None:
             self._require(_is_count(self.total_steps), "total_steps", "a positive integer, or left out")
         if self.retain is not None:
             self._require(
-                _is_number(self.retain) and self.retain > 0,
-                "retain",
-                "a positive number, or None to leave it out",
+                _is_number(self.retain) and self.retain > 0, "retain", "a positive number, or None to leave it out"
             )
         self._check_retain()
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -195,9 +178,7 @@ class AdapterConfig(PeftConfig):
             texts = [self.retain_on] if isinstance(self.retain_on, str) else self.retain_on
             listed = isinstance(texts, (list, tuple)) and bool(texts)
             self._require(
-                listed and all(isinstance(text, str) for text in texts),
-                "retain_on",
-                "a file or a list of texts",
+                listed and all(isinstance(text, str) for text in texts), "retain_on", "a file or a list of texts"
             )
             self._require(self.retain is not None, "retain_on", "left out unless retain has a weight")
 

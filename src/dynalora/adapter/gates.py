@@ -49,9 +49,7 @@ class GatedConfig(AdapterConfig):
     gate_bias_init: float = field(default=-3.0, metadata={"help": "Start of the gates' bias."})
     gate_weight_init: GateWeightInit = field(default="kaiming", metadata={"help": "kaiming or zeros."})
     gate_normalize: bool = field(default=False, metadata={"help": "Divide the gates' logits by sqrt(in)."})
-    gate_bottleneck: int | None = field(
-        default=None, metadata={"help": "Width of a narrow layer in the gates."}
-    )
+    gate_bottleneck: int | None = field(default=None, metadata={"help": "Width of a narrow layer in the gates."})
     gate_lr_multiplier: float = field(default=5.0, metadata={"help": "Gates' learning rate as a multiple."})
 
     def __post_init__(self) -> None:
@@ -60,22 +58,16 @@ class GatedConfig(AdapterConfig):
         finite = isinstance(self.gate_bias_init, (int, float)) and abs(self.gate_bias_init) < float("inf")
         self._require(finite, "gate_bias_init", "a finite number")
         choices = get_args(GateWeightInit)
-        self._require(
-            self.gate_weight_init in choices, "gate_weight_init", f"one of {', '.join(map(repr, choices))}"
-        )
+        self._require(self.gate_weight_init in choices, "gate_weight_init", f"one of {', '.join(map(repr, choices))}")
         width = self.gate_bottleneck
         valid_width = width is None or (isinstance(width, int) and not isinstance(width, bool) and width > 0)
         self._require(valid_width, "gate_bottleneck", "a positive integer, or None")
-        multiplier = isinstance(
-            self.gate_lr_multiplier, (int, float)
-        ) and 0 < self.gate_lr_multiplier < float("inf")
+        multiplier = isinstance(self.gate_lr_multiplier, (int, float)) and 0 < self.gate_lr_multiplier < float("inf")
         self._require(multiplier, "gate_lr_multiplier", "a positive number")
         if not self.gates:
             for setting in fields(GatedConfig):
                 if setting.name.startswith("gate_") and getattr(self, setting.name) != setting.default:
-                    self._require(
-                        False, setting.name, f"{setting.default!r} (its default) without gates=True"
-                    )
+                    self._require(False, setting.name, f"{setting.default!r} (its default) without gates=True")
 
     @property
     def gated(self) -> bool:
@@ -121,9 +113,7 @@ class GatedLayer(AdapterLayer):
         tensors["gate_bias"] = torch.full((r,), float(config.gate_bias_init))
         return tensors
 
-    def new_gate(
-        self, config: GatedConfig, adapter: str, generator: torch.Generator
-    ) -> dict[str, torch.Tensor]:
+    def new_gate(self, config: GatedConfig, adapter: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Tensors of the gate of one more component by role, drawn as at the start; none without gates."""
         if not self.gated(adapter):
             return {}

@@ -23,12 +23,7 @@ class _AddLowRankInPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        result: torch.Tensor,
-        m: torch.Tensor,
-        up: torch.Tensor,
-        frozen: torch.Tensor | None,
-        scaling: float,
+        ctx: Any, result: torch.Tensor, m: torch.Tensor, up: torch.Tensor, frozen: torch.Tensor | None, scaling: float
     ) -> torch.Tensor:
         narrow, up_cast = _cast_sides(m, up, frozen, result.dtype)
         result.view(-1, up.shape[0]).addmm_(narrow, up_cast.t(), alpha=scaling)
@@ -180,12 +175,7 @@ def add_low_rank(
         # Linear layers with a bias return a view of the matrix they computed: update that matrix, and view it again.
         # (Autograd handles in-place updates of views by copying their gradient.)
         whole = view_base(result)
-        if (
-            whole is not None
-            and whole.is_contiguous()
-            and whole.shape[-1] == out
-            and whole.numel() == result.numel()
-        ):
+        if whole is not None and whole.is_contiguous() and whole.shape[-1] == out and whole.numel() == result.numel():
             updated: torch.Tensor = _AddLowRankInPlace.apply(whole, m, up, frozen, scaling)  # type: ignore[no-untyped-call]
             return updated.view(result.shape)
     if frozen is not None:
@@ -204,8 +194,4 @@ def may_overwrite(base_layer: nn.Module) -> bool:
     True for a plain `nn.Linear` without forward hooks: its backward does not need its result. Other layers may keep
     theirs, and hooks may have stored it.
     """
-    return (
-        type(base_layer) is nn.Linear
-        and not has_forward_hooks(base_layer)
-        and not torch.compiler.is_compiling()
-    )
+    return type(base_layer) is nn.Linear and not has_forward_hooks(base_layer) and not torch.compiler.is_compiling()

@@ -213,9 +213,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
                     driver.watch(self, result)
         return result
 
-    def add_update(
-        self, result: torch.Tensor, x: torch.Tensor, adapter: str, in_place: bool = False
-    ) -> torch.Tensor:
+    def add_update(self, result: torch.Tensor, x: torch.Tensor, adapter: str, in_place: bool = False) -> torch.Tensor:
         """Add an adapter's update to the base layer's result.
 
         Args:
@@ -243,9 +241,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
                 "call unmerge_adapter() first."
             )
 
-    def _add_by_row(
-        self, result: torch.Tensor, x: torch.Tensor, adapter_names: Sequence[str]
-    ) -> torch.Tensor:
+    def _add_by_row(self, result: torch.Tensor, x: torch.Tensor, adapter_names: Sequence[str]) -> torch.Tensor:
         """Add to every row of a mixed batch the update of its own adapter; `result` is overwritten."""
         for adapter in dict.fromkeys(adapter_names):
             if adapter in self.scaling:  # it may be the base model, or adapt other layers only

@@ -75,9 +75,7 @@ class Method:
         """Whether the method acts on the value of the task loss (`Moment.task_loss`)."""
         return False
 
-    def optimizer_overrides(
-        self, config: Any, layer: AdapterLayer, adapter: str
-    ) -> dict[str, OptimizerOverride]:
+    def optimizer_overrides(self, config: Any, layer: AdapterLayer, adapter: str) -> dict[str, OptimizerOverride]:
         """Parameter roles (`"gate_weight"`, …) of a layer that the optimizer must treat differently."""
         return {}
 

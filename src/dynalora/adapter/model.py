@@ -9,10 +9,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    get_quantization_kwargs,
-)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
@@ -71,10 +68,7 @@ class AdapterModel(BaseTuner):
             self.method.prepare(layers, adapter_name, config)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        if (
-            peft_config.target_modules is None
-            and model_config.get("model_type") not in self.target_module_mapping
-        ):
+        if peft_config.target_modules is None and model_config.get("model_type") not in self.target_module_mapping:
             raise ConfigError(
                 f"{type(peft_config).__name__}: target_modules must be given for the architecture "
                 f"{model_config.get('model_type')!r}, for which there is no default; name the linear "
@@ -96,9 +90,7 @@ class AdapterModel(BaseTuner):
         config = cast(AdapterConfig, peft_config)
         assert config.alpha is not None
         r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), current_key), config.r)
-        alpha = config.alpha_pattern.get(
-            get_pattern_key(list(config.alpha_pattern), current_key), config.alpha
-        )
+        alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), current_key), config.alpha)
         layer = target
         if not isinstance(target, self.method.layer_class):
             if not AdapterLayer.supports(target):
@@ -125,9 +117,7 @@ class AdapterModel(BaseTuner):
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
-    def _replace_module(
-        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
-    ) -> None:
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's reads ``child.weight``, which a classification head that is trained in full need not have. What else
         # it does is done: layers bring their adapters to the base layer's device by themselves.
         setattr(parent, child_name, new_module)
@@ -136,8 +126,7 @@ class AdapterModel(BaseTuner):
         # PEFT's cast makes new parameters, all of them trainable: put back which ones were.
         layers = adapter_layers(self.model).values()
         trainable = [
-            {role: p.requires_grad for role, p in layer.adapter_parameters(adapter_name).items()}
-            for layer in layers
+            {role: p.requires_grad for role, p in layer.adapter_parameters(adapter_name).items()} for layer in layers
         ]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer, roles in zip(layers, trainable, strict=True):
@@ -208,11 +197,7 @@ class AdapterModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(
-        self,
-        *args: Any,
-        adapter_names: Sequence[str] | None = None,
-        num_beams: int | None = None,
-        **kwargs: Any,
+        self, *args: Any, adapter_names: Sequence[str] | None = None, num_beams: int | None = None, **kwargs: Any
     ) -> Iterator[None]:
         # PEFT calls this around forward and generate, with what the user passed to them.
         if adapter_names is None:
@@ -226,8 +211,7 @@ class AdapterModel(BaseTuner):
         unrepeated = set(encoder.modules()) if isinstance(encoder, nn.Module) else set()
         handles = [
             module.register_forward_pre_hook(
-                partial(_with_adapter_names, names=names if module in unrepeated else repeated),
-                with_kwargs=True,
+                partial(_with_adapter_names, names=names if module in unrepeated else repeated), with_kwargs=True
             )
             for module in self.modules()
             if isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper))

@@ -61,9 +61,7 @@ class RankedStorage(Storage):
         return 0
 
     @torch.no_grad()
-    def resize(
-        self, adapter: str, keep: Sequence[int], new: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
+    def resize(self, adapter: str, keep: Sequence[int], new: Mapping[str, torch.Tensor] | None = None) -> None:
         """Keep some components of an adapter, in the given order, and put new ones after them.
 
         The parameters stay the same objects. Gradients and the state of every optimizer that has stepped them follow,

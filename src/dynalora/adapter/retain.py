@@ -62,10 +62,7 @@ def retention_penalty(
         if first.depends_on_input(adapter):
             up = torch.stack([layer.sides(adapter)[0] for layer in group])
             second = torch.stack(
-                [
-                    _narrow_moment(layer, adapter, moment, step)
-                    for layer, moment in zip(group, moments, strict=True)
-                ]
+                [_narrow_moment(layer, adapter, moment, step) for layer, moment in zip(group, moments, strict=True)]
             )
         else:
             factors = [layer.factors(adapter) for layer in group]
@@ -173,9 +170,7 @@ class Retain:
     def report(self, moment: Moment) -> dict[str, Any]:
         """The weight, and where the adapter stands with its budget."""
         config = moment.config
-        report: dict[str, Any] = {
-            "retain_weight": config.retain if self.weight is None else float(self.weight)
-        }
+        report: dict[str, Any] = {"retain_weight": config.retain if self.weight is None else float(self.weight)}
         if config.max_forgetting is not None:
             report["max_forgetting"] = config.max_forgetting
             last = self._measured(moment)

@@ -46,8 +46,6 @@ def describe_linear_layers(model: nn.Module) -> str:
             kinds[kind] = kinds.get(kind, 0) + 1
     if not kinds:
         return "This model has no linear layers."
-    named = ", ".join(
-        f"{kind} ({count})" for kind, count in sorted(kinds.items(), key=lambda item: -item[1])[:20]
-    )
+    named = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items(), key=lambda item: -item[1])[:20])
     hint = "target_modules='all-linear' takes all but the output layer"
     return f"The linear layers of this model are named: {named}; {hint}."

@@ -165,9 +165,7 @@ COMMANDS = {
         settings=TransferSpec,
         job="dynalora.jobs.stages.transfer:run_transfer",
         help="Train on each of several tasks, measure on all: heat maps, methods side by side.",
-        examples=(
-            "dynalora transfer --task data/ARC-Easy --task data/openbookqa --task data/gsm8k -o runs/transfer",
-        ),
+        examples=("dynalora transfer --task data/ARC-Easy --task data/openbookqa --task data/gsm8k -o runs/transfer",),
         resume=" --resume",
     ),
     "linear-model": Command(

@@ -51,9 +51,7 @@ def settings_of(kind: type[Kind], config: Path | None, flags: Mapping[str, Any])
         if isinstance(value, list):
             value = _listed(item, value)
         values[name] = {**(values.get(name) or {}), **value} if item.setting.merge else value
-    return settings_from(
-        kind, values, source=f"'{config}' and the flags" if config is not None else "the flags"
-    )
+    return settings_from(kind, values, source=f"'{config}' and the flags" if config is not None else "the flags")
 
 
 def _listed(item: Described, texts: list[str]) -> Any:

@@ -69,8 +69,7 @@ def _show_version(shown: bool) -> None:
 @app.callback()
 def _program(
     version: Annotated[
-        bool,
-        typer.Option("--version", help="Show the version and stop.", callback=_show_version, is_eager=True),
+        bool, typer.Option("--version", help="Show the version and stop.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
     """LoRA adapters that decide for themselves how much rank each layer gets, and on which inputs to act.

@@ -8,12 +8,7 @@ from typing import Any
 from dynalora.errors import UnsupportedError
 
 # Names of packages that differ from those of their modules.
-_PACKAGES = {
-    "lm_eval": "lm-eval",
-    "reasoning_gym": "reasoning-gym",
-    "sklearn": "scikit-learn",
-    "yaml": "pyyaml",
-}
+_PACKAGES = {"lm_eval": "lm-eval", "reasoning_gym": "reasoning-gym", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
 
 def require(module: str, purpose: str, extra: str = "lab") -> Any:
@@ -37,9 +32,7 @@ def missing(module: str, purpose: str, extra: str = "lab") -> UnsupportedError:
     """The error that says how to install a module's package; the arguments are those of `require`."""
     root = module.partition(".")[0]
     package = _PACKAGES.get(root, root)
-    return UnsupportedError(
-        f"{purpose} needs the package {package}, which is not installed; run: {install(extra)}."
-    )
+    return UnsupportedError(f"{purpose} needs the package {package}, which is not installed; run: {install(extra)}.")
 
 
 def install(extra: str) -> str:

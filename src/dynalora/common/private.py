@@ -89,9 +89,7 @@ def peft_type(name: str) -> PeftType:
     return member
 
 
-def extend_model_cards(
-    written: Callable[[PeftModel, str], None], uploading: Callable[[PeftModel, str], None]
-) -> None:
+def extend_model_cards(written: Callable[[PeftModel, str], None], uploading: Callable[[PeftModel, str], None]) -> None:
     """Have functions called whenever a model card was written, and whenever a folder is about to be uploaded.
 
     Both get the model and the folder. PEFT chooses the class of the model, and writes the card, before it asks the

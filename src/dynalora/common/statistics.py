@@ -103,9 +103,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
 def _discordant(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int]:
     """Numbers of items that only `second`, and that only `first`, has right."""
     if not first or len(first) != len(second):
-        raise DataError(
-            f"Paired comparison of {len(first)} and {len(second)} items; give both on the same items."
-        )
+        raise DataError(f"Paired comparison of {len(first)} and {len(second)} items; give both on the same items.")
     gained = sum(b and not a for a, b in zip(first, second, strict=True))
     lost = sum(a and not b for a, b in zip(first, second, strict=True))
     return gained, lost
@@ -148,8 +146,7 @@ def crossed_difference(first: Sequence[Sequence[float]], second: Sequence[Sequen
             "two of these."
         )
     differences = [
-        [b - a for a, b in zip(before, after, strict=True)]
-        for before, after in zip(first, second, strict=True)
+        [b - a for a, b in zip(before, after, strict=True)] for before, after in zip(first, second, strict=True)
     ]
     runs, items = len(differences), shape[0]
     by_run = [math.fsum(run) / items for run in differences]
@@ -164,9 +161,7 @@ def crossed_difference(first: Sequence[Sequence[float]], second: Sequence[Sequen
     degrees = max(1, int(variance**2 / math.fsum(part**2 / free for part, free in parts)))
     error = math.sqrt(variance)
     half = t_quantile(0.975, degrees) * error
-    return Difference(
-        mean, mean - half, mean + half, float(2 * _scipy_stats().t.sf(abs(mean) / error, degrees))
-    )
+    return Difference(mean, mean - half, mean + half, float(2 * _scipy_stats().t.sf(abs(mean) / error, degrees)))
 
 
 def holm(values: Sequence[float]) -> list[float]:

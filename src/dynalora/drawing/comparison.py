@@ -196,15 +196,7 @@ def _bar(axis: Axes, place: float, number: Interval | None, look: Look, decimals
     if number is None:
         axis.annotate("not measured", (place, 0), ha="center", va="bottom", fontsize=7, rotation=90)
         return
-    axis.bar(
-        place,
-        number.value,
-        width=0.66,
-        facecolor=look.color,
-        edgecolor="black",
-        linewidth=0.8,
-        hatch=look.hatch,
-    )
+    axis.bar(place, number.value, width=0.66, facecolor=look.color, edgecolor="black", linewidth=0.8, hatch=look.hatch)
     if number.high > number.low:
         ends = [[number.value - number.low], [number.high - number.value]]
         axis.errorbar(place, number.value, yerr=ends, color="black", capsize=4, linewidth=1.1)
@@ -245,9 +237,7 @@ def plot_transfer(
     # Grey from light to dark, so that a printed copy says the same.
     shades = {"cmap": "Greys" if larger_is_better else "Greys_r", "vmin": low, "vmax": high}
     width = 0.72 * len(measured_on) + 2.0
-    drawn, axes = figure(
-        width * len(grids) + 0.8, 0.5 * len(trained_on) + 2.2, columns=len(grids), title=title
-    )
+    drawn, axes = figure(width * len(grids) + 0.8, 0.5 * len(trained_on) + 2.2, columns=len(grids), title=title)
     for axis, (name, grid) in zip(axes, grids.items(), strict=True):
         image = heat_map(axis, grid, rows=trained_on, columns=measured_on, turned=35, **shades)
         axis.spines[["top", "right"]].set_visible(True)

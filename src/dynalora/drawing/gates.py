@@ -98,9 +98,7 @@ def plot_separation(separations: Mapping[str, Sequence[Separation]]) -> Figure:
     return _over_depth(curves, "area under ROC", title, level=0.5)
 
 
-def _over_depth(
-    curves: Mapping[str, Sequence[_Point]], label: str, title: str, level: float | None = None
-) -> Figure:
+def _over_depth(curves: Mapping[str, Sequence[_Point]], label: str, title: str, level: float | None = None) -> Figure:
     kinds = list(dict.fromkeys(kind for points in curves.values() for kind, *_ in points))
     drawn, axes = over_layers(kinds, label, share_y=True, title=title)
     for axis, kind in zip(axes, kinds, strict=True):
@@ -120,9 +118,7 @@ def _over_depth(
     return drawn
 
 
-def plot_gate_heatmap(
-    statistics: Sequence[GateStatistics], title: str = "Mean gate per rank component"
-) -> Figure:
+def plot_gate_heatmap(statistics: Sequence[GateStatistics], title: str = "Mean gate per rank component") -> Figure:
     """Mean gate of every rank component: one panel per kind of module, layers across, components down."""
     kinds = _kinds(statistics)
     drawn, axes = panels(len(kinds), share_y=True, title=title)

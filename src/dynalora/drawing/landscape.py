@@ -88,12 +88,7 @@ def plot_stages(
 
 
 def _curves(
-    runs: Mapping[str, Sequence[Sequence[LandscapeRow]]],
-    value: str,
-    *,
-    label: str,
-    title: str,
-    share_y: bool = False,
+    runs: Mapping[str, Sequence[Sequence[LandscapeRow]]], value: str, *, label: str, title: str, share_y: bool = False
 ) -> tuple[Figure, dict[str, Axes]]:
     """A figure and its plots by kind of module: of each run the mean over its landscapes, with a band if several."""
     kinds = list(dict.fromkeys(row.kind for run in runs.values() for rows in run for row in rows))

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def plot_population_losses(
-    losses: Mapping[str, tuple[float, float]], closed_forms: Collection[str] = ()
-) -> Figure:
+def plot_population_losses(losses: Mapping[str, tuple[float, float]], closed_forms: Collection[str] = ()) -> Figure:
     """Loss of every correction on both populations, side by side (DISeL Figure 1).
 
     Args:
@@ -40,9 +38,7 @@ def plot_population_losses(
     return drawn
 
 
-def plot_mixture_losses(
-    curves: Mapping[str, Sequence[tuple[int, float]]], closed_forms: Mapping[str, float]
-) -> Figure:
+def plot_mixture_losses(curves: Mapping[str, Sequence[tuple[int, float]]], closed_forms: Mapping[str, float]) -> Figure:
     """Loss on the mixture of both populations during training.
 
     Args:
@@ -72,9 +68,7 @@ def plot_gate_curve(
     """Gates against the logit of the posterior, with the posterior itself."""
     drawn, (axis,) = figure(width=5.2)
     x = np.linspace(min(logit), max(logit), 200)
-    axis.plot(
-        x, 1 / (1 + np.exp(-x)), color="black", linestyle="--", linewidth=1.2, label="Bayes posterior p(x)"
-    )
+    axis.plot(x, 1 / (1 + np.exp(-x)), color="black", linestyle="--", linewidth=1.2, label="Bayes posterior p(x)")
     axis.fill_between(logit, low, high, color="0.8", label="gates, 10 % to 90 %", linewidth=0)
     axis.plot(logit, gate, color=look(0).color, marker="o", markersize=4, linewidth=1, label="mean gate")
     axis.set_ylim(-0.02, 1.02)

@@ -53,9 +53,7 @@ def plot_retention_curves(
             steps = [point.step for point in curve]
             errors = [point.retention.kl_error for point in curve]
             line = chosen[name].line() | {"label": name}
-            kl.errorbar(
-                steps, [point.retention.kl for point in curve], yerr=errors, capsize=2, elinewidth=0.7, **line
-            )
+            kl.errorbar(steps, [point.retention.kl for point in curve], yerr=errors, capsize=2, elinewidth=0.7, **line)
             shift.plot(steps, [point.retention.loss_shift for point in curve], **line)
         if max_forgetting is not None:
             kl.axhline(max_forgetting, color="black", linestyle=":", linewidth=1, label="budget")

@@ -84,19 +84,12 @@ def looks(labels: Iterable[str]) -> dict[str, Look]:
     free = (number for number in itertools.count() if number not in fixed.values())
     base = Look("0.6", "x", ":", "")
     return {
-        name: base if name == BASE else look(next(free) if number is None else number)
-        for name, number in fixed.items()
+        name: base if name == BASE else look(next(free) if number is None else number) for name, number in fixed.items()
     }
 
 
 def figure(
-    width: float = 6.4,
-    height: float = 3.8,
-    *,
-    columns: int = 1,
-    rows: int = 1,
-    share_y: bool = False,
-    title: str = "",
+    width: float = 6.4, height: float = 3.8, *, columns: int = 1, rows: int = 1, share_y: bool = False, title: str = ""
 ) -> tuple[Figure, list[Axes]]:
     """An empty figure with plots side by side, row after row, on a canvas of its own (pyplot is not touched).
 
@@ -207,7 +200,4 @@ def save(drawn: Figure, path: str | os.PathLike[str] | None, *, dpi: int = 150) 
     """Write a figure as PNG and SVG side by side, each whole or not at all; nothing without a path."""
     if path is None:
         return []
-    return [
-        write_file(Path(path).with_suffix(f".{kind}"), rendered(drawn, kind, dpi=dpi))
-        for kind in ("png", "svg")
-    ]
+    return [write_file(Path(path).with_suffix(f".{kind}"), rendered(drawn, kind, dpi=dpi)) for kind in ("png", "svg")]

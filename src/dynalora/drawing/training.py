@@ -66,14 +66,8 @@ def plot_metrics(records: Sequence[Mapping[str, Any]], shown: Sequence[Panel]) -
     return drawn
 
 
-def _series(
-    records: Sequence[Mapping[str, Any]], key: str
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    pairs = [
-        (record["step"], record[key])
-        for record in records
-        if record.get(key) is not None and "step" in record
-    ]
+def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    pairs = [(record["step"], record[key]) for record in records if record.get(key) is not None and "step" in record]
     steps, values = np.array(pairs, dtype=float).reshape(-1, 2).T
     return steps, values
 

@@ -31,12 +31,7 @@ _MOMENTS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq
 
 
 def carry_state(
-    parameter: nn.Parameter,
-    dim: int,
-    keep: Sequence[int],
-    new: torch.Tensor | None,
-    count: int,
-    size: int,
+    parameter: nn.Parameter, dim: int, keep: Sequence[int], new: torch.Tensor | None, count: int, size: int
 ) -> None:
     """Keep some slices of a parameter, put new ones after them, and let its gradient and optimizer state follow.
 

@@ -130,9 +130,7 @@ class Driver:
             self._shared = self.method.shared_class()
         return Moment(self, layers, all_layers or layers, self._step, self._shared, **details)
 
-    def act(
-        self, moment: Moment, parameters: Sequence[torch.Tensor], loss_scale: torch.Tensor | float = 1.0
-    ) -> bool:
+    def act(self, moment: Moment, parameters: Sequence[torch.Tensor], loss_scale: torch.Tensor | float = 1.0) -> bool:
         """Let the method add to the gradients of the parameters that an optimizer is about to step.
 
         A training step may be made by several optimizers, each with a part of the adapter, or by one around another.

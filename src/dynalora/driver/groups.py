@@ -68,9 +68,7 @@ class StepGroups:
         optimizer.param_groups[:] = [group for group, _, _ in self.replaced]
         self.replaced = None
 
-    def _sorted(
-        self, parameters: list[Any]
-    ) -> tuple[list[Any], list[tuple[tuple[float, float | None], list[Any]]]]:
+    def _sorted(self, parameters: list[Any]) -> tuple[list[Any], list[tuple[tuple[float, float | None], list[Any]]]]:
         """Parameters without a rule of their own, and the others by their rule."""
         apart: dict[tuple[float, float | None], list[Any]] = {}
         plain = []

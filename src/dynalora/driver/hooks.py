@@ -19,11 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import (
-    Optimizer,
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from dynalora.common.private import gradient_scale, steps_around
 from dynalora.driver.driver import Driver
@@ -255,10 +251,7 @@ def install() -> Callable[[], None]:
     Returns:
         A function that takes them out again.
     """
-    handles = [
-        register_optimizer_step_pre_hook(_before_step),
-        register_optimizer_step_post_hook(_after_step),
-    ]
+    handles = [register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(_after_step)]
 
     def remove() -> None:
         for handle in handles:

@@ -60,11 +60,7 @@ def layers_of(driver: Driver) -> list[Any]:
 
 
 def _note_gradients() -> list[tuple[Driver, Gradients]]:
-    return [
-        (driver, Gradients(layers, driver.adapter))
-        for driver, layers in all_drivers()
-        if driver.needs_task_loss
-    ]
+    return [(driver, Gradients(layers, driver.adapter)) for driver, layers in all_drivers() if driver.needs_task_loss]
 
 
 def _tell_drivers(loss: torch.Tensor, noted: list[tuple[Driver, Gradients]]) -> None:

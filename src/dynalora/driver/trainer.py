@@ -29,9 +29,7 @@ class DriverCallback(TrainerCallback):
     ) -> None:
         for driver, layers in drivers_of(model) if model is not None else ():
             # A resumed run goes on where the loaded clock stands; any other run starts its schedule anew.
-            if any(
-                p.requires_grad for layer in layers for p in layer.adapter_parameters(driver.adapter).values()
-            ):
+            if any(p.requires_grad for layer in layers for p in layer.adapter_parameters(driver.adapter).values()):
                 driver.begin_run(layers[0], state.max_steps, fresh=state.global_step == 0)
 
     def on_step_end(

@@ -123,24 +123,18 @@ def _glue() -> Iterator[Benchmark]:
 def _texts() -> Iterator[Benchmark]:
     convai2 = Source("dialogue/convai2", "AlekseyKorshuk/persona-chat", splits=_NO_TEST)
     spoken = (metrics.BLEU, metrics.ROUGE_L, metrics.METEOR, metrics.BERTSCORE)
-    yield Benchmark(
-        "convai2", "ConvAI2 (self persona)", convai2, rows.read_convai2, spoken, GENERATE, 48, ("\n",)
-    )
+    yield Benchmark("convai2", "ConvAI2 (self persona)", convai2, rows.read_convai2, spoken, GENERATE, 48, ("\n",))
     xsum = Source("summarization/xsum", "EdinburghNLP/xsum", splits=_THREE, revision=_PARQUET)
     yield Benchmark("xsum", "XSum", xsum, rows.read_xsum, (metrics.ROUGE,), GENERATE, 64, ("\n",))
     squad = Source("qa/squad_v2", "rajpurkar/squad_v2", splits=_NO_TEST)
     yield Benchmark("squad_v2", "SQuAD v2", squad, rows.read_squad, (metrics.SQUAD,), GENERATE, stop=("\n",))
-    yield Benchmark(
-        "squad_v2_spans", "SQuAD v2, marked", squad, rows.read_squad_spans, (metrics.SQUAD,), MARK
-    )
+    yield Benchmark("squad_v2_spans", "SQuAD v2, marked", squad, rows.read_squad_spans, (metrics.SQUAD,), MARK)
     wikitext = Source("text/wikitext2", "Salesforce/wikitext", ("wikitext-2-raw-v1",), _THREE, text=True)
     yield Benchmark("wikitext2", "WikiText-2", wikitext, rows.read_line, (), PERPLEXITY)
     yield Benchmark("wikitext2_masked", "WikiText-2, masked", wikitext, rows.read_line, (), MASKED)
 
 
-BENCHMARKS = {
-    entry.name: entry for group in (_commonsense, _mathematics, _code, _glue, _texts) for entry in group()
-}
+BENCHMARKS = {entry.name: entry for group in (_commonsense, _mathematics, _code, _glue, _texts) for entry in group()}
 """The benchmarks by name."""
 
 GROUPS = {

@@ -69,9 +69,7 @@ def causal_pass(
     return output.logits[:, -positions:], getattr(output, "past_key_values", None)
 
 
-def continued(
-    model: torch.nn.Module, tokens: torch.Tensor, mask: torch.Tensor, **settings: Any
-) -> torch.Tensor:
+def continued(model: torch.nn.Module, tokens: torch.Tensor, mask: torch.Tensor, **settings: Any) -> torch.Tensor:
     """What `generate` writes after a batch of prompts, (B, N), without the prompts.
 
     Args:
@@ -86,9 +84,7 @@ def continued(
     if virtual:
         # Given embeddings alone, generate returns new tokens alone.
         sequences = caller.generate(
-            inputs_embeds=_with_prompt(model, tokens),
-            attention_mask=F.pad(mask, (virtual, 0), value=1),
-            **settings,
+            inputs_embeds=_with_prompt(model, tokens), attention_mask=F.pad(mask, (virtual, 0), value=1), **settings
         )
         return sequences
     sequences = caller.generate(input_ids=tokens, attention_mask=mask, **settings)

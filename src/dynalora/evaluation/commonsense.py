@@ -46,15 +46,11 @@ def choice_from(row: Mapping[str, Any], where: str = "the row") -> Choice:
         raise DataError(f"{where} does not end in 'Answer format: …'; {_REMEDY}.")
     labels = ending[1].split("/")
     if answer not in labels:
-        raise DataError(
-            f"{where} has the answer '{answer}', which is none of {', '.join(labels)}; {_REMEDY}."
-        )
+        raise DataError(f"{where} has the answer '{answer}', which is none of {', '.join(labels)}; {_REMEDY}.")
     body, position = text[: ending.start()], 0
     marks: list[tuple[int, int]] = []
     for label in labels:
-        mark = re.compile(rf"(?:^|\s){re.escape(label[:1].upper() + label[1:])}:(?=\s|$)").search(
-            body, position
-        )
+        mark = re.compile(rf"(?:^|\s){re.escape(label[:1].upper() + label[1:])}:(?=\s|$)").search(body, position)
         if mark is None:
             raise DataError(f"{where} lists no option '{label[:1].upper() + label[1:]}: …'; {_REMEDY}.")
         marks.append((mark.start(), mark.end()))

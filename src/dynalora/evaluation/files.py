@@ -47,9 +47,7 @@ def read_rows(source: str | Path, *, split: str = "train", subset: str | None = 
     if path.is_dir():
         return _folder_rows(path, split), f"'{path}'"
     if isinstance(source, Path) or _looks_like_a_path(str(source)):
-        raise DataError(
-            f"There is no file or folder '{source}'; give a file, a folder or a data set id of the Hub."
-        )
+        raise DataError(f"There is no file or folder '{source}'; give a file, a folder or a data set id of the Hub.")
     return hub_rows(str(source), split, subset), f"'{source}'"
 
 
@@ -170,9 +168,7 @@ def texts_of(rows: Rows, name: str | None, source: str) -> Iterator[str]:
             name = text_field_of(row) or TEXT_FIELDS[0]
         if name not in row or not isinstance(row[name], (str, type(None))):
             has = ", ".join(f"'{key}'" for key in row)
-            raise DataError(
-                f"{source}, {where}: there is no text in the field '{name}'; its fields are {has}."
-            )
+            raise DataError(f"{source}, {where}: there is no text in the field '{name}'; its fields are {has}.")
         yield (row[name] or "").strip()
 
 
@@ -262,9 +258,7 @@ def _json_rows(path: Path, file: IO[str]) -> Rows:
         raise DataError(f"'{path}' holds a {kind_of(content)}, not a list of JSON objects.")
     for number, row in enumerate(content, start=1):
         if not isinstance(row, dict):
-            raise DataError(
-                f"'{path}', row {number}: holds a {kind_of(row)}, not a JSON object with named fields."
-            )
+            raise DataError(f"'{path}', row {number}: holds a {kind_of(row)}, not a JSON object with named fields.")
         yield f"row {number}", row
 
 
@@ -325,9 +319,7 @@ def _folder_rows(folder: Path, split: str) -> Rows:
         return
     files = sorted(entry for entry in folder.iterdir() if entry.is_file() and _file_kind(entry) in FILE_KINDS)
     if not files:
-        raise DataError(
-            f"The folder '{folder}' holds no data file ({', '.join(FILE_KINDS)}, with or without .gz)."
-        )
+        raise DataError(f"The folder '{folder}' holds no data file ({', '.join(FILE_KINDS)}, with or without .gz).")
     for file in [entry for entry in files if entry.name.lower().startswith(split.lower())] or files:
         for where, row in file_rows(file):
             yield f"{file.name} {where}", row

@@ -112,9 +112,7 @@ def end_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[i
     return ends
 
 
-def batches_by_length(
-    lengths: Sequence[int], batch_size: int, what: str, progress: Progress
-) -> Iterator[list[int]]:
+def batches_by_length(lengths: Sequence[int], batch_size: int, what: str, progress: Progress) -> Iterator[list[int]]:
     """Indices in batches of similar length, longest first; those done are told to a listener."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])  # equal lengths keep their order
     progress(what, 0, len(order))
@@ -125,11 +123,7 @@ def batches_by_length(
 
 def padding_id(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> int:
     """A token to pad with: the tokenizer's, else the model's, else the end token, else 0 (it gets no attention)."""
-    settings: list[Any] = [
-        tokenizer,
-        getattr(model, "generation_config", None),
-        getattr(model, "config", None),
-    ]
+    settings: list[Any] = [tokenizer, getattr(model, "generation_config", None), getattr(model, "config", None)]
     for name in ("pad_token_id", "eos_token_id"):
         for source in settings:
             value = getattr(source, name, None)

@@ -68,9 +68,7 @@ class HarnessResult:
     numbers: Mapping[str, tuple[float, float | None]] = field(default_factory=dict)
 
 
-def find_tasks(
-    tasks: Sequence[str], *, include_path: str | os.PathLike[str] | None = None
-) -> tuple[list[str], Any]:
+def find_tasks(tasks: Sequence[str], *, include_path: str | os.PathLike[str] | None = None) -> tuple[list[str], Any]:
     """Make sure that the harness has these tasks, before a model is loaded.
 
     Args:
@@ -85,9 +83,7 @@ def find_tasks(
             has no sandbox.
         UnsupportedError: Lm-evaluation-harness is not installed.
     """
-    names = list(
-        dict.fromkeys(name for task in tasks for name in (FORGETTING_SUITE if task == SUITE else [task]))
-    )
+    names = list(dict.fromkeys(name for task in tasks for name in (FORGETTING_SUITE if task == SUITE else [task])))
     if not names:
         raise ConfigError(f"No task is named; give names of harness tasks, or '{SUITE}'.")
     if importlib.util.find_spec("lm_eval") is None:
@@ -160,11 +156,7 @@ def run_harness(
 
     with evaluating(model):
         wrapped = HFLM(
-            pretrained=model,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            max_length=max_length,
-            backend="causal",
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, backend="causal"
         )
         output: Any = simple_evaluate(
             model=wrapped,
@@ -211,10 +203,6 @@ def _result(name: str, output: Mapping[str, Any], metric: str | None) -> Harness
     if metric is None:
         metric = next(candidate for candidate in (*_PREFERRED, *first) if candidate in first)
     if metric not in first:
-        raise ConfigError(
-            f"Task '{name}' has no metric '{metric}'; it has {', '.join(first)}. Name one in metrics."
-        )
+        raise ConfigError(f"Task '{name}' has no metric '{metric}'; it has {', '.join(first)}. Name one in metrics.")
     samples = output.get("n-samples", {}).get(name, {}).get("effective")
-    return HarnessResult(
-        name, metric, *every[first[metric]], None if samples is None else int(samples), every
-    )
+    return HarnessResult(name, metric, *every[first[metric]], None if samples is None else int(samples), every)

@@ -45,9 +45,7 @@ class Head:
         name = type(base).__name__
         if self.encoder_decoder is None:
             return self.model_class in name
-        return is_encoder_decoder(base) == self.encoder_decoder and not any(
-            other in name for other in _OTHER_CLASSES
-        )
+        return is_encoder_decoder(base) == self.encoder_decoder and not any(other in name for other in _OTHER_CLASSES)
 
 
 _OTHER_CLASSES = (

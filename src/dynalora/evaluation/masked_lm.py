@@ -136,11 +136,7 @@ def mask_text(
 
 
 def mask_windows(
-    windows: Sequence[Sequence[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    share: float = 0.15,
-    seed: int = 0,
+    windows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, *, share: float = 0.15, seed: int = 0
 ) -> MaskedText:
     """Mask tokens of windows of running text by the rule of `mask_text`.
 
@@ -158,9 +154,7 @@ def mask_windows(
     """
     _check_share(share)
     _mask_token(tokenizer)
-    first, last = (
-        [] if token is None else [int(token)] for token in (tokenizer.cls_token_id, tokenizer.sep_token_id)
-    )
+    first, last = ([] if token is None else [int(token)] for token in (tokenizer.cls_token_id, tokenizer.sep_token_id))
     return _masked([[*first, *window, *last] for window in windows], "windows", tokenizer, share, seed)
 
 
@@ -243,9 +237,7 @@ def masked_lm_perplexity(
                 ids[row, places] = text.mask_id
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
             scored = labels >= 0
-            losses = F.cross_entropy(
-                logits[scored.to(device)].float(), labels[scored].to(device), reduction="none"
-            )
+            losses = F.cross_entropy(logits[scored.to(device)].float(), labels[scored].to(device), reduction="none")
             parts = losses.double().cpu().split([len(text.masked[index]) for index in batch])
             for index, part in zip(batch, parts, strict=True):
                 sums[index] = float(part.sum())

@@ -242,29 +242,19 @@ def _bert(answers: Sequence[str], references: Sequence[str]) -> Items:
 
     scores = bert_score.score(list(answers), list(references), lang="en", verbose=False)
     return dict(
-        zip(
-            ("bertscore_precision", "bertscore_recall", "bertscore_f1"),
-            (x.tolist() for x in scores),
-            strict=True,
-        )
+        zip(("bertscore_precision", "bertscore_recall", "bertscore_f1"), (x.tolist() for x in scores), strict=True)
     )
 
 
 BERTSCORE = Metric(
-    ("bertscore_f1", "bertscore_precision", "bertscore_recall"),
-    items=_bert,
-    needs={"bert_score": "bert-score"},
+    ("bertscore_f1", "bertscore_precision", "bertscore_recall"), items=_bert, needs={"bert_score": "bert-score"}
 )
 
 
 def _meteor(answers: Sequence[str], references: Sequence[str]) -> Items:
     from nltk.translate.meteor_score import meteor_score
 
-    return {
-        "meteor": [
-            float(meteor_score([r.split()], a.split())) for a, r in zip(answers, references, strict=True)
-        ]
-    }
+    return {"meteor": [float(meteor_score([r.split()], a.split())) for a, r in zip(answers, references, strict=True)]}
 
 
 def _wordnet() -> None:

@@ -188,9 +188,7 @@ def option_scores(
     )
 
 
-def option_lengths(
-    tokenizer: PreTrainedTokenizerBase, choices: Sequence[Choice], *, system: str = ""
-) -> list[int]:
+def option_lengths(tokenizer: PreTrainedTokenizerBase, choices: Sequence[Choice], *, system: str = "") -> list[int]:
     """Tokens of every question with its longest option, as `option_scores` puts them."""
     return [
         len(chat_prompt(tokenizer, choice.question, system))

@@ -69,9 +69,7 @@ def solution_from(row: Mapping[str, Any], where: str = "the row") -> Item:
     """
     for name in ("question", "answer"):
         if not isinstance(row.get(name), str) or not row[name].strip():
-            raise DataError(
-                f"{where} has no text in the field '{name}'; give rows with a question and an answer."
-            )
+            raise DataError(f"{where} has no text in the field '{name}'; give rows with a question and an answer.")
     if final_number(row["answer"]) is None:
         raise DataError(f"{where} has an answer without a number after '{MARK}'; end it as in '{MARK} 72'.")
     return Item(row["question"].strip(), _NOTES.sub("", row["answer"]).strip())

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def windows(
-    tokenizer: PreTrainedTokenizerBase, text: str, length: int, limit: int | None = None
-) -> list[list[int]]:
+def windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, limit: int | None = None) -> list[list[int]]:
     """A text's tokens in pieces of `length`; the last, shorter one is left out unless it is the only one.
 
     Args:

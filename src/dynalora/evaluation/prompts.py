@@ -80,10 +80,7 @@ class Template:
 
         plain = written(self.plain, {"{instruction}": "message['content']"})
         if self.with_input:
-            both = written(
-                self.with_input,
-                {"{instruction}": "message['instruction']", "{input}": "message['input']"},
-            )
+            both = written(self.with_input, {"{instruction}": "message['instruction']", "{input}": "message['input']"})
             plain = f"{{% if message['input'] is defined %}}{both}{{% else %}}{plain}{{% endif %}}"
         return (
             "{% for message in messages %}"
@@ -107,8 +104,7 @@ TEMPLATES = {
             f"{_ALPACA_INPUT}\n\n### Instruction:\n{{instruction}}\n\n### Input:\n{{input}}\n\n### Response:",
         ),
         Template(
-            "metamath",
-            f"{_ALPACA}\n\n### Instruction:\n{{instruction}}\n\n### Response: Let's think step by step.",
+            "metamath", f"{_ALPACA}\n\n### Instruction:\n{{instruction}}\n\n### Response: Let's think step by step."
         ),
         Template(
             "magicoder",
@@ -141,7 +137,5 @@ def use_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     if name == "chat":
         return
     if name not in TEMPLATES:
-        raise ConfigError(
-            f"There is no prompt template '{name}'; choose one of chat, {', '.join(TEMPLATES)}."
-        )
+        raise ConfigError(f"There is no prompt template '{name}'; choose one of chat, {', '.join(TEMPLATES)}.")
     tokenizer.chat_template = TEMPLATES[name].chat_template

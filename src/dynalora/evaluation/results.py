@@ -103,9 +103,7 @@ class TaskScore:
         Accuracy is the unweighted mean of theirs. Questions are put one behind the other, so the loss, and a comparison
         of two models question by question, weigh a task by its questions.
         """
-        accuracies = {
-            name: accuracy for name, score in scores.items() if (accuracy := score.accuracy) is not None
-        }
+        accuracies = {name: accuracy for name, score in scores.items() if (accuracy := score.accuracy) is not None}
         metrics = {name: accuracy.value for name, accuracy in accuracies.items()}
         for name, score in scores.items():
             metrics |= {f"{name} {metric}": value for metric, value in score.metrics.items()}

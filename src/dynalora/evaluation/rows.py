@@ -53,11 +53,7 @@ def commonsense_reader(word: str, written: Callable[[Mapping[str, Any], str], tu
         if "instruction" not in row:
             instruction, right = written(row, where)
             label = ("false", "true")[right - 1] if word == "true" else f"{word}{right}"
-            row = {
-                "instruction": instruction,
-                "answer": label,
-                "output": f"the correct answer is {label}",
-            }
+            row = {"instruction": instruction, "answer": label, "output": f"the correct answer is {label}"}
         prompt, answer = _text(row, where, "instruction"), _text(row, where, "answer").strip()
         if word == "true":
             if answer not in ("true", "false"):
@@ -112,18 +108,14 @@ def hellaswag(row: Mapping[str, Any], where: str) -> tuple[str, int]:
     """The same of HellaSwag."""
     lead = "Please choose the correct ending to complete the given sentence"
     question = f"{_text(row, where, 'activity_label')}: {_text(row, where, 'ctx')}"
-    return _listed(lead, question, "ending", list(_field(row, where, "endings"))), 1 + _index(
-        row, where, "label"
-    )
+    return _listed(lead, question, "ending", list(_field(row, where, "endings"))), 1 + _index(row, where, "label")
 
 
 def winogrande(row: Mapping[str, Any], where: str) -> tuple[str, int]:
     """The same of WinoGrande."""
     lead = "Please choose the correct answer to fill in the blank to complete the given sentence"
     options = [_text(row, where, "option1"), _text(row, where, "option2")]
-    return _listed(lead, _text(row, where, "sentence"), "option", options, last=" "), _index(
-        row, where, "answer"
-    )
+    return _listed(lead, _text(row, where, "sentence"), "option", options, last=" "), _index(row, where, "answer")
 
 
 def arc(row: Mapping[str, Any], where: str) -> tuple[str, int]:
@@ -169,9 +161,7 @@ def read_aqua(row: Mapping[str, Any], where: str) -> list[Example]:
         question, reference = _text(row, where, "instruction"), _text(row, where, "answer").strip()
     else:
         options = [str(option).replace(")", ") ", 1) for option in _field(row, where, "options")]
-        question = (
-            f"{_text(row, where, 'question')} Answer Choices: {' '.join(f'({option}' for option in options)}"
-        )
+        question = f"{_text(row, where, 'question')} Answer Choices: {' '.join(f'({option}' for option in options)}"
         reference = _text(row, where, "correct").strip()
     if reference not in "ABCDE" or len(reference) != 1:
         raise DataError(f"{where} has the answer '{reference}'; it must be a letter from A to E.")
@@ -306,9 +296,7 @@ def read_line(row: Mapping[str, Any], where: str) -> list[Example]:
 
 def read_union(row: Mapping[str, Any], where: str) -> Example:
     """A row of the commonsense union, with its options where they can be told apart."""
-    plain = Example(
-        _text(row, where, "instruction"), row.get("answer"), _text(row, where, "output"), where=where
-    )
+    plain = Example(_text(row, where, "instruction"), row.get("answer"), _text(row, where, "output"), where=where)
     label = str(row.get("answer"))
     word = "true" if label in ("true", "false") else label.rstrip("0123456789")
     try:

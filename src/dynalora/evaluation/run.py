@@ -190,9 +190,7 @@ def _check_model(model: torch.nn.Module, task: Benchmark) -> None:
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     head = next((head for head in heads if head.fits(base)), None)
     if head is None:
-        raise ConfigError(
-            f"The task {task.name} needs {described(heads)}, and the model is a {type(base).__name__}."
-        )
+        raise ConfigError(f"The task {task.name} needs {described(heads)}, and the model is a {type(base).__name__}.")
     outputs = int(getattr(base.config, "num_labels", task.labels)) if head.labelled else task.labels
     if outputs != task.labels:
         raise ConfigError(
@@ -224,9 +222,7 @@ def _generated_task(name: str, size: int, seed: int) -> Prepared:
     generator = name.removeprefix(_GENERATED)
     generated = load_task(generator, train_size=1, held_out_size=size, seed=seed)
     items = tuple(Example(item.question, item.answer, item.answer) for item in generated.held_out)
-    task = Benchmark(
-        name, generator.replace("_", " "), Source(name), _no_items, (EXACT,), GENERATE, max_new_tokens=64
-    )
+    task = Benchmark(name, generator.replace("_", " "), Source(name), _no_items, (EXACT,), GENERATE, max_new_tokens=64)
     return Prepared(task, f"held out, seed {seed}", items, task.metrics)
 
 
@@ -235,6 +231,4 @@ def _harness_task(name: str, limit: int | None, shots: int | None) -> Prepared:
     if len(find_tasks([task])[0]) > 1:
         raise ConfigError(f"{name} stands for several tasks; name them one by one.")
     kind = HarnessKind(task, shots)
-    return Prepared(
-        Benchmark(name, task, Source(name), _no_items, (), kind), "the harness's", (), limit=limit
-    )
+    return Prepared(Benchmark(name, task, Source(name), _no_items, (), kind), "the harness's", (), limit=limit)

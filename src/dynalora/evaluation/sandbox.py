@@ -168,9 +168,7 @@ def _run(
             _kill(process)
 
 
-def _follow(
-    process: subprocess.Popen[bytes], job: bytes, token: str, limits: Limits, work: str
-) -> Outcome | str:
+def _follow(process: subprocess.Popen[bytes], job: bytes, token: str, limits: Limits, work: str) -> Outcome | str:
     assert process.stdin is not None
     assert process.stdout is not None
     with contextlib.suppress(BrokenPipeError):

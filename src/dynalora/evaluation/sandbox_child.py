@@ -43,15 +43,7 @@ _ALLOWED = {
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 # Allowed with conditions on an argument: (name → number).
 _SPECIAL = {
-    "x86_64": {
-        "open": 2,
-        "openat": 257,
-        "ioctl": 16,
-        "fcntl": 72,
-        "prlimit64": 302,
-        "kill": 62,
-        "tgkill": 234,
-    },
+    "x86_64": {"open": 2, "openat": 257, "ioctl": 16, "fcntl": 72, "prlimit64": 302, "kill": 62, "tgkill": 234},
     "aarch64": {"openat": 56, "ioctl": 29, "fcntl": 25, "prlimit64": 261, "kill": 129, "tgkill": 131},
 }
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
@@ -114,12 +106,7 @@ def seccomp_program(machine: str, process: int) -> bytes:
                 _statement(back, allow), _statement(back, deny),
             ]  # fmt: skip
         else:  # signals, to itself only (abort uses tgkill)
-            body = [
-                argument(0),
-                _statement(equal, process, 0, 1),
-                _statement(back, allow),
-                _statement(back, deny),
-            ]
+            body = [argument(0), _statement(equal, process, 0, 1), _statement(back, allow), _statement(back, deny)]
         code += [_statement(equal, number, 0, len(body)), *body]
     return b"".join([*code, _statement(back, deny)])
 
@@ -238,9 +225,9 @@ def forbid_in_python(work: str, readable: list[str]) -> None:
                 raise PermissionError(f"'{path}' is not to be opened here")
         if event in ("os.remove", "os.rename", "os.truncate"):
             for path in arguments[:2]:
-                if isinstance(path, (str, bytes)) and not (
-                    os.path.realpath(os.fsdecode(path)) + os.sep
-                ).startswith(roots[:1]):
+                if isinstance(path, (str, bytes)) and not (os.path.realpath(os.fsdecode(path)) + os.sep).startswith(
+                    roots[:1]
+                ):
                     raise PermissionError(f"'{os.fsdecode(path)}' is not to be changed here")
 
     sys.addaudithook(watch)
@@ -267,9 +254,7 @@ def main() -> None:
     sys.dont_write_bytecode = True
     os.environ.clear()
     threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    os.environ.update(
-        {"PATH": "", "HOME": job["work"], "TMPDIR": job["work"], "LC_ALL": "C.UTF-8", **threads}
-    )
+    os.environ.update({"PATH": "", "HOME": job["work"], "TMPDIR": job["work"], "LC_ALL": "C.UTF-8", **threads})
     for name, folder in job["packages"].items():
         sys.path.append(folder)  # for now only: what else lies there is not for the program
         importlib.import_module(name)

@@ -151,9 +151,7 @@ def answer_loss(
                 f"Row {index} has {len(row['input_ids'])} ids and {len(row['labels'])} labels; give as many of each."
             )
         if all(label == IGNORED_LABEL for label in row["labels"][1:]):
-            raise DataError(
-                f"Row {index} has no answer token; a label after the first must differ from −100."
-            )
+            raise DataError(f"Row {index} has no answer token; a label after the first must differ from −100.")
     padding = padding_id(model, None)
     right_logits = taught_logits if is_encoder_decoder(model) else _answer_logits
     sums, counts, greedy = [0.0] * len(rows), [0] * len(rows), [False] * len(rows)
@@ -168,9 +166,7 @@ def answer_loss(
             losses[scored] = F.cross_entropy(chosen, targets[scored], reduction="none")
             agrees = torch.ones_like(scored)
             agrees[scored] = chosen.argmax(dim=-1) == targets[scored]
-            results = zip(
-                batch, losses.sum(1).tolist(), scored.sum(1).tolist(), agrees.all(1).tolist(), strict=True
-            )
+            results = zip(batch, losses.sum(1).tolist(), scored.sum(1).tolist(), agrees.all(1).tolist(), strict=True)
             for index, total, count, agreed in results:
                 sums[index], counts[index], greedy[index] = total, count, agreed
     return AnswerLoss(tuple(sums), tuple(counts), tuple(greedy))
@@ -198,7 +194,5 @@ def last_logits(model: torch.nn.Module, tokens: torch.Tensor, mask: torch.Tensor
 def _prompt(row: Mapping[str, Sequence[int]], index: int) -> list[int]:
     start = next((place for place, label in enumerate(row["labels"]) if label != IGNORED_LABEL), 0)
     if start == 0:
-        raise DataError(
-            f"Row {index} has no prompt before its answer, or no answer; the first label must be −100."
-        )
+        raise DataError(f"Row {index} has no prompt before its answer, or no answer; the first label must be −100.")
     return list(row["input_ids"][:start])

@@ -15,14 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dynalora.errors import DataError
-from dynalora.evaluation.files import (
-    FILE_KINDS,
-    SAME_SPLIT,
-    file_rows,
-    hub_rows,
-    split_files,
-    text_lines,
-)
+from dynalora.evaluation.files import FILE_KINDS, SAME_SPLIT, file_rows, hub_rows, split_files, text_lines
 
 
 class MissingSplitError(DataError):
@@ -56,11 +49,7 @@ class Source:
     text: bool = False
 
     def rows(
-        self,
-        split: str | None = None,
-        *,
-        folder: str | os.PathLike[str] | None = None,
-        limit: int | None = None,
+        self, split: str | None = None, *, folder: str | os.PathLike[str] | None = None, limit: int | None = None
     ) -> tuple[str, list[Row]]:
         """The rows of a split.
 

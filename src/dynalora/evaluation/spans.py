@@ -65,9 +65,7 @@ class Window:
         return {**self.inputs, "start_positions": self.marks[0], "end_positions": self.marks[1]}
 
 
-def read_windows(
-    tokenizer: PreTrainedTokenizerBase, items: Sequence[Example], max_length: int
-) -> Iterator[Window]:
+def read_windows(tokenizer: PreTrainedTokenizerBase, items: Sequence[Example], max_length: int) -> Iterator[Window]:
     """Questions with their passages as a model reads them, in the order of the items.
 
     Args:
@@ -86,9 +84,7 @@ def read_windows(
     special = tokenizer.num_special_tokens_to_add(pair=True)
     longest = min(LONGEST_QUESTION, (max_length - special) // 2)
     if longest < 1:
-        raise ConfigError(
-            f"A window of {max_length} tokens has no room for a question and a passage; give more."
-        )
+        raise ConfigError(f"A window of {max_length} tokens has no room for a question and a passage; give more.")
     for begin in range(0, len(items), _AT_ONCE):
         part = range(begin, min(begin + _AT_ONCE, len(items)))
         offsets = tokenizer(
@@ -100,9 +96,7 @@ def read_windows(
             question = items[index].prompt[: tokens[longest - 1][1]] if cut else items[index].prompt
             room = max_length - special - min(len(tokens), longest)
             by_overlap.setdefault(min(_OVERLAP, room // 2), []).append((index, question, cut))
-        groups = [
-            _windows(tokenizer, items, group, max_length, overlap) for overlap, group in by_overlap.items()
-        ]
+        groups = [_windows(tokenizer, items, group, max_length, overlap) for overlap, group in by_overlap.items()]
         yield from sorted(itertools.chain.from_iterable(groups), key=lambda window: window.item)
 
 
@@ -133,9 +127,7 @@ def _windows(
         yield Window(index, inputs, places, silence, _marks(places, items[index].span, silence), cut)
 
 
-def _marks(
-    places: Sequence[tuple[int, int] | None], span: tuple[int, int] | None, silence: int
-) -> tuple[int, int]:
+def _marks(places: Sequence[tuple[int, int] | None], span: tuple[int, int] | None, silence: int) -> tuple[int, int]:
     """The tokens in which an answer's first and last character lie, if both do in this window."""
     if span is None:
         return silence, silence
@@ -187,21 +179,15 @@ def mark_answers(
     """
     windows = list(read_windows(tokenizer, items, max_length))
     if tokenizer.pad_token_id is None and batch_size > 1:
-        raise ConfigError(
-            "The tokenizer has no padding token, which batches need; set it, or take batch_size 1."
-        )
+        raise ConfigError("The tokenizer has no padding token, which batches need; set it, or take batch_size 1.")
     device = next(model.parameters()).device
     best = [(float("-inf"), "")] * len(items)
     silence = [float("inf")] * len(items)
     losses: list[list[float]] = [[] for _ in items]
     with evaluating(model), torch.inference_mode():
-        for batch in batches_by_length(
-            [len(window.places) for window in windows], batch_size, what, progress
-        ):
+        for batch in batches_by_length([len(window.places) for window in windows], batch_size, what, progress):
             rows = [dict(windows[index].inputs) for index in batch]
-            inputs = tokenizer.pad(
-                rows, padding=len(batch) > 1, padding_side="right", return_tensors="pt"
-            ).to(device)
+            inputs = tokenizer.pad(rows, padding=len(batch) > 1, padding_side="right", return_tensors="pt").to(device)
             said = model(**inputs)
             starts, ends = (part.float().cpu() for part in (said.start_logits, said.end_logits))
             for row, index in enumerate(batch):
@@ -211,9 +197,7 @@ def mark_answers(
                 nats = [float(F.cross_entropy(start, torch.tensor(window.marks[0])))]
                 nats.append(float(F.cross_entropy(end, torch.tensor(window.marks[1]))))
                 losses[window.item].append(sum(nats) / 2)
-                silence[window.item] = min(
-                    silence[window.item], float(start[window.silence] + end[window.silence])
-                )
+                silence[window.item] = min(silence[window.item], float(start[window.silence] + end[window.silence]))
                 worth, place = _best(start, end, window.places)
                 if place is not None and worth > best[window.item][0]:
                     best[window.item] = worth, items[window.item].second[slice(*place)].strip()

@@ -38,11 +38,7 @@ class Item:
             system: A system message before both; empty: none, so that a chat template may add its own.
         """
         first = [{"role": "system", "content": system}] if system else []
-        return [
-            *first,
-            {"role": "user", "content": self.question},
-            {"role": "assistant", "content": self.answer},
-        ]
+        return [*first, {"role": "user", "content": self.question}, {"role": "assistant", "content": self.answer}]
 
 
 @dataclass(frozen=True)
@@ -71,12 +67,7 @@ class Task:
 
 
 def load_task(
-    name: str,
-    *,
-    train_size: int,
-    held_out_size: int,
-    seed: int = 0,
-    options: Mapping[str, Any] | None = None,
+    name: str, *, train_size: int, held_out_size: int, seed: int = 0, options: Mapping[str, Any] | None = None
 ) -> Task:
     """Generate a task's training and held-out sets.
 
@@ -132,14 +123,8 @@ def check_disjoint(train: Sequence[Item], held_out: Sequence[Item]) -> None:
         for item in items:
             key = _key(item.question)
             if key in seen:
-                also = (
-                    f"twice in the {where} set"
-                    if seen[key] == where
-                    else "in the training and the held-out set"
-                )
-                raise DataError(
-                    f"The question {item.question[:80]!r} is {also}; draw the sets from distant seeds."
-                )
+                also = f"twice in the {where} set" if seen[key] == where else "in the training and the held-out set"
+                raise DataError(f"The question {item.question[:80]!r} is {also}; draw the sets from distant seeds.")
             seen[key] = where
 
 
@@ -181,9 +166,7 @@ def _dataset(name: str, options: Mapping[str, Any], seed: int) -> ProceduralData
         raise ConfigError(f"There is no task '{name}'; choose one of {', '.join(names)}.")
     for reserved in ("seed", "size"):
         if reserved in options:
-            raise ConfigError(
-                f"The task option '{reserved}' is set by load_task itself; use its arguments instead."
-            )
+            raise ConfigError(f"The task option '{reserved}' is set by load_task itself; use its arguments instead.")
     try:
         dataset: ProceduralDataset = gym.create_dataset(name, seed=seed, size=_MOST_DRAWS, **options)
     except (TypeError, ValueError, AssertionError) as error:

@@ -93,13 +93,9 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     if tokenizer.chat_template:
         return False
     if not tokenizer.eos_token:
-        raise DataError(
-            "The tokenizer has neither a chat template nor an end-of-text token; set its eos_token."
-        )
+        raise DataError("The tokenizer has neither a chat template nor an end-of-text token; set its eos_token.")
     tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
-    logger.warning(
-        "The model has no chat template; a plain one is used and saved with the adapter's tokenizer."
-    )
+    logger.warning("The model has no chat template; a plain one is used and saved with the adapter's tokenizer.")
     return True
 
 
@@ -249,18 +245,12 @@ def _end_of_turn(text: str, start: int, tokenizer: PreTrainedTokenizerBase) -> i
     return start + len(body) if ends else len(text)
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, add_generation_prompt: bool
-) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, add_generation_prompt: bool) -> str:
     if not conversation:
         return ""
     turns: list[Any] = [dict(message) for message in conversation]
     try:
-        text = tokenizer.apply_chat_template(
-            turns,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # templates raise jinja2's errors with the template author's words
         roles = " → ".join(message["role"] for message in conversation)
         raise DataError(

@@ -20,12 +20,10 @@ logger = logging.getLogger(__name__)
 def model_window(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many tokens a model can take: the smaller of what its configuration and its tokenizer say."""
     config = getattr(model, "config", None)
-    limits = [
-        getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "seq_length")
-    ] + [getattr(tokenizer, "model_max_length", None)]
-    return min(
-        [int(value) for value in limits if isinstance(value, (int, float)) and 0 < value < 10**9] or [10**9]
-    )
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "seq_length")] + [
+        getattr(tokenizer, "model_max_length", None)
+    ]
+    return min([int(value) for value in limits if isinstance(value, (int, float)) and 0 < value < 10**9] or [10**9])
 
 
 def within_window(max_length: int, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:

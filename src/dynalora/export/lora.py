@@ -106,9 +106,7 @@ def export_lora(
         raise DynaloraError(f"the model has no dynalora adapter named {adapter_name!r} to export.")
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise DynaloraError(
-            f"{target} already exists and is not an empty folder; choose another path for the export."
-        )
+        raise DynaloraError(f"{target} already exists and is not an empty folder; choose another path for the export.")
     config: Any = next(iter(layers.values())).drivers[adapter_name].config
     if config.bias != "none":
         raise UnsupportedError(
@@ -147,9 +145,7 @@ def _check_wishes(max_rank: int | None, tolerance: float | None, uniform_rank: i
     if tolerance is not None and not 0 <= tolerance < 1:
         raise ConfigError(f"tolerance={tolerance}: give a share of the update in [0, 1), or leave it out.")
     if uniform_rank is not None and uniform_rank < 0:
-        raise ConfigError(
-            f"uniform_rank={uniform_rank}: give a rank, 0 for the largest there is, or leave it out."
-        )
+        raise ConfigError(f"uniform_rank={uniform_rank}: give a rank, 0 for the largest there is, or leave it out.")
 
 
 def _factors(
@@ -179,10 +175,7 @@ def _factors(
 
 
 def _state(
-    model: nn.Module,
-    layers: Mapping[str, AdapterLayer],
-    adapter: str,
-    factors: Mapping[str, _Factors],
+    model: nn.Module, layers: Mapping[str, AdapterLayer], adapter: str, factors: Mapping[str, _Factors]
 ) -> tuple[dict[str, torch.Tensor], bool]:
     """Everything to write under PEFT's names, and whether DoRA's magnitudes are among it."""
     state = {f"{PREFIX}{name}.lora_A.weight": down for name, (_, down, _) in factors.items()}
@@ -255,12 +248,7 @@ def export_adapter_folder(
         UnsupportedError: The method's update depends on the input.
     """
     return export_lora(
-        load_without_base(source),
-        path,
-        dtype=dtype,
-        max_rank=max_rank,
-        tolerance=tolerance,
-        uniform_rank=uniform_rank,
+        load_without_base(source), path, dtype=dtype, max_rank=max_rank, tolerance=tolerance, uniform_rank=uniform_rank
     )
 
 
@@ -358,9 +346,7 @@ def load_without_base(source: str) -> nn.Module:
 
 def _stand_in(out_features: int, in_features: int, dtype: torch.dtype) -> nn.Linear:
     layer = nn.Linear(in_features, out_features, bias=False, device="meta")
-    layer.weight = nn.Parameter(
-        torch.zeros(1, dtype=dtype).expand(out_features, in_features), requires_grad=False
-    )
+    layer.weight = nn.Parameter(torch.zeros(1, dtype=dtype).expand(out_features, in_features), requires_grad=False)
     return layer
 
 
@@ -390,9 +376,7 @@ def _lora_config(config: Any, factors: dict[str, _Factors], *, conv1d: bool, rsl
     no patterns make room for `r` and scale by the two.
     """
     ranks = {name: up.shape[1] for name, (up, _, _) in factors.items()}
-    alphas = {
-        name: s * (ranks[name] ** 0.5 if rslora else ranks[name]) for name, (_, _, s) in factors.items()
-    }
+    alphas = {name: s * (ranks[name] ** 0.5 if rslora else ranks[name]) for name, (_, _, s) in factors.items()}
     alphas = {name: _integral(alpha) for name, alpha in alphas.items()}
     r = max(ranks.values())
     common = Counter(s for _, _, s in factors.values()).most_common(1)[0][0]

@@ -88,11 +88,7 @@ def check_serving(folder: str | os.PathLike[str], max_lora_rank: int | None = No
 
 
 def _for_vllm(
-    config: Any,
-    matrices: dict[str, int],
-    scalings: dict[str, float],
-    common: list[str],
-    max_lora_rank: int | None,
+    config: Any, matrices: dict[str, int], scalings: dict[str, float], common: list[str], max_lora_rank: int | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     problems, needs = list(common), []
     common_scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)

@@ -36,9 +36,7 @@ class GateMeans(Protocol):
 
 
 @contextmanager
-def held_gates(
-    model: nn.Module, record: Iterable[GateMeans], adapter_name: str = "default"
-) -> Iterator[None]:
+def held_gates(model: nn.Module, record: Iterable[GateMeans], adapter_name: str = "default") -> Iterator[None]:
     """Hold an adapter's gates at their recorded means inside; afterwards they move again.
 
     Args:
@@ -94,10 +92,7 @@ class SnapshotPrice:
 
 
 def snapshot_price(
-    model: nn.Module,
-    record: Iterable[GateMeans],
-    batches: Iterable[dict[str, Any]],
-    adapter_name: str = "default",
+    model: nn.Module, record: Iterable[GateMeans], batches: Iterable[dict[str, Any]], adapter_name: str = "default"
 ) -> SnapshotPrice:
     """Compare the snapshot of a causal language model's adapter with the adapter, on text with labels.
 

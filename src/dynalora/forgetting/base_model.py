@@ -85,9 +85,7 @@ def adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     adapters = _adapter_ids(model)
     state: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
     return {
-        name: value
-        for name, value in state.items()
-        if id(value) in adapters or _is_copy(name) or value.requires_grad
+        name: value for name, value in state.items() if id(value) in adapters or _is_copy(name) or value.requires_grad
     }
 
 

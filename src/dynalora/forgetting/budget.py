@@ -73,9 +73,7 @@ class TextMeter:
             self._measured = base_predictions(model, part, dtype=None, max_bytes=_CACHE_BYTES)
         return from_first(retention(model, self._measured.text, base=self._measured).kl)
 
-    def replay(
-        self, step: int, parameters: list[nn.Parameter]
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    def replay(self, step: int, parameters: list[nn.Parameter]) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
         """KL(base ‖ tuned), nats per token, on the texts whose turn it is, and its gradient in parameters.
 
         Args:
@@ -108,9 +106,7 @@ def some_texts(text: MeasuredText, count: int) -> MeasuredText:
     places = [index * len(text.rows) // count for index in range(min(count, len(text.rows)))]
     if len(text.rows) <= count:
         places = list(range(len(text.rows)))
-    return MeasuredText(
-        tuple(text.rows[place] for place in places), tuple(text.starts[place] for place in places)
-    )
+    return MeasuredText(tuple(text.rows[place] for place in places), tuple(text.starts[place] for place in places))
 
 
 @dataclass(frozen=True)

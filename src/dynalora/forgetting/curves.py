@@ -158,9 +158,7 @@ def checkpoint_retention(
         if entry.name.rpartition("-")[2].isdigit() and (entry / "adapter_config.json").exists()
     )
     if not checkpoints:
-        raise CheckpointError(
-            f"'{folder}' holds no checkpoint-N with an adapter; give a Trainer's output_dir."
-        )
+        raise CheckpointError(f"'{folder}' holds no checkpoint-N with an adapter; give a Trainer's output_dir.")
     references = predictions_within(model, texts, cache_bytes, batch_size=batch_size)
     points = []
     for step, checkpoint in counted(checkpoints, f"Retention of checkpoints: {name}", progress):

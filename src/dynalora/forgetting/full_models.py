@@ -84,9 +84,7 @@ def model_landscape(
         for name in counted(sorted(names, key=_natural), "Comparing weights", progress):
             after, before = first[name](), second[name]()
 
-            def difference(
-                rows: slice, columns: slice, after: Any = after, before: Any = before
-            ) -> torch.Tensor:
+            def difference(rows: slice, columns: slice, after: Any = after, before: Any = before) -> torch.Tensor:
                 # Subtracted in float64, because the two weights nearly cancel.
                 minuend: torch.Tensor = after[rows, columns].to(device).double()
                 subtrahend: torch.Tensor = before[rows, columns].to(device).double()
@@ -121,9 +119,7 @@ def _matrices(folder: Path, stack: ExitStack) -> dict[str, Callable[[], Any]]:
                 if len(part.get_shape()) == 2 and part.get_dtype() in _FLOATS:
                     matrices[key] = partial(opened.get_slice, key)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"'{folder / name}' cannot be read ({error}); fetch the model again."
-            ) from error
+            raise CheckpointError(f"'{folder / name}' cannot be read ({error}); fetch the model again.") from error
     return matrices
 
 

@@ -133,9 +133,7 @@ class _Recorder:
         self.collectors = {name: _Collector(layer.rank(adapter)) for name, (layer, adapter) in layers.items()}
         blocks = max((index for name in layers if (index := layer_index(name)) is not None), default=-1) + 1
         self.depths = {name: depth_group(layer_index(name), blocks) for name in layers}
-        self.depth_histograms = {
-            group: _token_histogram() for group in (*DEPTHS, ALL) if group == ALL or blocks
-        }
+        self.depth_histograms = {group: _token_histogram() for group in (*DEPTHS, ALL) if group == ALL or blocks}
         self.moments = torch.zeros(3, len(layers), len(layers), dtype=torch.float64)
         self.unplaced: set[str] = set()
 
@@ -157,9 +155,7 @@ class _Recorder:
                     self.unplaced.add(name)
                     return
                 x, row, by_token = placed
-                score = self.collectors[name].add(
-                    layer.gates(x, adapter), number[row].to(x.device) % DOCUMENT_GROUPS
-                )
+                score = self.collectors[name].add(layer.gates(x, adapter), number[row].to(x.device) % DOCUMENT_GROUPS)
                 sums[index].index_add_(0, row.cpu(), score.double().cpu())
                 counts[index] += torch.bincount(row, minlength=len(counted)).double().cpu()
                 if by_token:
@@ -180,9 +176,7 @@ class _Recorder:
             for handle in handles:
                 handle.remove()
         for group, (total, layers) in by_depth.items():
-            _count_tokens(
-                self.depth_histograms[group], total / layers, number[row_of[counted]] % DOCUMENT_GROUPS
-            )
+            _count_tokens(self.depth_histograms[group], total / layers, number[row_of[counted]] % DOCUMENT_GROUPS)
         self.moments += torch.stack([sums @ sums.mT, sums @ counts.mT, counts @ counts.mT])
         self.documents += int(with_tokens.sum())
 
@@ -195,9 +189,7 @@ class _Recorder:
             )  # fmt: skip
         placed_layers = [index for index, name in enumerate(self.layers) if name not in self.unplaced]
         names = list(self.layers)
-        rows = tuple(
-            self.collectors[names[index]].result(plain_name(names[index])) for index in placed_layers
-        )
+        rows = tuple(self.collectors[names[index]].result(plain_name(names[index])) for index in placed_layers)
         if not rows:
             raise DynaloraError("no layer with gates sees the batch's tokens; there is nothing to record.")
         pick = torch.tensor(placed_layers)

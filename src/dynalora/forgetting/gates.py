@@ -228,9 +228,7 @@ def depth_separation(first: GateRecord, second: GateRecord) -> dict[str, Separat
     }
 
 
-def _separation(
-    name: str, layer: int | None, kind: str, first: torch.Tensor, second: torch.Tensor
-) -> Separation:
+def _separation(name: str, layer: int | None, kind: str, first: torch.Tensor, second: torch.Tensor) -> Separation:
     first, second = first.double(), second.double()
     auc, error = binned_auc(first.sum(0), second.sum(0))
     variance, freedom = 0.0, len(first)

@@ -118,9 +118,7 @@ def _layer_factors(
 def _factors(
     module: nn.Module, adapter_name: str | None, means: Mapping[str, torch.Tensor] | None
 ) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-    active: Sequence[str] = (
-        getattr(module, "active_adapters", ()) if adapter_name is None else (adapter_name,)
-    )
+    active: Sequence[str] = getattr(module, "active_adapters", ()) if adapter_name is None else (adapter_name,)
     if isinstance(module, AdapterLayer):
         for adapter in active:
             if module.has_adapter(adapter):
@@ -196,9 +194,7 @@ def energy_table(rows: Sequence[LandscapeRow], taus: Sequence[float] = TAUS) -> 
     return table
 
 
-def landscape_records(
-    runs: Mapping[str, Sequence[LandscapeRow]], *, spectra: bool = False
-) -> list[dict[str, Any]]:
+def landscape_records(runs: Mapping[str, Sequence[LandscapeRow]], *, spectra: bool = False) -> list[dict[str, Any]]:
     """Landscapes as flat mappings, one per run and matrix, for CSV or JSON; with the singular values if asked for."""
     records = []
     for run, rows in runs.items():

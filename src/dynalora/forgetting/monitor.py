@@ -268,9 +268,7 @@ class RetentionMonitor(TrainerCallback):
     def _refuse(self, model: nn.Module) -> None:
         """Refuse a model that cannot be compared with its base."""
         if self._every < 1:
-            raise ConfigError(
-                f"every={self.every} is a fraction of a Trainer's run; give a number of steps here."
-            )
+            raise ConfigError(f"every={self.every} is a fraction of a Trainer's run; give a number of steps here.")
         trained = next((name for name, value in base_weights(model) if value.requires_grad), None)
         if trained is not None:
             raise ConfigError(
@@ -339,9 +337,7 @@ class RetentionMonitor(TrainerCallback):
             self.best.score is None if score is None else self.best.score is None or score < self.best.score
         )
         if better:
-            tensors = {
-                name: value.detach().to("cpu", copy=True) for name, value in adapter_tensors(model).items()
-            }
+            tensors = {name: value.detach().to("cpu", copy=True) for name, value in adapter_tensors(model).items()}
             self.best = BestState(self._step, self.forgetting, score, tensors)
 
     # --- files --------------------------------------------------------------------------------------------
@@ -425,9 +421,7 @@ def _check(
     check_least(1, batch_size=batch_size)
     check_least(0, cache_bytes=cache_bytes)
     if not every > 0 or (every > 1 and every != int(every)):
-        raise ConfigError(
-            f"every is {every}; give a whole number of steps, or a fraction of the run below 1."
-        )
+        raise ConfigError(f"every is {every}; give a whole number of steps, or a fraction of the run below 1.")
     if max_forgetting is not None and not (math.isfinite(max_forgetting) and max_forgetting > 0):
         raise ConfigError(f"max_forgetting is {max_forgetting}; give nats per token, above 0.")
     if keep_best and max_forgetting is None:

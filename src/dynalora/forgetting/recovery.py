@@ -57,8 +57,7 @@ def low_rank_modules(landscape: Sequence[LandscapeRow], *, tau: float | None = N
     return [
         row.module
         for row in landscape
-        if (row.effective_rank if tau is None else sum(value > tau for value in row.singular_values))
-        <= LOW_RANK
+        if (row.effective_rank if tau is None else sum(value > tau for value in row.singular_values)) <= LOW_RANK
     ]
 
 
@@ -111,9 +110,7 @@ def zero_updates(model: nn.Module, modules: Sequence[str], adapter_name: str | N
         UnsupportedError: The adapter is merged, or the update has a part besides its factors (PEFT's DoRA, biases).
     """
     layers = {
-        name: (module, adapter)
-        for name, module in _tuner_layers(model)
-        for adapter in _adapters(module, adapter_name)
+        name: (module, adapter) for name, module in _tuner_layers(model) for adapter in _adapters(module, adapter_name)
     }
     missing = [name for name in modules if name not in layers]
     if missing:

@@ -76,11 +76,7 @@ def prepare_retain(
 
 def _retaining(model: nn.Module) -> list[tuple[Driver, list[AdapterLayer], Retain]]:
     """The adapters that have `retain`, with their layers."""
-    return [
-        (driver, layers, part)
-        for driver, layers in drivers_of(model)
-        if (part := retain_part(driver)) is not None
-    ]
+    return [(driver, layers, part) for driver, layers in drivers_of(model) if (part := retain_part(driver)) is not None]
 
 
 def _texts(source: str | Sequence[str]) -> list[str]:
@@ -112,12 +108,8 @@ class RetainCallback(TrainerCallback):
         if state.global_step == 0:
             for driver, layers, part in adapters:
                 part.forget_run(layers[0], driver.adapter)
-        unread = any(
-            not part.ready(driver.config, layers, driver.adapter) for driver, layers, part in adapters
-        )
-        if unread and hasattr(
-            processing_class, "all_special_ids"
-        ):  # or else the first step says what is missing
+        unread = any(not part.ready(driver.config, layers, driver.adapter) for driver, layers, part in adapters)
+        if unread and hasattr(processing_class, "all_special_ids"):  # or else the first step says what is missing
             with late_progress() as progress:
                 prepare_retain(model, processing_class, progress=progress)
 
@@ -201,9 +193,7 @@ def _read(model: nn.Module, text: MeasuredText, batch: list[int], reader: _Reade
 class _Reader:
     """Adds up what the hooks on the layers see."""
 
-    def __init__(
-        self, layers: Mapping[str, AdapterLayer], adapter: str, rank: int, bank: int, tokens: int
-    ) -> None:
+    def __init__(self, layers: Mapping[str, AdapterLayer], adapter: str, rank: int, bank: int, tokens: int) -> None:
         self.layers, self.adapter, self.rank, self.bank = list(layers.values()), adapter, rank, bank
         self.predicts = torch.zeros(0, dtype=torch.bool)
         # Which layer's input a layer reads: its own, or that of an earlier layer with the same tensor.
@@ -268,9 +258,7 @@ class _Reader:
                     torch.zeros(1, layer.in_features),
                 )
                 continue
-            layer.curvatures[self.adapter] = Curvature(
-                inputs[source], self.outputs[layer].result(), stored.get(source)
-            )
+            layer.curvatures[self.adapter] = Curvature(inputs[source], self.outputs[layer].result(), stored.get(source))
 
 
 @dataclass(frozen=True)
@@ -294,9 +282,7 @@ class RetainCost:
         return self.multiplications / (tokens * self.base_multiplications)
 
 
-def retain_cost(
-    model: nn.Module, adapter: str = "default", *, rank: int = RANK, bank: int = BANK
-) -> RetainCost:
+def retain_cost(model: nn.Module, adapter: str = "default", *, rank: int = RANK, bank: int = BANK) -> RetainCost:
     """What `retain` costs, before paying it: the model may be on the meta device and have no weights.
 
     Args:
@@ -329,11 +315,7 @@ def retain_cost(
     products = 0
     for layer in layers.values():
         r = layer.sides(adapter)[0].shape[1]
-        across = (
-            [layer.out_features]
-            if layer.depends_on_input(adapter)
-            else [layer.in_features, layer.out_features]
-        )
+        across = [layer.out_features] if layer.depends_on_input(adapter) else [layer.in_features, layer.out_features]
         products += sum(width * r * (min(rank, width) + r) for width in across)
         if layer.depends_on_input(adapter):
             width = sum(matrix.shape[0] for matrix in layer.projections(adapter))

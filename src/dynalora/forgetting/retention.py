@@ -113,9 +113,7 @@ def retention(
     predictions = base if isinstance(base, BasePredictions) else None
     _check(model, text, batch_size, chunk, writer=apart)
     if predictions is not None and predictions.text != text:
-        raise ConfigError(
-            "The base predictions were made on another text; make them again with base_predictions()."
-        )
+        raise ConfigError("The base predictions were made on another text; make them again with base_predictions().")
     what = f"Retention: {name}"
     totals = [torch.zeros(3, dtype=torch.float64) for _ in text.rows]  # Σ KL, Σ base loss, Σ tuned loss
     lengths = [len(row) for row in text.rows]
@@ -206,11 +204,7 @@ def predictions_within(
 
 
 def _check(
-    model: torch.nn.Module,
-    text: MeasuredText,
-    batch_size: int,
-    chunk: int,
-    writer: torch.nn.Module | None = None,
+    model: torch.nn.Module, text: MeasuredText, batch_size: int, chunk: int, writer: torch.nn.Module | None = None
 ) -> None:
     check_least(1, batch_size=batch_size, chunk=chunk)
     refuse_merged(model)

@@ -182,9 +182,7 @@ def anchor_text(
             return rows
         before, between = _chat_frame(tokenizer)
         ends = end_ids(model, tokenizer)
-        messages = sampled(
-            model, tokenizer, [before] * chats, max(1, tokens // 2), seed + 1, batch_size, progress
-        )
+        messages = sampled(model, tokenizer, [before] * chats, max(1, tokens // 2), seed + 1, batch_size, progress)
         asked = [[*(row[:-1] if row[-1] in ends else row), *between] for row in messages]
         return (*rows, *sampled(model, tokenizer, asked, tokens, seed + 2, batch_size, progress))
 
@@ -235,9 +233,7 @@ def _remembered(
     return text
 
 
-def given_text(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512
-) -> MeasuredText:
+def given_text(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512) -> MeasuredText:
     """Texts of the user's choice, to measure on; every token but the first of each text counts.
 
     Args:
@@ -314,9 +310,7 @@ def _read(file: Path, starts: tuple[int, ...]) -> Rows | None:
         rows = tuple(tuple(int(token) for token in row) for row in content["rows"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    whole = len(rows) == len(starts) and all(
-        len(row) > start for row, start in zip(rows, starts, strict=True)
-    )
+    whole = len(rows) == len(starts) and all(len(row) > start for row, start in zip(rows, starts, strict=True))
     return rows if whole else None
 
 

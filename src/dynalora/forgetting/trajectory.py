@@ -61,10 +61,7 @@ def rank_trajectory(model: nn.Module, adapter: str = "default", tau: float = PAP
         )
     modules = list(record[0].ranks)
     start = {name: len(scores) for name, scores in record[0].scores.items()}
-    ranks = [
-        [start[name] for name in modules],
-        *([entry.ranks[name] for name in modules] for entry in record),
-    ]
+    ranks = [[start[name] for name in modules], *([entry.ranks[name] for name in modules] for entry in record)]
     scores = [[entry.layer_scores[name] for name in modules] for entry in record]
     importance = []
     for row in scores:
@@ -91,9 +88,7 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
     """Spearman's ρ, with mean ranks for ties; NaN if one of them is constant."""
 
     def ordered(values: Sequence[float]) -> list[float]:
-        return [
-            sum(v < value for v in values) + (1 + sum(v == value for v in values)) / 2 for value in values
-        ]
+        return [sum(v < value for v in values) + (1 + sum(v == value for v in values)) / 2 for value in values]
 
     a, b = (np.array(ordered(values)) for values in (one, other))
     spread = float(a.std() * b.std())

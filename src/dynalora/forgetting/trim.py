@@ -229,9 +229,7 @@ def scale_update(model: PeftModel, factor: float, adapter: str | None = None) ->
         UnsupportedError: The update cannot be scaled.
     """
     if not factor >= 0:
-        raise ConfigError(
-            f"factor is {factor!r}; give a number from 0 (the base model) up to 1 (as trained)."
-        )
+        raise ConfigError(f"factor is {factor!r}; give a number from 0 (the base model) up to 1 (as trained).")
     name = adapter or model.active_adapter
     for layer in _scalable(model, name):
         _scale(layer, name, factor)
@@ -266,9 +264,7 @@ def update_scaled(model: PeftModel, factor: float, adapter: str | None = None) -
 
 def _scalable(model: PeftModel, adapter: str) -> list[AdapterLayer | LoraLayer]:
     if adapter not in model.peft_config:
-        raise ConfigError(
-            f"The model has no adapter {adapter!r}; it has {', '.join(map(repr, model.peft_config))}."
-        )
+        raise ConfigError(f"The model has no adapter {adapter!r}; it has {', '.join(map(repr, model.peft_config))}.")
     layers: list[AdapterLayer | LoraLayer] = list(adapter_layers(model, adapter).values())
     for module in model.modules():
         if isinstance(module, LoraLayer) and adapter in module.scaling:

@@ -34,9 +34,7 @@ class CompactSpec(Settings):
 
 def run_compact(spec: CompactSpec, *, console: Console) -> None:
     """Write the smaller adapter, and show what was removed."""
-    result = compact_adapter_folder(
-        adapter_folder(spec.adapter), spec.output, spec.threshold, rewrite=spec.rewrite
-    )
+    result = compact_adapter_folder(adapter_folder(spec.adapter), spec.output, spec.threshold, rewrite=spec.rewrite)
     left = f"{result.parameters_after:,} of {result.parameters_before:,} parameters are left"
     say(console, compaction_table(result), f"{spec.output}: {result.removed} components removed; {left}.")
 

@@ -205,9 +205,7 @@ def _common_model(tasks: Sequence[Prepared]) -> tuple[tuple[Head, ...], int]:
     return common, numbers.pop()
 
 
-def _load(
-    spec: EvaluateSpec, heads: Sequence[Head], labels: int
-) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+def _load(spec: EvaluateSpec, heads: Sequence[Head], labels: int) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """The model, on a GPU if there is one, and its tokenizer with the prompt template."""
     model: Any
     if is_adapter(spec.source):

@@ -114,9 +114,7 @@ def _snapshot(spec: ExportSpec, calibrate: str) -> tuple[PeftModel, Sequence[Gat
     adapted = load_adapter(spec.adapter, spec.model)
     tokenizer = base_tokenizer(spec.adapter, spec.model)
     batches = {
-        source: batches_of(
-            tokenize(conversations, tokenizer, max_length=spec.max_length).rows, tokenizer.pad_token_id
-        )
+        source: batches_of(tokenize(conversations, tokenizer, max_length=spec.max_length).rows, tokenizer.pad_token_id)
         for source, conversations in texts.items()
     }
     record = record_gates(adapted, batches[calibrate])

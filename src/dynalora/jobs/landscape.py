@@ -102,9 +102,7 @@ class LandscapeSpec(Settings):
         try:
             return [float(text) for text in self.taus]
         except ValueError as error:
-            raise ConfigError(
-                f"taus must be numbers ({error}); write them with commas, such as 0.01,0.001."
-            ) from None
+            raise ConfigError(f"taus must be numbers ({error}); write them with commas, such as 0.01,0.001.") from None
 
 
 def run_landscape(spec: LandscapeSpec, *, console: Console) -> None:
@@ -126,10 +124,7 @@ def run_landscape(spec: LandscapeSpec, *, console: Console) -> None:
 
 def short_names(sources: list[str]) -> dict[str, str]:
     """Each source by the shortest end of its path that tells it from the others."""
-    paths = {
-        source: (Path(source).resolve() if Path(source).exists() else Path(source)).parts
-        for source in sources
-    }
+    paths = {source: (Path(source).resolve() if Path(source).exists() else Path(source)).parts for source in sources}
     longest = max(map(len, paths.values()), default=1)
     for length in range(1, longest + 1):
         names = {"/".join(parts[-length:]): source for source, parts in paths.items()}
@@ -201,9 +196,7 @@ def _write(spec: LandscapeSpec, landscapes: Landscapes) -> list[Path]:
     return written
 
 
-def landscape_table(
-    landscapes: Mapping[str, Sequence[LandscapeRow]], tau: float, gates: Mapping[str, str]
-) -> Table:
+def landscape_table(landscapes: Mapping[str, Sequence[LandscapeRow]], tau: float, gates: Mapping[str, str]) -> Table:
     """Ranks, nuclear norms and energies by kind of module; `gates` says how those of gated adapters were counted."""
     several = len(landscapes) > 1
     cells: list[list[Cell]] = []
@@ -221,9 +214,7 @@ def landscape_table(
                     f"{fmean([row.energy for row in members]):.4f}",
                 ]
             )  # fmt: skip
-    note = (
-        f"effective rank: singular values of s·ΔW above {tau:g}; energy: their share of the sum of squares."
-    )
+    note = f"effective rank: singular values of s·ΔW above {tau:g}; energy: their share of the sum of squares."
     for counted in dict.fromkeys(gates.values()):
         which = ", ".join(name for name, how in gates.items() if how == counted)
         most = ", the most that the update can be" if counted == "all gates open" else ""

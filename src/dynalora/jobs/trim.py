@@ -132,9 +132,7 @@ def _scale_down(
     if spec.factor is not None:
         factors = sorted({1.0, spec.factor, *spec.factors}, reverse=True)
         for name, text in texts.items():
-            curves[name] = trim_curve(
-                model, text, loss=None if curves else loss, factors=factors, progress=progress
-            )
+            curves[name] = trim_curve(model, text, loss=None if curves else loss, factors=factors, progress=progress)
         scale_update(model, spec.factor)
         return spec.factor, curves
     assert spec.max_kl is not None  # checked with the settings
@@ -142,12 +140,7 @@ def _scale_down(
     for name, text in texts.items():
         # Each text goes on from the factor that the texts before it have left.
         result = trim(
-            model,
-            text,
-            max_kl=spec.max_kl,
-            loss=None if curves else loss,
-            factors=spec.factors,
-            progress=progress,
+            model, text, max_kl=spec.max_kl, loss=None if curves else loss, factors=spec.factors, progress=progress
         )
         curves[name] = [replace(point, factor=factor * point.factor) for point in result.points]
         factor *= result.factor
@@ -164,11 +157,7 @@ def _run_of(source: str) -> FinetuneSpec | None:
 
 
 def _loss(
-    spec: TrimSpec,
-    run: FinetuneSpec | None,
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    console: Console,
+    spec: TrimSpec, run: FinetuneSpec | None, model: PeftModel, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> Callable[[], float] | None:
     """What measures the loss on the run's held-out data; None where there are none."""
     if not spec.loss or run is None:

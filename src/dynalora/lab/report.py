@@ -164,10 +164,7 @@ def write_report(report: Report, path: str | PathLike[str]) -> Path:
 
 
 def save_figures(
-    write: Callable[[str, bytes], object],
-    drawn: Mapping[str, tuple[Drawn | None, str]],
-    *,
-    svg: bool = True,
+    write: Callable[[str, bytes], object], drawn: Mapping[str, tuple[Drawn | None, str]], *, svg: bool = True
 ) -> list[Figure]:
     """Write figures as `plots/NAME.png`, and `.svg` if asked for, and return those that are there, for a report.
 

@@ -54,9 +54,7 @@ class RunFolder:
         resumed: Whether the folder already held this run and is being continued.
     """
 
-    def __init__(
-        self, path: Path, config: dict[str, Any], lock: filelock.BaseFileLock | None, resumed: bool
-    ) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], lock: filelock.BaseFileLock | None, resumed: bool) -> None:
         self.path = path
         self.config = config
         self.resumed = resumed
@@ -141,9 +139,7 @@ class RunFolder:
         return run
 
     @staticmethod
-    def _refuse_what_is_there(
-        folder: Path, config: dict[str, Any], resume: bool, defaults: Mapping[str, Any]
-    ) -> None:
+    def _refuse_what_is_there(folder: Path, config: dict[str, Any], resume: bool, defaults: Mapping[str, Any]) -> None:
         entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
         entries = [name for name in entries if name not in _OWN_BEFORE_START and not name.endswith(".tmp")]
         if resume:
@@ -184,9 +180,7 @@ class RunFolder:
     def _write_status(self, status: Mapping[str, Any]) -> None:
         process = {"process": os.getpid(), "host": socket.gethostname(), "python": platform.python_version()}
         versions = {name: version_of(name) for name in _VERSIONS_OF}
-        write_file(
-            self.path / STATUS, json.dumps({**status, **process, "versions": versions}, indent=2) + "\n"
-        )
+        write_file(self.path / STATUS, json.dumps({**status, **process, "versions": versions}, indent=2) + "\n")
 
     def finish(self) -> None:
         """Record in `run.json` that the run reached its end."""
@@ -330,9 +324,7 @@ def _status(folder: Path) -> dict[str, Any]:
 
 def _owner(folder: Path) -> str:
     status = _status(folder)
-    return (
-        f"process {status['process']} on {status.get('host')}" if "process" in status else "another process"
-    )
+    return f"process {status['process']} on {status.get('host')}" if "process" in status else "another process"
 
 
 def _describe(folder: Path) -> str:

@@ -37,12 +37,7 @@ def percent(interval: Interval | None) -> Interval | None:
 
 
 def shown_interval(
-    interval: Interval | Difference | None,
-    decimals: int,
-    *,
-    scale: float = 1.0,
-    sign: str = "",
-    half: bool = False,
+    interval: Interval | Difference | None, decimals: int, *, scale: float = 1.0, sign: str = "", half: bool = False
 ) -> str | None:
     """A number with its 95 % interval for a table: `41.2 (38.0 to 44.4)`; alone where the interval has no width.
 

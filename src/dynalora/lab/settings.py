@@ -128,9 +128,7 @@ class Settings:
     def settings(self) -> dict[str, Any]:
         """What `config.yaml` holds: everything but what does not change the result; its own settings come first."""
         return {
-            name: getattr(self, name)
-            for name, described in describe(type(self)).items()
-            if described.setting.recorded
+            name: getattr(self, name) for name, described in describe(type(self)).items() if described.setting.recorded
         }
 
 
@@ -175,9 +173,7 @@ def describe(kind: type[Any]) -> dict[str, Described]:
 
     A subclass that changes only a default keeps the description, the bounds and the flags of its base.
     """
-    return _describe(
-        cast(Any, kind)
-    )  # a class is hashable, which mypy denies where its instances define a hash
+    return _describe(cast(Any, kind))  # a class is hashable, which mypy denies where its instances define a hash
 
 
 @functools.cache
@@ -244,9 +240,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(
-            f"The settings file '{file}' cannot be read ({error.strerror or error})."
-        ) from error
+        raise ConfigError(f"The settings file '{file}' cannot be read ({error.strerror or error}).") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"The settings file '{file}' is not UTF-8 text (byte {error.start}).") from error
     except yaml.YAMLError as error:
@@ -257,9 +251,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(
-            f"The settings file '{file}' holds a {type(content).__name__}; write lines of 'name: value'."
-        )
+        raise ConfigError(f"The settings file '{file}' holds a {type(content).__name__}; write lines of 'name: value'.")
     return {str(name): value for name, value in content.items()}
 
 
@@ -301,13 +293,9 @@ def settings_from(kind: type[Kind], values: Mapping[str, Any], *, source: str = 
     for name in values:
         if name not in allowed:
             raise ConfigError(f"Unknown setting '{name}' in {source}; {did_you_mean(name, allowed)}.")
-    missing = [
-        name for name, item in allowed.items() if _default(item) is MISSING and values.get(name) is None
-    ]
+    missing = [name for name, item in allowed.items() if _default(item) is MISSING and values.get(name) is None]
     if missing:
-        raise ConfigError(
-            f"Missing {' and '.join(repr(name) for name in missing)} in {source}; give them a value."
-        )
+        raise ConfigError(f"Missing {' and '.join(repr(name) for name in missing)} in {source}; give them a value.")
     hints = get_type_hints(kind)
     return kind(**{name: coerce(value, hints[name], name) for name, value in values.items()})
 
@@ -362,11 +350,7 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
         converted = _as(value, choice)
         if converted is not MISSING:
             return converted
-    words = [
-        _WORDS.get(get_origin(choice) or choice, str(choice))
-        for choice in choices
-        if choice is not type(None)
-    ]
+    words = [_WORDS.get(get_origin(choice) or choice, str(choice)) for choice in choices if choice is not type(None)]
     raise ConfigError(f"{name} must be {' or '.join(words)}, got {value!r}.")
 
 
@@ -414,10 +398,6 @@ def _as(value: Any, kind: Any) -> Any:
 
 def names_or_pattern(targets: list[str] | str) -> list[str] | str:
     """Module names written with commas as a list; `all-linear` and regular expressions stay as they are."""
-    if (
-        isinstance(targets, str)
-        and targets != "all-linear"
-        and re.fullmatch(r"[\w.\-]+(\s*,\s*[\w.\-]+)*,?", targets)
-    ):
+    if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w.\-]+(\s*,\s*[\w.\-]+)*,?", targets):
         return [name.strip() for name in targets.split(",") if name.strip()]
     return targets

@@ -42,9 +42,7 @@ class UnitStore(Generic[U]):
             works on it. A run folder is locked as a whole.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike[str], *, ending: str = ".json", shared: bool = False
-    ) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, ending: str = ".json", shared: bool = False) -> None:
         self.folder, self.ending, self.shared = Path(folder), ending, shared
 
     def file(self, unit: U) -> Path:

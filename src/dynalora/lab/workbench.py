@@ -101,9 +101,7 @@ class Workbench:
         if source not in self._training:
             settings = self.settings
             longest = within_window(settings.max_length, self.model, self.tokenizer)
-            rows = self.tasks[source].training(
-                self.tokenizer, system=settings.system or "", max_length=longest
-            )
+            rows = self.tasks[source].training(self.tokenizer, system=settings.system or "", max_length=longest)
             if rows.dropped:
                 self.say(
                     f"{self.tasks[source].name}: {rows.dropped:,} of {rows.dropped + len(rows):,} training questions "
@@ -119,13 +117,9 @@ class Workbench:
 
     def measure_on(self, source: str, model: torch.nn.Module, name: str, progress: Progress) -> TaskScore:
         """A model's score on one task."""
-        return self.tasks[source].measure(
-            model, self.tokenizer, self.settings.measuring, name=name, progress=progress
-        )
+        return self.tasks[source].measure(model, self.tokenizer, self.settings.measuring, name=name, progress=progress)
 
-    def train(
-        self, start: PeftConfig | Path, source: str, how: TrainSettings, *, seed: int, label: str
-    ) -> TrainResult:
+    def train(self, start: PeftConfig | Path, source: str, how: TrainSettings, *, seed: int, label: str) -> TrainResult:
         """Train an adapter on a task; the result's model is the base model with it, until it is taken off.
 
         Args:

@@ -49,9 +49,7 @@ class DiraConfig(GatedConfig):
             value, in [0, 1).
     """
 
-    penalty: Penalty = field(
-        default="product", metadata={"help": "Form of the penalty: product or variational."}
-    )
+    penalty: Penalty = field(default="product", metadata={"help": "Form of the penalty: product or variational."})
     penalty_weight: float = field(default=1e-4, metadata={"help": "Weight of the penalty at the first step."})
     penalty_schedule: Schedule = field(default="linear", metadata={"help": "linear, cosine or constant."})
 
@@ -59,23 +57,18 @@ class DiraConfig(GatedConfig):
         default=None, metadata={"help": "Remove dead components after every so many steps."}
     )
     compact_threshold: float = field(
-        default=THRESHOLD,
-        metadata={"help": "Components of at most this share of the largest singular value are dead."},
+        default=THRESHOLD, metadata={"help": "Components of at most this share of the largest singular value are dead."}
     )
 
     method: ClassVar[str] = "dira"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(
-            self.penalty in get_args(Penalty), "penalty", f"one of {', '.join(map(repr, get_args(Penalty)))}"
-        )
+        self._require(self.penalty in get_args(Penalty), "penalty", f"one of {', '.join(map(repr, get_args(Penalty)))}")
         number = isinstance(self.penalty_weight, (int, float)) and 0 <= self.penalty_weight < float("inf")
         self._require(number, "penalty_weight", "a number of at least 0")
         self._require(
-            self.penalty_schedule in SCHEDULES,
-            "penalty_schedule",
-            f"one of {', '.join(map(repr, SCHEDULES))}",
+            self.penalty_schedule in SCHEDULES, "penalty_schedule", f"one of {', '.join(map(repr, SCHEDULES))}"
         )
         every = self.compact_every
         counted = every is None or (isinstance(every, int) and not isinstance(every, bool) and every > 0)
@@ -187,23 +180,15 @@ def _add_product_gradient(moment: Moment[StepNorms], layers: list[AdapterLayer],
     up = torch.stack([up for _, up in factors])  # (L, out, r)
     known = moment.shared.by_layer
     if all(layer in known for layer in layers):
-        down_norm, up_norm = (
-            torch.stack(norms) for norms in zip(*(known[layer] for layer in layers), strict=True)
-        )
+        down_norm, up_norm = (torch.stack(norms) for norms in zip(*(known[layer] for layer in layers), strict=True))
     else:
         down_norm, up_norm = _norms(down, dim=2), _norms(up, dim=1)  # (L, r)
         if not all(moment.awaits(parameter) for pair in factors for parameter in pair):
             # Another optimizer has the other factors, and will see these ones changed.
             known.update(zip(layers, zip(down_norm, up_norm, strict=True), strict=True))
     rate = weight * moment.grad_scale
-    _add(
-        moment,
-        [pair[0] for pair in factors],
-        _rescale(down, down_norm[:, :, None], rate * up_norm[:, :, None]),
-    )
-    _add(
-        moment, [pair[1] for pair in factors], _rescale(up, up_norm[:, None, :], rate * down_norm[:, None, :])
-    )
+    _add(moment, [pair[0] for pair in factors], _rescale(down, down_norm[:, :, None], rate * up_norm[:, :, None]))
+    _add(moment, [pair[1] for pair in factors], _rescale(up, up_norm[:, None, :], rate * down_norm[:, None, :]))
 
 
 def _norms(factors: torch.Tensor, dim: int) -> torch.Tensor:

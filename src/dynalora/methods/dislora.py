@@ -116,14 +116,10 @@ class DisloraConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         steps = self.warmup_steps
-        self._require(
-            steps is None or (_is_int(steps) and steps > 0), "warmup_steps", "a positive integer, or None"
-        )
+        self._require(steps is None or (_is_int(steps) and steps > 0), "warmup_steps", "a positive integer, or None")
         fraction = self.warmup_fraction
         self._require(_is_real(fraction) and 0 < fraction < 1, "warmup_fraction", "in (0, 1)")
-        self._require(
-            _is_int(self.tsd_count) and self.tsd_count >= 0, "tsd_count", "an integer of at least 0"
-        )
+        self._require(_is_int(self.tsd_count) and self.tsd_count >= 0, "tsd_count", "an integer of at least 0")
         for name, choices in (("tsd_score", TsdScore), ("tsd_init", TsdInit)):
             allowed = get_args(choices)
             self._require(getattr(self, name) in allowed, name, f"one of {', '.join(map(repr, allowed))}")
@@ -192,13 +188,9 @@ class DisloraLayer(AdapterLayer):
         if count:
             tensors |= {
                 "tsd_weight": torch.zeros(count),
-                "tsd_index": torch.full(
-                    (count,), -1
-                ),  # its place among the singular values; -1: not chosen yet
+                "tsd_index": torch.full((count,), -1),  # its place among the singular values; -1: not chosen yet
                 "tsd_sigma": torch.zeros(count),
-                "tsd_rate": torch.zeros(
-                    count
-                ),  # δ; no name may end in "score", which PEFT takes for a classifier
+                "tsd_rate": torch.zeros(count),  # δ; no name may end in "score", which PEFT takes for a classifier
             }
         return tensors
 
@@ -221,9 +213,7 @@ class DisloraLayer(AdapterLayer):
         for role, value in zip(("up", "down", "sigma"), start, strict=True):
             parameter = self.parameter(role, adapter)
             # Half precision would lose the orthonormality that they stand for.
-            parameter.data = value.to(
-                parameter.device, torch.promote_types(parameter.dtype, torch.float32)
-            ).clone()
+            parameter.data = value.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32)).clone()
         for role in FROZEN:
             if self.has_buffer(role, adapter) and (tensor := self.buffer(role, adapter)).is_floating_point():
                 container = getattr(self, f"{self.method_name}_{role}")
@@ -253,10 +243,7 @@ class DisloraLayer(AdapterLayer):
         if score == "update":
             r = self.rank(adapter)
             start = self.buffer("frozen_up", adapter)[:, :r] * -self.buffer("start_sigma", adapter)
-            up, down = (
-                torch.cat([up, start], dim=1),
-                torch.cat([down, self.buffer("frozen_down", adapter)[:r]]),
-            )
+            up, down = (torch.cat([up, start], dim=1), torch.cat([down, self.buffer("frozen_down", adapter)[:r]]))
         return up, down
 
     def point(self, adapter: str, directions: Directions, init: TsdInit) -> None:
@@ -370,9 +357,7 @@ class Dislora(Method):
         warmup = config.warmup(moment.total_steps)
         if warmup is not None and moment.step < warmup:
             self._warn_of_long_warmup(moment, warmup)
-            if not moment.all_layers[0].has_directions(
-                moment.adapter
-            ):  # all layers get theirs at the same time
+            if not moment.all_layers[0].has_directions(moment.adapter):  # all layers get theirs at the same time
                 for weight in (layer.parameter("tsd_weight", moment.adapter) for layer in moment.layers):
                     # There is nothing to weigh yet. Zero gradients would leave the optimizer with wrong averages.
                     if moment.awaits(weight):
@@ -383,14 +368,10 @@ class Dislora(Method):
             moment.shared.weights = self._weigh(moment)
         task_weight, ortho_weight = moment.shared.weights
         if config.adaptive:
-            gradients = [
-                p.grad for layer in moment.layers for p in self._awaiting(layer, moment) if p.grad is not None
-            ]
+            gradients = [p.grad for layer in moment.layers for p in self._awaiting(layer, moment) if p.grad is not None]
             _scale([*gradients, *(p.grad for p in moment.others if p.grad is not None)], task_weight)
         rate = ortho_weight * moment.grad_scale / len(moment.all_layers)
-        for matrices in _by_shape(
-            [p for layer in moment.layers for p in _factors(layer, moment.adapter)], moment
-        ):
+        for matrices in _by_shape([p for layer in moment.layers for p in _factors(layer, moment.adapter)], moment):
             columns = _stack(matrices)
             device_rate = rate.to(columns.device) if isinstance(rate, torch.Tensor) else rate
             additions = (columns @ _deviation(columns)).mul_(4 * device_rate)
@@ -438,14 +419,7 @@ class Dislora(Method):
             logger.info(
                 "adapter %r: %d task-specific directions chosen in %d matrices after %d optimizer steps, with change "
                 "rates of %.3g to %.3g",
-                *(
-                    moment.adapter,
-                    len(rates),
-                    len(layers),
-                    moment.step + 1,
-                    float(rates.min()),
-                    float(rates.max()),
-                ),
+                *(moment.adapter, len(rates), len(layers), moment.step + 1, float(rates.min()), float(rates.max())),
             )
 
     def _warn_of_long_warmup(self, moment: Moment, warmup: int) -> None:
@@ -511,9 +485,7 @@ class Dislora(Method):
         return {**self.metrics(moment), "ortho_loss_now": now, "task_specific_directions": chosen}
 
 
-def adaptive_weights(
-    task: torch.Tensor, ortho: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def adaptive_weights(task: torch.Tensor, ortho: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """K and the weights of the task loss and the orthogonality loss (eq. 12–14), without overflow.
 
     A loss that is not finite weighs as if there were no penalty: (k, 1, 0).
@@ -542,9 +514,7 @@ def ortho_loss(layers: Sequence[DisloraLayer], adapter: str) -> torch.Tensor:
     return total / len(layers)
 
 
-def choose_directions(
-    layers: Sequence[DisloraLayer], adapter: str, config: DisloraConfig
-) -> list[Directions]:
+def choose_directions(layers: Sequence[DisloraLayer], adapter: str, config: DisloraConfig) -> list[Directions]:
     """The task-specific directions of every layer: the largest δ of eq. 4 among all singular pairs of W0.
 
     Few pairs need to be looked at. δ_i is at most ‖M‖₂ / σ_i, so once the smallest pairs are known, and σ of the next
@@ -553,9 +523,7 @@ def choose_directions(
     results = []
     with late_progress() as progress:
         progress("Choosing directions", 0, len(layers))
-        for done, layer in enumerate(
-            layers, start=1
-        ):  # one at a time: nobody has room for all pairs of all layers
+        for done, layer in enumerate(layers, start=1):  # one at a time: nobody has room for all pairs of all layers
             weight = layer.base_matrix()
             up, down = layer.residual(adapter, config.tsd_score)
             count, sides = layer.parameter("tsd_weight", adapter).shape[0], min(weight.shape)
@@ -571,13 +539,7 @@ def choose_directions(
 
 
 def _best(
-    pairs: Triplets,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    count: int,
-    sides: int,
-    largest: float,
-    floor: float,
+    pairs: Triplets, up: torch.Tensor, down: torch.Tensor, count: int, sides: int, largest: float, floor: float
 ) -> tuple[Directions, bool]:
     """The best directions among some pairs, and whether no other pair can be among the best."""
     u, values, v = (tensor.to(up) for tensor in (pairs.up, pairs.values, pairs.down))
@@ -587,9 +549,7 @@ def _best(
     score = projections.abs() / values.clamp_min(floor)
     best = torch.topk(score, min(count, available))
     index = best.indices
-    chosen = Directions(
-        index + (sides - available), best.values, Triplets(u[:, index], values[index], v[index])
-    )
+    chosen = Directions(index + (sides - available), best.values, Triplets(u[:, index], values[index], v[index]))
     enough = available == sides or float(best.values[-1]) >= largest / max(float(values[0]), floor)
     return chosen, enough
 
@@ -606,11 +566,7 @@ def _smallest_pairs(layers: Sequence[DisloraLayer], adapter: str) -> list[Triple
     The same number in both places, so that the second finds what the first has left on the disk.
     """
     ranks = [
-        min(
-            layer.rank(adapter) + layer.buffer("frozen_down", adapter).shape[0],
-            layer.in_features,
-            layer.out_features,
-        )
+        min(layer.rank(adapter) + layer.buffer("frozen_down", adapter).shape[0], layer.in_features, layer.out_features)
         for layer in layers
     ]
     return decompose([layer.base_matrix for layer in layers], ranks, describe="Decomposing the base weights")
@@ -641,9 +597,7 @@ def _by_shape(matrices: Sequence[_Matrix], moment: Moment | None = None) -> list
 
 def _stack(matrices: Sequence[_Matrix]) -> torch.Tensor:
     """(L, n, r) with columns that are to be orthonormal."""
-    return torch.stack(
-        [matrix.detach().t() if transposed else matrix.detach() for matrix, transposed in matrices]
-    )
+    return torch.stack([matrix.detach().t() if transposed else matrix.detach() for matrix, transposed in matrices])
 
 
 def _deviation(columns: torch.Tensor) -> torch.Tensor:

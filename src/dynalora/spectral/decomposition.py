@@ -111,9 +111,7 @@ def decompose(
         ConfigError: The environment sets a size of the disk cache that is no number.
     """
     if len(weights) != len(ranks):
-        raise DecompositionError(
-            f"every weight needs a rank, got {len(weights)} weights and {len(ranks)} ranks"
-        )
+        raise DecompositionError(f"every weight needs a rank, got {len(weights)} weights and {len(ranks)} ranks")
     if which not in get_args(Which):
         raise DecompositionError(f"which must be 'smallest' or 'largest', got {which!r}")
     store = open_cache() if cache else None
@@ -156,9 +154,7 @@ class _Job:
     key: str
 
 
-_Kind = tuple[
-    torch.Size, int, torch.dtype, torch.device
-]  # of weights that can be stacked: shape, rank, dtype, device
+_Kind = tuple[torch.Size, int, torch.dtype, torch.device]  # of weights that can be stacked: shape, rank, dtype, device
 
 
 def _compute(jobs: Sequence[_Job], k: int, which: Which, store: DecompositionCache | None) -> list[Triplets]:

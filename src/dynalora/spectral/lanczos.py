@@ -67,9 +67,7 @@ def smallest_edge(gram: Tensor, norm: Tensor, k: int, block: int) -> Edge:
 
     edge = _lanczos(lambda x: solve(plain, x), _start(gram, block), k, stop=should_move)
     # Drowned ones only seem to have converged.
-    if should_move(edge.ritz) and not bool(
-        (edge.converged & (edge.ritz[..., -1] < 1e6 * edge.ritz[..., -k])).all()
-    ):
+    if should_move(edge.ritz) and not bool((edge.converged & (edge.ritz[..., -1] < 1e6 * edge.ritz[..., -k])).all()):
         moved, definite = cholesky(shifted(gram, better_shift(edge.ritz)))
         factor = torch.where(definite[..., None, None], moved, plain)
         edge = _lanczos(lambda x: solve(factor, x), edge.vectors, k)
@@ -87,10 +85,7 @@ def _start(gram: Tensor, columns: int) -> Tensor:
 
 
 def _lanczos(
-    apply: Callable[[Tensor], Tensor],
-    start: Tensor,
-    k: int,
-    stop: Callable[[Tensor], bool] | None = None,
+    apply: Callable[[Tensor], Tensor], start: Tensor, k: int, stop: Callable[[Tensor], bool] | None = None
 ) -> Edge:
     """Block Lanczos with full reorthogonalisation: the largest eigenvalues of a symmetric positive operator.
 

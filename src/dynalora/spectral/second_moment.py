@@ -54,8 +54,7 @@ class SecondMoment:
     def stack(moments: list[SecondMoment]) -> SecondMoment:
         """Moments of equal shapes, with a first dimension that counts them: (L, k, n) and (L, n)."""
         return SecondMoment(
-            torch.stack([moment.basis for moment in moments]),
-            torch.stack([moment.diagonal for moment in moments]),
+            torch.stack([moment.basis for moment in moments]), torch.stack([moment.diagonal for moment in moments])
         )
 
 

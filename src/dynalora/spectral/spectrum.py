@@ -52,9 +52,7 @@ def factor_spectrum(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
 
 
 def matrix_spectrum(
-    shape: tuple[int, int],
-    read: Callable[[slice, slice], torch.Tensor],
-    device: torch.device | str = "cpu",
+    shape: tuple[int, int], read: Callable[[slice, slice], torch.Tensor], device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """Singular values of a large matrix that is read block by block, and never held as a whole.
 

@@ -158,9 +158,7 @@ class Prepared:
             intervals, of_items = metric.score(judged, references)
             scores |= intervals
             values |= of_items
-        percent = [
-            name for metric in self.metrics if metric.percent for name in metric.names if name in scores
-        ]
+        percent = [name for metric in self.metrics if metric.percent for name in metric.names if name in scores]
         return self.result(scores, values, percent=percent, answers=answers, too_long=too_long)
 
 

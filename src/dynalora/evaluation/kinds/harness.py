@@ -31,9 +31,7 @@ class HarnessKind(Kind):
             subject.model, subject.tokenizer, [self.name], num_fewshot=self.shots, limit=prepared.limit,
             batch_size=how.batch_size,
         )  # fmt: skip
-        scores = {
-            name: Estimate(value, error or 0.0).interval for name, (value, error) in result.numbers.items()
-        }
+        scores = {name: Estimate(value, error or 0.0).interval for name, (value, error) in result.numbers.items()}
         main = next(name for name in scores if name.split(" ")[0] == result.metric)
         percent = [name for name in scores if name.split(" ")[0] in _SHARES]
         return prepared.result(scores, percent=percent, main=main, items=result.samples or 0)

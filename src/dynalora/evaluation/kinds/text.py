@@ -36,20 +36,13 @@ class TextKind(LearnedKind):
         return training_rows(items, tokenizer, task.name, system=system, max_length=max_length)
 
 
-def conversation_rows(
-    items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, system: str = ""
-) -> TokenizedSet:
+def conversation_rows(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, system: str = "") -> TokenizedSet:
     """Questions with their answers as token ids, none cut, loss on the answers only."""
     return tokenize([item.conversation(system) for item in items], tokenizer, max_length=1 << 30)
 
 
 def training_rows(
-    items: Sequence[Item],
-    tokenizer: PreTrainedTokenizerBase,
-    name: str,
-    *,
-    system: str = "",
-    max_length: int = 512,
+    items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, name: str, *, system: str = "", max_length: int = 512
 ) -> TokenizedSet:
     """Questions with their answers to train on, loss on the answers only.
 
@@ -75,9 +68,7 @@ def training_rows(
     return TokenizedSet(fits, 0, len(rows) - len(fits))
 
 
-def right_answers(
-    items: Sequence[Item], subject: Subject, name: str, how: Measuring
-) -> tuple[AnswerLoss, int]:
+def right_answers(items: Sequence[Item], subject: Subject, name: str, how: Measuring) -> tuple[AnswerLoss, int]:
     """The loss of the right answers.
 
     Args:

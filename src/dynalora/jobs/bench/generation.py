@@ -120,9 +120,7 @@ def bench_generation(spec: BenchSpec, *, progress: Progress = silent) -> list[Ge
 def _generate_dtype(spec: BenchSpec, name: str, dtype: str, progress: Progress) -> list[Generated]:
     base = frozen_base(spec, name, dtype)
     steps = spec.warmup + spec.rounds
-    models: dict[str, PeftModel] = {
-        label: adapted(method, base, spec, steps).eval() for label, method in entries(spec)
-    }
+    models: dict[str, PeftModel] = {label: adapted(method, base, spec, steps).eval() for label, method in entries(spec)}
     prefill: dict[str, list[float]] = {label: [] for label in models}
     further: dict[str, list[float]] = {label: [] for label in models}
     for label, tokens, counts in in_turns(spec, base, [*models], f"Generation, {dtype}", progress):
@@ -174,7 +172,5 @@ def generation_tables(spec: BenchSpec, results: Sequence[Generated]) -> list[Tab
 
 def generation_json(spec: BenchSpec, results: Sequence[Generated]) -> str:
     """Everything measured, round by round, with the settings and the machine."""
-    rows = [
-        {**asdict(item), "median_seconds": {"prefill": item.prefill, "token": item.token}} for item in results
-    ]
+    rows = [{**asdict(item), "median_seconds": {"prefill": item.prefill, "token": item.token}} for item in results]
     return with_machine(spec, rows)

@@ -42,12 +42,8 @@ class BenchSpec(Settings):
     """
 
     model: Annotated[str, Setting("-m")] = "smollm2"
-    methods: Annotated[list[str], Setting(commas=True)] = field(
-        default_factory=lambda: ["lora", "dira", "disel"]
-    )
-    dtypes: Annotated[list[str], Setting(commas=True)] = field(
-        default_factory=lambda: ["float32", "bfloat16"]
-    )
+    methods: Annotated[list[str], Setting(commas=True)] = field(default_factory=lambda: ["lora", "dira", "disel"])
+    dtypes: Annotated[list[str], Setting(commas=True)] = field(default_factory=lambda: ["float32", "bfloat16"])
     r: Annotated[int, Setting("-r", name="--rank", least=1)] = 16
     target_modules: Annotated[list[str] | str, Setting("-t")] = "all-linear"
     batch_size: Annotated[int, Setting("-b", least=1)] = 4
@@ -85,9 +81,7 @@ class BenchSpec(Settings):
     def torch_device(self) -> torch.device:
         """Where to run."""
         return torch.device(
-            "cuda"
-            if self.device == "auto" and torch.cuda.is_available()
-            else self.device.replace("auto", "cpu")
+            "cuda" if self.device == "auto" and torch.cuda.is_available() else self.device.replace("auto", "cpu")
         )
 
     @property

@@ -88,9 +88,7 @@ def adapted(method: str, base: nn.Module, spec: BenchSpec, total_steps: int) -> 
     baseline = BASELINES.get(method)
     options = {} if baseline is not None else {"total_steps": total_steps}
     alpha = None if baseline is not None and baseline.alpha is None else 2.0 * spec.r
-    config = adapter_config(
-        method, r=spec.r, alpha=alpha, target_modules=spec.target_modules, options=options
-    )
+    config = adapter_config(method, r=spec.r, alpha=alpha, target_modules=spec.target_modules, options=options)
     return cast("PeftModel", peft.get_peft_model(cast(Any, sharing_copy(base)), config))
 
 

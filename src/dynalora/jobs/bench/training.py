@@ -99,9 +99,7 @@ class _Contestant:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.trainable = sum(parameter.numel() for parameter in trained)
         options: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.0}
-        self.optimizer = optimizer_of(self.model, torch.optim.AdamW, options) or torch.optim.AdamW(
-            trained, **options
-        )
+        self.optimizer = optimizer_of(self.model, torch.optim.AdamW, options) or torch.optim.AdamW(trained, **options)
         self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
 
     @property

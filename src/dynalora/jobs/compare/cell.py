@@ -113,9 +113,7 @@ class _Run:
             result["retention"] = self._retention(model, progress)
             result["kept"] = self._kept(model, tokenizer, progress)
             if prompts is not None:
-                kl = retention(
-                    model, prompts, base=self.apart, name="the task's prompts", progress=progress
-                ).kl
+                kl = retention(model, prompts, base=self.apart, name="the task's prompts", progress=progress).kl
                 result |= self._scaled(model, tokenizer, parts, result, progress)
                 result["change"] = {"norm": result.pop("norm"), "prompts_kl": kl}
         return result
@@ -146,18 +144,14 @@ class _Run:
             with ready.at(factor) as scaled:
                 point = {
                     name: _losses(
-                        part.measure(
-                            scaled, tokenizer, how, name=f"{name} × {factor:g}", progress=progress
-                        ).record()
+                        part.measure(scaled, tokenizer, how, name=f"{name} × {factor:g}", progress=progress).record()
                     )
                     for name, part in parts.items()
                 }
                 point["kl"] = _kl(
                     {
                         name: asdict(
-                            retention(
-                                scaled, text, base=bases[name], name=f"{name} × {factor:g}", progress=progress
-                            )
+                            retention(scaled, text, base=bases[name], name=f"{name} × {factor:g}", progress=progress)
                         )
                         for name, text in self.texts.items()
                     }
@@ -213,15 +207,11 @@ class _Run:
             return {name: {"kl": 0.0, "kl_error": 0.0, "loss_shift": 0.0} for name in self.texts}
         measured = {}
         for name, text in self.texts.items():
-            result = retention(
-                model, text, base=self.apart, name=f"{self.cell.label} on {name}", progress=progress
-            )
+            result = retention(model, text, base=self.apart, name=f"{self.cell.label} on {name}", progress=progress)
             measured[name] = {**asdict(result), "tokens": text.tokens}
         return measured
 
-    def _kept(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, progress: Progress
-    ) -> dict[str, dict[str, Any]]:
+    def _kept(self, model: Any, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> dict[str, dict[str, Any]]:
         """The main number of every benchmark that shows what was kept."""
         numbers = {}
         for prepared in kept_tasks(self.spec):

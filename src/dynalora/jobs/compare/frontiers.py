@@ -24,9 +24,7 @@ _STEPS = 200  # losses at which two frontiers are compared
 
 def points_of(result: Mapping[str, Any], text: str) -> list[tuple[float, float, float]]:
     """A run's curve as (factor, loss, KL on a text), factors descending; a run without a curve has one point."""
-    curve = result.get("curve") or [
-        {"factor": 1.0, "test": result["test"], "kl": result.get("retention") or {}}
-    ]
+    curve = result.get("curve") or [{"factor": 1.0, "test": result["test"], "kl": result.get("retention") or {}}]
     return [
         (float(point["factor"]), float(point["test"]["loss"]), float(point["kl"][text]["kl"]))
         for point in curve
@@ -138,9 +136,7 @@ def compare_scaled(
         The comparison; None where no seed has been measured on the text for both.
     """
     seeds = [
-        seed
-        for seed in runs
-        if seed in reference and points_of(runs[seed], text) and points_of(reference[seed], text)
+        seed for seed in runs if seed in reference and points_of(runs[seed], text) and points_of(reference[seed], text)
     ]
     if not seeds:
         return None
@@ -210,8 +206,4 @@ def _mean(values: Sequence[float | None]) -> Interval | None:
 def _ratio(logs: Sequence[float | None]) -> Interval | None:
     """A geometric mean out of logarithms."""
     mean = _mean(logs)
-    return (
-        None
-        if mean is None
-        else Interval(*(math.exp(min(700.0, end)) for end in (mean.value, mean.low, mean.high)))
-    )
+    return None if mean is None else Interval(*(math.exp(min(700.0, end)) for end in (mean.value, mean.low, mean.high)))

@@ -26,11 +26,7 @@ class Grid:
     """
 
     def __init__(
-        self,
-        spec: CompareSpec,
-        contestants: Sequence[Contestant],
-        places: Mapping[str, str],
-        store: CellStore,
+        self, spec: CompareSpec, contestants: Sequence[Contestant], places: Mapping[str, str], store: CellStore
     ) -> None:
         self.spec, self.contestants, self.places, self.store = spec, list(contestants), dict(places), store
         self._results: dict[str, dict[str, Any]] = {}
@@ -103,9 +99,7 @@ class Grid:
             for task in self.places:
                 for contestant in self.contestants:
                     if spec.all_rates:
-                        yield from (
-                            self.cell(task, contestant, rate, seed) for rate in contestant.learning_rates
-                        )
+                        yield from (self.cell(task, contestant, rate, seed) for rate in contestant.learning_rates)
                     elif (rate := self.chosen_rate(task, contestant)) is not None:
                         yield self.cell(task, contestant, rate, seed)
 

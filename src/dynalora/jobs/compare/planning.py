@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def plan(
-    spec: CompareSpec, tasks: Mapping[str, ExperimentTask], *, model: nn.Module | None = None
-) -> list[Contestant]:
+def plan(spec: CompareSpec, tasks: Mapping[str, ExperimentTask], *, model: nn.Module | None = None) -> list[Contestant]:
     """The contestants with their ranks and numbers of parameters.
 
     Args:

@@ -98,19 +98,12 @@ def plot_kept(comparison: Comparison, task: str) -> Figure | None:
         name, scale, title = MEAN, 100, "retention tasks, unweighted mean"
     else:
         name = next(iter(first))
-        scale, title = (
-            (100 if first[name]["share"] else 1),
-            f"{first[name]['title']}, {first[name]['metric']}",
-        )
+        scale, title = ((100 if first[name]["share"] else 1), f"{first[name]['title']}, {first[name]['metric']}")
     curves: dict[str, list[tuple[float, float, float]]] = {}
     for contestant in grid.contestants:
         curves[contestant.label] = []
         for rate in contestant.learning_rates:
-            runs = [
-                result
-                for cell, result in results
-                if cell.label == contestant.label and cell.learning_rate == rate
-            ]
+            runs = [result for cell, result in results if cell.label == contestant.label and cell.learning_rate == rate]
             if runs:
                 retained = statistics.fmean(kept_numbers(result)[name] for result in runs)
                 right = statistics.fmean(result["test"]["accuracy"] for result in runs)
@@ -140,23 +133,18 @@ def plot_parameters(comparison: Comparison, place: str, summaries: Sequence[Summ
     if not any(points.values()):
         return None
     return plot_sizes(
-        points,
-        title=f"{place}: quality against size",
-        y="accuracy, %" if shares else "loss of the right answers",
+        points, title=f"{place}: quality against size", y="accuracy, %" if shares else "loss of the right answers"
     )
 
 
 def plot_learning(comparison: Comparison, place: str, summaries: Sequence[Summary]) -> Figure | None:
     """Training loss by step, running means over the seeds."""
-    curves: dict[str, list[tuple[int, float]]] = {
-        contestant.label: [] for contestant in comparison.grid.contestants
-    }
+    curves: dict[str, list[tuple[int, float]]] = {contestant.label: [] for contestant in comparison.grid.contestants}
     for summary in summaries:
         runs = [result["training"]["losses"] for result in summary.results.values() if result.get("training")]
         if runs:
             curves[summary.label] = [
-                (points[0][0], statistics.fmean(loss for _, loss in points))
-                for points in zip(*runs, strict=False)
+                (points[0][0], statistics.fmean(loss for _, loss in points)) for points in zip(*runs, strict=False)
             ]
     if not any(curves.values()):
         return None
@@ -175,16 +163,12 @@ def plot_cost(comparison: Comparison, by_place: Mapping[str, Sequence[Summary]])
                 bars[title][contestant.label] = Interval(middle, min(values), max(values))
     if not all(bars.values()):
         return None
-    return plot_bars(
-        bars, label="", title="Cost: median over cells, with the smallest and the largest", decimals=2
-    )
+    return plot_bars(bars, label="", title="Cost: median over cells, with the smallest and the largest", decimals=2)
 
 
 def plot_ranks(summaries: Sequence[Summary], place: str) -> Figure | None:
     """Effective ranks by layer and kind of module, a panel per method, of the first seed."""
     landscapes = {
-        summary.label: rows
-        for summary in summaries
-        if (rows := next(iter(summary.results.values())).get("landscape"))
+        summary.label: rows for summary in summaries if (rows := next(iter(summary.results.values())).get("landscape"))
     }
     return plot_rank_maps(landscapes, title=f"{place}: effective ranks") if landscapes else None

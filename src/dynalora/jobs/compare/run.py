@@ -88,9 +88,7 @@ def run_compare(
     with rich_progress(console) as progress:
         local_model_name(spec.model, progress=progress)
     contestants = plan(spec, tasks)
-    for quantization in (
-        {contestant.quantization for contestant in contestants} | {spec.quantization} if run else ()
-    ):
+    for quantization in {contestant.quantization for contestant in contestants} | {spec.quantization} if run else ():
         if quantization is not None:
             quantization_config(quantization, resolve_dtype(spec.dtype))  # its library is there
     grid = Grid(spec, contestants, task_places(tasks), store)

@@ -47,11 +47,7 @@ class Runner:
     def run(self) -> list[tuple[Cell, str]]:
         """Run until nothing is left; returns the cells that failed, each with why."""
         live = self.console is not None and self.console.is_terminal
-        with (
-            self.console.status("Starting …")
-            if self.console is not None and live
-            else nullcontext() as status
-        ):
+        with self.console.status("Starting …") if self.console is not None and live else nullcontext() as status:
             try:
                 while self._go_on():
                     if status is not None:
@@ -77,9 +73,7 @@ class Runner:
 
         if not self._running:
             return "Other processes run what is left …"
-        lines = [
-            f"{cell.title}: {_last_line(self.grid.store.log(cell))}" for cell, _, _ in self._running.values()
-        ]
+        lines = [f"{cell.title}: {_last_line(self.grid.store.log(cell))}" for cell, _, _ in self._running.values()]
         return escape("\n".join(lines))
 
     def _waiting(self) -> list[Cell]:

@@ -72,12 +72,9 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPAR
 
     tasks: Annotated[list[str], Setting(commas=True)]
     output: Annotated[str, Setting("-o")]
-    methods: Annotated[list[str], Setting(commas=True)] = field(
-        default_factory=lambda: ["lora", *own_methods()]
-    )
+    methods: Annotated[list[str], Setting(commas=True)] = field(default_factory=lambda: ["lora", *own_methods()])
     variants: Annotated[
-        dict[str, Any],
-        Setting(name="--variant", metavar="LABEL=METHOD,NAME=VALUE,…", parse=_variants, merge=True),
+        dict[str, Any], Setting(name="--variant", metavar="LABEL=METHOD,NAME=VALUE,…", parse=_variants, merge=True)
     ] = field(default_factory=dict)
     reference: str = "lora"
     quantization: Annotated[str | None, Setting(choices=tuple(QUANTIZATIONS), panel=MODEL_AND_DATA)] = None
@@ -123,9 +120,7 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPAR
         if len({named_source(text, "texts")[0] for text in self.texts}) < len(self.texts):
             raise ConfigError(f"texts uses a name twice: {', '.join(self.texts)}.")
         if any(not 0 < factor <= 1 for factor in self.factors):
-            raise ConfigError(
-                f"factors is {self.factors}; give numbers above 0 (the base model) up to 1 (as trained)."
-            )
+            raise ConfigError(f"factors is {self.factors}; give numbers above 0 (the base model) up to 1 (as trained).")
         self.contestants()
 
     @property
@@ -160,9 +155,7 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPAR
         compared: dict[str, dict[str, Any]] = {label_of(name): {"method": name} for name in self.methods}
         for label, values in self._variants().items():
             if label in compared:
-                raise ConfigError(
-                    f"'{label}' is the name of a method and of a variant; call the variant otherwise."
-                )
+                raise ConfigError(f"'{label}' is the name of a method and of a variant; call the variant otherwise.")
             compared[label] = values
         contestants = [self._contestant(label, values) for label, values in compared.items()]
         if self.reference not in compared:
@@ -183,9 +176,7 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPAR
             raise ConfigError(
                 f"The label '{label}' becomes a file name; use letters, digits, '-', '+' and '.', and not '{BASE}'."
             )
-        rates = coerce(
-            values.get("learning_rates") or self.rates, list[float], f"learning_rates of '{label}'"
-        )
+        rates = coerce(values.get("learning_rates") or self.rates, list[float], f"learning_rates of '{label}'")
         if any(not (math.isfinite(rate) and rate > 0) for rate in rates):
             raise ConfigError(f"The learning rates of '{label}' are {rates}; give numbers above 0.")
         contestant = Contestant(

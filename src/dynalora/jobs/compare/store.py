@@ -25,24 +25,14 @@ _GROWS = (
     "jobs", "threads", "factors", "choose",
 )  # fmt: skip
 """Settings that may differ between calls on the same folder: what more to run or to measure, and how many at once."""
-_OF_EACH_CELL = (
-    "r",
-    "alpha",
-    "dropout",
-    "target_modules",
-    "quantization",
-    "weight_decay",
-    "match_parameters",
-)
+_OF_EACH_CELL = ("r", "alpha", "dropout", "target_modules", "quantization", "weight_decay", "match_parameters")
 """Settings that each cell records for itself."""
 
 
 def shared_settings(spec: CompareSpec) -> dict[str, Any]:
     """The settings that all cells of a folder have in common, as JSON holds them."""
     separate = {*_GROWS, *_OF_EACH_CELL}
-    settings: dict[str, Any] = plain(
-        {name: value for name, value in spec.settings().items() if name not in separate}
-    )
+    settings: dict[str, Any] = plain({name: value for name, value in spec.settings().items() if name not in separate})
     return settings
 
 
@@ -77,9 +67,7 @@ class CellStore(UnitStore[Cell]):
         report_only: Nothing will be run, so cells whose method had other defaults are read, and not refused.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike[str], shared: Mapping[str, Any], *, report_only: bool = False
-    ) -> None:
+    def __init__(self, folder: str | os.PathLike[str], shared: Mapping[str, Any], *, report_only: bool = False) -> None:
         super().__init__(folder, shared=True)
         self.settings, self.report_only = dict(shared), report_only
 
@@ -169,12 +157,8 @@ class CellStore(UnitStore[Cell]):
                 f"The folder '{self.folder}' is not empty and holds no comparison (found {', '.join(entries[:3])}); "
                 "choose another output folder."
             )
-        if entries and "tasks" not in (
-            read_yaml(self.folder / CONFIG) if CONFIG in entries else {"tasks": []}
-        ):
-            raise RunFolderError(
-                f"The folder '{self.folder}' holds another kind of run; choose another output folder."
-            )
+        if entries and "tasks" not in (read_yaml(self.folder / CONFIG) if CONFIG in entries else {"tasks": []}):
+            raise RunFolderError(f"The folder '{self.folder}' holds another kind of run; choose another output folder.")
 
     def open(self, settings: Mapping[str, Any]) -> None:
         """Make the folder, and write the settings of whoever came last.

@@ -90,14 +90,11 @@ def summaries(comparison: Comparison) -> dict[str, list[Summary]]:
     return by_place
 
 
-def _summary(
-    label: str, place: str, rate: float | None, edge: bool, results: Mapping[int, Result]
-) -> Summary:
+def _summary(label: str, place: str, rate: float | None, edge: bool, results: Mapping[int, Result]) -> Summary:
     scores = [result["test"] for result in results.values()]
     accuracy, loss = mean_accuracy(scores), mean_loss(scores)
     metrics = {
-        name: mean_interval([score["metrics"][name] for score in scores])
-        for name in scores[0].get("metrics", {})
+        name: mean_interval([score["metrics"][name] for score in scores]) for name in scores[0].get("metrics", {})
     }
     retained = [result.get("retention") or {} for result in results.values()]
     kl = {name: mean_interval([texts[name]["kl"] for texts in retained]) for name in retained[0]}
@@ -199,16 +196,12 @@ def _apart(
     return crossed_difference(first, second)
 
 
-def curve(
-    comparison: Comparison, task: str, contestant: Contestant, text: str
-) -> list[tuple[float, float, float]]:
+def curve(comparison: Comparison, task: str, contestant: Contestant, text: str) -> list[tuple[float, float, float]]:
     """(learning rate, KL on the text, loss) with growing rates: means over the seeds that ran at each."""
     grid, points = comparison.grid, []
     for rate in contestant.learning_rates:
         results = [grid.result(grid.cell(task, contestant, rate, seed)) for seed in grid.spec.run_seeds]
-        measured = [
-            result for result in results if result is not None and text in (result.get("retention") or {})
-        ]
+        measured = [result for result in results if result is not None and text in (result.get("retention") or {})]
         if measured:
             kl = statistics.fmean(result["retention"][text]["kl"] for result in measured)
             points.append((rate, kl, statistics.fmean(result["test"]["loss"] for result in measured)))

@@ -181,16 +181,11 @@ def kept_table(comparison: Comparison, place: str, summaries: Sequence[Summary])
         columns += [heading + (", %" if scale == 100 else ""), "− base"]
     rows: list[list[TableCell]] = []
     for summary in summaries:
-        row: list[TableCell] = [
-            summary.label,
-            None if summary.learning_rate is None else f"{summary.learning_rate:g}",
-        ]
+        row: list[TableCell] = [summary.label, None if summary.learning_rate is None else f"{summary.learning_rate:g}"]
         for name, scale in scales.items():
             kept = summary.kept.get(name)
             apart = (
-                None
-                if kept is None or name not in base or summary.label == "base"
-                else kept.value - base[name].value
+                None if kept is None or name not in base or summary.label == "base" else kept.value - base[name].value
             )
             row.append(shown_interval(kept, 2, scale=scale, half=True))
             row.append(None if apart is None else f"{scale * apart:+.2f}")

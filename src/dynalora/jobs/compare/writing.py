@@ -90,9 +90,7 @@ def curves_csv(comparison: Comparison) -> str:
 
 def _table_csv(tables: Sequence[Table]) -> str:
     """Tables below each other, each with its own header."""
-    return "".join(
-        csv_text(["table", *table.columns], ([table.title, *row] for row in table.text)) for table in tables
-    )
+    return "".join(csv_text(["table", *table.columns], ([table.title, *row] for row in table.text)) for table in tables)
 
 
 def _as_record(summary: Summary) -> dict[str, Any]:
@@ -121,9 +119,7 @@ def write_results(comparison: Comparison) -> Path:
     sections = [Section("Compared", text=" ".join(grid.provenance()), tables=[plan_table(grid.contestants)])]
     if comparison.failed:
         failed = [[cell.title, line] for cell, line in comparison.failed]
-        sections.append(
-            Section("Failed cells", tables=[Table(["cell", "last line"], failed, title="Failed")])
-        )
+        sections.append(Section("Failed cells", tables=[Table(["cell", "last line"], failed, title="Failed")]))
     for task, place in grid.places.items():
         pictures = save_figures(write, _figures(comparison, task, by_place[place]))
         about = comparison.tasks[task].about
@@ -136,9 +132,7 @@ def write_results(comparison: Comparison) -> Path:
     return write_report(Report(title, _conclusion(comparison, by_place), sections), folder / "report.html")
 
 
-def _figures(
-    comparison: Comparison, task: str, of_task: Sequence[Summary]
-) -> dict[str, tuple[Drawing | None, str]]:
+def _figures(comparison: Comparison, task: str, of_task: Sequence[Summary]) -> dict[str, tuple[Drawing | None, str]]:
     """The plots of one task by their file's name, each with its caption."""
     place = comparison.grid.places[task]
     figures: dict[str, tuple[Drawing | None, str]] = {}

@@ -166,9 +166,7 @@ def samples_table(result: DemoResult) -> Table:
     )  # fmt: skip
 
 
-def figures(
-    result: DemoResult, records: dict[str, list[dict[str, Any]]]
-) -> dict[str, tuple[Figure | None, str]]:
+def figures(result: DemoResult, records: dict[str, list[dict[str, Any]]]) -> dict[str, tuple[Figure | None, str]]:
     """The plots by name, each with its caption."""
     distances: dict[str, dict[str, Interval | None]] = {
         "KL(base ‖ tuned)": {row.method: Interval(*[row.kl] * 3) for row in result.rows},

@@ -125,17 +125,13 @@ def _free_folder(path: str) -> str:
     """`path` if it is new or empty, else with the first number behind it that makes it so."""
     names = itertools.chain([path], (f"{path}-{number}" for number in itertools.count(2)))
     return next(
-        name
-        for name in names
-        if not Path(name).exists() or (Path(name).is_dir() and not any(Path(name).iterdir()))
+        name for name in names if not Path(name).exists() or (Path(name).is_dir() and not any(Path(name).iterdir()))
     )
 
 
 def _config(method: str, spec: DemoSpec) -> Any:
     options = {"gate_bias_init": spec.gate_bias_init} if method.lower() == "disel" else {}
-    return adapter_config(
-        method, r=spec.r, alpha=spec.alpha, target_modules=spec.target_modules, options=options
-    )
+    return adapter_config(method, r=spec.r, alpha=spec.alpha, target_modules=spec.target_modules, options=options)
 
 
 @dataclass

@@ -48,9 +48,7 @@ class DemoSpec(OptimizerSettings, panel=MODEL_AND_DATA):
     target_modules: Annotated[list[str] | str, Setting("-t", panel=_METHOD)] = "all-linear"
     gate_bias_init: Annotated[float, Setting(panel=_METHOD)] = -3.0
     task: str | None = None
-    task_options: Annotated[dict[str, Any], Setting(metavar="NAME=VALUE", merge=True)] = field(
-        default_factory=dict
-    )
+    task_options: Annotated[dict[str, Any], Setting(metavar="NAME=VALUE", merge=True)] = field(default_factory=dict)
     system: str | None = None
     held_out: Annotated[int, Setting(least=1, panel=MEASURING)] = 200
     retention_texts: Annotated[int, Setting(least=1, panel=MEASURING)] = 32
@@ -69,8 +67,6 @@ class DemoSpec(OptimizerSettings, panel=MODEL_AND_DATA):
             raise ConfigError("methods is empty; name at least one.")
         twice = {name for name in self.methods if self.methods.count(name) > 1}
         if twice:
-            raise ConfigError(
-                f"methods lists {', '.join(sorted(twice))} more than once; name each at most once."
-            )
+            raise ConfigError(f"methods lists {', '.join(sorted(twice))} more than once; name each at most once.")
         if self.task is None and self.task_options:
             raise ConfigError("task_options are given without a task; name the task they belong to.")

@@ -14,13 +14,7 @@ from dynalora.forgetting.texts import MeasuredText
 from dynalora.jobs.finetune.settings import FinetuneSpec
 from dynalora.lab.baselines import edits_base, label_of
 from dynalora.lab.configs import adapter_config, check_targets, title_of
-from dynalora.lab.data.conversations import (
-    load_conversations,
-    load_named_text,
-    measured_text,
-    split,
-    without_repeats,
-)
+from dynalora.lab.data.conversations import load_conversations, load_named_text, measured_text, split, without_repeats
 from dynalora.lab.models import empty_model, load_tokenizer, local_model_name
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.settings import defaults_of

@@ -109,9 +109,7 @@ def write_results(
     summary = f"{_training_report(ready, result)} {budget}".strip()
     write_report(Report(title, summary, sections), run.report)
     less = [_advice(run, curve)] if curve else []
-    say(
-        console, table, *([budget] if budget else []), *less, f"Adapter: {run.adapter}\nReport:  {run.report}"
-    )
+    say(console, table, *([budget] if budget else []), *less, f"Adapter: {run.adapter}\nReport:  {run.report}")
 
 
 def _figures(
@@ -152,10 +150,7 @@ def _scaled_section(run: RunFolder, curve: Sequence[TrimPoint]) -> Section:
     caption = "What is forgotten and what is left of the learning by factor of the update; dotted: the factor to take."
     figures = save_figures(run.write, {"scaled": (plot_scaled_update(curves, taken=taken), caption)})
     return Section(
-        "If less is to be forgotten",
-        text=_advice(run, curve),
-        tables=[curve_table(curves, taken)],
-        figures=figures,
+        "If less is to be forgotten", text=_advice(run, curve), tables=[curve_table(curves, taken)], figures=figures
     )
 
 
@@ -205,9 +200,7 @@ def _budget_report(monitor: RetentionMonitor | None) -> str:
         return f"{exceeded}, and the run was stopped."
     if monitor.best is None:
         return f"{exceeded}, and no weights within it were measured."
-    return (
-        f"{exceeded}; the weights are those of step {monitor.best.step:,}, at {monitor.best.forgetting:.4f}."
-    )
+    return f"{exceeded}; the weights are those of step {monitor.best.step:,}, at {monitor.best.forgetting:.4f}."
 
 
 def _short(source: str) -> str:

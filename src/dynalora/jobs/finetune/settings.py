@@ -89,9 +89,7 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
     retention: Annotated[bool, Setting(panel=RUN)] = True
     scaled: Annotated[bool, Setting(panel=RUN)] = True
     monitor_every: Annotated[int | None, Setting(least=0, panel=RUN)] = None
-    monitor_text: Annotated[list[str], Setting(metavar="NAME=SOURCE", panel=RUN)] = field(
-        default_factory=list
-    )
+    monitor_text: Annotated[list[str], Setting(metavar="NAME=SOURCE", panel=RUN)] = field(default_factory=list)
     max_forgetting: Annotated[float | None, Setting(above=0, panel=RUN)] = None
     keep_best: Annotated[bool, Setting(panel=RUN)] = False
     trust_remote_code: Annotated[bool, Setting(panel=RUN)] = False

@@ -66,9 +66,7 @@ def read_domain(spec: DomainSpec) -> Domain:
         raise DataError(f"limit is {spec.limit}; give 1 or more.")
     fields = Fields(spec.prompt_field, spec.response_field, spec.input_field, spec.messages_field)
     if spec.text_field and fields.named:
-        raise DataError(
-            f"Give either a text field ('{spec.text_field}') or the fields of conversations, not both."
-        )
+        raise DataError(f"Give either a text field ('{spec.text_field}') or the fields of conversations, not both.")
     path = Path(spec.data).expanduser()
     if files.is_text(path):
         if spec.text_field or fields.named:
@@ -88,9 +86,7 @@ def read_domain(spec: DomainSpec) -> Domain:
             whole, fields=fields if fields.named else None, source=source, limit=spec.limit
         )
         return Domain(conversations=tuple(conversations))
-    return Domain(
-        texts=tuple(files.some_texts(files.texts_of(whole, text_field, source), spec.limit, source))
-    )
+    return Domain(texts=tuple(files.some_texts(files.texts_of(whole, text_field, source), spec.limit, source)))
 
 
 def _text_field(names: Sequence[str], fields: Fields) -> str | None:

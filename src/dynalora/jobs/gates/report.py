@@ -14,13 +14,7 @@ from safetensors.torch import save
 from dynalora.common.files import records_csv, write_file
 from dynalora.common.progress import rich_progress
 from dynalora.common.statistics import Interval
-from dynalora.drawing.gates import (
-    plot_gate_heatmap,
-    plot_gate_means,
-    plot_gates,
-    plot_gates_by_kind,
-    plot_separation,
-)
+from dynalora.drawing.gates import plot_gate_heatmap, plot_gate_means, plot_gates, plot_gates_by_kind, plot_separation
 from dynalora.drawing.style import rendered
 from dynalora.forgetting.gates import ALL, DEPTHS, GateMean, GateRecord, GateStatistics, Separation
 from dynalora.jobs.gates.record import GatesResult, compare_gates
@@ -56,13 +50,7 @@ def domains_table(result: GatesResult) -> Table:
     for name, record in result.records.items():
         means = [record.mean(lambda row, group=group: record.depth(row) == group) for group in DEPTHS]  # type: ignore[misc]  # noqa: B023
         rows.append(
-            [
-                name,
-                *map(_interval, [*means, record.mean()]),
-                record.documents,
-                record.tokens,
-                result.counted[name],
-            ]
+            [name, *map(_interval, [*means, record.mean()]), record.documents, record.tokens, result.counted[name]]
         )
     return Table(
         ["domain", *DEPTHS, "all layers", "documents", "tokens", "counted"], rows,
@@ -149,19 +137,12 @@ def _sections(result: GatesResult) -> Iterable[tuple[str, list[Table], dict[str,
         [domains_table(result)],
         {
             "gates": (plot_gates(records), "Histograms of all gates by depth; each adds up to 1."),
-            "means": (
-                plot_gate_means(records),
-                "Mean gate of every layer, with 95 % intervals over documents.",
-            ),
+            "means": (plot_gate_means(records), "Mean gate of every layer, with 95 % intervals over documents."),
         },
     )
     if result.separations:
         drawn = (plot_separation(result.separations), "Area under the ROC curve of every layer.")
-        yield (
-            "How well they tell the domains apart",
-            [separation_table(result)],
-            {"separation": drawn},
-        )
+        yield ("How well they tell the domains apart", [separation_table(result)], {"separation": drawn})
     kinds, ranks = {}, {}
     for index, (name, record) in enumerate(records.items()):
         place = _file_name(name, index)

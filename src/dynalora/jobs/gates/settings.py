@@ -79,8 +79,8 @@ class GatesSpec(Settings):
     """
 
     adapter: Annotated[str, Setting(positional=True, metavar="ADAPTER")]
-    domains: Annotated[dict[str, Any], Setting(name="--domain", metavar="NAME=SOURCE", parse=_domains)] = (
-        field(default_factory=dict)
+    domains: Annotated[dict[str, Any], Setting(name="--domain", metavar="NAME=SOURCE", parse=_domains)] = field(
+        default_factory=dict
     )
     data: Annotated[str | None, Setting("-d")] = None
     model: Annotated[str | None, Setting("-m")] = None
@@ -105,9 +105,7 @@ class GatesSpec(Settings):
         Raises:
             ConfigError: A setting that there is not.
         """
-        named: Mapping[str, Any] = (
-            self.domains if self.data is None else {Path(self.data).name or self.data: self.data}
-        )
+        named: Mapping[str, Any] = self.domains if self.data is None else {Path(self.data).name or self.data: self.data}
         common = {"split": self.split, "limit": self.limit}
         return {
             str(name): settings_from(

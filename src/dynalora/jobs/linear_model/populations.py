@@ -90,9 +90,7 @@ class LinearModel:
         if int(failed) or not torch.allclose(self.covariance, self.covariance.mT, rtol=0, atol=rounding):
             raise ConfigError("covariance must be symmetric and positive definite.")
         if torch.equal(self.fine_tuning_mean, self.pre_training_mean):
-            raise ConfigError(
-                "fine_tuning_mean and pre_training_mean are equal; the populations must differ."
-            )
+            raise ConfigError("fine_tuning_mean and pre_training_mean are equal; the populations must differ.")
         object.__setattr__(self, "_root", root)
 
     # --- the populations -----------------------------------------------------------------------------------
@@ -156,9 +154,7 @@ class LinearModel:
         first, second = self.second_moments
         correction = correction.double()
         wrong = correction - self.update
-        return PopulationLosses(
-            float((wrong @ first * wrong).sum()), float((correction @ second * correction).sum())
-        )
+        return PopulationLosses(float((wrong @ first * wrong).sum()), float((correction @ second * correction).sum()))
 
     def bayes_losses(self) -> PopulationLosses:
         """The losses of the Bayes-optimal correction (eq. 25), as integrals over one variable.
@@ -191,11 +187,7 @@ class LinearModel:
 
 
 def random_linear_model(
-    in_features: int = 16,
-    out_features: int = 16,
-    task_rank: int = 4,
-    separation: float = 1.5,
-    seed: int = 0,
+    in_features: int = 16, out_features: int = 16, task_rank: int = 4, separation: float = 1.5, seed: int = 0
 ) -> LinearModel:
     """The setting of Figure 1: means ±μ, covariance I, random maps.
 
@@ -266,9 +258,7 @@ def measure_losses(
             loss -= (like(sample.x) - sample.y).square().sum(1)
         for row, mask in enumerate((sample.fine_tuning, ~sample.fine_tuning)):
             chosen = loss[mask]
-            sums[row] += torch.stack(
-                [torch.tensor(float(len(chosen))).double(), chosen.sum(), chosen.square().sum()]
-            )
+            sums[row] += torch.stack([torch.tensor(float(len(chosen))).double(), chosen.sum(), chosen.square().sum()])
     count, total, square = sums.unbind(1)
     mean = total / count
     variance = (square / count - mean**2).clamp_min(0) / count

@@ -25,9 +25,7 @@ from dynalora.lab.report import Cell, Report, Section, Table, save_figures, say,
 from dynalora.lab.run_folder import RunFolder
 
 
-def run_linear_model(
-    spec: LinearModelSpec | None = None, *, console: Console | None = None
-) -> LinearModelResult:
+def run_linear_model(spec: LinearModelSpec | None = None, *, console: Console | None = None) -> LinearModelResult:
     """Compare on the linear model and write a run folder with the numbers, plots and a report.
 
     Raises:
@@ -59,13 +57,8 @@ def figures(result: LinearModelResult) -> dict[str, tuple[Figure, str]]:
     gated = trained.pop(NAMES[DISEL])
     fixed, bayes = "best fixed\n(closed form)", "Bayes\n(closed form)"
     shown = {**trained, fixed: result.fixed, NAMES[DISEL]: gated, bayes: result.bayes}
-    curves = {
-        NAMES[row.method]: [(step, losses.mixture) for step, losses in row.curve] for row in result.rows
-    }
-    levels = {
-        "best fixed correction": result.fixed.mixture,
-        "Bayes-optimal correction": result.bayes.mixture,
-    }
+    curves = {NAMES[row.method]: [(step, losses.mixture) for step, losses in row.curve] for row in result.rows}
+    levels = {"best fixed correction": result.fixed.mixture, "Bayes-optimal correction": result.bayes.mixture}
     return {
         "losses": (
             plot_population_losses(
@@ -78,10 +71,7 @@ def figures(result: LinearModelResult) -> dict[str, tuple[Figure, str]]:
             plot_mixture_losses(curves, levels),
             "Loss on the mixture during training, with the closed forms.",
         ),
-        "gates": (
-            plot_gate_curve(**vars(result.gates)),
-            "What the gates have learned, against the Bayes posterior.",
-        ),
+        "gates": (plot_gate_curve(**vars(result.gates)), "What the gates have learned, against the Bayes posterior."),
     }
 
 
@@ -92,9 +82,7 @@ def losses_table(result: LinearModelResult) -> Table:
         "best fixed correction": result.fixed,
         "Bayes-optimal correction": result.bayes,
     }
-    rows: list[list[Cell]] = [
-        [name, "closed form", *_numbers(losses), None, None] for name, losses in closed.items()
-    ]
+    rows: list[list[Cell]] = [[name, "closed form", *_numbers(losses), None, None] for name, losses in closed.items()]
     for row in result.rows:
         more = (f"{100 * row.excess:+.2f} %", f"{row.trainable_parameters:,}")
         rows.append([NAMES[row.method], "trained", *_numbers(row.losses), *more])

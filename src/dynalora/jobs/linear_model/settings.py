@@ -47,6 +47,4 @@ class LinearModelSpec(Settings):
 
     def problem(self) -> LinearModel:
         """The populations and maps that these settings name."""
-        return random_linear_model(
-            self.in_features, self.out_features, self.task_rank, self.separation, self.seed
-        )
+        return random_linear_model(self.in_features, self.out_features, self.task_rank, self.separation, self.seed)

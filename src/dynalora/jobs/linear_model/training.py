@@ -15,12 +15,7 @@ from torch import nn
 
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import TrainingError
-from dynalora.jobs.linear_model.populations import (
-    LinearModel,
-    MeasuredLosses,
-    PopulationLosses,
-    measure_losses,
-)
+from dynalora.jobs.linear_model.populations import LinearModel, MeasuredLosses, PopulationLosses, measure_losses
 from dynalora.jobs.linear_model.settings import LinearModelSpec
 from dynalora.methods import METHODS, config_class
 
@@ -125,9 +120,7 @@ class _Linear(nn.Module):
         return out
 
 
-def compare_on_linear_model(
-    spec: LinearModelSpec | None = None, *, progress: Progress = silent
-) -> LinearModelResult:
+def compare_on_linear_model(spec: LinearModelSpec | None = None, *, progress: Progress = silent) -> LinearModelResult:
     """Train full fine-tuning, LoRA and DISeL on the mixture and compare them with the closed forms.
 
     Raises:
@@ -185,8 +178,7 @@ def _train(
     optimizer = torch.optim.AdamW(trained, lr=spec.learning_rate, weight_decay=0.0)
     warmup = max(1, round(0.02 * spec.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / spec.steps))),
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / spec.steps)))
     )
     generator = torch.Generator().manual_seed(spec.seed + 2)
     every = max(1, spec.steps // _CURVE_POINTS)

@@ -218,8 +218,7 @@ def score_bars(
         Accuracy (None where nothing was answered right or wrong) and loss.
     """
     accuracy = {
-        panel: {bar: percent(mean_accuracy(runs)) for bar, runs in bars.items()}
-        for panel, bars in records.items()
+        panel: {bar: percent(mean_accuracy(runs)) for bar, runs in bars.items()} for panel, bars in records.items()
     }
     loss = {panel: {bar: mean_loss(runs) for bar, runs in bars.items()} for panel, bars in records.items()}
     shares: dict[str, dict[str, float | None]] = {}
@@ -231,6 +230,4 @@ def score_bars(
     drawing = None
     if any(interval is not None for bars in accuracy.values() for interval in bars.values()):
         drawing = plot_bars(accuracy, label="accuracy, %", title=titles[0], lines=shares)
-    return drawing, plot_bars(
-        loss, label="loss, nats per token", title=titles[1], lines=losses, decimals=decimals
-    )
+    return drawing, plot_bars(loss, label="loss, nats per token", title=titles[1], lines=losses, decimals=decimals)

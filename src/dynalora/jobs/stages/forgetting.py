@@ -73,9 +73,7 @@ def run_forgetting(spec: ForgettingSpec, *, console: Console | None = None) -> l
         workbench.check(config)
         return workbench
 
-    return run_experiment(
-        spec, prepare, lambda workbench, folder: _Forgetting(spec, workbench, folder), console
-    )
+    return run_experiment(spec, prepare, lambda workbench, folder: _Forgetting(spec, workbench, folder), console)
 
 
 @dataclass(frozen=True)
@@ -198,10 +196,7 @@ class _Forgetting(Experiment[Stage]):
                 }
                 for which, name in self.names.items()
             },
-            titles=(
-                f"Accuracy after each stage ({method})",
-                f"Loss of the right answers after each stage ({method})",
-            ),
+            titles=(f"Accuracy after each stage ({method})", f"Loss of the right answers after each stage ({method})"),
         )
         return {
             "rank_landscape": (
@@ -279,9 +274,7 @@ def stage_table(results: Results, spec: ForgettingSpec) -> Table:
             cells += shown_scores(_records(results, stage, which))
         rows.append(cells)
     count = len(_of_stage(results, STAGES[0]))
-    over = (
-        f"over {count} seeds, Student's t" if count > 1 else "over the questions, as there is a single seed"
-    )
+    over = f"over {count} seeds, Student's t" if count > 1 else "over the questions, as there is a single seed"
     return Table(
         ["after", "accuracy A, %", "loss A", "accuracy B, %", "loss B"], rows,
         title=f"{spec.method.lower()}: A = {_name(spec.task_a)}, B = {_name(spec.task_b)}",
@@ -304,9 +297,7 @@ def landscape_table(results: Results) -> Table:
                 name: sum(result[name] for result in of_stage) / len(of_stage)
                 for name in ("mean_effective_rank", "low_rank_matrices", "nuclear_norm", "energy")
             }
-            rows.append(
-                [TITLES[stage], of_stage[0]["matrices"], *(f"{value:.4g}" for value in mean.values())]
-            )
+            rows.append([TITLES[stage], of_stage[0]["matrices"], *(f"{value:.4g}" for value in mean.values())])
     return Table(
         ["after", "matrices", "effective rank", "of them 0 or 1", "nuclear norm", "energy"], rows,
         title="Rank landscape",

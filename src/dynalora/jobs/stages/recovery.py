@@ -121,9 +121,7 @@ def resolve(spec: RecoverSpec) -> tuple[RecoverSpec, list[Checkpoint]]:
     if spec.model is None:
         model = read_config(spec.source).base_model_name_or_path
         if not model:
-            raise ConfigError(
-                f"The adapter '{spec.source}' does not say which base model it belongs to; name it."
-            )
+            raise ConfigError(f"The adapter '{spec.source}' does not say which base model it belongs to; name it.")
         spec = replace(spec, model=model)
     return spec, [Checkpoint("adapter", adapter, initial)]
 
@@ -167,10 +165,7 @@ def run_recovery(spec: RecoverSpec, *, console: Console | None = None) -> list[d
         return workbench
 
     return run_experiment(
-        resolved,
-        prepare,
-        lambda workbench, folder: _Recovery(resolved, workbench, folder, checkpoints),
-        console,
+        resolved, prepare, lambda workbench, folder: _Recovery(resolved, workbench, folder, checkpoints), console
     )
 
 
@@ -290,8 +285,7 @@ class _Recovery(Experiment[Recovery]):
         sentences = []
         for strategy in _strategies(self.results):
             parts = [
-                f"{name} {mean_line(_records(self.results, strategy, which))}"
-                for which, name in self.names.items()
+                f"{name} {mean_line(_records(self.results, strategy, which))}" for which, name in self.names.items()
             ]
             sentences.append(f"{LABELS[strategy]}: {'; '.join(parts)}.")
         return " ".join(sentences)
@@ -343,9 +337,7 @@ def result_table(results: Results) -> Table:
 
 def comparison_table(results: Results) -> Table | None:
     """RLGR minus the others, pair by pair: same checkpoint, seed and examples; None if there is nothing to compare."""
-    runs = {
-        (result["strategy"], result["checkpoint"], result["seed"]): result["scores"] for result in results
-    }
+    runs = {(result["strategy"], result["checkpoint"], result["seed"]): result["scores"] for result in results}
     rows: list[list[Cell]] = []
     for other in STRATEGIES[1:]:
         pairs = [
@@ -382,9 +374,7 @@ def comparison_table(results: Results) -> Table | None:
 
 
 def recovery_figures(
-    results: Results,
-    names: Mapping[str, str],
-    initial: Results = (),
+    results: Results, names: Mapping[str, str], initial: Results = ()
 ) -> dict[str, tuple[Drawing | None, str]]:
     """The bar charts of accuracy (DiRA Figure 3) and loss, with their captions.
 

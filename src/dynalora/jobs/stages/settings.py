@@ -167,9 +167,7 @@ class RecoverSpec(Settings, like=LabSettings, absent="SOURCE's", panel=_RECOVERY
         unknown = [name for name in self.strategies if name not in STRATEGIES]
         if unknown or not self.strategies or len(set(self.strategies)) < len(self.strategies):
             value = f"'{unknown[0]}'" if unknown else (", ".join(self.strategies) or "empty")
-            raise ConfigError(
-                f"strategies is {value}; name some of {', '.join(STRATEGIES)}, each at most once."
-            )
+            raise ConfigError(f"strategies is {value}; name some of {', '.join(STRATEGIES)}, each at most once.")
 
     @property
     def run_seeds(self) -> range:
@@ -188,9 +186,7 @@ class TransferSpec(StagedSettings, panel=MODEL_AND_DATA):
     """
 
     tasks: Annotated[list[str], Setting(name="--task")]
-    methods: Annotated[list[str], Setting(commas=True, panel=_METHOD)] = field(
-        default_factory=lambda: ["lora", "dira"]
-    )
+    methods: Annotated[list[str], Setting(commas=True, panel=_METHOD)] = field(default_factory=lambda: ["lora", "dira"])
     method_options: Annotated[
         dict[str, Any], Setting("-O", name="--option", metavar="METHOD.NAME=VALUE", merge=True, panel=_METHOD)
     ] = field(default_factory=dict)

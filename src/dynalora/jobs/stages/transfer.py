@@ -55,9 +55,7 @@ def run_transfer(spec: TransferSpec, *, console: Console | None = None) -> list[
             workbench.check(config)
         return workbench
 
-    return run_experiment(
-        spec, prepare, lambda workbench, folder: _Transfer(spec, workbench, folder), console
-    )
+    return run_experiment(spec, prepare, lambda workbench, folder: _Transfer(spec, workbench, folder), console)
 
 
 @dataclass(frozen=True)
@@ -111,9 +109,7 @@ class _Transfer(Experiment[Training]):
             return {**result, "scores": self.scores(self.workbench.model, label)}
         # A configuration belongs to the adapter that was made from it, so every training has a new one.
         config = self.spec.config(unit.method)
-        trained = self.workbench.train(
-            config, unit.task, train_settings(self.spec), seed=unit.seed, label=label
-        )
+        trained = self.workbench.train(config, unit.task, train_settings(self.spec), seed=unit.seed, label=label)
         scores = self.scores(trained.model, label)
         self.workbench.take_off(trained.model)
         for record in trained.records:

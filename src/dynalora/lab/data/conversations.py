@@ -13,14 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dynalora.errors import DataError
-from dynalora.evaluation.files import (
-    is_text,
-    kind_of,
-    passages,
-    read_rows,
-    some_texts,
-    texts_of,
-)
+from dynalora.evaluation.files import is_text, kind_of, passages, read_rows, some_texts, texts_of
 from dynalora.evaluation.tokens import Conversation, Message
 from dynalora.forgetting.texts import MeasuredText, given_text
 from dynalora.lab.data.fields import Fields, find_fields
@@ -103,9 +96,7 @@ def to_conversations(
             expected = fields
             if by_names and fields is not None and fields.input and fields.input not in row:
                 expected = replace(fields, input=None)  # an optional input may be absent from single rows
-            by_names[names] = find_fields(
-                names, expected, source=f"{source}, {where}" if by_names else source
-            )
+            by_names[names] = find_fields(names, expected, source=f"{source}, {where}" if by_names else source)
         row_fields = by_names[names]
         conversation = _conversation(row, row_fields, f"{source}, {where}")
         if conversation is None:
@@ -118,9 +109,7 @@ def to_conversations(
     if not by_names:
         raise DataError(f"{source} is empty; give a data set with at least one row.")
     if not conversations:
-        raise DataError(
-            f"{source} has no row with a response: all {empty} are empty in '{row_fields.named[-1]}'."
-        )
+        raise DataError(f"{source} has no row with a response: all {empty} are empty in '{row_fields.named[-1]}'.")
     if empty:
         logger.warning(
             "%s: %d of %d rows have an empty response and are left out (the first: %s).",
@@ -172,17 +161,13 @@ def _chat(value: Any, name: str, where: str) -> Conversation | None:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if role is None or content is None:
             has = ", ".join(f"'{key}'" for key in turn) or "none"
-            raise DataError(
-                f"{where}: message {number} in '{name}' needs 'role' and 'content'; its fields are {has}."
-            )
+            raise DataError(f"{where}: message {number} in '{name}' needs 'role' and 'content'; its fields are {has}.")
         role = _ROLE_ALIASES.get(str(role), str(role))
         if role not in ROLES:
             raise DataError(
                 f"{where}: message {number} in '{name}' has the role '{role}'; known roles are {', '.join(ROLES)}."
             )
-        chat.append(
-            {"role": role, "content": _text(content, "content", f"{where}, message {number} in '{name}'")}
-        )
+        chat.append({"role": role, "content": _text(content, "content", f"{where}, message {number} in '{name}'")})
     # An answer to nothing cannot be learned as a response, and turns after the last answer teach nothing.
     while chat and chat[0]["role"] == "assistant":
         chat.pop(0)
@@ -237,9 +222,7 @@ def split(
     order = list(groups.values())
     random.Random(seed).shuffle(order)
     held = max(1, min(len(order) - 1, round(fraction * len(order))))
-    return [item for group in order[held:] for item in group], [
-        item for group in order[:held] for item in group
-    ]
+    return [item for group in order[held:] for item in group], [item for group in order[:held] for item in group]
 
 
 def without_repeats(held_out: Sequence[Conversation], training: Sequence[Conversation]) -> list[Conversation]:
@@ -253,7 +236,5 @@ def without_repeats(held_out: Sequence[Conversation], training: Sequence[Convers
     if held_out and not fresh:
         raise DataError("Every held-out row is also a training row; give other evaluation data.")
     if len(fresh) < len(held_out):
-        logger.warning(
-            "%d held-out rows are also training rows and are left out.", len(held_out) - len(fresh)
-        )
+        logger.warning("%d held-out rows are also training rows and are left out.", len(held_out) - len(fresh))
     return fresh

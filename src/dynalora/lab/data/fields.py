@@ -35,9 +35,7 @@ class Fields:
                 f"The {present} field is given ('{getattr(self, present)}') but not the {missing} field; name both."
             )
         if self.input and not self.prompt:
-            raise DataError(
-                f"The input field ('{self.input}') needs the prompt and response fields; name all three."
-            )
+            raise DataError(f"The input field ('{self.input}') needs the prompt and response fields; name all three.")
 
     @property
     def named(self) -> list[str]:
@@ -65,9 +63,7 @@ USUAL_FIELDS = (
 """Fields that are found without being named, the first that fits."""
 
 
-def find_fields(
-    available: Iterable[str], fields: Fields | None = None, *, source: str = "the data"
-) -> Fields:
+def find_fields(available: Iterable[str], fields: Fields | None = None, *, source: str = "the data") -> Fields:
     """The fields to read, checked against those that exist.
 
     Args:
@@ -93,9 +89,7 @@ def find_fields(
     for usual in USUAL_FIELDS:
         if all(name in has for name in usual.named):
             return usual
-    pairs = ", ".join(
-        f"{usual.prompt}/{usual.response}" for usual in USUAL_FIELDS if usual.prompt and not usual.input
-    )
+    pairs = ", ".join(f"{usual.prompt}/{usual.response}" for usual in USUAL_FIELDS if usual.prompt and not usual.input)
     raise DataError(
         f"{source} has no fields that are usual for prompts and responses (messages, {pairs}); its fields are "
         f"{listed}. Name yours with prompt_field and response_field (or messages_field)."

@@ -55,9 +55,7 @@ def load_experiment_task(
     if "->" in source:
         return mixed_task(source, request)
     if not source.strip():
-        raise ConfigError(
-            "A task has no name; give a benchmark, a task of reasoning-gym, or the place of its files."
-        )
+        raise ConfigError("A task has no name; give a benchmark, a task of reasoning-gym, or the place of its files.")
     if reading.is_place(source):
         return _from_files(Path(source).expanduser(), request)
     entry = find_benchmark(source)
@@ -98,9 +96,7 @@ def _task(
     """A task out of rows that are read as a benchmark's; no question is on both sides."""
     aside = reading.examples_of(task, held_out[: request.held_out])[: request.held_out]
     keys = {reading.question_key(example) for example in aside}
-    examples = [
-        example for example in reading.examples_of(task, train) if reading.question_key(example) not in keys
-    ]
+    examples = [example for example in reading.examples_of(task, train) if reading.question_key(example) not in keys]
     examples = examples[: request.train_limit]
     if not examples:
         raise DataError(f"Every training question of {task.name} is also held out; give other files.")

@@ -47,9 +47,7 @@ def mixed_task(source: str, request: Request) -> ExperimentTask:
     name, trained, measured = split_source(source)
     tasks: list[ExperimentTask] = []
     keys: set[str] = set()
-    for member in dict.fromkeys(
-        member for part in measured for member in reading.group_members(part) or (part,)
-    ):
+    for member in dict.fromkeys(member for part in measured for member in reading.group_members(part) or (part,)):
         task, asked = _measured(member, request)
         if CAUSAL_LM not in task.heads:
             raise ConfigError(
@@ -129,8 +127,7 @@ def _lessons(source: str, request: Request) -> list[_Lesson]:
         source = source if path.is_dir() else str(file)
     return [
         _Lesson(
-            Chat.of(messages),
-            frozenset(reading.plain(turn["content"]) for turn in messages if turn["role"] == "user"),
+            Chat.of(messages), frozenset(reading.plain(turn["content"]) for turn in messages if turn["role"] == "user")
         )
         for messages in load_conversations(source)
     ]

@@ -72,9 +72,7 @@ def generated(source: str, request: Request, train_size: int) -> Task:
     """
     name, _, listed = generator_name(source).partition(":")
     options = named_values(pair for pair in listed.split(",") if pair.strip())
-    return load_task(
-        name, train_size=train_size, held_out_size=request.held_out, seed=request.seed, options=options
-    )
+    return load_task(name, train_size=train_size, held_out_size=request.held_out, seed=request.seed, options=options)
 
 
 def file_split(path: Path, *names: str) -> tuple[Path, list[Row]]:
@@ -136,9 +134,7 @@ def check_measured(task: Benchmark, request: Request) -> None:
         UnsupportedError: A package is missing, or generated code cannot be contained.
     """
     if not isinstance(task.kind, LearnedKind):
-        raise ConfigError(
-            f"{task.name} has no questions with answers; choose another task, such as arc_easy or gsm8k."
-        )
+        raise ConfigError(f"{task.name} has no questions with answers; choose another task, such as arc_easy or gsm8k.")
     check_scoring(task, task.metrics, run_code=request.run_code)
 
 

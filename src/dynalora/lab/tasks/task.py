@@ -111,9 +111,7 @@ class ExperimentTask(abc.ABC):
     @abc.abstractmethod
     def _score(self, subject: Subject, how: Measuring) -> TaskScore: ...
 
-    def training(
-        self, tokenizer: PreTrainedTokenizerBase, *, system: str = "", max_length: int = 512
-    ) -> TokenizedSet:
+    def training(self, tokenizer: PreTrainedTokenizerBase, *, system: str = "", max_length: int = 512) -> TokenizedSet:
         """The training questions as token ids, loss on the answers only.
 
         Args:
@@ -177,9 +175,7 @@ class BenchmarkTask(ExperimentTask):
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], Any] | None:
         return self.kind.collator(tokenizer)
 
-    def training(
-        self, tokenizer: PreTrainedTokenizerBase, *, system: str = "", max_length: int = 512
-    ) -> TokenizedSet:
+    def training(self, tokenizer: PreTrainedTokenizerBase, *, system: str = "", max_length: int = 512) -> TokenizedSet:
         return self.kind.training(self.benchmark, self.train, tokenizer, system=system, max_length=max_length)
 
     def _score(self, subject: Subject, how: Measuring) -> TaskScore:

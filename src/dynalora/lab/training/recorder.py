@@ -97,9 +97,7 @@ class Recorder(TrainerCallback):
             self.record({"step": state.global_step, "held_out_loss": self.held_out})
         self.display.step(state.global_step, held_out=self.held_out)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         # The trainer's closing line has totals only.
         if logs and "loss" in logs:
             if not math.isfinite(float(logs["loss"])):
@@ -150,9 +148,7 @@ class Display:
             self._progress.update(self._task, completed=step, losses=losses)
         elif self.console is not None and loss is not None and self._due(step):
             self._printed = step
-            self.console.print(
-                f"{self.label}: step {step}/{self._total}  {losses}", highlight=False, markup=False
-            )
+            self.console.print(f"{self.label}: step {step}/{self._total}  {losses}", highlight=False, markup=False)
 
     def _due(self, step: int) -> bool:
         return self._printed < 0 or step - self._printed >= max(1, self._total // 10) or step == self._total

@@ -19,14 +19,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from rich.console import Console
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.errors import ConfigError, DataError
@@ -242,9 +235,7 @@ def _continued(
     return checkpoint, [record for record in run.metrics() if record.get("run") == label]
 
 
-def _arguments(
-    settings: TrainSettings, run: RunFolder | None, scratch: str, *, half: bool
-) -> TrainingArguments:
+def _arguments(settings: TrainSettings, run: RunFolder | None, scratch: str, *, half: bool) -> TrainingArguments:
     """The trainer's settings; `scratch` is where a run without checkpoints lets it make its folder."""
     saves = run is not None and settings.save_every != 0
     checkpointing: dict[str, Any] = {}
@@ -283,11 +274,7 @@ def _arguments(
 
 
 def _trainer(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: TokenizedSet,
-    arguments: TrainingArguments,
-    collator: Any,
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: TokenizedSet, arguments: TrainingArguments, collator: Any
 ) -> Trainer:
     """A trainer with the method's optimizer and schedule of ranks, silent but for its callbacks."""
     if collator is None and is_encoder_decoder(model):

@@ -58,11 +58,7 @@ def adjust(moment: Moment, layers: list[PedyraLayer], scores: list[torch.Tensor]
     config, adapter, step = moment.config, moment.adapter, moment.step + 1
     numbers = [score.tolist() for score in scores]
     limits = [
-        min(
-            layer.reserved[adapter] or layer.limit(config, layer.rank(adapter)),
-            layer.in_features,
-            layer.out_features,
-        )
+        min(layer.reserved[adapter] or layer.limit(config, layer.rank(adapter)), layer.in_features, layer.out_features)
         for layer in layers
     ]
     pruned, expanded = choose(numbers, config.adjust_size, limits, config.mode)

@@ -74,9 +74,7 @@ class DoraLayer(GatedLayer):
                     f"together with others ({', '.join(self.active_adapters)}); activate one at a time."
                 )
 
-    def add_update(
-        self, result: torch.Tensor, x: torch.Tensor, adapter: str, in_place: bool = False
-    ) -> torch.Tensor:
+    def add_update(self, result: torch.Tensor, x: torch.Tensor, adapter: str, in_place: bool = False) -> torch.Tensor:
         """Add an adapter's update; with `use_dora` the rows are given their trained norms."""
         result = super().add_update(result, x, adapter, in_place)
         if not self.has_parameter("magnitude", adapter):
@@ -99,11 +97,7 @@ class DoraLayer(GatedLayer):
             cross = (cross if bias is None else cross - bias).to(up.dtype)  # (r, out)
             update = ((up @ (down @ down.t())) * up).sum(1)
             squares = self._base_squares().to(up.device, up.dtype)
-            norm = (
-                (squares + 2 * (cross.t() * up).sum(1) + update)
-                .clamp_min_(torch.finfo(up.dtype).tiny)
-                .sqrt_()
-            )
+            norm = (squares + 2 * (cross.t() * up).sum(1) + update).clamp_min_(torch.finfo(up.dtype).tiny).sqrt_()
         gain: torch.Tensor = self.parameter("magnitude", adapter) / norm
         return gain
 

@@ -132,9 +132,7 @@ class Pedyra(Method):
                 moment.shared.scores = shared_with_all(triple_scores(moment, layers, step), device)
         for layer in layers:
             layer.gathered.pop(moment.adapter, None)
-            layer.gathering[moment.adapter] = config.uses_inputs and (
-                plan.matters(step) or plan.matters(step + 1)
-            )
+            layer.gathering[moment.adapter] = config.uses_inputs and (plan.matters(step) or plan.matters(step + 1))
 
     def after_step(self, moment: Moment[StepScores]) -> None:
         """Adjust the ranks if it is time."""

@@ -54,8 +54,7 @@ def update_averages(moment: Moment, layers: list[PedyraLayer], fresh: bool) -> N
         private.foreach_lerp_(uncertainty, products, 1 - config.beta2)
     if config.uses_inputs:
         means = [
-            average(layer, "inputs", (layer.in_features,), layer.parameter("e", adapter).device)
-            for layer in layers
+            average(layer, "inputs", (layer.in_features,), layer.parameter("e", adapter).device) for layer in layers
         ]
         seen = _gathered(layers, adapter, means)
         private.foreach_lerp_(means, seen, 1 - config.beta1)
@@ -70,10 +69,7 @@ def _gathered(layers: list[PedyraLayer], adapter: str, means: list[torch.Tensor]
     if process_count() > 1 and grouped():
         flat = torch.cat([total.to(means[0].device) for total in sums])
         distributed.all_reduce(flat)
-        sums = [
-            part.to(total.device)
-            for part, total in zip(flat.split([len(s) for s in sums]), sums, strict=True)
-        ]
+        sums = [part.to(total.device) for part, total in zip(flat.split([len(s) for s in sums]), sums, strict=True)]
     result = []
     for total, mean in zip(sums, means, strict=True):
         now = total[:-1] / total[-1]
@@ -87,15 +83,10 @@ def triple_scores(moment: Moment, layers: list[PedyraLayer], step: int) -> list[
     config: PedyraConfig = moment.config
     if config.importance == "random":
         generator = generator_for(config, step, 1)
-        return [
-            torch.rand(layer.rank(moment.adapter), generator=generator, dtype=torch.float64)
-            for layer in layers
-        ]
+        return [torch.rand(layer.rank(moment.adapter), generator=generator, dtype=torch.float64) for layer in layers]
     parts = []
     if config.uses_gradients:
-        parts.append(
-            (config.score_mix, [_gradient_scores(layer, moment.adapter, config) for layer in layers])
-        )
+        parts.append((config.score_mix, [_gradient_scores(layer, moment.adapter, config) for layer in layers]))
     if config.uses_inputs:
         parts.append((1 - config.score_mix, [_input_scores(layer, moment.adapter) for layer in layers]))
     total = [torch.zeros(layer.rank(moment.adapter), dtype=torch.float64) for layer in layers]
@@ -127,8 +118,7 @@ def _gradient_scores(layer: PedyraLayer, adapter: str, config: PedyraConfig) -> 
 def _input_scores(layer: PedyraLayer, adapter: str) -> torch.Tensor:
     """S_inp (eq. 6) of a layer's triples, (r)."""
     down, e, up = (
-        in_use(layer, role, adapter, layer.parameter(role, adapter).detach()).to(_wide(layer))
-        for role in ROLES
+        in_use(layer, role, adapter, layer.parameter(role, adapter).detach()).to(_wide(layer)) for role in ROLES
     )
     inputs = cast(torch.Tensor, layer.running("inputs", adapter)).to(down.dtype)
     score: torch.Tensor = e.abs() * (down.abs() @ inputs) * up.norm(dim=0)

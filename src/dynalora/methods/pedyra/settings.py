@@ -76,8 +76,7 @@ class PedyraConfig(GatedConfig):
     max_rank: int | None = field(default=None, metadata={"help": "Largest rank that a matrix can reach."})
     seed: int = field(default=0, metadata={"help": "Seed of the new directions."})
     match_step: bool = field(
-        default=True,
-        metadata={"help": "Scale e's learning rate so that a step moves the function like LoRA's."},
+        default=True, metadata={"help": "Scale e's learning rate so that a step moves the function like LoRA's."}
     )
     use_dora: bool = field(
         default=False, metadata={"help": "Train the norms of the weight's rows apart from their directions."}
@@ -99,9 +98,7 @@ class PedyraConfig(GatedConfig):
         self._require(start in starts, "init_weights", "'orthogonal', True, 'pissa' or False")
         # Gates would not let the start cancel, and DoRA needs the norms of one fixed weight.
         self._require(
-            not (self.gates and start == "pissa"),
-            "init_weights",
-            "'orthogonal', True or False with gates=True",
+            not (self.gates and start == "pissa"), "init_weights", "'orthogonal', True or False with gates=True"
         )
         self._require(not (self.gates and self.use_dora), "use_dora", "False with gates=True")
         for name in ("adjust_start", "adjust_interval", "adjust_end"):
@@ -119,16 +116,12 @@ class PedyraConfig(GatedConfig):
         for name, choices in (("mode", get_args(Mode)), ("importance", get_args(Importance))):
             self._require(getattr(self, name) in choices, name, f"one of {', '.join(map(repr, choices))}")
         largest = self.max_rank
-        valid = largest is None or (
-            isinstance(largest, int) and not isinstance(largest, bool) and largest >= self.r
-        )
+        valid = largest is None or (isinstance(largest, int) and not isinstance(largest, bool) and largest >= self.r)
         self._require(valid, "max_rank", f"an integer of at least r={self.r}, or None")
         self._require(isinstance(self.seed, int), "seed", "an integer")
         if (self.adjust_start < 1) == (self.adjust_end < 1):
             self._require(
-                self.adjust_end >= self.adjust_start,
-                "adjust_end",
-                f"at least adjust_start={self.adjust_start}",
+                self.adjust_end >= self.adjust_start, "adjust_end", f"at least adjust_start={self.adjust_start}"
             )
 
     @property
