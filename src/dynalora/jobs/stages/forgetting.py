@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 BASE = "base"
 STAGES = ("initial", "interference", "recovered")
+"""The stages of a run in order: after Task A, after Task B, and after Task A again."""
 TITLES = {
     BASE: "base model",
     "initial": "Task A (initial)",
