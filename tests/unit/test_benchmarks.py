@@ -311,7 +311,7 @@ def test_a_missing_package_is_told_before_anything_runs(folder: Path, monkeypatc
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"rouge1 needs the package rouge-score.*dynalora\[eval\]"):
         prepare("xsum", data=folder)
-    with pytest.raises(UnsupportedError, match=r"task sciq needs lm-evaluation-harness.*dynalora\[eval\]"):
+    with pytest.raises(UnsupportedError, match=r"task sciq needs the package lm-eval,.*dynalora\[eval\]"):
         prepare("lm_eval:sciq")
     chosen = prepare("squad_v2", data=folder, metrics=["f1"])
     assert chosen.metrics == (metrics.SQUAD,)
