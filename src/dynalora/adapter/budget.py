@@ -58,7 +58,7 @@ def due(step: int, total_steps: int | None) -> bool:
 
 
 def measured(state: torch.Tensor) -> tuple[float, int] | None:
-    """The KL that was measured last, and after how many steps; None before the first time."""
+    """The KL that was measured last, and after how many steps, of a state (4); None before the first time."""
     kl, step = state[[_KL, _STEP]].tolist()
     return (kl, int(step)) if step >= 0 else None
 

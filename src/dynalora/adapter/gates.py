@@ -95,11 +95,11 @@ class GatedLayer(AdapterLayer):
         self.held_gates: dict[str, torch.Tensor] = {}
 
     def start(self, config: Any, r: int) -> dict[str, torch.Tensor]:
-        """LoRA's start, and almost closed gates."""
+        """LoRA's start, and almost closed gates; shapes by role as in `start_gates`."""
         return {**super().start(config, r), **self.start_gates(config, r)}
 
     def start_gates(self, config: GatedConfig, r: int) -> dict[str, torch.Tensor]:
-        """Tensors of a new adapter's gates by role; none without gates."""
+        """A new adapter's gates: W_g (r, in), or (width, in) and (r, width), and b_g (r); none without gates."""
         if not config.gates:
             return {}
         draw = kaiming if config.gate_weight_init == "kaiming" else torch.zeros
@@ -114,7 +114,7 @@ class GatedLayer(AdapterLayer):
         return tensors
 
     def new_gate(self, config: GatedConfig, adapter: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Tensors of the gate of one more component by role, drawn as at the start; none without gates."""
+        """The gate of one more component, (1, in or width) and (1), drawn as at the start; none without gates."""
         if not self.gated(adapter):
             return {}
         role = "gate_out" if self.has_parameter("gate_out", adapter) else "gate_weight"

@@ -134,7 +134,7 @@ class Storage(nn.Module):
         return cast(BufferDict, getattr(self, f"{self.method_name}_{role}"))
 
     def buffer(self, role: str, adapter: str) -> torch.Tensor:
-        """The buffer of a role of an adapter."""
+        """The buffer of a role of an adapter, of any shape."""
         return cast(torch.Tensor, self._buffers_of(role)[adapter])
 
     def has_buffer(self, role: str, adapter: str) -> bool:
@@ -142,7 +142,7 @@ class Storage(nn.Module):
         return adapter in self._buffers_of(role)
 
     def running(self, role: str, adapter: str) -> torch.Tensor | None:
-        """A buffer that need not be there, or None."""
+        """A buffer of any shape that need not be there, or None."""
         buffers = self._buffers_of(role)
         return cast(torch.Tensor, buffers[adapter]) if adapter in buffers else None
 
@@ -164,7 +164,7 @@ class Storage(nn.Module):
             self._buffers_of(role)[adapter] = tensor
 
     def start_lead(self) -> dict[str, torch.Tensor]:
-        """Tensors of the adapter as a whole, by role."""
+        """Tensors of the adapter as a whole by role: the clock, (2)."""
         return {CLOCK.name: torch.zeros(2, dtype=torch.int64)}
 
     # Both ------------------------------------------------------------------------------------------------------

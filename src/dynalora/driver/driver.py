@@ -171,7 +171,7 @@ class Driver:
         """Note a loss whose gradients were added to the adapter's.
 
         Args:
-            loss: Its value.
+            loss: Its value, a scalar.
             anew: Whether these gradients are the first of their step; then what was noted before is of a step that
                 was never taken.
         """
@@ -181,7 +181,7 @@ class Driver:
         self._loss = loss if anew or self._loss is None else self._loss + loss
 
     def report_loss(self, loss: torch.Tensor | float) -> None:
-        """Take the user's word for the task loss of the coming step."""
+        """Take the user's word for the task loss of the coming step, a scalar."""
         value = loss.detach() if isinstance(loss, torch.Tensor) else torch.tensor(float(loss))
         self._loss, self._loss_reported = value.reshape(()), True
 

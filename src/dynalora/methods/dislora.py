@@ -161,7 +161,7 @@ class DisloraLayer(AdapterLayer):
     )
 
     def start(self, config: DisloraConfig, r: int) -> dict[str, torch.Tensor]:
-        """Room for everything; `Dislora.prepare` fills it in from the base weight."""
+        """Zeros that `Dislora.prepare` fills in: up (out, r), down (r, in), sigma (r) and the frozen ones."""
         sides = min(self.in_features, self.out_features)
         count = min(config.tsd_count, sides)
         if r > sides:
@@ -195,7 +195,7 @@ class DisloraLayer(AdapterLayer):
         return tensors
 
     def start_lead(self) -> dict[str, torch.Tensor]:
-        """The losses and weights of the last step, and moving averages of the losses with their count."""
+        """The losses and weights of the last step, and moving averages with their count, (NOTES + 3)."""
         return {**super().start_lead(), "balance": torch.zeros(NOTES + 3, dtype=torch.float64)}
 
     def diagonal(self, adapter: str, projected: torch.Tensor | Gates) -> torch.Tensor:

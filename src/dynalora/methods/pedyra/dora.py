@@ -59,7 +59,7 @@ class DoraLayer(GatedLayer):
         magnitude.copy_(blend * magnitude / self._gain(adapter))  # magnitude / gain: the norm of the new rows
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The shared form; an adapter with `use_dora` must be the only one that acts on an input."""
+        """The shared form, x (…, in) → (…, out); an adapter with `use_dora` must act on an input alone."""
         if kwargs.get("adapter_names") is None and len(self.active_adapters) > 1:
             self._check_alone()
         return super().forward(x, *args, **kwargs)
@@ -75,7 +75,7 @@ class DoraLayer(GatedLayer):
                 )
 
     def add_update(self, result: torch.Tensor, x: torch.Tensor, adapter: str, in_place: bool = False) -> torch.Tensor:
-        """Add an adapter's update; with `use_dora` the rows are given their trained norms."""
+        """Add an adapter's update, x (…, in) to (…, out); with `use_dora` the rows are given their trained norms."""
         result = super().add_update(result, x, adapter, in_place)
         if not self.has_parameter("magnitude", adapter):
             return result
@@ -137,7 +137,7 @@ class DoraLayer(GatedLayer):
             del self.merged_gains[adapter]
 
     def plain_extras(self, adapter: str) -> dict[str, torch.Tensor]:
-        """DoRA's magnitude under the name that PEFT gives it."""
+        """DoRA's magnitude, (out), under the name that PEFT gives it."""
         if not self.has_parameter("magnitude", adapter):
             return {}
         return {"lora_magnitude_vector": self.parameter("magnitude", adapter)}

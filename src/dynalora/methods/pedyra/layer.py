@@ -129,7 +129,7 @@ class PedyraLayer(DoraLayer):
         return e if frozen is None else torch.cat([e, e.new_ones(frozen.shape[1])])
 
     def narrow(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        """The narrow activations; in training the inputs' squares are added up on the way."""
+        """The narrow activations, x (…, in) → (…, r); in training the inputs' squares are added up on the way."""
         if self.training and self.gathering[adapter]:
             self._gather(x, adapter)
         return super().narrow(x, adapter)

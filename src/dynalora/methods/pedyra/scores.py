@@ -131,7 +131,7 @@ def _wide(layer: PedyraLayer) -> torch.dtype:
 
 
 def shared_with_all(scores: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """The first process's scores, so that no rounding can make another one decide differently."""
+    """The first process's scores, (r) for each layer, so that no rounding can make another one decide differently."""
     if not (process_count() > 1 and grouped()):
         return scores
     flat = torch.cat(scores).to(device)
