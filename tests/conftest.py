@@ -15,6 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# One thread here and in every process that a test starts: with more, some processors sum in another order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Thousands of tiny matrices are decomposed; none of them belongs on the user's disk.
 os.environ.setdefault("DYNALORA_DECOMPOSITION_CACHE_GIB", "0")
 
