@@ -267,3 +267,25 @@ def test_a_model_says_whether_its_adapters_are_off() -> None:
     with model.disable_adapter():
         assert private.adapters_disabled(model), "disable_adapter no longer sets _adapters_disabled"
     assert not private.adapters_disabled(model)
+
+
+def test_a_failed_load_can_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [*inspect.signature(peft.PeftModel.load_adapter).parameters][:3]
+    assert names == ["self", "model_id", "adapter_name"], "PEFT's load_adapter has other parameters now"
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError("score.weight")
+
+    seen: list[str] = []
+
+    def told(model: Any, adapter: str, error: Exception) -> Exception:
+        seen.append(adapter)
+        return ValueError("told")
+
+    monkeypatch.setattr(peft.PeftModel, "load_adapter", fail)
+    private.after_failed_load(told)
+    private.after_failed_load(told)  # changes nothing
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), peft.LoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="told"):
+        model.load_adapter("nowhere", "other")
+    assert seen == ["other"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import re
 import weakref
@@ -12,15 +11,20 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
-from safetensors import SafetensorError, safe_open
+from peft.utils import PeftType
 
-from dynalora.errors import CheckpointError, ConfigError
+from dynalora.adapter.saved import check_adapter_folder
+from dynalora.errors import CheckpointError, ConfigError, DynaloraError, first_line
 
 if TYPE_CHECKING:
     from dynalora.adapter.layer import AdapterLayer
 
 RetainMode = Literal["quadratic", "replay"]
+
+_MOST_RANK = 65536  # more than any layer is wide
+_MOST_ALPHA = 1e9
+_RANK = f"a positive integer of at most {_MOST_RANK}"
+_ALPHA = f"a positive number of at most {_MOST_ALPHA:g}"
 
 
 @dataclass
@@ -115,7 +119,10 @@ class AdapterConfig(PeftConfig):
     default_alpha_per_rank: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        try:
+            super().__post_init__()  # type: ignore[no-untyped-call]
+        except (ValueError, TypeError) as error:  # an unknown task
+            raise ConfigError(f"{type(self).__name__}: task_type={self.task_type!r}: {first_line(error)}.") from None
         # What PEFT writes into the configuration of every saved adapter: weights may follow, so that computing how the
         # adapter starts is put off until it is used without them. Loading for training unsets the setting.
         self.may_be_loaded = self.inference_mode
@@ -125,20 +132,18 @@ class AdapterConfig(PeftConfig):
             self.peft_type = PeftType[self.method.upper()]
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
+            if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
                 setattr(self, name, set(value))
         self._require(_is_count(self.r), "r", "a positive integer")
+        self._require(_is_rank(self.r), "r", _RANK)
         if self.alpha is None:
             self.alpha = self.default_alpha_per_rank * self.r
         self._require(_is_number(self.alpha) and self.alpha > 0, "alpha", "a positive number, or left out")
+        self._require(_is_alpha(self.alpha), "alpha", _ALPHA)
         self._require(_is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "in [0, 1)")
-        for name in ("rank_pattern", "alpha_pattern", "scaling_ranks"):
-            if getattr(self, name) is None:
-                setattr(self, name, {})
-        for key, rank in self.rank_pattern.items():
-            self._require(_is_count(rank), f"rank_pattern[{key!r}]", "a positive integer", rank)
-        for key, alpha in self.alpha_pattern.items():
-            self._require(_is_number(alpha) and alpha > 0, f"alpha_pattern[{key!r}]", "a positive number", alpha)
+        self._check_patterns()
+        for name in ("use_rslora", "inference_mode"):
+            self._require(isinstance(getattr(self, name), bool), name, "True or False")
         biases = ("none", "all", f"{self.method}_only")
         self._require(self.bias in biases, "bias", f"one of {', '.join(map(repr, biases))}")
         if self.total_steps is not None:
@@ -159,6 +164,33 @@ class AdapterConfig(PeftConfig):
                 f"{type(self).__name__}: layers_pattern={self.layers_pattern!r} needs layers_to_transform, the indices "
                 "of the blocks to adapt."
             )
+
+    def _check_patterns(self) -> None:
+        """Check what chooses modules and what differs among them."""
+        kinds = (
+            ("rank_pattern", _is_rank, _RANK),
+            ("alpha_pattern", _is_alpha, _ALPHA),
+            ("scaling_ranks", _is_rank, _RANK),
+        )
+        for name, valid, expected in kinds:
+            pattern = getattr(self, name)
+            if pattern is None:
+                pattern = {}
+                setattr(self, name, pattern)
+            self._require(isinstance(pattern, dict), name, "a mapping from names or regular expressions")
+            for key, value in pattern.items():
+                self._require(isinstance(key, str) and _compiles(key), name, "keyed by regular expressions", key)
+                self._require(valid(value), f"{name}[{key!r}]", expected, value)
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            named = isinstance(value, (list, tuple, set)) and all(isinstance(item, str) for item in value)
+            self._require(value is None or isinstance(value, str) or named, name, "a name or a list of names")
+            if isinstance(value, str):
+                self._require(_compiles(value), name, "a regular expression")
+        blocks = self.layers_to_transform
+        listed = list(blocks) if isinstance(blocks, (list, tuple, range)) else [blocks]
+        whole = all(isinstance(block, int) and not isinstance(block, bool) for block in listed)
+        self._require(blocks is None or whole, "layers_to_transform", "an index or a list of indices")
 
     def _check_retain(self) -> None:
         self._require(self.retain_mode in get_args(RetainMode), "retain_mode", "'quadratic' or 'replay'")
@@ -263,59 +295,44 @@ class AdapterConfig(PeftConfig):
         """Load the configuration of a saved adapter; a local folder is first checked for damage.
 
         Raises:
-            CheckpointError: The folder's adapter file is truncated, or the adapter was made by another method.
+            CheckpointError: The folder's files are damaged or do not belong together, or the adapter was made by
+                another method.
+            ConfigError: A setting has a value that cannot work.
         """
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         if os.path.isdir(folder):
             check_adapter_folder(folder, cls.method)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)  # type: ignore[no-any-return]
-
-
-def check_adapter_folder(folder: str, method: str = "") -> None:
-    """Check, without loading any weights, that a folder holds a whole adapter.
-
-    Args:
-        folder: Local folder with `adapter_config.json` and, unless it is a bare configuration,
-            `adapter_model.safetensors`.
-        method: Method that is expected to have made it; empty for any.
-
-    Raises:
-        CheckpointError: Unreadable configuration, truncated weights, or another method's adapter.
-    """
-    config_file = os.path.join(folder, CONFIG_NAME)
-    if os.path.isfile(config_file):
         try:
-            with open(config_file, encoding="utf-8") as file:
-                made_by = str(json.load(file).get("peft_type", ""))
-        except (ValueError, AttributeError) as error:
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)  # type: ignore[no-any-return]
+        except DynaloraError:
+            raise
+        except (TypeError, AttributeError, KeyError, OverflowError) as error:  # values of other kinds than meant
             raise CheckpointError(
-                f"{config_file} is not readable as JSON ({error}); restore it from another copy of the adapter."
-            ) from None
-        if method and made_by.upper() != method.upper():
-            raise CheckpointError(
-                f"the adapter in {folder} was made by {made_by or 'an unknown method'}, not by {method.upper()}; load "
-                "it with peft.PeftModel.from_pretrained, which picks the right method."
-            )
-    weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    if not os.path.isfile(weights):
-        return
-    try:
-        with safe_open(weights, framework="pt") as file:
-            names = list(file.keys())
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{weights} ({os.path.getsize(weights)} bytes) is truncated or damaged ({error}); save the adapter again, "
-            "or copy the file again from where it came."
-        ) from None
-    if method and names and not any(f".{method.lower()}_" in name for name in names):
-        raise CheckpointError(
-            f"{weights} holds no weights of {method.upper()} (the first is {names[0]!r}), although its configuration "
-            "says so; the two files belong to different adapters."
-        )
+                f"the configuration in {folder} cannot be used ({first_line(error)}); restore it from another copy of "
+                "the adapter."
+            ) from error
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    # Counts of steps are kept as int64 with the adapter.
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**53
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_count(value) and value <= _MOST_RANK
+
+
+def _is_alpha(value: Any) -> bool:
+    return _is_number(value) and 0 < value <= _MOST_ALPHA
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        # As PEFT puts it.
+        re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def _is_number(value: Any) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.error import NoMatchingPeftModuleError
@@ -17,12 +18,15 @@ from torch import nn
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
 from dynalora.adapter.method import Method
+from dynalora.adapter.patterns import check_patterns
 from dynalora.adapter.ranks import fit
 from dynalora.adapter.retain import Retain
+from dynalora.adapter.saved import check_further_tensors
 from dynalora.adapter.targets import describe_linear_layers, leave_out_head
 from dynalora.common.names import plain_name
+from dynalora.common.private import after_failed_load
 from dynalora.driver import Driver, check_driven, prepare_unloaded
-from dynalora.errors import CheckpointError, ConfigError, UnsupportedError
+from dynalora.errors import CheckpointError, ConfigError, UnsupportedError, first_line
 
 
 class AdapterModel(BaseTuner):
@@ -40,11 +44,16 @@ class AdapterModel(BaseTuner):
         Raises:
             NoMatchingPeftModuleError: No module matches; the message names the linear layers that exist.
             UnsupportedError: A target is no linear layer.
+            ConfigError: Matching the names of the modules does not come to an end.
         """
+        check_patterns(self.peft_config[adapter_name], [name for name, _ in model.named_modules()])
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             raise NoMatchingPeftModuleError(f"{error} {describe_linear_layers(model)}") from None
+        except Exception:
+            _take_back(model, adapter_name)
+            raise
         # PEFT calls the hook itself for the adapter that a tuner is made with, but not for those added later.
         self._post_injection_hook(model, self.peft_config[adapter_name], adapter_name)
 
@@ -268,6 +277,51 @@ class AdapterModel(BaseTuner):
         return {layer.name: layer.rank(adapter) for layer in adapter_layers(self.model, adapter).values()}
 
     @classmethod
+    def _check_saved(
+        cls,
+        model: nn.Module,
+        config: Any,
+        layers: Mapping[str, AdapterLayer],
+        adapter: str,
+        state: dict[str, torch.Tensor],
+        saved: Mapping[str, Mapping[str, torch.Tensor]],
+    ) -> None:
+        """Refuse tensors that are not all of an adapter and nothing else.
+
+        Raises:
+            CheckpointError: Some are missing, fit nowhere, or hold what cannot be meant.
+        """
+        prefix = f"{cls.method.name}_"
+        expected = {
+            f"{plain_name(name)}.{prefix}{role}"
+            for name, layer in layers.items()
+            for role in layer.saved_tensors(adapter)
+        }
+        missing = sorted(expected - {plain_name(key) for key in state})
+        if missing and len(missing) < len(expected):
+            raise CheckpointError(
+                f"the saved {cls.method.name.upper()} adapter lacks {len(missing)} of {len(expected)} tensors (the "
+                f"first is {missing[0]!r}); it is incomplete, or was made for other target modules."
+            )
+        if missing:
+            some = next(iter(state), "nothing")
+            raise CheckpointError(
+                f"the file holds no {cls.method.name.upper()} adapter for this model: it has {some!r}, while the model "
+                f"has {missing[0]!r}; load it onto the base model it was trained on, with the method that made it."
+            )
+        by_name = {plain_name(name): layer for name, layer in layers.items()}
+        for owner, tensors in saved.items():
+            ours = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            if ours and owner in by_name:
+                by_name[owner].check(adapter, ours)
+            elif ours:
+                raise CheckpointError(
+                    f"the saved {cls.method.name.upper()} adapter does not fit the model (it has tensors for "
+                    f"{owner!r}, which is not adapted here); load it onto the base model it was trained on."
+                )
+        check_further_tensors(model, config, by_name, adapter, state, prefix)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
@@ -276,30 +330,47 @@ class AdapterModel(BaseTuner):
             owner, _, name = key.rpartition(".")
             saved.setdefault(plain_name(owner), {})[name] = tensor
         layers = adapter_layers(model, adapter_name)
+        # All of it before the first layer changes, so that a load is all or nothing.
+        cls._check_saved(model, config, layers, adapter_name, state_dict, saved)
         for name, layer in layers.items():
             # Names are matched by what the model has: it must have what the file has.
             layer.expect(adapter_name, saved.get(plain_name(name), {}))
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        expected = {
-            f"{name}.{layer.method_name}_{role}.{adapter_name}"
-            for name, layer in layers.items()
-            for role in layer.saved_tensors(adapter_name)
-        }
-        missing = sorted(expected - remapped.keys())
-        if missing and len(missing) < len(expected):
-            raise CheckpointError(
-                f"the saved {cls.method.name.upper()} adapter lacks {len(missing)} of {len(expected)} tensors (the "
-                f"first is {missing[0]!r}); it is incomplete, or was made for other target modules."
-            )
-        if missing:
-            some = next(iter(state_dict), "nothing")
-            raise CheckpointError(
-                f"the file holds no {cls.method.name.upper()} adapter for this model: it has {some!r}, while the model "
-                f"has {missing[0]!r}; load it onto the base model it was trained on, with the method that made it."
-            )
         return remapped
+
+
+def _take_back(model: nn.Module, adapter: str) -> None:
+    """Take an adapter that could not be made off the layers that have it already."""
+    for name, layer in adapter_layers(model, adapter).items():
+        layer.delete_adapter(adapter)
+        if not layer.scaling:
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, layer.base_layer)
+
+
+def _withdraw(model: PeftModel, adapter: str, error: Exception) -> Exception:
+    """After a load that failed, take away the adapter that was made for it; returns the error to raise."""
+    config = model.peft_config.get(adapter)
+    if not isinstance(config, AdapterConfig):
+        return error
+    layers = adapter_layers(model, adapter).values()
+    # One that was there before has weights.
+    if layers and all(adapter in layer.unprepared for layer in layers):
+        if len(model.peft_config) > 1:
+            model.delete_adapter(adapter)
+        else:
+            tuner: Any = model.base_model
+            base = tuner.unload()
+            for trace in ("peft_config", "_hf_peft_config_loaded"):
+                base.__dict__.pop(trace, None)
+    if isinstance(error, KeyError):  # PEFT's, of a module that was trained in full
+        return CheckpointError(f"the saved adapter lacks the tensor {first_line(error)!r}; use another copy of it.")
+    return error
+
+
+after_failed_load(_withdraw)
 
 
 def _with_adapter_names(

@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 
-from dynalora.adapter.storage import RANK, Storage
+from dynalora.adapter.storage import BUDGET, CLOCK, RANK, Storage
 from dynalora.driver import carry_state
+from dynalora.errors import CheckpointError
+
+_LONGEST = 2**53  # steps
 
 
 def fit(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
@@ -100,6 +103,88 @@ class RankedStorage(Storage):
         if self.reserved[adapter]:
             self._buffers_of(RANK)[adapter] = torch.tensor(rank)
 
+    def check(self, adapter: str, saved: Mapping[str, torch.Tensor]) -> None:
+        """Refuse weights that cannot be this layer's, before anything is changed.
+
+        Args:
+            adapter: The adapter they are for.
+            saved: Tensors by their name in this layer, without the adapter's (`"dira_down"`).
+
+        Raises:
+            CheckpointError: A tensor is unknown, of another shape or kind, or holds values that no training leaves.
+        """
+        prefix = f"{self.method_name}_"
+        roles = {name.removeprefix(prefix): tensor for name, tensor in saved.items()}
+        dims = {role: dim for role, dim in self.rank_dims.items() if self.has_parameter(role, adapter)}
+        rank = shared_rank({role: roles.get(role) for role in dims}, dims)
+        if rank is None and dims.keys() & roles.keys():
+            shapes = ", ".join(f"{role} {tuple(roles[role].shape)}" for role in dims if role in roles)
+            lacking = [role for role in dims if role not in roles]
+            reason = f"lacks {', '.join(lacking)} and has {shapes}" if lacking else f"has {shapes}"
+            raise self._refuse(reason, "tensors that do not agree on a rank")
+        if RANK in roles:
+            size, saved_rank = rank or 0, roles[RANK]
+            if saved_rank.numel() != 1 or saved_rank.is_floating_point() or not 1 <= int(saved_rank) <= size:
+                held = saved_rank.tolist() if saved_rank.numel() <= 4 else tuple(saved_rank.shape)
+                raise self._refuse(f"has rank {held}", f"it must be from 1 to {size}, the size of its tensors")
+            rank = int(saved_rank)
+        if rank == 0:
+            raise self._refuse("has rank 0", "it must be at least 1")
+        for role, tensor in roles.items():
+            if role != RANK:
+                self._check_tensor(adapter, role, tensor, rank)
+
+    def _check_tensor(self, adapter: str, role: str, tensor: torch.Tensor, rank: int | None) -> None:
+        """Refuse a tensor, named by its role, that is not what this layer has or may have."""
+        shape: Sequence[int] | None
+        if role in self.parameter_roles and self.has_parameter(role, adapter):
+            parameter = self.parameter(role, adapter)
+            shape, floating = list(parameter.shape), True
+            if role in self.rank_dims and tensor.ndim == len(shape):
+                shape[self.rank_dims[role]] = tensor.shape[self.rank_dims[role]]  # all agree on it
+        elif role in self.buffer_roles and self.buffer_roles[role].saved == "present":
+            shape, floating = self.present_shape(role, adapter, tensor, rank)
+        elif role in self.buffer_roles:
+            buffer = self.running(role, adapter)
+            shape = list(tensor.shape if buffer is None else buffer.shape)
+            floating = tensor.is_floating_point() if buffer is None else buffer.is_floating_point()
+        else:
+            raise self._refuse(f"has {role!r}", "its settings or this version know no such tensor")
+        if list(tensor.shape) != list(shape):
+            raise self._refuse(f"has {role!r} of shape {tuple(tensor.shape)}", f"the layer's is {tuple(shape)}")
+        if tensor.is_floating_point() != floating or tensor.is_complex():
+            raise self._refuse(f"has {role!r} in {tensor.dtype}", "that is not its kind of number")
+        local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        if floating and not local.is_meta and not bool(torch.isfinite(local).all()):
+            raise self._refuse(f"has NaN or infinite values in {role!r}", "an adapter without them is needed")
+        if role == CLOCK.name and not local.is_meta and not all(0 <= value < _LONGEST for value in local.tolist()):
+            raise self._refuse(f"has the clock {local.tolist()}", "that is no number of steps")
+
+    def present_shape(
+        self, role: str, adapter: str, tensor: torch.Tensor, rank: int | None
+    ) -> tuple[Sequence[int], bool]:
+        """What a buffer that need not be there must be where a file has it.
+
+        Args:
+            role: Its role.
+            adapter: The adapter.
+            tensor: What the file has.
+            rank: The rank that the file's tensors agree on; None if it has none of them.
+
+        Returns:
+            Its shape, and whether it is of floating-point numbers.
+
+        Raises:
+            CheckpointError: Its content cannot be used.
+        """
+        return (4,) if role == BUDGET.name else tuple(tensor.shape), True
+
+    def _refuse(self, what: str, why: str) -> CheckpointError:
+        return CheckpointError(
+            f"the saved {self.method_name.upper()} adapter {what} in {self.name or 'a layer'!r}: {why}; use another "
+            "copy of it, with the base model that it was made for."
+        )
+
     def expect(self, adapter: str, saved: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Take on the ranks, and make the buffers, of weights that are about to be loaded.
 
@@ -145,6 +230,7 @@ class RankedStorage(Storage):
                 for key, tensor in state_dict.items()
                 if key.startswith(f"{prefix}{self.method_name}_") and key.endswith(tail)
             }
+            self.check(adapter, saved)
             for name, tensor in self.expect(adapter, saved).items():
                 state_dict[f"{prefix}{name}{tail}"] = tensor
             if not self.reserved[adapter]:

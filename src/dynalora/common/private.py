@@ -119,6 +119,30 @@ def extend_model_cards(written: Callable[[PeftModel, str], None], uploading: Cal
     setattr(PeftModel, "_upload_modified_files", upload_modified_files)  # noqa: B010
 
 
+def after_failed_load(told: Callable[[PeftModel, str, Exception], Exception]) -> None:
+    """Have a function called when `PeftModel.load_adapter` fails, which `from_pretrained` goes through, too.
+
+    It gets the model, the adapter's name and the error, and returns the error to raise. PEFT makes the adapter before
+    it reads the weights, and has no hook for taking it away again. A second call changes nothing.
+    """
+    load: Any = PeftModel.load_adapter
+    if hasattr(load, "extended_by_dynalora"):
+        return
+
+    @functools.wraps(load)
+    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(self, model_id, adapter_name, *args, **kwargs)
+        except Exception as error:
+            raised = told(self, adapter_name, error)
+            if raised is error:
+                raise
+            raise raised from error
+
+    load_adapter.extended_by_dynalora = True  # type: ignore[attr-defined]
+    setattr(PeftModel, "load_adapter", load_adapter)  # noqa: B010
+
+
 # transformers ------------------------------------------------------------------------------------------------------
 
 

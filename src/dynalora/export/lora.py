@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dynalora.adapter.config import check_adapter_folder
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
 from dynalora.adapter.ranks import fit
 from dynalora.adapter.register import METHODS
+from dynalora.adapter.saved import check_known
 from dynalora.common.files import folder_beside, write_file
 from dynalora.common.names import PREFIX, plain_name
 from dynalora.errors import CheckpointError, ConfigError, DynaloraError, UnsupportedError
@@ -310,16 +310,14 @@ def load_without_base(source: str) -> nn.Module:
     Raises:
         CheckpointError: The folder holds no whole adapter of dynalora.
     """
-    if not os.path.isfile(os.path.join(source, CONFIG_NAME)):
-        raise CheckpointError(f"{source} holds no adapter: there is no {CONFIG_NAME} in it.")
-    check_adapter_folder(source)
-    config = PeftConfig.from_pretrained(source)
-    method = METHODS.get(str(config.peft_type).rpartition(".")[2].lower())
+    made_by = check_known(source)
+    method = METHODS.get(made_by)
     if method is None:
         raise CheckpointError(
-            f"the adapter in {source} was made by {config.peft_type}, which is none of dynalora's methods "
+            f"the adapter in {source} was made by {made_by.upper()}, which is none of dynalora's methods "
             f"({', '.join(sorted(METHODS))})."
         )
+    config: Any = method.config_class.from_pretrained(source)
     weights = os.path.join(source, SAFETENSORS_WEIGHTS_NAME)
     if not os.path.isfile(weights):
         raise CheckpointError(
@@ -340,7 +338,9 @@ def load_without_base(source: str) -> nn.Module:
     # Not get_peft_model: a task's own wrapper would ask the stand-ins for methods of a real model.
     # On the meta device, since a start computed from stand-ins would be nonsense.
     model = PeftModel(skeleton, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
-    set_peft_model_state_dict(model, state, low_cpu_mem_usage=True)
+    # What else the file holds (a trained head, biases) has no place on stand-ins.
+    ours = {key: tensor for key, tensor in state.items() if key.rpartition(".")[2].startswith(f"{method.name}_")}
+    set_peft_model_state_dict(model, ours, low_cpu_mem_usage=True)
     return model
 
 

@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
-from dynalora.adapter.config import check_adapter_folder
+from dynalora.adapter.saved import check_adapter_folder
 from dynalora.errors import CheckpointError, ConfigError, first_line
 from dynalora.evaluation.heads import CAUSAL_LM, Head
 from dynalora.lab.models import load_model, load_tokenizer

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from dynalora.adapter.config import check_adapter_folder
+from dynalora.adapter.saved import check_adapter_folder
 from dynalora.common.files import file_beside
 from dynalora.errors import CheckpointError
 from dynalora.lab.run_folder import RunFolder

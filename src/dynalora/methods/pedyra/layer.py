@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -104,6 +105,24 @@ class PedyraLayer(DoraLayer):
         super().delete_adapter(adapter_name)
         self.gathering.pop(adapter_name, None)
         self.gathered.pop(adapter_name, None)
+
+    def present_shape(
+        self, role: str, adapter: str, tensor: torch.Tensor, rank: int | None
+    ) -> tuple[Sequence[int], bool]:
+        """What a buffer must be where a file has it; see `RankedStorage.present_shape`."""
+        kind, _, name = role.partition("_")
+        if kind in ("sensitivity", "uncertainty"):
+            shape = list(self.parameter(name, adapter).shape)
+            shape[self.rank_dims[name]] = self.ranks[adapter] if rank is None else rank
+            return shape, True
+        if role == "inputs":
+            return (self.in_features,), True
+        if role == "record":
+            return (tensor.numel(),), False
+        if role in ("frozen_down", "frozen_up"):
+            count = tensor.shape[0 if role == "frozen_down" else -1] if tensor.ndim == 2 else 0
+            return (count, self.in_features) if role == "frozen_down" else (self.out_features, count), True
+        return super().present_shape(role, adapter, tensor, rank)
 
     @torch.no_grad()
     def start_from(self, adapter: str, largest: Triplets) -> None:

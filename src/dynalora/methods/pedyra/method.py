@@ -122,6 +122,8 @@ class Pedyra(Method):
         config: PedyraConfig = moment.config
         plan, step = AdjustmentPlan.of(config, moment.total_steps), moment.step + 1
         layers = _adjustable(moment)
+        if not moment.driver.optimizer_steps:
+            read_record(moment)  # one from a file that cannot be read is refused before any work is done
         _refuse_still_ranks(moment, plan, layers)
         _warn_of_limits(moment, plan, layers)
         if not moment.skipped:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import zlib
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from dynalora.driver import Moment
+from dynalora.errors import CheckpointError
+
+_RATIO, _LEAST = 64, 1 << 16  # bytes of text for each byte of a record, and those that any may have
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,47 @@ def append_record(moment: Moment, entry: dict[str, Any]) -> None:
 
 def _entries(moment: Moment) -> list[dict[str, Any]]:
     saved = moment.lead.running("record", moment.adapter) if moment.lead is not None else None
-    if saved is None or saved.is_meta:
-        return []
-    return cast("list[dict[str, Any]]", json.loads(zlib.decompress(saved.cpu().numpy().tobytes())))
+    return [] if saved is None or saved.is_meta else _decoded(saved)
+
+
+def _decoded(saved: torch.Tensor) -> list[dict[str, Any]]:
+    """The entries of a record, (bytes)."""
+    data = saved.cpu().numpy().tobytes()
+    unpacking = zlib.decompressobj()
+    try:
+        # Scores are numbers of 17 digits, which hardly shrink; only a forged record would not end here.
+        text = unpacking.decompress(data, _RATIO * len(data) + _LEAST)
+        entries = json.loads(text) if unpacking.eof else None
+    except (zlib.error, ValueError, RecursionError):
+        entries = None
+    if not isinstance(entries, list) or not all(_is_entry(entry) for entry in entries):
+        raise CheckpointError(
+            "the saved PEDYRA adapter has a record of adjustments that cannot be read; use another copy of it, or take "
+            "the tensor 'pedyra_record' out of its file: the adapter works without."
+        )
+    return entries
+
+
+def _is_entry(entry: Any) -> bool:
+    lists = ("layers", "ranks", "scores", "pruned", "expanded")
+    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        return False
+    if not all(isinstance(entry.get(key), list) for key in lists):
+        return False
+    names, ranks, scores, pruned, expanded = (entry[key] for key in lists)
+    return (
+        len(names) == len(ranks) == len(scores)
+        and all(isinstance(name, str) for name in names)
+        and all(isinstance(rank, int) for rank in ranks)
+        and all(isinstance(values, list) and values and all(map(_is_number, values)) for values in scores)
+        and all(isinstance(pair, list) and len(pair) == 2 and _is_index(pair[0], names) for pair in pruned)
+        and all(_is_index(layer, names) for layer in expanded)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_index(value: Any, names: list[str]) -> bool:
+    return isinstance(value, int) and 0 <= value < len(names)

@@ -1,0 +1,74 @@
+"""Regular expressions in configurations, which may come from a stranger: does matching them ever end?
+
+Python's matching tries all ways to divide a text among nested repetitions, so a short pattern can take longer than
+anybody waits, and nothing in the process can stop it. Patterns that repeat something are therefore tried first, on the
+model's own names, in a process of its own with a limit on its time.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from dynalora.errors import ConfigError
+
+_SECONDS = 3
+_PATIENCE = 60  # seconds of wall-clock time, on a busy machine
+_TRY = """
+import json, re, sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[1]), int(sys.argv[1]) + 1))
+except ImportError:
+    pass
+patterns, names = json.load(sys.stdin)
+for field, pattern in patterns:
+    print(field, flush=True)
+    for name in names:
+        re.fullmatch(pattern, name)
+print("done")
+"""
+
+
+def check_patterns(config: Any, names: Iterable[str]) -> None:
+    """Refuse patterns of a configuration that do not come to an end on a model's names.
+
+    Args:
+        config: An adapter's configuration, of any of dynalora's methods.
+        names: The names of the model's modules.
+
+    Raises:
+        ConfigError: Matching one takes too long.
+    """
+    patterns = []
+    for field in ("target_modules", "exclude_modules"):
+        value = getattr(config, field)
+        if isinstance(value, str):
+            patterns.append((field, value))
+    for field in ("rank_pattern", "alpha_pattern", "scaling_ranks"):
+        patterns += [(field, rf"(?:.*\\.)?({key})$") for key in getattr(config, field) if _repeats(key)]
+    patterns = [(field, pattern) for field, pattern in patterns if _repeats(pattern, more_than=1)]
+    if not patterns:
+        return
+    limit = _SECONDS + len(patterns) // 100
+    try:
+        tried = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _TRY, str(limit)],
+            input=json.dumps([patterns, list(names)]), capture_output=True, text=True, timeout=_PATIENCE, check=False,
+        ).stdout  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        tried = error.stdout.decode() if isinstance(error.stdout, bytes) else (error.stdout or "")
+    reached = tried.split()
+    if reached and reached[-1] != "done":
+        field = reached[-1]
+        raise ConfigError(
+            f"{type(config).__name__}: {field}={getattr(config, field)!r} takes too long to match the names of the "
+            "model's modules; write it without a repetition inside another, or list the names."
+        )
+
+
+def _repeats(pattern: str, more_than: int = 0) -> bool:
+    return sum(pattern.count(mark) for mark in "*+{") > more_than

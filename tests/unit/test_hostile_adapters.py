@@ -1,0 +1,274 @@
+"""Adapters from strangers: what is wrong is said in one sentence, and the model that they were for is as it was."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import dynalora
+from dynalora.adapter.layer import adapter_layers
+from dynalora.errors import CheckpointError, DynaloraError
+from dynalora.methods.pedyra import adjustments
+from tests.unit import tiny
+
+CONFIGS: dict[str, Callable[..., Any]] = {
+    "dira": dynalora.DiraConfig,
+    "disel": dynalora.DiselConfig,
+    "dislora": dynalora.DisloraConfig,
+    "pedyra": dynalora.PedyraConfig,
+}
+Tensors = dict[str, torch.Tensor]
+INPUT = torch.arange(3, 19)[None]
+
+
+def base() -> Any:
+    return tiny.model(64, layers=1)
+
+
+@pytest.fixture(scope="module", params=sorted(CONFIGS))
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    config = CONFIGS[request.param](r=3, target_modules="all-linear", init_weights=False, task_type="CAUSAL_LM")
+    peft.get_peft_model(base(), config).save_pretrained(folder)
+    return folder
+
+
+def changed(source: Path, target: Path, tensors: Callable[[Tensors], Tensors] | None = None, **fields: Any) -> Path:
+    """A copy of an adapter with other tensors, or other settings."""
+    target.mkdir(parents=True, exist_ok=True)
+    config = json.loads((source / "adapter_config.json").read_text())
+    (target / "adapter_config.json").write_text(json.dumps({**config, **fields}))
+    state = load_file(source / "adapter_model.safetensors")
+    state = tensors(dict(state)) if tensors else state
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, target / "adapter_model.safetensors")
+    return target
+
+
+def last(state: Tensors, end: str) -> str:
+    return [name for name in state if name.endswith(end)][-1]
+
+
+def nan(state: Tensors) -> Tensors:
+    state[last(state, "_down")][-1, -1] = float("nan")
+    return state
+
+
+def wrong_width(state: Tensors) -> Tensors:
+    name = last(state, "_down")
+    state[name] = state[name][:, :-1]
+    return state
+
+
+def base_tensor(state: Tensors) -> Tensors:
+    return {**state, "base_model.model.lm_head.weight": torch.full((64, 32), 3.0)}
+
+
+def base_layer_tensor(state: Tensors) -> Tensors:
+    name = last(state, "_down").rpartition(".")[0] + ".base_layer.weight"
+    shape = (state[last(state, "_up")].shape[0], state[last(state, "_down")].shape[1])
+    return {**state, name: torch.zeros(shape)}
+
+
+def foreign_rank(state: Tensors) -> Tensors:
+    return {**state, last(state, "_down").removesuffix("down") + "rank": torch.tensor(10**9)}
+
+
+def unknown_role(state: Tensors) -> Tensors:
+    return {**state, last(state, "_down").removesuffix("down") + "surprise": torch.zeros(3)}
+
+
+def integers(state: Tensors) -> Tensors:
+    return {name: (value.to(torch.int8) if name.endswith("_up") else value) for name, value in state.items()}
+
+
+def clock(state: Tensors) -> Tensors:
+    return {**state, last(state, "_progress"): torch.tensor([-1, 5])}
+
+
+def no_rank(state: Tensors) -> Tensors:
+    down, up = last(state, "_down"), last(state, "_up")
+    return {**state, down: state[down][:0], up: state[up][:, :0]}
+
+
+def half(state: Tensors) -> Tensors:
+    del state[last(state, "_up")]
+    return state
+
+
+DAMAGE = [
+    nan, wrong_width, base_tensor, base_layer_tensor, foreign_rank, unknown_role, integers, clock, no_rank, half,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_a_load_is_all_or_nothing(saved: Path, tmp_path: Path, damage: Callable[[Tensors], Tensors]) -> None:
+    model = peft.PeftModel.from_pretrained(base(), saved).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        output = model(input_ids=INPUT).logits
+
+    def scaled(state: Tensors) -> Tensors:
+        # Whatever was loaded before the damage was met would show.
+        return damage({name: (2 * v if v.is_floating_point() else v) for name, v in state.items()})
+
+    hostile = changed(saved, tmp_path / "hostile", scaled)
+    for name in ("default", "other"):
+        with pytest.raises(CheckpointError) as caught:
+            model.load_adapter(str(hostile), adapter_name=name)
+        assert "\n" not in str(caught.value)
+        after = model.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[key], before[key]) for key in before)
+        assert list(model.peft_config) == ["default"]
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=INPUT).logits, output)
+
+
+def test_a_base_model_is_as_it_was_after_an_adapter_that_cannot_be_loaded(saved: Path, tmp_path: Path) -> None:
+    model = base()
+    names = list(model.state_dict())
+    with pytest.raises(CheckpointError):
+        peft.PeftModel.from_pretrained(model, changed(saved, tmp_path / "x", base_tensor))
+    assert list(model.state_dict()) == names
+    with pytest.raises(CheckpointError):
+        peft.PeftModel.from_pretrained(model, changed(saved, tmp_path / "y", r=10**6 // 20))
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"alpha": 1e300}, {"alpha": "8"}, {"r": 10**9}, {"r": True}, {"scaling_ranks": {"q_proj": -2}},
+        {"scaling_ranks": {"q_proj": "x"}}, {"rank_pattern": ["q_proj"]}, {"rank_pattern": {"((": 3}},
+        {"rank_pattern": {"q_proj": 10**5}}, {"alpha_pattern": {"q_proj": 1e200}}, {"target_modules": 5},
+        {"target_modules": "(a"}, {"exclude_modules": [1]}, {"modules_to_save": {"a": 1}}, {"use_rslora": "no"},
+        {"layers_to_transform": "all", "target_modules": ["q_proj"]}, {"task_type": "NOTHING"}, {"bias": ["all"]},
+        {"total_steps": 2**60}, {"dropout": "0.1"}, {"modules_to_save": ["embed_tokens"]},
+    ],
+    ids=json.dumps,
+)  # fmt: skip
+def test_settings_that_cannot_be_meant(saved: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    with pytest.raises(DynaloraError) as caught:
+        peft.PeftModel.from_pretrained(base(), changed(saved, tmp_path / "x", **fields))
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_of_a_newer_version_are_named(saved: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="of_tomorrow"):
+        peft.PeftModel.from_pretrained(base(), changed(saved, tmp_path / "x", of_tomorrow=1))
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_patterns_that_never_end(field: str, saved: Path, tmp_path: Path) -> None:
+    endless = r"(([a-z._0-9])+)+(\!)"
+    value: Any = {endless: 3} if field == "rank_pattern" else endless
+    with pytest.raises(DynaloraError, match=f"{field}.*takes too long"):
+        peft.PeftModel.from_pretrained(base(), changed(saved, tmp_path / "x", **{field: value}))
+
+
+def test_weights_of_the_base_model_that_were_saved_along_change_nothing(saved: Path, tmp_path: Path) -> None:
+    words = base().model.embed_tokens.weight.detach()  # PEFT saves embeddings with adapters of the output layer
+    along = changed(saved, tmp_path / "x", lambda t: {**t, "base_model.model.model.embed_tokens.weight": words.half()})
+    with torch.no_grad():
+        results = [peft.PeftModel.from_pretrained(base(), folder)(input_ids=INPUT).logits for folder in (saved, along)]
+    assert torch.equal(*results)
+
+
+def test_new_words_are_taken_and_old_ones_are_not(saved: Path, tmp_path: Path) -> None:
+    words = base().lm_head.weight.detach().clone()
+    words[60:] = 3.0
+
+    def with_words(state: Tensors) -> Tensors:
+        return {**state, "base_model.model.lm_head.weight": words}
+
+    added = changed(saved, tmp_path / "x", with_words)
+    model = peft.PeftModel.from_pretrained(base(), added)
+    assert torch.equal(model.get_base_model().lm_head.weight, words)
+    other = peft.PeftModel.from_pretrained(base(), saved)
+    with pytest.raises(CheckpointError, match="would change the base model"):
+        other.load_adapter(str(added), adapter_name="second")
+    words[3] = 3.0
+    with pytest.raises(CheckpointError, match="would change the base model"):
+        peft.PeftModel.from_pretrained(base(), changed(saved, tmp_path / "y", with_words))
+
+
+@pytest.mark.parametrize(
+    "text", [b"[" + b" " * (1 << 24) + b"]", b"[[" * 5000, b'[{"step": 1}]', b"nothing", b'{"a": 1}']
+)
+def test_a_record_of_adjustments_that_cannot_be_read(text: bytes, tmp_path: Path) -> None:
+    config = dynalora.PedyraConfig(r=2, target_modules=["q_proj", "v_proj"], total_steps=9)
+    peft.get_peft_model(base(), config).save_pretrained(tmp_path / "good")
+    forged = torch.frombuffer(bytearray(zlib.compress(text, 9)), dtype=torch.uint8)
+
+    def forge(state: Tensors) -> Tensors:
+        return {**state, last(state, "_progress").replace("progress", "record"): forged}
+
+    model = peft.PeftModel.from_pretrained(
+        base(), changed(tmp_path / "good", tmp_path / "bad", forge), is_trainable=True
+    )
+    with pytest.raises(CheckpointError, match="record of adjustments"):
+        adjustments(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(input_ids=INPUT, labels=INPUT).loss.backward()
+    with pytest.raises(CheckpointError, match="record of adjustments"):
+        optimizer.step()
+
+
+PIECES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
+    st.lists(st.one_of(st.integers(), st.text(max_size=4)), max_size=3),
+    st.dictionaries(st.text(max_size=6), st.one_of(st.integers(), st.floats(), st.text(max_size=3)), max_size=2),
+)  # fmt: skip
+
+
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_setting_ends_in_a_traceback(data: st.DataObject, tmp_path: Path) -> None:
+    kind = CONFIGS[data.draw(st.sampled_from(sorted(CONFIGS)))]
+    names = [name for name in kind.own_fields() if name not in ("retain_on",)]
+    fields = data.draw(st.dictionaries(st.sampled_from(names), PIECES, min_size=1, max_size=3))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind.method.upper(), **fields}))
+    try:
+        kind.from_pretrained(tmp_path)
+    except DynaloraError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_file_ends_in_a_traceback(saved: Path, data: st.DataObject, tmp_path: Path) -> None:
+    state = load_file(saved / "adapter_model.safetensors")
+    for name in data.draw(st.lists(st.sampled_from(sorted(state)), min_size=1, max_size=3, unique=True)):
+        how = data.draw(st.sampled_from(["gone", "flat", "cut", "empty", "double", "huge", "bytes", "deep"]))
+        tensor = state.pop(name)
+        made = {
+            "flat": lambda t: t.reshape(-1),
+            "cut": lambda t: t[: len(t) // 2] if t.ndim else t[None],
+            "empty": lambda t: t[:0] if t.ndim else t[None][:0],
+            "double": lambda t: torch.cat([t, t]) if t.ndim else t[None],
+            "huge": lambda t: torch.full_like(t, torch.finfo(t.dtype).max if t.is_floating_point() else 2**40),
+            "bytes": lambda t: t.to(torch.uint8),
+            "deep": lambda t: t[None, None],
+        }
+        if how != "gone":
+            state[name] = made[how](tensor).contiguous()
+    folder = changed(saved, tmp_path / "x", lambda _: state)
+    model = base()
+    try:
+        loaded = peft.PeftModel.from_pretrained(model, folder)
+    except DynaloraError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+        assert not adapter_layers(model)
+        return
+    with torch.no_grad():
+        loaded(input_ids=INPUT)
