@@ -323,3 +323,76 @@ def test_texts_are_paragraphs_or_the_field_text(tmp_path: Path) -> None:
         load_texts(tmp_path / "empty.txt")
     with pytest.raises(DataError, match="There is no file or folder"):
         load_texts(tmp_path / "none.txt")
+
+
+def test_missing_cells_are_missing() -> None:
+    nan = float("nan")
+    rows = [
+        {"instruction": "one", "input": nan, "output": "1"},
+        {"instruction": "two", "input": "x", "output": nan},
+        {"instruction": "three", "input": None, "output": 3.0},
+    ]
+    chats = to_conversations([(f"row {i}", row) for i, row in enumerate(rows)])
+    assert chats == [
+        [{"role": "user", "content": "one"}, {"role": "assistant", "content": "1"}],
+        [{"role": "user", "content": "three"}, {"role": "assistant", "content": "3.0"}],
+    ]
+
+
+def test_half_a_character_is_told_with_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n" + r'{"prompt": "c", "response": "\ud83d"}')
+    with pytest.raises(DataError, match=r"chats.jsonl.*line 2.*'response' holds half of a character"):
+        load_conversations(file)
+
+
+def test_what_else_a_chat_says_is_kept() -> None:
+    call = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+    chat = [
+        {"role": "user", "content": "What time is it?"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "name": None},
+        {"role": "tool", "content": "noon", "tool_call_id": "7"},
+        {"role": "assistant", "content": "Noon.", "reasoning_content": "The clock says so.", "weight": 1},
+        {"role": "user", "content": "Thanks."},
+        {"role": "assistant", "content": "Whatever.", "weight": 0},
+    ]
+    [made] = to_conversations([("row 1", {"messages": chat, "tools": json.dumps([{"type": "function"}])})])
+    assert made == [
+        {"role": "user", "content": "What time is it?", "tools": [{"type": "function"}]},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "noon", "tool_call_id": "7"},
+        {"role": "assistant", "content": "Noon.", "reasoning_content": "The clock says so.", "weight": 1},
+    ]
+    with pytest.raises(DataError, match="weight 2"):
+        to_conversations([("row 1", {"messages": [{"role": "assistant", "content": "x", "weight": 2}]})])
+
+
+REWRITING = (
+    "{%- for m in messages -%}{{- '[' + m['role'] + ']' -}}"
+    "{%- if m['role'] == 'assistant' and loop.last -%}{{- '(thought)' -}}{%- endif -%}"
+    "{%- if m['tool_calls'] -%}{{- 'CALL' -}}{%- endif -%}{{- m['content'] | trim + eos_token -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '[assistant]' -}}{%- endif -%}"
+)
+
+
+def test_earlier_answers_are_learned_as_they_stand(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = REWRITING
+
+    def learned(*contents: str, **extras: Any) -> str:
+        roles = ("user", "assistant") * len(contents)
+        chat: Any = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+        chat[1] |= extras
+        [row] = tokenize([chat], tokenizer, max_length=500).rows
+        whole = tokenizer.apply_chat_template(chat, tokenize=False)
+        assert tokenizer.decode(row["input_ids"]) == whole
+        return tokenizer.decode([i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label >= 0])
+
+    end = tokenizer.eos_token
+    assert learned("a", "one ", "b", "two") == f"one{end}(thought)two{end}"
+    assert learned("a", "a", "a", "a", "a", "a") == f"a{end}a{end}(thought)a{end}"
+    assert learned("a", "one", "b", "two", weight=0) == f"(thought)two{end}"
+    assert not caplog.records
+    # A call without text has no place that could be found.
+    assert learned("a", "", "b", "two", tool_calls=[{}]) == f"(thought)two{end}"
+    assert "1 earlier answers carry no loss" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import subprocess
 import sys
@@ -31,6 +32,7 @@ TUNER = {
     "_get_adapter_state_dict": None,
     "_post_injection_hook": ["model", "config", "adapter_name"],
     "_prepare_adapter_config": ["peft_config", "model_config"],
+    "_prepare_model": ["peft_config", "model"],
     "_remap_adapter_state_dict_for_load": ["model", "config", "adapter_name", "state_dict"],
     "_replace_module": ["parent", "child_name", "new_module", "child"],
     "_unload_and_optionally_merge": ["merge", "progressbar", "safe_merge", "adapter_names"],
@@ -229,9 +231,50 @@ def test_view_base_and_hooks() -> None:
     assert private.view_base(whole) is whole
     assert private.view_base(whole[:2]) is whole
     layer = nn.Linear(2, 2)
-    assert not private.has_forward_hooks(layer)
-    layer.register_forward_hook(lambda *_: None)
-    assert private.has_forward_hooks(layer)
+    assert not private.is_observed(layer)
+    every = torch.nn.modules.module
+    for register in (
+        layer.register_forward_hook,
+        layer.register_full_backward_hook,
+        layer.register_full_backward_pre_hook,
+        every.register_module_forward_hook,
+        every.register_module_full_backward_hook,
+        every.register_module_full_backward_pre_hook,
+    ):
+        handle = register(lambda *_: None)
+        assert private.is_observed(layer), register
+        handle.remove()
+        assert not private.is_observed(layer)
+
+
+def test_transforms_and_tracers_are_noticed() -> None:
+    seen = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.append(private.transforming())
+        return x.sum()
+
+    x = torch.ones(2)
+    function(x)
+    torch.func.grad(function)(x)
+    torch.func.vmap(function)(x[None])
+    torch.func.jvp(function, (x,), (x,))
+    torch.jit.trace(function, x, check_trace=False)
+    function(x)
+    assert seen == [False, True, True, True, True, False]
+
+
+def test_an_average_of_a_model_is_noticed_while_it_copies() -> None:
+    seen = []
+
+    class Noting(nn.Linear):
+        def __deepcopy__(self, memo: object) -> nn.Module:
+            seen.append(private.inside_average())
+            return nn.Linear(2, 2)
+
+    copy.deepcopy(Noting(2, 2))
+    torch.optim.swa_utils.AveragedModel(Noting(2, 2))
+    assert seen == [False, True]
 
 
 def test_operations_on_lists_of_tensors() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynalora.common.private import has_forward_hooks, view_base
+from dynalora.common.private import is_observed, transforming, view_base
 
 
 class _AddLowRankInPlace(torch.autograd.Function):
@@ -141,7 +141,8 @@ def project(x: torch.Tensor, down: torch.Tensor, frozen: torch.Tensor | None) ->
         return nn.functional.linear(x, down)
     if apart(x, down.shape[0] + frozen.shape[0]):
         return torch.cat([nn.functional.linear(x, down), nn.functional.linear(x, frozen)], dim=-1)
-    if torch.is_autocast_enabled(x.device.type):  # which knows the dtypes of torch's own functions only
+    # Autocast knows the dtypes of torch's own functions only; torch.func and tracers cannot look into ours.
+    if torch.is_autocast_enabled(x.device.type) or transforming():
         return nn.functional.linear(x, torch.cat([down, frozen]))
     projected: torch.Tensor = _Project.apply(x, down, frozen)  # type: ignore[no-untyped-call]
     return projected
@@ -191,7 +192,13 @@ def add_low_rank(
 def may_overwrite(base_layer: nn.Module) -> bool:
     """Whether nobody but the adapter sees this layer's result, so that it may be updated in place.
 
-    True for a plain `nn.Linear` without forward hooks: its backward does not need its result. Other layers may keep
-    theirs, and hooks may have stored it.
+    True for a plain `nn.Linear` without hooks: its backward does not need its result. Other layers may keep theirs,
+    forward hooks may have stored it, and full backward hooks see the gradient of what the layer returned. Code that is
+    compiled, traced or transformed is given functional operations.
     """
-    return type(base_layer) is nn.Linear and not has_forward_hooks(base_layer) and not torch.compiler.is_compiling()
+    return (
+        type(base_layer) is nn.Linear
+        and not is_observed(base_layer)
+        and not torch.compiler.is_compiling()
+        and not transforming()
+    )

@@ -10,6 +10,7 @@ start. Forward and update are written once, here; the tensors are kept by `Stora
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from dynalora.adapter.curvature import Curvature
 from dynalora.adapter.kernel import add_low_rank, apart, may_overwrite, project
 from dynalora.adapter.ranks import RankedStorage, fit
 from dynalora.adapter.storage import RANK
+from dynalora.common.private import inside_average, transforming
 from dynalora.driver import Driver, invalidate, prepare_unloaded, track
 from dynalora.errors import ConfigError, UnsupportedError
 
@@ -65,6 +67,14 @@ class AdapterLayer(RankedStorage, BaseWeight):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         track(self)  # a copy is as much to be driven as the original
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterLayer:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        if inside_average():
+            self.add_follower(copied)
+        return copied
 
     def has_adapter(self, adapter: str) -> bool:
         """Whether the adapter adapts this layer."""
@@ -127,6 +137,26 @@ class AdapterLayer(RankedStorage, BaseWeight):
         return super().expect(adapter, saved)
 
     # What a method says ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def check_base_layer(cls, base_layer: nn.Module, name: str, config: Any, r: int) -> None:
+        """Check, before any layer is replaced, that a module can be adapted.
+
+        Args:
+            base_layer: The module.
+            name: Its name in the model.
+            config: The adapter's configuration.
+            r: The adapter's rank in this layer.
+
+        Raises:
+            UnsupportedError: It is no linear layer.
+            ConfigError: The method cannot adapt it with these settings.
+        """
+        if not cls.supports(base_layer):
+            raise UnsupportedError(
+                f"module {name!r} is a {type(base_layer).__name__}, which {cls.method_name} cannot adapt (it adapts "
+                "nn.Linear, transformers' Conv1D and quantised linear layers); leave it out with exclude_modules."
+            )
 
     def start(self, config: Any, r: int) -> dict[str, torch.Tensor]:
         """Tensors of a new adapter by role: LoRA's start, `down` Kaiming-uniform(√5) and `up` zero."""
@@ -207,7 +237,8 @@ class AdapterLayer(RankedStorage, BaseWeight):
             if adapter not in self.scaling:
                 continue
             result = self.add_update(result, x, adapter, in_place)
-            if self.training and not torch.compiler.is_compiling():
+            # Some train in eval() state, to have no dropout.
+            if (self.training or torch.is_grad_enabled()) and not torch.compiler.is_compiling() and not transforming():
                 driver = self.drivers[adapter]
                 if driver.watching:
                     driver.watch(self, result)
@@ -273,7 +304,9 @@ class AdapterLayer(RankedStorage, BaseWeight):
         return h if d is None else h * d
 
     def _frozen(self, role: str, adapter: str) -> torch.Tensor | None:
-        return self.running(role, adapter) if role in self.buffer_roles else None
+        """The frozen components of one side, in the dtype of the trained ones, which a trainer may have cast."""
+        frozen = self.running(role, adapter) if role in self.buffer_roles else None
+        return None if frozen is None else frozen.to(self.parameter(role.removeprefix("frozen_"), adapter).dtype)
 
     # The update ------------------------------------------------------------------------------------------------
 
@@ -307,7 +340,10 @@ class AdapterLayer(RankedStorage, BaseWeight):
         """The components of the update without their diagonal, frozen ones last: (out, r + k) and (r + k, in)."""
         up, down = self.used("up", adapter), self.projections(adapter)[0]
         if (frozen := self._frozen("frozen_up", adapter)) is not None:
-            up, down = torch.cat([up, frozen], dim=1), torch.cat([down, self.buffer("frozen_down", adapter)])
+            up, down = (
+                torch.cat([up, frozen], dim=1),
+                torch.cat([down, cast(torch.Tensor, self._frozen("frozen_down", adapter))]),
+            )
         return up, down
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:

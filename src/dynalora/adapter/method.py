@@ -71,6 +71,10 @@ class Method:
         """Whether training without the driver would silently be something else than this method."""
         return True
 
+    def needs_whole_steps(self, config: Any) -> bool:
+        """Whether it acts on all gradients of a step together, which an optimizer within `backward` does not have."""
+        return False
+
     def needs_task_loss(self, config: Any) -> bool:
         """Whether the method acts on the value of the task loss (`Moment.task_loss`)."""
         return False

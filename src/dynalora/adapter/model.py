@@ -22,7 +22,7 @@ from dynalora.adapter.patterns import check_patterns
 from dynalora.adapter.ranks import fit
 from dynalora.adapter.retain import Retain
 from dynalora.adapter.saved import check_further_tensors
-from dynalora.adapter.targets import describe_linear_layers, leave_out_head
+from dynalora.adapter.targets import describe_linear_layers, leave_out_head, settle_targets
 from dynalora.common.names import plain_name
 from dynalora.common.private import after_failed_load
 from dynalora.driver import Driver, check_driven, prepare_unloaded
@@ -86,6 +86,18 @@ class AdapterModel(BaseTuner):
         leave_out_head(peft_config)
         return super()._prepare_adapter_config(peft_config, model_config)
 
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+
+        def check(module: nn.Module, name: str) -> None:
+            self.method.layer_class.check_base_layer(module, name, peft_config, self._rank(peft_config, name))
+
+        settle_targets(model, peft_config, check)
+
+    @staticmethod
+    def _rank(config: AdapterConfig, name: str) -> int:
+        return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+
     def _create_and_replace(
         self,
         peft_config: Any,
@@ -98,16 +110,10 @@ class AdapterModel(BaseTuner):
     ) -> None:
         config = cast(AdapterConfig, peft_config)
         assert config.alpha is not None
-        r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), current_key), config.r)
+        r = self._rank(config, current_key)
         alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), current_key), config.alpha)
         layer = target
         if not isinstance(target, self.method.layer_class):
-            if not AdapterLayer.supports(target):
-                raise UnsupportedError(
-                    f"module {current_key!r} is a {type(target).__name__}, which {self.method.name} cannot adapt (it "
-                    "adapts nn.Linear, transformers' Conv1D and quantised linear layers); leave it out with "
-                    "exclude_modules."
-                )
             layer = self.method.layer_class(target, get_quantization_kwargs(self.model))
             layer.set_adapter(self.active_adapters)
         assert isinstance(layer, AdapterLayer)

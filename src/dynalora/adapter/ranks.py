@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,9 @@ def shared_rank(tensors: Mapping[str, torch.Tensor | None], dims: Mapping[str, i
     return sizes.pop() if len(sizes) == 1 else None
 
 
+_followers: weakref.WeakKeyDictionary[RankedStorage, weakref.WeakSet[RankedStorage]] = weakref.WeakKeyDictionary()
+
+
 class RankedStorage(Storage):
     """Tensors whose number of rank-1 components may change.
 
@@ -55,6 +59,22 @@ class RankedStorage(Storage):
     """
 
     name: str
+    scaling: dict[str, float]
+    scaling_ranks: dict[str, int]
+
+    def add_follower(self, follower: RankedStorage) -> None:
+        """Let the ranks of a copy of this layer, in an average of the model, follow this one's."""
+        _followers.setdefault(self, weakref.WeakSet()).add(follower)
+
+    def followers(self) -> list[RankedStorage]:
+        """The living copies of this layer in averages of the model."""
+        return list(_followers.get(self, ()))
+
+    def set_running(self, role: str, adapter: str, value: torch.Tensor | None) -> None:
+        """Put a buffer in place or take it away; see `Storage.set_running`. Averages pair buffers by their order."""
+        super().set_running(role, adapter, value)
+        for follower in self.followers():
+            follower.set_running(role, adapter, None if value is None else value.clone())
 
     def reserve(self, config: Any, r: int) -> int:
         """Components to keep room for, so that no shape ever changes; 0 gives parameters the size they need.
@@ -79,6 +99,8 @@ class RankedStorage(Storage):
             ValueError: Nothing would be left, or the new components do not fit the room that is reserved while the
                 parameters' shapes must not change.
         """
+        for follower in self.followers():
+            follower.resize(adapter, keep, new)
         new = new or {}
         count = next((t.shape[self.rank_dims[role]] for role, t in new.items()), 0)
         rank, room = len(keep) + count, self.reserved[adapter]
@@ -220,6 +242,24 @@ class RankedStorage(Storage):
                 empty = None if present is None else torch.zeros_like(present, device=device)
                 self.set_running(role, adapter, empty)
         return fitted
+
+    @torch.no_grad()
+    def copy_adapter(self, source: str, target: str) -> None:
+        """Give one adapter of this layer the ranks, scaling and values of another of the same settings."""
+        prefix = f"{self.method_name}_"
+        tensors = {role: p.detach() for role, p in self.adapter_parameters(source).items()}
+        buffers = {role: self.running(role, source) for role in self.buffer_roles if role != CLOCK.name}
+        tensors |= {role: buffer for role, buffer in buffers.items() if buffer is not None}
+        for role, carrier in self.rank_dims.items():
+            if role in tensors:
+                tensors[role] = fit(tensors[role], carrier, self.ranks[source])
+        self.expect(target, {prefix + role: tensor for role, tensor in tensors.items()})
+        for role, tensor in tensors.items():
+            place = self.running(role, target) if role in self.buffer_roles else self.parameter(role, target)
+            if place is not None:
+                dim = self.rank_dims.get(role)
+                place.copy_(tensor if dim is None else fit(tensor, dim, place.shape[dim]))
+        self.scaling[target], self.scaling_ranks[target] = self.scaling[source], self.scaling_ranks[source]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Every way to load weights comes by here, before the containers of the parameters load theirs.

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from dynalora.adapter.base_weight import BaseWeight
 from dynalora.common.private import resolve_all_linear
+from dynalora.errors import ConfigError, UnsupportedError
 
 #: Heads by task which PEFT trains in full, but does so only after `all-linear` has taken them for a layer to adapt.
 _HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
+#: What the layers of an expert are called where they are linear layers.
+_EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+Check = Callable[[nn.Module, str], None]
+
+
+def wants_all_linear(config: Any) -> bool:
+    """Whether a configuration says `target_modules="all-linear"`."""
+    return str(getattr(config, "target_modules", None)).lower() == "all-linear"
+
 
 def leave_out_head(config: Any) -> None:
     """Keep `all-linear` from the head of token classification and question answering, of PEFT's methods as of ours."""
-    every = str(getattr(config, "target_modules", None)).lower() == "all-linear"
-    heads = _HEADS.get(config.task_type, ()) if every and hasattr(config, "exclude_modules") else ()
+    heads = _HEADS.get(config.task_type, ()) if wants_all_linear(config) and hasattr(config, "exclude_modules") else ()
     if heads and not isinstance(config.exclude_modules, str):
         config.exclude_modules = sorted({*(config.exclude_modules or ()), *heads})
 
@@ -37,11 +49,121 @@ def targeted_modules(model: nn.Module, config: PeftConfig) -> list[str]:
     return [name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)]
 
 
+def settle_targets(model: nn.Module, config: Any, check: Check) -> None:
+    """Replace `all-linear` by the layers that it means, and check what is named, before any layer is replaced.
+
+    PEFT's `all-linear` knows adapted layers by a "Linear" in the name of their class, takes what no method of ours can
+    adapt, and finds out in the middle of replacing layers. Here it takes adapted layers for what they are, and leaves
+    out, with a warning, what would be refused if it were named.
+
+    Args:
+        model: The model, in which other adapters may be.
+        config: The configuration of the adapter to come; its `target_modules` is set where it was `all-linear`.
+        check: Raises where a module, given with its name, cannot be adapted with these settings.
+
+    Raises:
+        UnsupportedError: A module that is named cannot be adapted.
+        ConfigError: A module that is named cannot be adapted with these settings.
+    """
+    _warn_of_experts(model, config)
+    uncalled = uncalled_layers(model)
+
+    def checked(name: str, module: nn.Module) -> None:
+        if name in uncalled:
+            raise UnsupportedError(
+                f"module {name!r} is never called by {uncalled[name]}, which reads its weight, so an adapter would "
+                "have no effect; leave it out with exclude_modules."
+            )
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        check(base, name)
+
+    if not wants_all_linear(config):
+        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        for name, module in model.named_modules():
+            if name and not name.startswith(inside) and check_target_module_exists(config, name):
+                checked(name, module)
+        return
+    modules = dict(model.named_modules())
+    resolved: Any = resolve_all_linear(config, model)
+    names = set(resolved.target_modules or ()) | _adapted(model)
+    refused: dict[str, Exception] = {}
+    for name in sorted(names):
+        config.target_modules = {name}
+        if not check_target_module_exists(config, name):
+            continue  # excluded
+        try:
+            checked(name, modules[name])
+        except (UnsupportedError, ConfigError) as error:
+            refused[name] = error
+    config.target_modules = names - refused.keys()
+    if refused:
+        some = ", ".join(map(repr, [*refused][:3])) + (", …" if len(refused) > 3 else "")
+        warnings.warn(
+            f"target_modules='all-linear' leaves out {len(refused)} of {len(names)} linear layers ({some}): "
+            f"{next(iter(refused.values()))}",
+            stacklevel=2,
+        )
+
+
+def _adapted(model: nn.Module) -> set[str]:
+    """Names of the adapted layers but for the output layer, which `all-linear` does not mean."""
+    outputs: Any = getattr(model, "get_output_embeddings", None)
+    output = None if outputs is None else outputs()
+    return {name for name, module in model.named_modules() if isinstance(module, BaseWeight) and module is not output}
+
+
+def fused_experts(model: nn.Module) -> dict[str, list[str]]:
+    """Modules that hold the matrices of all experts in parameters (experts, ·, ·), with those parameters' names."""
+    experts = {}
+    for name, module in model.named_modules():
+        if "expert" in type(module).__name__.lower():
+            fused = [key for key, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
+            if fused:
+                experts[name] = fused
+    return experts
+
+
+def _warn_of_experts(model: nn.Module, config: Any) -> None:
+    """Warn where a configuration means experts that are no linear layers, so that only their neighbours would train."""
+    for name, fused in fused_experts(model).items():
+        meant = [key for key in (*fused, *_EXPERT_LAYERS) if check_target_module_exists(config, f"{name}.{key}")]
+        if meant or wants_all_linear(config):
+            warnings.warn(
+                f"the experts of this model are not adapted: {name!r} and its like hold all experts' matrices in the "
+                f"parameters {', '.join(fused)}, which are no linear layers"
+                + (f" although target_modules names {', '.join(dict.fromkeys(meant))}" if meant else "")
+                + "; only the other layers that match train. To adapt experts use PEFT's LoRA with target_parameters.",
+                stacklevel=2,
+            )
+            return
+
+
+def uncalled_layers(model: nn.Module) -> dict[str, str]:
+    """Linear layers whose owner reads their weight and does not call them, with the owner's class, by name.
+
+    An adapter on such a layer would train nothing, in silence: Mamba's kernels, which take the weights of the
+    projections after the convolution, and WavLM's attention.
+    """
+    uncalled: dict[str, str] = {}
+    for name, owner in model.named_modules():
+        parts: tuple[str, ...] = ()
+        if hasattr(owner, "A_log") and hasattr(owner, "conv1d"):
+            # Jamba normalises between them and calls the others.
+            parts = ("dt_proj",) if hasattr(owner, "dt_layernorm") else ("x_proj", "dt_proj", "out_proj")
+            parts = parts if hasattr(owner, "D") else ()  # gated delta nets have no D, and call theirs
+        elif hasattr(owner, "torch_multi_head_self_attention"):
+            parts = ("q_proj", "k_proj", "v_proj", "out_proj")
+        prefix = f"{name}." if name else ""
+        uncalled |= {f"{prefix}{part}": type(owner).__name__ for part in parts if hasattr(owner, part)}
+    return uncalled
+
+
 def describe_linear_layers(model: nn.Module) -> str:
     """A sentence that names the linear layers of a model, for messages."""
     kinds: dict[str, int] = {}
     for name, module in model.named_modules():
-        if name and BaseWeight.supports(module):
+        adapted = isinstance(module, BaseWeight)
+        if name and not name.endswith(".base_layer") and (adapted or BaseWeight.supports(module)):
             kind = name.rpartition(".")[2]
             kinds[kind] = kinds.get(kind, 0) + 1
     if not kinds:

@@ -20,7 +20,9 @@ from peft.tuners._buffer_dict import BufferDict as BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
 from peft.utils.peft_types import PeftType
 from torch import nn
+from torch.autograd import forward_ad
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 from transformers import trainer as transformers_trainer
 from transformers.trainer_callback import TrainerCallback
 
@@ -205,6 +207,33 @@ def view_base(tensor: torch.Tensor) -> torch.Tensor | None:
     return tensor._base if tensor._is_view() else tensor
 
 
-def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether anybody else sees, or may keep, what a module returns."""
-    return bool(module._forward_hooks)
+def is_observed(module: nn.Module) -> bool:
+    """Whether anybody else sees what a module returns, or its gradient: by hooks on the module or on all modules."""
+    every = torch.nn.modules.module
+    return bool(
+        module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or every._global_forward_hooks
+        or every._global_backward_hooks
+        or every._global_backward_pre_hooks
+    )
+
+
+def transforming() -> bool:
+    """Whether this code runs under a transform of torch.func, in forward-mode differentiation, or is being traced."""
+    return bool(
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+    )
+
+
+def inside_average() -> bool:
+    """Whether this code runs within the making of a `torch.optim.swa_utils.AveragedModel`, which copies a model."""
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        if frame.f_code.co_name == "__init__" and isinstance(frame.f_locals.get("self"), AveragedModel):
+            return True
+        frame = frame.f_back
+    return False

@@ -26,6 +26,9 @@ _TABLES = frozenset(("qmap1", "qmap2", "absmax1", "absmax2", "unorm_vec"))
 # State of factored second moments, by the dimension of a matrix that it runs along.
 _FACTORED = {"exp_avg_sq_row": 0, "row_var": 0, "exp_avg_sq_col": 1, "col_var": 1}
 
+# State that is a copy of the weights, or an average of them: schedule-free's z, ASGD's ax, Prodigy's p0.
+_WEIGHTS = frozenset(("z", "ax", "p0"))
+
 # State in the parameter's shape that is a sum of gradients (1) or of their squares (2).
 _MOMENTS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2}
 
@@ -35,8 +38,9 @@ def carry_state(
 ) -> None:
     """Keep some slices of a parameter, put new ones after them, and let its gradient and optimizer state follow.
 
-    In optimizer state the new slices are zero, as those of a parameter that was never stepped; its count of steps,
-    which is one number for the whole parameter, stays. An optimizer whose state cannot be taken apart starts anew with
+    In optimizer state the new slices are zero, as those of a parameter that was never stepped, but in copies and
+    averages of the weights, where they have their own values; its count of steps, which is one number for the whole
+    parameter, stays. An optimizer whose state cannot be taken apart starts anew with
     this parameter, with a warning.
 
     Args:
@@ -71,7 +75,7 @@ def carry_state(
         _put(parameter, resized(parameter.detach(), values=new), gradient)
         for optimizer in known_optimizers():
             if parameter in optimizer.state:
-                _carry(optimizer, parameter, shape, dim, resized)
+                _carry(optimizer, parameter, shape, dim, resized, new)
 
 
 def mix_state(parameter: nn.Parameter, dim: int, value: torch.Tensor, mix: torch.Tensor, size: int) -> None:
@@ -136,6 +140,7 @@ def _carry(
     shape: torch.Size,
     dim: int,
     resized: Callable[..., torch.Tensor],
+    new: torch.Tensor | None,
 ) -> None:
     state: MutableMapping[str, Any] = optimizer.state[parameter]
     for key, value in list(state.items()):
@@ -150,7 +155,9 @@ def _carry(
             if value.dtype == torch.uint8 and f"absmax{number}" in state:
                 _carry_8bit(state, number, resized)
             else:
-                state[key] = resized(value)
+                state[key] = resized(value, values=new if key in _WEIGHTS else None)
+        elif value.shape == (shape.numel(),):  # Prodigy's flat arrays
+            state[key] = resized(value.view(shape), values=new if key in _WEIGHTS else None).flatten()
         elif value.numel() > 1:
             _start_anew(optimizer, parameter, key, value.shape, shape)
             return

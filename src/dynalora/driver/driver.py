@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dynalora.common.private import version
+from dynalora.common.private import in_backward, version
 from dynalora.common.processes import grouped
 from dynalora.driver.moment import DrivenLayer, DrivenMethod, DrivenPart, Moment
 from dynalora.errors import ScheduleError, TrainingError
@@ -148,12 +148,14 @@ class Driver:
         awaiting = frozenset(id(p) for p in parameters if p.grad is None or not _is_marked(p.grad))
         if not awaiting:
             return False
+        self._require_whole_step()
         first = not self._done or not self._done.isdisjoint(awaiting)
         if first:
             self._done.clear()
             self._shared = self.method.shared_class()
             self._current = self._step
             self.require_schedule()
+            self._warn_of_half(parameters)
             self._task_loss = self._take_loss(loss_scale) if self.needs_task_loss else None
         moment.step = self._current  # the clock has moved on if the first optimizer has stepped
         moment.shared, moment.awaiting, moment.task_loss = self._shared, awaiting, self._task_loss
@@ -202,6 +204,27 @@ class Driver:
             torch.distributed.all_reduce(loss)
             loss /= torch.distributed.get_world_size()
         return loss
+
+    def _require_whole_step(self) -> None:
+        """Refuse a step within a backward pass, where the method or a part needs the gradients of all layers."""
+        if in_backward() and (self.parts or self.method.needs_whole_steps(self.config)):
+            raise TrainingError(
+                f"an optimizer steps within backward(), before the gradients of all layers are there, while "
+                f"{type(self.config).__name__} (adapter {self.adapter!r}) acts on a training step as a whole; step "
+                "after backward(), with one optimizer for all parameters (none of Trainer's 'layerwise' ones)."
+            )
+
+    def _warn_of_half(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Warn, once, of gates, magnitudes and the like in half precision, which a usual step would not move."""
+        if "half" not in self._warned and any(
+            p.ndim == 1 and p.dtype in (torch.bfloat16, torch.float16) for p in parameters
+        ):
+            self.tell(
+                "half",
+                f"adapter {self.adapter!r} has vectors (gates' biases, diagonals or magnitudes) in half precision, in "
+                "which steps of less than about 0.4 % of a value are lost; keep the adapter in float32 (PEFT's "
+                "autocast_adapter_dtype=True, and no cast of trained parameters after it).",
+            )
 
     def require_schedule(self) -> None:
         """Check, before a step, that the method's schedule can run.

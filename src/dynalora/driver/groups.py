@@ -7,7 +7,7 @@ learning rate. Optimizer state is kept by parameter, so it does not notice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -35,6 +35,8 @@ class StepGroups:
 
     overrides: dict[int, OptimizerOverride]
     replaced: list[tuple[Settings, Settings, Settings]] | None = None
+    #: With optimizers that allow one rate only: parameters, what they were before the step, multiples of the rate.
+    moved: list[tuple[torch.Tensor, torch.Tensor, float]] = field(default_factory=list)
 
     def apply(self, optimizer: Optimizer) -> None:
         """Put the groups of the step in place."""
@@ -42,11 +44,14 @@ class StepGroups:
             return
         self.replaced = []
         during: list[Settings] = []
+        one_rate = allows_one_rate(optimizer)
+        group: Settings
+        settings: Settings
         for group in optimizer.param_groups:
-            plain, rules = self._sorted(group["params"])
+            plain, rules = self._sorted(group["params"], one_rate)
             # The mark keeps an optimizer inside this one, stepping the same groups, from doing it again.
             # The group itself stays wherever it can, since optimizers keep notes in their groups.
-            settings: Settings = {"params": plain}
+            settings = {"params": plain}
             if rules and not plain:
                 settings = {**_overridden(group, *rules.pop(0)), GROUP_MARK: True}
             self.replaced.append((group, {key: group[key] for key in settings if key in group}, settings))
@@ -58,6 +63,11 @@ class StepGroups:
 
     def restore(self, optimizer: Optimizer) -> None:
         """Put the user's groups back, if others are in place."""
+        with torch.no_grad():
+            for parameter, start, multiple in self.moved:
+                if parameter.shape == start.shape:
+                    parameter.copy_(torch.lerp(start, parameter, multiple))
+        self.moved = []
         if self.replaced is None:
             return
         for group, before, during in self.replaced:
@@ -68,17 +78,33 @@ class StepGroups:
         optimizer.param_groups[:] = [group for group, _, _ in self.replaced]
         self.replaced = None
 
-    def _sorted(self, parameters: list[Any]) -> tuple[list[Any], list[tuple[tuple[float, float | None], list[Any]]]]:
+    def _sorted(
+        self, parameters: list[Any], one_rate: bool
+    ) -> tuple[list[Any], list[tuple[tuple[float, float | None], list[Any]]]]:
         """Parameters without a rule of their own, and the others by their rule."""
         apart: dict[tuple[float, float | None], list[Any]] = {}
         plain = []
         for parameter in parameters:
             override = self.overrides.get(id(parameter))
-            if override is None:
+            multiple = 1.0 if override is None else override.lr_multiplier
+            if one_rate and multiple != 1.0 and parameter.grad is not None:
+                self.moved.append((parameter, parameter.detach().clone(), multiple))
+            multiple = 1.0 if one_rate else multiple
+            decay = None if override is None else override.weight_decay
+            if (multiple, decay) == (1.0, None):
                 plain.append(parameter)
             else:
-                apart.setdefault((override.lr_multiplier, override.weight_decay), []).append(parameter)
+                apart.setdefault((multiple, decay), []).append(parameter)
         return plain, list(apart.items())
+
+
+def allows_one_rate(optimizer: Optimizer) -> bool:
+    """Whether an optimizer refuses groups with different learning rates: Prodigy and D-Adaptation.
+
+    They estimate one factor `d` of all rates and keep it in every group. Their steps are proportional to the rate, so a
+    multiple of it is applied to the step that they have made.
+    """
+    return bool(optimizer.param_groups) and all("d" in group and "k" in group for group in optimizer.param_groups)
 
 
 def _overridden(group: Settings, rule: tuple[float, float | None], parameters: list[Any]) -> Settings:

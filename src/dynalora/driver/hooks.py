@@ -195,7 +195,9 @@ def _only_makes_state(optimizer: Optimizer) -> bool:
     `torch.distributed.checkpoint` (FSDP, Accelerate) takes such a step to have an optimizer make its state, into
     which it then loads the saved one. A schedule that begins at a learning rate of 0 has gradients.
     """
-    if optimizer.state or any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
+    # None: the optimizer finds its rate itself, as Adafactor with a relative step.
+    rates = [group.get("lr", 1.0) for group in optimizer.param_groups]
+    if optimizer.state or any(rate is None or float(rate) != 0 for rate in rates):
         return False
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     local = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in gradients]

@@ -55,6 +55,24 @@ def accept_undriven(model: nn.Module) -> None:
         driver.accepted_undriven = True
 
 
+def fill_reference(model: nn.Module) -> None:
+    """Make the adapter `ref` of TRL's preference and policy trainers a copy of the trained adapter `default`.
+
+    TRL adds it with the configuration of `default` and copies the parameters whose names contain `.default.`, as LoRA's
+    do; ours end in the adapter's name, and what an adapter is also lies in buffers and ranks. An adapter `ref` that was
+    made with another configuration is somebody else's, and stays as it is.
+
+    Args:
+        model: A model, with adapters or without.
+    """
+    found = {driver.adapter: (driver, layers) for driver, layers in drivers_of(model)}
+    if not {"default", "ref"} <= found.keys() or found["ref"][0].config is not found["default"][0].config:
+        return
+    for layer in found["default"][1]:
+        layer.unprepared.pop("ref", None)
+        layer.copy_adapter("default", "ref")
+
+
 def report_task_loss(model: nn.Module, loss: torch.Tensor | float) -> None:
     """Say what the task loss of the coming optimizer step is, where it cannot be seen.
 

@@ -107,6 +107,9 @@ class DrivenLayer(Protocol):
     def adapter_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """Trainable tensors of one adapter in this layer, by their role (`"down"`, `"up"`, …)."""
 
+    def copy_adapter(self, source: str, target: str) -> None:
+        """Give one adapter of the layer the ranks and the values of another."""
+
     def progress(self, adapter: str) -> torch.Tensor | None:
         """Saved clock, int64 `[step, total_steps]`, on the one layer of the adapter that carries it."""
 
@@ -138,6 +141,8 @@ class DrivenMethod(Protocol):
     def needs_total_steps(self, config: Any) -> bool: ...
 
     def needs_driving(self, config: Any) -> bool: ...
+
+    def needs_whole_steps(self, config: Any) -> bool: ...
 
     def needs_task_loss(self, config: Any) -> bool: ...
 

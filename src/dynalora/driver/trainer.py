@@ -9,7 +9,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from dynalora.common.private import add_default_callback
-from dynalora.driver.model import check_driven, drivers_of
+from dynalora.driver.model import check_driven, drivers_of, fill_reference
 
 
 class DriverCallback(TrainerCallback):
@@ -18,6 +18,17 @@ class DriverCallback(TrainerCallback):
     It is one of transformers' default callbacks, so no trainer needs to be given it. It forwards only: the schedules
     live with the adapter.
     """
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        if model is not None:
+            fill_reference(model)
 
     def on_train_begin(
         self,

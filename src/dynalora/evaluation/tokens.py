@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.errors import DataError, first_line
@@ -38,11 +38,22 @@ class Message(_Message, total=False):
     """One turn of a conversation: `role` and `content`.
 
     Where the content was put together from an instruction and an input, both are there, too, for prompt templates that
-    set them apart (Alpaca's).
+    set them apart (Alpaca's). What else a chat's message has, the template gets as it is.
+
+    Attributes:
+        tool_calls, tool_call_id, name, reasoning_content: As in OpenAI's format.
+        weight: 0 for an answer that carries no loss; 1 otherwise.
+        tools: On the first message: the tools that the conversation offers.
     """
 
     instruction: str
     input: str
+    tool_calls: list[dict[str, Any]]
+    tool_call_id: str
+    name: str
+    reasoning_content: str
+    weight: int
+    tools: list[dict[str, Any]]
 
 
 Conversation = list[Message]
@@ -114,8 +125,11 @@ def tokenize(
 ) -> TokenizedSet:
     """Write conversations in the model's chat format and mark the response tokens.
 
-    The loss falls on every assistant's turn and its end-of-turn token, and on nothing else. The ids before a
-    response are exactly those the model is given when it generates that response.
+    The loss falls on every assistant's turn and its end-of-turn token, and on nothing else; turns of weight 0 carry
+    none. The ids before a response are exactly those the model is given when it generates that response. Where a
+    template writes earlier answers otherwise than the last one (without their reasoning, say), earlier answers are
+    learned as they stand in the whole conversation; what cannot be found there carries no loss, with a warning that
+    counts it.
 
     Without a chat template, as encoder-decoders have none, the last answer is learned, and all that was said before it
     is the question, its messages a blank line apart. Both are encoded for themselves with the tokenizer's own special
@@ -138,10 +152,11 @@ def tokenize(
     if max_length < 2:
         raise DataError(f"max_length is {max_length}; give at least 2 tokens.")
     result = TokenizedSet()
-    done = shortened_ones = 0
+    done = shortened_ones = unlearned = 0
     for done, conversation in enumerate(conversations, start=1):
         if tokenizer.chat_template:
-            tokens = _encode(conversation, tokenizer)
+            tokens, lost = _encode(conversation, tokenizer)
+            unlearned += lost
         else:
             tokens, whole = _pair(conversation, tokenizer)
             shortened_ones += not whole
@@ -164,6 +179,12 @@ def tokenize(
             "%d of %d questions are longer than the %d tokens that the model reads and lose their end.",
             shortened_ones, done, tokenizer.model_max_length,
         )  # fmt: skip
+    if unlearned:
+        logger.warning(
+            "%d earlier answers carry no loss, since the chat template writes them otherwise in the conversation than "
+            "when the model gives them.",
+            unlearned,
+        )
     if result.truncated:
         logger.warning(
             "%d of %d conversations are longer than %d tokens (max_length or the model's window) and lose their end%s.",
@@ -184,9 +205,9 @@ def _pair(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tup
     return tokens, len(fitted) == len(question)
 
 
-def _encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """Ids and labels of one conversation, cut into what the model is given and what it has to say."""
-    parts = _parts(conversation, tokenizer)
+def _encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, int]:
+    """Ids and labels of one conversation, and how many answers carry no loss though they should."""
+    parts, lost = _parts(conversation, tokenizer)
     whole = "".join(text for text, _ in parts)
     ids = _ids(tokenizer, whole)
     labels: list[int] = []
@@ -198,13 +219,13 @@ def _encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> T
             break  # a token spans the boundary
         labels += ids[len(labels) : len(head)] if learned else [IGNORED_LABEL] * (len(head) - len(labels))
     else:
-        return {"input_ids": ids, "labels": labels}
+        return {"input_ids": ids, "labels": labels}, lost
     # A token that spans prompt and response never occurs in generation, where the prompt is encoded alone.
     pieces = [(_ids(tokenizer, text), learned) for text, learned in parts]
     return {
         "input_ids": [token for piece, _ in pieces for token in piece],
         "labels": [token if learned else IGNORED_LABEL for piece, learned in pieces for token in piece],
-    }
+    }, lost
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -212,30 +233,57 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _parts(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """The conversation as text in alternating parts, each with whether the model has to learn it."""
+def is_learned(message: Message) -> bool:
+    """Whether a message is an answer that carries loss."""
+    says = bool(message["content"].strip() or message.get("tool_calls"))
+    return message["role"] == "assistant" and says and message.get("weight", 1) != 0
+
+
+def _parts(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[tuple[str, bool]], int]:
+    """The conversation as text in parts, each with whether the model has to learn it, and how many answers are lost."""
     whole = _render(tokenizer, conversation, False)
+    last = len(conversation) - 1
     parts: list[tuple[str, bool]] = []
-    position = 0
+    position = lost = 0
     for index, message in enumerate(conversation):
-        if message["role"] != "assistant" or not message["content"]:
+        if not is_learned(message):
             continue
         before = _render(tokenizer, conversation[:index], True)
-        after = _render(tokenizer, conversation[: index + 1], False)
-        # Templates that rewrite earlier turns (dropping their reasoning, say) break this; see below.
-        if len(before) < position or not whole.startswith(before) or not whole.startswith(after):
-            parts = []
-            break
-        end = _end_of_turn(after, len(before), tokenizer)
-        parts += [(whole[position : len(before)], False), (whole[len(before) : end], True)]
-        position = end
-    if parts:
-        return parts
-    # Then only the last answer is learned, as the model would say it after exactly this prompt.
-    before = _render(tokenizer, conversation[:-1], True)
-    if whole.startswith(before):
-        return [(before, False), (whole[len(before) : _end_of_turn(whole, len(before), tokenizer)], True)]
-    return [(before, False), (conversation[-1]["content"] + (tokenizer.eos_token or ""), True)]
+        after = whole if index == last else _render(tokenizer, conversation[: index + 1], False)
+        if whole.startswith(before) and whole.startswith(after):
+            span: tuple[int, int] | None = (len(before), _end_of_turn(after, len(before), tokenizer))
+        elif index == last:
+            # It is learned as the model would say it after exactly this prompt, and earlier answers are not.
+            alone = message["content"] + (tokenizer.eos_token or "")
+            return [(before, False), (alone, True)], lost + sum(map(is_learned, conversation[:-1]))
+        else:
+            span = _place(conversation, index, whole, tokenizer)
+        if span is None or span[0] < position:
+            lost += 1
+            continue
+        parts += [(whole[position : span[0]], False), (whole[span[0] : span[1]], True)]
+        position = span[1]
+    return parts, lost
+
+
+def _place(
+    conversation: Conversation, index: int, whole: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, int] | None:
+    """Where an answer stands in a conversation whose template writes it otherwise than at the end, or None.
+
+    Another answer is put in its place: what is alike around the two is not the answer. Its end-of-turn token counts to
+    it.
+    """
+    content = conversation[index]["content"].strip()
+    mark = "ANSWER" + "X" * len(whole)  # occurs nowhere in it
+    marked: Message = {**conversation[index], "content": mark}
+    other = _render(tokenizer, [*conversation[:index], marked, *conversation[index + 1 :]], False)
+    head, found, tail = other.partition(mark)
+    if not found or not content or head + content + tail != whole:
+        return None
+    start, stop = len(head), len(head) + len(content)
+    ends = [token for token in tokenizer.all_special_tokens if token and tail.startswith(token)]
+    return start, stop + max(map(len, ends), default=0)
 
 
 def _end_of_turn(text: str, start: int, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -248,9 +296,15 @@ def _end_of_turn(text: str, start: int, tokenizer: PreTrainedTokenizerBase) -> i
 def _render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, add_generation_prompt: bool) -> str:
     if not conversation:
         return ""
-    turns: list[Any] = [dict(message) for message in conversation]
+    ours = ("weight", "tools")
+    turns: list[Any] = [{key: value for key, value in turn.items() if key not in ours} for turn in conversation]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = tokenizer.apply_chat_template(
+            turns,
+            tools=cast(Any, conversation[0].get("tools")),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
     except Exception as error:  # templates raise jinja2's errors with the template author's words
         roles = " → ".join(message["role"] for message in conversation)
         raise DataError(

@@ -18,10 +18,10 @@ U and V are kept near orthonormal by a penalty with weights that follow the loss
 Its gradient has a closed form, 4U(UᵀU − I)/N and likewise for V (eq. 27–28), and is added right before the optimizer's
 step; only r × r matrices are formed.
 
-Three choices are not in the paper. The learning rates of the factors are matched to LoRA's (`match_step`, see
+Four choices are not in the paper. The learning rates of the factors are matched to LoRA's (`match_step`, see
 `Dislora.optimizer_overrides`). Weight decay never acts on the factors: it would pull U·S·Vᵀ to zero, and with
 it a part of the base weight. And L_task counts by its magnitude, since the losses of preference and policy optimization
-can be negative.
+can be negative. Where it is 0, the weights are fixed (see `weights_for_training`).
 
 DisLoRA: Task-specific Low-Rank Adaptation via Orthogonal Basis from Singular Value Decomposition (She, Wei and Wang).
 """
@@ -43,6 +43,7 @@ from dynalora.adapter.layer import AdapterLayer, Gates
 from dynalora.adapter.method import Method, Panel
 from dynalora.adapter.register import register
 from dynalora.adapter.storage import Role
+from dynalora.common.private import features
 from dynalora.common.progress import late_progress
 from dynalora.driver import Moment, OptimizerOverride
 from dynalora.errors import ConfigError
@@ -55,6 +56,9 @@ TsdInit = Literal["zero", "sigma"]
 logger = logging.getLogger(__name__)
 
 EPSILON = 1e-6  # ε of eq. 12–13
+
+# The penalty's weight beside an unweighted task loss where the loss has no value to weigh by: that of DisLoRA*.
+FIXED_WEIGHT = 5e-5
 
 # The largest multiple of the optimizer's learning rate that `match_step` gives to U and V: where σ is tiny, no rate
 # could move the function like LoRA's without turning the factors over.
@@ -160,16 +164,21 @@ class DisloraLayer(AdapterLayer):
         Role("balance", trains=False, saved="first"),
     )
 
+    @classmethod
+    def check_base_layer(cls, base_layer: torch.nn.Module, name: str, config: DisloraConfig, r: int) -> None:
+        """Check that a module can be adapted, and has as many singular values as the adapter has components."""
+        super().check_base_layer(base_layer, name, config, r)
+        inputs, outputs = features(base_layer)
+        if r > min(inputs, outputs):
+            raise ConfigError(
+                f"DisloraConfig: r={r} is more than the {min(inputs, outputs)} singular values of {name!r}, a "
+                f"{outputs} × {inputs} layer; lower r, give such layers a smaller one with rank_pattern, or leave "
+                "them out with exclude_modules."
+            )
+
     def start(self, config: DisloraConfig, r: int) -> dict[str, torch.Tensor]:
         """Zeros that `Dislora.prepare` fills in: up (out, r), down (r, in), sigma (r) and the frozen ones."""
-        sides = min(self.in_features, self.out_features)
-        count = min(config.tsd_count, sides)
-        if r > sides:
-            raise ConfigError(
-                f"DisloraConfig: r={r} is more than the {sides} singular values of a {self.out_features} × "
-                f"{self.in_features} layer; lower r, give such layers a smaller one with rank_pattern, or leave them "
-                "out with exclude_modules."
-            )
+        count = min(config.tsd_count, self.in_features, self.out_features)
         up, down, sigma = torch.zeros(self.out_features, r), torch.zeros(r, self.in_features), torch.zeros(r)
         if not config.init_weights:
             up, down, sigma = (
@@ -200,7 +209,8 @@ class DisloraLayer(AdapterLayer):
 
     def diagonal(self, adapter: str, projected: torch.Tensor | Gates) -> torch.Tensor:
         """(S, −S₀, α), (2r + tsd_count)."""
-        parts = [self.parameter("sigma", adapter), -self.buffer("start_sigma", adapter)]
+        sigma = self.parameter("sigma", adapter)
+        parts = [sigma, -self.buffer("start_sigma", adapter).to(sigma.dtype)]
         if self.has_parameter("tsd_weight", adapter):
             parts.append(self.parameter("tsd_weight", adapter))
         return torch.cat(parts)
@@ -325,6 +335,10 @@ class Dislora(Method):
         """Without the penalty and the directions it is a low-rank adapter with a special start."""
         return config.tsd_count > 0 or config.ortho_weight != 0
 
+    def needs_whole_steps(self, config: DisloraConfig) -> bool:
+        """The weights follow the loss of the whole step, and the directions are written in all layers at once."""
+        return config.adaptive or config.tsd_count > 0
+
     def needs_task_loss(self, config: DisloraConfig) -> bool:
         """The adaptive weights compare the losses."""
         return config.adaptive
@@ -398,7 +412,7 @@ class Dislora(Method):
         task = moment.task_loss.to(ortho)
         if config.loss_smoothing and balance is not None:
             task, ortho = _smooth(balance, task, ortho, config.loss_smoothing)
-        k, task_weight, ortho_weight = adaptive_weights(task, ortho)
+        k, task_weight, ortho_weight = weights_for_training(task, ortho)
         if balance is not None:
             balance[0] = moment.task_loss
             balance[2], balance[3], balance[4] = k, task_weight, ortho_weight
@@ -500,6 +514,20 @@ def adaptive_weights(task: torch.Tensor, ortho: torch.Tensor) -> tuple[torch.Ten
     usable = torch.isfinite(task) & torch.isfinite(ortho)
     task_weight = torch.where(usable, torch.sigmoid(logit), 1.0)
     ortho_weight = torch.where(usable, torch.sigmoid(-logit), 0.0)
+    return k, task_weight, ortho_weight
+
+
+def weights_for_training(task: torch.Tensor, ortho: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The adaptive weights, with k; or DisLoRA*'s, (0, 1, 5e-5), where the task loss has no value to weigh by.
+
+    A loss within ε of 0 says nothing of its gradient: policy optimization's is 0 at every step at which the policy is
+    the one that sampled. Weighed by it, the task would get no weight at all.
+    """
+    usual = adaptive_weights(task, ortho)
+    silent = task.abs() <= EPSILON
+    k, task_weight, ortho_weight = (
+        torch.where(silent, fixed, value) for fixed, value in zip((0.0, 1.0, FIXED_WEIGHT), usual, strict=True)
+    )
     return k, task_weight, ortho_weight
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from dynalora.errors import DataError
 from dynalora.evaluation.files import is_text, kind_of, passages, read_rows, some_texts, texts_of
-from dynalora.evaluation.tokens import Conversation, Message
+from dynalora.evaluation.tokens import Conversation, Message, is_learned
 from dynalora.forgetting.texts import MeasuredText, given_text
 from dynalora.lab.data.fields import Fields, find_fields
 from dynalora.lab.settings import named_source
@@ -120,7 +122,7 @@ def to_conversations(
 
 def _conversation(row: Mapping[str, Any], fields: Fields, where: str) -> Conversation | None:
     if fields.messages:
-        return _chat(row[fields.messages], fields.messages, where)
+        return _chat(row[fields.messages], fields.messages, where, row.get("tools"))
     assert fields.prompt is not None  # Fields guarantees both
     assert fields.response is not None
     prompt = _text(row[fields.prompt], fields.prompt, where)
@@ -135,20 +137,41 @@ def _conversation(row: Mapping[str, Any], fields: Fields, where: str) -> Convers
 
 
 def _text(value: Any, name: str, where: str) -> str:
-    if value is None:
+    if _is_missing(value):
         return ""
     if isinstance(value, str):
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise DataError(
+                f"{where}: field '{name}' holds half of a character (a lone surrogate, as of an emoji that was cut in "
+                "two), which no tokenizer can read; write the file anew, or take the character out."
+            )
         return value
     if isinstance(value, (bool, int, float)):
         return str(value)
     raise DataError(f"{where}: field '{name}' holds a {kind_of(value)}, not text; name a field with text.")
 
 
+def _is_missing(value: Any) -> bool:
+    """Whether a cell is empty: null, or NaN, as pandas writes it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+# What a chat's message may have besides role and content, and templates read.
+_EXTRAS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking", "weight")
+
 # ShareGPT's names beside the usual ones.
 _ROLE_ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
-def _chat(value: Any, name: str, where: str) -> Conversation | None:
+def _json(value: Any) -> Any:
+    """A value that a cell of CSV or Parquet may hold as JSON text."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return json.loads(value)
+    return value
+
+
+def _chat(value: Any, name: str, where: str, tools: Any = None) -> Conversation | None:
     if isinstance(value, str):
         try:  # CSV has no lists: a chat in a CSV cell is JSON text
             value = json.loads(value)
@@ -159,7 +182,8 @@ def _chat(value: Any, name: str, where: str) -> Conversation | None:
     chat: Conversation = []
     for number, turn in enumerate(value, start=1):
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role is None or content is None:
+        extras = {key: turn[key] for key in _EXTRAS if not _is_missing(turn.get(key))}
+        if role is None or (_is_missing(content) and not {"tool_calls", "reasoning_content"} & extras.keys()):
             has = ", ".join(f"'{key}'" for key in turn) or "none"
             raise DataError(f"{where}: message {number} in '{name}' needs 'role' and 'content'; its fields are {has}.")
         role = _ROLE_ALIASES.get(str(role), str(role))
@@ -167,12 +191,19 @@ def _chat(value: Any, name: str, where: str) -> Conversation | None:
             raise DataError(
                 f"{where}: message {number} in '{name}' has the role '{role}'; known roles are {', '.join(ROLES)}."
             )
-        chat.append({"role": role, "content": _text(content, "content", f"{where}, message {number} in '{name}'")})
+        if extras.get("weight", 1) not in (0, 1):
+            raise DataError(
+                f"{where}: message {number} in '{name}' has the weight {extras['weight']!r}; give 0 (no loss) or 1."
+            )
+        text = _text(content, "content", f"{where}, message {number} in '{name}'")
+        chat.append(cast(Message, {"role": role, "content": text, **extras}))
     # An answer to nothing cannot be learned as a response, and turns after the last answer teach nothing.
     while chat and chat[0]["role"] == "assistant":
         chat.pop(0)
-    while chat and (chat[-1]["role"] != "assistant" or not chat[-1]["content"].strip()):
+    while chat and not is_learned(chat[-1]):
         chat.pop()
+    if chat and not _is_missing(tools := _json(tools)):
+        chat[0]["tools"] = tools
     return chat or None
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from dynalora.adapter.gates import GATE_ROLES
 from dynalora.adapter.layer import kaiming
 from dynalora.adapter.storage import FACTORS, Role
-from dynalora.common.private import in_backward, version
+from dynalora.common.private import in_backward, transforming, version
 from dynalora.common.processes import process_count
 from dynalora.methods.pedyra.dora import DoraLayer
 from dynalora.methods.pedyra.settings import AdjustmentPlan, PedyraConfig
@@ -149,7 +149,8 @@ class PedyraLayer(DoraLayer):
 
     def narrow(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
         """The narrow activations, x (…, in) → (…, r); in training the inputs' squares are added up on the way."""
-        if self.training and self.gathering[adapter]:
+        # In eval() state, too: some train in it, to have no dropout.
+        if self.gathering[adapter] and (self.training or torch.is_grad_enabled()):
             self._gather(x, adapter)
         return super().narrow(x, adapter)
 
@@ -157,6 +158,7 @@ class PedyraLayer(DoraLayer):
     def _gather(self, x: torch.Tensor, adapter: str) -> None:
         if not torch.compiler.is_compiling() and (
             x.is_inference()
+            or transforming()
             or not self.parameter("e", adapter).requires_grad
             # Gradient checkpointing runs the forward pass once more, within the backward pass.
             or in_backward()

@@ -95,6 +95,10 @@ class Pedyra(Method):
                 rules[role] = OptimizerOverride(lr_multiplier=2.0 ** round(math.log2(multiple)))
         return rules
 
+    def needs_whole_steps(self, config: PedyraConfig) -> bool:
+        """Triples of all layers are compared, and parameters change their size."""
+        return True
+
     def needs_total_steps(self, config: PedyraConfig) -> bool:
         """Fractions of the run need its length."""
         return min(config.adjust_start, config.adjust_interval, config.adjust_end) < 1

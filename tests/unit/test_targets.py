@@ -1,0 +1,112 @@
+"""Which layers `all-linear` and names mean, and what is refused before anything is replaced."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import dynalora
+from dynalora.adapter.layer import adapter_layers
+from dynalora.errors import ConfigError, UnsupportedError
+from tests.matrix.rows import Row, every_method
+from tests.toys import TOYS
+
+
+def names(model: nn.Module, adapter: str) -> set[str]:
+    return {name.rpartition(".")[2] for name in adapter_layers(model, adapter)}
+
+
+@every_method
+def test_all_linear_for_a_second_adapter(row: Row) -> None:
+    toy = TOYS["llama"]
+    model = row.adapt(toy, target_modules=["q_proj", "lm_head"])
+    model.add_adapter("second", row.configure(toy, target_modules="all-linear"))
+    expected = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert names(model, "second") == expected
+    assert names(model, "default") == {"q_proj", "lm_head"}
+    model.add_adapter("third", row.configure(toy, target_modules="all-linear", exclude_modules=["q_proj"]))
+    assert names(model, "third") == expected - {"q_proj"}
+
+
+class WithAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.gate = nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        return torch.sigmoid(self.gate(h)) * self.attention(h, h, h)[0]
+
+
+def test_all_linear_leaves_out_with_a_warning_what_would_be_refused() -> None:
+    with pytest.warns(UserWarning, match=r"leaves out 1 of 3 .*'attention.out_proj'.*NonDynamically"):
+        model = peft.get_peft_model(
+            WithAttention(), dynalora.DiraConfig(r=2, total_steps=3, target_modules="all-linear")
+        )
+    assert set(names(model, "default")) == {"first", "gate"}
+    with pytest.warns(UserWarning, match="leaves out 2 of 3"):
+        model = peft.get_peft_model(
+            WithAttention(), dynalora.DisloraConfig(r=2, total_steps=3, target_modules="all-linear")
+        )
+    assert names(model, "default") == {"first"}
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        (dynalora.DisloraConfig(r=2, total_steps=3, target_modules=["first", "gate"]), ConfigError),
+        (dynalora.DiselConfig(r=2, target_modules=["first", "out_proj"]), UnsupportedError),
+    ],
+)
+def test_what_is_named_and_refused_leaves_the_model_as_it_was(config: Any, error: type[Exception]) -> None:
+    model = WithAttention()
+    with pytest.raises(error, match="exclude_modules"):
+        peft.get_peft_model(model, config)
+    assert not adapter_layers(model)
+
+
+def test_layers_that_are_read_and_not_called_are_refused() -> None:
+    def mamba() -> nn.Module:
+        config = transformers.MambaConfig(
+            vocab_size=32, hidden_size=8, state_size=4, num_hidden_layers=1, time_step_rank=2
+        )
+        return transformers.MambaForCausalLM(config)
+
+    with pytest.raises(UnsupportedError, match=r"mixer.out_proj' is never called by MambaMixer"):
+        peft.get_peft_model(mamba(), dynalora.DiselConfig(r=2, target_modules=["in_proj", "out_proj"]))
+    with pytest.warns(UserWarning, match="leaves out 3 of 4"):
+        model = peft.get_peft_model(mamba(), dynalora.DiselConfig(r=2, target_modules="all-linear"))
+    assert names(model, "default") == {"in_proj"}
+
+
+def mixture() -> nn.Module:
+    return transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(
+            vocab_size=32,
+            hidden_size=8,
+            moe_intermediate_size=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=4,
+        )
+    )
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"], r".*\.(q_proj|gate_proj)", ["q_proj"]])
+def test_experts_that_are_no_linear_layers_are_not_left_out_in_silence(targets: Any) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        peft.get_peft_model(mixture(), dynalora.DiselConfig(r=2, target_modules=targets))
+    told = any("experts of this model are not adapted" in str(warning.message) for warning in caught)
+    assert told is (targets != ["q_proj"])
