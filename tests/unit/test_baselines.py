@@ -18,7 +18,8 @@ from dynalora.forgetting.retention import retention
 from dynalora.forgetting.texts import given_text
 from dynalora.jobs.finetune.run import finetune
 from dynalora.jobs.stages.settings import ForgettingSpec
-from dynalora.lab.baselines import BASELINES, driver_of, edits_base, label_of, optimizer_of
+from dynalora.lab.baselines import BASELINES, driver_of, edits_base, optimizer_of
+from dynalora.lab.choices import label_of
 from dynalora.lab.configs import adapter_config, check_targets, compared_config, compared_names, method_names
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.training import train

@@ -17,7 +17,8 @@ from dynalora.errors import ConfigError
 from dynalora.evaluation.prompts import TEMPLATES, use_template
 from dynalora.evaluation.results import TaskResult
 from dynalora.evaluation.run import measure, prepare
-from dynalora.jobs.evaluate import EvaluateSpec, evaluate, is_adapter, results_table
+from dynalora.jobs.evaluate.run import evaluate, is_adapter, results_table
+from dynalora.jobs.evaluate.settings import EvaluateSpec
 from dynalora.lab.models import load_model
 
 from . import benchmark_files, tiny

@@ -27,7 +27,8 @@ from dynalora.evaluation.tasks import Item
 from dynalora.evaluation.tokens import TokenizedSet
 from dynalora.jobs.compare.run import run_compare
 from dynalora.jobs.compare.settings import CompareSpec
-from dynalora.jobs.evaluate import EvaluateSpec, evaluate
+from dynalora.jobs.evaluate.run import evaluate
+from dynalora.jobs.evaluate.settings import EvaluateSpec
 from dynalora.lab.tasks.loading import load_experiment_task
 
 from . import tiny

@@ -23,7 +23,8 @@ from dynalora.evaluation.seq2seq import Seq2SeqCollator, shortened
 from dynalora.evaluation.tokens import tokenize
 from dynalora.jobs.compare.run import run_compare
 from dynalora.jobs.compare.settings import CompareSpec
-from dynalora.jobs.evaluate import EvaluateSpec, evaluate
+from dynalora.jobs.evaluate.run import evaluate
+from dynalora.jobs.evaluate.settings import EvaluateSpec
 from dynalora.lab.models import empty_model, load_model, load_tokenizer
 from dynalora.lab.training.settings import TrainSettings
 from dynalora.lab.training.train import train_adapter

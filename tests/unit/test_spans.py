@@ -23,7 +23,8 @@ from dynalora.evaluation.run import measure, prepare
 from dynalora.evaluation.spans import LONGEST_ANSWER, mark_answers, read_windows
 from dynalora.jobs.compare.run import run_compare
 from dynalora.jobs.compare.settings import CompareSpec
-from dynalora.jobs.evaluate import EvaluateSpec, evaluate
+from dynalora.jobs.evaluate.run import evaluate
+from dynalora.jobs.evaluate.settings import EvaluateSpec
 from dynalora.lab.lab_settings import LabSettings
 from dynalora.lab.models import load_model
 from dynalora.lab.tasks.loading import load_experiment_task

@@ -8,17 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dynalora.jobs.bench.settings import BenchSpec
-from dynalora.jobs.compact import CompactSpec
+from dynalora.jobs.compact.settings import CompactSpec
 from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.jobs.demo.settings import DemoSpec
-from dynalora.jobs.evaluate import EvaluateSpec
-from dynalora.jobs.export import ExportSpec
+from dynalora.jobs.evaluate.settings import EvaluateSpec
+from dynalora.jobs.export.settings import ExportSpec
 from dynalora.jobs.finetune.settings import FinetuneSpec
 from dynalora.jobs.gates.settings import GatesSpec
-from dynalora.jobs.landscape import LandscapeSpec
+from dynalora.jobs.landscape.settings import LandscapeSpec
 from dynalora.jobs.linear_model.settings import LinearModelSpec
 from dynalora.jobs.stages.settings import ForgettingSpec, RecoverSpec, TransferSpec
-from dynalora.jobs.trim import TrimSpec
+from dynalora.jobs.trim.settings import TrimSpec
 from dynalora.lab.settings import Settings
 
 
@@ -71,7 +71,7 @@ COMMANDS = {
     ),
     "evaluate": Command(
         settings=EvaluateSpec,
-        job="dynalora.jobs.evaluate:run_evaluate",
+        job="dynalora.jobs.evaluate.run:run_evaluate",
         help="""Measure a model or an adapter on benchmarks by name.
 
         Groups: commonsense, arithmetic, code, glue. Also reasoning_gym:NAME and lm_eval:NAME. Every number comes with
@@ -113,7 +113,7 @@ COMMANDS = {
     ),
     "landscape": Command(
         settings=LandscapeSpec,
-        job="dynalora.jobs.landscape:run_landscape",
+        job="dynalora.jobs.landscape.run:run_landscape",
         help="""Show how much rank adapters really use, per kind of module, side by side.
 
         Effective rank, nuclear norm and energy, exact from the adapters' factors; the base model is needed for PEFT's
@@ -180,7 +180,7 @@ COMMANDS = {
     ),
     "trim": Command(
         settings=TrimSpec,
-        job="dynalora.jobs.trim:run_trim",
+        job="dynalora.jobs.trim.run:run_trim",
         help="""Scale an adapter's update down until it forgets no more than you allow.
 
         Forgetting falls faster than learning does. The largest factor is taken at which KL(base ‖ tuned) on text that
@@ -190,7 +190,7 @@ COMMANDS = {
     ),
     "compact": Command(
         settings=CompactSpec,
-        job="dynalora.jobs.compact:run_compact",
+        job="dynalora.jobs.compact.run:run_compact",
         help="""Remove an adapter's dead components: a smaller adapter of the same method.
 
         What DiRA has brought to nothing is left out, so that the adapter takes less memory and time. The base model
@@ -199,7 +199,7 @@ COMMANDS = {
     ),
     "export": Command(
         settings=ExportSpec,
-        job="dynalora.jobs.export:run_export",
+        job="dynalora.jobs.export.run:run_export",
         help="""Write an adapter as a plain PEFT LoRA, which loads where dynalora is not installed.
 
         The export is exact, and is compared with the adapter before it is kept; with --max-rank or --tolerance it is

@@ -33,6 +33,7 @@ def _callback(name: str, command: Command) -> Callable[..., None]:
 
     def call(config: Path | None = None, **flags: Any) -> None:
         spec = settings_of(command.settings, config, flags)
+        importlib.import_module("dynalora").register_methods()  # the package has left it to this program
         module, _, function = command.job.partition(":")
         job = getattr(importlib.import_module(module), function)
         after_imports()

@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.text import Text
-from transformers.utils import logging as messages
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -67,6 +66,8 @@ def _one_line(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def after_imports() -> None:
     """The rest of `quiet`, for libraries that can be told only once they are imported."""
+    from transformers.utils import logging as messages
+
     messages.set_verbosity_error()
     if not sys.stderr.isatty():
         messages.disable_progress_bar()

@@ -14,10 +14,10 @@ from dynalora.adapter.gates import GatedLayer
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.common.names import plain_name
 from dynalora.errors import ConfigError, DynaloraError
+from dynalora.forgetting.defaults import PAPER_TAU as PAPER_TAU
 from dynalora.forgetting.gates import GateStatistics
 from dynalora.spectral.spectrum import factor_spectrum
 
-PAPER_TAU = 1e-3
 TAUS = (0.01, 0.005, 0.001, 0.0005, 0.0001)
 """Thresholds of the energy table; DiRA's Table 3 has the second and the third."""
 

@@ -35,6 +35,7 @@ from dynalora.common.progress import Progress, silent
 from dynalora.errors import CheckpointError, ConfigError, UnsupportedError, check_least
 from dynalora.forgetting.base_model import adapter_tensors, base_weights
 from dynalora.forgetting.curves import RetentionPoint, append_points, read_points, write_points
+from dynalora.forgetting.defaults import OWN_TEXT as OWN_TEXT
 from dynalora.forgetting.retention import BasePredictions, Retention, predictions_within, retention
 from dynalora.forgetting.texts import MeasuredText, OwnText, given_text, own_text
 
@@ -86,7 +87,6 @@ class BestState:
             ) from error
 
 
-OWN_TEXT = "own text"
 """Name of the text that the base model wrote itself."""
 
 

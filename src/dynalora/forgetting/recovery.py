@@ -29,9 +29,9 @@ from dynalora.common.private import without_updates
 from dynalora.common.progress import Progress, counted, silent
 from dynalora.driver import param_groups, restart_schedule
 from dynalora.errors import ConfigError, DataError, DynaloraError, TrainingError, UnsupportedError
+from dynalora.forgetting.defaults import STRATEGIES as STRATEGIES
 from dynalora.forgetting.landscape import LandscapeRow, layer_index
 
-STRATEGIES = ("rlgr", "random", "naive")
 LOW_RANK = 1
 """The largest effective rank at which a matrix is taken to have mattered little (DiRA §5.1: 0 or 1)."""
 

@@ -24,10 +24,10 @@ from dynalora.common.progress import Progress, counted, silent
 from dynalora.driver import drivers_of
 from dynalora.errors import ConfigError, TrainingError, UnsupportedError
 from dynalora.forgetting.base_model import refuse_merged
+from dynalora.forgetting.defaults import TRIM_FACTORS
 from dynalora.forgetting.retention import base_predictions, retention
 from dynalora.forgetting.texts import MeasuredText
 
-FACTORS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 """Factors of the curve, from the adapter as trained downwards."""
 NEAR_BEST = 0.01
 """Share of the lowest loss by which another may be higher and still count as near it."""
@@ -75,7 +75,7 @@ def trim_curve(
     text: MeasuredText,
     *,
     loss: Callable[[], float] | None = None,
-    factors: Sequence[float] = FACTORS,
+    factors: Sequence[float] = TRIM_FACTORS,
     adapter: str | None = None,
     batch_size: int = 8,
     progress: Progress = silent,
@@ -115,7 +115,7 @@ def trim(
     *,
     max_kl: float,
     loss: Callable[[], float] | None = None,
-    factors: Sequence[float] = FACTORS,
+    factors: Sequence[float] = TRIM_FACTORS,
     adapter: str | None = None,
     batch_size: int = 8,
     progress: Progress = silent,

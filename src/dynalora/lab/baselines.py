@@ -223,16 +223,6 @@ def prepare_start(
     preprocess_corda(model, named, run_model=run_model)
 
 
-def is_config_file(method: str) -> bool:
-    """Whether a method's name is the name of a configuration file."""
-    return Path(method).suffix.lower() in (".json", ".yaml", ".yml")
-
-
-def label_of(method: str) -> str:
-    """What a method is called in tables and file names: its name, or that of its file."""
-    return Path(method).stem if is_config_file(method) else method.lower()
-
-
 def config_from_file(
     path: str | Path,
     *,

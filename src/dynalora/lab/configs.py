@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from dynalora.adapter.targets import leave_out_head, targeted_modules
 from dynalora.errors import ConfigError
-from dynalora.lab.baselines import BASELINES, config_from_file, corda_config, is_config_file, prompt_only
+from dynalora.lab.baselines import BASELINES, config_from_file, corda_config, prompt_only
+from dynalora.lab.choices import is_config_file
 from dynalora.lab.settings import coerce, did_you_mean, names_or_pattern
 from dynalora.methods import METHODS, config_class
 from dynalora.methods import method_names as dynalora_methods

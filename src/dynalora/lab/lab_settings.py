@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from dynalora.evaluation.kinds.base import Measuring
-from dynalora.evaluation.prompts import TEMPLATES
-from dynalora.lab.models import DTYPES
+from dynalora.lab.choices import DTYPES, PROMPTS
 from dynalora.lab.settings import Setting, Settings
-from dynalora.lab.tasks.loading import load_experiment_task
-from dynalora.lab.tasks.task import ExperimentTask
+
+if TYPE_CHECKING:
+    from dynalora.evaluation.kinds.base import Measuring
+    from dynalora.lab.tasks.task import ExperimentTask
 
 MODEL_AND_DATA = "Model and data"
 MEASURING = "Measuring"
 RUN = "Run"
-PROMPTS = ("chat", *TEMPLATES)
-"""Formats of prompts: the model's own and those of papers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +78,8 @@ class LabSettings(Settings, panel=MODEL_AND_DATA):
     @property
     def measuring(self) -> Measuring:
         """How tasks are measured."""
+        from dynalora.evaluation.kinds.base import Measuring
+
         return Measuring(
             batch_size=self.eval_batch_size,
             generated=self.generated,
@@ -89,6 +89,8 @@ class LabSettings(Settings, panel=MODEL_AND_DATA):
 
     def load_task(self, source: str) -> ExperimentTask:
         """A task with as many questions as the settings say."""
+        from dynalora.lab.tasks.loading import load_experiment_task
+
         return load_experiment_task(
             source,
             data=self.data,

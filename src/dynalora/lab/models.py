@@ -16,31 +16,15 @@ from dynalora.errors import ConfigError, first_line
 from dynalora.evaluation.heads import CAUSAL_LM, MASKED_LM, Head, head_of
 from dynalora.evaluation.prompts import use_template
 from dynalora.evaluation.tokens import ensure_chat_template, ensure_pad_token
+from dynalora.lab.choices import QUANTIZATIONS, check_quantization
 from dynalora.lab.packaged_models import demo_model
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""Precisions of the base weights; `auto` takes bfloat16 where the machine computes in it fast."""
-
-
-QUANTIZATIONS = {"4bit": "quant", "8bit": "quant", "int8": "torchao"}
-"""Ways to hold the base weights → the extra that brings the library."""
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """The torch dtype for one of [`DTYPES`][dynalora.lab.models.DTYPES] on this machine."""
+    """The torch dtype for one of [`DTYPES`][dynalora.lab.choices.DTYPES] on this machine."""
     if name == "auto":
         return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
-def check_quantization(name: str | None) -> None:
-    """Make sure that base weights can be held so.
-
-    Raises:
-        ConfigError: There is no such way.
-    """
-    if name is not None and name not in QUANTIZATIONS:
-        raise ConfigError(f"quantization is '{name}'; choose one of {', '.join(QUANTIZATIONS)}.")
 
 
 def new_layers(model: nn.Module) -> list[str]:
@@ -184,7 +168,7 @@ def load_model(
     Args:
         name: Hub id or folder.
         dtype: Of the weights.
-        quantization: One of [`QUANTIZATIONS`][dynalora.lab.models.QUANTIZATIONS], or None.
+        quantization: One of [`QUANTIZATIONS`][dynalora.lab.choices.QUANTIZATIONS], or None.
         trust_remote_code: Run code that comes with the model.
         heads: The kinds of models that will do, of [`heads`][dynalora.evaluation.heads]; the first that the model can
             be is loaded.

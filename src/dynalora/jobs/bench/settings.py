@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
-
-import torch
+from typing import TYPE_CHECKING, Annotated
 
 from dynalora.errors import ConfigError
-from dynalora.lab.configs import method_names
+from dynalora.lab.choices import method_names
 from dynalora.lab.settings import Setting, Settings
+
+if TYPE_CHECKING:
+    import torch
 
 REFERENCE = "lora"
 
@@ -74,15 +75,15 @@ class BenchSpec(Settings):
                 raise ConfigError(f"dtype is '{name}'; choose from {', '.join(dtypes)}.")
         if self.json is not None and Path(self.json).is_dir():
             raise ConfigError(f"'{self.json}' is a folder; give --json the name of a file.")
-        if self.device == "cuda" and not torch.cuda.is_available():
+        if self.device == "cuda" and self.torch_device.type != "cuda":
             raise ConfigError("device is 'cuda', but torch finds no CUDA device; choose cpu.")
 
     @property
     def torch_device(self) -> torch.device:
         """Where to run."""
-        return torch.device(
-            "cuda" if self.device == "auto" and torch.cuda.is_available() else self.device.replace("auto", "cpu")
-        )
+        import torch
+
+        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
 
     @property
     def reference(self) -> str:

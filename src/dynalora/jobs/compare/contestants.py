@@ -6,8 +6,6 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dynalora.lab.configs import compared_config
-
 if TYPE_CHECKING:
     from peft import PeftConfig
 
@@ -51,6 +49,8 @@ class Setup:
         Raises:
             ConfigError: The method or one of its settings.
         """
+        from dynalora.lab.configs import compared_config  # loads PEFT, which `--help` does without
+
         return compared_config(
             self.method, r=self.r, alpha=self.alpha, dropout=self.dropout, target_modules=self.target_modules,
             options=self.options, task_type=task_type,

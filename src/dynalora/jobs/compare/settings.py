@@ -10,12 +10,10 @@ from typing import Annotated, Any, ClassVar
 
 from dynalora.errors import ConfigError
 from dynalora.jobs.compare.contestants import BASE, Contestant
-from dynalora.lab.baselines import label_of
+from dynalora.lab.choices import QUANTIZATIONS, check_quantization, label_of, own_methods
 from dynalora.lab.lab_settings import MEASURING, MODEL_AND_DATA, RUN, AdapterSettings, LabSettings
-from dynalora.lab.models import QUANTIZATIONS, check_quantization
 from dynalora.lab.settings import Setting, coerce, did_you_mean, named_source, named_values
 from dynalora.lab.training.settings import OptimizerSettings
-from dynalora.methods import method_names as own_methods
 
 _COMPARED = "What is compared"
 _OF_A_VARIANT = (

@@ -12,7 +12,8 @@ from dynalora.evaluation.tokens import Conversation, TokenizedSet, tokenize
 from dynalora.evaluation.windows import within_window
 from dynalora.forgetting.texts import MeasuredText
 from dynalora.jobs.finetune.settings import FinetuneSpec
-from dynalora.lab.baselines import edits_base, label_of
+from dynalora.lab.baselines import edits_base
+from dynalora.lab.choices import label_of
 from dynalora.lab.configs import adapter_config, check_targets, title_of
 from dynalora.lab.data.conversations import load_conversations, load_named_text, measured_text, split, without_repeats
 from dynalora.lab.models import empty_model, load_tokenizer, local_model_name

@@ -22,7 +22,8 @@ from dynalora.forgetting.trim import TrimPoint, trim_curve
 from dynalora.jobs.finetune.prepare import Prepared, prepare
 from dynalora.jobs.finetune.report import write_results
 from dynalora.jobs.finetune.settings import FinetuneSpec
-from dynalora.lab.baselines import edits_base, label_of
+from dynalora.lab.baselines import edits_base
+from dynalora.lab.choices import label_of
 from dynalora.lab.configs import title_of
 from dynalora.lab.models import load_model
 from dynalora.lab.report import say

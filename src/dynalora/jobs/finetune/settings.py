@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import torch
-
 from dynalora.errors import ConfigError
-from dynalora.lab.configs import method_names
+from dynalora.lab.choices import DTYPES, PROMPTS, QUANTIZATIONS, method_names
 from dynalora.lab.data.fields import Fields
-from dynalora.lab.lab_settings import MODEL_AND_DATA, PROMPTS, RUN, AdapterSettings
-from dynalora.lab.models import DTYPES, QUANTIZATIONS
+from dynalora.lab.lab_settings import MODEL_AND_DATA, RUN, AdapterSettings
 from dynalora.lab.settings import Setting, named_source, names_or_pattern
 from dynalora.lab.training.settings import TrainSettings
 
@@ -106,8 +103,11 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
             raise ConfigError("keep_best needs a budget; give max_forgetting in nats per token.")
         for text in self.monitor_text:
             named_source(text, "monitor_text")
-        if self.dtype == "float16" and not torch.cuda.is_available():
-            raise ConfigError("dtype is 'float16', which trains on GPUs only; choose bfloat16 or float32.")
+        if self.dtype == "float16":
+            import torch
+
+            if not torch.cuda.is_available():
+                raise ConfigError("dtype is 'float16', which trains on GPUs only; choose bfloat16 or float32.")
 
     @property
     def monitored(self) -> bool:

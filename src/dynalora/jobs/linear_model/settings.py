@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from dynalora.jobs.linear_model.populations import LinearModel, random_linear_model
 from dynalora.lab.settings import Setting, Settings
+
+if TYPE_CHECKING:
+    from dynalora.jobs.linear_model.populations import LinearModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,4 +49,6 @@ class LinearModelSpec(Settings):
 
     def problem(self) -> LinearModel:
         """The populations and maps that these settings name."""
+        from dynalora.jobs.linear_model.populations import random_linear_model
+
         return random_linear_model(self.in_features, self.out_features, self.task_rank, self.separation, self.seed)

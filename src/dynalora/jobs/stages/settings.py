@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from dynalora.errors import ConfigError
-from dynalora.forgetting.landscape import PAPER_TAU
-from dynalora.forgetting.recovery import STRATEGIES
-from dynalora.lab.baselines import BASELINES
-from dynalora.lab.configs import adapter_config, method_names
+from dynalora.forgetting.defaults import PAPER_TAU, STRATEGIES
+from dynalora.lab.choices import method_names
 from dynalora.lab.lab_settings import MEASURING, MODEL_AND_DATA, RUN, AdapterSettings, LabSettings
 from dynalora.lab.settings import Setting, Settings
 from dynalora.lab.training.settings import OptimizerSettings
@@ -84,6 +82,9 @@ class ForgettingSpec(StagedSettings, panel=MODEL_AND_DATA):
         Raises:
             ConfigError: The method or one of its settings, or the update's ranks cannot be measured.
         """
+        from dynalora.lab.baselines import BASELINES
+        from dynalora.lab.configs import adapter_config
+
         known = BASELINES.get(self.method.lower())
         if known is not None and not known.has_factors and known.config is not None:
             raise ConfigError(
@@ -212,6 +213,8 @@ class TransferSpec(StagedSettings, panel=MODEL_AND_DATA):
         Raises:
             ConfigError: The method or one of its settings.
         """
+        from dynalora.lab.configs import adapter_config
+
         options = {
             name.partition(".")[2]: value
             for name, value in self.method_options.items()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
@@ -17,66 +17,23 @@ from dynalora.common.files import folder_beside, records_csv, write_file
 from dynalora.common.progress import Progress, rich_progress
 from dynalora.drawing.retention import plot_scaled_update
 from dynalora.drawing.style import rendered
-from dynalora.errors import ConfigError, DataError, RunFolderError
+from dynalora.errors import DataError, RunFolderError
 from dynalora.evaluation.tokens import TokenizedSet, tokenize
 from dynalora.evaluation.windows import within_window
-from dynalora.forgetting.monitor import OWN_TEXT
+from dynalora.forgetting.defaults import OWN_TEXT
 from dynalora.forgetting.texts import MeasuredText, own_text
-from dynalora.forgetting.trim import FACTORS, TrimPoint, scale_update, trim, trim_curve
+from dynalora.forgetting.trim import TrimPoint, scale_update, trim, trim_curve
 from dynalora.jobs.finetune.prepare import training_and_held_out
 from dynalora.jobs.finetune.settings import FinetuneSpec
+from dynalora.jobs.trim.settings import TrimSpec
 from dynalora.lab.adapters import load_adapter, read_config
 from dynalora.lab.data.conversations import load_named_text, measured_text
-from dynalora.lab.models import DTYPES, QUANTIZATIONS, load_tokenizer
+from dynalora.lab.models import load_tokenizer
 from dynalora.lab.report import say
 from dynalora.lab.run_folder import CONFIG
 from dynalora.lab.scaling import curve_table
-from dynalora.lab.settings import Setting, Settings, named_source, read_yaml, settings_from
+from dynalora.lab.settings import read_yaml, settings_from
 from dynalora.lab.training.train import held_out_loss
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrimSpec(Settings):
-    """Which adapter to scale down, how far, and where to write it.
-
-    Attributes:
-        adapter: Run folder, adapter folder or Hub id of an adapter.
-        output: Folder to write, new or empty.
-        max_kl: Most that may be forgotten: KL(base ‖ tuned) in nats per token, on each text. One of this and factor.
-        factor: Factor to take, instead of the largest within a bound.
-        texts: Text to keep within the bound besides the base model's own, may be given again.
-        factors: Factors of the curve, with commas.
-        model: Base model; None: the one the adapter names.
-        dtype: Data type of the base model's weights; None: as the run had them, else auto.
-        quantization: Hold the base weights in fewer bits; None: as the run had them.
-        loss: Measure the held-out loss along the curve, of a run of `dynalora finetune`.
-    """
-
-    adapter: Annotated[str, Setting(positional=True, metavar="RUN")]
-    output: Annotated[str, Setting(positional=True, metavar="OUTPUT")]
-    max_kl: Annotated[float | None, Setting(above=0)] = None
-    factor: Annotated[float | None, Setting(above=0)] = None
-    texts: Annotated[list[str], Setting(name="--text", metavar="NAME=SOURCE")] = field(default_factory=list)
-    factors: Annotated[list[float], Setting(commas=True)] = field(default_factory=lambda: list(FACTORS))
-    model: Annotated[str | None, Setting("-m")] = None
-    dtype: Annotated[str | None, Setting(choices=DTYPES)] = None
-    quantization: Annotated[str | None, Setting(choices=tuple(QUANTIZATIONS))] = None
-    loss: bool = True
-
-    def _check(self) -> None:
-        super()._check()
-        if (self.max_kl is None) == (self.factor is None):
-            raise ConfigError(
-                "An update is scaled down to a bound or to a factor; give one of max_kl (such as 0.05) and factor."
-            )
-        if any(not 0 < factor <= 1 for factor in [*self.factors, self.factor or 1.0]):
-            raise ConfigError(
-                f"factors is {self.factors} and factor {self.factor}; give numbers above 0 (the base model) up to 1 "
-                "(as trained)."
-            )
-        names = [named_source(text, "texts")[0] for text in self.texts]
-        if len({OWN_TEXT, *names}) < len(names) + 1:
-            raise ConfigError(f"texts uses a name twice: {', '.join([OWN_TEXT, *names])}.")
 
 
 def run_trim(spec: TrimSpec, *, console: Console) -> None:

@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import Annotated
 
 from rich.console import Console
 
 from dynalora.adapter.compaction import CompactedMatrix, Compaction
 from dynalora.export.compaction import compact_adapter_folder
+from dynalora.jobs.compact.settings import CompactSpec
 from dynalora.lab.adapters import adapter_folder
 from dynalora.lab.report import Cell, Table, say
-from dynalora.lab.settings import Setting, Settings
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompactSpec(Settings):
-    """Which adapter to make smaller, and where to write the smaller one.
-
-    Attributes:
-        adapter: Run folder, adapter folder or Hub id of an adapter.
-        output: Folder to write, new or empty.
-        threshold: Components of at most this share of the largest singular value are dead.
-        rewrite: Rewrite factors to singular components where that removes more.
-    """
-
-    adapter: Annotated[str, Setting(positional=True, metavar="ADAPTER")]
-    output: Annotated[str, Setting(positional=True, metavar="OUTPUT")]
-    threshold: float = 1e-4
-    rewrite: bool = True
 
 
 def run_compact(spec: CompactSpec, *, console: Console) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,73 +24,14 @@ from dynalora.evaluation.results import TaskResult
 from dynalora.evaluation.run import group_mean, measure, prepare, task_list
 from dynalora.evaluation.sandbox import Limits
 from dynalora.evaluation.seq2seq import is_encoder_decoder
+from dynalora.jobs.evaluate.settings import EvaluateSpec
 from dynalora.lab.adapters import adapter_folder, load_adapter, read_config
-from dynalora.lab.lab_settings import PROMPTS
-from dynalora.lab.models import DTYPES, QUANTIZATIONS, load_model, load_tokenizer, local_model_name, placed
+from dynalora.lab.models import load_model, load_tokenizer, local_model_name, placed
 from dynalora.lab.report import Cell, Table, say
-from dynalora.lab.settings import Setting, Settings
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateSpec(Settings):
-    """What to measure, and on what.
-
-    Attributes:
-        source: A model or an adapter: a run folder, a folder, a Hub id, or smollm2, the demo's model.
-        task: Names of tasks or groups of tasks, with commas or given again. See
-            [`benchmarks`][dynalora.evaluation.benchmarks].
-        data: Folder with the files of benchmarks; None: the Hub. See [`sources`][dynalora.evaluation.sources].
-        split: Split of the tasks: train, dev or test; None: test, or dev where there is no test.
-        limit: Number of items of each task, from the first; None: all.
-        model: Base model of an adapter; None: the one the adapter names.
-        template: Format of the prompts: the model's own (chat), or a paper's. See
-            [`prompts`][dynalora.evaluation.prompts].
-        likelihood: For multiple choice, take the likeliest option instead of generating an answer.
-        metric: Metrics to compute, with commas or given again; None: all of each task's.
-        batch_size: Number of items per batch.
-        max_new_tokens: Longest answer, in tokens; None: each task's.
-        window: Number of tokens per window of text, for perplexity.
-        seed: Seed of generated tasks.
-        run_code: Execute the code that the model writes (HumanEval, MBPP), in a sandbox.
-        weak_sandbox: Execute it even where this system cannot contain it.
-        code_seconds: Time limit of each generated program, in seconds.
-        shots: Number of examples before each question of lm-evaluation-harness's tasks; None: each task's own number.
-        dtype: Data type of the model's weights.
-        quantization: Hold the weights (of an adapter's base model) in fewer bits: 4bit (NF4) or 8bit with
-            bitsandbytes, int8 with torchao; None: as they are.
-        json: File for everything measured, which must not exist.
-
-    """
-
-    source: Annotated[str, Setting(positional=True, metavar="MODEL_OR_ADAPTER")]
-    task: Annotated[list[str], Setting("-t", commas=True)]
-    data: Annotated[str | None, Setting("-d")] = None
-    split: str | None = None
-    limit: Annotated[int | None, Setting("-n")] = None
-    model: Annotated[str | None, Setting("-m")] = None
-    template: Annotated[str, Setting(choices=PROMPTS)] = "chat"
-    likelihood: bool = False
-    metric: Annotated[list[str] | None, Setting(commas=True)] = None
-    batch_size: Annotated[int, Setting("-b", least=1)] = 16
-    max_new_tokens: Annotated[int | None, Setting(least=1)] = None
-    window: int = 512
-    seed: int = 0
-    run_code: bool = False
-    weak_sandbox: bool = False
-    code_seconds: float = 5.0
-    shots: int | None = None
-    dtype: Annotated[str, Setting(choices=DTYPES)] = "auto"
-    quantization: Annotated[str | None, Setting(choices=tuple(QUANTIZATIONS))] = None
-    json: Annotated[str | None, Setting(metavar="FILE.json", recorded=False)] = None
-
-    def _check(self) -> None:
-        super()._check()
-        if self.json is not None and Path(self.json).exists():
-            raise ConfigError(f"'{self.json}' exists already; name another file with json (--json).")
 
 
 def run_evaluate(spec: EvaluateSpec, *, console: Console) -> list[TaskResult]:
-    """Measure, and show the results as a table; see [`evaluate`][dynalora.jobs.evaluate.evaluate]."""
+    """Measure, and show the results as a table; see [`evaluate`][dynalora.jobs.evaluate.run.evaluate]."""
     with rich_progress(console) as progress:
         results = evaluate(spec, progress=progress)
     say(console, results_table(results), *([f"Written: {spec.json}"] if spec.json is not None else []))

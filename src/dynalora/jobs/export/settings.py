@@ -1,0 +1,58 @@
+"""Settings of `dynalora export`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from dynalora.errors import ConfigError
+from dynalora.lab.settings import Setting, Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSpec(Settings):
+    """Which adapter to export, how, and where to.
+
+    Attributes:
+        adapter: Run folder, adapter folder or Hub id of an adapter.
+        output: Folder to write, new or empty.
+        dtype: Data type of the written factors, float32, bfloat16 or float16; None: as they are.
+        max_rank: Cut every update to at most this rank; None: keep all.
+        tolerance: Cut each update to the rank that loses at most this share of it, from 0 to 1; None: keep all.
+        uniform_rank: Fill all matrices up to this rank with zeros, 0 takes the largest; None: each has its own rank.
+        ranks_only: Write a JSON file with the ranks alone, as LoraConfig(**...) takes them for a fresh run.
+        calibrate: Hold a DISeL adapter's gates at their means over these conversations.
+        measure: Measure the price of that on these conversations; empty: every other row of --calibrate.
+        model: Base model; None: the one the adapter names.
+        split: Split of the data that is read.
+        limit: Number of rows of the data that are used, from the first.
+        max_length: Longest sequence in tokens; longer ones lose their end.
+    """
+
+    adapter: Annotated[str, Setting(positional=True, metavar="ADAPTER")]
+    output: Annotated[str, Setting(positional=True, metavar="OUTPUT")]
+    dtype: Annotated[str | None, Setting(choices=("float32", "bfloat16", "float16"))] = None
+    max_rank: int | None = None
+    tolerance: float | None = None
+    uniform_rank: int | None = None
+    ranks_only: bool = False
+    calibrate: Annotated[str | None, Setting(metavar="DATA")] = None
+    measure: Annotated[list[str], Setting(metavar="DATA")] = field(default_factory=list)
+    model: Annotated[str | None, Setting("-m")] = None
+    split: str = "train"
+    limit: int = 128
+    max_length: int = 512
+
+    def _check(self) -> None:
+        super()._check()
+        if self.ranks_only:
+            for name in ("dtype", "max_rank", "tolerance", "uniform_rank", "calibrate"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"ranks_only writes the adapter's ranks as they are, and {name} would change what is written; "
+                        "give one or the other."
+                    )
+        elif self.measure and self.calibrate is None:
+            raise ConfigError(
+                "measure is the text to measure a snapshot on, which needs calibrate, the text to take the gates from."
+            )

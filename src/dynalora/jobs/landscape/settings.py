@@ -1,0 +1,71 @@
+"""Settings of `dynalora landscape`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from dynalora.errors import ConfigError
+from dynalora.lab.settings import Setting, Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class LandscapeSpec(Settings):
+    """Which adapters or models to look at, and what to make of them.
+
+    Attributes:
+        adapter: Run folders, adapter folders or Hub ids, or full models with --against.
+        model: Base model; None: the one the adapter names.
+        against: Compare full models with this one, by the difference of their weights.
+        modules: Regular expression for the names of the matrices to take of full models; None: all.
+        data: Conversations over which the gates of gated adapters are averaged; None: all gates count as open.
+        split: Split of the data that is read.
+        limit: Number of rows of the data that are used, from the first.
+        max_length: Longest sequence in tokens; longer ones lose their end.
+        tau: Threshold above which a singular value of s·ΔW counts.
+        taus: Thresholds of the energy table; empty: 0.01, 0.005, 0.001, 0.0005, 0.0001.
+        plot: File for a plot, layer by layer.
+        csv: File for a table with a line per matrix.
+        json: File for the same table with all singular values.
+    """
+
+    adapter: Annotated[list[str] | str, Setting(positional=True, metavar="ADAPTER...")]
+    model: Annotated[str | None, Setting("-m")] = None
+    against: Annotated[str | None, Setting(metavar="MODEL")] = None
+    modules: Annotated[str | None, Setting(metavar="REGEX")] = None
+    data: Annotated[str | None, Setting("-d")] = None
+    split: str = "train"
+    limit: int = 64
+    max_length: int = 512
+    tau: float = 1e-3
+    taus: Annotated[list[str], Setting(commas=True)] = field(default_factory=list)
+    plot: Annotated[str | None, Setting(metavar="FILE.png")] = None
+    csv: Annotated[str | None, Setting(metavar="FILE")] = None
+    json: Annotated[str | None, Setting(metavar="FILE")] = None
+
+    def _check(self) -> None:
+        super()._check()
+        if self.against is not None and (self.data is not None or self.model is not None):
+            raise ConfigError(
+                "--against compares full models; --data and --model belong to adapters, so leave them out."
+            )
+        if self.against is None and self.modules is not None:
+            raise ConfigError("--modules chooses matrices of full models; give --against, or leave it out.")
+        _ = self.thresholds
+
+    @property
+    def sources(self) -> list[str]:
+        """The adapters or models."""
+        return [self.adapter] if isinstance(self.adapter, str) else list(self.adapter)
+
+    @property
+    def thresholds(self) -> list[float]:
+        """The thresholds that were given for the energy table.
+
+        Raises:
+            ConfigError: One of them is no number.
+        """
+        try:
+            return [float(text) for text in self.taus]
+        except ValueError as error:
+            raise ConfigError(f"taus must be numbers ({error}); write them with commas, such as 0.01,0.001.") from None

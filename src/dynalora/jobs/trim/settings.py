@@ -1,0 +1,55 @@
+"""Settings of `dynalora trim`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from dynalora.errors import ConfigError
+from dynalora.forgetting.defaults import OWN_TEXT, TRIM_FACTORS
+from dynalora.lab.choices import DTYPES, QUANTIZATIONS
+from dynalora.lab.settings import Setting, Settings, named_source
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrimSpec(Settings):
+    """Which adapter to scale down, how far, and where to write it.
+
+    Attributes:
+        adapter: Run folder, adapter folder or Hub id of an adapter.
+        output: Folder to write, new or empty.
+        max_kl: Most that may be forgotten: KL(base ‖ tuned) in nats per token, on each text. One of this and factor.
+        factor: Factor to take, instead of the largest within a bound.
+        texts: Text to keep within the bound besides the base model's own, may be given again.
+        factors: Factors of the curve, with commas.
+        model: Base model; None: the one the adapter names.
+        dtype: Data type of the base model's weights; None: as the run had them, else auto.
+        quantization: Hold the base weights in fewer bits; None: as the run had them.
+        loss: Measure the held-out loss along the curve, of a run of `dynalora finetune`.
+    """
+
+    adapter: Annotated[str, Setting(positional=True, metavar="RUN")]
+    output: Annotated[str, Setting(positional=True, metavar="OUTPUT")]
+    max_kl: Annotated[float | None, Setting(above=0)] = None
+    factor: Annotated[float | None, Setting(above=0)] = None
+    texts: Annotated[list[str], Setting(name="--text", metavar="NAME=SOURCE")] = field(default_factory=list)
+    factors: Annotated[list[float], Setting(commas=True)] = field(default_factory=lambda: list(TRIM_FACTORS))
+    model: Annotated[str | None, Setting("-m")] = None
+    dtype: Annotated[str | None, Setting(choices=DTYPES)] = None
+    quantization: Annotated[str | None, Setting(choices=tuple(QUANTIZATIONS))] = None
+    loss: bool = True
+
+    def _check(self) -> None:
+        super()._check()
+        if (self.max_kl is None) == (self.factor is None):
+            raise ConfigError(
+                "An update is scaled down to a bound or to a factor; give one of max_kl (such as 0.05) and factor."
+            )
+        if any(not 0 < factor <= 1 for factor in [*self.factors, self.factor or 1.0]):
+            raise ConfigError(
+                f"factors is {self.factors} and factor {self.factor}; give numbers above 0 (the base model) up to 1 "
+                "(as trained)."
+            )
+        names = [named_source(text, "texts")[0] for text in self.texts]
+        if len({OWN_TEXT, *names}) < len(names) + 1:
+            raise ConfigError(f"texts uses a name twice: {', '.join([OWN_TEXT, *names])}.")
