@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,7 +26,7 @@ from dynalora.adapter.saved import check_further_tensors
 from dynalora.adapter.targets import describe_linear_layers, leave_out_head, settle_targets
 from dynalora.common.names import plain_name
 from dynalora.common.private import after_failed_load
-from dynalora.driver import Driver, check_driven, prepare_unloaded
+from dynalora.driver import Driver, check_driven, first_bad, prepare_unloaded
 from dynalora.errors import CheckpointError, ConfigError, UnsupportedError, first_line
 
 
@@ -264,6 +265,12 @@ class AdapterModel(BaseTuner):
         check_driven(model, "saving")
         state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         layers = adapter_layers(model, adapter_name)
+        if found := first_bad(list(layers.values()), adapter_name, gradients=False):
+            warnings.warn(
+                f"saving adapter {adapter_name!r} with {found[1]} of {found[0]!r}, and perhaps of other layers: "
+                "training has diverged, and such an adapter cannot be loaded again; go back to an earlier checkpoint.",
+                stacklevel=2,
+            )
         for name, layer in layers.items():
             if not layer.reserved[adapter_name]:
                 continue

@@ -12,6 +12,7 @@ transformers' `Trainer` is.
 
 from dynalora.driver.carry import carry_state, mix_state
 from dynalora.driver.driver import Driver
+from dynalora.driver.finite import first_bad
 from dynalora.driver.groups import param_groups
 from dynalora.driver.model import (
     accept_undriven,
@@ -32,6 +33,7 @@ __all__ = [
     "carry_state",
     "check_driven",
     "drivers_of",
+    "first_bad",
     "invalidate",
     "mix_state",
     "param_groups",

@@ -15,6 +15,7 @@ import torch
 
 from dynalora.common.private import in_backward, version
 from dynalora.common.processes import grouped
+from dynalora.driver.finite import first_bad, some_bad
 from dynalora.driver.moment import DrivenLayer, DrivenMethod, DrivenPart, Moment
 from dynalora.errors import ScheduleError, TrainingError
 
@@ -55,6 +56,8 @@ class Driver:
     _loss: torch.Tensor | None = None
     # Whether the user said it; then nothing else counts.
     _loss_reported: bool = False
+    # Whether the gradients of a step were no numbers, with its number, where the device has not been waited for yet.
+    _unread: tuple[torch.Tensor, int] | None = None
     # Identity and version of the saved clock as this object last saw it, to notice a loaded checkpoint without
     # reading the tensor (which would stall an accelerator at every step).
     _seen: tuple[int, int] | None = None
@@ -63,6 +66,11 @@ class Driver:
     def needs_task_loss(self) -> bool:
         """Whether the method acts on the value of the task loss."""
         return self.method.needs_task_loss(self.config)
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether a loss was seen that no step has taken yet."""
+        return self._loss is not None
 
     # The clock -------------------------------------------------------------------------------------------------
 
@@ -149,6 +157,8 @@ class Driver:
         if not awaiting:
             return False
         self._require_whole_step()
+        if moment.found_inf is None:  # else a scaler looks, and skips the step
+            self._look(moment, parameters)
         first = not self._done or not self._done.isdisjoint(awaiting)
         if first:
             self._done.clear()
@@ -168,6 +178,48 @@ class Driver:
             if parameter.grad is not None:
                 _mark(parameter.grad)
         return first
+
+    def _look(self, moment: Moment, parameters: Sequence[torch.Tensor]) -> None:
+        """Refuse gradients that are no numbers; on an accelerator those of the step before."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        bad = some_bad(gradients)
+        if bad is None:
+            return
+        sharded = any(hasattr(gradient, "to_local") for gradient in gradients)
+        if sharded and grouped():  # each process has another part, and all must end alike
+            count = bad.to(torch.int32)
+            torch.distributed.all_reduce(count)
+            bad = count > 0
+        self.require_finite(moment.layers)
+        if bad.device.type == "cpu":
+            if bool(bad):
+                self._raise_not_finite(first_bad(moment.layers, self.adapter, gradients=True), self._step + 1)
+        else:
+            self._unread = bad, self._step + 1
+
+    def require_finite(self, layers: Sequence[Any]) -> None:
+        """Make sure that the last gradients were numbers, before anything is decided from them.
+
+        Args:
+            layers: The adapter's layers.
+
+        Raises:
+            TrainingError: They were not; names the step and the first layer.
+        """
+        if self._unread is None:
+            return
+        (bad, step), self._unread = self._unread, None
+        if bool(bad):
+            found = first_bad(layers, self.adapter, gradients=True) or first_bad(layers, self.adapter, gradients=False)
+            self._raise_not_finite(found, step)
+
+    def _raise_not_finite(self, found: tuple[str, str] | None, step: int) -> None:
+        where = "on another process" if found is None else f"in {found[0]!r} ({found[1]})"
+        raise TrainingError(
+            f"training of adapter {self.adapter!r} met NaN or infinite gradients at optimizer step {step}, first "
+            f"{where}; go on from the last checkpoint with a lower learning rate, with float32 or bfloat16 in place of "
+            "float16, or without the data of that step."
+        )
 
     def saw_loss(self, loss: torch.Tensor, anew: bool) -> None:
         """Note a loss whose gradients were added to the adapter's.
@@ -317,6 +369,7 @@ class Driver:
             "_gradients_seen": False,
             "_loss": None,
             "_loss_reported": False,
+            "_unread": None,
         }
         return {**self.__dict__, **passing, "optimizer_steps": 0, "_warned": set(self._warned)}
 

@@ -64,6 +64,7 @@ class Gradients:
         self._parameters = [tuple(layer.adapter_parameters(adapter).values()) for layer in layers]
         # The tensors are held, so that no new one can be taken for one that is gone.
         self._before = [_some_gradient(layer) for layer in self._parameters]
+        self._all_zero = False
         self._versions = [None if gradient is None else version(gradient) for gradient in self._before]
 
     def changed(self) -> bool:
@@ -78,6 +79,16 @@ class Gradients:
     def begun(self) -> bool:
         """Whether there were gradients already, which a call would add to."""
         return any(gradient is not None for gradient in self._before)
+
+    @property
+    def all_zero(self) -> bool:
+        """Whether those gradients were all zero, as `zero_grad(set_to_none=False)` leaves them."""
+        return self._all_zero
+
+    def note_zeros(self) -> None:
+        """Look, before a call, whether the gradients that there are were made zero."""
+        local = [g.to_local() if hasattr(g, "to_local") else g for g in self._before if g is not None]
+        self._all_zero = not any(bool(gradient.any()) for gradient in local)
 
 
 def _some_gradient(parameters: Iterable[nn.Parameter]) -> torch.Tensor | None:

@@ -60,11 +60,16 @@ def layers_of(driver: Driver) -> list[Any]:
 
 
 def _note_gradients() -> list[tuple[Driver, Gradients]]:
-    return [(driver, Gradients(layers, driver.adapter)) for driver, layers in all_drivers() if driver.needs_task_loss]
+    noted = [(driver, Gradients(layers, driver.adapter)) for driver, layers in all_drivers() if driver.needs_task_loss]
+    for driver, gradients in noted:
+        # A loss that no step has taken: of a micro-batch before, or of a step that a gradient scaler skipped.
+        if driver.has_loss and gradients.begun:
+            gradients.note_zeros()
+    return noted
 
 
 def _tell_drivers(loss: torch.Tensor, noted: list[tuple[Driver, Gradients]]) -> None:
     """Tell the drivers whose adapters got gradients from this loss."""
     for driver, gradients in noted:
         if gradients.changed():
-            driver.saw_loss(loss, anew=not gradients.begun)
+            driver.saw_loss(loss, anew=not gradients.begun or gradients.all_zero)

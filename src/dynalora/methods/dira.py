@@ -142,6 +142,7 @@ class Dira(Method):
         """Remove dead components if it is time; the others stay exactly what they are."""
         every, threshold = moment.config.compact_every, moment.config.compact_threshold
         if every and (moment.step + 1) % every == 0:
+            moment.driver.require_finite(moment.all_layers)
             compact_layers(moment.driver, moment.all_layers, threshold, rewrite=False)
 
     def metrics(self, moment: Moment) -> dict[str, float]:

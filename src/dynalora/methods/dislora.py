@@ -376,7 +376,7 @@ class Dislora(Method):
                     # There is nothing to weigh yet. Zero gradients would leave the optimizer with wrong averages.
                     if moment.awaits(weight):
                         weight.grad = None
-        if config.ortho_weight == 0:
+        if config.ortho_weight == 0 or moment.skipped:
             return
         if moment.shared.weights is None:
             moment.shared.weights = self._weigh(moment)
@@ -425,6 +425,7 @@ class Dislora(Method):
         config: DisloraConfig = moment.config
         if moment.step + 1 != config.warmup(moment.total_steps):
             return
+        moment.driver.require_finite(moment.all_layers)
         layers = [layer for layer in moment.all_layers if not layer.has_directions(moment.adapter)]
         for layer, directions in zip(layers, choose_directions(layers, moment.adapter, config), strict=True):
             layer.point(moment.adapter, directions, config.tsd_init)

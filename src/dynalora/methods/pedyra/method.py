@@ -145,6 +145,7 @@ class Pedyra(Method):
         if moment.shared.scores is None:
             return
         layers = _adjustable(moment)
+        moment.driver.require_finite(moment.all_layers)  # ranks are not moved by NaN
         adjust(moment, layers, moment.shared.scores)
         moment.shared.scores = None
         if not AdjustmentPlan.of(moment.config, moment.total_steps).matters(moment.step + 2):

@@ -1,0 +1,124 @@
+"""Losses and gradients that are no numbers: named, not learned from, not saved without a word."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+import dynalora
+from dynalora.errors import TrainingError
+from dynalora.methods.pedyra import adjustments
+from tests.toys import MLP
+
+TARGETS = ["first", "second"]
+CONFIGS: dict[str, dict[str, Any]] = {
+    "DiraConfig": {"compact_every": 2, "total_steps": 9},
+    "DiselConfig": {},
+    "DisloraConfig": {"total_steps": 9, "loss_smoothing": 0.5, "tsd_count": 2},
+    "PedyraConfig": {"adjust_start": 2, "adjust_interval": 1, "adjust_end": 9, "adjust_size": 1},
+}
+every_method = pytest.mark.parametrize("name", sorted(CONFIGS))
+
+
+def adapted(name: str, **options: Any) -> Any:
+    torch.manual_seed(3)
+    return peft.get_peft_model(MLP(), getattr(dynalora, name)(r=3, target_modules=TARGETS, **CONFIGS[name], **options))
+
+
+def loss_of(model: Any, seed: int) -> torch.Tensor:
+    x = torch.randn(8, 12, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.cross_entropy(model(x), torch.zeros(8, dtype=torch.long))
+
+
+def trained(model: Any) -> list[torch.nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def state_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@every_method
+def test_a_loss_that_is_no_number_stops_before_the_step(name: str, value: float) -> None:
+    model = adapted(name)
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    before = state_of(model)
+    optimizer.zero_grad()
+    (loss_of(model, 3) * value).backward()
+    with pytest.raises(TrainingError, match=r"optimizer step 4, first in '(first|second)' \((NaN|infinite values) in"):
+        optimizer.step()
+    after = state_of(model)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    if name == "PedyraConfig":
+        assert all(adjustment.step <= 3 for adjustment in adjustments(model))
+    # Without that batch, training goes on.
+    optimizer.zero_grad()
+    loss_of(model, 4).backward()
+    optimizer.step()
+    assert dynalora.state_report(model)[0].step == 4
+
+
+def test_the_layer_is_the_one_whose_gradient_it_is() -> None:
+    model = adapted("DiraConfig")
+    optimizer = torch.optim.SGD(trained(model), lr=1e-2)
+    loss_of(model, 0).backward()
+    layer = model.base_model.model.second
+    layer.parameter("up", "default").grad[0, 0] = float("nan")
+    with pytest.raises(TrainingError, match=r"step 1, first in 'second' \(NaN in the gradient of 'up'\)"):
+        optimizer.step()
+
+
+@every_method
+def test_what_is_no_number_is_not_saved_in_silence(name: str, tmp_path: Path) -> None:
+    model = adapted(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path / "sound")
+    with torch.no_grad():
+        model.base_model.model.second.parameter("down", "default")[0, 0] = float("nan")
+    with pytest.warns(UserWarning, match="NaN in 'down' of 'second'"):
+        model.save_pretrained(tmp_path / "broken")
+
+
+@pytest.mark.parametrize("value", [1.0, float("inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["DisloraConfig", "DiraConfig", "DiselConfig"])
+def test_nothing_is_learned_from_a_step_that_a_scaler_skips(
+    name: str, fused: bool, set_to_none: bool, value: float
+) -> None:
+    def run(skip: bool) -> dict[str, torch.Tensor]:
+        model = adapted(name)
+        parameters = trained(model)
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1000)
+        for step in range(4):
+            if step == 2:
+                if skip:
+                    optimizer.zero_grad(set_to_none=set_to_none)
+                    scaler.scale(loss_of(model, 20) * value).backward()
+                    next(p for p in parameters if p.grad is not None).grad.view(-1)[0] = float("inf")
+                    scaler.step(optimizer)
+                    scaler.update()
+                else:
+                    scaler.update(scaler.get_scale() / 2)
+            optimizer.zero_grad(set_to_none=set_to_none)
+            for micro in range(2):
+                scaler.scale(loss_of(model, 10 * micro + step) / 2).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return state_of(model)
+
+    with_skip, without = run(True), run(False)
+    assert with_skip.keys() == without.keys()
+    assert all(torch.equal(with_skip[key], without[key]) for key in without)
