@@ -44,6 +44,9 @@ def _made(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         torch.manual_seed(17)
         built: nn.Module = getattr(transformers, model)(getattr(transformers, config)(**settings))
+        for module in built.modules():
+            if hasattr(module, "is_transposed"):  # experts: adapted ones go one by one, grouped ones round otherwise
+                module.config._experts_implementation = "eager"  # type: ignore[union-attr]
         return built
 
     return build
@@ -165,6 +168,60 @@ FAMILIES: dict[str, Toy] = {
         ),
         Toy(
             "mistral", _made("MistralForCausalLM", "MistralConfig", **DECODER), ("q_proj", "v_proj"), _text, "CAUSAL_LM"
+        ),
+        Toy(
+            "qwen3-moe",
+            _made(
+                "Qwen3MoeForCausalLM",
+                "Qwen3MoeConfig",
+                **{**DECODER, "head_dim": 4, "moe_intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 2},
+            ),
+            ("q_proj", "gate_up_proj", "down_proj"),
+            _text,
+            "CAUSAL_LM",
+        ),
+        Toy(
+            "mixtral",
+            _made("MixtralForCausalLM", "MixtralConfig", **DECODER, num_local_experts=4, num_experts_per_tok=2),
+            ("q_proj", "w1", "w3", "w2"),
+            _text,
+            "CAUSAL_LM",
+        ),
+        Toy(
+            "gpt-oss",  # whose parameters are (experts, in, out), with biases
+            _made(
+                "GptOssForCausalLM",
+                "GptOssConfig",
+                **{**DECODER, "head_dim": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
+            ),
+            ("q_proj", "gate_up_proj", "down_proj"),
+            _text,
+            "CAUSAL_LM",
+        ),
+        Toy(
+            "deepseek",  # a dense block, then experts beside a shared one
+            _made(
+                "DeepseekV3ForCausalLM",
+                "DeepseekV3Config",
+                **{
+                    **DECODER,
+                    "num_key_value_heads": 4,
+                    "moe_intermediate_size": 12,
+                    "n_routed_experts": 4,
+                    "num_experts_per_tok": 2,
+                    "n_group": 1,
+                    "topk_group": 1,
+                    "first_k_dense_replace": 1,
+                    "q_lora_rank": 8,
+                    "kv_lora_rank": 8,
+                    "qk_rope_head_dim": 4,
+                    "qk_nope_head_dim": 4,
+                    "v_head_dim": 4,
+                },
+            ),
+            ("gate_proj", "up_proj", "down_proj"),
+            _text,
+            "CAUSAL_LM",
         ),
     )
 }

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import dynalora
+from dynalora.errors import ConfigError
 from tests.families import FAMILIES
 from tests.matrix.rows import Row, every_method
 from tests.matrix.test_behaviour import adapted_layers, train
@@ -64,6 +65,11 @@ def test_generates(row: Row, family: Toy) -> None:
 @every_text_family
 @every_method
 def test_default_targets_are_found(row: Row, family: Toy) -> None:
+    kind = family.build().config.model_type
+    if kind not in peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        with pytest.raises(ConfigError, match=f"'{kind}', for which there is no default"):
+            row.adapt(family, target_modules=None)
+        return
     model = row.adapt(family, target_modules=None)
     assert adapted_layers(model)
 

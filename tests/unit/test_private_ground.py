@@ -26,6 +26,7 @@ from tests.toys import TOYS
 TUNER = {
     "_cast_adapter_dtype": ["adapter_name", "autocast_adapter_dtype"],
     "_check_merge_allowed": [],
+    "_check_target_module_exists": ["peft_config", "key"],
     "_create_and_replace": [
         "peft_config", "adapter_name", "target", "target_name", "parent", "current_key", "parameter_name",
     ],

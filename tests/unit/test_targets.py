@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import peft
@@ -85,28 +84,3 @@ def test_layers_that_are_read_and_not_called_are_refused() -> None:
     with pytest.warns(UserWarning, match="leaves out 3 of 4"):
         model = peft.get_peft_model(mamba(), dynalora.DiselConfig(r=2, target_modules="all-linear"))
     assert names(model, "default") == {"in_proj"}
-
-
-def mixture() -> nn.Module:
-    return transformers.Qwen3MoeForCausalLM(
-        transformers.Qwen3MoeConfig(
-            vocab_size=32,
-            hidden_size=8,
-            moe_intermediate_size=8,
-            num_experts=4,
-            num_experts_per_tok=2,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=4,
-        )
-    )
-
-
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"], r".*\.(q_proj|gate_proj)", ["q_proj"]])
-def test_experts_that_are_no_linear_layers_are_not_left_out_in_silence(targets: Any) -> None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        peft.get_peft_model(mixture(), dynalora.DiselConfig(r=2, target_modules=targets))
-    told = any("experts of this model are not adapted" in str(warning.message) for warning in caught)
-    assert told is (targets != ["q_proj"])

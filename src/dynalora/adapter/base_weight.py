@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from dynalora.adapter.experts import ExpertMatrix
 from dynalora.common.private import features
 from dynalora.errors import UnsupportedError
 
@@ -55,7 +56,7 @@ class BaseWeight(BaseTunerLayer):
         """Whether a module is a linear layer that can be adapted: linear, GPT-2's `Conv1D`, or quantised."""
         if isinstance(base_layer, NonDynamicallyQuantizableLinear):
             return False  # nn.MultiheadAttention reads its weight and never calls it
-        if isinstance(base_layer, (nn.Linear, Conv1D)):
+        if isinstance(base_layer, (nn.Linear, Conv1D, ExpertMatrix)):
             return True
         backend = quantization_of(base_layer)
         return backend is not None and backend.layer_type == "linear"
@@ -151,7 +152,10 @@ class BaseWeight(BaseTunerLayer):
             merged = (weight.to(delta.dtype) + sign * delta.to(weight.device)).to(weight.dtype)
             if check and not torch.isfinite(merged).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
-            self._put_base_weight(merged)
+            if self.quantization_backend is None:
+                weight.copy_(merged)
+            else:
+                self._put_base_weight(merged)
         else:
             weight.copy_(weight.to(delta.dtype) + sign * delta.to(weight.device))
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dynalora.adapter.experts import ExpertMatrix
 from dynalora.common.private import is_observed, transforming, view_base
 
 
@@ -192,12 +193,12 @@ def add_low_rank(
 def may_overwrite(base_layer: nn.Module) -> bool:
     """Whether nobody but the adapter sees this layer's result, so that it may be updated in place.
 
-    True for a plain `nn.Linear` without hooks: its backward does not need its result. Other layers may keep theirs,
-    forward hooks may have stored it, and full backward hooks see the gradient of what the layer returned. Code that is
-    compiled, traced or transformed is given functional operations.
+    True for a plain `nn.Linear`, or an expert's matrix, without hooks: its backward does not need its result. Other
+    layers may keep theirs, forward hooks may have stored it, and full backward hooks see the gradient of what the layer
+    returned. Code that is compiled, traced or transformed is given functional operations.
     """
     return (
-        type(base_layer) is nn.Linear
+        type(base_layer) in (nn.Linear, ExpertMatrix)
         and not is_observed(base_layer)
         and not torch.compiler.is_compiling()
         and not transforming()

@@ -23,7 +23,7 @@ from dynalora.adapter.patterns import check_patterns
 from dynalora.adapter.ranks import fit
 from dynalora.adapter.retain import Retain
 from dynalora.adapter.saved import check_further_tensors
-from dynalora.adapter.targets import describe_linear_layers, leave_out_head, settle_targets
+from dynalora.adapter.targets import describe_linear_layers, is_target, leave_out_head, settle_targets
 from dynalora.common.names import plain_name
 from dynalora.common.private import after_failed_load
 from dynalora.driver import Driver, check_driven, first_bad, prepare_unloaded
@@ -98,6 +98,9 @@ class AdapterModel(BaseTuner):
     @staticmethod
     def _rank(config: AdapterConfig, name: str) -> int:
         return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        return is_target(self.model, peft_config, key)
 
     def _create_and_replace(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from peft import PeftConfig
@@ -12,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from dynalora.adapter.base_weight import BaseWeight
+from dynalora.adapter.experts import AdaptedExperts, ExpertList, ExpertMatrix, fused_experts, halves, meant_parameters
 from dynalora.common.private import resolve_all_linear
 from dynalora.errors import ConfigError, UnsupportedError
 
@@ -65,7 +67,7 @@ def settle_targets(model: nn.Module, config: Any, check: Check) -> None:
         UnsupportedError: A module that is named cannot be adapted.
         ConfigError: A module that is named cannot be adapted with these settings.
     """
-    _warn_of_experts(model, config)
+    experts = settle_experts(model, config, check)
     uncalled = uncalled_layers(model)
 
     def checked(name: str, module: nn.Module) -> None:
@@ -80,7 +82,7 @@ def settle_targets(model: nn.Module, config: Any, check: Check) -> None:
     if not wants_all_linear(config):
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         for name, module in model.named_modules():
-            if name and not name.startswith(inside) and check_target_module_exists(config, name):
+            if name and not name.startswith(inside) and is_target(model, config, name):
                 checked(name, module)
         return
     modules = dict(model.named_modules())
@@ -95,7 +97,7 @@ def settle_targets(model: nn.Module, config: Any, check: Check) -> None:
             checked(name, modules[name])
         except (UnsupportedError, ConfigError) as error:
             refused[name] = error
-    config.target_modules = names - refused.keys()
+    config.target_modules = (names - refused.keys()) | experts
     if refused:
         some = ", ".join(map(repr, [*refused][:3])) + (", …" if len(refused) > 3 else "")
         warnings.warn(
@@ -109,33 +111,105 @@ def _adapted(model: nn.Module) -> set[str]:
     """Names of the adapted layers but for the output layer, which `all-linear` does not mean."""
     outputs: Any = getattr(model, "get_output_embeddings", None)
     output = None if outputs is None else outputs()
-    return {name for name, module in model.named_modules() if isinstance(module, BaseWeight) and module is not output}
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, BaseWeight)
+        and module is not output
+        and not isinstance(_submodule(model, name.rpartition(".")[0]), ExpertList)
+    }
 
 
-def fused_experts(model: nn.Module) -> dict[str, list[str]]:
-    """Modules that hold the matrices of all experts in parameters (experts, ·, ·), with those parameters' names."""
-    experts = {}
+def settle_experts(model: nn.Module, config: Any, check: Check) -> set[str]:
+    """Put layers in the place of the fused parameters of experts that are meant, for adapters to wrap.
+
+    Where experts are meant that cannot be adapted, a warning says so, since only their neighbours would train.
+
+    Args:
+        model: The model.
+        config: The configuration of the adapter to come; with `all-linear` it means all experts.
+        check: As in `settle_targets`.
+
+    Returns:
+        The parameters that are meant, with the names of their modules.
+    """
+    adaptable = fused_experts(model)
+    wanted: dict[str, list[str]] = {}
+    for name, fused in adaptable.items():
+        matches = partial(_matches, config, name)
+        wanted[name] = list(fused) if wants_all_linear(config) else meant_parameters(fused, matches)
+        wanted[name] = [key for key in wanted[name] if not _excluded(config, f"{name}.{key}")]
+        if alone := halves(fused, matches):
+            _warn(f"of the experts in {name!r}, {', '.join(alone)} cannot be adapted without the other half of "
+                  "gate_up_proj, which holds both; name both, or gate_up_proj")  # fmt: skip
+            break
     for name, module in model.named_modules():
-        if "expert" in type(module).__name__.lower():
-            fused = [key for key, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
-            if fused:
-                experts[name] = fused
-    return experts
+        fused = [key for key, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
+        known = name.removesuffix(".base_layer") in adaptable
+        if fused and not known and "expert" in type(module).__name__.lower():
+            meant = [key for key in (*fused, *_EXPERT_LAYERS) if _matches(config, name, key)]
+            if meant or wants_all_linear(config):
+                _warn(f"the experts in {name!r} and its like are not adapted: a {type(module).__name__} holds them in "
+                      f"the parameters {', '.join(fused)}, in a form that is not known; only the other layers that "
+                      "match train")  # fmt: skip
+                break
+    for name, parameters in wanted.items():  # all are checked before anything is replaced
+        for key in tuple(parameters):
+            try:
+                check(ExpertMatrix(_experts(model, name), key, 0), f"{name}.{key}.0")
+            except (UnsupportedError, ConfigError) as error:
+                if not wants_all_linear(config):
+                    raise
+                parameters.remove(key)
+                _warn(f"target_modules='all-linear' leaves out {name}.{key}: {error}")
+    for name, parameters in wanted.items():
+        if not parameters:
+            continue
+        owner, _, last = name.rpartition(".")
+        adapted = model.get_submodule(name)
+        if not isinstance(adapted, AdaptedExperts):
+            adapted = AdaptedExperts(adapted)
+            setattr(model.get_submodule(owner), last, adapted)
+        for key in parameters:
+            adapted.adapt(key)
+    return {f"{name}.{key}" for name, parameters in wanted.items() for key in parameters}
 
 
-def _warn_of_experts(model: nn.Module, config: Any) -> None:
-    """Warn where a configuration means experts that are no linear layers, so that only their neighbours would train."""
-    for name, fused in fused_experts(model).items():
-        meant = [key for key in (*fused, *_EXPERT_LAYERS) if check_target_module_exists(config, f"{name}.{key}")]
-        if meant or wants_all_linear(config):
-            warnings.warn(
-                f"the experts of this model are not adapted: {name!r} and its like hold all experts' matrices in the "
-                f"parameters {', '.join(fused)}, which are no linear layers"
-                + (f" although target_modules names {', '.join(dict.fromkeys(meant))}" if meant else "")
-                + "; only the other layers that match train. To adapt experts use PEFT's LoRA with target_parameters.",
-                stacklevel=2,
-            )
-            return
+def _experts(model: nn.Module, name: str) -> nn.Module:
+    module = model.get_submodule(name)
+    return module.base_layer if isinstance(module, AdaptedExperts) else module
+
+
+def is_target(model: nn.Module, config: Any, name: str) -> Any:
+    """Whether a module is meant, as PEFT's `check_target_module_exists` has it; experts are by their parameter."""
+    owner, _, last = name.rpartition(".")
+    lists, _, parameter = owner.rpartition(".")
+    if not last.isdigit() or not isinstance(experts := _submodule(model, lists), AdaptedExperts):
+        return not isinstance(_submodule(model, name), ExpertList) and check_target_module_exists(config, name)
+    fused = [parameter]
+    return bool(meant_parameters(fused, partial(_matches, config, lists))) and parameter in experts.lists()
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _matches(config: Any, owner: str, name: str) -> bool:
+    return bool(check_target_module_exists(config, f"{owner}.{name}"))
+
+
+def _excluded(config: Any, name: str) -> bool:
+    named = copy.copy(config)
+    named.target_modules = {name}
+    named.layers_to_transform = None
+    return not check_target_module_exists(named, name)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"{message}.", stacklevel=2)
 
 
 def uncalled_layers(model: nn.Module) -> dict[str, str]:

@@ -17,6 +17,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dynalora.adapter.experts import ExpertMatrix
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
 from dynalora.adapter.ranks import fit
 from dynalora.adapter.register import METHODS
@@ -92,7 +93,7 @@ def export_lora(
 
     Raises:
         UnsupportedError: The method's update depends on the input and no `gates` are given, there are none to hold,
-            or biases were trained.
+            biases were trained, or experts in fused parameters are adapted.
         ConfigError: `max_rank`, `tolerance` or `uniform_rank` is out of range, or `gates` are not this
             adapter's.
         DynaloraError: The folder is not empty, or the model has no such adapter.
@@ -104,6 +105,11 @@ def export_lora(
     layers = adapter_layers(model, adapter_name)
     if not layers:
         raise DynaloraError(f"the model has no dynalora adapter named {adapter_name!r} to export.")
+    if experts := next((name for name, layer in layers.items() if _is_expert(name, layer)), None):
+        raise UnsupportedError(
+            f"cannot export {experts!r} as a plain LoRA: PEFT gives all experts of a fused parameter one rank in a "
+            "form of its own, which few servers read; keep the adapter, or merge it with merge_and_unload()."
+        )
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise DynaloraError(f"{target} already exists and is not an empty folder; choose another path for the export.")
@@ -137,6 +143,11 @@ def export_lora(
         lost=lost,
         serving=serving,
     )
+
+
+def _is_expert(name: str, layer: AdapterLayer) -> bool:
+    # Without its base model, an adapter has its names only.
+    return isinstance(layer.get_base_layer(), ExpertMatrix) or bool(re.search(r"experts\.\w+\.\d+$", name))
 
 
 def _check_wishes(max_rank: int | None, tolerance: float | None, uniform_rank: int | None) -> None:

@@ -1,0 +1,221 @@
+"""Experts whose matrices lie in one parameter, (experts, ·, ·): each of them adapted as a linear layer of its own.
+
+transformers 5 keeps the experts of a mixture in fused parameters. `AdaptedExperts` stands around such a module. For
+every parameter that is adapted it has a list with a linear layer per expert (`ExpertMatrix`), which has no weight but
+reads its part of the parameter. Adapters wrap those as they wrap any linear layer, so ranks, scores, merging and the
+landscape have nothing to know of experts, and ranks can move between them. In the forward pass, the module's own code
+finds the lists in the place of its parameters: what it multiplies with `gate_up_proj[expert]` goes through the adapted
+layer of that expert. No matrix of the experts' size is made, as it is where the parameter itself is given an update.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from dynalora.common.processes import process_count
+from dynalora.errors import UnsupportedError
+
+#: What the projections in a fused parameter are called where they are layers of their own; all of a row make it up.
+_LAYERS = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("w2",),)}
+
+
+class ExpertMatrix(nn.Module):
+    """One expert's matrix in a fused parameter, as a linear layer.
+
+    Attributes:
+        parameter_name: The parameter.
+        index: The expert.
+    """
+
+    def __init__(self, experts: nn.Module, parameter_name: str, index: int) -> None:
+        super().__init__()
+        self._owner = (experts,)  # in a tuple, so that it is no submodule
+        self.parameter_name = parameter_name
+        self.index = index
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The expert's part of the parameter, (out, in): a view."""
+        experts = self._owner[0]
+        # Not by its name, under which the experts' code may find the lists of layers just now.
+        parameter = experts._parameters[self.parameter_name]
+        assert parameter is not None
+        matrix = parameter[self.index]
+        return matrix.t() if getattr(experts, "is_transposed", False) else matrix
+
+    # As PEFT reads the sizes of layers of other libraries.
+    @property
+    def input_size(self) -> int:
+        """Numbers of an input."""
+        return self.weight.shape[1]
+
+    @property
+    def output_size(self) -> int:
+        """Numbers of an output."""
+        return self.weight.shape[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The expert's product, without its bias: x (…, in) → (…, out)."""
+        return nn.functional.linear(x, self.weight)
+
+    def extra_repr(self) -> str:
+        """Parameter and expert, for `print(model)`."""
+        return f"{self.parameter_name}[{self.index}]"
+
+
+class ExpertList(nn.ModuleList):
+    """The matrices of a fused parameter, one for each expert, adapted or not."""
+
+
+class AdaptedExperts(nn.Module):
+    """A module of experts, of which some parameters are adapted; the lists are called what the parameters are.
+
+    Attributes:
+        base_layer: The module of experts, left as it is.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def adapt(self, parameter_name: str) -> None:
+        """Make the layers of a fused parameter, for adapters to wrap."""
+        if parameter_name not in self._modules:
+            count = len(getattr(self.base_layer, parameter_name))
+            layers = ExpertList(ExpertMatrix(self.base_layer, parameter_name, i) for i in range(count))
+            setattr(self, parameter_name, layers)
+
+    def lists(self) -> dict[str, ExpertList]:
+        """The lists of layers by parameter."""
+        return {name: module for name, module in self._modules.items() if isinstance(module, ExpertList)}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)  # what else is asked of the experts
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the experts compute, with the adapters of each; arguments and result are the experts' own."""
+        acting = {name: layers for name, layers in self.lists().items() if any(map(_acts, layers))}
+        if not acting:
+            return self.base_layer(*args, **kwargs)
+        result = self._one_by_one(acting, *args, **kwargs)
+        if process_count() > 1 and torch.is_grad_enabled() and isinstance(result, torch.Tensor):
+            # Data parallelism waits for a gradient of every parameter, also of experts that no token went to.
+            own = [p.flatten()[:1].sum() for p in self.parameters() if p.requires_grad]
+            result = result + 0 * torch.stack(own).sum().to(result) if own else result
+        return result
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _one_by_one(self, acting: dict[str, ExpertList], *args: Any, **kwargs: Any) -> Any:
+        # The form that goes from expert to expert; others gather or group whole parameters.
+        forward: Callable[..., Any] = inspect.unwrap(type(self.base_layer).forward)
+        with _in_place_of_parameters(self.base_layer, acting):
+            return forward(self.base_layer, *args, **kwargs)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The module of experts alone, with its adapters merged if wanted; as PEFT's layers have it."""
+        for layers in self.lists().values() if merge else ():
+            for layer in layers:
+                if not isinstance(layer, ExpertMatrix):
+                    cast(Any, layer).merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.base_layer
+
+
+def _acts(layer: Any) -> bool:
+    """Whether a layer computes something else than its base layer."""
+    if isinstance(layer, ExpertMatrix):
+        return False
+    return bool(not layer.disable_adapters and not layer.merged and any(map(layer.has_adapter, layer.active_adapters)))
+
+
+@contextmanager
+def _in_place_of_parameters(experts: nn.Module, lists: dict[str, ExpertList]) -> Iterator[None]:
+    """Inside, the experts' code finds lists of layers in the place of its parameters."""
+    try:
+        for name, layers in lists.items():
+            # Attributes of the object come before those that nn.Module looks up.
+            experts.__dict__[name] = _Matrices(layers)
+        yield
+    finally:
+        for name in lists:
+            experts.__dict__.pop(name, None)
+
+
+class _Matrices:
+    """Stands for a fused parameter; can be asked for one expert's matrix."""
+
+    def __init__(self, layers: ExpertList) -> None:
+        self._layers = layers
+
+    def __getitem__(self, expert: Any) -> _Matrix:
+        return _Matrix(self._layers[int(expert)])
+
+
+class _Matrix:
+    """Stands for one expert's matrix; can be multiplied with an input."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        x, matrix, *rest = args
+        products = (nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm)
+        if function not in products or not isinstance(matrix, _Matrix):
+            raise UnsupportedError(
+                f"the experts of this model use their matrices in {getattr(function, '__name__', function)}, which "
+                "adapters of experts cannot take part in; leave the experts out with exclude_modules."
+            )
+        result = matrix._layer(x)
+        bias = rest[0] if rest else (kwargs or {}).get("bias")
+        return result if bias is None else result + bias
+
+    def __rmatmul__(self, x: torch.Tensor) -> Any:
+        return self._layer(x)
+
+
+def fused_experts(model: nn.Module) -> dict[str, list[str]]:
+    """The modules whose experts can be adapted, by name, each with its fused parameters.
+
+    They are those of transformers that say how their parameters lie, and have a form that goes from expert to expert.
+    """
+    experts = {}
+    for name, module in model.named_modules():
+        if hasattr(type(module).forward, "__wrapped__") and "is_transposed" in vars(module):
+            fused = [
+                key
+                for key, parameter in module.named_parameters(recurse=False)
+                if parameter.ndim == 3 and parameter.is_floating_point()
+            ]
+            if fused:
+                experts[name.removesuffix(".base_layer")] = fused
+    return experts
+
+
+def meant_parameters(fused: list[str], matches: Callable[[str], bool]) -> list[str]:
+    """The fused parameters that target modules mean: by their own name, or by those of all layers that they hold.
+
+    Args:
+        fused: Names of the parameters.
+        matches: Whether a name inside the module of experts is meant.
+    """
+    return [
+        name for name in fused if matches(name) or any(all(map(matches, layers)) for layers in _LAYERS.get(name, ()))
+    ]
+
+
+def halves(fused: list[str], matches: Callable[[str], bool]) -> list[str]:
+    """Names of layers that are meant, but of which a fused parameter holds more that are not."""
+    meant = meant_parameters(fused, matches)
+    rows = [layers for name in fused if name not in meant for layers in _LAYERS.get(name, ())]
+    return [layer for layers in rows for layer in layers if matches(layer)]

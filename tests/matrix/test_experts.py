@@ -1,0 +1,208 @@
+"""Experts in fused parameters: one update for each, in the same form as every layer's."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import dynalora
+from dynalora.adapter import experts as expert_layers
+from dynalora.adapter.experts import AdaptedExperts
+from dynalora.adapter.layer import AdapterLayer, adapter_layers
+from dynalora.errors import ConfigError, UnsupportedError
+from tests.families import FAMILIES
+from tests.matrix.rows import Row, every_method, every_static_row
+from tests.matrix.test_behaviour import train
+from tests.toys import Toy
+
+NAMES = ("qwen3-moe", "mixtral", "gpt-oss", "deepseek")
+MIXTURES = tuple(FAMILIES[name] for name in NAMES)
+every_mixture = pytest.mark.parametrize("toy", MIXTURES, ids=lambda toy: toy.name)
+QWEN = FAMILIES["qwen3-moe"]
+
+
+def experts_of(model: nn.Module, adapter: str = "default") -> dict[str, AdapterLayer]:
+    return {name: layer for name, layer in adapter_layers(model, adapter).items() if ".experts." in f".{name}"}
+
+
+@every_mixture
+@pytest.mark.parametrize("targets", ["all-linear", None])
+@every_method
+def test_every_expert_has_its_update(row: Row, targets: Any, toy: Toy) -> None:
+    model = row.adapt(toy, target_modules=targets or list(toy.targets))
+    blocks = 1 if toy.name == "deepseek" else 2
+    assert len(experts_of(model)) == blocks * 2 * 4
+    base = toy.logits(toy.build())
+    with model.disable_adapter():
+        assert torch.equal(toy.logits(model), base)
+    row.assert_start(toy.logits(model), base)
+
+
+@every_mixture
+@every_static_row
+def test_it_computes_what_the_merged_model_does_and_its_gradients(row: Row, toy: Toy) -> None:
+    """Against autograd through W0 + s·ΔW of every layer, in float64."""
+    if row.alone:
+        pytest.skip("DoRA takes its norms for constants")
+    model = row.adapt(toy, init_weights=False).double()
+    reference = copy.deepcopy(model)
+    toy.loss(model).backward()
+
+    # The same updates, put into the parameters of a model without adapters.
+    layers = adapter_layers(reference)
+    plain: Any = toy.build().double().eval()
+    for parameter in plain.parameters():
+        parameter.requires_grad_(False)
+    weights: dict[str, torch.Tensor] = {}
+    for name, layer in layers.items():
+        short = name.removeprefix("base_model.model.")
+        up, down = layer.factors("default")
+        delta = layer.scaling["default"] * up @ down
+        owner, _, last = short.rpartition(".")
+        if ".experts." in short:
+            whole = plain.get_parameter(owner)
+            grown = weights.get(owner, whole)
+            swap = getattr(plain.get_submodule(owner.rpartition(".")[0]), "is_transposed", False)
+            index = torch.tensor([int(last)])
+            weights[owner] = grown.index_add(0, index, (delta.t() if swap else delta)[None])
+        else:
+            weights[f"{short}.weight"] = plain.get_parameter(f"{short}.weight") + delta
+    rest = dict(plain.named_parameters()) | dict(plain.named_buffers())
+
+    class Merged(nn.Module):
+        training = False
+
+        def forward(self, **batch: Any) -> Any:
+            return torch.func.functional_call(plain, {**rest, **weights}, kwargs=batch)
+
+    loss = toy.loss(Merged())
+    torch.testing.assert_close(toy.loss(model), loss)
+    loss.backward()
+    others = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            zero = torch.zeros_like(parameter)
+            mine, other = (zero if p.grad is None else p.grad for p in (parameter, others[name]))
+            torch.testing.assert_close(mine, other, msg=name)
+
+
+def test_ranks_move_between_experts_and_are_saved(tmp_path: Path) -> None:
+    config = dynalora.PedyraConfig(
+        r=2,
+        adjust_start=2,
+        adjust_interval=1,
+        adjust_end=3,
+        adjust_size=6,
+        target_modules=["gate_up_proj", "down_proj"],
+    )
+    model = peft.get_peft_model(QWEN.build(), config)
+    train(model, QWEN)
+    ranks = {name: layer.rank("default") for name, layer in experts_of(model).items()}
+    assert len(set(ranks.values())) > 1
+    assert sum(ranks.values()) == 2 * len(ranks)
+    assert "model.layers.0.mlp.experts.gate_up_proj.3" in dynalora.state_report(model)[0].ranks
+    trained = QWEN.logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(QWEN.build(), tmp_path)
+    assert {name: layer.rank("default") for name, layer in experts_of(loaded).items()} == ranks
+    assert torch.equal(QWEN.logits(loaded), trained)
+
+
+@every_mixture
+def test_merged_and_taken_back(toy: Toy) -> None:
+    row = Row("dira", dynalora.DiraConfig, static=True)
+    model = row.adapt(toy, init_weights=False)
+    base, expected = toy.logits(toy.build()), toy.logits(model)
+    for safe in (False, True):
+        model.merge_adapter(safe_merge=safe)
+        torch.testing.assert_close(toy.logits(model), expected, atol=2e-5, rtol=2e-5)
+        model.unmerge_adapter()
+    assert torch.equal(toy.logits(model), expected) or torch.allclose(toy.logits(model), expected, atol=2e-5)
+    unloaded = model.unload()
+    assert not any(isinstance(module, (AdaptedExperts, AdapterLayer)) for module in unloaded.modules())
+    torch.testing.assert_close(toy.logits(unloaded), base, atol=2e-5, rtol=2e-5)
+
+
+def test_adapters_beside_each_other() -> None:
+    row = Row("disel", dynalora.DiselConfig, static=False)
+    model = row.adapt(QWEN, target_modules=["down_proj"], init_weights=False)
+    alone = QWEN.logits(model)
+    second = row.configure(QWEN, target_modules="all-linear", init_weights=False)
+    model.add_adapter("second", second)
+    assert torch.equal(QWEN.logits(model), alone)
+    assert len(experts_of(model, "second")) == 16
+    assert len(experts_of(model)) == 8
+    model.set_adapter("second")
+    assert not torch.allclose(QWEN.logits(model), alone)
+    model.delete_adapter("second")
+    model.set_adapter("default")
+    assert torch.equal(QWEN.logits(model), alone)
+
+
+def test_what_cannot_be_adapted_is_told() -> None:
+    row = Row("dislora", dynalora.DisloraConfig, static=True)
+    with pytest.warns(UserWarning, match="gate_proj cannot be adapted without the other half"):
+        row.adapt(QWEN, target_modules=["q_proj", "gate_proj"])
+    model = QWEN.build()
+    with pytest.raises(ConfigError, match=r"experts\.down_proj\.0"):
+        row.adapt(QWEN, model, r=13, target_modules=["down_proj"])
+    assert not any(isinstance(module, AdaptedExperts) for module in model.modules())
+    with pytest.warns(UserWarning, match="leaves out model.layers.0.mlp.experts.down_proj"):
+        adapted = row.adapt(QWEN, r=13, target_modules="all-linear", exclude_modules=["k_proj", "v_proj"])
+    assert {name.split(".")[-2] for name in experts_of(adapted)} == {"gate_up_proj"}
+    excluded = row.adapt(QWEN, target_modules="all-linear", exclude_modules=r".*experts.*")
+    assert not experts_of(excluded)
+
+
+class OwnExperts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bi,eoi->bo", x, self.weight)
+
+
+class OwnMixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.experts = nn.Linear(8, 8), OwnExperts()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.experts(self.first(x))
+        return result
+
+
+def test_experts_of_an_unknown_form_are_not_left_out_in_silence() -> None:
+    with pytest.warns(UserWarning, match="OwnExperts holds them in the parameters weight"):
+        peft.get_peft_model(OwnMixture(), dynalora.DiselConfig(r=2, target_modules="all-linear"))
+
+
+def test_export_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    model = Row("dira", dynalora.DiraConfig, static=True).adapt(QWEN, init_weights=False)
+    with pytest.raises(UnsupportedError, match="merge_and_unload"):
+        dynalora.export_lora(model, tmp_path / "live")
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(UnsupportedError, match="merge_and_unload"):
+        dynalora.export.export_adapter_folder(str(tmp_path / "saved"), str(tmp_path / "lora"))
+
+
+def test_with_several_processes_all_experts_get_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data parallelism waits for them, and a batch need not reach all experts."""
+    row = Row("dira", dynalora.DiraConfig, static=True)
+    model = row.adapt(QWEN, init_weights=False)
+
+    def without() -> set[str]:
+        model.zero_grad()
+        model(input_ids=torch.tensor([[5]])).logits.sum().backward()
+        return {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+
+    assert without()
+    monkeypatch.setattr(expert_layers, "process_count", lambda: 2)
+    assert not without()
