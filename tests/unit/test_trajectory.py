@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import dynalora
+from dynalora.adapter.layer import adapter_layers
 from dynalora.errors import DynaloraError
-from dynalora.forgetting.trajectory import spearman
+from dynalora.forgetting.trajectory import pareto_variance, spearman
 from dynalora.methods.pedyra import adjustments
 from tests.driver.loops import adamw, adapted, batches, dira, loop, pedyra
 from tests.toys import TOYS
@@ -44,8 +45,9 @@ def test_trajectory_follows_the_record(tmp_path: Path) -> None:
         assert scores == [np.mean(own) for own in one.scores.values()] == pytest.approx(scores)
         assert sorted(places) == [1, 2, 3, 4]
         assert trajectory.modules[places.index(1)] == one.expanded[0]
-        logs = [math.log(g ** (2 / 3) / r) for g, r in zip(scores, ranks, strict=True)]
-        assert variance == pytest.approx(np.var(logs))
+        assert variance == pytest.approx(
+            math.log(np.var([g ** (2 / 3) / r for g, r in zip(scores, ranks, strict=True)]))
+        )
     assert set(trajectory.utilisation) == set(trajectory.modules)
     assert all(0 <= share <= 1 for share in trajectory.utilisation.values())
 
@@ -57,6 +59,30 @@ def test_trajectory_follows_the_record(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapter")
     loaded = peft.PeftModel.from_pretrained(TOYS["llama"].build(), tmp_path / "adapter")
     assert dynalora.rank_trajectory(loaded) == trajectory
+
+
+def test_the_scores_of_a_static_lora_are_recorded() -> None:
+    models = []
+    for config in (pedyra(total_steps=6, alpha=6, mode="static", ortho_weight=0.3), dira(penalty_weight=0.0)):
+        config.init_weights = True
+        config.total_steps = 6
+        models.append(adapted(config))
+        loop(models[-1], adamw(models[-1]), batches(6))
+    static, lora = (list(adapter_layers(model).values()) for model in models)
+    for one, other in zip(static, lora, strict=True):
+        assert torch.equal(one.parameter("e", "default"), torch.ones(3))
+        torch.testing.assert_close(one.get_delta_weight("default"), other.get_delta_weight("default"))
+    trajectory = dynalora.rank_trajectory(models[0])
+    assert trajectory.steps == [1, 3, 5]
+    assert trajectory.ranks == [[3] * 4] * 4
+    assert trajectory.pareto_variance[0] == -math.inf  # at LoRA's start up is zero, and so is every score
+    assert all(math.isfinite(value) for value in trajectory.pareto_variance[1:])
+
+
+def test_ranks_in_proportion_to_scores_have_no_variance() -> None:
+    assert pareto_variance([3.0, 3.0], [2, 2]) == -math.inf
+    assert pareto_variance([0.0, 0.0], [1, 4]) == -math.inf
+    assert pareto_variance([0.0, 8.0], [1, 2]) == pytest.approx(0.0)  # 0 and 2, a variance of 1
 
 
 def test_rank_pattern_makes_a_fresh_lora_of_the_same_ranks() -> None:

@@ -144,7 +144,7 @@ def plot_rank_trajectory(trajectory: RankTrajectory, path: str | None = None) ->
 
     Six panels: rank of every module over the steps; importance ranking over the steps; final ranks as a heat map of
     block × module kind; mean rank against mean importance rank; effective rank and utilisation at the end; the
-    variance of log(G^{2/3} / r) over the steps.
+    logarithm of the variance of G^{2/3} / r over the steps.
 
     Args:
         trajectory: Result of `rank_trajectory`.
@@ -164,7 +164,7 @@ def plot_rank_trajectory(trajectory: RankTrajectory, path: str | None = None) ->
     mean = float(np.mean(list(trajectory.utilisation.values())))
     describe(used, title=f"effective rank, utilisation {mean:.0%}", x="module", y="rank")
     pareto.plot(trajectory.steps, trajectory.pareto_variance, marker="o", markersize=3)
-    describe(pareto, title="variance of log(G^(2/3) / r)", x="optimizer step", y="variance")
+    describe(pareto, title="log of the variance of G^(2/3) / r", x="optimizer step", y="log variance")
     save(drawn, path)
     return drawn
 

@@ -24,9 +24,9 @@ class RankTrajectory:
         ranks: Ranks by adjustment and module, (n + 1) × modules: at the start, and after each adjustment.
         scores: Layer scores (eq. 7) at each adjustment, n × modules.
         importance: Importance ranking at each adjustment, n × modules: 1 for the highest score.
-        pareto_variance: At each adjustment, the variance over modules of log(G^{2/3} / r), with G the layer's score and
-            r its rank; 0 where ranks are in proportion to G^{2/3} (Theorem 3.1). Modules of score 0 are left out;
-            NaN if fewer than two remain.
+        pareto_variance: At each adjustment, the logarithm of the variance over modules of G^{2/3} / r, with G the
+            layer's score and r its rank before it (Theorem 3.1, Figure 5); -inf where ranks are in proportion to
+            G^{2/3}.
         spearman: Correlation of the modules' mean rank with their mean importance rank: -1 if what matters more has
             higher rank throughout; NaN without variation.
         landscape: The spectra at the end: a row per module, with its effective rank.
@@ -73,15 +73,16 @@ def rank_trajectory(model: nn.Module, adapter: str = "default", tau: float = PAP
         ranks=ranks,
         scores=scores,
         importance=importance,
-        pareto_variance=[_pareto_variance(row, before) for row, before in zip(scores, ranks, strict=False)],
+        pareto_variance=[pareto_variance(row, before) for row, before in zip(scores, ranks, strict=False)],
         spearman=spearman(np.mean(ranks, axis=0).tolist(), np.mean(importance, axis=0).tolist()),
         landscape=rank_landscape(model, tau, adapter),
     )
 
 
-def _pareto_variance(scores: Sequence[float], ranks: Sequence[int]) -> float:
-    logs = [2 / 3 * math.log(g) - math.log(r) for g, r in zip(scores, ranks, strict=True) if g > 0]
-    return float(np.var(logs)) if len(logs) > 1 else math.nan
+def pareto_variance(scores: Sequence[float], ranks: Sequence[int]) -> float:
+    """The logarithm of the variance of G^{2/3} / r over layers; -inf where there is none."""
+    variance = float(np.var([g ** (2 / 3) / r for g, r in zip(scores, ranks, strict=True)]))
+    return math.log(variance) if variance > 0 else -math.inf
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float:

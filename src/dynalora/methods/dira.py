@@ -11,7 +11,8 @@ The sum is over the rank-1 components i of every adapted layer l, without the fa
 (λ·down and λ·up for the variational form), and is added right before the optimizer's step: the logged loss is the
 task loss, and gradient accumulation or data parallelism cannot count the penalty twice.
 
-DiRA: Nuclear Norm Dynamic Rank Adaptation for Large Language Models (anonymous, under review).
+DiRA: Nuclear Norm Dynamic Rank Adaptation for Large Language Models (anonymous, under review or
+withdrawn).
 """
 
 from __future__ import annotations

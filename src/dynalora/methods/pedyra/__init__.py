@@ -20,7 +20,7 @@ its layer's others, so that the function does not change. Equal scores are order
 one triple at least, and has min(in, out) at most, since there are no further orthogonal directions.
 
 PE-DyRA: Dynamic Rank Adaptation for Parameter-Efficient Fine-Tuning via Importance-Aware Pruning and Expansion
-(anonymous, under review).
+(anonymous, under review or withdrawn).
 """
 
 from dynalora.methods.pedyra.adjustment import choose

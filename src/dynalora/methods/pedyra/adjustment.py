@@ -22,12 +22,14 @@ def choose(
         scores: Score of every triple, by layer.
         size: k.
         limits: Largest rank of every layer.
-        mode: Whether to prune, to expand, or both.
+        mode: Whether to prune, to expand, both, or neither (`"static"`).
 
     Returns:
         (layer, index) of the pruned triples, lowest score first, and the expanded layers, highest mean first. With
         both they are equally many: `size`, or as many as can be pruned and placed.
     """
+    if mode == "static":
+        return [], []
     ranks = [len(layer) for layer in scores]
     order = sorted((s, layer, i) for layer, values in enumerate(scores) for i, s in enumerate(values))
     best = sorted(range(len(scores)), key=lambda layer: (-sum(scores[layer]) / ranks[layer], layer))

@@ -50,7 +50,7 @@ class PedyraLayer(DoraLayer):
         self.gathered: dict[str, torch.Tensor] = {}
 
     def start(self, config: PedyraConfig, r: int) -> dict[str, torch.Tensor]:
-        """Orthonormal directions, or factors drawn from N(0, 0.02²), and e = 0."""
+        """Orthonormal directions, or factors drawn from N(0, 0.02²), and e = 0; or LoRA's start with e = 1."""
         more = self.start_gates(config, r)
         if config.use_dora:
             more["magnitude"] = self._base_squares().sqrt()
@@ -61,6 +61,8 @@ class PedyraLayer(DoraLayer):
                 "e": torch.ones(r),
                 **more,
             }
+        if config.mode == "static":
+            return {**super().start(config, r), "e": torch.ones(r), **more}
         if config.init_weights == "orthogonal":
             down, up = _directions(r, self.in_features), _directions(r, self.out_features).t().contiguous()
             return {"down": down, "up": up, "e": torch.zeros(r), **more}
@@ -92,7 +94,7 @@ class PedyraLayer(DoraLayer):
                 growth = 3 * r
             else:
                 growth = int((times[2] - times[0]) / times[1] + 1e-6) + 1
-        return min(orthogonal, r + (growth if config.mode != "prune" else 0))
+        return min(orthogonal, r + (growth if config.mode in ("both", "expand") else 0))
 
     def update_layer(self, adapter: str, config: Any, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; see `AdapterLayer.update_layer`."""

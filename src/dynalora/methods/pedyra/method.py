@@ -75,7 +75,7 @@ class Pedyra(Method):
     def optimizer_overrides(
         self, config: PedyraConfig, layer: AdapterLayer, adapter: str
     ) -> dict[str, OptimizerOverride]:
-        """Rates that match LoRA's steps; no weight decay on DoRA's magnitudes, which start at the base's.
+        """Rates that match LoRA's steps, or hold e; no weight decay on DoRA's magnitudes, which start at the base's.
 
         An optimizer such as Adam moves every entry by about the learning rate, η. A component of LoRA's function
         (alpha = 2r) then moves by 2·η·√out / √3 in a step, in any direction of the output. Here a triple with
@@ -87,7 +87,9 @@ class Pedyra(Method):
         rules = config.gate_overrides()
         if config.use_dora:
             rules["magnitude"] = OptimizerOverride(weight_decay=0.0)
-        if config.match_step:
+        if config.mode == "static":
+            rules["e"] = OptimizerOverride(lr_multiplier=0.0, weight_decay=0.0)
+        elif config.match_step:
             scaling = layer.scaling[adapter]
             lora = 2 / math.sqrt(3) * math.sqrt(layer.out_features)
             # Powers of two, so that matrices of like size step in one group.
@@ -119,7 +121,7 @@ class Pedyra(Method):
             # By the first of several optimizers, while all gradients are the task's.
             moment.shared.taken = True
             self._score(moment)
-        if moment.config.ortho_weight:
+        if moment.config.ortho_weight and moment.config.mode != "static":
             add_orthogonality(moment, moment.config.ortho_weight)
 
     def _score(self, moment: Moment[StepScores]) -> None:
@@ -225,7 +227,7 @@ def _refuse_still_ranks(moment: Moment, plan: AdjustmentPlan, layers: list[Pedyr
             f"single adjustment{run} (it would be from step {plan.start} to {last}), so ranks would never move; lower "
             "adjust_start, raise adjust_end, or train longer."
         )
-    if config.mode != "expand" and moment.step < plan.start and not _prunable(moment, layers):
+    if config.mode in ("both", "prune") and moment.step < plan.start and not _prunable(moment, layers):
         raise ScheduleError(
             f"PedyraConfig(r={config.r}) leaves no rank that could be pruned, since every layer keeps one; set r to "
             "2 or more."

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, cast, get_args
 
 from dynalora.adapter.gates import GatedConfig
 
-Mode = Literal["both", "prune", "expand"]
+Mode = Literal["both", "prune", "expand", "static"]
 Importance = Literal["score", "random"]
 
 # What an average has forgotten: older steps weigh less than this.
@@ -33,7 +33,8 @@ class PedyraConfig(GatedConfig):
         beta1: β1, decay of the sensitivities' and the inputs' moving averages.
         beta2: β2, decay of the uncertainties' moving averages.
         ortho_weight: γ, weight of the orthogonality penalty.
-        mode: `"both"`; `"prune"` removes without expanding; `"expand"` adds without pruning.
+        mode: `"both"`; `"prune"` removes without expanding; `"expand"` adds without pruning. `"static"` is LoRA, to
+            compare with: LoRA's start, e held at 1, no penalty; scores are recorded where ranks would be adjusted.
         importance: `"score"`, or `"random"` numbers in its place.
         gradient_weighting: Weigh the parts of S_grad by their gradients' norms; False takes their plain sum.
         normalize_scores: Divide S_grad and S_inp by their means before mixing them.
@@ -65,7 +66,7 @@ class PedyraConfig(GatedConfig):
     beta1: float = field(default=0.85, metadata={"help": "Decay of the sensitivities' moving averages."})
     beta2: float = field(default=0.85, metadata={"help": "Decay of the uncertainties' moving averages."})
     ortho_weight: float = field(default=0.1, metadata={"help": "Weight of the orthogonality penalty."})
-    mode: Mode = field(default="both", metadata={"help": "both, prune or expand."})
+    mode: Mode = field(default="both", metadata={"help": "both, prune, expand, or static: LoRA, scores only."})
     importance: Importance = field(default="score", metadata={"help": "score or random."})
     gradient_weighting: bool = field(
         default=True, metadata={"help": "Weigh the parts of a triple's score by their gradients' norms."}
@@ -119,6 +120,11 @@ class PedyraConfig(GatedConfig):
         valid = largest is None or (isinstance(largest, int) and not isinstance(largest, bool) and largest >= self.r)
         self._require(valid, "max_rank", f"an integer of at least r={self.r}, or None")
         self._require(isinstance(self.seed, int), "seed", "an integer")
+        self._require(
+            not (self.mode == "static" and start == "pissa"),
+            "init_weights",
+            "left out with mode='static', LoRA's own start",
+        )
         if (self.adjust_start < 1) == (self.adjust_end < 1):
             self._require(
                 self.adjust_end >= self.adjust_start, "adjust_end", f"at least adjust_start={self.adjust_start}"
