@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from dynalora.lab.baselines import DriveBaseline, optimizer_of, prepare_start, p
 from dynalora.lab.configs import method_name
 from dynalora.lab.data.collator import Collator
 from dynalora.lab.run_folder import RunFolder
-from dynalora.lab.training.checkpoints import KeepPrompt, last_checkpoint
+from dynalora.lab.training.checkpoints import KeepPrompt, NothingLeft, StopAtEnd, last_checkpoint
 from dynalora.lab.training.recorder import Display, Recorder
 from dynalora.lab.training.settings import TrainSettings
 
@@ -164,7 +165,7 @@ def train_adapter(
         measure = partial(held_out_loss, adapted, eval_dataset, batch_size=settings.batch_size)
         if monitor is not None and monitor.keep_best and monitor.score is None:
             monitor.score = lambda _, loss=measure: loss()
-    checkpoint, records = _continued(run, label, adapted, monitor)
+    checkpoint, records = _continued(run, label, adapted, monitor, console)
     recorder = Recorder(label, run, Display(label, console), measure, settings.eval_every, records)
     with tempfile.TemporaryDirectory(prefix="dynalora-") as scratch:
         arguments = _arguments(settings, run, scratch, half=next(model.parameters()).dtype == torch.float16)
@@ -175,11 +176,14 @@ def train_adapter(
         trainer.add_callback(recorder)
         if monitor is not None:
             trainer.add_callback(monitor)
+        trainer.add_callback(StopAtEnd())
         # The trainer has put the model on its device by now.
         before = recorder.loss_before()
         began = time.perf_counter()
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        except NothingLeft:
+            trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         finally:
             recorder.display.end()
             if caching is not None:
@@ -222,13 +226,14 @@ def _parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 
 def _continued(
-    run: RunFolder | None, label: str, model: nn.Module, monitor: RetentionMonitor | None
+    run: RunFolder | None, label: str, model: nn.Module, monitor: RetentionMonitor | None, console: Console | None
 ) -> tuple[Path | None, list[dict[str, Any]]]:
     """The checkpoint that a resumed run goes on from, and what it recorded until then."""
     if run is None or not run.resumed:
         return None, []
     prompts = isinstance(model, peft.PeftModel) and prompt_only(model.active_peft_config)
-    checkpoint = last_checkpoint(run.checkpoints, needs=KeepPrompt.FILE if prompts else None)
+    say = partial(warnings.warn, stacklevel=3) if console is None else partial(console.print, markup=False)
+    checkpoint = last_checkpoint(run.checkpoints, needs=KeepPrompt.FILE if prompts else None, say=say)
     run.forget_metrics_after(-1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
     if monitor is not None and monitor.path is not None and checkpoint is None and run.writable:
         monitor.path.unlink(missing_ok=True)  # the run begins anew
