@@ -16,6 +16,7 @@ from dynalora.adapter import experts as expert_layers
 from dynalora.adapter.experts import AdaptedExperts
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
 from dynalora.errors import ConfigError, UnsupportedError
+from dynalora.lab.configs import check_targets
 from tests.families import FAMILIES
 from tests.matrix.rows import Row, every_method, every_static_row
 from tests.matrix.test_behaviour import train
@@ -206,3 +207,17 @@ def test_with_several_processes_all_experts_get_gradients(monkeypatch: pytest.Mo
     assert without()
     monkeypatch.setattr(expert_layers, "process_count", lambda: 2)
     assert not without()
+
+
+def test_jobs_know_the_names_of_experts() -> None:
+    def config(*targets: str) -> Any:
+        return dynalora.DiselConfig(r=2, target_modules=list(targets))
+
+    model = QWEN.build()
+    fused = [f"model.layers.{block}.mlp.experts.{name}" for block in (0, 1) for name in ("gate_up_proj", "down_proj")]
+    assert set(check_targets(model, config("gate_up_proj", "down_proj"))) == set(fused)
+    assert set(check_targets(model, config("gate_proj", "up_proj", "down_proj"))) == set(fused)
+    everything = check_targets(model, dynalora.DiselConfig(r=2, target_modules="all-linear"))
+    assert set(fused) < set(everything)
+    with pytest.raises(ConfigError, match="'gate_down_proj' matches nothing"):
+        check_targets(model, config("gate_down_proj"))

@@ -48,6 +48,8 @@ class AdapterConfig(PeftConfig):
         layers_pattern: Name of the `nn.ModuleList` of blocks, needed for uncommon architectures together with
             `layers_to_transform`.
         modules_to_save: Further modules to train in full and save with the adapter (a new classifier head, say).
+        trainable_token_indices: New or rare words to train besides: ids of tokens of the input embeddings, or ids by
+            the name of an embedding. Only their rows are trained and saved; a head that is tied to it follows.
         bias: Which base biases to train: `"none"`, `"all"`, or `"<method>_only"`, those of the adapted layers.
         init_weights: True starts as the base model. False gives the update random non-zero factors, for tests.
         total_steps: Optimizer steps of the run, for methods with a schedule. Not needed under transformers' Trainer,
@@ -91,6 +93,9 @@ class AdapterConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train in full and save with the adapter."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Ids of tokens whose embeddings train, or ids by the embedding's name."}
     )
     bias: str = field(default="none", metadata={"help": "Base biases to train: none, all or <method>_only."})
     init_weights: bool = field(

@@ -219,3 +219,8 @@ def halves(fused: list[str], matches: Callable[[str], bool]) -> list[str]:
     meant = meant_parameters(fused, matches)
     rows = [layers for name in fused if name not in meant for layers in _LAYERS.get(name, ())]
     return [layer for layers in rows for layer in layers if matches(layer)]
+
+
+def layer_names(fused: list[str]) -> list[str]:
+    """Every name that fused parameters, or the layers that they hold, go by."""
+    return [*fused, *(layer for name in fused for layers in _LAYERS.get(name, ()) for layer in layers)]

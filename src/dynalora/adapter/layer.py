@@ -41,6 +41,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
     Attributes:
         scaling: The factor `s` by adapter.
         scaling_ranks: The rank that `s` refers to: the one the adapter started with in this layer.
+        unscaled: `s` as it was, of adapters whose scale is set for the moment (`set_scale`).
         name: The layer's name in the model.
         drivers: The driver by adapter; one object per adapter, shared by its layers.
         order: Number of the layer in the order in which layers were made.
@@ -55,6 +56,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
         self.make_containers()
         self.scaling: dict[str, float] = {}
         self.scaling_ranks: dict[str, int] = {}
+        self.unscaled: dict[str, float] = {}
         self.drivers: dict[str, Driver] = {}
         self.unprepared: dict[str, nn.Parameter] = {}
         self.adapter_dropout: dict[str, float] = {}
@@ -174,6 +176,27 @@ class AdapterLayer(RankedStorage, BaseWeight):
     def scale_update(self, adapter: str, factor: float) -> None:
         """Multiply the update by a factor, from 0 (the base layer) up; what is saved as `alpha` must follow."""
         self.scaling[adapter] *= factor
+
+    # PEFT's and diffusers' names for a scale that is for the moment and is not saved.
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Let an adapter act `scale` times as much as it was trained to; 1 is as it was."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.unscaled.setdefault(adapter, self.scaling[adapter])
+
+    def scale_layer(self, scale: float) -> None:
+        """Let the active adapters act `scale` times as much as they do now."""
+        for adapter in filter(self.has_adapter, self.active_adapters):
+            self.unscaled.setdefault(adapter, self.scaling[adapter])
+            self.scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Take a factor of the active adapters back; None takes back all factors."""
+        for adapter in filter(self.has_adapter, self.active_adapters):
+            if scale is None:
+                self.scaling[adapter] = self.unscaled.pop(adapter, self.scaling[adapter])
+            else:
+                self.scaling[adapter] /= scale
 
     def projections(self, adapter: str) -> Sequence[torch.Tensor]:
         """Matrices (·, in) that meet the input: `down` first, then what the diagonal needs. One GEMM does all."""

@@ -79,7 +79,7 @@ class Storage(nn.Module):
         cls.buffer_roles = {role.name: role for role in (CLOCK, BUDGET, *cls.roles) if not role.trains}
         cls.adapter_layer_names = tuple(f"{cls.method_name}_{role}" for role in cls.parameter_roles)
         cls.other_param_names = (
-            *("scaling", "scaling_ranks", "ranks", "reserved", "drivers", "adapter_dropout"),
+            *("scaling", "scaling_ranks", "unscaled", "ranks", "reserved", "drivers", "adapter_dropout"),
             *(f"{cls.method_name}_{role}" for role in (*cls.buffer_roles, RANK)),
         )
 

@@ -13,7 +13,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from dynalora.adapter.base_weight import BaseWeight
-from dynalora.adapter.experts import AdaptedExperts, ExpertList, ExpertMatrix, fused_experts, halves, meant_parameters
+from dynalora.adapter.config import AdapterConfig
+from dynalora.adapter.experts import (
+    AdaptedExperts,
+    ExpertList,
+    ExpertMatrix,
+    fused_experts,
+    halves,
+    layer_names,
+    meant_parameters,
+)
 from dynalora.common.private import resolve_all_linear
 from dynalora.errors import ConfigError, UnsupportedError
 
@@ -47,8 +56,15 @@ def targeted_modules(model: nn.Module, config: PeftConfig) -> list[str]:
     """
     config = copy.copy(config)
     leave_out_head(config)
+    all_linear = wants_all_linear(config)
     config = resolve_all_linear(config, model)
-    return [name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)]
+    names = [name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)]
+    if not isinstance(config, AdapterConfig):
+        return names
+    for name, fused in fused_experts(model).items():
+        meant = fused if all_linear else meant_parameters(fused, partial(_matches, config, name))
+        names += [f"{name}.{key}" for key in meant]
+    return names
 
 
 def settle_targets(model: nn.Module, config: Any, check: Check) -> None:
@@ -230,6 +246,12 @@ def uncalled_layers(model: nn.Module) -> dict[str, str]:
         prefix = f"{name}." if name else ""
         uncalled |= {f"{prefix}{part}": type(owner).__name__ for part in parts if hasattr(owner, part)}
     return uncalled
+
+
+def names_to_target(model: nn.Module) -> list[str]:
+    """Every name in a model that target modules may mean: of its modules, and of what experts hold in parameters."""
+    inside = [f"{name}.{key}" for name, fused in fused_experts(model).items() for key in layer_names(fused)]
+    return [*(name for name, _ in model.named_modules() if name), *inside]
 
 
 def describe_linear_layers(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dynalora.adapter.targets import leave_out_head, targeted_modules
+from dynalora.adapter.targets import leave_out_head, names_to_target, targeted_modules
 from dynalora.errors import ConfigError
 from dynalora.lab.baselines import BASELINES, config_from_file, corda_config, prompt_only
 from dynalora.lab.choices import is_config_file
@@ -178,7 +178,7 @@ def check_targets(model: nn.Module, config: PeftConfig) -> list[str]:
         except re.error as error:
             raise ConfigError(f"target_modules '{targets}' is not a valid regular expression ({error}).") from None
     else:
-        everything = [name for name, _ in model.named_modules()]
+        everything = names_to_target(model)
         for target in sorted(targets):
             if not any(name == target or name.endswith(f".{target}") for name in everything):
                 raise ConfigError(f"target_modules '{target}' matches nothing; {exist}.")
