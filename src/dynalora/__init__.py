@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from dynalora.methods.dira import DiraConfig as DiraConfig
     from dynalora.methods.disel import DiselConfig as DiselConfig
     from dynalora.methods.dislora import DisloraConfig as DisloraConfig
+    from dynalora.methods.dylora import DyloraConfig as DyloraConfig
     from dynalora.methods.pedyra import PedyraConfig as PedyraConfig
 
 # Names that come with the methods, and the modules they stand in.

@@ -71,7 +71,18 @@ def pedyra(**options: Any) -> dynalora.PedyraConfig:
     return dynalora.PedyraConfig(**{"match_step": False, **defaults, **options})
 
 
-CONFIGS = {"dira": dira, "disel": disel, "dislora": dislora, "pedyra": pedyra}
+def dylora(**options: Any) -> dynalora.DyloraConfig:
+    defaults = {
+        "r": 3,
+        "alpha": 6,
+        "target_modules": ["q_proj", "down_proj"],
+        "task_type": "CAUSAL_LM",
+        "init_weights": False,
+    }
+    return dynalora.DyloraConfig(**{**defaults, **options})
+
+
+CONFIGS = {"dira": dira, "disel": disel, "dislora": dislora, "pedyra": pedyra, "dylora": dylora}
 
 
 def adapted(config: Any, base: nn.Module | None = None, dtype: torch.dtype = torch.float32, seed: int = 3) -> Any:

@@ -118,6 +118,8 @@ ROWS = (
     # From step 2 on ranks move at every step, so what the tests train has other ranks than it began with.
     Row("pedyra", dynalora.PedyraConfig, static=True, options={"adjust_size": 2}),
     Row("pedyra-reserved", dynalora.PedyraConfig, static=True, options={"adjust_size": 2, "max_rank": 9}),
+    Row("dylora", dynalora.DyloraConfig, static=True),
+    Row("dylora-frozen", dynalora.DyloraConfig, static=True, options={"variant": "frozen", "min_rank": 2}),
     # Combinations, whose names begin with what is combined with the method.
     Row("gates-dira", dynalora.DiraConfig, static=False, options={"gates": True}),
     Row("gates-pedyra", dynalora.PedyraConfig, static=False, options={"adjust_size": 2, "gates": True}),
