@@ -97,6 +97,17 @@ def test_lora_plus_steps_further_with_its_up_projections(tmp_path: Path) -> None
         adapter_config("lora+", options={"loraplus_lr_ratio": 0.5})
 
 
+@pytest.mark.parametrize("start", ["eva", "EVA", "lora_ga"])
+def test_starts_that_would_silently_be_a_plain_lora_are_refused(start: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="plain LoRA"):
+        adapter_config("lora", options={"init_lora_weights": start})
+    file = tmp_path / "start.json"
+    file.write_text(json.dumps({"peft_type": "LORA", "init_lora_weights": start}))
+    with pytest.raises(ConfigError, match="plain LoRA"):
+        adapter_config(str(file))
+    assert adapter_config("lora", options={"init_lora_weights": "corda"}) is not None
+
+
 def test_lora_plus_has_the_others_settings() -> None:
     model = peft.get_peft_model(tiny.model(64), adapter_config("lora+", r=2, target_modules=["q_proj"]))
     settings = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.8, 0.9), "eps": 1e-6}

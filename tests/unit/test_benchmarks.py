@@ -26,7 +26,7 @@ from dynalora.evaluation.kinds.code import CODE
 from dynalora.evaluation.masked_lm import mask_windows
 from dynalora.evaluation.metrics import boxed, first_keyword, letter, math_form
 from dynalora.evaluation.multiple_choice import option_scores
-from dynalora.evaluation.numbers import final_number, last_number, number, same_number
+from dynalora.evaluation.numbers import final_number, last_number, number, same_number, stated_number
 from dynalora.evaluation.perplexity import perplexity, windows
 from dynalora.evaluation.results import TaskResult
 from dynalora.evaluation.run import group_mean, measure, prepare, task_list
@@ -249,6 +249,38 @@ def test_letters(text: str, wanted: str | None) -> None:
 )
 def test_answers_of_math(said: str, wanted: str, same: bool) -> None:
     assert (math_form(said) == math_form(wanted)) is same
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("2 + 3 = 5.\nThe answer is: 5", "5"),
+        ("The answer is: 5. No.\nThe answer is: $1,200.00.", "1200"),
+        ("the answer is -7 apples", "-7"),
+        ("#### 4\nThe answer is: 5", "4"),
+        ("The answer is: 5\n#### none", None),
+        ("The answer is: x", None),
+        ("5", None),
+    ],
+)
+def test_the_number_that_is_stated(text: str, wanted: str | None) -> None:
+    assert same_number(stated_number(text), number(wanted)) == (wanted is not None)
+    assert (stated_number(text) is None) == (wanted is None)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "right"),
+    [
+        ("so it is half.\nThe answer is: \\frac{1}{2}", r"\dfrac12", 1.0),
+        (r"The answer is: $\frac{1}{2}$.", "1/2", 1.0),
+        (r"\boxed{3}. The answer is: 4", "3", 1.0),
+        ("The answer is: 4\nThe answer is: 5", "5", 1.0),
+        ("The answer is: 4", "5", 0.0),
+        ("5", "5", 0.0),
+    ],
+)
+def test_math_reads_what_metamathqa_teaches(text: str, reference: str, right: float) -> None:
+    assert metrics.MATH.score([text], [reference])[1] == {"accuracy": (right,)}
 
 
 def test_the_last_box() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from dynalora.common.extras import install
 from dynalora.common.statistics import Interval, bootstrap, item_interval
 from dynalora.errors import DataError, UnsupportedError
-from dynalora.evaluation.numbers import final_number, last_number, number, same_number
+from dynalora.evaluation.numbers import last_number, number, same_number, stated_answer, stated_number
 
 Items = Mapping[str, Sequence[float | None]]
 """By name, one value per item; None where an item does not count for that name."""
@@ -122,6 +122,11 @@ def boxed(text: str) -> str | None:
     return None
 
 
+def math_answer(text: str) -> str | None:
+    r"""The answer that a text gives to a question of MATH: the last `\boxed{…}`, else what "The answer is:" says."""
+    return answer if (answer := boxed(text)) is not None else stated_answer(text)
+
+
 def math_form(answer: str) -> str:
     r"""An answer of MATH without differences of spelling, after the rules of Hendrycks et al. (2021,
     arXiv:2103.03874).
@@ -163,14 +168,14 @@ def keyword_accuracy(keywords: Sequence[str]) -> Metric:
     return _each("accuracy", lambda text, reference: first_keyword(text, keywords) == reference)
 
 
-STRICT = _each("strict", lambda text, reference: same_number(final_number(text), number(reference)))
+STRICT = _each("strict", lambda text, reference: same_number(stated_number(text), number(reference)))
 FLEXIBLE = _each("flexible", lambda text, reference: same_number(last_number(text), number(reference)))
 NUMBER = _each("accuracy", lambda text, reference: same_number(last_number(text), number(reference)))
 LETTER = _each("accuracy", lambda text, reference: letter(text) == reference)
 EXACT = _each("accuracy", lambda text, reference: text.strip() == reference.strip())
 MATH = _each(
     "accuracy",
-    lambda text, reference: (answer := boxed(text)) is not None and math_form(answer) == math_form(reference),
+    lambda text, reference: (answer := math_answer(text)) is not None and math_form(answer) == math_form(reference),
 )
 ACCURACY = _each("accuracy", lambda predicted, reference: predicted == reference)
 PASS_AT_1 = _each("pass@1", lambda passed, _: bool(passed))

@@ -18,6 +18,7 @@ from dynalora.evaluation.tasks import Item
 MARK = "####"
 TOLERANCE = Decimal("0.001")
 _FINAL = re.compile(rf"{MARK}\s*(-?\$?\s*-?[0-9.,]+)")
+_STATED = re.compile(r"the answer is:?[ \t]*(\S[^\n]*)", re.IGNORECASE)
 _ANY = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 _NOTES = re.compile(r"<<[^<>]*>>")
 
@@ -44,6 +45,26 @@ def final_number(text: str) -> Decimal | None:
     """
     match = _FINAL.search(text)
     return number(match[1]) if match else None
+
+
+def stated_answer(text: str) -> str | None:
+    """What the last line with "The answer is:" says, as MetaMathQA ends its solutions; None where there is none.
+
+    A full stop at its end does not count.
+    """
+    matches = _STATED.findall(text)
+    return matches[-1].strip().removesuffix(".").rstrip() if matches else None
+
+
+def stated_number(text: str) -> Decimal | None:
+    """The first number that follows `####`, or without one what follows the last "The answer is:", if it is a number.
+
+    What stands behind a number, a unit for instance, does not matter.
+    """
+    final = final_number(text)
+    stated = stated_answer(text) if final is None and MARK not in text else None
+    match = re.match(r"\$*\s*(-?\$?\s*[0-9.,]+)", stated) if stated is not None else None
+    return number(match[1]) if match else final
 
 
 def last_number(text: str) -> Decimal | None:

@@ -41,6 +41,9 @@ _ADALORA_START, _ADALORA_END, _ADALORA_CUTS = 0.1, 0.7, 20
 # Starts of PEFT's LoRA that take a part of the base weight away, so that disabling the adapter does not bring it back.
 _SUBTRACTING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
+# Starts that nothing here prepares, and PEFT's call that does.
+_PREPARING_CALLS = {"eva": "initialize_lora_eva_weights", "lora_ga": "preprocess_loraga"}
+
 # Prompt learning that puts embeddings before the input, which evaluation knows how to do.
 _PROMPTS = ("P_TUNING", "PROMPT_TUNING")
 
@@ -199,6 +202,21 @@ def corda_config(values: Any = None) -> CordaConfig:
         return CordaConfig(**{"corda_method": "kpm", **(values or {})})
     except TypeError as error:
         raise ConfigError(f"corda_config is {values!r}, which PEFT's CordaConfig does not take: {error}") from error
+
+
+def check_start(config: PeftConfig) -> None:
+    """Refuse starts that PEFT computes in a call of its own, without which it would train a plain LoRA.
+
+    Raises:
+        ConfigError: The start is one of them.
+    """
+    start = getattr(config, "init_lora_weights", None)
+    call = _PREPARING_CALLS.get(start.lower()) if isinstance(start, str) else None
+    if call is not None:
+        raise ConfigError(
+            f"init_lora_weights={start!r} needs PEFT's {call}, which is not called here, so that it would be a plain "
+            "LoRA; choose corda, which is prepared, or pissa or olora, or leave it out."
+        )
 
 
 def prepare_start(

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dynalora.adapter.targets import leave_out_head, names_to_target, targeted_modules
 from dynalora.errors import ConfigError
-from dynalora.lab.baselines import BASELINES, config_from_file, corda_config, prompt_only
+from dynalora.lab.baselines import BASELINES, check_start, config_from_file, corda_config, prompt_only
 from dynalora.lab.choices import is_config_file
 from dynalora.lab.settings import coerce, did_you_mean, names_or_pattern
 from dynalora.methods import METHODS, config_class
@@ -95,6 +95,7 @@ def adapter_config(
     targets = names_or_pattern(target_modules)
     if is_config_file(method):
         config: PeftConfig = config_from_file(method, target_modules=targets, options=options, task_type=task_type)
+        check_start(config)
         leave_out_head(config)
         return config
     name = method.lower()
@@ -136,6 +137,7 @@ def adapter_config(
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"The settings of method '{name}' do not fit together: {error}") from error
+    check_start(config)
     leave_out_head(config)
     return config
 
