@@ -268,3 +268,12 @@ def test_the_refusal_says_why_and_what_to_do(monkeypatch: pytest.MonkeyPatch) ->
 def test_limits_are_checked(bad: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=f"limit {next(iter(bad))} is"):
         Limits(**bad)
+
+
+@needs_walls
+def test_what_a_program_writes_into_the_launchers_pipe_ends_nothing_and_proves_nothing() -> None:
+    for text in ('{"refused": "no walls"}', '{"token": "guessed"}', '{"ready": true}\n{"refused": "x"}', "[" * 5000):
+        written = f"import os\nfor fd in range(3, 20):\n    try:\n        os.write(fd, {text.encode()!r} + b'\\n')\n"
+        for end in ("os._exit(1)", "os._exit(0)", "raise SystemExit"):
+            outcome = run(f"{written}    except OSError:\n        pass\n{end}")
+            assert not outcome.passed

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -263,6 +264,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
             # Some train in eval() state, to have no dropout.
             if (self.training or torch.is_grad_enabled()) and not torch.compiler.is_compiling() and not transforming():
                 driver = self.drivers[adapter]
+                driver.thread = threading.get_ident()
                 if driver.watching:
                     driver.watch(self, result)
         return result

@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dynalora.driver.fitting import FACTORED
 from dynalora.driver.hooks import known_optimizers
 
 # State that is no array of the parameter's entries: bitsandbytes' tables (its 8-bit arrays are handled with theirs).
 _TABLES = frozenset(("qmap1", "qmap2", "absmax1", "absmax2", "unorm_vec"))
-# State of factored second moments, by the dimension of a matrix that it runs along.
-_FACTORED = {"exp_avg_sq_row": 0, "row_var": 0, "exp_avg_sq_col": 1, "col_var": 1}
 
 # State that is a copy of the weights, or an average of them: schedule-free's z, ASGD's ax, Prodigy's p0.
 _WEIGHTS = frozenset(("z", "ax", "p0"))
@@ -146,8 +145,8 @@ def _carry(
     for key, value in list(state.items()):
         if not isinstance(value, torch.Tensor) or value.ndim == 0 or key in _TABLES:
             continue
-        if key in _FACTORED and len(shape) == 2:
-            if _FACTORED[key] == dim:
+        if key in FACTORED and len(shape) == 2:
+            if FACTORED[key] == dim:
                 # Either the factor alone, or with a dimension of size 1 for the other.
                 state[key] = resized(value, dim if value.ndim == 2 else 0)
         elif value.shape == shape:

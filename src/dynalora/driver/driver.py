@@ -32,6 +32,7 @@ class Driver:
         config: The adapter's configuration; `config.total_steps`, where given, is what counts.
         adapter: The adapter's name.
         parts: What acts at every step besides the method, for adapters of any method.
+        thread: The thread in which the last training forward pass ran.
         optimizer_steps: Calls of `optimizer.step()` seen in this process, skipped ones included.
     """
 
@@ -39,6 +40,7 @@ class Driver:
     config: PeftConfig
     adapter: str
     parts: Sequence[DrivenPart] = ()
+    thread: int | None = None
     optimizer_steps: int = 0
     accepted_undriven: bool = False
     _step: int = 0

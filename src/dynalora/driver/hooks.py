@@ -23,6 +23,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 
 from dynalora.common.private import gradient_scale, steps_around
 from dynalora.driver.driver import Driver
+from dynalora.driver.fitting import fit_states
 from dynalora.driver.groups import GROUP_MARK, StepGroups
 from dynalora.driver.moment import OptimizerOverride
 from dynalora.driver.registry import all_drivers, any_layers, generation
@@ -141,6 +142,8 @@ def _plan_for(optimizer: Optimizer) -> _Plan:
     plan = _plans.get(optimizer)
     if plan is None:
         optimizer.register_state_dict_pre_hook(_restore_groups)
+        optimizer.register_load_state_dict_post_hook(fit_states)
+        fit_states(optimizer)  # loaded before its first step
     else:
         plan.groups.restore(optimizer)  # if the last step raised between the hooks
     stamp = _stamp(optimizer)

@@ -12,24 +12,37 @@ Only values are read, and no device is waited for.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from dynalora.common.private import version
+from dynalora.common.private import in_backward, version
 
 _watching = False
-_running = False
+_calls: list[_Call] = []
+_lock = threading.Lock()
 
 
-def watch_backward(before: Callable[[], Any], after: Callable[[torch.Tensor, Any], None]) -> None:
+class _Call:
+    """A call of `backward` that is under way.
+
+    Attributes:
+        alone: Whether no other thread made gradients at the same time.
+    """
+
+    alone = True
+
+
+def watch_backward(before: Callable[[], Any], after: Callable[[torch.Tensor, Any, bool], None]) -> None:
     """Have functions called around every `backward` on a scalar; the first call counts, others do nothing.
 
     Args:
         before: Called before the gradients are made.
-        after: Called when they are there, with the scalar and with what `before` returned.
+        after: Called when they are there, with the scalar, with what `before` returned, and with whether no other
+            thread made gradients meanwhile.
     """
     global _watching
     if _watching:
@@ -39,20 +52,24 @@ def watch_backward(before: Callable[[], Any], after: Callable[[torch.Tensor, Any
 
     @functools.wraps(backward)
     def and_tell(*args: Any, **kwargs: Any) -> None:
-        global _running
-        if _running:  # gradient checkpointing calls backward on parts of the graph, from within
+        if in_backward():  # gradient checkpointing calls backward on parts of the graph, from within
             backward(*args, **kwargs)
             return
-        noted = before()
-        _running = True
+        call = _Call()
+        with _lock:
+            _calls.append(call)
+            for other in _calls if len(_calls) > 1 else ():
+                other.alone = False
         try:
+            noted = before()
             backward(*args, **kwargs)
         finally:
-            _running = False
+            with _lock:
+                _calls.remove(call)
         tensors = args[0] if args else kwargs.get("tensors")
         loss = tensors if isinstance(tensors, torch.Tensor) else next(iter(tensors or ()), None)
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:
-            after(loss.detach(), noted)
+            after(loss.detach(), noted, call.alone)
 
     torch.autograd.backward = and_tell
 

@@ -5,6 +5,7 @@ Layers are held weakly: nothing here keeps a model alive.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any, cast
 
@@ -68,8 +69,14 @@ def _note_gradients() -> list[tuple[Driver, Gradients]]:
     return noted
 
 
-def _tell_drivers(loss: torch.Tensor, noted: list[tuple[Driver, Gradients]]) -> None:
-    """Tell the drivers whose adapters got gradients from this loss."""
+def _tell_drivers(loss: torch.Tensor, noted: list[tuple[Driver, Gradients]], alone: bool) -> None:
+    """Tell the drivers whose adapters got gradients from this loss.
+
+    Where other threads made gradients at the same time, the thread of an adapter's last forward pass tells whose
+    they are.
+    """
     for driver, gradients in noted:
+        if not alone and driver.thread != threading.get_ident():
+            continue
         if gradients.changed():
             driver.saw_loss(loss, anew=not gradients.begun or gradients.all_zero)

@@ -198,12 +198,15 @@ def _follow(process: subprocess.Popen[bytes], job: bytes, token: str, limits: Li
 def _verdict(said: bytes, token: str, code: int, ready: bool, seconds: float) -> Outcome | str:
     messages: list[dict[str, Any]] = []
     for line in said.splitlines():
-        with contextlib.suppress(ValueError):
+        # What the program itself may write there can be anything.
+        with contextlib.suppress(ValueError, RecursionError):
             message = json.loads(line)
             messages += [message] if isinstance(message, dict) else []
-    for message in messages:
-        if "refused" in message:
-            return str(message["refused"])
+    # The launcher refuses before the program has begun; whatever comes after `ready` may be the program's.
+    if not ready:
+        for message in messages:
+            if "refused" in message:
+                return str(message["refused"])
     if any(message.get("token") == token for message in messages) and code == 0:
         return Outcome(True, "", seconds)
     for message in messages:

@@ -189,8 +189,9 @@ def _squares(x: torch.Tensor) -> torch.Tensor:
     global _last
     if torch.compiler.is_compiling():
         return _sum_squares(x)
-    if _last is not None and _last[0]() is x and _last[1] == version(x):
-        return _last[2]
+    last = _last  # another thread may put its own there
+    if last is not None and last[0]() is x and last[1] == version(x):
+        return last[2]
     result = _sum_squares(x)
     _last = weakref.ref(x), version(x), result
     return result

@@ -13,8 +13,9 @@ from torch import nn
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method, Panel
 from dynalora.adapter.register import register
+from dynalora.common.processes import grouped, process_count
 from dynalora.driver import Moment, OptimizerOverride, drivers_of
-from dynalora.errors import ConfigError, ScheduleError
+from dynalora.errors import ConfigError, ScheduleError, UnsupportedError
 from dynalora.methods.pedyra.adjustment import adjust
 from dynalora.methods.pedyra.layer import PedyraLayer
 from dynalora.methods.pedyra.orthogonality import add_orthogonality
@@ -131,6 +132,7 @@ class Pedyra(Method):
         if not moment.driver.optimizer_steps:
             read_record(moment)  # one from a file that cannot be read is refused before any work is done
         _refuse_still_ranks(moment, plan, layers)
+        _refuse_missing_room(moment, plan, layers)
         _warn_of_limits(moment, plan, layers)
         if not moment.skipped:
             if plan.matters(step):
@@ -231,6 +233,23 @@ def _refuse_still_ranks(moment: Moment, plan: AdjustmentPlan, layers: list[Pedyr
         raise ScheduleError(
             f"PedyraConfig(r={config.r}) leaves no rank that could be pruned, since every layer keeps one; set r to "
             "2 or more."
+        )
+
+
+def _refuse_missing_room(moment: Moment, plan: AdjustmentPlan, layers: list[PedyraLayer]) -> None:
+    """Refuse, before the first step, ranks that would move where several processes hold the parameters' shapes.
+
+    Raises:
+        UnsupportedError: The adapter was made before it was known that several processes train it.
+    """
+    if not (grouped() and process_count() > 1) or moment.step >= plan.end:
+        return
+    without = next((layer for layer in layers if not layer.reserved[moment.adapter]), None)
+    if without is not None:
+        raise UnsupportedError(
+            f"adapter {moment.adapter!r} was made before its {process_count()} processes joined their group, so no "
+            f"room is reserved for ranks that grow (first in {without.name!r}); call init_process_group before the "
+            "adapter is made, set the environment variable WORLD_SIZE as torchrun does, or give max_rank."
         )
 
 

@@ -1,0 +1,145 @@
+"""Training that goes on with another number of processes, and trainings beside each other in one process."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+import dynalora
+from dynalora.errors import UnsupportedError
+from dynalora.methods.pedyra import layer as pedyra_layer
+from dynalora.methods.pedyra import method as pedyra_method
+from tests.toys import MLP
+
+TARGETS = ["first", "second"]
+
+
+def pedyra(**options: Any) -> Any:
+    torch.manual_seed(1)
+    schedule = {"adjust_start": 2, "adjust_interval": 2, "adjust_end": 12, "adjust_size": 2, "total_steps": 14}
+    config = dynalora.PedyraConfig(r=3, target_modules=TARGETS, **schedule, **options)
+    return peft.get_peft_model(MLP(), config)
+
+
+def steps(model: Any, optimizer: torch.optim.Optimizer, which: range) -> None:
+    model.train()
+    for step in which:
+        x = torch.randn(8, 12, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), torch.zeros(8, dtype=torch.long)).backward()
+        optimizer.step()
+
+
+def used(model: Any) -> dict[str, torch.Tensor]:
+    layers = {name: getattr(model.base_model.model, name) for name in TARGETS}
+    return {
+        f"{name}.{role}": layer.used(role, "default").detach().clone()
+        for name, layer in layers.items()
+        for role in ("down", "e", "up")
+    }
+
+
+OPTIMIZERS = {
+    "fused": lambda p: torch.optim.AdamW(p, lr=5e-3, fused=True),
+    "foreach": lambda p: torch.optim.AdamW(p, lr=5e-3, amsgrad=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=5e-2, momentum=0.9),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=5e-3),
+}
+
+
+@pytest.mark.parametrize("stepped", [False, True], ids=["new optimizer", "used optimizer"])
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+@pytest.mark.parametrize(("first", "second"), [("1", "2"), ("2", "1"), ("2", "3"), ("2", "2")])
+def test_optimizer_state_follows_to_another_number_of_processes(
+    first: str, second: str, optimizer: str, stepped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a launcher sets decides whether room is reserved, and with it the shapes of parameters and state."""
+
+    def trainable(model: Any) -> list[Any]:
+        return [p for p in model.parameters() if p.requires_grad]
+
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    whole = pedyra()
+    steps(whole, OPTIMIZERS[optimizer](trainable(whole)), range(12))
+
+    monkeypatch.setenv("WORLD_SIZE", first)
+    begun = pedyra()
+    before = OPTIMIZERS[optimizer](trainable(begun))
+    steps(begun, before, range(5))
+    begun.save_pretrained(tmp_path)
+    state = copy.deepcopy(before.state_dict())
+
+    monkeypatch.setenv("WORLD_SIZE", second)
+    resumed = pedyra()
+    after = OPTIMIZERS[optimizer](trainable(resumed))
+    if stepped:
+        steps(resumed, after, range(1))
+    resumed.load_adapter(str(tmp_path), "default", is_trainable=True)
+    after.load_state_dict(state)
+    steps(resumed, after, range(5, 12))
+    if optimizer == "adafactor":  # takes means over all entries, those of the room included
+        assert all(bool(tensor.isfinite().all()) for tensor in used(resumed).values())
+        return
+    for name, expected in used(whole).items():
+        torch.testing.assert_close(used(resumed)[name], expected, rtol=2e-3, atol=2e-5, msg=name)
+
+
+def test_two_trainings_in_two_threads_do_not_meet() -> None:
+    """Each learns as it does alone, with the losses that its penalty is weighed against."""
+
+    def make(seed: int) -> Any:
+        torch.manual_seed(seed)
+        config = dynalora.DisloraConfig(r=3, target_modules=TARGETS, total_steps=60, tsd_count=2, loss_smoothing=0.5)
+        return peft.get_peft_model(MLP(), config)
+
+    def train(model: Any, scale: float) -> None:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for step in range(60):
+            x = scale * torch.randn(8, 12, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            (scale * torch.nn.functional.cross_entropy(model(x), torch.zeros(8, dtype=torch.long))).backward()
+            optimizer.step()
+
+    def together() -> list[dict[str, torch.Tensor]]:
+        models, failures, barrier = [make(1), make(2)], [], threading.Barrier(2)
+
+        def work(model: Any, scale: float) -> None:
+            barrier.wait()
+            try:
+                train(model, scale)
+            except Exception as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=pair) for pair in zip(models, (1.0, 3.0), strict=True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        return [dict(model.state_dict()) for model in models]
+
+    alone = []
+    for seed, scale in ((1, 1.0), (2, 3.0)):
+        model = make(seed)
+        train(model, scale)
+        alone.append(dict(model.state_dict()))
+    for one, other in zip(alone, together(), strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_an_adapter_made_before_its_processes_met_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pedyra()
+    roomy = pedyra(max_rank=8)
+    for module in (pedyra_method, pedyra_layer):
+        monkeypatch.setattr(module, "process_count", lambda: 2)
+    monkeypatch.setattr(pedyra_method, "grouped", lambda: True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(UnsupportedError, match=r"before its 2 processes joined .*'first'.*max_rank"):
+        steps(model, optimizer, range(1))
+    steps(roomy, torch.optim.SGD([p for p in roomy.parameters() if p.requires_grad], lr=0.1), range(1))
