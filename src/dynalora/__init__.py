@@ -47,7 +47,10 @@ if TYPE_CHECKING:
     from dynalora.methods.disel import DiselConfig as DiselConfig
     from dynalora.methods.dislora import DisloraConfig as DisloraConfig
     from dynalora.methods.dylora import DyloraConfig as DyloraConfig
+    from dynalora.methods.loradash import LoraDashConfig as LoraDashConfig
+    from dynalora.methods.milora import MiloraConfig as MiloraConfig
     from dynalora.methods.pedyra import PedyraConfig as PedyraConfig
+    from dynalora.methods.sorsa import SorsaConfig as SorsaConfig
 
 # Names that come with the methods, and the modules they stand in.
 _EAGER = {

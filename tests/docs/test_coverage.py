@@ -40,7 +40,6 @@ def test_every_setting_of_a_method_is_on_its_page_with_its_default(method: str) 
     rows = dict(re.findall(r"^\| `(\w+)` \| `([^|]+)` \|", page, re.MULTILINE))
     shared = {item.name for item in dataclasses.fields(AdapterConfig)}
     own = {item.name: item.default for item in dataclasses.fields(config_class(method)) if item.name not in shared}
-    assert own
     assert {name: _value(rows[name]) if name in rows else "missing" for name in own} == own
 
 

@@ -46,7 +46,8 @@ class Row:
     @property
     def needs_weights(self) -> bool:
         """Whether the values of the base weight are read at the start."""
-        return self.config is dynalora.DisloraConfig or self.alone or self.options.get("init_weights") == "pissa"
+        of_the_weight = dynalora.DisloraConfig, dynalora.LoraDashConfig, dynalora.MiloraConfig, dynalora.SorsaConfig
+        return self.config in of_the_weight or self.alone or self.options.get("init_weights") == "pissa"
 
     @property
     def prefix(self) -> str:
@@ -120,6 +121,9 @@ ROWS = (
     Row("pedyra-reserved", dynalora.PedyraConfig, static=True, options={"adjust_size": 2, "max_rank": 9}),
     Row("dylora", dynalora.DyloraConfig, static=True),
     Row("dylora-frozen", dynalora.DyloraConfig, static=True, options={"variant": "frozen", "min_rank": 2}),
+    Row("milora", dynalora.MiloraConfig, static=True, exact_start=False),
+    Row("sorsa", dynalora.SorsaConfig, static=True, exact_start=False),
+    Row("loradash", dynalora.LoraDashConfig, static=True, options={"warmup_steps": 1}),
     # Combinations, whose names begin with what is combined with the method.
     Row("gates-dira", dynalora.DiraConfig, static=False, options={"gates": True}),
     Row("gates-pedyra", dynalora.PedyraConfig, static=False, options={"adjust_size": 2, "gates": True}),

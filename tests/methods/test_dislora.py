@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 import dynalora
 from dynalora import DisloraConfig
+from dynalora.adapter import directions
+from dynalora.adapter.directions import choose_directions
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.errors import ConfigError, TrainingError
 from dynalora.methods import dislora
@@ -388,8 +390,8 @@ def test_directions_need_only_few_pairs_and_widen_when_unsure(score: str, monkey
         asked.append(k)
         return smallest(weight, k)
 
-    monkeypatch.setattr(dislora, "smallest_triplets", counting)
-    (found,) = dislora.choose_directions([layer], "default", layer.drivers["default"].config)
+    monkeypatch.setattr(directions, "smallest_triplets", counting)
+    (found,) = choose_directions([layer], "default", layer.drivers["default"].config)
     residual = torch.matmul(*layer.residual("default", score)).detach()
     rates = reference.change_rates(layer.base_layer.weight.detach(), residual, 0.0)
     assert found.index.tolist() == rates.sort(descending=True).indices[:3].tolist()
@@ -505,7 +507,7 @@ def test_every_way_of_loading_decomposes_nothing(how: str, tmp_path: Path, monke
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("decomposed")
 
-    monkeypatch.setattr(dislora, "decompose", refuse)
+    monkeypatch.setattr(directions, "decompose", refuse)
     if how == "from_pretrained":
         loaded: Any = peft.PeftModel.from_pretrained(toy.build(), tmp_path)
     elif how == "load_adapter":
@@ -553,7 +555,7 @@ def test_loading_decomposes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("decomposed")
 
-    monkeypatch.setattr(dislora, "decompose", refuse)
+    monkeypatch.setattr(directions, "decompose", refuse)
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(7, 6)).double()
     loaded = peft.PeftModel.from_pretrained(base, tmp_path)

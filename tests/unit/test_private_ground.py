@@ -137,7 +137,8 @@ with warnings.catch_warnings(record=True) as caught:
 (message,) = [str(w.message) for w in caught if "DiselConfig" in str(w.message)]
 assert "'disel'" in message and "use a version of PEFT" in message, message
 assert not hasattr(dynalora, "DiselConfig") and hasattr(dynalora, "DiraConfig")
-assert dynalora.methods.method_names() == ["dira", "dislora", "pedyra"]
+names = dynalora.methods.method_names()
+assert "disel" not in names and {"dira", "dislora", "pedyra"} <= set(names)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 assert PEFT_TYPE_TO_CONFIG_MAPPING["DISEL"] is LoraConfig
 """

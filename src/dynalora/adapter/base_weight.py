@@ -73,12 +73,7 @@ class BaseWeight(BaseTunerLayer):
             UnsupportedError: The layer's quantisation does not give its weights back.
         """
         base = self.get_base_layer()
-        if isinstance(self.quantization_backend, ForwardOnlyQuantizationBackend):
-            raise UnsupportedError(
-                f"{self.name or 'the layer'}: the values of {self.quantization_backend.backend_name} weights cannot "
-                f"be read, which {self.method_name} needs with these settings; load the base model with "
-                "bitsandbytes, torchao or without quantisation, or choose another method or start (init_weights)."
-            )
+        self.check_readable()
         state = getattr(getattr(base, "weight", None), "quant_state", None)
         if not getattr(state, "packing_format_for_cpu", False):
             return super().get_base_weight()
@@ -88,6 +83,15 @@ class BaseWeight(BaseTunerLayer):
             columns: torch.Tensor = base(torch.eye(self.in_features))
             bias = getattr(base, "bias", None)
             return (columns if bias is None else columns - bias.to(columns)).t().contiguous()
+
+    def check_readable(self) -> None:
+        """Raise `UnsupportedError` if the layer's quantisation does not give its weights back."""
+        if isinstance(self.quantization_backend, ForwardOnlyQuantizationBackend):
+            raise UnsupportedError(
+                f"{self.name or 'the layer'}: the values of {self.quantization_backend.backend_name} weights cannot "
+                f"be read, which {self.method_name} needs with these settings; load the base model with "
+                "bitsandbytes, torchao or without quantisation, or choose another method or start (init_weights)."
+            )
 
     def base_matrix(self) -> torch.Tensor:
         """The base layer's weight as a matrix (out, in), dequantised if need be."""

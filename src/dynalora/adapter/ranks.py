@@ -276,3 +276,11 @@ class RankedStorage(Storage):
             if not self.reserved[adapter]:
                 state_dict.pop(f"{prefix}{self.method_name}_{RANK}{tail}", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def in_use(layer: RankedStorage, role: str, adapter: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor of a parameter's shape that its components fill, in full where FSDP2 has spread it."""
+    full = getattr(tensor, "full_tensor", None)
+    whole: torch.Tensor = tensor if full is None else full()
+    dim = layer.rank_dims.get(role)
+    return whole if dim is None else whole.narrow(dim, 0, layer.ranks[adapter])

@@ -29,31 +29,26 @@ DisLoRA: Task-specific Low-Rank Adaptation via Orthogonal Basis from Singular Va
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
 from dynalora.adapter.config import AdapterConfig
-from dynalora.adapter.layer import AdapterLayer, Gates
-from dynalora.adapter.method import Method, Panel
+from dynalora.adapter.directions import DIRECTION_ROLES, DirectedLayer, DirectedMethod, Directions, smallest_pairs
+from dynalora.adapter.layer import Gates
+from dynalora.adapter.method import Panel
 from dynalora.adapter.register import register
+from dynalora.adapter.singular import SingularLayer, TwinLayer, TwinMethod
 from dynalora.adapter.storage import Role
-from dynalora.common.private import features
-from dynalora.common.progress import late_progress
 from dynalora.driver import Moment, OptimizerOverride
-from dynalora.errors import ConfigError
-from dynalora.spectral.decomposition import Triplets, decompose, smallest_triplets
-from dynalora.spectral.spectrum import factor_spectrum
+from dynalora.spectral.decomposition import Triplets
 
 TsdScore = Literal["residual", "update"]
 TsdInit = Literal["zero", "sigma"]
-
-logger = logging.getLogger(__name__)
 
 EPSILON = 1e-6  # ε of eq. 12–13
 
@@ -67,9 +62,6 @@ FASTEST = 4.0
 # What the lead's buffer `balance` holds, in this order: the losses and weights of the last step, and moving averages.
 BALANCE = ("task_loss", "ortho_loss", "k", "task_weight", "ortho_weight")
 NOTES = len(BALANCE)
-
-# Tensors that are saved and never train: the start and, once chosen, the directions.
-FROZEN = ("frozen_down", "frozen_up", "start_sigma", "tsd_index", "tsd_sigma", "tsd_rate")
 
 
 @dataclass
@@ -150,7 +142,7 @@ class DisloraConfig(AdapterConfig):
         return None if total_steps is None else max(1, round(self.warmup_fraction * total_steps))
 
 
-class DisloraLayer(AdapterLayer):
+class DisloraLayer(DirectedLayer, SingularLayer):
     """The shared form with a trained diagonal, and with frozen components: the start, and the directions.
 
     The components are, in this order: the r trained ones with diagonal S; the r of the start with −S₀; the
@@ -158,50 +150,7 @@ class DisloraLayer(AdapterLayer):
     """
 
     method_name = "dislora"
-    roles = (  # without a rank's dimension, since ranks never change
-        *(Role(name) for name in ("down", "up", "sigma", "tsd_weight")),
-        *(Role(name, trains=False) for name in FROZEN),
-        Role("balance", trains=False, saved="first"),
-    )
-
-    @classmethod
-    def check_base_layer(cls, base_layer: torch.nn.Module, name: str, config: DisloraConfig, r: int) -> None:
-        """Check that a module can be adapted, and has as many singular values as the adapter has components."""
-        super().check_base_layer(base_layer, name, config, r)
-        inputs, outputs = features(base_layer)
-        if r > min(inputs, outputs):
-            raise ConfigError(
-                f"DisloraConfig: r={r} is more than the {min(inputs, outputs)} singular values of {name!r}, a "
-                f"{outputs} × {inputs} layer; lower r, give such layers a smaller one with rank_pattern, or leave "
-                "them out with exclude_modules."
-            )
-
-    def start(self, config: DisloraConfig, r: int) -> dict[str, torch.Tensor]:
-        """Zeros that `Dislora.prepare` fills in: up (out, r), down (r, in), sigma (r) and the frozen ones."""
-        count = min(config.tsd_count, self.in_features, self.out_features)
-        up, down, sigma = torch.zeros(self.out_features, r), torch.zeros(r, self.in_features), torch.zeros(r)
-        if not config.init_weights:
-            up, down, sigma = (
-                torch.linalg.qr(torch.randn_like(up)).Q,
-                torch.linalg.qr(torch.randn_like(down).t()).Q.t().contiguous(),
-                torch.ones(r),
-            )
-        tensors = {
-            "down": down,
-            "up": up,
-            "sigma": sigma,
-            "frozen_down": torch.zeros(r + count, self.in_features),
-            "frozen_up": torch.zeros(self.out_features, r + count),
-            "start_sigma": torch.zeros(r),
-        }
-        if count:
-            tensors |= {
-                "tsd_weight": torch.zeros(count),
-                "tsd_index": torch.full((count,), -1),  # its place among the singular values; -1: not chosen yet
-                "tsd_sigma": torch.zeros(count),
-                "tsd_rate": torch.zeros(count),  # δ; no name may end in "score", which PEFT takes for a classifier
-            }
-        return tensors
+    roles = (*SingularLayer.roles, *DIRECTION_ROLES, Role("balance", trains=False, saved="first"))
 
     def start_lead(self) -> dict[str, torch.Tensor]:
         """The losses and weights of the last step, and moving averages with their count, (NOTES + 3)."""
@@ -209,42 +158,19 @@ class DisloraLayer(AdapterLayer):
 
     def diagonal(self, adapter: str, projected: torch.Tensor | Gates) -> torch.Tensor:
         """(S, −S₀, α), (2r + tsd_count)."""
-        sigma = self.parameter("sigma", adapter)
-        parts = [sigma, -self.buffer("start_sigma", adapter).to(sigma.dtype)]
+        parts = [SingularLayer.diagonal(self, adapter, projected)]
         if self.has_parameter("tsd_weight", adapter):
             parts.append(self.parameter("tsd_weight", adapter))
         return torch.cat(parts)
 
-    @torch.no_grad()
-    def begin_at(self, adapter: str, triplets: Triplets) -> None:
-        """Start the factors at singular triplets of the base weight, r of them."""
-        r = self.rank(adapter)
-        start = (triplets.up, triplets.down, triplets.values)
-        for role, value in zip(("up", "down", "sigma"), start, strict=True):
-            parameter = self.parameter(role, adapter)
-            # Half precision would lose the orthonormality that they stand for.
-            parameter.data = value.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32)).clone()
-        for role in FROZEN:
-            if self.has_buffer(role, adapter) and (tensor := self.buffer(role, adapter)).is_floating_point():
-                container = getattr(self, f"{self.method_name}_{role}")
-                container[adapter] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        self.buffer("frozen_up", adapter)[:, :r] = self.parameter("up", adapter)
-        self.buffer("frozen_down", adapter)[:r] = self.parameter("down", adapter)
-        self.buffer("start_sigma", adapter).copy_(self.parameter("sigma", adapter))
-
-    @torch.no_grad()
     def zero_update(self, adapter: str) -> None:
         """Make the update zero, to rounding: the triplets go back to their start, the directions' weights to 0."""
-        r = self.rank(adapter)
-        self.parameter("up", adapter).copy_(self.buffer("frozen_up", adapter)[:, :r])
-        self.parameter("down", adapter).copy_(self.buffer("frozen_down", adapter)[:r])
-        self.parameter("sigma", adapter).copy_(self.buffer("start_sigma", adapter))
-        if self.has_parameter("tsd_weight", adapter):
-            self.parameter("tsd_weight", adapter).zero_()
+        super().zero_update(adapter)
+        self.zero_directions(adapter)
 
-    def has_directions(self, adapter: str) -> bool:
-        """Whether the task-specific directions have been chosen."""
-        return self.has_buffer("tsd_index", adapter) and bool((self.buffer("tsd_index", adapter) >= 0).any())
+    def moved(self, adapter: str, config: DisloraConfig) -> tuple[torch.Tensor, torch.Tensor]:
+        """The matrix M of eq. 4."""
+        return self.residual(adapter, config.tsd_score)
 
     def residual(self, adapter: str, score: TsdScore) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors (out, k) and (k, in) of the matrix M in eq. 4."""
@@ -256,31 +182,10 @@ class DisloraLayer(AdapterLayer):
             up, down = (torch.cat([up, start], dim=1), torch.cat([down, self.buffer("frozen_down", adapter)[:r]]))
         return up, down
 
-    def point(self, adapter: str, directions: Directions, init: TsdInit) -> None:
-        """Switch the task-specific directions on."""
-        r = self.rank(adapter)
-        self.buffer("frozen_up", adapter)[:, r:] = directions.pairs.up
-        self.buffer("frozen_down", adapter)[r:] = directions.pairs.down
-        self.buffer("tsd_index", adapter).copy_(directions.index)
-        self.buffer("tsd_sigma", adapter).copy_(directions.pairs.values)
-        self.buffer("tsd_rate", adapter).copy_(directions.score)
-        if init == "sigma":
-            self.parameter("tsd_weight", adapter).copy_(directions.pairs.values)
-
-
-@dataclass(frozen=True)
-class Directions:
-    """Task-specific directions of one matrix, the one of the highest score first.
-
-    Attributes:
-        index: Their places among the singular values of W0 in descending order, from 0, (count).
-        score: δ of eq. 4, (count).
-        pairs: Their u_i, σ_i and v_iᵀ.
-    """
-
-    index: torch.Tensor
-    score: torch.Tensor
-    pairs: Triplets
+    def first_weights(self, config: DisloraConfig, directions: Directions) -> torch.Tensor:
+        """Where the directions' weights start: at 0, or at their singular values."""
+        values = directions.pairs.values
+        return values if config.tsd_init == "sigma" else torch.zeros_like(values)
 
 
 @dataclass
@@ -295,7 +200,7 @@ class StepWeights:
 
 
 @register
-class Dislora(Method):
+class Dislora(DirectedMethod, TwinMethod):
     """DisLoRA's part in training: the start, the orthogonality penalty with its weights, the choice of directions."""
 
     name = "dislora"
@@ -312,20 +217,11 @@ class Dislora(Method):
         Panel("weighted total", ("dislora_total_loss",)),
     )
 
-    def prepare(self, layers: Mapping[str, DisloraLayer], adapter: str, config: DisloraConfig) -> None:  # type: ignore[override]
-        """Start every layer at the r smallest singular triplets of its base weight."""
-        if not config.init_weights:
-            return
-        fresh = [layer for layer in layers.values() if not layer.parameter("up", adapter).is_meta]
-        for layer, pairs in zip(fresh, _smallest_pairs(fresh, adapter), strict=True):
-            layer.begin_at(adapter, _last(pairs, layer.rank(adapter)))
-
-    def keeps_components(self, moment: Moment, trains: bool) -> str:
-        """Each trained component stands beside the frozen one that it started from."""
-        return (
-            "DisLoRA's components start as directions of the base weight, each with a frozen counterpart to cancel "
-            "it, so none is without effect; export it with max_rank or tolerance to make it smaller."
-        )
+    def triplets(self, layers: Sequence[TwinLayer], adapter: str) -> list[Triplets]:
+        """The r smallest, of as many as choosing the directions will begin with."""
+        found = zip(layers, smallest_pairs(layers, adapter), strict=True)
+        ranked = [(layer.rank(adapter), pairs) for layer, pairs in found]
+        return [Triplets(pairs.up[:, -r:], pairs.values[-r:], pairs.down[-r:]) for r, pairs in ranked]
 
     def needs_total_steps(self, config: DisloraConfig) -> bool:
         """A warm-up that is a fraction of the run needs its length."""
@@ -352,7 +248,7 @@ class Dislora(Method):
         a component of the function then moves by 2·η·√out·‖down_i‖, with ‖down_i‖ ≈ 1/√3; here by
         s·η·σ_i·√(out + in). So where σ_i is large, the same learning rate moves the function many times as far.
         """
-        rules = dict.fromkeys(layer.parameter_roles, OptimizerOverride(weight_decay=0.0))
+        rules = super().optimizer_overrides(config, layer, adapter)
         if config.match_step:
             sigma = float(layer.buffer("start_sigma", adapter).double().square().mean().sqrt())
             sides = layer.out_features + layer.in_features
@@ -368,14 +264,7 @@ class Dislora(Method):
     def before_step(self, moment: Moment[StepWeights]) -> None:
         """Weigh the gradients of the two losses (eq. 15)."""
         config: DisloraConfig = moment.config
-        warmup = config.warmup(moment.total_steps)
-        if warmup is not None and moment.step < warmup:
-            self._warn_of_long_warmup(moment, warmup)
-            if not moment.all_layers[0].has_directions(moment.adapter):  # all layers get theirs at the same time
-                for weight in (layer.parameter("tsd_weight", moment.adapter) for layer in moment.layers):
-                    # There is nothing to weigh yet. Zero gradients would leave the optimizer with wrong averages.
-                    if moment.awaits(weight):
-                        weight.grad = None
+        self.hold_back(moment)
         if config.ortho_weight == 0 or moment.skipped:
             return
         if moment.shared.weights is None:
@@ -418,33 +307,6 @@ class Dislora(Method):
             balance[2], balance[3], balance[4] = k, task_weight, ortho_weight
         return task_weight, ortho_weight
 
-    # The directions --------------------------------------------------------------------------------------------
-
-    def after_step(self, moment: Moment) -> None:
-        """Choose the task-specific directions at the end of the warm-up, once."""
-        config: DisloraConfig = moment.config
-        if moment.step + 1 != config.warmup(moment.total_steps):
-            return
-        moment.driver.require_finite(moment.all_layers)
-        layers = [layer for layer in moment.all_layers if not layer.has_directions(moment.adapter)]
-        for layer, directions in zip(layers, choose_directions(layers, moment.adapter, config), strict=True):
-            layer.point(moment.adapter, directions, config.tsd_init)
-        if layers:
-            rates = torch.cat([layer.buffer("tsd_rate", moment.adapter).cpu() for layer in layers])
-            logger.info(
-                "adapter %r: %d task-specific directions chosen in %d matrices after %d optimizer steps, with change "
-                "rates of %.3g to %.3g",
-                *(moment.adapter, len(rates), len(layers), moment.step + 1, float(rates.min()), float(rates.max())),
-            )
-
-    def _warn_of_long_warmup(self, moment: Moment, warmup: int) -> None:
-        if moment.step == 0 and moment.total_steps is not None and warmup >= moment.total_steps:
-            warnings.warn(
-                f"DisloraConfig(warmup_steps={warmup}): the run has only {moment.total_steps} optimizer steps, so no "
-                "task-specific directions will be chosen; lower warmup_steps, or leave it out for a third of the run.",
-                stacklevel=2,
-            )
-
     # What it says of itself ------------------------------------------------------------------------------------
 
     def metrics(self, moment: Moment) -> dict[str, float]:
@@ -470,34 +332,10 @@ class Dislora(Method):
                 )
         return values
 
-    def decided(self, layers: Mapping[str, DisloraLayer], adapter: str) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The task-specific directions of every matrix with their scores, the highest first."""
-        return [
-            {
-                "module": name,
-                "singular_value_index": index,
-                "singular_value": sigma,
-                "change_rate": rate,
-                "weight": weight,
-            }
-            for name, layer in layers.items()
-            if layer.has_directions(adapter)
-            for index, sigma, rate, weight in zip(
-                *(layer.buffer(role, adapter).tolist() for role in ("tsd_index", "tsd_sigma", "tsd_rate")),
-                layer.parameter("tsd_weight", adapter).tolist(),
-                strict=True,
-            )
-        ]
-
     def report(self, moment: Moment) -> dict[str, Any]:
         """The last step's losses and weights, L_ortho now, and how many directions were chosen."""
-        chosen = sum(
-            layer.parameter("tsd_weight", moment.adapter).numel()
-            for layer in moment.layers
-            if layer.has_directions(moment.adapter)
-        )
         now = float(ortho_loss(moment.layers, moment.adapter))
-        return {**self.metrics(moment), "ortho_loss_now": now, "task_specific_directions": chosen}
+        return {**self.metrics(moment), "ortho_loss_now": now, **super().report(moment)}
 
 
 def adaptive_weights(task: torch.Tensor, ortho: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -541,68 +379,6 @@ def ortho_loss(layers: Sequence[DisloraLayer], adapter: str) -> torch.Tensor:
         total = loss if total is None else total + loss.to(total.device)
     assert total is not None
     return total / len(layers)
-
-
-def choose_directions(layers: Sequence[DisloraLayer], adapter: str, config: DisloraConfig) -> list[Directions]:
-    """The task-specific directions of every layer: the largest δ of eq. 4 among all singular pairs of W0.
-
-    Few pairs need to be looked at. δ_i is at most ‖M‖₂ / σ_i, so once the smallest pairs are known, and σ of the next
-    one is so large that this bound is below the `tsd_count`-th best score, no other can be among the best.
-    """
-    results = []
-    with late_progress() as progress:
-        progress("Choosing directions", 0, len(layers))
-        for done, layer in enumerate(layers, start=1):  # one at a time: nobody has room for all pairs of all layers
-            weight = layer.base_matrix()
-            up, down = layer.residual(adapter, config.tsd_score)
-            count, sides = layer.parameter("tsd_weight", adapter).shape[0], min(weight.shape)
-            largest, floor = float(factor_spectrum(up, down)[0]), _floor(weight)
-            pairs = _smallest_pairs([layer], adapter)[0]
-            chosen, enough = _best(pairs, up, down, count, sides, largest, floor)
-            while not enough:
-                pairs = smallest_triplets(weight, min(4 * pairs.values.shape[0], sides))
-                chosen, enough = _best(pairs, up, down, count, sides, largest, floor)
-            results.append(chosen)
-            progress("Choosing directions", done, len(layers))
-    return results
-
-
-def _best(
-    pairs: Triplets, up: torch.Tensor, down: torch.Tensor, count: int, sides: int, largest: float, floor: float
-) -> tuple[Directions, bool]:
-    """The best directions among some pairs, and whether no other pair can be among the best."""
-    u, values, v = (tensor.to(up) for tensor in (pairs.up, pairs.values, pairs.down))
-    available = values.shape[0]
-    # u_iᵀ M v_i for all i at once
-    projections = ((u.t() @ up) * (v @ down.t())).sum(dim=1)
-    score = projections.abs() / values.clamp_min(floor)
-    best = torch.topk(score, min(count, available))
-    index = best.indices
-    chosen = Directions(index + (sides - available), best.values, Triplets(u[:, index], values[index], v[index]))
-    enough = available == sides or float(best.values[-1]) >= largest / max(float(values[0]), floor)
-    return chosen, enough
-
-
-def _floor(weight: torch.Tensor) -> float:
-    """What singular values are clamped to in eq. 4: rounding error of the weight's own size."""
-    norm = torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-    return max(1e-7 * float(norm), torch.finfo(torch.float32).tiny)
-
-
-def _smallest_pairs(layers: Sequence[DisloraLayer], adapter: str) -> list[Triplets]:
-    """The smallest singular triplets of each base weight: as many as the start and mostly the directions need.
-
-    The same number in both places, so that the second finds what the first has left on the disk.
-    """
-    ranks = [
-        min(layer.rank(adapter) + layer.buffer("frozen_down", adapter).shape[0], layer.in_features, layer.out_features)
-        for layer in layers
-    ]
-    return decompose([layer.base_matrix for layer in layers], ranks, describe="Decomposing the base weights")
-
-
-def _last(pairs: Triplets, r: int) -> Triplets:
-    return Triplets(pairs.up[:, -r:], pairs.values[-r:], pairs.down[-r:])
 
 
 # Orthogonality -----------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from dynalora.adapter.ranks import in_use
 from dynalora.driver import Moment
-from dynalora.methods.pedyra.layer import PedyraLayer, in_use
+from dynalora.methods.pedyra.layer import PedyraLayer
 from dynalora.methods.pedyra.record import append_record
 from dynalora.methods.pedyra.scores import generator_for
 from dynalora.methods.pedyra.settings import Mode

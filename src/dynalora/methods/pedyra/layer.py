@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -207,14 +207,3 @@ def _sum_squares(x: torch.Tensor) -> torch.Tensor:
     else:
         squares = torch.linalg.vector_norm(flat, dim=0, dtype=dtype).square()
     return torch.cat([squares, squares.new_full((1,), flat.shape[0])])
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in full, where FSDP2 has spread it over processes."""
-    full = getattr(tensor, "full_tensor", None)
-    return tensor if full is None else cast(torch.Tensor, full())
-
-
-def in_use(layer: PedyraLayer, role: str, adapter: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor of a parameter's shape that its triples fill."""
-    return _whole(tensor).narrow(layer.rank_dims[role], 0, layer.rank(adapter))

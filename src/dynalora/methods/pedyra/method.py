@@ -12,13 +12,13 @@ from torch import nn
 
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method, Panel
+from dynalora.adapter.orthogonality import add_orthogonality
 from dynalora.adapter.register import register
 from dynalora.common.processes import grouped, process_count
 from dynalora.driver import Moment, OptimizerOverride, drivers_of
 from dynalora.errors import ConfigError, ScheduleError, UnsupportedError
 from dynalora.methods.pedyra.adjustment import adjust
 from dynalora.methods.pedyra.layer import PedyraLayer
-from dynalora.methods.pedyra.orthogonality import add_orthogonality
 from dynalora.methods.pedyra.record import Adjustment, read_record
 from dynalora.methods.pedyra.scores import shared_with_all, triple_scores, update_averages
 from dynalora.methods.pedyra.settings import AdjustmentPlan, PedyraConfig

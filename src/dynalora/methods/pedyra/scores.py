@@ -8,10 +8,11 @@ from typing import Any, cast
 import torch
 from torch import distributed
 
+from dynalora.adapter.ranks import in_use
 from dynalora.common import private
 from dynalora.common.processes import grouped, process_count
 from dynalora.driver import Moment
-from dynalora.methods.pedyra.layer import ROLES, PedyraLayer, in_use
+from dynalora.methods.pedyra.layer import ROLES, PedyraLayer
 from dynalora.methods.pedyra.settings import PedyraConfig
 
 

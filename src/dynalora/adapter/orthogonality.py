@@ -1,0 +1,114 @@
+"""Penalties that keep the rows of `down` and the columns of `up` orthonormal, for the methods that have one.
+
+With D = down·downᵀ − I or D = upᵀ·up − I, two for each of the N adapted matrices:
+
+    "sum":        Σ ‖D‖_F²                     gradient 4·D·down, and 4·up·D            (PE-DyRA, eq. 2)
+    "mean_norm":  1/(2N) Σ ‖D‖_F               gradient D·down / (N·‖D‖_F), …           (AdaLoRA's code, SORSA)
+
+The gradient is added right before the optimizer's step; only r × r matrices are formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+
+from dynalora.adapter.layer import AdapterLayer
+from dynalora.adapter.ranks import fit, in_use
+from dynalora.common.private import foreach_add_
+from dynalora.driver import Moment
+
+Reduction = Literal["sum", "mean_norm"]
+
+
+def add_orthogonality(moment: Moment, weight: float, reduction: Reduction = "sum") -> None:
+    """Add a penalty's gradient, layers of equal shape together.
+
+    Args:
+        moment: The moment before the step.
+        weight: The penalty's weight.
+        reduction: How the penalty adds up its terms.
+    """
+    groups: dict[Any, list[AdapterLayer]] = {}
+    for layer in moment.layers:
+        for role, dim in _DIMS.items():
+            parameter = layer.parameter(role, moment.adapter)
+            if moment.awaits(parameter):
+                shape = layer.rank(moment.adapter), parameter.shape[1 - dim]
+                groups.setdefault((role, shape, parameter.dtype, parameter.device), []).append(layer)
+    for (role, (rank, _), _, _), layers in groups.items():
+        rows = _rows(layers, role, moment.adapter)  # (L, r, features)
+        deviation = _deviation(rows)
+        # A new component is orthonormal to rounding and may have no other gradient: Adam, which knows no size, would
+        # make full steps of what rounding left.
+        deviation = deviation.masked_fill(deviation.abs() < 32 * torch.finfo(rows.dtype).eps, 0.0)
+        rate = 4 * weight * moment.grad_scale
+        if reduction == "mean_norm":
+            norms = torch.linalg.vector_norm(deviation, dim=(1, 2), keepdim=True)
+            deviation = deviation / torch.where(norms > 0, norms, 1.0)
+            rate = weight * moment.grad_scale / len(moment.all_layers)
+        addition = torch.bmm(deviation, rows) * rate
+        if role == "up":
+            addition = addition.mT
+        _add(layers, role, moment.adapter, addition, rank)
+
+
+@torch.no_grad()
+def orthogonality(layers: Iterable[AdapterLayer], adapter: str, reduction: Reduction = "sum") -> float:
+    """The penalty itself, without its weight.
+
+    Args:
+        layers: All layers of the adapter.
+        adapter: Its name.
+        reduction: How the penalty adds up its terms.
+    """
+    terms = []
+    for layer in layers:
+        for role in _DIMS:
+            norm = float(torch.linalg.vector_norm(_deviation(_rows([layer], role, adapter))))
+            terms.append(norm**2 if reduction == "sum" else norm)
+    return sum(terms) if reduction == "sum" else sum(terms) / len(terms)
+
+
+#: The dimension of each factor that carries the rank, which need not be in the table of roles.
+_DIMS = {"down": 0, "up": 1}
+
+
+def _rows(layers: Iterable[AdapterLayer], role: str, adapter: str) -> torch.Tensor:
+    """(L, r, features) with rows that are to be orthonormal."""
+    parts = [in_use(layer, role, adapter, layer.parameter(role, adapter).detach()) for layer in layers]
+    factors = torch.stack(parts)
+    return factors if role == "down" else factors.mT
+
+
+def _deviation(rows: torch.Tensor) -> torch.Tensor:
+    """D, (L, r, r)."""
+    gram = rows @ rows.mT
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return gram
+
+
+def _add(layers: Iterable[AdapterLayer], role: str, adapter: str, additions: torch.Tensor, rank: int) -> None:
+    """Add (L, …) to the gradients of one role's parameters; one that had none gets one."""
+    dim = _DIMS[role]
+    targets, shares = [], []
+    for layer, share in zip(layers, additions.unbind(), strict=True):
+        parameter = layer.parameter(role, adapter)
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if hasattr(parameter, "full_tensor"):
+            parameter.grad.add_(_like(parameter, fit(share, dim, parameter.shape[dim])))
+        else:
+            targets.append(parameter.grad.narrow(dim, 0, rank))
+            shares.append(share)
+    if targets:
+        foreach_add_(targets, shares)
+
+
+def _like(sharded: Any, whole: torch.Tensor) -> torch.Tensor:
+    """A tensor spread over processes as FSDP2 has spread another."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, sharded.device_mesh, sharded.placements)
