@@ -15,12 +15,12 @@ from torch import nn
 import dynalora
 from dynalora.adapter.curvature import Curvature
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
-from dynalora.adapter.retain import BANK_ROWS, retention_penalty
+from dynalora.adapter.retain import BANK_ROWS, RetentionPenalty
 from dynalora.errors import ConfigError, ScheduleError, TrainingError, UnsupportedError
-from dynalora.forgetting.retain import read_curvature
+from dynalora.forgetting.retain import read_curvature, retain_cost
 from dynalora.forgetting.retention import retention
 from dynalora.forgetting.texts import CHATS, OPENINGS, MeasuredText, anchor_text, own_text
-from dynalora.spectral.second_moment import MomentSketch, SecondMoment
+from dynalora.spectral.second_moment import MomentSketch, SecondMoment, StackedMoments
 from tests.toys import TOYS
 
 from . import tiny
@@ -129,9 +129,8 @@ def prepared(name: str, toy: str = "mlp") -> tuple[Any, dict[str, AdapterLayer]]
 
 
 def penalty_of(layers: dict[str, AdapterLayer]) -> torch.Tensor:
-    return retention_penalty(
-        layers.values(), "default", {layer: layer.curvatures["default"] for layer in layers.values()}
-    )
+    ordered = list(layers.values())
+    return RetentionPenalty(ordered, "default")(ordered)
 
 
 @every_config
@@ -163,10 +162,58 @@ def test_steps_take_turns_over_the_stored_inputs() -> None:
     model, layers = prepared("disel")
     for layer in layers.values():
         layer.curvatures["default"] = curvature_of(layer, rows=3 * BANK_ROWS)
-    curvatures = {layer: layer.curvatures["default"] for layer in layers.values()}
-    values = [float(retention_penalty(layers.values(), "default", curvatures, step)) for step in range(6)]
+    ordered = list(layers.values())
+    penalty = RetentionPenalty(ordered, "default")
+    values = [float(penalty(ordered, step)) for step in range(6)]
     assert values[:3] == values[3:]
     assert sum(values[:3]) / 3 == pytest.approx(by_definition(model), rel=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 9))
+def test_forms_of_stacked_moments_are_those_of_each_alone(data: st.DataObject, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = data.draw(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 2)), min_size=1, max_size=6))
+    moments = [
+        SecondMoment(torch.randn(k, n, generator=generator).double(), torch.rand(n, generator=generator).double())
+        for n, k in sizes
+    ]
+    dense = [moment.dense() for moment in moments]
+    ranks = [data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)) for _ in sizes]
+    rows = [
+        [torch.randn(r, n, generator=generator).double() for r in several]
+        for (n, _), several in zip(sizes, ranks, strict=True)
+    ]
+    stacked = StackedMoments(moments, [(torch.device("cpu"), torch.float64)] * len(moments))
+    for forms, matrices, moment in zip(stacked.forms(rows), rows, dense, strict=True):
+        for form, matrix in zip(forms, matrices, strict=True):
+            torch.testing.assert_close(form, matrix @ moment @ matrix.mT, atol=1e-12, rtol=1e-12)
+    for moment, before in zip(moments, dense, strict=True):
+        assert torch.equal(moment.dense(), before)
+
+
+def storages(values: Any) -> int:
+    """Bytes of the memory under tensors, each place once."""
+    places = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in values}
+    return sum(places.values())
+
+
+def test_steps_hold_the_curvature_once_and_as_much_as_the_cost_says(words: Any) -> None:
+    model = language_model(words, dynalora.DiraConfig(r=2, target_modules="all-linear", retain=1.0))
+    cost = retain_cost(model, rank=5).bytes
+    read_curvature(model, anchor_text(model, words, texts=4, tokens=8, cache=False), rank=5)
+    layers = list(adapter_layers(model, "default").values())
+    penalty = RetentionPenalty(layers, "default")
+    first = penalty(layers)
+    assert penalty.serves(layers)
+    assert torch.equal(penalty(layers), first)
+    held = [layer.curvatures["default"] for layer in layers]
+    moments = [moment for curvature in held for moment in (curvature.inputs, curvature.outputs)]
+    stacks = [stack for part in (penalty._inputs, penalty._outputs) for _, stack in part._stacks]
+    assert storages(t for m in [*moments, *stacks] for t in (m.basis, m.diagonal)) == cost
+    model.double()
+    assert not penalty.serves(layers)
+    assert RetentionPenalty(layers, "default")(layers).dtype == torch.float64
 
 
 # --- around a step ------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ on a few texts, and with `max_forgetting` the weight follows the KL ([`adapter.b
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,50 +32,83 @@ from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.storage import BUDGET
 from dynalora.driver import Moment
 from dynalora.errors import TrainingError
-from dynalora.spectral.second_moment import SecondMoment
+from dynalora.spectral.second_moment import SecondMoment, StackedMoments
 
 BANK_ROWS = 256
 """Stored inputs that one step reads; steps take turns over the bank."""
 
 
-def retention_penalty(
-    layers: Iterable[AdapterLayer], adapter: str, curvatures: Mapping[AdapterLayer, Curvature], step: int = 0
-) -> torch.Tensor:
-    """Σ P over layers, as at the top of this module: a scalar that can be differentiated in all parameters.
+class RetentionPenalty:
+    """Σ P over layers, as at the top of this module. What does not change from step to step is laid out once.
+
+    The tensors of the curvatures become views of what is held here. The layers are not held.
 
     Args:
         layers: The adapted layers.
         adapter: The adapter.
-        curvatures: What each layer knows of the base model's text.
-        step: Which part of the stored inputs is read, for updates that depend on them.
     """
-    total: torch.Tensor | None = None
-    groups: dict[tuple[object, ...], list[AdapterLayer]] = defaultdict(list)
-    for layer in layers:
-        up, _ = layer.sides(adapter)
-        gated = layer.depends_on_input(adapter)
-        groups[up.shape, layer.in_features, layer.scaling[adapter], up.dtype, up.device, gated].append(layer)
-    for group in groups.values():
-        first = group[0]
-        moments = [curvatures[layer] for layer in group]
-        place = first.parameter("up", adapter)
-        outputs = SecondMoment.stack([moment.outputs for moment in moments]).to(place.device, place.dtype)
-        if first.depends_on_input(adapter):
-            up = torch.stack([layer.sides(adapter)[0] for layer in group])
-            second = torch.stack(
-                [_narrow_moment(layer, adapter, moment, step) for layer, moment in zip(group, moments, strict=True)]
-            )
-        else:
-            factors = [layer.factors(adapter) for layer in group]
-            up = torch.stack([pair[0] for pair in factors])  # (L, out, r), the diagonal in it
-            down = torch.stack([pair[1] for pair in factors])
-            inputs = SecondMoment.stack([moment.inputs for moment in moments]).to(place.device, place.dtype)
-            second = inputs.form(down)
-        value = 0.5 * first.scaling[adapter] ** 2 * (outputs.form(up.mT) * second).sum()
-        total = value if total is None else total + value.to(total.device)
-    if total is None:
-        raise ValueError("the adapter adapts no layer")
-    return total
+
+    def __init__(self, layers: Sequence[AdapterLayer], adapter: str) -> None:
+        if not layers:
+            raise ValueError("the adapter adapts no layer")
+        self.adapter = adapter
+        self.curvatures = [layer.curvatures[adapter] for layer in layers]
+        self._places = _places(layers, adapter)
+        # Layers with a common input have one moment of it; those with gates read stored inputs instead.
+        self._readers: dict[SecondMoment, list[int]] = defaultdict(list)
+        for index, (layer, curvature) in enumerate(zip(layers, self.curvatures, strict=True)):
+            if not layer.depends_on_input(adapter):
+                self._readers[curvature.inputs].append(index)
+        self._inputs = StackedMoments(
+            list(self._readers), [self._places[readers[0]] for readers in self._readers.values()]
+        )
+        self._outputs = StackedMoments([curvature.outputs for curvature in self.curvatures], self._places)
+
+    def serves(self, layers: Sequence[AdapterLayer]) -> bool:
+        """Whether these layers still have the curvatures, and are still where they were."""
+        curvatures = [layer.curvatures[self.adapter] for layer in layers]
+        return (
+            len(curvatures) == len(self.curvatures)
+            and all(map(operator.is_, curvatures, self.curvatures))
+            and _places(layers, self.adapter) == self._places
+        )
+
+    def __call__(self, layers: Sequence[AdapterLayer], step: int = 0) -> torch.Tensor:
+        """The penalty at the present weights: a scalar that can be differentiated in all parameters.
+
+        Args:
+            layers: The layers that this was made with.
+            step: Which part of the stored inputs is read, for updates that depend on them.
+        """
+        # up is (out, r), with the diagonal in it where there are no gates, and down (r, in).
+        sides = [
+            layer.sides(self.adapter) if layer.depends_on_input(self.adapter) else layer.factors(self.adapter)
+            for layer in layers
+        ]
+        outer = [forms[0] for forms in self._outputs.forms([[up.mT] for up, _ in sides])]
+        inner: dict[int, torch.Tensor] = {}
+        rows = [[sides[index][1] for index in readers] for readers in self._readers.values()]
+        for readers, forms in zip(self._readers.values(), self._inputs.forms(rows), strict=True):
+            inner.update(zip(readers, forms, strict=True))
+        groups: dict[tuple[torch.Size, torch.device], list[int]] = defaultdict(list)
+        for index, layer in enumerate(layers):
+            if index not in inner:
+                inner[index] = _narrow_moment(layer, self.adapter, self.curvatures[index], step).to(outer[index].dtype)
+            groups[outer[index].shape, outer[index].device].append(index)
+        total: torch.Tensor | None = None
+        for (_, device), group in groups.items():
+            products = torch.stack([outer[index] for index in group]) * torch.stack([inner[index] for index in group])
+            weights = [0.5 * layers[index].scaling[self.adapter] ** 2 for index in group]
+            value = products.sum((1, 2)) @ torch.tensor(weights, dtype=products.dtype).to(device, non_blocking=True)
+            total = value if total is None else total + value.to(total.device)
+        assert total is not None
+        return total
+
+
+def _places(layers: Sequence[AdapterLayer], adapter: str) -> list[tuple[torch.device, torch.dtype]]:
+    """Where, and how precisely, each layer's forms are wanted."""
+    parameters = [layer.parameter("up", adapter) for layer in layers]
+    return [(parameter.device, torch.promote_types(parameter.dtype, torch.float32)) for parameter in parameters]
 
 
 def _narrow_moment(layer: AdapterLayer, adapter: str, curvature: Curvature, step: int) -> torch.Tensor:
@@ -115,9 +149,10 @@ class Retain:
         # Of the training step that is under way: gradients by parameter, and the parameters that have had theirs.
         self._gradients: dict[int, torch.Tensor] = {}
         self._done: set[int] = set()
+        self._penalty: RetentionPenalty | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "meter": None, "_gradients": {}, "_done": set()}
+        return {**self.__dict__, "meter": None, "_gradients": {}, "_done": set(), "_penalty": None}
 
     def ready(self, config: Any, layers: Iterable[AdapterLayer], adapter: str) -> bool:
         """Whether the text that a configuration needs has been read."""
@@ -209,8 +244,9 @@ class Retain:
             value, gradients = self.meter.replay(moment.step, parameters)
         else:
             with torch.enable_grad():
-                curvatures = {layer: layer.curvatures[adapter] for layer in layers}
-                value = retention_penalty(layers, adapter, curvatures, moment.step)
+                if self._penalty is None or not self._penalty.serves(layers):
+                    self._penalty = RetentionPenalty(layers, adapter)
+                value = self._penalty(layers, moment.step)
                 gradients = torch.autograd.grad(value, parameters, allow_unused=True)
         self.value = value.detach()
         self.weight = config.retain if config.max_forgetting is None else self._controlled(moment, self.value)

@@ -10,15 +10,18 @@ trace is exact, and memory is n × m numbers instead of n × n.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 OVERSAMPLING = 16
 """Columns of the sketch beyond the rank that is kept."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class SecondMoment:
     """C ≈ basisᵀ·basis + diag(diagonal).
 
@@ -50,12 +53,60 @@ class SecondMoment:
         """The same numbers on another device, or in another precision."""
         return SecondMoment(self.basis.to(device, dtype), self.diagonal.to(device, dtype))
 
-    @staticmethod
-    def stack(moments: list[SecondMoment]) -> SecondMoment:
-        """Moments of equal shapes, with a first dimension that counts them: (L, k, n) and (L, n)."""
-        return SecondMoment(
-            torch.stack([moment.basis for moment in moments]), torch.stack([moment.diagonal for moment in moments])
-        )
+
+class StackedMoments:
+    """Many moments whose forms are computed together, in one place of memory for each shape.
+
+    The moments' own tensors become views of that place, so that nothing is held twice and nothing is copied again.
+
+    Args:
+        moments: The moments, each of them once.
+        places: For each moment the device and the precision in which it is held and its forms are wanted.
+    """
+
+    def __init__(self, moments: Sequence[SecondMoment], places: Sequence[tuple[torch.device, torch.dtype]]) -> None:
+        groups: dict[tuple[torch.Size, torch.device, torch.dtype], list[int]] = defaultdict(list)
+        for index, (moment, place) in enumerate(zip(moments, places, strict=True)):
+            groups[moment.basis.shape, place[0], place[1]].append(index)
+        self._stacks: list[tuple[list[int], SecondMoment]] = []
+        for (_, device, dtype), members in groups.items():
+            stack = SecondMoment(
+                torch.stack([moments[index].basis.to(device, dtype) for index in members]),
+                torch.stack([moments[index].diagonal.to(device, dtype) for index in members]),
+            )
+            for place_in_stack, index in enumerate(members):
+                moments[index].basis = stack.basis[place_in_stack]
+                moments[index].diagonal = stack.diagonal[place_in_stack]
+            self._stacks.append((members, stack))
+
+    def forms(self, rows: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
+        """`rows · C · rowsᵀ` for every matrix of rows.
+
+        Args:
+            rows: For each moment the matrices to take it with, (r, n) each, of any r.
+
+        Returns:
+            The forms in the same places, (r, r) each.
+        """
+        results: list[list[torch.Tensor]] = [[] for _ in rows]
+        for members, stack in self._stacks:
+            blocks = [_together([matrix.to(stack.basis.dtype) for matrix in rows[index]]) for index in members]
+            height = max(block.shape[0] for block in blocks)
+            # Blocks of fewer rows are filled up with zeros, which change no other row's products.
+            equal = [
+                block if len(block) == height else F.pad(block, (0, 0, 0, height - len(block))) for block in blocks
+            ]
+            forms = stack.form(torch.stack(equal))
+            for index, form in zip(members, forms.unbind(), strict=True):
+                end = 0
+                for matrix in rows[index]:
+                    start, end = end, end + matrix.shape[0]
+                    results[index].append(form[start:end, start:end])
+        return results
+
+
+def _together(matrices: list[torch.Tensor]) -> torch.Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
 
 class MomentSketch:
