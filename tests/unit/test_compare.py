@@ -25,6 +25,7 @@ from dynalora.common.statistics import crossed_difference, holm
 from dynalora.drawing import style as drawing
 from dynalora.errors import ConfigError, DataError, RunFolderError, TrainingError
 from dynalora.evaluation.run import measure, prepare
+from dynalora.evaluation.tokens import TokenizedSet
 from dynalora.forgetting.retention import retention
 from dynalora.forgetting.texts import given_text, own_text
 from dynalora.jobs.compare import cell as compare_cell
@@ -226,6 +227,23 @@ def test_runs_may_be_as_long_as_epochs_say(place: Path) -> None:
     found = results(run_compare(spec, apart=False))
     # 12 training questions without the 3 that are set aside, in batches of 2.
     assert found["colour/lora_r2_lr0.01_seed42"]["training"]["steps"] == 10
+
+
+def test_prompts_may_be_trained_on_and_nothing_else_changes(place: Path) -> None:
+    spec = spec_of(place, "answers", learning_rates=[1e-2], seeds=1, methods=["lora"])
+    answers, prompts = (
+        results(run_compare(replace(spec, loss_on_prompts=given, output=str(place / f"prompts-{given}")), apart=False))
+        for given in (False, True)
+    )
+    assert answers["colour/base"]["test"] == prompts["colour/base"]["test"]
+    one, other = (found["colour/lora_r2_lr0.01_seed42"] for found in (answers, prompts))
+    assert one["test"]["losses"] != other["test"]["losses"]
+    assert one["test"]["counts"] == other["test"]["counts"]
+    assert other["change"]["prompts_kl"] is not None
+
+    rows = TokenizedSet([{"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}], truncated=2).with_prompts()
+    assert rows.rows == [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}]
+    assert rows.truncated == 2
 
 
 def test_a_task_that_is_trained_elsewhere_is_compared_by_its_mean(place: Path) -> None:
@@ -487,6 +505,8 @@ def test_an_encoder_is_compared_on_classification(place: Path, tmp_path: Path) -
     assert first[0] == pytest.approx(first[1], rel=1e-5)
     with pytest.raises(ConfigError, match="Some tasks take another kind of model"):
         run_compare(replace(spec, tasks=["cola", str(place / "data" / "colour")]), apart=False)
+    with pytest.raises(ConfigError, match="loss_on_prompts needs a causal language model"):
+        run_compare(replace(spec, loss_on_prompts=True, output=str(tmp_path / "never")), apart=False)
 
 
 def kept_data(folder: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from dynalora.common.names import IGNORED_LABEL
@@ -85,6 +85,11 @@ class TokenizedSet:
 
     def __getitem__(self, index: int) -> Tokens:
         return self.rows[index]
+
+    def with_prompts(self) -> TokenizedSet:
+        """The same conversations with a loss on every token, prompts included."""
+        rows: list[Tokens] = [{**row, "labels": list(row["input_ids"])} for row in self.rows]
+        return replace(self, rows=rows)
 
     @property
     def response_tokens(self) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.common.progress import Progress, rich_progress
-from dynalora.errors import DynaloraError
+from dynalora.errors import ConfigError, DynaloraError
 from dynalora.evaluation.heads import CAUSAL_LM, MASKED_LM, head_of
 from dynalora.evaluation.masked_lm import under_head
 from dynalora.evaluation.run import measure
@@ -83,6 +83,8 @@ class _Run:
         assert head is not None  # it was loaded as one of them
         self.head = head
         tokenizer = load_tokenizer(self.path, template=spec.template if head is CAUSAL_LM else None)
+        if spec.loss_on_prompts and head is not CAUSAL_LM:
+            raise ConfigError("loss_on_prompts needs a causal language model; leave it out.")
         if head.encoder_decoder:
             tokenizer.model_max_length = model_window(model, tokenizer)
         self.texts = self._texts(model, tokenizer)
@@ -95,9 +97,10 @@ class _Run:
                 spec, seed=cell.seed, learning_rate=cell.learning_rate, weight_decay=cell.weight_decay, log_every=1,
                 eval_every=0, save_every=0,
             )  # fmt: skip
+            learned = rows.with_prompts() if spec.loss_on_prompts else rows
             _forget_peak()
             trained = train_adapter(
-                model, tokenizer, cell.config(self.head.task_type), rows, settings=how, label=cell.label,
+                model, tokenizer, cell.config(self.head.task_type), learned, settings=how, label=cell.label,
                 console=self.console, collator=task.collator(tokenizer),
             )  # fmt: skip
             model = trained.model

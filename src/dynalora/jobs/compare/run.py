@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from dynalora.common.progress import rich_progress
 from dynalora.errors import ConfigError
+from dynalora.evaluation.heads import CAUSAL_LM
 from dynalora.jobs.compare.grid import Comparison, Grid
 from dynalora.jobs.compare.planning import plan, task_places
 from dynalora.jobs.compare.runner import InProcessRunner, Runner
@@ -83,6 +84,9 @@ def run_compare(
     store = CellStore(spec.output, shared_settings(spec), report_only=not run)
     store.check()
     tasks = {source: spec.load_task(source) for source in spec.tasks}
+    for source, task in tasks.items():
+        if spec.loss_on_prompts and CAUSAL_LM not in task.heads:
+            raise ConfigError(f"loss_on_prompts needs a causal language model, which {source} is not learned by.")
     for name in spec.texts:
         load_named_text(name, "texts")
     with rich_progress(console) as progress:
