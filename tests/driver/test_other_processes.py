@@ -143,3 +143,53 @@ def test_an_adapter_made_before_its_processes_met_is_refused(monkeypatch: pytest
     with pytest.raises(UnsupportedError, match=r"before its 2 processes joined .*'first'.*max_rank"):
         steps(model, optimizer, range(1))
     steps(roomy, torch.optim.SGD([p for p in roomy.parameters() if p.requires_grad], lr=0.1), range(1))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "DiraConfig": {"penalty_weight": 1e-2, "total_steps": 6},
+    "DiselConfig": {},
+    "DisloraConfig": {"tsd_count": 2, "total_steps": 6},
+    "PedyraConfig": {"adjust_start": 2, "adjust_interval": 2, "adjust_end": 6, "adjust_size": 1, "max_rank": 6},
+}
+
+
+@pytest.fixture
+def alone_in_a_group(tmp_path: Path) -> Any:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_an_optimizer_around_another_with_groups_of_its_own(name: str, alone_in_a_group: None) -> None:
+    """ZeroRedundancyOptimizer copies the settings of its groups, one by one, to those of the optimizer inside."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def train(make: Any) -> dict[str, torch.Tensor]:
+        torch.manual_seed(4)
+        model = peft.get_peft_model(MLP(), getattr(dynalora, name)(r=3, target_modules=TARGETS, **OPTIONS[name]))
+        steps(model, make([p for p in model.parameters() if p.requires_grad]), range(6))
+        return dict(model.state_dict())
+
+    plain = train(lambda parameters: torch.optim.AdamW(parameters, lr=1e-2))
+    around = train(lambda parameters: ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=1e-2))
+    assert all(torch.equal(plain[key], around[key]) for key in plain)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_factors_in_flat_vectors_are_refused_where_rules_need_matrices(name: str) -> None:
+    model = peft.get_peft_model(MLP(), getattr(dynalora, name)(r=3, target_modules=TARGETS, **OPTIONS[name]))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    model(torch.randn(8, 12)).square().mean().backward()
+    for parameter in parameters:  # as FullyShardedDataParallel leaves them between passes
+        flat = None if parameter.grad is None else parameter.grad.reshape(-1)
+        parameter.grad = None
+        parameter.data = parameter.data.reshape(-1)
+        parameter.grad = flat
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    if name == "DiselConfig":
+        optimizer.step()
+        return
+    with pytest.raises(UnsupportedError, match=f"{name}.*does not train under FSDP1.*train it under"):
+        optimizer.step()

@@ -46,6 +46,9 @@ class Method:
     #: What lives for one training step (`Moment.shared`): made anew, without arguments, at the start of each.
     shared_class: ClassVar[type[Any]] = object
 
+    #: The ways to spread weights over processes that its rules know: `"FSDP1"` (flat vectors), `"FSDP2"` (shards).
+    sharding: ClassVar[tuple[str, ...]] = ("FSDP2",)
+
     #: How the metrics are drawn, in reading order; empty: not at all.
     panels: ClassVar[tuple[Panel, ...]] = ()
 

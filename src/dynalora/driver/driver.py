@@ -17,7 +17,7 @@ from dynalora.common.private import in_backward, version
 from dynalora.common.processes import grouped
 from dynalora.driver.finite import first_bad, some_bad
 from dynalora.driver.moment import DrivenLayer, DrivenMethod, DrivenPart, Moment
-from dynalora.errors import ScheduleError, TrainingError
+from dynalora.errors import ScheduleError, TrainingError, UnsupportedError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -159,6 +159,7 @@ class Driver:
         if not awaiting:
             return False
         self._require_whole_step()
+        self._require_known_sharding(moment.layers)
         if moment.found_inf is None:  # else a scaler looks, and skips the step
             self._look(moment, parameters)
         first = not self._done or not self._done.isdisjoint(awaiting)
@@ -180,6 +181,24 @@ class Driver:
             if parameter.grad is not None:
                 _mark(parameter.grad)
         return first
+
+    def _require_known_sharding(self, layers: Sequence[Any]) -> None:
+        """Refuse weights that are spread over processes in a way that the method's rules do not know.
+
+        Raises:
+            UnsupportedError: They are.
+        """
+        down = layers[0].adapter_parameters(self.adapter).get("down")
+        if down is None:
+            return
+        way = "FSDP1" if down.ndim != 2 else "FSDP2" if hasattr(down, "full_tensor") else None
+        if way is not None and way not in self.method.sharding:
+            known = " or ".join([*self.method.sharding, "DistributedDataParallel"])
+            flat = "as pieces of flat vectors" if way == "FSDP1" else "in shards"
+            raise UnsupportedError(
+                f"{type(self.config).__name__} (adapter {self.adapter!r}) does not train under {way}, which keeps its "
+                f"factors {flat}, so that norms and products of whole factors cannot be taken; train it under {known}."
+            )
 
     def _look(self, moment: Moment, parameters: Sequence[torch.Tensor]) -> None:
         """Refuse gradients that are no numbers; on an accelerator those of the step before."""

@@ -173,7 +173,9 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if not callable(closure):  # a few optimizers take something else first
         _act_before(optimizer, plan)
-        plan.groups.apply(optimizer)
+        if not isinstance(getattr(optimizer, "optim", None), Optimizer):
+            plan.groups.apply(optimizer)
+        # else its own optimizer steps (ZeroRedundancyOptimizer's), whose groups must be as many, and gets them then.
         return None
 
     # The gradients come to be inside the step: act each time the closure has made them.

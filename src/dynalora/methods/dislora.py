@@ -208,6 +208,7 @@ class Dislora(DirectedMethod, TwinMethod):
     config_class = DisloraConfig
     layer_class = DisloraLayer
     shared_class = StepWeights
+    sharding = ()
     panels = (
         Panel("weight of the task loss", ("dislora_task_weight",)),
         Panel("weight of the orthogonality loss", ("dislora_ortho_weight",)),
