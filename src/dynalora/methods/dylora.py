@@ -36,8 +36,7 @@ class DyloraConfig(AdapterConfig):
 
     Args:
         min_rank: r_min, the smallest prefix that is trained.
-        variant: `"full"` trains all components of the prefix; `"frozen"` only its last one, which is cheaper by
-            the optimizer's reckoning and, in the paper, a little worse.
+        variant: `"full"` trains all components of the prefix; `"frozen"` only its last one.
         seed: Seed of the prefixes.
     """
 
