@@ -213,7 +213,7 @@ def test_every_backward_goes_through_the_function_that_is_wrapped(monkeypatch: p
     monkeypatch.setattr(losses, "_watching", False)
     monkeypatch.setattr(torch.autograd, "backward", torch.autograd.backward)
     seen: list[float] = []
-    losses.watch_backward(lambda: None, lambda loss, noted: seen.append(float(loss)))
+    losses.watch_backward(lambda: None, lambda loss, noted, alone: seen.append(float(loss)))
     (2 * torch.ones(1, requires_grad=True)).sum().backward()
     assert seen == [2.0]
     source = inspect.getsource(torch.Tensor.backward)

@@ -30,8 +30,12 @@ HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++")
 BASE = "base"
 """Label of the untouched model, which is grey in every figure."""
 
-BASELINES = ("lora", "full", "dora", "pissa", "adalora", "rslora", "lora+", "randlora", "miss", "p-tuning")
-"""Methods to compare with, in the order in which they get their looks, after the methods of this package."""
+FIRST = (
+    "dira", "disel", "dislora", "pedyra",
+    "lora", "full", "dora", "pissa", "adalora", "rslora", "lora+", "randlora", "miss", "p-tuning",
+)  # fmt: skip
+"""Methods in the order in which they get their looks; others of the registry come after them, so that a new method
+changes no look that figures already have."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +63,18 @@ class Look:
 def look(number: int) -> Look:
     """The look with a number: colour, marker, line and hatch all differ, so that grey print will do."""
     # A colour that comes again comes with another marker.
-    shift = number + number // len(PALETTE)
-    places = ((PALETTE, number), (MARKERS, shift), (LINES, number), (HATCHES, number))
+    round_ = number // len(PALETTE)
+    # And a marker that comes again with another line.
+    places = ((PALETTE, number), (MARKERS, number + round_), (LINES, number + 3 * round_), (HATCHES, number))
     return Look(*(items[place % len(items)] for items, place in places))
 
 
 def looks(labels: Iterable[str]) -> dict[str, Look]:
     """The look of every label in a figure.
 
-    A method has the same look in every figure, whether it is called by its name or its title: first come the methods of
-    the registry in its order, then [`BASELINES`][dynalora.drawing.style.BASELINES]. The untouched model is grey. Other
-    labels take the first looks that no method in the figure has, in order.
+    A method has the same look in every figure, whether it is called by its name or its title: first come those of
+    [`FIRST`][dynalora.drawing.style.FIRST], then the others of the registry. The untouched model is grey. Other labels
+    take the first looks that no method in the figure has, in order.
 
     Args:
         labels: The labels; figures that belong together and share other labels should be given the same ones.
@@ -78,7 +83,7 @@ def looks(labels: Iterable[str]) -> dict[str, Look]:
         Label → look, in the order of the labels.
     """
     names = list(dict.fromkeys(labels))
-    order = {name: number for number, name in enumerate((*METHODS, *BASELINES))}
+    order = {name: number for number, name in enumerate(dict.fromkeys((*FIRST, *METHODS)))}
     order |= {method.title.casefold(): order[name] for name, method in METHODS.items()}
     fixed = {name: order.get(name.casefold().removesuffix(" fine-tuning")) for name in names}
     free = (number for number in itertools.count() if number not in fixed.values())
