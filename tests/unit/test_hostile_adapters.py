@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import dynalora
 from dynalora.adapter.layer import adapter_layers
-from dynalora.errors import CheckpointError, DynaloraError
+from dynalora.adapter.patterns import check_patterns
+from dynalora.errors import CheckpointError, ConfigError, DynaloraError
 from dynalora.methods.pedyra import adjustments
 from tests.unit import tiny
 
@@ -174,6 +175,12 @@ def test_patterns_that_never_end(field: str, saved: Path, tmp_path: Path) -> Non
     value: Any = {endless: 3} if field == "rank_pattern" else endless
     with pytest.raises(DynaloraError, match=f"{field}.*takes too long"):
         peft.PeftModel.from_pretrained(base(), changed(saved, tmp_path / "x", **{field: value}))
+
+
+def test_a_pattern_whose_matching_never_ends_behind_the_name_of_a_block() -> None:
+    config = dynalora.DiraConfig(r=2, rank_pattern={"(l+)+x": 3})
+    with pytest.raises(ConfigError, match=r"rank_pattern.*takes too long"):
+        check_patterns(config, ["model.block." + 40 * "l"])
 
 
 def test_weights_of_the_base_model_that_were_saved_along_change_nothing(saved: Path, tmp_path: Path) -> None:

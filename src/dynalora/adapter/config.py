@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from dynalora.adapter.patterns import compiles
 from dynalora.adapter.saved import check_adapter_folder
 from dynalora.errors import CheckpointError, ConfigError, DynaloraError, first_line
 
@@ -184,14 +185,14 @@ class AdapterConfig(PeftConfig):
                 setattr(self, name, pattern)
             self._require(isinstance(pattern, dict), name, "a mapping from names or regular expressions")
             for key, value in pattern.items():
-                self._require(isinstance(key, str) and _compiles(key), name, "keyed by regular expressions", key)
+                self._require(isinstance(key, str) and compiles(key), name, "keyed by regular expressions", key)
                 self._require(valid(value), f"{name}[{key!r}]", expected, value)
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             value = getattr(self, name)
             named = isinstance(value, (list, tuple, set)) and all(isinstance(item, str) for item in value)
             self._require(value is None or isinstance(value, str) or named, name, "a name or a list of names")
             if isinstance(value, str):
-                self._require(_compiles(value), name, "a regular expression")
+                self._require(compiles(value), name, "a regular expression")
         blocks = self.layers_to_transform
         listed = list(blocks) if isinstance(blocks, (list, tuple, range)) else [blocks]
         whole = all(isinstance(block, int) and not isinstance(block, bool) for block in listed)
@@ -329,15 +330,6 @@ def _is_rank(value: Any) -> bool:
 
 def _is_alpha(value: Any) -> bool:
     return _is_number(value) and 0 < value <= _MOST_ALPHA
-
-
-def _compiles(pattern: str) -> bool:
-    try:
-        # As PEFT puts it.
-        re.compile(rf"(.*\.)?({pattern})$")
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
 
 
 def _is_number(value: Any) -> bool:

@@ -8,6 +8,7 @@ model's own names, in a process of its own with a limit on its time.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -33,6 +34,20 @@ print("done")
 """
 
 
+def as_matched(pattern: str) -> str:
+    """The expression that PEFT matches a module's whole name with, for a key of a pattern such as `rank_pattern`."""
+    return rf"(.*\.)?({pattern})$"
+
+
+def compiles(pattern: str) -> bool:
+    """Whether a key of a pattern is a regular expression."""
+    try:
+        re.compile(as_matched(pattern))
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
 def check_patterns(config: Any, names: Iterable[str]) -> None:
     """Refuse patterns of a configuration that do not come to an end on a model's names.
 
@@ -49,7 +64,7 @@ def check_patterns(config: Any, names: Iterable[str]) -> None:
         if isinstance(value, str):
             patterns.append((field, value))
     for field in ("rank_pattern", "alpha_pattern", "scaling_ranks"):
-        patterns += [(field, rf"(?:.*\\.)?({key})$") for key in getattr(config, field) if _repeats(key)]
+        patterns += [(field, as_matched(key)) for key in getattr(config, field) if _repeats(key)]
     patterns = [(field, pattern) for field, pattern in patterns if _repeats(pattern, more_than=1)]
     if not patterns:
         return
