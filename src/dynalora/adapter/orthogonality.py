@@ -18,6 +18,7 @@ import torch
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.ranks import fit, in_use
 from dynalora.common.private import foreach_add_
+from dynalora.common.processes import spread_as
 from dynalora.driver import Moment
 
 Reduction = Literal["sum", "mean_norm"]
@@ -99,16 +100,9 @@ def _add(layers: Iterable[AdapterLayer], role: str, adapter: str, additions: tor
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if hasattr(parameter, "full_tensor"):
-            parameter.grad.add_(_like(parameter, fit(share, dim, parameter.shape[dim])))
+            parameter.grad.add_(spread_as(parameter, fit(share, dim, parameter.shape[dim])))
         else:
             targets.append(parameter.grad.narrow(dim, 0, rank))
             shares.append(share)
     if targets:
         foreach_add_(targets, shares)
-
-
-def _like(sharded: Any, whole: torch.Tensor) -> torch.Tensor:
-    """A tensor spread over processes as FSDP2 has spread another."""
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(whole, sharded.device_mesh, sharded.placements)

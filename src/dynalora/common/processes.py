@@ -28,6 +28,21 @@ def first_process() -> bool:
     return not grouped() or distributed.get_rank() == 0
 
 
+def spread_as(like: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, spread over processes as FSDP2 has spread another; itself where that one is not spread.
+
+    Args:
+        like: The other tensor.
+        whole: The tensor, of any shape, equal on all processes.
+    """
+    if not hasattr(like, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    spread: torch.Tensor = distribute_tensor(whole.contiguous(), like.device_mesh, like.placements)  # type: ignore[attr-defined]
+    return spread
+
+
 def from_first(value: T) -> T:
     """The first process's value, on all of them."""
     if not grouped() or distributed.get_world_size() == 1:

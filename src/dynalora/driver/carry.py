@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dynalora.common.processes import spread_as
 from dynalora.driver.fitting import FACTORED
 from dynalora.driver.hooks import known_optimizers
 
@@ -39,8 +40,7 @@ def carry_state(
 
     In optimizer state the new slices are zero, as those of a parameter that was never stepped, but in copies and
     averages of the weights, where they have their own values; its count of steps, which is one number for the whole
-    parameter, stays. An optimizer whose state cannot be taken apart starts anew with
-    this parameter, with a warning.
+    parameter, stays. An optimizer whose state cannot be taken apart starts anew with this parameter, with a warning.
 
     Args:
         parameter: The parameter.
@@ -53,10 +53,7 @@ def carry_state(
 
     def resized(tensor: torch.Tensor, dim: int = dim, values: torch.Tensor | None = None) -> torch.Tensor:
         if hasattr(tensor, "full_tensor"):  # sharded by FSDP2
-            from torch.distributed.tensor import distribute_tensor
-
-            whole = resized(tensor.full_tensor(), dim, values)
-            return distribute_tensor(whole, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
+            return spread_as(tensor, resized(tensor.full_tensor(), dim, values))
         parts = [tensor.index_select(dim, torch.tensor(list(keep), dtype=torch.int64, device=tensor.device))]
         left = size - len(keep)
         if values is not None:

@@ -16,7 +16,7 @@ DyLoRA: Parameter-Efficient Tuning of Pretrained Models using Dynamic Search-Fre
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from dynalora.adapter.layer import AdapterLayer, adapter_layers
 from dynalora.adapter.method import Method
 from dynalora.adapter.register import register
 from dynalora.adapter.storage import FACTORS, Role
+from dynalora.common.processes import spread_as
 from dynalora.driver import Moment
 from dynalora.errors import ConfigError
 
@@ -114,7 +115,7 @@ class Dylora(Method):
                 prefix = moment.shared[layer.name].to(parameter.device)
                 last = torch.arange(parameter.shape[dim], device=parameter.device) == prefix - 1
                 mask = last[:, None] if dim == 0 else last
-                parameter.grad.mul_(_as(parameter, mask.expand(parameter.shape)))
+                parameter.grad.mul_(spread_as(parameter, mask.expand(parameter.shape).to(parameter.dtype)))
 
     def after_step(self, moment: Moment[dict[str, torch.Tensor]]) -> None:
         """Draw the prefix of the next step."""
@@ -125,16 +126,6 @@ class Dylora(Method):
     def metrics(self, moment: Moment) -> dict[str, float]:
         """The prefix of the step that was made, at rank r."""
         return {"dylora_prefix": float(moment.config.prefix(max(0, moment.step - 1), moment.config.r))}
-
-
-def _as(parameter: Any, whole: torch.Tensor) -> torch.Tensor:
-    """A tensor spread over processes as FSDP2 has spread a parameter, where it has."""
-    whole = whole.to(parameter.dtype)
-    if not hasattr(parameter, "full_tensor"):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(whole.contiguous(), parameter.device_mesh, parameter.placements)
 
 
 @torch.no_grad()
