@@ -36,6 +36,10 @@ class TrainingError(DynaloraError, RuntimeError):
     """Training cannot go on, because the loss is no longer a number."""
 
 
+class NotFiniteError(TrainingError):
+    """Gradients are NaN or infinite: training has diverged, or its data or precision will not do."""
+
+
 class UnsupportedError(DynaloraError, TypeError):
     """The method or layer cannot do what was asked."""
 

@@ -79,6 +79,13 @@ class Recorder(TrainerCallback):
         low, _, high = statistics.quantiles(timed, n=4)
         return statistics.median(timed), (low, high)
 
+    def diverged(self, loss: float, step: int, learning_rate: float) -> TrainingError:
+        """The error to raise where the loss of a step is no number."""
+        return TrainingError(
+            f"The loss of {self.label} is {loss} at step {step}: training has diverged; lower learning_rate "
+            f"({learning_rate:g}), or train in float32 or bfloat16 if this is float16."
+        )
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.eval_every is None:
             self.eval_every = max(1, math.ceil(state.max_steps / 5))
@@ -101,10 +108,7 @@ class Recorder(TrainerCallback):
         # The trainer's closing line has totals only.
         if logs and "loss" in logs:
             if not math.isfinite(float(logs["loss"])):
-                raise TrainingError(
-                    f"The loss of {self.label} is {logs['loss']} at step {state.global_step}: training has diverged; "
-                    f"lower learning_rate ({args.learning_rate:g}), or train in float32 or bfloat16 if this is float16."
-                )
+                raise self.diverged(float(logs["loss"]), state.global_step, args.learning_rate)
             seconds = {"step_seconds": self.durations[-1]} if self.durations else {}
             self.record({"step": state.global_step, **logs, **seconds})
             self.display.step(state.global_step, loss=logs["loss"])

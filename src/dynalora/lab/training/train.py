@@ -7,6 +7,7 @@ loss, the step time, a record of everything logged, and checkpoints that a kille
 from __future__ import annotations
 
 import inspect
+import math
 import tempfile
 import time
 import warnings
@@ -23,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from dynalora.common.names import IGNORED_LABEL
-from dynalora.errors import ConfigError, DataError
+from dynalora.errors import ConfigError, DataError, NotFiniteError
 from dynalora.evaluation.generation import padding_id
 from dynalora.evaluation.scoring import answer_loss
 from dynalora.evaluation.seq2seq import Seq2SeqCollator, is_encoder_decoder
@@ -182,6 +183,12 @@ def train_adapter(
         began = time.perf_counter()
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        except NotFiniteError as error:
+            # The adapter's driver stops at gradients that are no numbers, before the loss that they are of is logged.
+            loss = float(trainer.last_loss)
+            if math.isfinite(loss):
+                raise
+            raise recorder.diverged(loss, trainer.state.global_step + 1, settings.learning_rate) from error
         except NothingLeft:
             trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         finally:
@@ -278,9 +285,21 @@ def _arguments(settings: TrainSettings, run: RunFolder | None, scratch: str, *, 
     )
 
 
+class _LossTrainer(Trainer):
+    """A trainer that has the loss of its last micro-batch at hand, a scalar that no device has been waited for."""
+
+    last_loss: torch.Tensor | float = 0.0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward pass of a micro-batch."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self.last_loss = loss
+        return loss
+
+
 def _trainer(
     model: Any, tokenizer: PreTrainedTokenizerBase, rows: TokenizedSet, arguments: TrainingArguments, collator: Any
-) -> Trainer:
+) -> _LossTrainer:
     """A trainer with the method's optimizer and schedule of ranks, silent but for its callbacks."""
     if collator is None and is_encoder_decoder(model):
         collator = Seq2SeqCollator(padding_id(model, tokenizer))
@@ -293,7 +312,7 @@ def _trainer(
         )
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     optimizer = optimizer_of(model, optimizer_class, {**options, "weight_decay": arguments.weight_decay})
-    trainer = Trainer(
+    trainer = _LossTrainer(
         model=model,
         args=arguments,
         optimizers=(optimizer, None),
