@@ -124,7 +124,7 @@ def test_merged_and_taken_back(toy: Toy) -> None:
         model.merge_adapter(safe_merge=safe)
         torch.testing.assert_close(toy.logits(model), expected, atol=2e-5, rtol=2e-5)
         model.unmerge_adapter()
-    assert torch.equal(toy.logits(model), expected) or torch.allclose(toy.logits(model), expected, atol=2e-5)
+    assert torch.allclose(toy.logits(model), expected, atol=2e-5)
     unloaded = model.unload()
     assert not any(isinstance(module, (AdaptedExperts, AdapterLayer)) for module in unloaded.modules())
     torch.testing.assert_close(toy.logits(unloaded), base, atol=2e-5, rtol=2e-5)

@@ -29,6 +29,9 @@ _MOST = 16
 _SMALL = 1024
 """A rank that takes no memory to speak of."""
 
+HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""Heads by task which PEFT trains in full. It lists all candidates in `modules_to_save`; a model has one of them."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -245,8 +248,7 @@ def _check_modules(folder: str, config: Mapping[str, Any], shapes: Shapes) -> No
     """Whether what was trained in full is in the file."""
     modules = config.get("modules_to_save")
     for module in modules if isinstance(modules, list) else ():
-        # PEFT saves those that exist in the model, and of several candidates for a head that is one.
-        if isinstance(module, str) and module in ("classifier", "score", "qa_outputs"):
+        if any(module in heads for heads in HEADS.values()):
             continue
         if isinstance(module, str) and not any(re.search(rf"\.{re.escape(module)}\.", name) for name in shapes):
             raise CheckpointError(

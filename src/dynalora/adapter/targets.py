@@ -23,11 +23,9 @@ from dynalora.adapter.experts import (
     layer_names,
     meant_parameters,
 )
+from dynalora.adapter.saved import HEADS
 from dynalora.common.private import resolve_all_linear
 from dynalora.errors import ConfigError, UnsupportedError
-
-#: Heads by task which PEFT trains in full, but does so only after `all-linear` has taken them for a layer to adapt.
-_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 #: What the layers of an expert are called where they are linear layers.
 _EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
@@ -42,7 +40,8 @@ def wants_all_linear(config: Any) -> bool:
 
 def leave_out_head(config: Any) -> None:
     """Keep `all-linear` from the head of token classification and question answering, of PEFT's methods as of ours."""
-    heads = _HEADS.get(config.task_type, ()) if wants_all_linear(config) and hasattr(config, "exclude_modules") else ()
+    # PEFT would train them in full, but only after `all-linear` has taken them for layers to adapt.
+    heads = HEADS.get(config.task_type, ()) if wants_all_linear(config) and hasattr(config, "exclude_modules") else ()
     if heads and not isinstance(config.exclude_modules, str):
         config.exclude_modules = sorted({*(config.exclude_modules or ()), *heads})
 

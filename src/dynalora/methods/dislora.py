@@ -220,9 +220,11 @@ class Dislora(DirectedMethod, TwinMethod):
 
     def triplets(self, layers: Sequence[TwinLayer], adapter: str) -> list[Triplets]:
         """The r smallest, of as many as choosing the directions will begin with."""
-        found = zip(layers, smallest_pairs(layers, adapter), strict=True)
-        ranked = [(layer.rank(adapter), pairs) for layer, pairs in found]
-        return [Triplets(pairs.up[:, -r:], pairs.values[-r:], pairs.down[-r:]) for r, pairs in ranked]
+        starts = []
+        for layer, pairs in zip(layers, smallest_pairs(layers, adapter), strict=True):
+            r = layer.rank(adapter)
+            starts.append(Triplets(pairs.up[:, -r:], pairs.values[-r:], pairs.down[-r:]))
+        return starts
 
     def needs_total_steps(self, config: DisloraConfig) -> bool:
         """A warm-up that is a fraction of the run needs its length."""

@@ -36,7 +36,6 @@ class MiloraLayer(TwinLayer):
     """LoRA's layer beside its frozen start."""
 
     method_name = "milora"
-    roles = TwinLayer.roles
 
     def begin(self, adapter: str, triplets: Triplets) -> dict[str, torch.Tensor]:
         """U₀·√(S₀/s) and √(S₀/s)·V₀ᵀ."""

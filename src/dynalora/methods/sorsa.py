@@ -49,7 +49,6 @@ class SorsaLayer(SingularLayer):
     """The shared form with d = S, beside its frozen start."""
 
     method_name = "sorsa"
-    roles = SingularLayer.roles
 
 
 @register

@@ -49,10 +49,6 @@ class SecondMoment:
         """C, (n, n)."""
         return self.basis.mT @ self.basis + torch.diag_embed(self.diagonal)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> SecondMoment:
-        """The same numbers on another device, or in another precision."""
-        return SecondMoment(self.basis.to(device, dtype), self.diagonal.to(device, dtype))
-
 
 class StackedMoments:
     """Many moments whose forms are computed together, in one place of memory for each shape.
