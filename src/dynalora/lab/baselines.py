@@ -24,7 +24,6 @@ from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora.config import CordaConfig
-from peft.tuners.lora.corda import preprocess_corda
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -229,6 +228,8 @@ def prepare_start(
     """
     if not isinstance(config, peft.LoraConfig) or config.init_lora_weights != "corda":
         return
+    from peft.tuners.lora.corda import preprocess_corda  # loads attrs, which nothing else here needs
+
     anchors = anchor_text(model, tokenizer)
 
     def run_model() -> None:
