@@ -24,6 +24,7 @@ import dynalora
 from dynalora.common.statistics import crossed_difference, holm
 from dynalora.drawing import style as drawing
 from dynalora.errors import ConfigError, DataError, RunFolderError, TrainingError
+from dynalora.evaluation.kinds import choice
 from dynalora.evaluation.run import measure, prepare
 from dynalora.evaluation.tokens import TokenizedSet
 from dynalora.forgetting.retention import retention
@@ -104,6 +105,31 @@ def test_rates_are_chosen_on_questions_that_are_neither_trained_nor_judged_on(pl
     assert results(done)["colour/dira_r2_lr0.01_seed42"]["training"]["rows"] == 9
     with pytest.raises(ConfigError, match="12 questions to choose settings on cannot be set aside of the 12"):
         task.validation(12)
+
+
+def test_losses_may_be_computed_in_bfloat16_and_kl_never_is(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    autocast: dict[str, set[bool]] = {"kl": set(), "loss": set()}
+
+    def watched(name: str, function: Any) -> Any:
+        def watch(*args: Any, **options: Any) -> Any:
+            autocast[name].add(torch.is_autocast_enabled("cpu"))
+            return function(*args, **options)
+
+        return watch
+
+    monkeypatch.setattr(compare_cell, "retention", watched("kl", compare_cell.retention))
+    monkeypatch.setattr(compare_cell, "predictions_within", watched("kl", compare_cell.predictions_within))
+    monkeypatch.setattr(choice, "option_scores", watched("loss", choice.option_scores))
+    monkeypatch.setattr(choice, "right_option_losses", watched("loss", choice.right_option_losses))
+    spec = spec_of(place, "bf16", methods=["lora"], learning_rates=[1e-2], seeds=1, bf16=True, factors=[1.0, 0.5])
+    done = run_compare(spec, apart=False)
+    assert not done.failed
+    assert autocast == {"kl": {False}, "loss": {True}}
+    (trained,) = [result for name, result in results(done).items() if "lora" in name]
+    full, half = trained["curve"]
+    assert [full["factor"], half["factor"]] == [1.0, 0.5]
+    assert 0 < half["kl"]["own text"]["kl"] < full["kl"]["own text"]["kl"]
+    assert len(half["test"]["losses"]) == len(full["test"]["losses"]) == 4
 
 
 def test_finished_cells_are_not_run_again_and_lost_ones_are(

@@ -307,6 +307,38 @@ def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
         torch.testing.assert_close(kept[0][name], kept[1][name])
 
 
+def test_bf16_computes_in_bfloat16_and_keeps_the_weights() -> None:
+    tokenizer, rows = tokenized()
+    seen: dict[bool, set[torch.dtype]] = {}
+    losses = {}
+    for bf16 in (False, True):
+        model = tiny.model(len(tokenizer))
+        dtypes = seen.setdefault(bf16, set())
+        hook = model.model.layers[0].mlp.register_forward_hook(
+            lambda module, args, output, dtypes=dtypes: dtypes.add(output.dtype)
+        )
+        settings = TrainSettings(steps=3, batch_size=4, bf16=bf16, log_every=1)
+        trained = train_adapter(model, tokenizer, adapter_config("dira", r=2), rows, settings=settings)
+        hook.remove()
+        assert {parameter.dtype for parameter in trained.model.parameters()} == {torch.float32}
+        losses[bf16] = [record["loss"] for record in trained.records if "loss" in record]
+    assert seen == {False: {torch.float32}, True: {torch.bfloat16}}
+    assert losses[True] != losses[False]
+    assert losses[True] == pytest.approx(losses[False], rel=0.02)
+
+
+def test_bf16_with_weights_in_float16_is_refused() -> None:
+    tokenizer, rows = tokenized()
+    with pytest.raises(ConfigError, match=r"bf16 is set, and the weights are in float16"):
+        train_adapter(
+            tiny.model(len(tokenizer)).half(),
+            tokenizer,
+            adapter_config("lora"),
+            rows,
+            settings=TrainSettings(bf16=True),
+        )
+
+
 def test_empty_training_set_is_refused() -> None:
     tokenizer, _ = tokenized()
     with pytest.raises(DataError, match="The training set is empty"):

@@ -17,7 +17,7 @@ from dynalora.common.statistics import ratio
 from dynalora.errors import ConfigError, DataError, UnsupportedError
 from dynalora.evaluation import multiple_choice
 from dynalora.evaluation.generation import chat_prompt
-from dynalora.evaluation.multiple_choice import Choice, OptionScores, option_scores
+from dynalora.evaluation.multiple_choice import Choice, OptionScores, option_scores, right_option_losses
 
 from . import tiny
 
@@ -70,6 +70,17 @@ def assert_close(found: Sequence[Sequence[float]], wanted: Sequence[Sequence[flo
 
 
 # --- scores -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("system", ["", "Answer."])
+@pytest.mark.parametrize("make", [tiny.model, gpt2])
+def test_the_right_options_losses_can_be_had_alone(make: Any, system: str) -> None:
+    words = tiny.tokenizer()
+    model = make(len(words))
+    whole = option_scores(model, words, CHOICES, system=system)
+    alone = right_option_losses(model, words, CHOICES, system=system, batch_size=2)
+    assert alone.sums == pytest.approx(whole.right_losses, abs=2e-4)
+    assert alone.counts == whole.right_counts
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])

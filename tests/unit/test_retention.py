@@ -98,6 +98,21 @@ def test_predictions_kept_give_the_same_numbers(words: Any) -> None:
     assert again.loss_shift == pytest.approx(anew.loss_shift, rel=1e-4)
 
 
+def test_complete_predictions_need_no_base_model(words: Any) -> None:
+    base = base_model(words)
+    text = text_of(base, words)
+    kept = base_predictions(base, text, dtype=None)
+    tuned = adapted(copy.deepcopy(base))
+    wanted = retention(tuned, text).kl
+    weights = tuned.merge_and_unload()  # a model of its own, in which nothing is left of the base model
+    assert retention(weights, text, base=kept).kl == pytest.approx(wanted, rel=1e-3)
+    with pytest.raises(ConfigError, match="written by another base model"):
+        retention(weights, text)
+    partial = base_predictions(base, text, dtype=None, max_bytes=0)
+    with pytest.raises(ConfigError, match="written by another base model"):
+        retention(weights, text, base=partial)
+
+
 def test_predictions_of_another_text_are_refused(words: Any) -> None:
     model = adapted(base_model(words))
     kept = base_predictions(model, text_of(model, words, seed=1))

@@ -28,7 +28,7 @@ from dynalora.errors import DataError, UnsupportedError, check_least
 from dynalora.evaluation.causal import causal_pass
 from dynalora.evaluation.generation import batches_by_length, chat_prompt, evaluating, padding_id
 from dynalora.evaluation.padding import padded
-from dynalora.evaluation.scoring import answer_loss
+from dynalora.evaluation.scoring import AnswerLoss, answer_loss
 from dynalora.evaluation.tasks import Item
 
 if TYPE_CHECKING:
@@ -195,6 +195,39 @@ def option_lengths(tokenizer: PreTrainedTokenizerBase, choices: Sequence[Choice]
         + max(len(tokenizer(option, add_special_tokens=False)["input_ids"]) for option in choice.options)
         for choice in choices
     ]
+
+
+def right_option_losses(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    choices: Sequence[Choice],
+    *,
+    system: str = "",
+    batch_size: int = 8,
+    name: str = "the model",
+    progress: Progress = silent,
+) -> AnswerLoss:
+    """Negative log-likelihood of the right options alone: the `right_losses` of `option_scores`, to rounding.
+
+    Args:
+        model: A causal language model, with or without adapter.
+        tokenizer: The model's.
+        choices: The questions.
+        system: A system message before every question.
+        batch_size: Questions per batch.
+        name: Of the model, for `progress`.
+        progress: Called with the number of questions done.
+
+    Raises:
+        ConfigError: Batch_size below 1.
+        DataError: No questions, or a prompt or a right option without any token.
+    """
+    rows = []
+    for choice in choices:
+        prompt = chat_prompt(tokenizer, choice.question, system)
+        option = list(tokenizer(choice.options[choice.right], add_special_tokens=False)["input_ids"])
+        rows.append({"input_ids": prompt + option, "labels": [IGNORED_LABEL] * len(prompt) + option})
+    return answer_loss(model, rows, batch_size=batch_size, what=f"Measuring {name}", progress=progress)
 
 
 def _apart(

@@ -43,6 +43,7 @@ def prepare_retain(
     tokenizer: PreTrainedTokenizerBase,
     text: MeasuredText | None = None,
     *,
+    bf16: bool = False,
     progress: Progress = silent,
 ) -> None:
     """Make the adapters of a model ready for training with `retain`: a bare loop's one call.
@@ -54,6 +55,7 @@ def prepare_retain(
         tokenizer: The model's.
         text: What to keep; None: the configuration's `retain_on`, or else text that the base model writes itself
             ([`anchor_text`][dynalora.forgetting.texts.anchor_text]), once per base model, kept in the user's cache.
+        bf16: Read the text under autocast to bfloat16, as transformers' Trainer does with its setting of that name.
         progress: Called with the number of texts that were written and read.
 
     Raises:
@@ -71,7 +73,8 @@ def prepare_retain(
             own = anchors = own or from_first(anchor_text(model, tokenizer, progress=progress))
         part.meter = TextMeter(model, anchors)
         if config.retain_mode != "replay":
-            read_curvature(model, anchors, driver.adapter, progress=progress)
+            with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=bf16):
+                read_curvature(model, anchors, driver.adapter, progress=progress)
 
 
 def _retaining(model: nn.Module) -> list[tuple[Driver, list[AdapterLayer], Retain]]:
@@ -111,7 +114,7 @@ class RetainCallback(TrainerCallback):
         unread = any(not part.ready(driver.config, layers, driver.adapter) for driver, layers, part in adapters)
         if unread and hasattr(processing_class, "all_special_ids"):  # or else the first step says what is missing
             with late_progress() as progress:
-                prepare_retain(model, processing_class, progress=progress)
+                prepare_retain(model, processing_class, bf16=args.bf16, progress=progress)
 
     def on_train_end(
         self,

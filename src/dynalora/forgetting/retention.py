@@ -96,7 +96,8 @@ def retention(
         model: A PEFT model; its active adapters are what is measured. Without any, all distances are 0.
         text: From `own_text`, written by this very base model, or from `given_text`.
         base: From `base_predictions`, to leave the base model's pass out; or the base model itself, where switching
-            adapters off does not give it back (full fine-tuning, PiSSA).
+            adapters off does not give it back (full fine-tuning, PiSSA). With complete predictions of the base model no
+            base model is needed.
         batch_size: Texts per batch.
         chunk: Positions of which all V probabilities are held in float32 at a time.
         name: Of the model, for `progress`.
@@ -111,9 +112,10 @@ def retention(
     """
     apart = base if isinstance(base, torch.nn.Module) else None
     predictions = base if isinstance(base, BasePredictions) else None
-    _check(model, text, batch_size, chunk, writer=apart)
     if predictions is not None and predictions.text != text:
         raise ConfigError("The base predictions were made on another text; make them again with base_predictions().")
+    complete = predictions is not None and all(part is not None for part in predictions.log_probs)
+    _check(model, text, batch_size, chunk, writer=apart, written=complete)
     what = f"Retention: {name}"
     totals = [torch.zeros(3, dtype=torch.float64) for _ in text.rows]  # Σ KL, Σ base loss, Σ tuned loss
     lengths = [len(row) for row in text.rows]
@@ -204,11 +206,18 @@ def predictions_within(
 
 
 def _check(
-    model: torch.nn.Module, text: MeasuredText, batch_size: int, chunk: int, writer: torch.nn.Module | None = None
+    model: torch.nn.Module,
+    text: MeasuredText,
+    batch_size: int,
+    chunk: int,
+    writer: torch.nn.Module | None = None,
+    *,
+    written: bool = False,
 ) -> None:
+    """Refuse what cannot be measured; `written`: that the base model wrote the text has been checked before."""
     check_least(1, batch_size=batch_size, chunk=chunk)
     refuse_merged(model)
-    if isinstance(text, OwnText) and fingerprint(writer or model) != text.fingerprint:
+    if isinstance(text, OwnText) and not written and fingerprint(writer or model) != text.fingerprint:
         raise ConfigError("The text was written by another base model; write it anew with own_text().")
 
 

@@ -130,8 +130,9 @@ class MomentSketch:
     def add(self, rows: torch.Tensor) -> None:
         """Add rows, (t, n) of any floating dtype."""
         rows = rows.to(self.sketch.device, torch.float32)
-        self.sketch.addmm_(rows.mT, rows @ self.test)
-        self.squares += rows.square().sum(0)
+        with torch.autocast(rows.device.type, enabled=False):  # the sums stay in float32
+            self.sketch.addmm_(rows.mT, rows @ self.test)
+            self.squares += rows.square().sum(0)
         self.count += rows.shape[0]
 
     def result(self) -> SecondMoment:

@@ -173,6 +173,7 @@ class Measuring:
         generated_tokens: Longest generated answer; None: the benchmark's.
         window: Tokens per window of running text.
         system: A system message before every question; empty: the chat template's own, if it has one.
+        losses_only: The losses of the right answers will do: wrong options are not read, and accuracies are not known.
     """
 
     batch_size: int = 8
@@ -180,6 +181,7 @@ class Measuring:
     generated_tokens: int | None = 256
     window: int = 512
     system: str = ""
+    losses_only: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dynalora.evaluation.heads import CAUSAL_LM
 from dynalora.evaluation.kinds.base import Example, Measuring, Prepared, Subject
 from dynalora.evaluation.kinds.text import LEFT_OUT, TextKind
 from dynalora.evaluation.metrics import Metric
-from dynalora.evaluation.multiple_choice import Choice, OptionScores, option_lengths, option_scores
+from dynalora.evaluation.multiple_choice import Choice, OptionScores, option_lengths, option_scores, right_option_losses
 from dynalora.evaluation.results import TaskResult, TaskScore
 from dynalora.evaluation.tasks import Item
 from dynalora.evaluation.windows import fitting
@@ -42,11 +42,18 @@ class ChoiceKind(TextKind):
         choices, name = [_choice(item) for item in prepared.items], prepared.task.name
         lengths = option_lengths(subject.tokenizer, choices, system=how.system)
         fits = fitting(lengths, subject.room(), name, then=LEFT_OUT)
+        choices, too_long = [choices[index] for index in fits], len(lengths) - len(fits)
+        title = f"{subject.name} on {name}"
+        if how.losses_only:
+            losses = right_option_losses(
+                subject.model, subject.tokenizer, choices, system=how.system, batch_size=how.batch_size, name=title,
+                progress=subject.progress,
+            )  # fmt: skip
+            return TaskScore.of((), losses.sums, losses.counts, too_long=too_long)
         scores = option_scores(
-            subject.model, subject.tokenizer, [choices[index] for index in fits], system=how.system,
-            batch_size=how.batch_size, name=f"{subject.name} on {name}", progress=subject.progress,
+            subject.model, subject.tokenizer, choices, system=how.system, batch_size=how.batch_size, name=title,
+            progress=subject.progress,
         )  # fmt: skip
-        too_long = len(lengths) - len(fits)
         return TaskScore.of(scores.correct(), scores.right_losses, scores.right_counts, too_long=too_long)
 
 

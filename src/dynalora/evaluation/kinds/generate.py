@@ -43,7 +43,7 @@ class GenerateKind(TextKind):
         task = prepared.task
         items = [self.item(example) for example in prepared.items]
         losses, too_long = right_answers(items, subject, task.name, how)
-        asked = prepared.items[: how.generated]
+        asked = prepared.items[: 0 if how.losses_only else how.generated]
         if not asked:
             return TaskScore.of((), losses.sums, losses.counts, too_long=too_long)
         result = self.measure(subject, replace(prepared, items=asked), how)

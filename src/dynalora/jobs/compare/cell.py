@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from dynalora.evaluation.run import measure
 from dynalora.evaluation.windows import model_window, within_window
 from dynalora.forgetting.landscape import rank_landscape
 from dynalora.forgetting.monitor import OWN_TEXT
-from dynalora.forgetting.retention import predictions_within, retention
+from dynalora.forgetting.retention import BasePredictions, predictions_within, retention
 from dynalora.forgetting.texts import MeasuredText, own_text
 from dynalora.jobs.compare.contestants import BASE, Cell
 from dynalora.jobs.compare.planning import kept_tasks
@@ -109,10 +110,13 @@ class _Run:
         parts = {"test": held_out} | ({} if validation is None else {"validation": validation})
         with rich_progress(self.console) as progress:
             for name, part in parts.items():
-                score = part.measure(model, tokenizer, spec.measuring, name=name, progress=progress)
+                with self._mixed_precision(model):
+                    score = part.measure(model, tokenizer, spec.measuring, name=name, progress=progress)
                 result[name] = score.record()
             # The base model apart, where switching the adapter off does not give it back.
             self.apart = self._load(self.spec.quantization) if self._needs_base_apart() else None
+            texts = {} if self.base else self.texts
+            self.predicted = predictions_within(self.apart or model, texts, _PREDICTIONS, progress=progress)
             result["retention"] = self._retention(model, progress)
             result["kept"] = self._kept(model, tokenizer, progress)
             if prompts is not None:
@@ -137,30 +141,38 @@ class _Run:
         ready = scalable(model, self.apart, lambda: self._load(self.spec.quantization))
         if ready is None:
             return {"norm": None, "curve": curve}
-        bases: Mapping[str, Any] = dict.fromkeys(self.texts, ready.base)
         factors = sorted({factor for factor in self.spec.factors if factor != 1}, reverse=True)
-        if factors and ready.base is None:
-            bases = predictions_within(model, self.texts, _PREDICTIONS, progress=progress)
-        # Losses are enough here: answers are generated as trained only.
-        how = replace(self.spec.measuring, generated=0)
+        how = replace(self.spec.measuring, losses_only=True)
         for factor in factors:
             with ready.at(factor) as scaled:
-                point = {
-                    name: _losses(
-                        part.measure(scaled, tokenizer, how, name=f"{name} × {factor:g}", progress=progress).record()
-                    )
-                    for name, part in parts.items()
-                }
+                point = {}
+                for name, part in parts.items():
+                    with self._mixed_precision(scaled):
+                        score = part.measure(scaled, tokenizer, how, name=f"{name} × {factor:g}", progress=progress)
+                    point[name] = _losses(score.record())
                 point["kl"] = _kl(
                     {
                         name: asdict(
-                            retention(scaled, text, base=bases[name], name=f"{name} × {factor:g}", progress=progress)
+                            retention(
+                                scaled, text, base=self._base_of(name, ready.base), name=f"{name} × {factor:g}",
+                                progress=progress,
+                            )
                         )
                         for name, text in self.texts.items()
                     }
-                )
+                )  # fmt: skip
             curve.append({"factor": factor, **point})
         return {"norm": ready.norm, "curve": curve}
+
+    def _base_of(self, text: str, apart: torch.nn.Module | None) -> BasePredictions | torch.nn.Module | None:
+        """What the KL on a text is measured against: the base model's predictions, if all of them could be kept."""
+        predicted = self.predicted[text]
+        complete = all(part is not None for part in predicted.log_probs)
+        return predicted if complete or apart is None else apart
+
+    def _mixed_precision(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
+        """What losses are computed in: as in training. KL never is; bfloat16's rounding alone is a KL of 0.001 nats."""
+        return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=self.spec.bf16)
 
     def _needs_base_apart(self) -> bool:
         return bool(self.texts) and not self.base and not (self._on_the_base() and not self._edits_base())
@@ -210,7 +222,10 @@ class _Run:
             return {name: {"kl": 0.0, "kl_error": 0.0, "loss_shift": 0.0} for name in self.texts}
         measured = {}
         for name, text in self.texts.items():
-            result = retention(model, text, base=self.apart, name=f"{self.cell.label} on {name}", progress=progress)
+            result = retention(
+                model, text, base=self._base_of(name, self.apart), name=f"{self.cell.label} on {name}",
+                progress=progress,
+            )  # fmt: skip
             measured[name] = {**asdict(result), "tokens": text.tokens}
         return measured
 

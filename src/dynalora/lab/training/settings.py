@@ -25,6 +25,7 @@ class OptimizerSettings(Settings, panel="Training"):
         max_grad_norm: Norm to which larger gradients are scaled down; 0: never.
         seed: Seed of the adapter's start, of the order of the data and of dropout.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        bf16: Compute in bfloat16 where that is safe (autocast) while training. The weights keep their data type.
     """
 
     steps: Annotated[int | None, Setting(least=1)] = None
@@ -37,6 +38,7 @@ class OptimizerSettings(Settings, panel="Training"):
     max_grad_norm: Annotated[float, Setting(least=0)] = 1.0
     seed: int = 42
     gradient_checkpointing: bool = False
+    bf16: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

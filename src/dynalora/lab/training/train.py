@@ -145,11 +145,14 @@ def train_adapter(
 
     Raises:
         ConfigError: Full fine-tuning of weights in half precision that cannot be trained, or of quantised ones, or with
-            a monitor, for which there is no base model left.
+            a monitor, for which there is no base model left; bf16 with weights in float16.
         DataError: The training set is empty.
         TrainingError: The loss is no longer a number.
     """
     settings = settings or TrainSettings()
+    half = next(model.parameters()).dtype == torch.float16
+    if settings.bf16 and half:
+        raise ConfigError("bf16 is set, and the weights are in float16; load the model in float32 or bfloat16.")
     if len(train_dataset) == 0:
         raise DataError("The training set is empty; give at least one row.")
     set_seed(settings.seed)
@@ -169,7 +172,7 @@ def train_adapter(
     checkpoint, records = _continued(run, label, adapted, monitor, console)
     recorder = Recorder(label, run, Display(label, console), measure, settings.eval_every, records)
     with tempfile.TemporaryDirectory(prefix="dynalora-") as scratch:
-        arguments = _arguments(settings, run, scratch, half=next(model.parameters()).dtype == torch.float16)
+        arguments = _arguments(settings, run, scratch, half=half)
         trainer = _trainer(adapted, tokenizer, train_dataset, arguments, collator)
         if prompt_only(adapter):
             trainer.add_callback(KeepPrompt(adapted, checkpoint))
@@ -266,6 +269,7 @@ def _arguments(settings: TrainSettings, run: RunFolder | None, scratch: str, *, 
         max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
         fp16=half,
+        bf16=settings.bf16,
         **checkpointing,
         logging_steps=settings.log_every if settings.log_every is not None else 0.01,
         logging_first_step=True,
