@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from dynalora.methods.disel import DiselConfig as DiselConfig
     from dynalora.methods.dislora import DisloraConfig as DisloraConfig
     from dynalora.methods.dylora import DyloraConfig as DyloraConfig
+    from dynalora.methods.increlora import IncreloraConfig as IncreloraConfig
     from dynalora.methods.loradash import LoraDashConfig as LoraDashConfig
     from dynalora.methods.milora import MiloraConfig as MiloraConfig
     from dynalora.methods.pedyra import PedyraConfig as PedyraConfig

@@ -93,6 +93,9 @@ class Row:
         return model.eval()
 
 
+# Ranks grow at every step from the second on.
+GROWTH = {"grow_start": 2, "grow_interval": 1, "target_rank": 6}
+
 ROWS = (
     Row("dira", dynalora.DiraConfig, static=True),
     Row("dira-variational", dynalora.DiraConfig, static=True, options={"penalty": "variational"}),
@@ -121,6 +124,13 @@ ROWS = (
     Row("pedyra-reserved", dynalora.PedyraConfig, static=True, options={"adjust_size": 2, "max_rank": 9}),
     Row("dylora", dynalora.DyloraConfig, static=True),
     Row("dylora-frozen", dynalora.DyloraConfig, static=True, options={"variant": "frozen", "min_rank": 2}),
+    Row("increlora", dynalora.IncreloraConfig, static=True, exact_start=False, options=GROWTH),
+    Row(
+        "increlora-reserved",
+        dynalora.IncreloraConfig,
+        static=True,
+        options={**GROWTH, "advance_learning": False, "max_rank": 9, "grow_rank": 2},
+    ),
     Row("milora", dynalora.MiloraConfig, static=True, exact_start=False),
     Row("sorsa", dynalora.SorsaConfig, static=True, exact_start=False),
     Row("loradash", dynalora.LoraDashConfig, static=True, options={"warmup_steps": 1}),

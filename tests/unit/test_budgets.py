@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dynalora.adapter.config import AdapterConfig
 from dynalora.errors import ConfigError
 from dynalora.lab.budgets import match_parameters, trainable_parameters
 from dynalora.lab.configs import adapter_config, compared_names, method_names
@@ -23,7 +24,8 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def counted(model: Any, config: Any) -> int:
-    """What PEFT says of an adapter on a model with weights."""
+    """What PEFT says of an adapter on a model with weights; of one that grows, at its end."""
+    config = config.at_largest() if isinstance(config, AdapterConfig) else config
     adapted = peft.get_peft_model(copy.deepcopy(model), copy.deepcopy(config))
     return int(adapted.get_nb_trainable_parameters()[0])
 
@@ -229,3 +231,12 @@ def test_wrong_requests_are_named(given: dict[str, Any], message: str) -> None:
 
 def test_every_method_to_compare_with_is_counted_here() -> None:
     assert {*compared_names()} == {name for name, _ in VARIANTS} | {"full"}
+
+
+def test_ranks_that_grow_are_matched_at_what_they_grow_to() -> None:
+    model = tiny.model(64)
+    make = maker("increlora", TARGETS, target_rank=6, advance_learning=True)
+    count = trainable_parameters(model, make(2, None))
+    fixed = trainable_parameters(model, adapter_config("lora", r=6, target_modules=TARGETS))
+    layers = sum(1 for name, _ in model.named_modules() if name.rpartition(".")[2] in TARGETS)
+    assert count == fixed + 6 * layers  # e

@@ -231,6 +231,10 @@ class AdapterConfig(PeftConfig):
         """Whether the adapter has gates per token, so that its update depends on the input."""
         return False
 
+    def at_largest(self) -> AdapterConfig:
+        """The configuration whose adapter begins as large as this one's may become, by which sizes are matched."""
+        return self
+
     def scaling(self, rank: int, alpha: float) -> float:
         """The factor `s` in front of an update of the given rank."""
         return alpha / (rank**0.5 if self.use_rslora else rank)

@@ -86,6 +86,37 @@ class _Project(torch.autograd.Function):
         return grad_x, grad_down, None
 
 
+class _Observe(torch.autograd.Function):
+    """The result as it is; its backward gives `probe` the gradient of a weight that took `x` to the result."""
+
+    @staticmethod
+    def forward(ctx: Any, result: torch.Tensor, x: torch.Tensor, probe: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.dtype = probe.dtype
+        return result.clone()  # a view of it could not be updated in place by what follows
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        return grad, None, (rows.t() @ inputs.to(rows.dtype)).to(ctx.dtype)
+
+
+def observe_weight_gradient(result: torch.Tensor, x: torch.Tensor, probe: torch.Tensor) -> torch.Tensor:
+    """Let backward passes add the gradient of a layer's weight to `probe.grad`, without any such weight training.
+
+    Args:
+        result: The layer's result, (..., out).
+        x: Its input, (..., in).
+        probe: A leaf (out, in), of any values.
+
+    Returns:
+        `result`.
+    """
+    observed: torch.Tensor = _Observe.apply(result, x, probe)  # type: ignore[no-untyped-call]
+    return observed
+
+
 def _add_without_graph(
     result: torch.Tensor, m: torch.Tensor, up: torch.Tensor, scaling: float, frozen: torch.Tensor | None
 ) -> torch.Tensor:

@@ -23,7 +23,7 @@ from torch import nn
 from dynalora.adapter.base_weight import BaseWeight
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.curvature import Curvature
-from dynalora.adapter.kernel import add_low_rank, apart, may_overwrite, project
+from dynalora.adapter.kernel import add_low_rank, apart, may_overwrite, observe_weight_gradient, project
 from dynalora.adapter.ranks import RankedStorage, fit
 from dynalora.adapter.storage import RANK
 from dynalora.common.private import inside_average, transforming
@@ -48,6 +48,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
         order: Number of the layer in the order in which layers were made.
         unprepared: Adapters whose weights may still come from a file, so that the method has not computed their start,
             with their `up` as it was made: weights were loaded if it is another object by the time it is needed.
+        probes: A leaf per adapter that asks for the gradient of the adapted weight; see `want_weight_gradient`.
     """
 
     def __init__(self, base_layer: nn.Module, quantization: dict[str, Any] | None = None) -> None:
@@ -62,6 +63,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
         self.unprepared: dict[str, nn.Parameter] = {}
         self.adapter_dropout: dict[str, float] = {}
         self.curvatures: dict[str, Curvature] = {}
+        self.probes: dict[str, torch.Tensor] = {}
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.order = next(_order)
@@ -131,6 +133,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
         super().delete_adapter(adapter_name)
         self.unprepared.pop(adapter_name, None)
         self.curvatures.pop(adapter_name, None)
+        self.probes.pop(adapter_name, None)
         invalidate()
 
     def expect(self, adapter: str, saved: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -202,6 +205,10 @@ class AdapterLayer(RankedStorage, BaseWeight):
     def projections(self, adapter: str) -> Sequence[torch.Tensor]:
         """Matrices (·, in) that meet the input: `down` first, then what the diagonal needs. One GEMM does all."""
         return (self.used("down", adapter),)
+
+    def columns(self, adapter: str) -> torch.Tensor:
+        """The counterpart of `projections` at the result: `up`, and what else stands on its side, (out, ·)."""
+        return self.used("up", adapter)
 
     def diagonal(self, adapter: str, projected: torch.Tensor | Gates) -> torch.Tensor | None:
         """The diagonal `d`.
@@ -281,9 +288,50 @@ class AdapterLayer(RankedStorage, BaseWeight):
         Returns:
             `result + s·up(d ⊙ down(x))`, (…, out).
         """
-        m, up = self.narrow(x, adapter), self.used("up", adapter)
+        m, up = self.narrow(x, adapter), self.columns(adapter)
         frozen = self._frozen("frozen_up", adapter)
-        return add_low_rank(result, m, up, self.scaling[adapter], in_place, frozen)
+        result = add_low_rank(result, m, up, self.scaling[adapter], in_place, frozen)
+        if adapter in self.probes and torch.is_grad_enabled() and not transforming():
+            result = self._observed(result, x, adapter)
+        return result
+
+    def want_weight_gradient(self, adapter: str, wanted: bool = True) -> None:
+        """Let backward passes from now on add up ∂L/∂W, as if the adapted weight trained; or no longer.
+
+        It is as large as the weight, and costs as much as the weight's own gradient would.
+
+        Args:
+            adapter: The adapter that asks for it.
+            wanted: Whether to begin, anew, or to end.
+        """
+        self.probes.pop(adapter, None)
+        if wanted:
+            up = self.parameter("up", adapter)
+            dtype = torch.promote_types(up.dtype, torch.float32)
+            # One number behind all places: only the gradient ever takes memory.
+            zero = torch.zeros((), dtype=dtype, device=up.device)
+            self.probes[adapter] = zero.expand(self.out_features, self.in_features).requires_grad_()
+
+    def _observed(self, result: torch.Tensor, x: torch.Tensor, adapter: str) -> torch.Tensor:
+        if not self.parameter("up", adapter).requires_grad:
+            return result
+        if self.probes[adapter].device != x.device:  # the layer got its tensors after the adapter was made
+            self.want_weight_gradient(adapter)
+        return observe_weight_gradient(result, x, self.probes[adapter])
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        moved = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        for adapter in list(self.probes):
+            self.want_weight_gradient(adapter)
+        return moved
+
+    def take_weight_gradient(self, adapter: str) -> torch.Tensor | None:
+        """∂L/∂W of the backward passes since it was asked for, (out, in), and no more of it; None where there is none.
+
+        It carries the factor of a gradient scaler. With several processes it is this process's.
+        """
+        probe = self.probes.pop(adapter, None)
+        return None if probe is None else probe.grad
 
     def _check_mixed_batch(self, x: torch.Tensor, adapter_names: Sequence[str]) -> None:
         if len(x) != len(adapter_names):
@@ -363,7 +411,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
 
     def sides(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The components of the update without their diagonal, frozen ones last: (out, r + k) and (r + k, in)."""
-        up, down = self.used("up", adapter), self.projections(adapter)[0]
+        up, down = self.columns(adapter), self.projections(adapter)[0]
         if (frozen := self._frozen("frozen_up", adapter)) is not None:
             up, down = (
                 torch.cat([up, frozen], dim=1),

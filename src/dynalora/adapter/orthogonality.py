@@ -24,23 +24,28 @@ from dynalora.driver import Moment
 Reduction = Literal["sum", "mean_norm"]
 
 
-def add_orthogonality(moment: Moment, weight: float, reduction: Reduction = "sum") -> None:
+def add_orthogonality(
+    moment: Moment, weight: float, reduction: Reduction = "sum", roles: tuple[str, str] = ("down", "up")
+) -> None:
     """Add a penalty's gradient, layers of equal shape together.
 
     Args:
         moment: The moment before the step.
         weight: The penalty's weight.
         reduction: How the penalty adds up its terms.
+        roles: The two parameters of a layer: one of rows (r, in), and one of columns (out, r).
     """
     groups: dict[Any, list[AdapterLayer]] = {}
     for layer in moment.layers:
-        for role, dim in _DIMS.items():
+        for dim, role in enumerate(roles):
             parameter = layer.parameter(role, moment.adapter)
             if moment.awaits(parameter):
-                shape = layer.rank(moment.adapter), parameter.shape[1 - dim]
+                count = layer.rank(moment.adapter) if role in layer.rank_dims else parameter.shape[dim]
+                shape = count, parameter.shape[1 - dim]
                 groups.setdefault((role, shape, parameter.dtype, parameter.device), []).append(layer)
     for (role, (rank, _), _, _), layers in groups.items():
-        rows = _rows(layers, role, moment.adapter)  # (L, r, features)
+        dim = roles.index(role)
+        rows = _rows(layers, role, dim, moment.adapter)  # (L, r, features)
         deviation = _deviation(rows)
         # A new component is orthonormal to rounding and may have no other gradient: Adam, which knows no size, would
         # make full steps of what rounding left.
@@ -51,9 +56,9 @@ def add_orthogonality(moment: Moment, weight: float, reduction: Reduction = "sum
             deviation = deviation / torch.where(norms > 0, norms, 1.0)
             rate = weight * moment.grad_scale / len(moment.all_layers)
         addition = torch.bmm(deviation, rows) * rate
-        if role == "up":
+        if dim == 1:
             addition = addition.mT
-        _add(layers, role, moment.adapter, addition, rank)
+        _add(layers, role, dim, moment.adapter, addition, rank)
 
 
 @torch.no_grad()
@@ -67,21 +72,17 @@ def orthogonality(layers: Iterable[AdapterLayer], adapter: str, reduction: Reduc
     """
     terms = []
     for layer in layers:
-        for role in _DIMS:
-            norm = float(torch.linalg.vector_norm(_deviation(_rows([layer], role, adapter))))
+        for dim, role in enumerate(("down", "up")):
+            norm = float(torch.linalg.vector_norm(_deviation(_rows([layer], role, dim, adapter))))
             terms.append(norm**2 if reduction == "sum" else norm)
     return sum(terms) if reduction == "sum" else sum(terms) / len(terms)
 
 
-#: The dimension of each factor that carries the rank, which need not be in the table of roles.
-_DIMS = {"down": 0, "up": 1}
-
-
-def _rows(layers: Iterable[AdapterLayer], role: str, adapter: str) -> torch.Tensor:
-    """(L, r, features) with rows that are to be orthonormal."""
+def _rows(layers: Iterable[AdapterLayer], role: str, dim: int, adapter: str) -> torch.Tensor:
+    """(L, r, features) with rows that are to be orthonormal; the parameter's components lie along `dim`."""
     parts = [in_use(layer, role, adapter, layer.parameter(role, adapter).detach()) for layer in layers]
     factors = torch.stack(parts)
-    return factors if role == "down" else factors.mT
+    return factors if dim == 0 else factors.mT
 
 
 def _deviation(rows: torch.Tensor) -> torch.Tensor:
@@ -91,9 +92,8 @@ def _deviation(rows: torch.Tensor) -> torch.Tensor:
     return gram
 
 
-def _add(layers: Iterable[AdapterLayer], role: str, adapter: str, additions: torch.Tensor, rank: int) -> None:
+def _add(layers: Iterable[AdapterLayer], role: str, dim: int, adapter: str, additions: torch.Tensor, rank: int) -> None:
     """Add (L, …) to the gradients of one role's parameters; one that had none gets one."""
-    dim = _DIMS[role]
     targets, shares = [], []
     for layer, share in zip(layers, additions.unbind(), strict=True):
         parameter = layer.parameter(role, adapter)

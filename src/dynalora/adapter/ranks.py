@@ -93,7 +93,8 @@ class RankedStorage(Storage):
         Args:
             adapter: The adapter.
             keep: Indices of the components that stay.
-            new: Values of the new components by role, as many along the rank's dimension for every role.
+            new: Values of the new components by role, as many along the rank's dimension for every role; those that
+                are parameters themselves bring the state of their optimizer along.
 
         Raises:
             ValueError: Nothing would be left, or the new components do not fit the room that is reserved while the

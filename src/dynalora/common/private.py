@@ -188,7 +188,8 @@ def gradient_scale(optimizer: Optimizer) -> torch.Tensor | float:
     while frame is not None:
         scaler = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
         if isinstance(scaler, torch.amp.GradScaler):
-            return scaler.get_scale() if scaler._scale is None else scaler._scale
+            scale = getattr(scaler, "_scale", None)  # None, or missing where it is switched off
+            return scaler.get_scale() if scale is None else cast(torch.Tensor, scale)
         frame = frame.f_back
     return 1.0
 

@@ -39,8 +39,9 @@ def carry_state(
     """Keep some slices of a parameter, put new ones after them, and let its gradient and optimizer state follow.
 
     In optimizer state the new slices are zero, as those of a parameter that was never stepped, but in copies and
-    averages of the weights, where they have their own values; its count of steps, which is one number for the whole
-    parameter, stays. An optimizer whose state cannot be taken apart starts anew with this parameter, with a warning.
+    averages of the weights, where they have their own values; where the new slices are a parameter themselves, they
+    bring their state along. The count of steps, which is one number for the whole parameter, stays. An optimizer whose
+    state cannot be taken apart starts anew with this parameter, with a warning.
 
     Args:
         parameter: The parameter.
@@ -57,7 +58,7 @@ def carry_state(
         parts = [tensor.index_select(dim, torch.tensor(list(keep), dtype=torch.int64, device=tensor.device))]
         left = size - len(keep)
         if values is not None:
-            parts.append(values.to(tensor.device, tensor.dtype))
+            parts.append(_whole(values).to(tensor.device, tensor.dtype))
             left -= count
         if left:
             shape = list(tensor.shape)
@@ -151,12 +152,26 @@ def _carry(
             if value.dtype == torch.uint8 and f"absmax{number}" in state:
                 _carry_8bit(state, number, resized)
             else:
-                state[key] = resized(value, values=new if key in _WEIGHTS else None)
+                state[key] = resized(value, values=new if key in _WEIGHTS else _brought(optimizer, new, key))
         elif value.shape == (shape.numel(),):  # Prodigy's flat arrays
             state[key] = resized(value.view(shape), values=new if key in _WEIGHTS else None).flatten()
         elif value.numel() > 1:
             _start_anew(optimizer, parameter, key, value.shape, shape)
             return
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in full where FSDP2 has spread it."""
+    full = getattr(tensor, "full_tensor", None)
+    whole: torch.Tensor = tensor if full is None else full()
+    return whole
+
+
+def _brought(optimizer: torch.optim.Optimizer, new: torch.Tensor | None, key: str) -> torch.Tensor | None:
+    """State that new slices have as a parameter of the same optimizer; None if there is none."""
+    state = optimizer.state.get(new, {}) if isinstance(new, nn.Parameter) else {}
+    value = state.get(key)
+    return value if isinstance(value, torch.Tensor) and new is not None and value.shape == new.shape else None
 
 
 def _start_anew(

@@ -140,7 +140,7 @@ class Driver:
             self._shared = self.method.shared_class()
         return Moment(self, layers, all_layers or layers, self._step, self._shared, **details)
 
-    def act(self, moment: Moment, parameters: Sequence[torch.Tensor], loss_scale: torch.Tensor | float = 1.0) -> bool:
+    def act(self, moment: Moment, parameters: Sequence[torch.Tensor]) -> bool:
         """Let the method add to the gradients of the parameters that an optimizer is about to step.
 
         A training step may be made by several optimizers, each with a part of the adapter, or by one around another.
@@ -150,7 +150,6 @@ class Driver:
         Args:
             moment: What the method will see; what depends on the training step is filled in.
             parameters: Those that the optimizer is about to step.
-            loss_scale: Factor that a gradient scaler gave the loss.
 
         Returns:
             Whether a new training step began, which the clock will count.
@@ -169,7 +168,7 @@ class Driver:
             self._current = self._step
             self.require_schedule()
             self._warn_of_half(parameters)
-            self._task_loss = self._take_loss(loss_scale) if self.needs_task_loss else None
+            self._task_loss = self._take_loss(moment.loss_scale) if self.needs_task_loss else None
         moment.step = self._current  # the clock has moved on if the first optimizer has stepped
         moment.shared, moment.awaiting, moment.task_loss = self._shared, awaiting, self._task_loss
         moment.others = [p for p in moment.others if p.grad is not None and not _is_marked(p.grad)]

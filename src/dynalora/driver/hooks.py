@@ -223,8 +223,8 @@ def _act_before(optimizer: Optimizer, plan: _Plan) -> None:
         if moment.lead is not None:
             driver.read(moment.lead)
         with torch.no_grad():
-            loss_scale = gradient_scale(optimizer) if driver.needs_task_loss else 1.0
-            first = driver.act(moment, plan.untouched(binding), loss_scale)
+            moment.loss_scale = gradient_scale(optimizer)
+            first = driver.act(moment, plan.untouched(binding))
         # A closure may be evaluated several times within one step.
         binding.first = first or (binding in again and binding.first)
 

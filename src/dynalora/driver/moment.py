@@ -42,6 +42,7 @@ class Moment(Generic[Shared]):
             computed from the weights as they were at its start although several optimizers step one after the other.
         grad_scale: Factor that the gradients still carry (1 unless a fused optimizer unscales inside its kernel);
             whatever is added to a gradient must carry it too.
+        loss_scale: Factor that a gradient scaler gave the loss of this step, whether or not gradients still carry it.
         awaiting: Ids of the parameters that are about to step and whose gradients nothing was added to yet; None
             means all.
         task_loss: Value of the task loss in this step, over all its micro-batches and processes, without gradient
@@ -58,6 +59,7 @@ class Moment(Generic[Shared]):
     step: int
     shared: Shared
     grad_scale: torch.Tensor | float = 1.0
+    loss_scale: torch.Tensor | float = 1.0
     awaiting: frozenset[int] | None = None
     task_loss: torch.Tensor | None = None
     others: Sequence[torch.Tensor] = ()

@@ -19,6 +19,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from dynalora.adapter.config import AdapterConfig
 from dynalora.common.names import plain_name
 from dynalora.errors import ConfigError
 
@@ -51,7 +52,7 @@ class Matched:
 
 
 def trainable_parameters(model: nn.Module, config: PeftConfig | None) -> int:
-    """Number of parameters that a configuration trains on a model, when training begins.
+    """Number of parameters that a configuration trains on a model, when training begins; where ranks grow, at the end.
 
     Args:
         model: The base model, without adapters; one on the meta device will do. It is left as it was.
@@ -225,7 +226,7 @@ def _skeleton(model: nn.Module) -> nn.Module:
 def _adapted(model: nn.Module, config: PeftConfig) -> nn.Module:
     """A copy of a model on the meta device with an adapter."""
     base: Any = _skeleton(model)
-    fresh = copy.deepcopy(config)
+    fresh = copy.deepcopy(config.at_largest() if isinstance(config, AdapterConfig) else config)
     fresh.inference_mode = False
     if isinstance(fresh, peft.LoraConfig) and fresh.init_lora_weights == "corda":
         fresh.init_lora_weights = True  # of the same size, and needs no inputs

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from dynalora.adapter.gates import GatedConfig
+from dynalora.driver.schedule import Occasions, in_steps, memory_of
 
 Mode = Literal["both", "prune", "expand", "static"]
 Importance = Literal["score", "random"]
-
-# What an average has forgotten: older steps weigh less than this.
-_FORGOTTEN = 1e-9
 
 
 @dataclass
@@ -145,21 +143,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-@dataclass(frozen=True)
-class AdjustmentPlan:
-    """When ranks are adjusted, in optimizer steps counted from 1.
-
-    Attributes:
-        start: The first adjustment.
-        interval: Steps from one to the next.
-        end: The last step at which one may take place.
-        horizon: Steps before an adjustment that its scores remember.
-    """
-
-    start: int
-    interval: int
-    end: int
-    horizon: int
+class AdjustmentPlan(Occasions):
+    """When ranks are adjusted, in optimizer steps counted from 1."""
 
     @classmethod
     def of(cls, config: PedyraConfig, total_steps: int | None) -> AdjustmentPlan:
@@ -168,32 +153,9 @@ class AdjustmentPlan:
         Raises:
             ValueError: A fraction is given, and the number of steps is unknown.
         """
-
-        def steps(value: float, rounded: Any) -> int:
-            if value >= 1:
-                return int(value)
-            if not total_steps:
-                raise ValueError("a fraction of a run needs its number of steps")
-            return cast(int, rounded(round(value * total_steps, 6)))  # 0.1 · 30 is a little more than 3
-
-        decay = max(config.beta1, config.beta2)
         return cls(
-            start=max(1, steps(config.adjust_start, math.ceil)),
-            interval=max(1, steps(config.adjust_interval, math.ceil)),
-            end=steps(config.adjust_end, math.floor),
-            horizon=math.ceil(math.log(_FORGOTTEN) / math.log(decay)) if decay else 1,
+            start=max(1, in_steps(config.adjust_start, total_steps)),
+            interval=max(1, in_steps(config.adjust_interval, total_steps)),
+            end=in_steps(config.adjust_end, total_steps, math.floor),
+            horizon=memory_of(max(config.beta1, config.beta2)),
         )
-
-    def due(self, step: int) -> bool:
-        """Whether ranks are adjusted after this step."""
-        return self.start <= step <= self.end and (step - self.start) % self.interval == 0
-
-    def matters(self, step: int) -> bool:
-        """Whether the next adjustment's scores remember this step."""
-        coming = self.start + max(0, -(-(step - self.start) // self.interval)) * self.interval
-        return step >= 1 and coming <= self.end and coming - step < self.horizon
-
-    @property
-    def count(self) -> int:
-        """Number of adjustments."""
-        return max(0, (self.end - self.start) // self.interval + 1)

@@ -1,0 +1,106 @@
+"""Methods whose ranks grow, on two processes: as one process on the whole batch."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
+
+import dynalora
+from dynalora.adapter.layer import AdapterLayer
+from tests.driver.loops import adapted, assert_close_weights
+from tests.methods.test_pedyra_processes import fully_sharded, gathered, optimizer_of, train, used
+
+STEPS = 9
+
+CONFIGS = {"increlora": (dynalora.IncreloraConfig, {"grow_matrices": 2})}
+
+WORKER = """
+import os, sys
+import torch
+from torch import distributed
+from tests.methods import test_growth_processes as this
+
+if __name__ == "__main__":
+    rank, folder, method, kind, port = sys.argv[1:]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", rank=int(rank), world_size=2)
+    this.work(int(rank), folder, method, kind)
+    distributed.destroy_process_group()
+"""
+
+
+def config(method: str) -> Any:
+    kind, options = CONFIGS[method]
+    return kind(
+        r=2,
+        alpha=4,
+        target_modules=["q_proj", "k_proj", "down_proj"],
+        task_type="CAUSAL_LM",
+        target_rank=4,
+        grow_start=2,
+        grow_interval=1,
+        total_steps=STEPS,
+        **options,
+    )
+
+
+def ranks(model: Any) -> dict[str, int]:
+    return {m.name: m.rank("default") for m in model.modules() if isinstance(m, AdapterLayer)}
+
+
+def work(rank: int, folder: str, method: str, kind: str) -> None:
+    """What each process does."""
+    model = adapted(config(method))
+    called = fully_sharded(model) if kind == "sharded" else DistributedDataParallel(model)
+    optimizer = optimizer_of(model)
+    train(model, called, optimizer, slice(2 * rank, 2 * rank + 2), range(STEPS))
+    torch.save((used(model), ranks(model)), f"{folder}/{rank}.pt")
+    whole = gathered(model, optimizer)[0] if kind == "sharded" else None
+    if rank == 0:
+        model.save_pretrained(f"{folder}/end", state_dict=whole)
+
+
+@pytest.mark.parametrize("kind", ["plain", "sharded"])
+@pytest.mark.parametrize("method", CONFIGS)
+def test_two_processes_grow_as_one(method: str, kind: str, tmp_path: Path) -> None:
+    if kind == "sharded" and not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip(f"fully_shard of PyTorch {torch.__version__} does not run on processors")
+    root = Path(__file__).parents[2]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    paths = os.pathsep.join([str(root / "src"), str(root)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(tmp_path), method, kind, str(port)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=300)
+        assert worker.returncode == 0, errors[-3000:]
+    (weights, found), (others, also) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert found == also
+    assert all(torch.equal(tensor, others[name]) for name, tensor in weights.items())
+    alone = adapted(config(method))
+    train(alone, alone, optimizer_of(alone), slice(None), range(STEPS))
+    assert found == ranks(alone)
+    assert sum(found.values()) > 2 * len(found)
+    assert_close_weights(weights, used(alone), 1e-5)
+    saved = load_file(tmp_path / "end" / "adapter_model.safetensors")
+    for name, rank in found.items():
+        assert saved[f"base_model.model.{name}.{method}_down"].shape[0] == rank
