@@ -277,3 +277,52 @@ def test_what_a_program_writes_into_the_launchers_pipe_ends_nothing_and_proves_n
         for end in ("os._exit(1)", "os._exit(0)", "raise SystemExit"):
             outcome = run(f"{written}    except OSError:\n        pass\n{end}")
             assert not outcome.passed
+
+
+@needs_walls
+@pytest.mark.parametrize(
+    "hold",
+    [
+        # Held by a descriptor, by a mapping alone, and moved over by another file.
+        "os.unlink(name); held.append(f)",
+        "held.append(mmap.mmap(f.fileno(), 4096, mmap.MAP_PRIVATE, mmap.PROT_READ)); f.close(); os.unlink(name)",
+        "open('other', 'w').close(); os.replace('other', name); held.append(f)",
+    ],
+)
+def test_files_that_are_held_without_a_name_count(hold: str) -> None:
+    program = f"""
+import mmap, os, time
+held = []
+for i in range(30):
+    name = str(i)
+    f = open(name, "w+b", buffering=0)
+    f.write(b"a" * (1 << 20))
+    {hold}
+time.sleep(0.2)
+"""
+    assert run_program(program, SMALL).reason == "too much disk"
+    assert "not supported" in run("import os\nos.open('.', os.O_TMPFILE | os.O_RDWR)").reason
+
+
+@needs_walls
+def test_programs_that_remove_their_files_go_on() -> None:
+    program = """
+import os, tempfile
+for i in range(60):
+    with tempfile.TemporaryFile(dir=".") as f:
+        f.write(b"a" * 500_000)
+        f.seek(0)
+        assert len(f.read()) == 500_000
+    with open("kept.new", "wb") as f:
+        f.write(b"b" * 500_000)
+    os.replace("kept.new", "kept")
+    with tempfile.NamedTemporaryFile(dir=".") as f:
+        f.write(b"c" * 500_000)
+for i in range(100):
+    open(f"small{i}", "w").close()
+for i in range(100):
+    os.remove(f"small{i}")
+assert os.listdir() == ["kept"]
+"""
+    outcome = run_program(program, SMALL)
+    assert outcome.passed, outcome

@@ -3,7 +3,8 @@
 Each program runs in a process of its own, an isolated Python interpreter in an empty temporary directory, with
 
 - a limit on processor time, and a longer one on wall-clock time, after which it is killed with its process group;
-- a limit on memory (its address space), on the size of each file and of all files together;
+- a limit on memory (its address space), on the size of each file and of all files together, those included that it
+  removed and still holds open;
 - no network, no further process or thread, no signal to any other process: a filter on system calls (seccomp) knows
   only what a calculation needs;
 - no file outside its directory but the Python library and the packages that it is given, read-only (Landlock): no
@@ -26,6 +27,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -37,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from dynalora.errors import ConfigError, UnsupportedError
+from dynalora.evaluation.sandbox_disk import Disk
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
@@ -54,7 +57,8 @@ class Limits:
         patience: Wall-clock time, as a multiple of `seconds`; above 1, so that a busy machine fails no program.
         memory: Address space in bytes, the interpreter's own ~30 MB included.
         file_size: Bytes of one file.
-        disk: Bytes of all its files together, looked at 20 times a second.
+        disk: Bytes of all its files together, looked at 20 times a second. A file that was removed and is still open
+            counts with `file_size`.
 
     Raises:
         ConfigError: A limit is too small to run anything.
@@ -157,31 +161,37 @@ def _run(
             "path": path,
             "packages": {name: os.path.dirname(at) for name, at in zip(packages, installed, strict=True)},
         }  # fmt: skip
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", str(_CHILD)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=work, env={},
-            start_new_session=True, close_fds=True,
-        )  # fmt: skip
-        try:
-            return _follow(process, json.dumps(job).encode(), token, limits, work)
-        finally:
-            _kill(process)
+        disk = Disk(work, limits.disk, limits.file_size)
+        channel, its_end = socket.socketpair()
+        with channel, its_end:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-B", str(_CHILD)],
+                stdin=subprocess.PIPE, stdout=its_end.fileno(), stderr=subprocess.DEVNULL, cwd=work, env={},
+                start_new_session=True, close_fds=True,
+            )  # fmt: skip
+            its_end.close()
+            try:
+                return _follow(process, channel, json.dumps(job).encode(), token, limits, disk)
+            finally:
+                _kill(process)
+                disk.close()
 
 
-def _follow(process: subprocess.Popen[bytes], job: bytes, token: str, limits: Limits, work: str) -> Outcome | str:
+def _follow(
+    process: subprocess.Popen[bytes], channel: socket.socket, job: bytes, token: str, limits: Limits, disk: Disk
+) -> Outcome | str:
     assert process.stdin is not None
-    assert process.stdout is not None
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write(job)
         process.stdin.close()
-    os.set_blocking(process.stdout.fileno(), False)
+    channel.setblocking(False)
     said = b""
     began = time.monotonic()
     ready = False
     while True:
         ended = process.poll() is not None
-        # One small message at most comes from the launcher; anything longer is not its own.
-        while len(said) < 65536 and (piece := process.stdout.read(4096)):
+        # A few small messages come from the launcher; anything longer is not its own.
+        while len(said) < 65536 and (piece := _receive(channel, None if ready else disk)):
             said += piece
         if not ready and b'{"ready": true}\n' in said:
             ready, began = True, time.monotonic()
@@ -190,9 +200,22 @@ def _follow(process: subprocess.Popen[bytes], job: bytes, token: str, limits: Li
             return _verdict(said, token, process.returncode, ready, seconds)
         if seconds > (limits.seconds * limits.patience if ready else _START_UP):
             return Outcome(False, "timed out", seconds)
-        if ready and _used(work) > limits.disk:
+        if ready and disk.exceeded():
             return Outcome(False, "too much disk", seconds)
-        time.sleep(min(_LOOK_EVERY, 0.002 + seconds / 4))
+        disk.wait(min(_LOOK_EVERY, 0.002 + seconds / 4))
+
+
+def _receive(channel: socket.socket, disk: Disk | None) -> bytes:
+    """What has come, if anything; a file descriptor that comes along is the listener for `disk`."""
+    try:
+        if disk is None:
+            return channel.recv(4096)
+        piece, handles, _, _ = socket.recv_fds(channel, 4096, 1)
+    except OSError:  # nothing has come, or the process has died
+        return b""
+    for handle in handles:
+        disk.listen(handle)
+    return piece
 
 
 def _verdict(said: bytes, token: str, code: int, ready: bool, seconds: float) -> Outcome | str:
@@ -246,23 +269,12 @@ def _isolated_path() -> list[str]:
     return sorted(folder for folder in folders if os.path.isdir(folder))
 
 
-def _used(folder: str) -> int:
-    """Bytes in a folder without folders in it; an empty file takes room, too."""
-    total = 0
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError):
-                total += 4096 + entry.stat(follow_symlinks=False).st_size
-    return total
-
-
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """The process and everything in its session's group."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     process.wait()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            with contextlib.suppress(OSError):
-                stream.close()
+    if process.stdin is not None:
+        with contextlib.suppress(OSError):
+            process.stdin.close()

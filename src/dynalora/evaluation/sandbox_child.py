@@ -1,9 +1,8 @@
 """The other side of [`sandbox`][dynalora.evaluation.sandbox]: locks its own process up, then runs a program.
 
 Started as a script in a fresh, isolated interpreter (`python -I -S`), so it imports the standard library only. It
-reads one JSON object from standard input, applies the limits, and says on standard output, which only it still holds,
-how far it
-came: `ready` once locked up, and the caller's token once the program has run to its end.
+reads one JSON object from standard input, applies the limits, and says on standard output, a socket that only it still
+holds, how far it came: `ready` once locked up, and the caller's token once the program has run to its end.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import math
 import os
 import platform
 import resource
+import socket
 import struct
 import sys
 import time
@@ -28,18 +28,21 @@ from typing import Any
 _ALLOWED = {
     "x86_64": (
         0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 18, 19, 20, 21, 22, 23, 24, 25, 28, 32, 33, 35, 39,
-        63, 74, 75, 77, 78, 79, 80, 81, 82, 87, 89, 95, 96, 97, 98, 99, 100, 102, 104, 107, 108, 110,
-        111, 115, 118, 120, 124, 131, 158, 186, 201, 202, 204, 213, 217, 218, 228, 229, 230, 231, 232, 233, 262, 263,
-        264, 267, 269, 270, 271, 273, 281, 290, 291, 292, 293, 295, 296, 309, 316, 318, 324, 327, 328, 332, 334, 436,
+        63, 74, 75, 77, 78, 79, 80, 81, 89, 95, 96, 97, 98, 99, 100, 102, 104, 107, 108, 110,
+        111, 115, 118, 120, 124, 131, 158, 186, 201, 202, 204, 213, 217, 218, 228, 229, 230, 231, 232, 233, 262,
+        267, 269, 270, 271, 273, 281, 290, 291, 292, 293, 295, 296, 309, 318, 324, 327, 328, 332, 334, 436,
         439, 60,
     ),
     "aarch64": (
-        17, 19, 20, 21, 22, 23, 24, 35, 38, 46, 48, 49, 50, 57, 59, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70,
+        17, 19, 20, 21, 22, 23, 24, 46, 48, 49, 50, 57, 59, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70,
         72, 73, 78, 79, 80, 82, 83, 93, 94, 96, 98, 99, 101, 113, 114, 115, 123, 124, 132, 133, 134, 135, 136, 137,
         139, 148, 150, 153, 158, 160, 163, 165, 168, 169, 172, 173, 174, 175, 176, 177, 178, 179, 214, 215, 216, 222,
-        226, 227, 232, 233, 276, 278, 283, 286, 287, 291, 293, 436, 439,
+        226, 227, 232, 233, 278, 283, 286, 287, 291, 293, 436, 439,
     ),
 }  # fmt: skip
+# What removes files: unlink, unlinkat, rename, renameat, renameat2. Allowed where the caller can be asked first.
+_REMOVING = {"x86_64": (82, 87, 263, 264, 316), "aarch64": (35, 38, 276)}
+_SECCOMP = {"x86_64": 317, "aarch64": 277}
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 # Allowed with conditions on an argument: (name → number).
 _SPECIAL = {
@@ -47,7 +50,7 @@ _SPECIAL = {
     "aarch64": {"openat": 56, "ioctl": 29, "fcntl": 25, "prlimit64": 261, "kill": 129, "tgkill": 131},
 }
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
-_O_TRUNC, _WRITING = 0o1000, 0o3
+_O_TRUNC, _WRITING, _O_TMPFILE = 0o1000, 0o3, 0o20000000
 # By their second argument: isatty, window size, close-on-exec (twice), bytes to read; and duplicating, flags and
 # locks of a file. What is left out of fcntl can make the kernel send signals to other processes.
 _COMMANDS = {"ioctl": (0x5401, 0x5413, 0x5450, 0x5451, 0x541B), "fcntl": (0, 1, 2, 3, 4, 5, 6, 7, 1030)}
@@ -63,15 +66,28 @@ def _statement(code: int, value: int, true: int = 0, false: int = 0) -> bytes:
     return struct.pack("=HBBI", code, true, false, value)
 
 
-def seccomp_program(machine: str, process: int) -> bytes:
+_LOAD, _EQUAL, _BOTH, _BACK = 0x20, 0x15, 0x54, 0x06
+_ALLOW, _ASK, _DENY, _NO_SUCH_FILES = 0x7FFF0000, 0x7FC00000, 0x00050000 | 1, 0x00050000 | 95  # EPERM, EOPNOTSUPP
+
+
+def asking_program(machine: str) -> bytes:
+    """The filter that has the listener asked before a file is removed, as BPF instructions; see `seccomp_program`."""
+    numbers = _REMOVING[machine]
+    code = [_statement(_LOAD, 0)]
+    code += [_statement(_EQUAL, number, len(numbers) - at, 0) for at, number in enumerate(numbers)]
+    return b"".join([*code, _statement(_BACK, _ALLOW), _statement(_BACK, _ASK)])
+
+
+def seccomp_program(machine: str, process: int, removing: bool) -> bytes:
     """The filter as BPF instructions of 8 bytes each.
 
     Args:
         machine: `x86_64` or `aarch64`.
         process: Process id: the only one that may be sent a signal.
+        removing: Whether files may be removed.
     """
-    load, equal, both, back = 0x20, 0x15, 0x54, 0x06
-    allow, deny = 0x7FFF0000, 0x00050000 | 1  # EPERM
+    load, equal, both, back = _LOAD, _EQUAL, _BOTH, _BACK
+    allow, deny = _ALLOW, _DENY
     special = _SPECIAL[machine]
     code = [
         _statement(load, 4),  # the architecture the call was made for
@@ -79,7 +95,7 @@ def seccomp_program(machine: str, process: int) -> bytes:
         _statement(back, deny),
         _statement(load, 0),  # its number
     ]
-    for number in _ALLOWED[machine]:
+    for number in _ALLOWED[machine] + (_REMOVING[machine] if removing else ()):
         code += [_statement(equal, number, 0, 1), _statement(back, allow)]
 
     def argument(index: int) -> bytes:
@@ -88,8 +104,10 @@ def seccomp_program(machine: str, process: int) -> bytes:
     for name, number in special.items():
         if name in ("open", "openat"):
             flags = argument(1 if name == "open" else 2)
+            # A file that never had a name is in no folder. Python then makes one with a name and removes that.
             # O_TRUNC without a writing mode truncates, and Landlock's first versions do not see it.
             body = [
+                flags, _statement(both, _O_TMPFILE), _statement(equal, 0, 1, 0), _statement(back, _NO_SUCH_FILES),
                 flags, _statement(both, _O_TRUNC), _statement(equal, 0, 3, 0),
                 flags, _statement(both, _WRITING), _statement(equal, 0, 1, 0),
                 _statement(back, allow), _statement(back, deny),
@@ -109,6 +127,12 @@ def seccomp_program(machine: str, process: int) -> bytes:
             body = [argument(0), _statement(equal, process, 0, 1), _statement(back, allow), _statement(back, deny)]
         code += [_statement(equal, number, 0, len(body)), *body]
     return b"".join([*code, _statement(back, deny)])
+
+
+def _filter(code: bytes) -> tuple[_Filter, Any]:
+    """The structure that the kernel takes, and the memory it points to, which must be kept as long."""
+    memory = ctypes.create_string_buffer(code)
+    return _Filter(len(code) // 8, ctypes.cast(memory, ctypes.c_void_p)), memory
 
 
 def _failed(what: str) -> OSError:
@@ -169,8 +193,14 @@ def drop_capabilities(libc: Any) -> None:
         raise _failed("The capabilities cannot be dropped")
 
 
-def lock_calls(libc: Any) -> None:
-    """Install the system call filter.
+def lock_calls(libc: Any, channel: int) -> None:
+    """Install the system call filters, and send the listener of the first to the caller.
+
+    Where the kernel gives no listener (a container's own may already be there), the program cannot remove files.
+
+    Args:
+        libc: The C library.
+        channel: The socket to the caller.
 
     Raises:
         OSError: The kernel cannot, or the machine is neither x86-64 nor ARM64.
@@ -178,8 +208,13 @@ def lock_calls(libc: Any) -> None:
     machine = platform.machine().replace("arm64", "aarch64").replace("AMD64", "x86_64")
     if sys.platform != "linux" or machine not in _ALLOWED or struct.calcsize("P") != 8:
         raise OSError(f"no system call filter is known for {sys.platform} on {machine}")
-    code = ctypes.create_string_buffer(seccomp_program(machine, os.getpid()))
-    program = _Filter((len(code) - 1) // 8, ctypes.cast(code, ctypes.c_void_p))
+    asking, _code = _filter(asking_program(machine))
+    listener = libc.syscall(_SECCOMP[machine], 1, 8, ctypes.byref(asking))  # a filter, with a new listener
+    if listener >= 0:
+        with socket.socket(fileno=os.dup(channel)) as connection:
+            socket.send_fds(connection, [b"\n"], [listener])
+        os.close(listener)
+    program, _code = _filter(seccomp_program(machine, os.getpid(), removing=listener >= 0))
     if libc.prctl(_PR_SET_SECCOMP, 2, ctypes.byref(program), 0, 0):
         raise _failed("The system call filter cannot be installed")
 
@@ -273,7 +308,7 @@ def main() -> None:
                 raise _failed("no_new_privs cannot be set")
             drop_capabilities(libc)
             lock_files(libc, readable, job["work"])
-            lock_calls(libc)
+            lock_calls(libc, channel)
             strong = True
         except OSError as error:
             reason = str(error.strerror or error)
