@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from dynalora.methods.milora import MiloraConfig as MiloraConfig
     from dynalora.methods.pedyra import PedyraConfig as PedyraConfig
     from dynalora.methods.sorsa import SorsaConfig as SorsaConfig
+    from dynalora.methods.triadaptlora import TriAdaptLoraConfig as TriAdaptLoraConfig
 
 # Names that come with the methods, and the modules they stand in.
 _EAGER = {

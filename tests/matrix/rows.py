@@ -23,9 +23,12 @@ def randomise(model: nn.Module) -> None:
     for layer in adapter_layers(model).values():
         for adapter in layer.scaling:
             for role, tensor in layer.saved_tensors(adapter).items():
-                if tensor.is_floating_point() and (role in layer.buffer_roles or tensor.ndim == 1):
+                if not tensor.is_floating_point():
+                    continue
+                between = tensor.ndim == 1 or len(layer.rank_axes.get(role, ())) > 1  # diagonals, cores
+                if role in layer.buffer_roles or between:
                     noise = torch.randn(tensor.shape, generator=generator)
-                    tensor.add_((0.3 if tensor.ndim == 1 else 0.1) * noise.to(tensor))
+                    tensor.add_((0.3 if between else 0.1) * noise.to(tensor))
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,13 @@ ROWS = (
         dynalora.IncreloraConfig,
         static=True,
         options={**GROWTH, "advance_learning": False, "max_rank": 9, "grow_rank": 2},
+    ),
+    Row("triadaptlora", dynalora.TriAdaptLoraConfig, static=True, options=GROWTH),
+    Row(
+        "triadaptlora-reserved",
+        dynalora.TriAdaptLoraConfig,
+        static=True,
+        options={**GROWTH, "growth": "exponential", "max_rank": 9, "grow_rank": 2, "use_rslora": True},
     ),
     Row("milora", dynalora.MiloraConfig, static=True, exact_start=False),
     Row("sorsa", dynalora.SorsaConfig, static=True, exact_start=False),

@@ -21,7 +21,10 @@ from tests.methods.test_pedyra_processes import fully_sharded, gathered, optimiz
 
 STEPS = 9
 
-CONFIGS = {"increlora": (dynalora.IncreloraConfig, {"grow_matrices": 2})}
+CONFIGS = {
+    "increlora": (dynalora.IncreloraConfig, {"grow_matrices": 2}),
+    "triadaptlora": (dynalora.TriAdaptLoraConfig, {}),
+}
 
 WORKER = """
 import os, sys
@@ -41,17 +44,17 @@ if __name__ == "__main__":
 
 def config(method: str) -> Any:
     kind, options = CONFIGS[method]
-    return kind(
-        r=2,
-        alpha=4,
-        target_modules=["q_proj", "k_proj", "down_proj"],
-        task_type="CAUSAL_LM",
-        target_rank=4,
-        grow_start=2,
-        grow_interval=1,
-        total_steps=STEPS,
-        **options,
-    )
+    common = {
+        "r": 2,
+        "alpha": 4,
+        "target_modules": ["q_proj", "k_proj", "down_proj"],
+        "task_type": "CAUSAL_LM",
+        "target_rank": 4,
+        "grow_start": 2,
+        "grow_interval": 1,
+        "total_steps": STEPS,
+    }
+    return kind(**{**common, **options})
 
 
 def ranks(model: Any) -> dict[str, int]:

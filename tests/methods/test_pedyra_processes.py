@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dynalora import PedyraConfig
 from dynalora.adapter.layer import AdapterLayer
+from dynalora.adapter.ranks import in_use
 from dynalora.methods.pedyra import AdjustmentPlan, adjustments
 from tests.driver.loops import adapted, assert_close_weights, trainable
 from tests.toys import tokens
@@ -81,12 +82,10 @@ def used(model: nn.Module) -> dict[str, torch.Tensor]:
     found = {}
     for layer in model.modules():
         if isinstance(layer, AdapterLayer):
-            for role, dim in layer.rank_dims.items():
-                if not layer.has_parameter(role, "default"):
-                    continue
-                p: Any = layer.parameter(role, "default").detach()
-                whole = p.full_tensor() if hasattr(p, "full_tensor") else p
-                found[f"{layer.name}.{role}"] = whole.narrow(dim, 0, layer.rank("default")).clone()
+            for role in layer.rank_dims:
+                if layer.has_parameter(role, "default"):
+                    whole = in_use(layer, role, "default", layer.parameter(role, "default").detach())
+                    found[f"{layer.name}.{role}"] = whole.clone()
     return found
 
 

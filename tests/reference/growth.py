@@ -1,4 +1,4 @@
-"""IncreLoRA in float64, one matrix at a time, with whole weights and gradients by autograd."""
+"""IncreLoRA and TriAdaptLoRA in float64, one matrix at a time, with whole weights and gradients by autograd."""
 
 from __future__ import annotations
 
@@ -93,3 +93,39 @@ def chosen(matrices: list[Matrix], h: int) -> list[int]:
     """The h matrices of the highest S = Ī·Ū."""
     scores = [matrix.mean * matrix.uncertainty for matrix in matrices]
     return sorted(range(len(matrices)), key=lambda i: (-scores[i], i))[:h]
+
+
+# TriAdaptLoRA ------------------------------------------------------------------------------------------------------
+
+
+def triangles(core: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower triangle of a core, with its diagonal, and the upper one without."""
+    below = torch.arange(len(core))[:, None] >= torch.arange(len(core))
+    return torch.where(below, core, 0.0), torch.where(below, 0.0, core)
+
+
+def tri_update(down: Tensor, core: Tensor, up: Tensor, s: float) -> Tensor:
+    """s·up·(lower + upper)·down, (out, in)."""
+    lower, upper = triangles(core)
+    return s * (up @ lower @ down + up @ upper @ down)
+
+
+def bordered(core: Tensor, k: int) -> Tensor:
+    """A core with one more block: rows below, columns beside, the identity in the corner."""
+    size = len(core)
+    grown = torch.zeros(size + k, size + k, dtype=core.dtype)
+    grown[:size, :size] = core
+    for i in range(k):
+        grown[size + i, size + i] = 1
+    return grown
+
+
+def tri_score(core: Tensor, blocks: int, last: float) -> tuple[float, float]:
+    """How much ‖C‖_F per block has grown, and what it is now."""
+    now = math.sqrt(sum(float(value) ** 2 for value in core.flatten())) / blocks
+    return now - last, now
+
+
+def tri_count(missing: int, progress: float, exponential: bool) -> int:
+    """Matrices that grow at a look."""
+    return max(1, int(math.exp(progress * math.log(missing))) if exponential else int(missing * progress))

@@ -17,6 +17,7 @@ import torch
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method, Panel
+from dynalora.adapter.ranks import NewComponents
 from dynalora.common.processes import from_first, grouped, process_count
 from dynalora.driver import Moment
 from dynalora.driver.schedule import Occasions, in_steps
@@ -111,7 +112,7 @@ class GrowingLayer(AdapterLayer):
         several = 4 * config.target if process_count() > 1 else sides
         return min(sides, several if config.max_rank is None else config.max_rank)
 
-    def new_components(self, config: Any, adapter: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def new_components(self, config: Any, adapter: str, generator: torch.Generator) -> NewComponents:
         """The components that the matrix gets, `config.grow_rank` of them, by role of what carries the rank."""
         raise NotImplementedError
 

@@ -111,8 +111,8 @@ class AdapterLayer(RankedStorage, BaseWeight):
         self.ranks[adapter] = r
         self.reserved[adapter] = room = self.reserve(config, r)
         for role, tensor in self.start(config, r).items():
-            if role in self.rank_dims and room:
-                tensor = fit(tensor, self.rank_dims[role], room)
+            for dim in self.rank_axes.get(role, ()) if room else ():
+                tensor = fit(tensor, dim, room)
             self.put(role, adapter, tensor)
         if room:
             self._buffers_of(RANK)[adapter] = torch.tensor(r)

@@ -279,9 +279,9 @@ class AdapterModel(BaseTuner):
                 continue
             # Room that is reserved is this process's own affair: the file holds what is in use.
             state.pop(f"{name}.{layer.method_name}_rank.{adapter_name}", None)
-            for role, dim in layer.rank_dims.items():
+            for role, axes in layer.rank_axes.items():
                 key = f"{name}.{layer.method_name}_{role}.{adapter_name}"
-                if key in state:
+                for dim in axes if key in state else ():
                     state[key] = fit(state[key], dim, layer.rank(adapter_name)).contiguous()
         config.follow(layers.values(), adapter_name)  # it is written next, if the state is to be saved
         return state

@@ -14,6 +14,9 @@ from dynalora.errors import CheckpointError
 
 _LONGEST = 2**53  # steps
 
+#: Values of new components by role; two parts where a role carries the rank in two dimensions.
+NewComponents = Mapping[str, torch.Tensor | tuple[torch.Tensor, ...]]
+
 
 def fit(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     """A tensor brought to a size along one dimension: cut, or filled up with zeros behind.
@@ -34,16 +37,33 @@ def fit(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], dim)
 
 
-def shared_rank(tensors: Mapping[str, torch.Tensor | None], dims: Mapping[str, int]) -> int | None:
+def _as_long(part: torch.Tensor, dim: int, axes: Sequence[int], keep: Sequence[int], shape: torch.Size) -> torch.Tensor:
+    """New slices along `dim`, made as long as those that they join along the other dimensions that carry the rank.
+
+    Dimensions before `dim` have their new size already; of those after it, the components in `keep` are kept next.
+    """
+    for other in axes:
+        if other < dim:
+            part = fit(part, other, shape[other])
+        elif other > dim:
+            wanted = list(part.shape)
+            wanted[other] = shape[other]
+            index = torch.tensor(list(keep), dtype=torch.int64, device=part.device)
+            part = part.new_zeros(wanted).index_copy(other, index, part)
+    return part
+
+
+def shared_rank(tensors: Mapping[str, torch.Tensor | None], axes: Mapping[str, tuple[int, ...]]) -> int | None:
     """The rank that tensors agree on, or None if one is missing or they differ.
 
     Args:
         tensors: Tensors by role.
-        dims: The dimension that carries the rank, by role.
+        axes: The dimensions that carry the rank, by role.
     """
     sizes = {
-        tensor.shape[dims[role]] if tensor is not None and tensor.ndim > dims[role] else None
+        tensor.shape[dim] if tensor is not None and tensor.ndim > dim else None
         for role, tensor in tensors.items()
+        for dim in axes[role]
     }
     return sizes.pop() if len(sizes) == 1 else None
 
@@ -84,7 +104,7 @@ class RankedStorage(Storage):
         return 0
 
     @torch.no_grad()
-    def resize(self, adapter: str, keep: Sequence[int], new: Mapping[str, torch.Tensor] | None = None) -> None:
+    def resize(self, adapter: str, keep: Sequence[int], new: NewComponents | None = None) -> None:
         """Keep some components of an adapter, in the given order, and put new ones after them.
 
         The parameters stay the same objects. Gradients and the state of every optimizer that has stepped them follow,
@@ -94,7 +114,8 @@ class RankedStorage(Storage):
             adapter: The adapter.
             keep: Indices of the components that stay.
             new: Values of the new components by role, as many along the rank's dimension for every role; those that
-                are parameters themselves bring the state of their optimizer along.
+                are parameters themselves bring the state of their optimizer along. Where a role carries the rank in two
+                dimensions there are two: new rows (k, kept), and then new columns (kept + k, k).
 
         Raises:
             ValueError: Nothing would be left, or the new components do not fit the room that is reserved while the
@@ -103,21 +124,25 @@ class RankedStorage(Storage):
         for follower in self.followers():
             follower.resize(adapter, keep, new)
         new = new or {}
-        count = next((t.shape[self.rank_dims[role]] for role, t in new.items()), 0)
+        parts = {role: value if isinstance(value, tuple) else (value,) for role, value in new.items()}
+        count = next((values[0].shape[self.rank_dims[role]] for role, values in parts.items()), 0)
         rank, room = len(keep) + count, self.reserved[adapter]
         if not rank:
             raise ValueError(f"{self.name or 'the layer'}: an adapter must keep at least one component")
         if room and rank > room:
             raise ValueError(f"{self.name or 'the layer'}: rank {rank} exceeds the {room} places reserved")
         for role, parameter in self.adapter_parameters(adapter).items():
-            if role in self.rank_dims:
-                carry_state(parameter, self.rank_dims[role], keep, new.get(role), count, max(rank, room))
+            axes = self.rank_axes.get(role, ())
+            for dim, part in zip(axes, parts.get(role, (None,) * len(axes)), strict=True):
+                joining = None if part is None else _as_long(part, dim, axes, keep, parameter.shape)
+                carry_state(parameter, dim, keep, joining, count, max(rank, room))
         for role, row in self.buffer_roles.items():
-            buffer = None if row.rank_dim is None else self.running(role, adapter)
-            if buffer is not None and row.rank_dim is not None:
+            buffer = self.running(role, adapter) if row.rank_axes else None
+            if buffer is not None:
                 index = torch.tensor(list(keep), dtype=torch.int64, device=buffer.device)
-                survivors = buffer.index_select(row.rank_dim, index)
-                self.set_running(role, adapter, fit(survivors, row.rank_dim, rank))
+                for dim in row.rank_axes:
+                    buffer = fit(buffer.index_select(dim, index), dim, rank)
+                self.set_running(role, adapter, buffer)
         self.take_rank(adapter, rank)
 
     def take_rank(self, adapter: str, rank: int) -> None:
@@ -138,7 +163,7 @@ class RankedStorage(Storage):
         """
         prefix = f"{self.method_name}_"
         roles = {name.removeprefix(prefix): tensor for name, tensor in saved.items()}
-        dims = {role: dim for role, dim in self.rank_dims.items() if self.has_parameter(role, adapter)}
+        dims = {role: axes for role, axes in self.rank_axes.items() if self.has_parameter(role, adapter)}
         rank = shared_rank({role: roles.get(role) for role in dims}, dims)
         if rank is None and dims.keys() & roles.keys():
             shapes = ", ".join(f"{role} {tuple(roles[role].shape)}" for role in dims if role in roles)
@@ -163,8 +188,8 @@ class RankedStorage(Storage):
         if role in self.parameter_roles and self.has_parameter(role, adapter):
             parameter = self.parameter(role, adapter)
             shape, floating = list(parameter.shape), True
-            if role in self.rank_dims and tensor.ndim == len(shape):
-                shape[self.rank_dims[role]] = tensor.shape[self.rank_dims[role]]  # all agree on it
+            for dim in self.rank_axes.get(role, ()) if tensor.ndim == len(shape) else ():
+                shape[dim] = tensor.shape[dim]  # all agree on it
         elif role in self.buffer_roles and self.buffer_roles[role].saved == "present":
             shape, floating = self.present_shape(role, adapter, tensor, rank)
         elif role in self.buffer_roles:
@@ -219,20 +244,21 @@ class RankedStorage(Storage):
             Those that have to be loaded in another shape than saved, because room is reserved.
         """
         prefix = f"{self.method_name}_"
-        dims = {role: d for role, d in self.rank_dims.items() if self.has_parameter(role, adapter)}
+        dims = {role: axes for role, axes in self.rank_axes.items() if self.has_parameter(role, adapter)}
         shared = shared_rank({role: saved.get(prefix + role) for role in dims}, dims)
         if shared is None:  # nothing of this adapter, or nothing that fits together: loading will say so
             return {}
         rank = int(saved[f"{prefix}{RANK}"]) if f"{prefix}{RANK}" in saved else shared
         size = max(rank, self.reserved[adapter])
         fitted = {}
-        for role, dim in dims.items():
+        for role, axes in dims.items():
             parameter = self.parameter(role, adapter)
-            if parameter.shape[dim] != size:
-                carry_state(parameter, dim, (), None, 0, size)
             value = saved[prefix + role]
-            if value.shape[dim] != size:
-                fitted[prefix + role] = fit(value.narrow(dim, 0, rank), dim, size)
+            for dim in axes:
+                if parameter.shape[dim] != size:
+                    carry_state(parameter, dim, (), None, 0, size)
+                if value.shape[dim] != size:
+                    value = fitted[prefix + role] = fit(value.narrow(dim, 0, rank), dim, size)
         if self.reserved[adapter]:
             fitted[f"{prefix}{RANK}"] = torch.tensor(rank)
         self.take_rank(adapter, rank)
@@ -251,15 +277,16 @@ class RankedStorage(Storage):
         tensors = {role: p.detach() for role, p in self.adapter_parameters(source).items()}
         buffers = {role: self.running(role, source) for role in self.buffer_roles if role != CLOCK.name}
         tensors |= {role: buffer for role, buffer in buffers.items() if buffer is not None}
-        for role, carrier in self.rank_dims.items():
-            if role in tensors:
-                tensors[role] = fit(tensors[role], carrier, self.ranks[source])
+        for role, axes in self.rank_axes.items():
+            for dim in axes if role in tensors else ():
+                tensors[role] = fit(tensors[role], dim, self.ranks[source])
         self.expect(target, {prefix + role: tensor for role, tensor in tensors.items()})
         for role, tensor in tensors.items():
             place = self.running(role, target) if role in self.buffer_roles else self.parameter(role, target)
             if place is not None:
-                dim = self.rank_dims.get(role)
-                place.copy_(tensor if dim is None else fit(tensor, dim, place.shape[dim]))
+                for dim in self.rank_axes.get(role, ()):
+                    tensor = fit(tensor, dim, place.shape[dim])
+                place.copy_(tensor)
         self.scaling[target], self.scaling_ranks[target] = self.scaling[source], self.scaling_ranks[source]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -283,5 +310,6 @@ def in_use(layer: RankedStorage, role: str, adapter: str, tensor: torch.Tensor) 
     """The part of a tensor of a parameter's shape that its components fill, in full where FSDP2 has spread it."""
     full = getattr(tensor, "full_tensor", None)
     whole: torch.Tensor = tensor if full is None else full()
-    dim = layer.rank_dims.get(role)
-    return whole if dim is None else whole.narrow(dim, 0, layer.ranks[adapter])
+    for dim in layer.rank_axes.get(role, ()):
+        whole = whole.narrow(dim, 0, layer.ranks[adapter])
+    return whole

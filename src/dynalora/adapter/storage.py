@@ -20,8 +20,8 @@ class Role:
         name: Its name. The layer's attribute, and with it the checkpoint's key, is the method's name and this one
             (`dira_down`).
         trains: Whether it is a parameter; otherwise it is a buffer, which is saved and never trains.
-        rank_dim: The dimension along which the rank-1 components lie, which `resize` cuts and extends; None if there is
-            none.
+        rank_dim: The dimension along which the rank-1 components lie, which `resize` cuts and extends; several where
+            it is a matrix between the factors; None if there is none.
         saved: Where a buffer is, and is saved with the adapter: `"always"` in every layer; `"first"` in the
             adapter's first layer only, for what belongs to the adapter as a whole; `"present"` wherever training has
             put it, until training takes it away (moving averages, records).
@@ -29,8 +29,15 @@ class Role:
 
     name: str
     trains: bool = True
-    rank_dim: int | None = None
+    rank_dim: int | tuple[int, ...] | None = None
     saved: Literal["always", "first", "present"] = "always"
+
+    @property
+    def rank_axes(self) -> tuple[int, ...]:
+        """The dimensions along which the components lie; empty if there is none."""
+        if self.rank_dim is None:
+            return ()
+        return self.rank_dim if isinstance(self.rank_dim, tuple) else (self.rank_dim,)
 
 
 #: The two factors of the update, (r, in) and (out, r), with which every method's table begins.
@@ -64,8 +71,10 @@ class Storage(nn.Module):
     # Read off the table, for each method's layer:
     parameter_roles: ClassVar[tuple[str, ...]]
     buffer_roles: ClassVar[dict[str, Role]]
-    #: The dimension that carries the rank, by role of the parameters that have one.
+    #: The dimension that carries the rank, by role of the parameters that have one; the first where there are several.
     rank_dims: ClassVar[Mapping[str, int]]
+    #: All of them.
+    rank_axes: ClassVar[Mapping[str, tuple[int, ...]]]
     adapter_layer_names: tuple[str, ...]
     other_param_names: tuple[str, ...]
 
@@ -75,7 +84,8 @@ class Storage(nn.Module):
             return
         parameters = [role for role in cls.roles if role.trains]
         cls.parameter_roles = tuple(role.name for role in parameters)
-        cls.rank_dims = {role.name: role.rank_dim for role in parameters if role.rank_dim is not None}
+        cls.rank_axes = {role.name: axes for role in parameters if (axes := role.rank_axes)}
+        cls.rank_dims = {role: axes[0] for role, axes in cls.rank_axes.items()}
         cls.buffer_roles = {role.name: role for role in (CLOCK, BUDGET, *cls.roles) if not role.trains}
         cls.adapter_layer_names = tuple(f"{cls.method_name}_{role}" for role in cls.parameter_roles)
         cls.other_param_names = (
@@ -109,11 +119,14 @@ class Storage(nn.Module):
         and have zero gradients.
         """
         parameter = self.parameter(role, adapter)
-        dim = self.rank_dims.get(role)
+        axes = self.rank_axes.get(role)
         # Asked first, so that compiled code does not depend on the rank.
-        if torch.compiler.is_compiling() or dim is None or parameter.shape[dim] == self.ranks[adapter]:
+        if torch.compiler.is_compiling() or axes is None or parameter.shape[axes[0]] == self.ranks[adapter]:
             return parameter
-        return parameter.narrow(dim, 0, self.ranks[adapter])
+        part: torch.Tensor = parameter
+        for dim in axes:
+            part = part.narrow(dim, 0, self.ranks[adapter])
+        return part
 
     def has_parameter(self, role: str, adapter: str) -> bool:
         """Whether an adapter has a parameter of this role."""

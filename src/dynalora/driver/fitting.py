@@ -9,7 +9,7 @@ past the end, or go on with moments that belong to other entries.
 from __future__ import annotations
 
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -28,30 +28,34 @@ def fit_states(optimizer: Optimizer) -> None:
     for driver, layers in all_drivers():
         for layer in layers:
             for role, parameter in layer.adapter_parameters(driver.adapter).items():
-                dim = layer.rank_dims.get(role)
-                if dim is not None and parameter in optimizer.state and not hasattr(parameter, "to_local"):
-                    _fit_state(optimizer, parameter, dim)
+                axes = layer.rank_axes.get(role)
+                if axes is not None and parameter in optimizer.state and not hasattr(parameter, "to_local"):
+                    _fit_state(optimizer, parameter, axes)
 
 
-def _fit_state(optimizer: Optimizer, parameter: torch.Tensor, dim: int) -> None:
+def _fit_state(optimizer: Optimizer, parameter: torch.Tensor, axes: tuple[int, ...]) -> None:
     state: MutableMapping[str, Any] = optimizer.state[parameter]
     shape = list(parameter.shape)
     for key, value in list(state.items()):
         if not isinstance(value, torch.Tensor) or value.is_sparse:
             continue
-        along, size = dim, shape[dim]
         if key in FACTORED and len(shape) == 2:
-            if FACTORED[key] != dim or value.ndim == 0:
+            if FACTORED[key] not in axes or value.ndim == 0:
                 continue
             # Either the factor alone, or with a dimension of size 1 for the other.
-            along = dim if value.ndim == 2 else 0
+            sizes = {FACTORED[key] if value.ndim == 2 else 0: shape[FACTORED[key]]}
         elif value.ndim != len(shape) or value.dtype == torch.uint8:
             continue  # of another kind: counts, or numbers in blocks
-        have = value.shape[along]
-        others = [n for at, n in enumerate(value.shape) if at != along]
-        if have == size or (key not in FACTORED and others != [n for at, n in enumerate(shape) if at != dim]):
+        elif any(value.shape[at] != size for at, size in enumerate(shape) if at not in axes):
             continue
-        if have > size and bool(value.narrow(along, size, have - size).any()):
+        else:
+            sizes = {along: shape[along] for along in axes}
+        beyond = [
+            value.narrow(along, size, value.shape[along] - size)
+            for along, size in sizes.items()
+            if value.shape[along] > size
+        ]
+        if any(bool(part.any()) for part in beyond):
             del optimizer.state[parameter]
             warnings.warn(
                 f"{type(optimizer).__name__} was given state of shape {tuple(value.shape)} for a parameter of shape "
@@ -59,9 +63,14 @@ def _fit_state(optimizer: Optimizer, parameter: torch.Tensor, dim: int) -> None:
                 stacklevel=2,
             )
             return
-        wanted = list(value.shape)
-        wanted[along] = size
-        fitted = value.new_zeros(wanted)
-        both = min(have, size)
-        fitted.narrow(along, 0, both).copy_(value.narrow(along, 0, both))
-        state[key] = fitted
+        if any(value.shape[along] != size for along, size in sizes.items()):
+            state[key] = _fitted(value, sizes)
+
+
+def _fitted(value: torch.Tensor, sizes: Mapping[int, int]) -> torch.Tensor:
+    """A tensor cut, or filled up with zeros, to sizes by dimension."""
+    wanted = [sizes.get(at, size) for at, size in enumerate(value.shape)]
+    fitted = value.new_zeros(wanted)
+    both = tuple(slice(0, min(have, size)) for have, size in zip(value.shape, wanted, strict=True))
+    fitted[both] = value[both]
+    return fitted
