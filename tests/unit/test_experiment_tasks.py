@@ -21,6 +21,7 @@ from dynalora.evaluation.kinds.generate import GENERATE
 from dynalora.evaluation.kinds.text import conversation_rows
 from dynalora.evaluation.numbers import solution_from
 from dynalora.evaluation.results import TaskScore
+from dynalora.evaluation.sandbox import Program
 from dynalora.lab.scores import mean_accuracy
 from dynalora.lab.tasks.loading import load_experiment_task
 from dynalora.lab.tasks.mixed import split_source
@@ -513,9 +514,9 @@ def test_code_is_scored_by_running_it_if_that_is_allowed(tmp_path: Path, monkeyp
     task = load_experiment_task(source, data=tmp_path, run_code=True)
     ran: list[str] = []
 
-    def program(text: str, *_: Any, **__: Any) -> Any:
-        ran.append(text)
-        return type("Outcome", (), {"passed": "return x + x" in text})
+    def program(written: Program, *_: Any, **__: Any) -> Any:
+        ran.append(written.solution)
+        return type("Outcome", (), {"passed": "return x + x" in written.solution})
 
     monkeypatch.setattr(code, "run_program", program)
     monkeypatch.setattr(generate, "generate", lambda *_, **__: ["    return x + x\n", "    return y\n"])

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dynalora.errors import ConfigError, UnsupportedError
 from dynalora.evaluation import sandbox
-from dynalora.evaluation.sandbox import Limits, Outcome, check_sandbox, run_program
+from dynalora.evaluation.sandbox import Limits, Outcome, Program, check_sandbox, run_program
 
 SMALL = Limits(seconds=1.0, patience=20, memory=128 << 20, file_size=1 << 20, disk=4 << 20)
 
@@ -326,3 +327,163 @@ assert os.listdir() == ["kept"]
 """
     outcome = run_program(program, SMALL)
     assert outcome.passed, outcome
+
+
+TWICE = Program(
+    "def twice(x):\n    return 2 * x\n", "def check(f):\n    assert f(3) == 6\ncheck(twice)\n", "", ("twice",)
+)
+
+
+def judged(solution: str, tests: str, given: str = "", entries: tuple[str, ...] = ()) -> Outcome:
+    return run_program(Program(solution, tests, given, entries), SMALL)
+
+
+@needs_walls
+def test_a_program_and_its_tests_in_two_processes() -> None:
+    assert run_program(TWICE, SMALL).passed
+    wrong = run_program(replace(TWICE, solution="def twice(x): return x\n"), SMALL)
+    assert wrong.reason == "AssertionError in 2"
+    assert judged("x = 1", "f(2)").reason.startswith("NameError")
+    assert judged("def f(:", "f(2)").reason.startswith("SyntaxError")
+    assert judged("def f(): raise KeyError('k')", "try:\n  f()\nexcept KeyError: pass\nelse: assert 0").passed
+    assert judged("while True: pass", "f()").reason == "timed out"
+    assert judged("def f():\n  while True: pass", "f()").reason == "timed out"
+    assert judged("import os\ndef f(): os.abort()", "try: f()\nexcept Exception: pass").reason == "killed by SIGABRT"
+    assert judged("def f(): raise SystemExit(0)", "f()").passed is False
+    assert judged("def f(): return bytearray(10**9)", "f()").reason == "MemoryError"
+
+
+@needs_walls
+@pytest.mark.parametrize(
+    "value",
+    [
+        "None", "True", "-3", "10**6000", "0.1", "float('inf')", "2j", "'\\ud800 é\\n'", "b'\\xff'", "bytearray(b'a')",
+        "[1, (2, {3}), frozenset({4})]", "{(1, 'a'): [None], 2.5: {}}", "range(1, 9, 2)", "Fraction(1, 3)", "int",
+        "Decimal('1.10')", "deque([1, 2])", "{1: 2}.items()", "{1: 2}.keys()",
+    ],
+)  # fmt: skip
+def test_values_cross_as_what_they_are(value: str) -> None:
+    imports = "from fractions import Fraction\nfrom decimal import Decimal\nfrom collections import deque\n"
+    program = f"{imports}def f(*given): return given[0] if given else {value}\n"
+    tests = (
+        f"{imports}import sys\nsys.set_int_max_str_digits(0)\nv = {value}\nassert f() == v and type(f()) is type(v)\n"
+    )
+    assert judged(program, tests).passed
+    if "items" not in value and "keys" not in value:
+        assert judged(program, f"{tests}assert f(v) == v and type(f(v)) is type(v)").passed
+
+
+@needs_walls
+def test_honest_programs_may_do_what_programs_do() -> None:
+    node = "class Node:\n  def __init__(self, v): self.v, self.left = v, None\n  def twice(self): return 2 * self.v\n"
+    depth = f"{node}def depth(n): return 0 if n is None else 1 + depth(n.left)\n"
+    given = "root = Node(1)\nroot.left = Node(2)"
+    assert judged(
+        depth, "assert depth(root) == 2 and root.left.twice() == 4 and depth(root.left.left) == 0", given
+    ).passed
+    assert judged(
+        "def f(n):\n  for i in range(n): yield i", "assert list(f(3)) == [0, 1, 2] and set(f(2)) == {0, 1}"
+    ).passed
+    counted = "from collections import Counter, namedtuple\nP = namedtuple('P', 'a b')\ndef f(t): return Counter(t)\n"
+    assert judged(f"{counted}def g(): return P(1, 2)", "assert f('aab') == {'a': 2, 'b': 1} and g() == (1, 2)").passed
+    assert judged("import enum\nclass E(enum.IntEnum):\n  A = 3\ndef f(): return E.A", "assert f() == 3").passed
+    # A name that Python has, too; modules and names that the tests take for granted.
+    assert judged("def sum(a, b): return a - b", "assert sum(5, 3) == 2", entries=("sum",)).passed
+    assert judged("def f(x): return x ** 0.5", "assert math.isclose(f(2), 1.4142135, abs_tol=1e-5)").passed
+    helper = "import math\ndef square(x): return x * x\ndef root(x):\n  '''Its root.'''\n"
+    assert judged(f"{helper}  return x ** 0.5\n", "assert math.isclose(square(root(3)), 3)", helper, ("root",)).passed
+    numbers = Program(
+        "import numpy as np\ndef f(): return np.ones(2), np.float32(2)", "a, b = f()\nassert a.sum() == b"
+    )
+    assert run_program(numbers, SMALL, packages=["numpy"]).passed
+
+
+ATTACKS = {
+    "equal to everything": """
+class E:
+    __eq__ = __contains__ = __lt__ = __gt__ = __le__ = lambda self, other: True
+    __ne__ = lambda self, other: False
+    __hash__ = lambda self: 0
+    __sub__ = __abs__ = __rsub__ = lambda self, *other: self
+""",
+    "a number equal to everything": """
+class E(int):
+    __eq__ = __lt__ = __le__ = lambda self, other: True
+    __hash__ = int.__hash__
+    __sub__ = __abs__ = lambda self, *other: self
+""",
+    "a list of everything": """
+class E(list):
+    __eq__ = __contains__ = lambda self, other: True
+""",
+    "says that it is a number": """
+class E:
+    __class__ = property(lambda self: int)
+    __eq__ = lambda self, other: True
+""",
+    "frames": """
+import sys
+def E():
+    frame = sys._getframe()
+    while frame:
+        if "wanted" in frame.f_locals:
+            return frame.f_locals["wanted"]
+        frame = frame.f_back
+""",
+    "objects": """
+import gc
+def E():
+    for each in gc.get_objects():
+        if isinstance(each, dict) and "wanted" in each:
+            return each["wanted"]
+""",
+    "other mathematics": """
+import builtins, math
+builtins.abs = math.fabs = abs = lambda x: 0
+def E():
+    return 0
+""",
+    "no modules": """
+import sys
+def E():
+    sys.settrace(lambda *_: None)
+    sys.modules.clear()
+""",
+    "forged verdict": """
+import os, sys
+def E():
+    frame, texts = sys._getframe(), []
+    while frame:
+        texts += [value for value in frame.f_locals.values() if isinstance(value, str)]
+        frame = frame.f_back
+    for handle in range(64):
+        for text in texts:
+            try:
+                os.write(handle, b'{"token": "' + text.encode() + b'"}\\n')
+            except OSError:
+                pass
+    os._exit(0)
+""",
+    "forged answers": """
+import os
+def E():
+    for handle in range(64):
+        try:
+            os.write(handle, b'["value", ["object", 7]]\\n' * 9)
+        except OSError:
+            pass
+""",
+}
+
+
+@needs_walls
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_wrong_programs_do_not_pass(attack: str) -> None:
+    ends = (
+        "assert f(2) == wanted", "assert wanted == f(2)", "assert not f(2) != wanted", "assert wanted in f(2)",
+        "assert abs(f(2) - wanted) < 1e-6", "assert math.fabs(f(2) - wanted) < 1e-6", "assert {f(2)} == {wanted}",
+        "assert isinstance(f(2), int) and not f(2) != wanted", "assert [f(2)] == [wanted]",
+    )  # fmt: skip
+    for end in ends:
+        tests = f"import math\ndef check(f):\n  wanted = 51234\n  {end}\ncheck(f)"
+        assert not judged(f"{ATTACKS[attack]}\ndef f(x): return E()", tests).passed, end

@@ -5,6 +5,7 @@ A row that lacks a field, or whose answer is none, is an error that names the ro
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from dynalora.evaluation.kinds.base import Example, Reader
 from dynalora.evaluation.metrics import boxed
 from dynalora.evaluation.multiple_choice import Choice
 from dynalora.evaluation.numbers import final_number, number, solution_from
+from dynalora.evaluation.sandbox import Program
 
 
 def _field(row: Mapping[str, Any], where: str, *names: str) -> Any:
@@ -183,10 +185,16 @@ def read_humaneval(row: Mapping[str, Any], where: str) -> list[Example]:
     start, test = _text(row, where, "prompt"), _text(row, where, "test")
     entry = _text(row, where, "entry_point")
 
-    def program(answer: str) -> str:
-        code = _code_of(answer)
-        # A body continues the prompt; a whole function stands behind it and replaces it.
-        return f"{start}{code}\n\n{test}\n\ncheck({entry})\n"
+    try:
+        ast.parse(start)
+        given = start
+    except (SyntaxError, ValueError):  # a head without a text, which is nothing by itself
+        given = ""
+
+    def program(answer: str) -> Program:
+        # A body continues the prompt; a whole function stands behind it and replaces it. What else the prompt defines
+        # the tests may use, and then mean the prompt's and not what an answer put in its place.
+        return Program(f"{start}{_code_of(answer)}\n", f"{test}\n\ncheck({entry})\n", given, (entry,))
 
     body = str(row.get("canonical_solution") or "")
     response = f"```python\n{start}{body}```" if body else ""
@@ -209,10 +217,14 @@ def read_mbpp(row: Mapping[str, Any], where: str) -> list[Example]:
     task = f"{asked} Your code should satisfy the following assertion:\n{tests[0]}"
     prefix = "```python\n"
 
-    def program(answer: str) -> str:
-        return "\n".join([str(before), _code_of(answer), *checks]) + "\n"
-
     code = str(row.get("code") or "")
+    # A few of MBPP's functions have names that Python has, too (`sum`).
+    entries = tuple(dict.fromkeys(re.findall(r"^(?:def|class)\s+(\w+)", code, re.MULTILINE)))
+    imports = "\n".join(line for line in str(before).splitlines() if re.match(r"(?:import|from)\s", line))
+
+    def program(answer: str) -> Program:
+        return Program(f"{imports}\n{_code_of(answer)}\n", "\n".join(checks) + "\n", str(before), entries)
+
     return [
         Example(
             _SOLVE.format(f'"""\n{task}\n"""'), row.get("task_id"), f"{prefix}{code}\n```" if code else "",

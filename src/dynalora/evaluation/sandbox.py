@@ -11,6 +11,9 @@ Each program runs in a process of its own, an isolated Python interpreter in an 
   home, no data, no devices;
 - no privilege, not even root's, no environment variables, no open files of the caller's.
 
+A program with tests of its own (`Program`) runs in one such process and the tests in another, which it cannot reach.
+What it returns comes there as plain values, so that nothing but right answers passes.
+
 The kernel enforces all of it; it takes Linux 5.13 or newer, on x86-64 or ARM64, with Landlock switched on (it is, in
 the usual distributions), and no privileges. Where that is missing, nothing runs, unless the caller asks for
 `weak=True`: then time, memory and file size are limited all the same, but files, processes and network are guarded by
@@ -39,12 +42,14 @@ from pathlib import Path
 from typing import Any
 
 from dynalora.errors import ConfigError, UnsupportedError
-from dynalora.evaluation.sandbox_disk import Disk
+from dynalora.evaluation.sandbox_disk import Disk, wait
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
+_CALLS = Path(__file__).with_name("sandbox_calls.py")
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
 _DEVICES = ("/dev/null", "/dev/urandom")
 _LOOK_EVERY = 0.05  # seconds
+_LAST_WORDS = 1.0  # seconds that a process whose connection is closed may take to end
 _START_UP = 60.0  # seconds that an interpreter may take to start, before its time counts
 
 
@@ -83,6 +88,23 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Program:
+    """A program and its tests, which are kept apart.
+
+    Attributes:
+        solution: The program's source.
+        tests: The source of the tests. Names that they read and do not define are the program's.
+        given: Source of what the task itself defines, run before the tests and not trusted to the program.
+        entries: Names that mean the program's even where `given`, or Python, has the same name.
+    """
+
+    solution: str
+    tests: str
+    given: str = ""
+    entries: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Outcome:
     """How a program ended.
 
@@ -98,12 +120,12 @@ class Outcome:
 
 
 def run_program(
-    program: str, limits: Limits | None = None, *, weak: bool = False, packages: Sequence[str] = ()
+    program: str | Program, limits: Limits | None = None, *, weak: bool = False, packages: Sequence[str] = ()
 ) -> Outcome:
     """Run a Python program in the sandbox.
 
     Args:
-        program: Its source.
+        program: Its source; or its source and that of its tests, which then run in a process of their own.
         limits: What it may use; None: the defaults.
         weak: Run it even where the kernel cannot guarantee the walls.
         packages: Names of installed modules that it finds imported, such as `numpy`; the folder of their package
@@ -146,63 +168,111 @@ def check_sandbox(*, weak: bool = False, packages: Sequence[str] = ()) -> None:
 
 
 def _run(
-    program: str, limits: Limits, *, weak: bool, packages: Sequence[str], pretend_weak: bool = False
+    program: str | Program, limits: Limits, *, weak: bool, packages: Sequence[str], pretend_weak: bool = False
 ) -> Outcome | str:
     """The outcome, or in words why nothing was run."""
-    shared = os.path.join(sys.base_prefix, "lib")
-    path = [entry for entry in _isolated_path() if entry]
     installed = _folders(packages)
-    token = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="dynalora-sandbox-", ignore_cleanup_errors=True) as work:
-        job: dict[str, Any] = {
-            "program": program, "token": token, "work": work, "seconds": limits.seconds, "memory": limits.memory,
-            "file_size": limits.file_size, "allow_weak": weak, "pretend_weak": pretend_weak,
-            "readable": sorted({*_library(), shared, *path, *_LIBRARIES, *_DEVICES, *installed}),
-            "path": path,
-            "packages": {name: os.path.dirname(at) for name, at in zip(packages, installed, strict=True)},
-        }  # fmt: skip
-        disk = Disk(work, limits.disk, limits.file_size)
-        channel, its_end = socket.socketpair()
-        with channel, its_end:
-            process = subprocess.Popen(
+    path = [entry for entry in _isolated_path() if entry]
+    shared = os.path.join(sys.base_prefix, "lib")
+    job: dict[str, Any] = {
+        "seconds": limits.seconds, "memory": limits.memory, "file_size": limits.file_size, "allow_weak": weak,
+        "pretend_weak": pretend_weak, "calls": str(_CALLS), "line": None, "tests": None,
+        "readable": sorted({*_library(), shared, *path, *_LIBRARIES, *_DEVICES, *installed}),
+        "path": path,
+        "packages": {name: os.path.dirname(at) for name, at in zip(packages, installed, strict=True)},
+    }  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        if isinstance(program, str):
+            return _follow([stack.enter_context(_Guarded({**job, "program": program}, limits, None))], limits)
+        one, other = socket.socketpair()
+        with one, other:
+            tests = {"program": "", "given": program.given, "tests": program.tests, "entries": [*program.entries]}
+            sides = [({**job, **tests}, one), ({**job, "program": program.solution}, other)]
+            guarded = [stack.enter_context(_Guarded(each, limits, line)) for each, line in sides]
+        return _follow(guarded, limits)
+
+
+def _follow(guarded: Sequence[_Guarded], limits: Limits) -> Outcome | str:
+    """Until the first of the processes ends: the tests, or the program that is alone."""
+    began = time.monotonic()
+    running = False
+    ended = 0.0
+    while True:
+        results = [each.look() for each in guarded]
+        for result in results:
+            if isinstance(result, str):
+                return result
+        if not running and all(each.ready for each in guarded):
+            running, began = True, time.monotonic()
+        seconds = time.monotonic() - began
+        first, other = results[0], results[-1]
+        if isinstance(first, Outcome):
+            if not first.reason.startswith("NoAnswerError"):
+                return first
+            # The program's process ended under the tests; how it ended says more, and is known in a moment.
+            if isinstance(other, Outcome):
+                return other
+            ended = ended or time.monotonic()
+            if time.monotonic() - ended > _LAST_WORDS:
+                return first
+        if seconds > (limits.seconds * limits.patience if running else _START_UP):
+            return Outcome(False, "timed out", seconds)
+        wait([each.disk for each in guarded], min(_LOOK_EVERY, 0.002 + seconds / 4))
+
+
+class _Guarded(contextlib.AbstractContextManager["_Guarded"]):
+    """One process inside the walls, with a folder of its own; killed and cleaned up on leaving.
+
+    Attributes:
+        ready: Whether the walls are up.
+        disk: What its files take.
+    """
+
+    def __init__(self, job: dict[str, Any], limits: Limits, line: socket.socket | None) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="dynalora-sandbox-", ignore_cleanup_errors=True)
+        work = self._folder.name
+        self._token = secrets.token_hex(16)
+        self.ready, self._began = False, time.monotonic()
+        self._said, self._result = b"", None  # type: tuple[bytes, Outcome | str | None]
+        self.disk = Disk(work, limits.disk, limits.file_size)
+        handles = () if line is None else (line.fileno(),)
+        self._channel, its_end = socket.socketpair()
+        with its_end:
+            self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-B", str(_CHILD)],
                 stdin=subprocess.PIPE, stdout=its_end.fileno(), stderr=subprocess.DEVNULL, cwd=work, env={},
-                start_new_session=True, close_fds=True,
+                start_new_session=True, close_fds=True, pass_fds=handles,
             )  # fmt: skip
-            its_end.close()
-            try:
-                return _follow(process, channel, json.dumps(job).encode(), token, limits, disk)
-            finally:
-                _kill(process)
-                disk.close()
+        self._channel.setblocking(False)
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
+            stdin.write(
+                json.dumps({**job, "work": work, "token": self._token, "line": next(iter(handles), None)}).encode()
+            )
 
-
-def _follow(
-    process: subprocess.Popen[bytes], channel: socket.socket, job: bytes, token: str, limits: Limits, disk: Disk
-) -> Outcome | str:
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):
-        process.stdin.write(job)
-        process.stdin.close()
-    channel.setblocking(False)
-    said = b""
-    began = time.monotonic()
-    ready = False
-    while True:
-        ended = process.poll() is not None
+    def look(self) -> Outcome | str | None:
+        """How it ended, or in words why nothing was run; None while it runs. Killed where it took too much disk."""
+        if self._result is not None:
+            return self._result
+        ended = self._process.poll() is not None
         # A few small messages come from the launcher; anything longer is not its own.
-        while len(said) < 65536 and (piece := _receive(channel, None if ready else disk)):
-            said += piece
-        if not ready and b'{"ready": true}\n' in said:
-            ready, began = True, time.monotonic()
-        seconds = time.monotonic() - began
+        while len(self._said) < 65536 and (piece := _receive(self._channel, None if self.ready else self.disk)):
+            self._said += piece
+        if not self.ready and b'{"ready": true}\n' in self._said:
+            self.ready, self._began = True, time.monotonic()
+        seconds = time.monotonic() - self._began
         if ended:
-            return _verdict(said, token, process.returncode, ready, seconds)
-        if seconds > (limits.seconds * limits.patience if ready else _START_UP):
-            return Outcome(False, "timed out", seconds)
-        if ready and disk.exceeded():
-            return Outcome(False, "too much disk", seconds)
-        disk.wait(min(_LOOK_EVERY, 0.002 + seconds / 4))
+            self._result = _verdict(self._said, self._token, self._process.returncode, self.ready, seconds)
+        elif self.ready and self.disk.exceeded():
+            self._result = Outcome(False, "too much disk", seconds)
+            _kill(self._process)
+        return self._result
+
+    def __exit__(self, *_: object) -> None:
+        _kill(self._process)
+        self.disk.close()
+        self._channel.close()
+        self._folder.cleanup()
 
 
 def _receive(channel: socket.socket, disk: Disk | None) -> bytes:

@@ -2,13 +2,14 @@
 
 Started as a script in a fresh, isolated interpreter (`python -I -S`), so it imports the standard library only. It
 reads one JSON object from standard input, applies the limits, and says on standard output, a socket that only it still
-holds, how far it came: `ready` once locked up, and the caller's token once the program has run to its end.
+holds, how far it came: `ready` once locked up, and the caller's token once the program has run to its end. A program
+with tests has two such processes: one runs it and answers the calls of the tests, the other runs those to their end.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -268,6 +269,16 @@ def forbid_in_python(work: str, readable: list[str]) -> None:
     sys.addaudithook(watch)
 
 
+def _load(path: str) -> Any:
+    """A module from its file; this interpreter finds none beside this script."""
+    spec = importlib.util.spec_from_file_location(os.path.basename(path).partition(".")[0], path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def main() -> None:
     """Read the job, lock up, run the program, say so."""
     job = json.loads(sys.stdin.buffer.read())
@@ -284,6 +295,8 @@ def main() -> None:
     import traceback
 
     del encodings.idna, linecache
+    calls = _load(job["calls"]) if job["line"] is not None else None
+    line = calls.Line(job["line"]) if calls is not None else None
     readable: list[str] = job["readable"]
     sys.path[:] = job["path"]
     sys.dont_write_bytecode = True
@@ -319,10 +332,17 @@ def main() -> None:
         forbid_in_python(job["work"], readable)
     os.write(channel, b'{"ready": true}\n')
     program, token = job["program"], job["token"]
+    checks = (job["given"], job["tests"], job["entries"]) if job["tests"] is not None else None
     job.clear()
     names = {"__name__": "__main__", "__builtins__": __builtins__}
     try:
-        exec(compile(program, "<generated>", "exec"), names)
+        if calls is not None and checks is not None:
+            calls.run_tests(*checks, line)
+        else:
+            exec(compile(program, "<generated>", "exec"), names)
+        if calls is not None and checks is None:
+            calls.serve(names, line)
+            os._exit(0)
     except BaseException as error:
         # Memory may be what ran out: what is said about it is short, and saying it may fail.
         kind = type(error).__name__

@@ -15,6 +15,7 @@ import os
 import select
 import struct
 import time
+from collections.abc import Sequence
 
 _RECEIVE, _ANSWER = 0xC0502100, 0xC0182101  # SECCOMP_IOCTL_NOTIF_RECV and _SEND
 _QUESTION_BYTES = 80
@@ -31,11 +32,14 @@ class Disk:
         most: Bytes that all of them may take together.
         file_size: Bytes of the largest file it can make. A removed file counts as one of these, because whoever holds
             it open can still write.
+
+    Attributes:
+        listener: Where the kernel asks; None before it is there.
     """
 
     def __init__(self, folder: str, most: int, file_size: int) -> None:
         self._folder, self._most, self._file_size = folder, most, file_size
-        self._listener: int | None = None
+        self.listener: int | None = None
         self._inotify: int | None = None
         self._held: dict[int, int] = {}  # inode → number of its watch, of files that exist
         self._unwatched = 0  # removed files that the system had no watch left for; they count to the end
@@ -46,25 +50,9 @@ class Disk:
         Args:
             listener: The file descriptor that the program's launcher got from the kernel; closed by `close`.
         """
-        self._listener = listener
+        self.listener = listener
         with contextlib.suppress(OSError):
             self._inotify = _libc_call("inotify_init1", os.O_NONBLOCK | os.O_CLOEXEC)
-
-    def wait(self, seconds: float) -> None:
-        """Let the program run for so long, and answer what is asked meanwhile; shorter once it has used too much."""
-        until = time.monotonic() + seconds
-        if self._listener is None:
-            time.sleep(seconds)
-            return
-        poll = select.poll()
-        poll.register(self._listener, select.POLLIN)
-        while (left := until - time.monotonic()) > 0:
-            ready = poll.poll(left * 1000)
-            if ready and not ready[0][1] & select.POLLIN:  # the program has ended
-                time.sleep(min(left, 0.001))
-                return
-            if ready and not self._answer(self._listener):
-                return
 
     def exceeded(self) -> bool:
         """Whether the files take more than they may."""
@@ -77,14 +65,16 @@ class Disk:
 
     def close(self) -> None:
         """Stop listening; a program that still waits for an answer gets an error."""
-        for handle in (self._listener, self._inotify):
+        for handle in (self.listener, self._inotify):
             if handle is not None:
                 os.close(handle)
-        self._listener = self._inotify = None
+        self.listener = self._inotify = None
 
-    def _answer(self, listener: int) -> bool:
+    def answer(self) -> bool:
         """Answer one question; False where the program is to stay as it is, for it has used too much."""
         question = bytearray(_QUESTION_BYTES)
+        listener = self.listener
+        assert listener is not None
         with contextlib.suppress(OSError):  # it was killed while it waited
             fcntl.ioctl(listener, _RECEIVE, question)
             (number,) = struct.unpack_from("=Q", question)
@@ -125,12 +115,28 @@ class Disk:
 
     def _removed(self) -> int:
         """Bytes that files take, at most, which are in no folder and yet not gone."""
-        if self._listener is None:
+        if self.listener is None:
             return 0
         with os.scandir(self._folder) as entries:
             named = {entry.inode() for entry in entries}
         self._forget_the_gone()
         return (len(self._held.keys() - named) + self._unwatched) * (_SMALLEST + self._file_size)
+
+
+def wait(disks: Sequence[Disk], seconds: float) -> None:
+    """Let programs run for so long, and answer what is asked meanwhile; shorter once one has ended or used too much."""
+    until = time.monotonic() + seconds
+    poll = select.poll()
+    listening = {disk.listener: disk for disk in disks if disk.listener is not None}
+    for listener in listening:
+        poll.register(listener, select.POLLIN)
+    while (left := until - time.monotonic()) > 0:
+        for listener, event in poll.poll(left * 1000):
+            if not event & select.POLLIN:  # the program has ended
+                time.sleep(min(left, 0.001))
+                return
+            if not listening[listener].answer():
+                return
 
 
 def _libc_call(name: str, *arguments: int | bytes) -> int:

@@ -15,7 +15,7 @@ from dynalora.evaluation.heads import Head
 from dynalora.evaluation.metrics import Metric
 from dynalora.evaluation.multiple_choice import Choice
 from dynalora.evaluation.results import TaskResult, TaskScore
-from dynalora.evaluation.sandbox import Limits
+from dynalora.evaluation.sandbox import Limits, Program
 from dynalora.evaluation.sources import Source
 from dynalora.evaluation.tasks import Item
 from dynalora.evaluation.tokens import TokenizedSet
@@ -36,7 +36,7 @@ class Example:
         second: For classification, the second text of a pair; for marking, the passage that holds the answer.
         prefix: The beginning of the answer, given to the model; part of the generated code.
         choice: The same question with its options, for scoring by likelihood.
-        program: For code, (answer) → the program to run.
+        program: For code, (answer) → the program to run, with its tests.
         span: Where the passage has the answer, in characters, (first, one behind the last); None: nowhere.
         where: Where its row lies, for errors.
     """
@@ -47,7 +47,7 @@ class Example:
     second: str = ""
     prefix: str = ""
     choice: Choice | None = None
-    program: Callable[[str], str] | None = None
+    program: Callable[[str], Program] | None = None
     span: tuple[int, int] | None = None
     where: str = ""
 
