@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from dynalora.methods.loradash import LoraDashConfig as LoraDashConfig
     from dynalora.methods.milora import MiloraConfig as MiloraConfig
     from dynalora.methods.pedyra import PedyraConfig as PedyraConfig
+    from dynalora.methods.rasa import RasaConfig as RasaConfig
     from dynalora.methods.sorsa import SorsaConfig as SorsaConfig
     from dynalora.methods.triadaptlora import TriAdaptLoraConfig as TriAdaptLoraConfig
 

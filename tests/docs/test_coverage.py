@@ -62,7 +62,7 @@ def test_commands_and_flags_in_the_documentation_exist() -> None:
     lines = re.findall(r"^dynalora ([\w-]+)(.*)$", fenced, re.MULTILINE)
     assert {command for command, _ in lines} == set(known)
     for command, rest in lines:
-        assert set(re.findall(r"--[a-z][a-z-]*", rest.split("#")[0])) <= known[command], f"dynalora {command}{rest}"
+        assert set(re.findall(r"--[a-z][a-z0-9-]*", rest.split("#")[0])) <= known[command], f"dynalora {command}{rest}"
     for heading, section in re.findall(r"^## ([\w-]+)$(.*?)(?=^## |\Z)", guide, re.MULTILINE | re.DOTALL):
-        flags = set(re.findall(r"`(--[a-z][a-z-]*)", section))
+        flags = set(re.findall(r"`(--[a-z][a-z0-9-]*)", section))
         assert flags <= known[heading], f"{heading}: {flags - known[heading]}"

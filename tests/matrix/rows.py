@@ -53,6 +53,12 @@ class Row:
         return self.config in of_the_weight or self.alone or self.options.get("init_weights") == "pissa"
 
     @property
+    def plain_factors(self) -> bool:
+        """Whether the update is the product of the layer's own factors where the diagonal is all ones."""
+        more = (dynalora.LoraDashConfig, dynalora.MiloraConfig, dynalora.SorsaConfig, dynalora.RasaConfig)
+        return self.config not in more and not self.alone and self.options.get("init_weights") != "pissa"
+
+    @property
     def prefix(self) -> str:
         """What names of parameters begin with."""
         return f"{self.config.method}_"
@@ -142,6 +148,8 @@ ROWS = (
         options={**GROWTH, "growth": "exponential", "max_rank": 9, "grow_rank": 2, "use_rslora": True},
     ),
     Row("milora", dynalora.MiloraConfig, static=True, exact_start=False),
+    Row("rasa", dynalora.RasaConfig, static=True),
+    Row("rasa-shared", dynalora.RasaConfig, static=True, options={"shared_rank": 3, "use_rslora": True}),
     Row("sorsa", dynalora.SorsaConfig, static=True, exact_start=False),
     Row("loradash", dynalora.LoraDashConfig, static=True, options={"warmup_steps": 1}),
     # Combinations, whose names begin with what is combined with the method.

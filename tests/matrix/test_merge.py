@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from dynalora import DisloraConfig
 from dynalora.errors import UnsupportedError
 from tests.matrix.rows import Row, every_dynamic_row, every_static_row, every_toy
 from tests.matrix.test_behaviour import adapted_layers
@@ -26,7 +25,7 @@ def stored_weight(layer: nn.Module) -> torch.Tensor:
 @every_toy
 @every_static_row
 def test_delta_weight_is_what_the_forward_applies(row: Row, toy: Toy) -> None:
-    if not row.needs_weights or row.config is DisloraConfig:
+    if row.plain_factors:
         # Where the diagonal is all ones, and there is nothing else, the update is the product of the factors.
         model = peft.get_peft_model(toy.build(), row.configure(toy, init_weights=False))
         for layer in adapted_layers(model).values():

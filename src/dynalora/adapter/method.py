@@ -57,6 +57,15 @@ class Method:
         """Whether the method's adapters have gates that can be recorded on text, unless they are told otherwise."""
         return self.config_class().gated
 
+    def join(self, layers: Mapping[str, AdapterLayer], adapter: str, config: Any) -> None:
+        """Make what depends on which layers there are, once all of a new adapter are; also where weights are loaded.
+
+        Args:
+            layers: The adapted layers by module name.
+            adapter: The adapter's name.
+            config: Its configuration.
+        """
+
     def prepare(self, layers: Mapping[str, AdapterLayer], adapter: str, config: Any) -> None:
         """Finish the start of a new adapter, once all its layers are there; not called when its weights are loaded.
 

@@ -71,6 +71,7 @@ class AdapterModel(BaseTuner):
         for layer in layers.values():
             layer.drive(adapter_name, driver)
         next(iter(layers.values())).become_lead(adapter_name)
+        self.method.join(layers, adapter_name, config)
         if config.may_be_loaded or config.inference_mode:
             for layer in layers.values():
                 layer.unprepared[adapter_name] = layer.parameter("up", adapter_name)
