@@ -220,6 +220,24 @@ def test_every_backward_goes_through_the_function_that_is_wrapped(monkeypatch: p
     assert "torch.autograd.backward(" in source, "Tensor.backward no longer calls torch.autograd.backward by its name"
 
 
+def test_clipping_goes_through_the_functions_that_are_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = torch.nn.utils.clip_grad
+    # The first watchers of a process stay, so these are put in their place for this test only.
+    monkeypatch.setattr(private, "_clipping_watched", False)
+    for name in ("_get_total_norm", "_clip_grads_with_norm_"):
+        assert hasattr(module, name), f"torch has no {name} any more, so clip_penalty would do nothing"
+        monkeypatch.setattr(module, name, getattr(module, name))
+    seen: list[Any] = []
+    private.watch_norm_clipping(lambda *told: seen.append(told))
+    parameter = torch.nn.Parameter(torch.ones(2))
+    (2 * parameter).sum().backward()
+    torch.nn.utils.clip_grad_norm_(parameter, 1.0, norm_type=1.0)
+    [(gradients, max_norm, norm_type, norm)] = seen
+    assert (max_norm, norm_type, float(norm)) == (1.0, 1.0, 4.0)
+    assert gradients[0] is parameter.grad
+    assert float(private.total_norm([torch.full((2,), 3.0)], 1.0)) == 6.0
+
+
 def test_versions_change_with_every_write() -> None:
     tensor = torch.ones(2)
     before = private.version(tensor)

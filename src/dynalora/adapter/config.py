@@ -58,6 +58,8 @@ class AdapterConfig(PeftConfig):
         retain: Weight of a penalty that keeps what the base model says on text that it wrote itself
             ([`adapter.retain`][dynalora.adapter.retain]); 300 to 3000 keeps much and learns as well. None leaves it
             out. Needs a causal language model, and its tokenizer before the first step (`dynalora.prepare_retain`).
+        clip_penalty: Clip gradients with what the method, or `retain`, adds to them, as if it were part of the loss.
+            False adds penalties after a loop or a trainer has clipped the task's gradients.
         max_forgetting: KL(base ‖ tuned) in nats per token, on the text that `retain` keeps, at which the run is to end.
             The weight of the penalty then follows measurements of the KL and starts at `retain`
             ([`adapter.budget`][dynalora.adapter.budget]). None keeps the weight as it is.
@@ -105,6 +107,9 @@ class AdapterConfig(PeftConfig):
     total_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps of the run; found by itself under transformers' Trainer."}
     )
+    clip_penalty: bool = field(
+        default=False, metadata={"help": "Clip gradients with the method's penalty, as if it were part of the loss."}
+    )
     retain: float | None = field(
         default=None, metadata={"help": "Weight of the penalty on changes of the base model's own text."}
     )
@@ -148,7 +153,7 @@ class AdapterConfig(PeftConfig):
         self._require(_is_alpha(self.alpha), "alpha", _ALPHA)
         self._require(_is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "in [0, 1)")
         self._check_patterns()
-        for name in ("use_rslora", "inference_mode"):
+        for name in ("use_rslora", "inference_mode", "clip_penalty"):
             self._require(isinstance(getattr(self, name), bool), name, "True or False")
         biases = ("none", "all", f"{self.method}_only")
         self._require(self.bias in biases, "bias", f"one of {', '.join(map(repr, biases))}")

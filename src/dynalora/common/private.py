@@ -194,6 +194,49 @@ def gradient_scale(optimizer: Optimizer) -> torch.Tensor | float:
     return 1.0
 
 
+_clipping_watched = False
+
+
+def watch_norm_clipping(told: Callable[[Sequence[torch.Tensor], float, float, torch.Tensor], None]) -> None:
+    """Have a function told of every clipping of gradients by their norm; the first call counts, others do nothing.
+
+    `torch.nn.utils.clip_grad_norm_` looks up the two functions that are wrapped here at every call, so that it does not
+    matter where a loop or a trainer has it from.
+
+    Args:
+        told: Is given the gradients as they are after it, the norm that they were clipped to, which norm that is, and
+            their norm before.
+    """
+    global _clipping_watched
+    if _clipping_watched:
+        return
+    _clipping_watched = True
+    module: Any = torch.nn.utils.clip_grad
+    get_norm, clip = module._get_total_norm, module._clip_grads_with_norm_
+
+    @functools.wraps(get_norm)
+    def get_and_note(tensors: Any, norm_type: float = 2.0, *args: Any, **kwargs: Any) -> torch.Tensor:
+        norm: Any = get_norm(tensors, norm_type, *args, **kwargs)
+        norm._dynalora_norm_type = float(norm_type)
+        return cast(torch.Tensor, norm)
+
+    @functools.wraps(clip)
+    def clip_and_tell(parameters: Any, max_norm: float, norm: Any, *args: Any, **kwargs: Any) -> None:
+        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        clip(parameters, max_norm, norm, *args, **kwargs)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        told(gradients, float(max_norm), getattr(norm, "_dynalora_norm_type", 2.0), whole)
+
+    module._get_total_norm, module._clip_grads_with_norm_ = get_and_note, clip_and_tell
+
+
+def total_norm(gradients: Sequence[torch.Tensor], norm_type: float) -> torch.Tensor:
+    """The norm of gradients taken together, as `torch.nn.utils.clip_grad_norm_` computes it; a scalar."""
+    norm: Any = torch.nn.utils.clip_grad._get_total_norm(gradients, norm_type)
+    return cast(torch.Tensor, norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
 def in_backward() -> bool:
     """Whether this code runs within a backward pass, as a forward pass repeated by gradient checkpointing does."""
     return bool(torch._C._current_graph_task_id() != -1)

@@ -7,7 +7,8 @@ the model or its layers (they hold it), so deleting a model frees it at once, an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,11 @@ class Driver:
     def needs_task_loss(self) -> bool:
         """Whether the method acts on the value of the task loss."""
         return self.method.needs_task_loss(self.config)
+
+    @property
+    def clips_penalty(self) -> bool:
+        """Whether gradients are clipped with what the method and the parts add to them."""
+        return bool(getattr(self.config, "clip_penalty", False))
 
     @property
     def has_loss(self) -> bool:
@@ -409,3 +415,12 @@ def _mark(gradient: torch.Tensor) -> None:
 
 def _is_marked(gradient: torch.Tensor) -> bool:
     return getattr(gradient, "_dynalora_version", None) == version(gradient)
+
+
+@contextmanager
+def keeping_mark(gradient: torch.Tensor) -> Iterator[None]:
+    """Inside, a gradient may be changed without awaiting its addition once more."""
+    marked = _is_marked(gradient)
+    yield
+    if marked:
+        _mark(gradient)

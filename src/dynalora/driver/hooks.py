@@ -22,6 +22,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from dynalora.common.private import gradient_scale, steps_around
+from dynalora.driver.clipping import redo, undo
 from dynalora.driver.driver import Driver
 from dynalora.driver.fitting import fit_states
 from dynalora.driver.groups import GROUP_MARK, StepGroups
@@ -213,6 +214,9 @@ def _act_before(optimizer: Optimizer, plan: _Plan) -> None:
     # Set by GradScaler for optimizers that unscale in their kernel.
     scale = getattr(optimizer, "grad_scale", None)
     again, plan.acting = plan.acting, [binding for binding in plan.bindings if binding.ready()]
+    with torch.no_grad():
+        clipped = [p for b in plan.acting if b.driver.clips_penalty for p in plan.untouched(b)]
+        undone = undo(clipped) if clipped else []
     for binding in plan.acting:
         driver = binding.driver
         moment = binding.moment(
@@ -227,6 +231,8 @@ def _act_before(optimizer: Optimizer, plan: _Plan) -> None:
             first = driver.act(moment, plan.untouched(binding))
         # A closure may be evaluated several times within one step.
         binding.first = first or (binding in again and binding.first)
+    with torch.no_grad():
+        redo(undone)
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from dynalora.driver import clipping
 from dynalora.driver.driver import Driver
 from dynalora.driver.losses import Gradients, watch_backward
 
@@ -24,6 +25,8 @@ def track(layer: nn.Module) -> None:
     _layers.add(layer)
     if any(driver.needs_task_loss for driver in cast(Any, layer).drivers.values()):
         watch_backward(_note_gradients, _tell_drivers)
+    if any(driver.clips_penalty for driver in cast(Any, layer).drivers.values()):
+        clipping.watch()
     invalidate()
 
 
