@@ -177,6 +177,51 @@ def test_an_optimizer_around_another_with_groups_of_its_own(name: str, alone_in_
     assert all(torch.equal(plain[key], around[key]) for key in plain)
 
 
+class Lookahead(torch.optim.Optimizer):
+    """One around another with the other's groups, as such wrappers are written."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+        self.param_groups = inner.param_groups
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return self.inner.step(closure)
+
+
+@pytest.mark.parametrize("closure", [False, True], ids=["", "closure"])
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_an_optimizer_around_another_with_the_same_groups(name: str, closure: bool) -> None:
+    def train(make: Any) -> dict[str, torch.Tensor]:
+        torch.manual_seed(4)
+        model = peft.get_peft_model(
+            MLP(), getattr(dynalora, name)(r=3, target_modules=TARGETS, **OPTIONS[name])
+        ).train()
+        optimizer = make([p for p in model.parameters() if p.requires_grad])
+        schedule = torch.optim.lr_scheduler.ExponentialLR(getattr(optimizer, "inner", optimizer), 0.5)
+        for step in range(6):
+            x = torch.randn(8, 12, generator=torch.Generator().manual_seed(step))
+
+            def again(x: torch.Tensor = x) -> torch.Tensor:
+                optimizer.zero_grad()
+                loss = torch.nn.functional.cross_entropy(model(x), torch.zeros(8, dtype=torch.long))
+                loss.backward()
+                return loss
+
+            if closure:
+                optimizer.step(again)
+            else:
+                again()
+                optimizer.step()
+            schedule.step()
+        assert len(optimizer.param_groups) == 1
+        return dict(model.state_dict())
+
+    plain = train(lambda parameters: torch.optim.AdamW(parameters, lr=1e-2))
+    around = train(lambda parameters: Lookahead(torch.optim.AdamW(parameters, lr=1e-2)))
+    assert all(torch.equal(plain[key], around[key]) for key in plain)
+
+
 @pytest.mark.parametrize("name", sorted(OPTIONS))
 def test_factors_in_flat_vectors_are_refused_where_rules_need_matrices(name: str) -> None:
     model = peft.get_peft_model(MLP(), getattr(dynalora, name)(r=3, target_modules=TARGETS, **OPTIONS[name]))

@@ -6,6 +6,7 @@ import copy
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -206,6 +207,26 @@ def test_a_backward_pass_knows_itself() -> None:
     assert not private.in_backward()
     y.backward()
     assert seen == [True], "autograd no longer says which graph runs, so checkpointed inputs would count twice"
+
+
+def test_a_forward_pass_knows_whether_ddp_makes_up_for_missing_batches(tmp_path: Path) -> None:
+    class Asks(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            said.append(private.joins_uneven())
+            return super().forward(x)
+
+    said: list[bool] = []
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        called = torch.nn.parallel.DistributedDataParallel(Asks(2, 2))
+        called(torch.ones(1, 2))
+        with called.join():
+            called(torch.ones(1, 2)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert said == [False, True], "DDP no longer says which module runs, or whether it is within join()"
+    assert not private.joins_uneven()
 
 
 def test_every_backward_goes_through_the_function_that_is_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:

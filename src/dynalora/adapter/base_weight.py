@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dynalora.adapter.experts import ExpertMatrix
 from dynalora.common.private import features
+from dynalora.common.processes import whole
 from dynalora.errors import UnsupportedError
 
 
@@ -95,7 +96,7 @@ class BaseWeight(BaseTunerLayer):
 
     def base_matrix(self) -> torch.Tensor:
         """The base layer's weight as a matrix (out, in), dequantised if need be."""
-        weight = self.get_base_weight().detach()
+        weight = whole(self.get_base_weight().detach())
         return weight.t() if self.transposed else weight
 
     # Merging ---------------------------------------------------------------------------------------------------

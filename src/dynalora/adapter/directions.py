@@ -20,6 +20,7 @@ import torch
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method
 from dynalora.adapter.storage import Role
+from dynalora.common.processes import spread_as, whole
 from dynalora.common.progress import late_progress
 from dynalora.driver import Moment
 from dynalora.spectral.decomposition import Triplets, decompose, smallest_triplets
@@ -99,7 +100,8 @@ class DirectedLayer(AdapterLayer):
         self.buffer("tsd_index", adapter).copy_(directions.index)
         self.buffer("tsd_sigma", adapter).copy_(directions.pairs.values)
         self.buffer("tsd_rate", adapter).copy_(directions.score)
-        self.parameter("tsd_weight", adapter).copy_(weights)
+        parameter = self.parameter("tsd_weight", adapter)
+        parameter.copy_(spread_as(parameter, weights.to(parameter.dtype)))
 
 
 class DirectedMethod(Method):
@@ -184,7 +186,7 @@ def choose_directions(layers: Sequence[DirectedLayer], adapter: str, config: Any
         progress("Choosing directions", 0, len(layers))
         for done, layer in enumerate(layers, start=1):  # one at a time: nobody has room for all pairs of all layers
             weight = layer.base_matrix()
-            up, down = layer.moved(adapter, config)
+            up, down = (whole(factor) for factor in layer.moved(adapter, config))
             count, sides = layer.parameter("tsd_weight", adapter).shape[0], min(weight.shape)
             largest, floor = float(factor_spectrum(up, down)[0]), _floor(weight)
             pairs = smallest_pairs([layer], adapter)[0]

@@ -156,6 +156,10 @@ class GrowingMethod(Method):
         """Matrices of all layers are compared, and parameters change their size."""
         return True
 
+    def exchanges(self, config: Any) -> bool:
+        """All processes move the same ranks at the same step."""
+        return True
+
     def needs_total_steps(self, config: Any) -> bool:
         """Fractions of the run need its length."""
         return bool(min(config.grow_start, config.grow_interval) < 1)

@@ -26,7 +26,7 @@ from dynalora.adapter.curvature import Curvature
 from dynalora.adapter.kernel import add_low_rank, apart, may_overwrite, observe_weight_gradient, project
 from dynalora.adapter.ranks import RankedStorage, fit
 from dynalora.adapter.storage import RANK
-from dynalora.common.private import inside_average, transforming
+from dynalora.common.private import inside_average, joins_uneven, transforming
 from dynalora.driver import Driver, invalidate, prepare_unloaded, track
 from dynalora.errors import ConfigError, UnsupportedError
 
@@ -271,7 +271,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
             # Some train in eval() state, to have no dropout.
             if (self.training or torch.is_grad_enabled()) and not torch.compiler.is_compiling() and not transforming():
                 driver = self.drivers[adapter]
-                driver.thread = threading.get_ident()
+                driver.thread, driver.joining = threading.get_ident(), joins_uneven()
                 if driver.watching:
                     driver.watch(self, result)
         return result

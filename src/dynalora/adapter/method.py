@@ -91,6 +91,10 @@ class Method:
         """Whether the method acts on the value of the task loss (`Moment.task_loss`)."""
         return False
 
+    def exchanges(self, config: Any) -> bool:
+        """Whether processes that train together must all take part in its steps: they exchange numbers or ranks."""
+        return self.needs_task_loss(config)
+
     def optimizer_overrides(self, config: Any, layer: AdapterLayer, adapter: str) -> dict[str, OptimizerOverride]:
         """Parameter roles (`"gate_weight"`, …) of a layer that the optimizer must treat differently."""
         return {}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dynalora.adapter.storage import BUDGET, CLOCK, RANK, Storage
+from dynalora.common.processes import whole
 from dynalora.driver import carry_state
 from dynalora.errors import CheckpointError
 
@@ -308,8 +309,7 @@ class RankedStorage(Storage):
 
 def in_use(layer: RankedStorage, role: str, adapter: str, tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor of a parameter's shape that its components fill, in full where FSDP2 has spread it."""
-    full = getattr(tensor, "full_tensor", None)
-    whole: torch.Tensor = tensor if full is None else full()
+    filled = whole(tensor)
     for dim in layer.rank_axes.get(role, ()):
-        whole = whole.narrow(dim, 0, layer.ranks[adapter])
-    return whole
+        filled = filled.narrow(dim, 0, layer.ranks[adapter])
+    return filled

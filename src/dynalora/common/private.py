@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, _mayb
 from peft.utils.peft_types import PeftType
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from transformers import trainer as transformers_trainer
@@ -240,6 +241,12 @@ def total_norm(gradients: Sequence[torch.Tensor], norm_type: float) -> torch.Ten
 def in_backward() -> bool:
     """Whether this code runs within a backward pass, as a forward pass repeated by gradient checkpointing does."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def joins_uneven() -> bool:
+    """Whether this code runs in a forward pass of DDP that makes up for processes with fewer batches (its `join()`)."""
+    active = DistributedDataParallel._active_ddp_module
+    return active is not None and active._join_config.enable
 
 
 def version(tensor: torch.Tensor) -> int:

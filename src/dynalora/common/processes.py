@@ -28,18 +28,25 @@ def first_process() -> bool:
     return not grouped() or distributed.get_rank() == 0
 
 
-def spread_as(like: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in full, where FSDP2 has spread it over processes, all of which must ask; else the tensor itself."""
+    gather = getattr(tensor, "full_tensor", None)
+    full: torch.Tensor = tensor if gather is None else gather()
+    return full
+
+
+def spread_as(like: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
     """A whole tensor, spread over processes as FSDP2 has spread another; itself where that one is not spread.
 
     Args:
         like: The other tensor.
-        whole: The tensor, of any shape, equal on all processes.
+        full: The tensor, of any shape, equal on all processes.
     """
     if not hasattr(like, "full_tensor"):
-        return whole
+        return full
     from torch.distributed.tensor import distribute_tensor
 
-    spread: torch.Tensor = distribute_tensor(whole.contiguous(), like.device_mesh, like.placements)  # type: ignore[attr-defined]
+    spread: torch.Tensor = distribute_tensor(full.contiguous(), like.device_mesh, like.placements)  # type: ignore[attr-defined]
     return spread
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynalora.common.processes import spread_as
+from dynalora.common.processes import spread_as, whole
 from dynalora.driver.fitting import FACTORED
 from dynalora.driver.hooks import known_optimizers
 
@@ -58,7 +58,7 @@ def carry_state(
         parts = [tensor.index_select(dim, torch.tensor(list(keep), dtype=torch.int64, device=tensor.device))]
         left = size - len(keep)
         if values is not None:
-            parts.append(_whole(values).to(tensor.device, tensor.dtype))
+            parts.append(whole(values).to(tensor.device, tensor.dtype))
             left -= count
         if left:
             shape = list(tensor.shape)
@@ -158,13 +158,6 @@ def _carry(
         elif value.numel() > 1:
             _start_anew(optimizer, parameter, key, value.shape, shape)
             return
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in full where FSDP2 has spread it."""
-    full = getattr(tensor, "full_tensor", None)
-    whole: torch.Tensor = tensor if full is None else full()
-    return whole
 
 
 def _brought(optimizer: torch.optim.Optimizer, new: torch.Tensor | None, key: str) -> torch.Tensor | None:

@@ -34,6 +34,7 @@ class Driver:
         adapter: The adapter's name.
         parts: What acts at every step besides the method, for adapters of any method.
         thread: The thread in which the last training forward pass ran.
+        joining: Whether that pass belonged to processes of which some may have fewer batches (DDP's `join()`).
         optimizer_steps: Calls of `optimizer.step()` seen in this process, skipped ones included.
     """
 
@@ -42,6 +43,7 @@ class Driver:
     adapter: str
     parts: Sequence[DrivenPart] = ()
     thread: int | None = None
+    joining: bool = False
     optimizer_steps: int = 0
     accepted_undriven: bool = False
     _step: int = 0
@@ -165,6 +167,7 @@ class Driver:
             return False
         self._require_whole_step()
         self._require_known_sharding(moment.layers)
+        self._require_all_processes()
         if moment.found_inf is None:  # else a scaler looks, and skips the step
             self._look(moment, parameters)
         first = not self._done or not self._done.isdisjoint(awaiting)
@@ -203,6 +206,15 @@ class Driver:
             raise UnsupportedError(
                 f"{type(self.config).__name__} (adapter {self.adapter!r}) does not train under {way}, which keeps its "
                 f"factors {flat}, so that norms and products of whole factors cannot be taken; train it under {known}."
+            )
+
+    def _require_all_processes(self) -> None:
+        """Refuse DDP's `join()` where a process without batches would be missed at the others' steps."""
+        if self.joining and self.method.exchanges(self.config):
+            raise UnsupportedError(
+                f"{type(self.config).__name__} (adapter {self.adapter!r}) does not train within DDP's join(): at its "
+                "steps all processes exchange losses, scores or ranks, and one that has run out of batches takes no "
+                "part; give all processes equally many (drop_last=True, or Accelerate's and Trainer's even batches)."
             )
 
     def _look(self, moment: Moment, parameters: Sequence[torch.Tensor]) -> None:

@@ -171,12 +171,14 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     if _only_makes_state(optimizer):
         return None
     plan.around = [outer_plan for outer in around if (outer_plan := _plans.get(outer)) is not None]
+    # One around another (ZeroRedundancyOptimizer, PostLocalSGDOptimizer, lookahead) has the other's groups, or as many,
+    # and the other gets them apart when it steps.
+    around_another = any(isinstance(value, Optimizer) for value in vars(optimizer).values())
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if not callable(closure):  # a few optimizers take something else first
         _act_before(optimizer, plan)
-        if not isinstance(getattr(optimizer, "optim", None), Optimizer):
+        if not around_another:
             plan.groups.apply(optimizer)
-        # else its own optimizer steps (ZeroRedundancyOptimizer's), whose groups must be as many, and gets them then.
         return None
 
     # The gradients come to be inside the step: act each time the closure has made them.
@@ -189,7 +191,8 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
             raise
         return loss
 
-    plan.groups.apply(optimizer)
+    if not around_another:
+        plan.groups.apply(optimizer)
     if "closure" in kwargs:
         return args, {**kwargs, "closure": then_act}
     return (args[0], then_act, *args[2:]), kwargs

@@ -44,6 +44,7 @@ from dynalora.adapter.method import Panel
 from dynalora.adapter.register import register
 from dynalora.adapter.singular import SingularLayer, TwinLayer, TwinMethod
 from dynalora.adapter.storage import Role
+from dynalora.common.processes import spread_as, whole
 from dynalora.driver import Moment, OptimizerOverride
 from dynalora.spectral.decomposition import Triplets
 
@@ -174,8 +175,8 @@ class DisloraLayer(DirectedLayer, SingularLayer):
 
     def residual(self, adapter: str, score: TsdScore) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors (out, k) and (k, in) of the matrix M in eq. 4."""
-        up = self.parameter("up", adapter) * self.parameter("sigma", adapter)
-        down: torch.Tensor = self.parameter("down", adapter)
+        up, sigma, down = (whole(self.parameter(role, adapter).detach()) for role in ("up", "sigma", "down"))
+        up = up * sigma
         if score == "update":
             r = self.rank(adapter)
             start = self.buffer("frozen_up", adapter)[:, :r] * -self.buffer("start_sigma", adapter)
@@ -208,7 +209,6 @@ class Dislora(DirectedMethod, TwinMethod):
     config_class = DisloraConfig
     layer_class = DisloraLayer
     shared_class = StepWeights
-    sharding = ()
     panels = (
         Panel("weight of the task loss", ("dislora_task_weight",)),
         Panel("weight of the orthogonality loss", ("dislora_ortho_weight",)),
@@ -405,7 +405,8 @@ def _by_shape(matrices: Sequence[_Matrix], moment: Moment | None = None) -> list
 
 def _stack(matrices: Sequence[_Matrix]) -> torch.Tensor:
     """(L, n, r) with columns that are to be orthonormal."""
-    return torch.stack([matrix.detach().t() if transposed else matrix.detach() for matrix, transposed in matrices])
+    full = [(whole(matrix.detach()), transposed) for matrix, transposed in matrices]
+    return torch.stack([matrix.t() if transposed else matrix for matrix, transposed in full])
 
 
 def _deviation(columns: torch.Tensor) -> torch.Tensor:
@@ -416,6 +417,7 @@ def _deviation(columns: torch.Tensor) -> torch.Tensor:
 
 
 def _add(parameter: torch.nn.Parameter, addition: torch.Tensor) -> None:
+    addition = spread_as(parameter, addition)
     if parameter.grad is None:
         parameter.grad = addition.clone(memory_format=torch.contiguous_format)
     else:
@@ -423,7 +425,7 @@ def _add(parameter: torch.nn.Parameter, addition: torch.Tensor) -> None:
 
 
 def _scale(gradients: Sequence[torch.Tensor], weight: torch.Tensor | float) -> None:
-    for gradient in gradients:
+    for gradient in (g.to_local() if hasattr(g, "to_local") else g for g in gradients):
         gradient.mul_(weight.to(gradient) if isinstance(weight, torch.Tensor) else weight)
 
 

@@ -102,6 +102,10 @@ class Pedyra(Method):
         """Triples of all layers are compared, and parameters change their size."""
         return True
 
+    def exchanges(self, config: PedyraConfig) -> bool:
+        """All processes move the same ranks at the same step."""
+        return True
+
     def needs_total_steps(self, config: PedyraConfig) -> bool:
         """Fractions of the run need its length."""
         return min(config.adjust_start, config.adjust_interval, config.adjust_end) < 1
