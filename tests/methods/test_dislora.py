@@ -138,18 +138,22 @@ def test_more_directions_than_pairs_takes_all_pairs() -> None:
 @given(
     shapes=st.lists(st.integers(2, 6), min_size=3, max_size=4),
     weight=st.sampled_from(["adaptive", 5e-5, 0.7]),
+    reduction=st.sampled_from(["squared", "mean_norm"]),
     seed=st.integers(0, 99),
 )
-def test_gradient_of_a_step_is_that_of_the_total_loss(shapes: list[int], weight: Any, seed: int) -> None:
+def test_gradient_of_a_step_is_that_of_the_total_loss(
+    shapes: list[int], weight: Any, reduction: str, seed: int
+) -> None:
     """Eq. 15 with the weights as constants, by autograd, against what SGD with step size 1 subtracts."""
-    model, layers = model_of(row_of(shapes), seed=seed, ortho_weight=weight, tsd_count=0, r=2)
+    options = {"ortho_weight": weight, "ortho_reduction": reduction, "tsd_count": 0, "r": 2}
+    model, layers = model_of(row_of(shapes), seed=seed, **options)
     for layer in layers:  # away from orthonormal factors
         for parameter in layer.adapter_parameters("default").values():
             parameter.data += 0.2 * torch.randn_like(parameter)
     parameters = [p for p in model.parameters() if p.requires_grad]
     task = loss_of(model, torch.Generator().manual_seed(3))
     pairs = [(layer.parameter("up", "default"), layer.parameter("down", "default")) for layer in layers]
-    ortho = reference.ortho_loss(pairs)
+    ortho = reference.ortho_loss(pairs, reduction == "squared")
     if weight == "adaptive":
         _, task_weight, ortho_weight = reference.weights(float(task), float(ortho))
     else:
@@ -627,6 +631,34 @@ def test_weight_decay_leaves_the_factors_alone() -> None:
     assert all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
 
 
+def test_the_authors_code_lets_factors_decay() -> None:
+    for match in (False, True):
+        model, (layer,) = model_of([(6, 7)], ortho_weight=0, tsd_count=0, decay_factors=True, match_step=match)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        before = layer.parameter("sigma", "default").detach().clone()
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.5).step()
+        torch.testing.assert_close(layer.parameter("sigma", "default").detach(), 0.95 * before)
+
+
+@given(shape=shape, seed=st.integers(0, 99), count=st.integers(1, 3))
+def test_the_authors_code_chooses_the_smallest_rates(shape: tuple[int, int], seed: int, count: int) -> None:
+    model, (layer,) = model_of([shape], seed=seed, tsd_choice="smallest", tsd_init="sigma", tsd_count=count)
+    train(model, 1)
+    have = tensors(layer)
+    assert not bool((have["tsd_index"] >= 0).any())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    loss_of(model, torch.Generator().manual_seed(2)).backward()
+    optimizer.step()
+    have = tensors(layer)
+    residual = have["up"] * have["sigma"] @ have["down"]
+    rates = reference.change_rates(layer.base_layer.weight, residual, 1e-12)
+    smallest = rates.sort().values[: min(count, min(shape))]
+    torch.testing.assert_close(have["tsd_rate"], smallest, atol=1e-9, rtol=1e-6)
+    torch.testing.assert_close(have["tsd_weight"], have["tsd_sigma"], atol=1e-9, rtol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -638,6 +670,9 @@ def test_weight_decay_leaves_the_factors_alone() -> None:
         ("tsd_init", "one"),
         ("ortho_weight", -1.0),
         ("ortho_weight", "often"),
+        ("ortho_reduction", "sum"),
+        ("tsd_choice", "median"),
+        ("decay_factors", 1),
         ("loss_smoothing", 1.0),
     ],
 )

@@ -137,6 +137,7 @@ def simulation(layers: list[PedyraLayer], setting: reference.Settings) -> refere
     times=st.sampled_from([(1, 1, 9), (2, 3, 9), (4, 2, 7), (0.3, 0.2, 0.9)]),
     zero_start=st.booleans(),
     reserve=st.booleans(),
+    mean_norm=st.booleans(),
 )
 def test_runs_equal_the_simulation(
     seed: int,
@@ -152,6 +153,7 @@ def test_runs_equal_the_simulation(
     times: tuple[float, float, float],
     zero_start: bool,
     reserve: bool,
+    mean_norm: bool,
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -169,12 +171,13 @@ def test_runs_equal_the_simulation(
             beta1=betas[0],
             beta2=betas[1],
             ortho_weight=gamma,
+            ortho_reduction="mean_norm" if mean_norm else "sum",
             mode=mode,
             init_weights=zero_start,
             max_rank=7 if reserve else None,
             seed=seed,
         )
-        setting = reference.Settings(size, mix, *betas, gamma, 0.05, momentum, mode, weighting, normalize)
+        setting = reference.Settings(size, mix, *betas, gamma, 0.05, momentum, mode, weighting, normalize, mean_norm)
         simulated = simulation(layers, setting)
         optimizer = sgd(model, 0.05, momentum)
         due = [n for n in range(1, 11) if AdjustmentPlan.of(layers[0].drivers["default"].config, 10).due(n)]
@@ -617,6 +620,7 @@ def test_one_layer_only_is_said() -> None:
         ("beta1", 1.0),
         ("beta2", -0.1),
         ("ortho_weight", -1),
+        ("ortho_reduction", "max"),
         ("mode", "sideways"),
         ("importance", "guess"),
         ("max_rank", 2),

@@ -46,14 +46,19 @@ def change_rates(weight: Tensor, residual: Tensor, floor: float) -> Tensor:
     )
 
 
-def ortho_loss(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """(1/N) Σ (‖UᵀU − I‖_F² + ‖VᵀV − I‖_F²), eq. 6, differentiable; pairs are (U, Vᵀ)."""
+def ortho_loss(pairs: list[tuple[Tensor, Tensor]], squared: bool = True) -> Tensor:
+    """(1/N) Σ (‖UᵀU − I‖_F² + ‖VᵀV − I‖_F²), eq. 6, differentiable; pairs are (U, Vᵀ).
+
+    Not squared, the mean over all 2N factors, as in the authors' code.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for up, down in pairs:
         for gram in (up.t() @ up, down @ down.t()):
+            square = torch.zeros((), dtype=torch.float64)
             for i in range(gram.shape[0]):
                 for j in range(gram.shape[1]):
-                    total = total + (gram[i, j] - float(i == j)) ** 2
+                    square = square + (gram[i, j] - float(i == j)) ** 2
+            total = total + (square if squared else square.sqrt() / 2)
     return total / len(pairs)
 
 

@@ -63,6 +63,7 @@ class Settings:
     mode: str
     weighting: bool
     normalize: bool
+    mean_norm: bool = False
 
 
 class Simulation:
@@ -82,14 +83,16 @@ class Simulation:
         return x, seen
 
     def orthogonality(self) -> Tensor:
-        """Eq. 2 of every layer, summed."""
+        """Eq. 2 of every layer, summed; or the mean over all factors of the norms, as in AdaLoRA's code."""
         total = torch.zeros((), dtype=torch.float64)
         for layer in self.layers:
             for role in ("down", "up"):
+                square = torch.zeros((), dtype=torch.float64)
                 for i, one in enumerate(layer.triples):
                     for j, other in enumerate(layer.triples):
                         entry = (one.weight[role] * other.weight[role]).sum() - (1.0 if i == j else 0.0)
-                        total = total + entry**2
+                        square = square + entry**2
+                total = total + (square.sqrt() / (2 * len(self.layers)) if self.settings.mean_norm else square)
         return total
 
     def step(self, x: Tensor, target: Tensor) -> float:

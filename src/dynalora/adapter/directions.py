@@ -107,6 +107,10 @@ class DirectedLayer(AdapterLayer):
 class DirectedMethod(Method):
     """What methods do that choose directions. Their configuration has `tsd_count` and `warmup(total_steps)`."""
 
+    def takes_largest(self, config: Any) -> bool:
+        """Whether the pairs of the largest rate of change are chosen, and not those of the smallest."""
+        return True
+
     def hold_back(self, moment: Moment) -> None:
         """Before a step: keep the directions' weights still until there are directions."""
         warmup = moment.config.warmup(moment.total_steps)
@@ -131,7 +135,8 @@ class DirectedMethod(Method):
             return
         moment.driver.require_finite(moment.all_layers)
         layers = [layer for layer in moment.all_layers if not layer.has_directions(moment.adapter)]
-        for layer, directions in zip(layers, choose_directions(layers, moment.adapter, config), strict=True):
+        chosen = choose_directions(layers, moment.adapter, config, largest=self.takes_largest(config))
+        for layer, directions in zip(layers, chosen, strict=True):
             layer.point(moment.adapter, directions, layer.first_weights(config, directions))
         if layers:
             rates = torch.cat([layer.buffer("tsd_rate", moment.adapter).cpu() for layer in layers])
@@ -170,16 +175,20 @@ class DirectedMethod(Method):
         return {"task_specific_directions": chosen}
 
 
-def choose_directions(layers: Sequence[DirectedLayer], adapter: str, config: Any) -> list[Directions]:
-    """The directions of every layer: the largest δ among all singular pairs of W0.
+def choose_directions(
+    layers: Sequence[DirectedLayer], adapter: str, config: Any, *, largest: bool = True
+) -> list[Directions]:
+    """The directions of every layer: the largest δ among all singular pairs of W0, or the smallest.
 
-    Few pairs need to be looked at. δ_i is at most ‖M‖₂ / σ_i, so once the smallest pairs are known, and σ of the next
-    one is so large that this bound is below the `tsd_count`-th best score, no other can be among the best.
+    For the largest, few pairs need to be looked at. δ_i is at most ‖M‖₂ / σ_i, so once the smallest pairs are known,
+    and σ of the next one is so large that this bound is below the `tsd_count`-th best score, no other can be among the
+    best. The smallest need all.
 
     Args:
         layers: The layers.
         adapter: The adapter.
         config: Its configuration.
+        largest: Whether the largest are chosen.
     """
     results = []
     with late_progress() as progress:
@@ -188,30 +197,37 @@ def choose_directions(layers: Sequence[DirectedLayer], adapter: str, config: Any
             weight = layer.base_matrix()
             up, down = (whole(factor) for factor in layer.moved(adapter, config))
             count, sides = layer.parameter("tsd_weight", adapter).shape[0], min(weight.shape)
-            largest, floor = float(factor_spectrum(up, down)[0]), _floor(weight)
-            pairs = smallest_pairs([layer], adapter)[0]
-            chosen, enough = _best(pairs, up, down, count, sides, largest, floor)
+            size, floor = float(factor_spectrum(up, down)[0]), _floor(weight)
+            pairs = smallest_pairs([layer], adapter)[0] if largest else smallest_triplets(weight, sides)
+            chosen, enough = _best(pairs, up, down, count, sides, size, floor, largest)
             while not enough:
                 pairs = smallest_triplets(weight, min(4 * pairs.values.shape[0], sides))
-                chosen, enough = _best(pairs, up, down, count, sides, largest, floor)
+                chosen, enough = _best(pairs, up, down, count, sides, size, floor, largest)
             results.append(chosen)
             progress("Choosing directions", done, len(layers))
     return results
 
 
 def _best(
-    pairs: Triplets, up: torch.Tensor, down: torch.Tensor, count: int, sides: int, largest: float, floor: float
+    pairs: Triplets,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    count: int,
+    sides: int,
+    size: float,
+    floor: float,
+    largest: bool,
 ) -> tuple[Directions, bool]:
-    """The best directions among some pairs, and whether no other pair can be among the best."""
+    """The best directions among some pairs, and whether no other pair can be among the best; `size` is ‖M‖₂."""
     u, values, v = (tensor.to(up) for tensor in (pairs.up, pairs.values, pairs.down))
     available = values.shape[0]
     # u_iᵀ M v_i for all i at once
     projections = ((u.t() @ up) * (v @ down.t())).sum(dim=1)
     score = projections.abs() / values.clamp_min(floor)
-    best = torch.topk(score, min(count, available))
+    best = torch.topk(score, min(count, available), largest=largest)
     index = best.indices
     chosen = Directions(index + (sides - available), best.values, Triplets(u[:, index], values[index], v[index]))
-    enough = available == sides or float(best.values[-1]) >= largest / max(float(values[0]), floor)
+    enough = available == sides or float(best.values[-1]) >= size / max(float(values[0]), floor)
     return chosen, enough
 
 

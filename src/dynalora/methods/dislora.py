@@ -77,9 +77,14 @@ class DisloraConfig(AdapterConfig):
         tsd_count: Number of task-specific directions per matrix; 0 for none.
         tsd_score: What their rate of change is taken of: `"residual"`, all of U·S·Vᵀ (eq. 4 as printed), or
             `"update"`, its change since the start.
+        tsd_choice: Which rates of change are chosen: the `"largest"`, as the paper says, or the `"smallest"`, as the
+            authors' code has it, which needs a full decomposition of every weight.
         tsd_init: Where their weights start: `"zero"`, so that the model's function does not change when they are
             switched on, or `"sigma"`, at their singular values, which adds s·σ_i·u_i·v_iᵀ to the function at once.
         ortho_weight: `"adaptive"` (eq. 12–15), or a fixed weight of L_ortho beside an unweighted L_task.
+        ortho_reduction: How L_ortho adds up its terms: `"squared"`, eq. 6, or `"mean_norm"`, the mean over all factors
+            of norms that are not squared, as in the authors' code.
+        decay_factors: Whether U, S and V decay by the optimizer's weight decay, as in the authors' code (0.01).
         match_step: Scale the learning rate of U and V, matrix by matrix, so that a step moves the model's function
             about as far as LoRA's (alpha = 2r) would with the optimizer's learning rate. False takes the optimizer's
             learning rate for all matrices, as in the paper: then choose it for this method.
@@ -95,10 +100,17 @@ class DisloraConfig(AdapterConfig):
     )
     tsd_count: int = field(default=8, metadata={"help": "Task-specific directions per matrix; 0 for none."})
     tsd_score: TsdScore = field(default="residual", metadata={"help": "residual or update."})
+    tsd_choice: Literal["largest", "smallest"] = field(
+        default="largest", metadata={"help": "Which rates of change are chosen: largest or smallest."}
+    )
     tsd_init: TsdInit = field(default="zero", metadata={"help": "zero or sigma."})
     ortho_weight: float | str = field(
         default="adaptive", metadata={"help": "adaptive, or a fixed weight of the orthogonality loss."}
     )
+    ortho_reduction: Literal["squared", "mean_norm"] = field(
+        default="squared", metadata={"help": "squared: eq. 6; mean_norm: norms that are not squared."}
+    )
+    decay_factors: bool = field(default=False, metadata={"help": "Let weight decay act on U, S and V."})
     match_step: bool = field(
         default=True,
         metadata={"help": "Scale U's and V's learning rates so that a step moves the function like LoRA's."},
@@ -120,6 +132,9 @@ class DisloraConfig(AdapterConfig):
         for name, choices in (("tsd_score", TsdScore), ("tsd_init", TsdInit)):
             allowed = get_args(choices)
             self._require(getattr(self, name) in allowed, name, f"one of {', '.join(map(repr, allowed))}")
+        for name, values in (("tsd_choice", ("largest", "smallest")), ("ortho_reduction", ("squared", "mean_norm"))):
+            self._require(getattr(self, name) in values, name, f"one of {', '.join(map(repr, values))}")
+        self._require(isinstance(self.decay_factors, bool), "decay_factors", "True or False")
         weight = self.ortho_weight
         if isinstance(weight, str) and weight != "adaptive":  # as it comes from a command line
             with contextlib.suppress(ValueError):
@@ -251,7 +266,8 @@ class Dislora(DirectedMethod, TwinMethod):
         a component of the function then moves by 2·η·√out·‖down_i‖, with ‖down_i‖ ≈ 1/√3; here by
         s·η·σ_i·√(out + in). So where σ_i is large, the same learning rate moves the function many times as far.
         """
-        rules = super().optimizer_overrides(config, layer, adapter)
+        rules = {} if config.decay_factors else super().optimizer_overrides(config, layer, adapter)
+        decay = None if config.decay_factors else 0.0
         if config.match_step:
             sigma = float(layer.buffer("start_sigma", adapter).double().square().mean().sqrt())
             sides = layer.out_features + layer.in_features
@@ -259,8 +275,12 @@ class Dislora(DirectedMethod, TwinMethod):
             lora = 2 / math.sqrt(3) * math.sqrt(layer.out_features)
             # Powers of two, so that matrices of like size step in one group.
             multiple = 2.0 ** round(math.log2(lora / here)) if here * FASTEST > lora else FASTEST
-            rules["up"] = rules["down"] = OptimizerOverride(min(multiple, FASTEST), weight_decay=0.0)
+            rules["up"] = rules["down"] = OptimizerOverride(min(multiple, FASTEST), weight_decay=decay)
         return rules
+
+    def takes_largest(self, config: DisloraConfig) -> bool:
+        """As the paper says, unless the authors' code is followed."""
+        return config.tsd_choice == "largest"
 
     # The losses and their weights ------------------------------------------------------------------------------
 
@@ -280,7 +300,15 @@ class Dislora(DirectedMethod, TwinMethod):
         for matrices in _by_shape([p for layer in moment.layers for p in _factors(layer, moment.adapter)], moment):
             columns = _stack(matrices)
             device_rate = rate.to(columns.device) if isinstance(rate, torch.Tensor) else rate
-            additions = (columns @ _deviation(columns)).mul_(4 * device_rate)
+            deviation = _deviation(columns)
+            if config.ortho_reduction == "mean_norm":  # 1/(2N) Σ ‖D‖_F has the gradient U·D / (N·‖D‖_F)
+                norms = torch.linalg.vector_norm(deviation, dim=(1, 2), keepdim=True)
+                # What rounding leaves of an orthonormal factor has no direction.
+                noise = 32 * torch.finfo(columns.dtype).eps
+                additions = columns @ torch.where(norms > noise, deviation / norms, 0.0)
+            else:
+                additions = 4 * (columns @ deviation)
+            additions *= device_rate
             for (matrix, transposed), addition in zip(matrices, additions.unbind(), strict=True):
                 _add(matrix, addition.t() if transposed else addition)
 
@@ -290,7 +318,7 @@ class Dislora(DirectedMethod, TwinMethod):
     def _weigh(self, moment: Moment) -> tuple[torch.Tensor | float, torch.Tensor | float]:
         """Weights of the task loss and of the orthogonality loss in this step, noted for the log."""
         config: DisloraConfig = moment.config
-        ortho = ortho_loss(moment.all_layers, moment.adapter)
+        ortho = ortho_loss(moment.all_layers, moment.adapter, config.ortho_reduction)
         balance = _balance(moment)
         if balance is not None:
             balance[:NOTES] = 0
@@ -337,7 +365,7 @@ class Dislora(DirectedMethod, TwinMethod):
 
     def report(self, moment: Moment) -> dict[str, Any]:
         """The last step's losses and weights, L_ortho now, and how many directions were chosen."""
-        now = float(ortho_loss(moment.layers, moment.adapter))
+        now = float(ortho_loss(moment.layers, moment.adapter, moment.config.ortho_reduction))
         return {**self.metrics(moment), "ortho_loss_now": now, **super().report(moment)}
 
 
@@ -373,12 +401,13 @@ def weights_for_training(task: torch.Tensor, ortho: torch.Tensor) -> tuple[torch
     return k, task_weight, ortho_weight
 
 
-def ortho_loss(layers: Sequence[DisloraLayer], adapter: str) -> torch.Tensor:
-    """L_ortho of eq. 6, a float64 scalar (float32 where a device has no wider type)."""
+def ortho_loss(layers: Sequence[DisloraLayer], adapter: str, reduction: str = "squared") -> torch.Tensor:
+    """L_ortho of eq. 6, or the mean of the norms; a float64 scalar (float32 where a device has no wider type)."""
     total: torch.Tensor | None = None
     for matrices in _by_shape([p for layer in layers for p in _factors(layer, adapter)]):
         deviation = _deviation(_stack(matrices))
-        loss = deviation.square().sum(dtype=None if deviation.device.type == "mps" else torch.float64)
+        squares = deviation.square().sum((1, 2), dtype=None if deviation.device.type == "mps" else torch.float64)
+        loss = squares.sum() if reduction == "squared" else squares.sqrt().sum() / 2
         total = loss if total is None else total + loss.to(total.device)
     assert total is not None
     return total / len(layers)

@@ -127,7 +127,7 @@ class Pedyra(Method):
             moment.shared.taken = True
             self._score(moment)
         if moment.config.ortho_weight and moment.config.mode != "static":
-            add_orthogonality(moment, moment.config.ortho_weight)
+            add_orthogonality(moment, moment.config.ortho_weight, moment.config.ortho_reduction)
 
     def _score(self, moment: Moment[StepScores]) -> None:
         config: PedyraConfig = moment.config

@@ -31,6 +31,8 @@ class PedyraConfig(GatedConfig):
         beta1: β1, decay of the sensitivities' and the inputs' moving averages.
         beta2: β2, decay of the uncertainties' moving averages.
         ortho_weight: γ, weight of the orthogonality penalty.
+        ortho_reduction: How its terms add up: `"sum"`, squared norms as eq. 2 prints them; or `"mean_norm"`, the mean
+            of norms that are not squared, as in AdaLoRA's code, whose weights papers quote.
         mode: `"both"`; `"prune"` removes without expanding; `"expand"` adds without pruning. `"static"` is LoRA, to
             compare with: LoRA's start, e held at 1, no penalty; scores are recorded where ranks would be adjusted.
         importance: `"score"`, or `"random"` numbers in its place.
@@ -64,6 +66,9 @@ class PedyraConfig(GatedConfig):
     beta1: float = field(default=0.85, metadata={"help": "Decay of the sensitivities' moving averages."})
     beta2: float = field(default=0.85, metadata={"help": "Decay of the uncertainties' moving averages."})
     ortho_weight: float = field(default=0.1, metadata={"help": "Weight of the orthogonality penalty."})
+    ortho_reduction: Literal["sum", "mean_norm"] = field(
+        default="sum", metadata={"help": "sum: squared norms as printed; mean_norm: AdaLoRA's form."}
+    )
     mode: Mode = field(default="both", metadata={"help": "both, prune, expand, or static: LoRA, scores only."})
     importance: Importance = field(default="score", metadata={"help": "score or random."})
     gradient_weighting: bool = field(
@@ -112,7 +117,12 @@ class PedyraConfig(GatedConfig):
             self._require(valid, name, f"in [0, {top}")
         valid = _is_number(self.ortho_weight) and 0 <= self.ortho_weight < math.inf
         self._require(valid, "ortho_weight", "a number of at least 0")
-        for name, choices in (("mode", get_args(Mode)), ("importance", get_args(Importance))):
+        reductions = ("sum", "mean_norm")
+        for name, choices in (
+            ("mode", get_args(Mode)),
+            ("importance", get_args(Importance)),
+            ("ortho_reduction", reductions),
+        ):
             self._require(getattr(self, name) in choices, name, f"one of {', '.join(map(repr, choices))}")
         largest = self.max_rank
         valid = largest is None or (isinstance(largest, int) and not isinstance(largest, bool) and largest >= self.r)
