@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import dynalora
 from dynalora import PedyraConfig
 from dynalora.adapter.layer import AdapterLayer
+from dynalora.driver import drivers_of
 from dynalora.errors import ConfigError, DynaloraError, ScheduleError, UnsupportedError
 from dynalora.export import export_adapter_folder, export_ranks
 from dynalora.methods.pedyra import AdjustmentPlan, PedyraLayer, adjustments, choose
@@ -922,3 +923,38 @@ def test_directions_start_orthonormal_or_as_in_the_paper(r: int) -> None:
         assert float(factor.std()) == pytest.approx(0.02, rel=0.1)
         assert abs(float(factor.mean())) < 0.003
     assert not layer.parameter("e", "default").any()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean_norm"])
+def test_diagnostics_are_what_the_figures_show(reduction: str, tmp_path: Path) -> None:
+    model, layers = chain(init_weights=False, diagnostics=True, ortho_reduction=reduction, adjust_start=3)
+    optimizer = sgd(model, 0.05, 0.0)
+    for number in range(1, 5):
+        optimizer.zero_grad()
+        x, target = batch(number)
+        (model(x) - target).square().mean().backward()
+        gradients = {
+            role: float(torch.cat([layer.parameter(role, "default").grad.flatten() for layer in layers]).norm())
+            for role in ("down", "e", "up")
+        }
+        optimizer.step()
+    [(driver, own)] = drivers_of(model)
+    values = driver.method.metrics(driver.moment(own))
+    for role, norm in gradients.items():
+        assert values[f"pedyra_gradient_{role}"] == pytest.approx(norm, rel=1e-5)
+    terms = []
+    for layer in layers:
+        for rows in (layer.used("down", "default"), layer.used("up", "default").T):
+            terms.append(float((rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype)).norm()))
+    expected = sum(term**2 for term in terms) if reduction == "sum" else sum(terms) / len(terms)
+    assert values["pedyra_ortho_loss"] == pytest.approx(expected)
+    effective = [int((torch.linalg.svdvals(layer.get_delta_weight("default")) > 1e-3).sum()) for layer in layers]
+    assert values["pedyra_effective_rank"] == pytest.approx(sum(effective) / len(layers))
+    assert values["pedyra_utilisation"] == pytest.approx(sum(effective) / sum(ranks(model)))
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(Chain().double(), tmp_path)
+    assert layers_of(loaded)[0].running("gradient_norms", "default") is not None
+    assert PedyraConfig().diagnostics is False
+    plain, _ = chain()
+    [(driver, own)] = drivers_of(plain)
+    assert set(driver.method.metrics(driver.moment(own))) == {"pedyra_rank_min", "pedyra_rank_max"}

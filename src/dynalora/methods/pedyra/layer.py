@@ -41,6 +41,7 @@ class PedyraLayer(DoraLayer):
         Role("frozen_down", trains=False, saved="present"),
         Role("frozen_up", trains=False, saved="present"),
         Role("record", trains=False, saved="present"),  # kept by the first layer
+        Role("gradient_norms", trains=False, saved="present"),  # of down, e and up, (3), with diagnostics; likewise
     )
 
     def __init__(self, base_layer: nn.Module, quantization: dict[str, Any] | None = None) -> None:
@@ -119,6 +120,8 @@ class PedyraLayer(DoraLayer):
             return shape, True
         if role == "inputs":
             return (self.in_features,), True
+        if role == "gradient_norms":
+            return (3,), True
         if role == "record":
             return (tensor.numel(),), False
         if role in ("frozen_down", "frozen_up"):

@@ -18,6 +18,7 @@ from dynalora.common.processes import grouped, process_count
 from dynalora.driver import Moment, OptimizerOverride, drivers_of
 from dynalora.errors import ConfigError, ScheduleError, UnsupportedError
 from dynalora.methods.pedyra.adjustment import adjust
+from dynalora.methods.pedyra.diagnostics import diagnostics, note_gradients
 from dynalora.methods.pedyra.layer import PedyraLayer
 from dynalora.methods.pedyra.record import Adjustment, read_record
 from dynalora.methods.pedyra.scores import shared_with_all, triple_scores, update_averages
@@ -50,7 +51,13 @@ class Pedyra(Method):
     config_class = PedyraConfig
     layer_class = PedyraLayer
     shared_class = StepScores
-    panels = (Panel("smallest and largest rank", ("pedyra_rank_min", "pedyra_rank_max")),)
+    panels = (
+        Panel("smallest and largest rank", ("pedyra_rank_min", "pedyra_rank_max")),
+        Panel("effective rank", ("pedyra_effective_rank",)),
+        Panel("utilisation", ("pedyra_utilisation",)),
+        Panel("orthogonality term", ("pedyra_ortho_loss",), log=True),
+        Panel("gradient norms", ("pedyra_gradient_down", "pedyra_gradient_e", "pedyra_gradient_up"), log=True),
+    )
 
     def prepare(self, layers: Mapping[str, PedyraLayer], adapter: str, config: PedyraConfig) -> None:  # type: ignore[override]
         """Start at the largest singular triplets of the base weights, with `init_weights="pissa"`."""
@@ -125,6 +132,8 @@ class Pedyra(Method):
         if not moment.shared.taken:
             # By the first of several optimizers, while all gradients are the task's.
             moment.shared.taken = True
+            if moment.config.diagnostics:
+                note_gradients(moment, _adjustable(moment))
             self._score(moment)
         if moment.config.ortho_weight and moment.config.mode != "static":
             add_orthogonality(moment, moment.config.ortho_weight, moment.config.ortho_reduction)
@@ -163,9 +172,10 @@ class Pedyra(Method):
                         layer.set_running(role, moment.adapter, None)
 
     def metrics(self, moment: Moment) -> dict[str, float]:
-        """The smallest and the largest rank."""
+        """The smallest and the largest rank, and diagnostics where they are wanted."""
         ranks = [layer.rank(moment.adapter) for layer in moment.layers]
-        return {"pedyra_rank_min": float(min(ranks)), "pedyra_rank_max": float(max(ranks))}
+        more = diagnostics(moment) if moment.config.diagnostics else {}
+        return {"pedyra_rank_min": float(min(ranks)), "pedyra_rank_max": float(max(ranks)), **more}
 
     def report(self, moment: Moment) -> dict[str, Any]:
         """The schedule in steps, the adjustments done, and the next."""

@@ -40,6 +40,9 @@ class PedyraConfig(GatedConfig):
         normalize_scores: Divide S_grad and S_inp by their means before mixing them.
         max_rank: The largest rank that a matrix can reach; None sets no limit. Where shapes must not change
             (distributed training, or whenever this is given) memory for it is reserved.
+        diagnostics: Log what the paper's figures show over the steps: effective rank and utilisation, the orthogonality
+            term, and the norms of the gradients of `down`, `e` and `up`. Costs a spectrum per matrix at every logged
+            step.
         seed: Seed of the new directions, and of random importance.
         match_step: Multiply e's learning rate, matrix by matrix, so that a step moves the model's function about as far
             as LoRA's (alpha = 2r) would with the optimizer's learning rate. False takes the optimizer's for all, as in
@@ -78,6 +81,9 @@ class PedyraConfig(GatedConfig):
         default=True, metadata={"help": "Divide both scores by their means before mixing them."}
     )
     max_rank: int | None = field(default=None, metadata={"help": "Largest rank that a matrix can reach."})
+    diagnostics: bool = field(
+        default=False, metadata={"help": "Log effective rank, utilisation, orthogonality and gradient norms."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the new directions."})
     match_step: bool = field(
         default=True, metadata={"help": "Scale e's learning rate so that a step moves the function like LoRA's."}
@@ -128,6 +134,7 @@ class PedyraConfig(GatedConfig):
         valid = largest is None or (isinstance(largest, int) and not isinstance(largest, bool) and largest >= self.r)
         self._require(valid, "max_rank", f"an integer of at least r={self.r}, or None")
         self._require(isinstance(self.seed, int), "seed", "an integer")
+        self._require(isinstance(self.diagnostics, bool), "diagnostics", "True or False")
         self._require(
             not (self.mode == "static" and start == "pissa"),
             "init_weights",
