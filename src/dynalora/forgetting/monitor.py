@@ -195,7 +195,8 @@ class RetentionMonitor(TrainerCallback):
 
         Args:
             model: The PEFT model that is going to be trained.
-            step: Optimizer steps done, if the run is being continued. Measurements from that step on are taken again.
+            step: Optimizer steps done, if the run is being continued. Measurements after that step are taken again, and
+                none is added at it where earlier ones are known.
 
         Raises:
             ConfigError: There is no tokenizer to make the texts with; weights of the base model are trained too, so
@@ -207,12 +208,14 @@ class RetentionMonitor(TrainerCallback):
         self._refuse(model)
         self._take_file(step)
         self._reset(step)
+        self._look_back()
         texts = self._prepare(model)
         self._references = predictions_within(
             model, texts, self.cache_bytes, batch_size=self.batch_size, progress=self.progress
         )
         self._begun = True
-        self._measure(model)
+        if not self.points:
+            self._measure(model)
         if self.exceeded is not None and step == 0:
             raise ConfigError(
                 f"The model is at {self.exceeded.retention.kl:.4g} nats per token from its base on "
@@ -285,6 +288,12 @@ class RetentionMonitor(TrainerCallback):
         if step == 0:
             self.best = None
 
+    def _look_back(self) -> None:
+        """See whether the run that is being continued had forgotten too much."""
+        over = [point for point in self.points if not point.retention.kl <= (self.max_forgetting or math.inf)]
+        first = [point for point in over if point.step == over[0].step]
+        self.exceeded = max(first, key=lambda point: _order(point.retention.kl), default=None)
+
     def _prepare(self, model: nn.Module) -> dict[str, MeasuredText]:
         texts: dict[str, MeasuredText] = {}
         needs = self.own is True or any(not isinstance(text, MeasuredText) for text in self.texts.values())
@@ -345,7 +354,11 @@ class RetentionMonitor(TrainerCallback):
     def _take_file(self, step: int) -> None:
         """Make the file ready: drop what this run is going to measure again, and leave other runs as they are."""
         again = bool(self.points)
-        self.points = [point for point in self.points if point.step < step]
+
+        def stays(point: RetentionPoint) -> bool:
+            return step > 0 and point.step <= step
+
+        self.points = [point for point in self.points if stays(point)]
         if self.path is None:
             return
         if first_process():
@@ -356,13 +369,13 @@ class RetentionMonitor(TrainerCallback):
                     f"'{self.path}' holds a run named '{self.name}' already; give the monitor another name or path."
                 )
             if not self.points:
-                self.points = [point for point in before if point.run == self.name and point.step < step]
-            stays = [point for point in before if point.run != self.name or point.step < step]
+                self.points = [point for point in before if point.run == self.name and stays(point)]
+            kept = [point for point in before if point.run != self.name or stays(point)]
             # A line that a kill cut short must not be continued by the next one.
             content = self.path.read_bytes() if self.path.exists() else b""
             cut = bool(content) and not content.endswith(b"\n")
-            if cut or len(stays) < len(before):
-                write_points(self.path, stays)
+            if cut or len(kept) < len(before):
+                write_points(self.path, kept)
         self.points = from_first(self.points)
 
     # --- transformers' Trainer ----------------------------------------------------------------------------

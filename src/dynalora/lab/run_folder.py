@@ -19,7 +19,7 @@ import os
 import platform
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
@@ -246,14 +246,23 @@ class RunFolder:
         """All records so far. A last line cut short by a kill is left out."""
         return list(read_metrics(self.path))
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drop the records of optimizer steps later than `step`, which a resumed run is going to take again."""
+    def forget_metrics_after(self, step: int, *, again: Collection[str] = ()) -> None:
+        """Drop what a resumed run is going to record again.
+
+        Args:
+            step: Records of later optimizer steps are dropped.
+            again: And those that have one of these keys, whatever their step: measured when training has ended.
+        """
         if not self.writable:
             return
         if self._metrics_file is not None:
             self._metrics_file.close()
             self._metrics_file = None
-        records = [record for record in self.metrics() if int(record.get("step") or 0) <= step]
+        records = [
+            record
+            for record in self.metrics()
+            if int(record.get("step") or 0) <= step and record.keys().isdisjoint(again)
+        ]
         write_file(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in records))
 
     # --- files ---------------------------------------------------------------------------------------------

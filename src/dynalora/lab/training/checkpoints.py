@@ -94,10 +94,16 @@ class StopAtEnd(TrainerCallback):
     """Ends a training that goes on from a checkpoint of its last step, of which the trainer would make one more.
 
     Such a run was killed later, while it was measured. It must be the last callback, so that all others have begun.
+
+    Args:
+        stopped: Whether the run had ended at the step of its checkpoint, before the steps that it was asked for.
     """
 
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self._stopped = stopped
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if 0 < state.max_steps <= state.global_step:
+        if 0 < state.max_steps <= state.global_step or (state.global_step > 0 and self._stopped()):
             raise NothingLeft
 
 

@@ -45,6 +45,9 @@ _CHECKPOINTING = (
     else "gradient_checkpointing"
 )
 
+MEASURED_AFTER = ("retention", "scaled")
+"""Keys of the records that jobs make of a model when its training has ended."""
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -180,7 +183,7 @@ def train_adapter(
         trainer.add_callback(recorder)
         if monitor is not None:
             trainer.add_callback(monitor)
-        trainer.add_callback(StopAtEnd())
+        trainer.add_callback(StopAtEnd(lambda: monitor is not None and monitor.stopping))
         # The trainer has put the model on its device by now.
         before = recorder.loss_before()
         began = time.perf_counter()
@@ -244,7 +247,8 @@ def _continued(
     prompts = isinstance(model, peft.PeftModel) and prompt_only(model.active_peft_config)
     say = partial(warnings.warn, stacklevel=3) if console is None else partial(console.print, markup=False)
     checkpoint = last_checkpoint(run.checkpoints, needs=KeepPrompt.FILE if prompts else None, say=say)
-    run.forget_metrics_after(-1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
+    step = -1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    run.forget_metrics_after(step, again=MEASURED_AFTER)
     if monitor is not None and monitor.path is not None and checkpoint is None and run.writable:
         monitor.path.unlink(missing_ok=True)  # the run begins anew
     return checkpoint, [record for record in run.metrics() if record.get("run") == label]
