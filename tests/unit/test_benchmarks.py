@@ -695,6 +695,10 @@ def test_harness_tasks_by_name(small: tuple[Any, Any], monkeypatch: pytest.Monke
     assert asked["num_fewshot"] is None
     measure(model, tokenizer, prepare("lm_eval:sciq", shots=5))
     assert asked["num_fewshot"] == 5
+    measure(model, tokenizer, prepare("lm_eval:sciq", max_length=512))
+    assert asked["model"]["max_length"] == 512
+    with pytest.raises(ConfigError, match="max_length is 0"):
+        prepare("lm_eval:sciq", max_length=0)
     with pytest.raises(ConfigError, match="shots is -1"):
         prepare("lm_eval:sciq", shots=-1)
     measure(model, tokenizer, prepare("lm_eval:sciq", limit=25), batch_size=4)

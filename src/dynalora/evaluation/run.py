@@ -72,6 +72,7 @@ def prepare(
     weak_sandbox: bool = False,
     limits: Limits | None = None,
     shots: int | None = None,
+    max_length: int | None = None,
 ) -> Prepared:
     """Read a task's items and make sure that everything is there to score them.
 
@@ -88,6 +89,7 @@ def prepare(
         limits: Of generated code; None: the defaults.
         shots: Examples before each question of a task of lm-evaluation-harness; None: the task's own number. Other
             tasks have none.
+        max_length: Longest input of such a task in tokens; None: what the model takes.
 
     Raises:
         ConfigError: There is no such task, metric or way to score it, or generated code is not to be executed.
@@ -98,7 +100,8 @@ def prepare(
         raise ConfigError(f"limit is {limit}; give 1 or more, or leave it out.")
     if name.startswith(_HARNESS):
         check_least(0, shots=shots)
-        return _harness_task(name, limit, shots)
+        check_least(1, max_length=max_length)
+        return _harness_task(name, limit, shots, max_length)
     if name.startswith(_GENERATED):
         return _generated_task(name, limit or _GENERATED_ITEMS, seed)
     task = benchmark(name)
@@ -226,9 +229,9 @@ def _generated_task(name: str, size: int, seed: int) -> Prepared:
     return Prepared(task, f"held out, seed {seed}", items, task.metrics)
 
 
-def _harness_task(name: str, limit: int | None, shots: int | None) -> Prepared:
+def _harness_task(name: str, limit: int | None, shots: int | None, max_length: int | None) -> Prepared:
     task = name.removeprefix(_HARNESS)
     if len(find_tasks([task])[0]) > 1:
         raise ConfigError(f"{name} stands for several tasks; name them one by one.")
-    kind = HarnessKind(task, shots)
+    kind = HarnessKind(task, shots, max_length)
     return Prepared(Benchmark(name, task, Source(name), _no_items, (), kind), "the harness's", (), limit=limit)

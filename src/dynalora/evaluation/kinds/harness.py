@@ -20,16 +20,18 @@ class HarnessKind(Kind):
     Attributes:
         name: The harness's name of it.
         shots: Examples before each question; None: as many as the task has by itself.
+        max_length: Longest input in tokens; None: what the model takes.
     """
 
     name: str
     shots: int | None = None
+    max_length: int | None = None
     heads = (CAUSAL_LM,)
 
     def measure(self, subject: Subject, prepared: Prepared, how: Measuring) -> TaskResult:
         (result,) = run_harness(
             subject.model, subject.tokenizer, [self.name], num_fewshot=self.shots, limit=prepared.limit,
-            batch_size=how.batch_size,
+            batch_size=how.batch_size, max_length=self.max_length,
         )  # fmt: skip
         scores = {name: Estimate(value, error or 0.0).interval for name, (value, error) in result.numbers.items()}
         main = next(name for name in scores if name.split(" ")[0] == result.metric)

@@ -143,6 +143,7 @@ def kept_tasks(spec: CompareSpec) -> list[Prepared]:
             seed=spec.data_seed,
             run_code=spec.run_code,
             shots=spec.retention_shots,
+            max_length=spec.retention_max_length,
         )
         for name in names
     ]

@@ -64,6 +64,7 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPAR
         retention_items: Number of items of each of those, from the first; None: all.
         retention_shots: Number of examples before each question of those of lm-evaluation-harness; None: each task's
             own number.
+        retention_max_length: Longest input of those, in tokens; None: what the model takes.
         jobs: Number of cells at the same time; None: one per GPU, or one.
         report: Run nothing, and report on the cells that are there.
     """
@@ -97,6 +98,7 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPAR
     retention_tasks: Annotated[list[str], Setting(commas=True, panel=MEASURING)] = field(default_factory=list)
     retention_items: Annotated[int | None, Setting(least=1, panel=MEASURING)] = None
     retention_shots: Annotated[int | None, Setting(panel=MEASURING)] = None
+    retention_max_length: Annotated[int | None, Setting(least=1, panel=MEASURING)] = None
     jobs: Annotated[int | None, Setting("-j", least=1, panel=RUN)] = None
     report: Annotated[bool, Setting(panel=RUN, recorded=False)] = False
 

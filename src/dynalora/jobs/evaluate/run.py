@@ -54,7 +54,7 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = silent) -> list[TaskRes
         prepare(
             name, data=spec.data, split=spec.split, limit=spec.limit, seed=spec.seed, likelihood=spec.likelihood,
             metrics=spec.metric, run_code=spec.run_code, weak_sandbox=spec.weak_sandbox,
-            limits=Limits(seconds=spec.code_seconds), shots=spec.shots,
+            limits=Limits(seconds=spec.code_seconds), shots=spec.shots, max_length=spec.max_length,
         )
         for name in task_list(spec.task)
     ]  # fmt: skip

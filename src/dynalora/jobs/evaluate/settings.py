@@ -35,6 +35,7 @@ class EvaluateSpec(Settings):
         weak_sandbox: Execute it even where this system cannot contain it.
         code_seconds: Time limit of each generated program, in seconds.
         shots: Number of examples before each question of lm-evaluation-harness's tasks; None: each task's own number.
+        max_length: Longest input of those, in tokens; None: what the model takes.
         dtype: Data type of the model's weights.
         quantization: Hold the weights (of an adapter's base model) in fewer bits: 4bit (NF4) or 8bit with
             bitsandbytes, int8 with torchao; None: as they are.
@@ -59,6 +60,7 @@ class EvaluateSpec(Settings):
     weak_sandbox: bool = False
     code_seconds: float = 5.0
     shots: int | None = None
+    max_length: Annotated[int | None, Setting(least=1)] = None
     dtype: Annotated[str, Setting(choices=DTYPES)] = "auto"
     quantization: Annotated[str | None, Setting(choices=tuple(QUANTIZATIONS))] = None
     json: Annotated[str | None, Setting(metavar="FILE.json", recorded=False)] = None
