@@ -319,10 +319,15 @@ def test_bf16_computes_in_bfloat16_and_keeps_the_weights() -> None:
         )
         settings = TrainSettings(steps=3, batch_size=4, bf16=bf16, log_every=1)
         trained = train_adapter(model, tokenizer, adapter_config("dira", r=2), rows, settings=settings)
-        hook.remove()
         assert {parameter.dtype for parameter in trained.model.parameters()} == {torch.float32}
+        while_training = dtypes.copy()
+        dtypes.clear()
+        trained.model(**tokenizer("one", return_tensors="pt"))
+        assert dtypes == {torch.float32}, "the model comes back as it was"
+        hook.remove()
+        dtypes |= while_training
         losses[bf16] = [record["loss"] for record in trained.records if "loss" in record]
-    assert seen == {False: {torch.float32}, True: {torch.bfloat16}}
+    assert seen == {False: {torch.float32}, True: {torch.bfloat16, torch.float32}}
     assert losses[True] != losses[False]
     assert losses[True] == pytest.approx(losses[False], rel=0.02)
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -373,3 +374,29 @@ def test_a_failed_load_can_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="told"):
         model.load_adapter("nowhere", "other")
     assert seen == ["other"]
+
+
+def test_a_trainers_autocast_can_be_taken_off() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.computed: list[torch.dtype] = []
+
+        @torch.no_grad()  # a decorator of its own, which has to stay
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result = self.linear(x)
+            self.computed.append(result.dtype)
+            return result
+
+    model, x = Model(), torch.ones(1, 4)
+    accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    model(x)
+    with private.outside_trainers_autocast(model):
+        model(x)
+    model(x)
+    private.take_off_trainers_autocast(model)
+    assert not model(x).requires_grad
+    assert model.computed == [torch.bfloat16, torch.float32, torch.bfloat16, torch.float32], (
+        "Accelerate puts a model under autocast in another way, so KL would be measured with bfloat16's rounding."
+    )

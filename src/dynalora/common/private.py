@@ -198,6 +198,32 @@ def gradient_scale(optimizer: Optimizer) -> torch.Tensor | float:
 _clipping_watched = False
 
 
+@contextmanager
+def outside_trainers_autocast(model: nn.Module) -> Iterator[None]:
+    """Inside, a model computes in the data type of its weights, although a trainer has put it under autocast.
+
+    Accelerate keeps the model's own forward beside the one under autocast, which it puts over it, and its public way
+    back takes off decorators of the model's own as well. Weights in float16 stay under it, since adapters in float32
+    may need that.
+    """
+    own, wrapped = model.__dict__.get("_original_forward"), model.__dict__.get("forward")
+    if own is None or wrapped is None or next(model.parameters()).dtype == torch.float16:
+        yield
+        return
+    model.forward = own
+    try:
+        yield
+    finally:
+        model.forward = wrapped
+
+
+def take_off_trainers_autocast(model: nn.Module) -> None:
+    """Give a model back the forward that it had before a trainer put it under autocast."""
+    own = model.__dict__.pop("_original_forward", None)
+    if own is not None:
+        model.forward = own
+
+
 def watch_norm_clipping(told: Callable[[Sequence[torch.Tensor], float, float, torch.Tensor], None]) -> None:
     """Have a function told of every clipping of gradients by their norm; the first call counts, others do nothing.
 

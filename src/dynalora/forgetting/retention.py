@@ -14,13 +14,14 @@ negative.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from dynalora.common.private import outside_trainers_autocast
 from dynalora.common.progress import Progress, silent
 from dynalora.common.statistics import ratio
 from dynalora.errors import ConfigError, check_least
@@ -120,7 +121,7 @@ def retention(
     totals = [torch.zeros(3, dtype=torch.float64) for _ in text.rows]  # Σ KL, Σ base loss, Σ tuned loss
     lengths = [len(row) for row in text.rows]
     # Not inference_mode: a model in training may keep what it computes here, such as rotary frequencies.
-    with evaluating(model), evaluating(apart or model), torch.no_grad():
+    with _measuring(model), evaluating(apart or model), torch.no_grad():
         for batch in batches_by_length(lengths, batch_size, what, progress):
             kept = [predictions.log_probs[index] for index in batch] if predictions else []
             reference = [part for part in kept if part is not None]
@@ -168,7 +169,7 @@ def base_predictions(
     kept: dict[int, torch.Tensor | None] = {}
     used = 0
     lengths = [len(row) for row in text.rows]
-    with evaluating(model), torch.no_grad():
+    with _measuring(model), torch.no_grad():
         for batch in batches_by_length(lengths, batch_size, what, progress):
             parts = continuation_logits(model, text, batch, off=True)
             size = dtype.itemsize if dtype is not None else parts[0].element_size()
@@ -203,6 +204,13 @@ def predictions_within(
         )
         max_bytes -= predictions[name].bytes
     return predictions
+
+
+@contextmanager
+def _measuring(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation in the data type of the weights: under a trainer's autocast rounding alone would be a KL of 0.001."""
+    with evaluating(model), outside_trainers_autocast(model):
+        yield
 
 
 def _check(

@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from dynalora.common.names import IGNORED_LABEL
+from dynalora.common.private import take_off_trainers_autocast
 from dynalora.errors import ConfigError, DataError, NotFiniteError
 from dynalora.evaluation.generation import padding_id
 from dynalora.evaluation.scoring import answer_loss
@@ -199,6 +200,8 @@ def train_adapter(
             trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         finally:
             recorder.display.end()
+            if settings.bf16:
+                take_off_trainers_autocast(adapted)  # so that loss after training is measured as the one before
             if caching is not None:
                 adapted.config.use_cache = caching
             if settings.gradient_checkpointing:
