@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,34 @@ def dylora(**options: Any) -> dynalora.DyloraConfig:
     return dynalora.DyloraConfig(**{**defaults, **options})
 
 
-CONFIGS = {"dira": dira, "disel": disel, "dislora": dislora, "pedyra": pedyra, "dylora": dylora}
+def _grows(kind: type) -> Callable[..., Any]:
+    """Ranks that grow at every other step, in runs as short as the tests' are."""
+
+    def make(**options: Any) -> Any:
+        defaults = {
+            "r": 2,
+            "alpha": 4,
+            "target_modules": ["q_proj", "down_proj"],
+            "task_type": "CAUSAL_LM",
+            "target_rank": 4,
+            "grow_start": 2,
+            "grow_interval": 2,
+            "init_weights": False,
+        }
+        return kind(**{**defaults, **options})
+
+    return make
+
+
+CONFIGS = {
+    "dira": dira,
+    "disel": disel,
+    "dislora": dislora,
+    "pedyra": pedyra,
+    "dylora": dylora,
+    "increlora": _grows(dynalora.IncreloraConfig),
+    "triadaptlora": _grows(dynalora.TriAdaptLoraConfig),
+}
 
 
 def adapted(config: Any, base: nn.Module | None = None, dtype: torch.dtype = torch.float32, seed: int = 3) -> Any:

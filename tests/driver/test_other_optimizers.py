@@ -112,7 +112,7 @@ def test_an_optimizer_for_each_parameter_within_backward(name: str) -> None:
                 step(parameter)
         return weights(model)
 
-    if name in ("dislora", "pedyra"):
+    if name in ("dislora", "pedyra", "increlora", "triadaptlora"):
         with pytest.raises(TrainingError, match="steps within backward"):
             train(True)
         return
