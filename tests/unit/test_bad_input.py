@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,10 @@ class TestFinetune:
 
     @pytest.fixture
     def asking(self, program: Program, model: Path, rows: Path, tmp_path: Path) -> Any:
-        def ask(**changed: str) -> Shown:
+        def ask(more: Sequence[str] = (), **changed: str) -> Shown:
             given = {"model": str(model), "data": str(rows), "output": str(tmp_path / "run"), **changed}
-            return program("finetune", *(part for name, value in given.items() for part in (f"--{name}", value)))
+            flags = (part for name, value in given.items() for part in (f"--{name}", value))
+            return program("finetune", *flags, *more)
 
         return ask
 
@@ -76,11 +78,11 @@ class TestFinetune:
         one_sentence(asking(method="qlora"), f"Unknown method 'qlora'; choose one of {', '.join(method_names())}.")
 
     def test_rank_0(self, asking: Any) -> None:
-        one_sentence(asking(rank="0"), "The rank r is 0; give a whole number of at least 1.")
+        one_sentence(asking(rank="0"), "--rank is 0; give at least 1 and at most 65536.")
 
     def test_target_modules_that_match_nothing(self, asking: Any) -> None:
         exist = "the model's linear modules are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head."
-        one_sentence(asking(**{"target-modules": "query,value"}), f"target_modules 'query' matches nothing; {exist}")
+        one_sentence(asking(**{"target-modules": "query,value"}), f"--target-modules 'query' matches nothing; {exist}")
 
     def test_data_file_without_the_named_fields(self, asking: Any, rows: Path) -> None:
         shown = asking(**{"prompt-field": "question", "response-field": "answer"})
@@ -134,8 +136,121 @@ class TestFinetune:
             "penalty_weight",
         )
 
+    @pytest.mark.parametrize(
+        ("flags", "words"),
+        [
+            (["--seed", "-1"], "--seed is -1; give at least 0"),
+            (["--seed", str(2**32)], "--seed is 4294967296; give at least 0 and at most 4294967295"),
+            (["--lr", "0"], "--lr is 0.0; give more than 0"),
+            (["--learning-rate=-1"], "--learning-rate is -1.0; give more than 0"),
+            (["-b", "0"], "-b is 0; give at least 1"),
+            (["--max-forgetting", "1", "--monitor-every", "0"], "--max-forgetting needs measurements during training"),
+            (["-r", "1000000000"], "-r is 1000000000; give at least 1 and at most 65536"),
+            (["-r", "33"], "-r is 33, but no update of the adapted matrices can have so high a rank"),
+            (["-r", "33", "--method", "lora"], "33, but no update of the adapted matrices"),
+            (["-r", "33", "--method", "adalora"], "33, but no update of the adapted matrices"),
+            (["-r", "33", "--method", "miss"], "33, but no update of the adapted matrices"),
+            (["--steps", "5", "--epochs", "2"], "--epochs is 2.0 and --steps is 5, which exclude each other"),
+            (["--steps", "5", "--epochs", "1"], "--epochs is 1.0 and --steps is 5, which exclude each other"),
+            (["--split", "validation"], "is a single file, which has no split 'validation'"),
+            (["--eval-split", "validation"], "is a single file, which has no split 'validation'"),
+            (["--subset", "main"], "has no subset 'main'"),
+            (["--method", "p-tuning", "-t", "q_proj"], "learns virtual tokens and adapts no modules"),
+        ],
+    )
+    def test_settings_that_cannot_be(self, flags: list[str], words: str, asking: Any) -> None:
+        one_sentence(asking(more=flags), words)
+
+    def test_settings_of_a_file_are_called_as_there(self, program: Program, tmp_path: Path) -> None:
+        (tmp_path / "job.yaml").write_text("model: m\ndata: d\noutput: o\nlearning_rate: 0\n")
+        one_sentence(program("finetune", "-c", str(tmp_path / "job.yaml"), "-r", "4"), "learning_rate is 0.0; give")
+
+    def test_a_flag_replaces_its_alternative_in_the_file(self, asking: Any, tmp_path: Path) -> None:
+        (tmp_path / "job.yaml").write_text("epochs: 3\n")
+        one_sentence(
+            asking(more=["-c", str(tmp_path / "job.yaml"), "--steps", "5", "-r", "33"]), "-r is 33, but no update"
+        )
+        (tmp_path / "job.yaml").write_text("steps: 5\n")
+        one_sentence(
+            asking(more=["-c", str(tmp_path / "job.yaml"), "--epochs", "2", "-r", "33"]), "-r is 33, but no update"
+        )
+
+    def test_a_split_that_no_file_of_a_folder_has(self, asking: Any, rows: Path, tmp_path: Path) -> None:
+        (tmp_path / "data").mkdir()
+        shutil.copy(rows, tmp_path / "data" / "train.jsonl")
+        one_sentence(asking(data=str(tmp_path / "data"), split="test"), "has no split 'test'", "there are train.jsonl")
+        shutil.copy(rows, tmp_path / "data" / "validation.jsonl")
+        shown = asking(data=str(tmp_path / "data"), split="dev", more=["-r", "33"])
+        one_sentence(shown, "-r is 33")  # the rows were read
+
+    @pytest.mark.parametrize("place", ["./model", "/nowhere/model", "~/no-such-model", "runs/first", "a/b/c", "x y"])
+    def test_a_path_that_is_not_there_is_not_asked_for_on_the_hub(
+        self, place: str, asking: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "runs").mkdir()
+        for name in ("AutoConfig", "AutoTokenizer"):
+            monkeypatch.setattr(
+                getattr(transformers, name), "from_pretrained", lambda *_, **__: pytest.fail("the Hub was asked")
+            )
+        one_sentence(asking(model=place), f"'{place}'", "there is no such folder")
+        one_sentence(asking(data=place), f"There is no file or folder '{place}'")
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("x.jsonl", '{"prompt": "a\\ud83d", "response": "b"}\n'),
+            ("x.json", '[{"prompt": "a", "response": "b\\ude00"}]'),
+            (
+                "x.jsonl",
+                '{"messages": [{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "b"}]}',
+            ),
+            ("x.jsonl", '{"prompt": "a", "response": "b", "meta": {"tags": ["\\ud83d"]}}'),
+        ],
+    )
+    def test_half_an_emoji(self, name: str, content: str, asking: Any, tmp_path: Path) -> None:
+        (tmp_path / name).write_text(content)
+        one_sentence(asking(data=str(tmp_path / name)), "holds half of a character")
+
+    def test_half_an_emoji_in_text_to_measure_on(self, asking: Any, rows: Path, tmp_path: Path) -> None:
+        file = tmp_path / "x.jsonl"
+        file.write_text('{"text": "a\\ud83d"}\n')
+        one_sentence(asking(more=["--monitor-text", f"x={file}"]), "holds half of a character")
+        file.write_text('{"prompt": "\\ud83d\\ude00", "response": "whole"}\n{"prompt": "a", "response": "b"}\n')
+        one_sentence(asking(data=str(file), more=["-r", "33"]), "-r is 33")
+
+
+def test_tasks_that_are_meant(program: Program, tmp_path: Path) -> None:
+    one_sentence(program("evaluate", "x", "--task", "arc_esy"), "did you mean 'arc_easy'?")
+    pytest.importorskip("reasoning_gym")
+    shown = program("compare", "--tasks", "gsm8", "-o", str(tmp_path / "out"))
+    one_sentence(shown, "There is no task 'gsm8'; did you mean 'gsm8k'")
+    shown = program("forgetting", "--task-a", "spel_backward", "--task-b", "gsm8k", "-o", str(tmp_path / "out"))
+    one_sentence(shown, "did you mean 'spell_backward'")
+    assert len(shown.err) < 300
+
 
 class TestAdapters:
+    def test_a_classification_task_with_a_causal_adapter(
+        self, adapters: Path, tmp_path: Path, program: Program
+    ) -> None:
+        (tmp_path / "glue").mkdir()
+        pairs = [{"sentence1": "A", "sentence2": "b", "label": number % 2} for number in range(4)]
+        tiny.write_jsonl(tmp_path / "glue" / "rte.dev.jsonl", pairs)
+        shown = program("evaluate", str(adapters / "dira"), "--task", "rte", "--data", str(tmp_path))
+        one_sentence(shown, "trained with a causal language model", "a classification head", "is needed here")
+
+    @pytest.mark.parametrize("command", ["landscape", "export", "gates", "trim", "compact"])
+    def test_an_adapter_of_an_unknown_method(
+        self, command: str, adapters: Path, rows: Path, tmp_path: Path, program: Program
+    ) -> None:
+        copied = Path(shutil.copytree(adapters / "dira", tmp_path / "copied"))
+        config = json.loads((copied / "adapter_config.json").read_text())
+        (copied / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "NOPE"}))
+        more = {"gates": ["--data", str(rows)], "trim": ["--factor", "0.5"]}.get(command, [])
+        output = [str(tmp_path / "out")] if command in ("export", "trim", "compact") else []
+        one_sentence(program(command, str(copied), *output, *more), "made by 'NOPE', a method that is unknown here")
+
     @pytest.fixture
     def truncated(self, adapters: Path, tmp_path: Path) -> Path:
         copied = Path(shutil.copytree(adapters / "dira", tmp_path / "cut"))

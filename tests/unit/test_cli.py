@@ -337,7 +337,7 @@ def test_gates_tells_what_is_wrong_with_the_domains(folder: Path, rows: Path, tm
         (["--domain", f"a={rows}", "--domain", f"a={rows}"], "The domain 'a' is given twice"),
         (["--domain", f"a={tmp_path}/none.txt"], "There is no file or folder"),
         (["--domain", f"a={tmp_path}/empty.txt"], "holds no text"),
-        (["--domain", f"a={rows}", "--max-length", "1"], "max_length is 1"),
+        (["--domain", f"a={rows}", "--max-length", "1"], "--max-length is 1"),
         (["-c", str(tmp_path / "job.yaml")], "Unknown setting 'fields' in the domain 'a'"),
     ):
         shown = program("gates", adapter, *flags)
@@ -458,7 +458,7 @@ def test_ranks_only_refuses_what_it_would_ignore(folder: Path, tmp_path: Path, p
     for flags in (["--max-rank", "2"], ["--tolerance", "0.1"], ["--uniform-rank", "0"], ["--dtype", "float16"]):
         shown = program("export", adapter, str(tmp_path / "ranks.json"), "--ranks-only", *flags)
         assert shown.code == 2
-        assert flags[0].strip("-").replace("-", "_") in shown.err
+        assert f"and {flags[0]} would change" in shown.err
     assert not (tmp_path / "ranks.json").exists()
 
 

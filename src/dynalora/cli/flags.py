@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_origin
@@ -11,6 +12,7 @@ from typing import Annotated, Any, TypeVar, get_origin
 import typer
 from rich.markup import escape
 
+from dynalora.errors import ConfigError
 from dynalora.lab.settings import Described, Settings, describe, named, named_values, read_yaml, settings_from
 
 Kind = TypeVar("Kind", bound=Settings)
@@ -40,14 +42,29 @@ def signature_of(kind: type[Settings]) -> inspect.Signature:
 def settings_of(kind: type[Kind], config: Path | None, flags: Mapping[str, Any]) -> Kind:
     """Settings from a YAML file, overridden by the flags that were given, which are those that hold a value.
 
+    The settings file in a run folder is that folder's, wherever it was moved to.
+
     Raises:
-        ConfigError: The file or a value is wrong.
+        ConfigError: The file or a value is wrong, or two flags of which one is the alternative of the other are given.
     """
     values = read_yaml(config) if config is not None else {}
+    if config is not None and "output" in values and _is_run_folder(config.parent):
+        values["output"] = str(config.parent)
+    given = {name: value for name, value in flags.items() if value is not None and value != []}
     for name, item in describe(kind).items():
-        value = flags.get(name)
-        if value is None or value == []:
+        other = item.setting.instead_of
+        if name not in given:
+            if other in given:  # which says in another way what the file says
+                values.pop(name, None)
             continue
+        if other in given:
+            raise ConfigError(
+                f"{name} is {given[name]} and {other} is {given[str(other)]}, which exclude each other; give one of "
+                "them."
+            )
+        if other is not None and values.get(other) is not None:
+            values[other] = None
+        value = given[name]
         if isinstance(value, list):
             value = _listed(item, value)
         values[name] = {**(values.get(name) or {}), **value} if item.setting.merge else value
@@ -62,6 +79,43 @@ def _listed(item: Described, texts: list[str]) -> Any:
     if item.setting.commas:
         return [part.strip() for text in texts for part in text.split(",") if part.strip()]
     return texts
+
+
+def _is_run_folder(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("run.json", "cells"))
+
+
+def in_flags(message: str, kind: type[Settings], typed: Sequence[str]) -> str:
+    """A message on settings in the words of the command line: fields whose flags were typed are named by these.
+
+    Args:
+        message: Names fields as settings files do, such as "learning_rate is 0.0; give more than 0."
+        kind: The command's settings.
+        typed: The program's arguments.
+    """
+    for name, item in describe(kind).items():
+        used = next((flag for flag in _spellings(item) if _was_typed(flag, typed)), None)
+        if used is None:
+            continue
+        # A name of one word may be a word of the sentence as well; as a name, it begins a clause.
+        if "_" in name:
+            pattern = rf"(?<![\w'./-]){name}(?![\w'/=-])"
+        else:
+            pattern = rf"(?:\A|(?<= and )){name}(?= is | names | uses | must | would )"
+        message = re.sub(pattern, used, message)
+    return message
+
+
+def _spellings(item: Described) -> list[str]:
+    if item.setting.positional:
+        return []
+    negative = [_negative(item)] if bool in item.types else []
+    return [_flag(item), *([item.setting.alias] if item.setting.alias else []), *negative]
+
+
+def _was_typed(flag: str, typed: Sequence[str]) -> bool:
+    short = not flag.startswith("--")
+    return any(word == flag or word.startswith(f"{flag}=") or (short and word.startswith(flag)) for word in typed)
 
 
 def _parameter(item: Described) -> inspect.Parameter:

@@ -12,10 +12,11 @@ from typing import Annotated, Any
 import typer
 
 from dynalora.cli.commands import COMMANDS, Command
-from dynalora.cli.flags import settings_of, signature_of
+from dynalora.cli.flags import in_flags, settings_of, signature_of
+from dynalora.cli.machine import MachineError, of_the_machine
 from dynalora.cli.screen import after_imports, complain, console, quiet
 from dynalora.common.version import __version__
-from dynalora.errors import DynaloraError
+from dynalora.errors import ConfigError, DynaloraError
 
 app = typer.Typer(
     name="dynalora",
@@ -32,6 +33,12 @@ def _callback(name: str, command: Command) -> Callable[..., None]:
     """The function that typer calls with the flags of a command."""
 
     def call(config: Path | None = None, **flags: Any) -> None:
+        try:
+            start(config, flags)
+        except ConfigError as error:
+            raise ConfigError(in_flags(str(error), command.settings, sys.argv[2:])) from error
+
+    def start(config: Path | None, flags: dict[str, Any]) -> None:
         spec = settings_of(command.settings, config, flags)
         importlib.import_module("dynalora").register_methods()  # the package has left it to this program
         module, _, function = command.job.partition(":")
@@ -40,12 +47,24 @@ def _callback(name: str, command: Command) -> Callable[..., None]:
         try:
             status = job(spec, console=console())
         except KeyboardInterrupt:
-            file = Path(getattr(spec, "output", None) or "") / "config.yaml"
-            if command.resume is not None and file.exists():
-                complain(f"Interrupted; continue with: dynalora {name} --config {file}{command.resume}")
+            if further := how_to_continue(spec):
+                complain(f"Interrupted; {further}")
             raise typer.Exit(130) from None
+        except Exception as error:
+            reason = of_the_machine(error)
+            if reason is None:
+                raise
+            further = how_to_continue(spec)
+            raise MachineError(f"{reason}{'; then ' + further if further else ''}.") from error
         if isinstance(status, int):
             raise typer.Exit(status)
+
+    def how_to_continue(spec: Any) -> str:
+        """What to type to go on with a run that ended early; empty where it cannot be continued."""
+        file = Path(getattr(spec, "output", None) or "") / "config.yaml"
+        if command.resume is None or not file.exists():
+            return ""
+        return f"continue with: dynalora {name} --config {file}{command.resume}"
 
     call.__signature__ = signature_of(command.settings)  # type: ignore[attr-defined]
     return call

@@ -14,12 +14,63 @@ from pathlib import Path
 from typing import Any
 
 
+def why_not_written(path: str | os.PathLike[str], *, folder: bool = False) -> str | None:
+    """Why a command may not write its output there; None if it may. Changes nothing.
+
+    This is the one rule for all outputs: a file is new, a folder is new or empty, and the place can be written.
+
+    Args:
+        path: Where the output is to be.
+        folder: Whether it is a folder and not a file.
+
+    Returns:
+        A clause that follows the path in a sentence, such as "exists already".
+    """
+    target = Path(path)
+    try:
+        if folder and target.is_dir():
+            if any(target.iterdir()):
+                return "is not an empty folder"
+        elif target.is_dir():
+            return "is a folder and not the name of a file"
+        elif os.path.lexists(target):
+            return "exists already"
+    except OSError as error:
+        return f"cannot be written ({error.strerror or error})"
+    return why_no_place(target if folder else target.absolute().parent)
+
+
+def why_no_place(folder: str | os.PathLike[str]) -> str | None:
+    """Why files cannot be made in a folder, which need not be there yet; None if they can. Changes nothing.
+
+    Returns:
+        A clause that follows the path in a sentence.
+    """
+    place = next(place for place in (Path(folder), *Path(folder).absolute().parents) if os.path.lexists(place))
+    if not place.is_dir():
+        return f"cannot be made because '{place}' is a file"
+    try:
+        # Permissions do not say it all: a disk may be read-only, or hold no files at all.
+        with tempfile.TemporaryFile(dir=place):
+            return None
+    except OSError as error:
+        return f"cannot be written ({error.strerror or error})"
+
+
 @contextmanager
-def file_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
+def file_beside(path: str | os.PathLike[str], *, replace: bool = True) -> Iterator[Path]:
     """An empty file to write, which takes the place of `path` when the block ends without an error.
 
     A reader, or a crash, sees the old content or the new one and nothing between. The file follows the user's umask.
     Its folder is made if needed.
+
+    Args:
+        path: The file to replace or to make.
+        replace: Whether a file that is there gives way; otherwise it stays, even if it came only while the block ran.
+
+    Raises:
+        FileExistsError: There is a file, and it must not be replaced.
+        OSError: It cannot be written.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -31,14 +82,29 @@ def file_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
         with beside.open("rb") as written:
             os.fsync(written.fileno())
         beside.chmod(0o666 & ~_umask())  # mkstemp makes it private
+        if not replace:
+            _reserve(beside, target)
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def write_file(path: str | os.PathLike[str], content: str | bytes) -> Path:
-    """Write text (as UTF-8) or bytes whole or not at all, and return the path; its folder is made if needed."""
-    with file_beside(path) as beside:
+def _reserve(beside: Path, target: Path) -> None:
+    """Make `target` appear with the content of `beside`, unless there is something."""
+    try:
+        os.link(beside, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without hard links: an empty file is there for a moment
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+
+
+def write_file(path: str | os.PathLike[str], content: str | bytes, *, replace: bool = True) -> Path:
+    """Write text (as UTF-8) or bytes whole or not at all, and return the path; its folder is made if needed.
+
+    With `replace=False` a file that is there stays, and FileExistsError is raised.
+    """
+    with file_beside(path, replace=replace) as beside:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
     return Path(path)
 

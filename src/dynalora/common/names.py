@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
 PREFIX = "base_model.model."
 """What PEFT puts before the names of a model's modules."""
 
@@ -12,3 +17,36 @@ IGNORED_LABEL = -100
 def plain_name(name: str) -> str:
     """A module's name in the base model: without what PEFT puts before it."""
     return name.removeprefix(PREFIX)
+
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def is_path(source: str) -> bool:
+    """Whether a source can only be a place on this machine, so that the Hugging Face Hub need not be asked for it.
+
+    Ids on the Hub are NAME or OWNER/NAME. What is written in another way is a path, and so is what begins with a folder
+    that is there.
+    """
+    if _HUB_ID.fullmatch(source) is None:
+        return True
+    first, slash, _ = source.partition("/")
+    return bool(slash) and Path(first).is_dir()
+
+
+def did_you_mean(name: str, names: Iterable[str], *, brief: bool = False) -> str:
+    """A remedy for an unknown name: the closest known one, then all of them.
+
+    Args:
+        name: What was given.
+        names: What is known.
+        brief: Name the closest ones alone, where there are any: for names that would fill the screen.
+    """
+    known = sorted(names)
+    near = difflib.get_close_matches(name.lower(), known, n=3 if brief else 1)
+    listed = f"nown are {', '.join(known)}"
+    if not near:
+        return f"k{listed}"
+    return f"did you mean {' or '.join(map(repr, near))}? " + (
+        f"There are {len(known)} in all" if brief else f"K{listed}"
+    )

@@ -10,7 +10,8 @@ import numpy as np
 
 from dynalora.drawing.style import describe, figure, heat_map, legend, look, looks, over_layers, save
 from dynalora.errors import ConfigError
-from dynalora.forgetting.landscape import QUANTITIES, LandscapeRow, Quantity, layer_index
+from dynalora.forgetting.defaults import QUANTITIES, Quantity
+from dynalora.forgetting.landscape import LandscapeRow, layer_index
 from dynalora.forgetting.trajectory import RankTrajectory
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dynalora.common.names import did_you_mean
 from dynalora.errors import ConfigError
 from dynalora.evaluation import metrics, rows
 from dynalora.evaluation.kinds.base import Benchmark, Example
@@ -168,10 +169,8 @@ def benchmark(name: str) -> Benchmark:
     """
     entry = find_benchmark(name)
     if entry is None:
-        raise ConfigError(
-            f"There is no task '{name}'; choose one of {', '.join(BENCHMARKS)}, a group ({', '.join(GROUPS)}), "
-            "reasoning_gym:NAME or lm_eval:NAME."
-        )
+        near = did_you_mean(name, [*BENCHMARKS, *GROUPS], brief=True)
+        raise ConfigError(f"There is no task '{name}'; {near}; others are reasoning_gym:NAME and lm_eval:NAME.")
     return entry
 
 

@@ -6,7 +6,6 @@ import csv
 import gzip
 import io
 import json
-import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from dynalora.common.names import is_path
 from dynalora.errors import DataError, first_line
 
 FILE_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -31,8 +31,8 @@ def read_rows(source: str | Path, *, split: str = "train", subset: str | None = 
     Args:
         source: A file of `FILE_KINDS` (`.gz` may follow), a folder of such files or one written by
             `Dataset.save_to_disk`, or the id of a data set on the Hugging Face Hub.
-        split: Which split of a Hub data set; in a folder, the files whose name begins with it, or all files
-            if none does. A single file has no splits.
+        split: Which split of a Hub data set; in a folder, the files whose name begins with it, or all files if
+            none does and it is `train`. A single file is `train`, and has no other splits.
         subset: Which configuration of a Hub data set, for those that have several.
 
     Returns:
@@ -43,12 +43,29 @@ def read_rows(source: str | Path, *, split: str = "train", subset: str | None = 
     """
     path = Path(source).expanduser()
     if path.is_file():
+        _refuse_parts(path, split, subset)
         return file_rows(path), f"'{path}'"
     if path.is_dir():
+        _refuse_parts(path, split, subset)
         return _folder_rows(path, split), f"'{path}'"
     if isinstance(source, Path) or _looks_like_a_path(str(source)):
         raise DataError(f"There is no file or folder '{source}'; give a file, a folder or a data set id of the Hub.")
     return hub_rows(str(source), split, subset), f"'{source}'"
+
+
+def _refuse_parts(path: Path, split: str, subset: str | None) -> None:
+    """Refuse a split or subset that was asked of a file or folder, which has none.
+
+    Raises:
+        DataError: One was.
+    """
+    if subset is not None:
+        raise DataError(f"'{path}' is no data set of the Hub and has no subset '{subset}'; leave subset out.")
+    if path.is_file() and split != "train":
+        raise DataError(
+            f"'{path}' is a single file, which has no split '{split}'; leave the split out, or give a folder with a "
+            "file for each split."
+        )
 
 
 def kind_of(value: Any) -> str:
@@ -58,8 +75,7 @@ def kind_of(value: Any) -> str:
 
 def _looks_like_a_path(source: str) -> bool:
     stem = source[:-3] if source.endswith(".gz") else source
-    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None
-    return stem.lower().endswith(FILE_KINDS) or source.startswith((".", "/", "~")) or not is_id
+    return stem.lower().endswith(FILE_KINDS) or is_path(source)
 
 
 def _file_kind(path: Path) -> str:
@@ -208,6 +224,29 @@ def _reading(path: Path) -> Iterator[IO[str]]:
         ) from error
 
 
+def _refuse_halves(value: Any, where: str, name: str = "") -> None:
+    """Refuse text with half of a character, which JSON can hold and UTF-8 cannot.
+
+    Raises:
+        DataError: There is one; names its field.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{where}: field '{name}' holds half of a character (a lone surrogate, as of an emoji that was cut in "
+                "two), which no tokenizer can read; write the file anew, or take the character out."
+            ) from None
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_halves(key, where, name or "of a name")
+            _refuse_halves(item, where, name or key)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_halves(item, where, name)
+
+
 def _json_lines(path: Path, file: Iterable[str]) -> Rows:
     for number, line in enumerate(file, start=1):
         if not line.strip():
@@ -223,6 +262,8 @@ def _json_lines(path: Path, file: Iterable[str]) -> Rows:
             raise DataError(
                 f"'{path}', line {number}: holds a {kind_of(row)}; each line must be one JSON object with named fields."
             )
+        if "\\u" in line:
+            _refuse_halves(row, f"'{path}', line {number}")
         yield f"line {number}", row
 
 
@@ -259,6 +300,7 @@ def _json_rows(path: Path, file: IO[str]) -> Rows:
     for number, row in enumerate(content, start=1):
         if not isinstance(row, dict):
             raise DataError(f"'{path}', row {number}: holds a {kind_of(row)}, not a JSON object with named fields.")
+        _refuse_halves(row, f"'{path}', row {number}")
         yield f"row {number}", row
 
 
@@ -320,7 +362,15 @@ def _folder_rows(folder: Path, split: str) -> Rows:
     files = sorted(entry for entry in folder.iterdir() if entry.is_file() and _file_kind(entry) in FILE_KINDS)
     if not files:
         raise DataError(f"The folder '{folder}' holds no data file ({', '.join(FILE_KINDS)}, with or without .gz).")
-    for file in [entry for entry in files if entry.name.lower().startswith(split.lower())] or files:
+    names = {split.lower(), SAME_SPLIT.get(split.lower(), split.lower())}
+    names |= {alias for alias, name in SAME_SPLIT.items() if name in names}
+    chosen = [entry for entry in files if entry.name.lower().startswith(tuple(names))]
+    if not chosen and split != "train":
+        listed = ", ".join(entry.name for entry in files[:8])
+        raise DataError(
+            f"'{folder}' has no split '{split}' (no file whose name begins so; there are {listed}); name another split."
+        )
+    for file in chosen or files:
         for where, row in file_rows(file):
             yield f"{file.name} {where}", row
 

@@ -72,6 +72,10 @@ MARKER = Head(
 )  # fmt: skip
 
 
+ALL_HEADS = (CAUSAL_LM, SEQ2SEQ_LM, MASKED_LM, CLASSIFIER, MARKER)
+"""All kinds."""
+
+
 def head_of(config: Any, heads: Sequence[Head]) -> Head | None:
     """The first of several kinds of models that a model with this configuration can be; None: none of them."""
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))

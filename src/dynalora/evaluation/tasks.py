@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dynalora.common.extras import require
+from dynalora.common.names import did_you_mean
 from dynalora.errors import ConfigError, DataError, check_least
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def _dataset(name: str, options: Mapping[str, Any], seed: int) -> ProceduralData
     gym = _reasoning_gym()
     names = task_names()
     if name not in names:
-        raise ConfigError(f"There is no task '{name}'; choose one of {', '.join(names)}.")
+        raise ConfigError(f"There is no task '{name}'; {did_you_mean(name, names, brief=True)}.")
     for reserved in ("seed", "size"):
         if reserved in options:
             raise ConfigError(f"The task option '{reserved}' is set by load_task itself; use its arguments instead.")

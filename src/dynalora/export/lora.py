@@ -298,14 +298,14 @@ def export_ranks(source: str, path: str) -> dict[str, Any]:
     """
     model = load_without_base(source)
     pattern = rank_pattern(model)
-    if os.path.exists(path):
+    if os.path.lexists(path):
         raise DynaloraError(f"{path} already exists; choose another file for the ranks.")
     settled = {
         "r": Counter(pattern.values()).most_common(1)[0][0],
         "rank_pattern": pattern,
         "target_modules": [layer.name for layer in adapter_layers(model).values()],
     }
-    write_file(path, json.dumps(settled, indent=2) + "\n")
+    write_file(path, json.dumps(settled, indent=2) + "\n", replace=False)
     return settled
 
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
+Quantity = Literal["effective_rank", "nuclear_norm", "energy"]
+QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
+"""What a rank landscape is drawn of."""
+
 OWN_TEXT = "own text"
 """What the text that the base model writes itself is called among the texts of a measurement."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,14 +15,13 @@ from dynalora.adapter.layer import AdapterLayer
 from dynalora.common.names import plain_name
 from dynalora.errors import ConfigError, DynaloraError
 from dynalora.forgetting.defaults import PAPER_TAU as PAPER_TAU
+from dynalora.forgetting.defaults import QUANTITIES as QUANTITIES
+from dynalora.forgetting.defaults import Quantity as Quantity
 from dynalora.forgetting.gates import GateStatistics
 from dynalora.spectral.spectrum import factor_spectrum
 
 TAUS = (0.01, 0.005, 0.001, 0.0005, 0.0001)
 """Thresholds of the energy table; DiRA's Table 3 has the second and the third."""
-
-Quantity = Literal["effective_rank", "nuclear_norm", "energy"]
-QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
-from dynalora.adapter.saved import check_adapter_folder
+from dynalora.adapter.saved import check_adapter_folder, check_known
+from dynalora.common.names import is_path
 from dynalora.errors import CheckpointError, ConfigError, first_line
-from dynalora.evaluation.heads import CAUSAL_LM, Head
+from dynalora.evaluation.heads import ALL_HEADS, CAUSAL_LM, Head, described
 from dynalora.lab.models import load_model, load_tokenizer
 
 
@@ -25,7 +26,7 @@ def adapter_folder(source: str | os.PathLike[str]) -> str:
     """
     path = Path(source)
     if not path.exists():
-        if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
+        if isinstance(source, Path) or is_path(str(source)) or "/" not in str(source):
             raise CheckpointError(f"There is no adapter '{source}'; give a run folder, an adapter folder or a Hub id.")
         files = ["adapter_config.json", "adapter_model.safetensors"]
         folder = Path(_fetched(str(source), files, "a run folder, an adapter folder or a Hub id"))
@@ -53,7 +54,7 @@ def model_folder(source: str | os.PathLike[str]) -> str:
     """
     if Path(source).is_dir():
         return str(source)
-    if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+    if isinstance(source, Path) or is_path(str(source)):
         raise CheckpointError(f"There is no model '{source}'; give the folder or the Hub id of a full model.")
     return _fetched(str(source), ["*.safetensors", "*.json"], "the folder or the Hub id of a model")
 
@@ -75,6 +76,7 @@ def read_config(source: str | os.PathLike[str]) -> PeftConfig:
         CheckpointError: There is no adapter, it is damaged, or its method is unknown here.
     """
     folder = adapter_folder(source)
+    check_known(folder)
     try:
         config: PeftConfig = PeftConfig.from_pretrained(folder)
     except CheckpointError:
@@ -116,6 +118,7 @@ def load_adapter(
     if not source:
         raise ConfigError("No adapter is given; name a run folder, an adapter folder or a Hub id.")
     config = read_config(source)
+    check_task(config, source, heads)
     name = model or config.base_model_name_or_path
     if not name:
         raise ConfigError(f"The adapter '{source}' does not say which base model it belongs to; name it with --model.")
@@ -131,6 +134,26 @@ def load_adapter(
         ) from error
     _refuse_leftovers(adapted, folder, name)
     return adapted
+
+
+def check_task(config: PeftConfig, source: str | os.PathLike[str], heads: Sequence[Head]) -> None:
+    """Refuse an adapter that was trained with another kind of model than is needed.
+
+    Args:
+        config: The adapter's configuration. One without a task type is taken for any.
+        source: Where the adapter is, for the error.
+        heads: The kinds of models that will do.
+
+    Raises:
+        ConfigError: None of them is the adapter's.
+    """
+    trained = next((head for head in ALL_HEADS if head.task_type == config.task_type), None)
+    if trained is None or trained in heads:
+        return
+    raise ConfigError(
+        f"The adapter '{source}' was trained with {trained.description} ({trained.task_type}), and "
+        f"{described(heads)} is needed here; choose tasks of the adapter's kind, or another adapter."
+    )
 
 
 def _refuse_leftovers(adapted: PeftModel, folder: str, name: str) -> None:

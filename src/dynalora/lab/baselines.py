@@ -29,10 +29,10 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from dynalora.adapter.targets import targeted_modules
+from dynalora.common.names import did_you_mean
 from dynalora.errors import ConfigError, ScheduleError
 from dynalora.evaluation.generation import evaluating
 from dynalora.forgetting.texts import anchor_text
-from dynalora.lab.settings import did_you_mean
 
 # AdaLoRA's schedule where none is given, as parts of the run: ranks are cut from the first to the second.
 _ADALORA_START, _ADALORA_END, _ADALORA_CUTS = 0.1, 0.7, 20

@@ -18,6 +18,9 @@ QUANTIZATIONS = {"4bit": "quant", "8bit": "quant", "int8": "torchao"}
 PROMPTS = ("chat", *TEMPLATES)
 """Formats of prompts: the model's own and those of papers."""
 
+MOST_RANK = 65536
+"""The largest rank that can be asked for: more than any layer is wide."""
+
 PEFT_METHODS = ("lora", "rslora", "lora+", "dora", "pissa", "adalora", "randlora", "miss", "p-tuning")
 """PEFT's methods that have a name here; their configurations are in [`baselines`][dynalora.lab.baselines]."""
 

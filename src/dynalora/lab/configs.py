@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, get_type_hints
 
@@ -12,12 +13,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dynalora.adapter.targets import leave_out_head, names_to_target, targeted_modules
+from dynalora.common.names import did_you_mean
 from dynalora.errors import ConfigError
 from dynalora.lab.baselines import BASELINES, check_start, config_from_file, corda_config, prompt_only
-from dynalora.lab.choices import is_config_file
-from dynalora.lab.settings import coerce, did_you_mean, names_or_pattern
+from dynalora.lab.choices import MOST_RANK, is_config_file
+from dynalora.lab.settings import coerce, names_or_pattern
 from dynalora.methods import METHODS, config_class
 from dynalora.methods import method_names as dynalora_methods
+
+logger = logging.getLogger(__name__)
 
 
 def method_names() -> list[str]:
@@ -107,6 +111,8 @@ def adapter_config(
         raise ConfigError(f"Unknown method '{method}'; choose one of {', '.join(method_names())}.")
     if r < 1:
         raise ConfigError(f"The rank r is {r}; give a whole number of at least 1.")
+    if r > MOST_RANK:
+        raise ConfigError(f"r is {r}; give at most {MOST_RANK}, which is more than any layer is wide.")
     common: dict[str, Any] = {"task_type": task_type, "target_modules": targets}
     preset: dict[str, Any] = {}
     if name in BASELINES:
@@ -168,7 +174,7 @@ def check_targets(model: nn.Module, config: PeftConfig) -> list[str]:
     """
     if prompt_only(config):
         return []
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, _LINEAR)}
     targets: Any = getattr(config, "target_modules", None)
     if targets is None:
         return list(linear)  # PEFT's own choice for the architecture
@@ -189,3 +195,39 @@ def check_targets(model: nn.Module, config: PeftConfig) -> list[str]:
         names = targets if isinstance(targets, str) else ", ".join(sorted(targets))
         raise ConfigError(f"target_modules '{names}' matches nothing; {exist}.")
     return matched
+
+
+def check_rank(model: nn.Module, config: PeftConfig, matched: Sequence[str]) -> None:
+    """Refuse a rank that none of the adapted matrices can have; warn of one that some cannot have.
+
+    Args:
+        model: The model without the adapter; one on the meta device will do.
+        config: The adapter's configuration.
+        matched: Names of the adapted modules, as [`check_targets`][dynalora.lab.configs.check_targets] returns them.
+
+    Raises:
+        ConfigError: No matrix has so many rows and columns.
+    """
+    rank = next((value for name in _RANKS if isinstance(value := getattr(config, name, None), int)), 0)
+    modules = dict(model.named_modules())
+    shapes = {name: tuple(modules[name].weight.shape) for name in matched if isinstance(modules[name], _LINEAR)}
+    small = [name for name, shape in shapes.items() if min(shape) < rank]
+    if not small:
+        return
+    largest = max(shapes, key=lambda name: min(shapes[name]))
+    if len(small) == len(shapes):
+        rows, columns = shapes[largest]
+        raise ConfigError(
+            f"r is {rank}, but no update of the adapted matrices can have so high a rank: the largest, '{largest}', is "
+            f"{rows} × {columns}; give at most {min(rows, columns)}."
+        )
+    if not getattr(config, "rank_pattern", None):
+        logger.warning(
+            "The rank %d is above what %d of the %d adapted matrices can have (such as '%s'): more parameters there "
+            "bring nothing.", rank, len(small), len(shapes), small[0],
+        )  # fmt: skip
+
+
+_LINEAR = (nn.Linear, Conv1D)
+_RANKS = ("target_r", "r")
+"""Fields of configurations that hold the rank, those of the rank at the end first."""

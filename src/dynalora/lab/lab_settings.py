@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from dynalora.lab.choices import DTYPES, PROMPTS
-from dynalora.lab.settings import Setting, Settings
+from dynalora.lab.choices import DTYPES, MOST_RANK, PROMPTS
+from dynalora.lab.settings import SEED, Setting, Settings
 
 if TYPE_CHECKING:
     from dynalora.evaluation.kinds.base import Measuring
@@ -28,7 +28,7 @@ class AdapterSettings(Settings, panel="Method"):
         target_modules: Modules to adapt: names with commas, a regular expression, or all-linear.
     """
 
-    r: Annotated[int, Setting("-r", name="--rank")] = 16
+    r: Annotated[int, Setting("-r", name="--rank", least=1, most=MOST_RANK)] = 16
     alpha: float | None = None
     dropout: float = 0.0
     target_modules: Annotated[list[str] | str, Setting("-t")] = "all-linear"
@@ -59,8 +59,8 @@ class LabSettings(Settings, panel=MODEL_AND_DATA):
         threads: Number of threads that torch computes with; None: torch's choice.
     """
 
-    model: Annotated[str, Setting("-m")] = "smollm2"
-    data: str | None = None
+    model: Annotated[str, Setting("-m", place=True)] = "smollm2"
+    data: Annotated[str | None, Setting(place=True)] = None
     held_out: Annotated[int, Setting(least=1, panel=MEASURING)] = 200
     train_limit: Annotated[int | None, Setting(least=1)] = None
     generated: Annotated[int, Setting(least=0, panel=MEASURING)] = 64
@@ -71,7 +71,7 @@ class LabSettings(Settings, panel=MODEL_AND_DATA):
     template: Annotated[str, Setting(choices=PROMPTS)] = "chat"
     by_generation: Annotated[bool, Setting(negative="--by-likelihood", panel=MEASURING)] = False
     run_code: Annotated[bool, Setting(panel=MEASURING)] = False
-    data_seed: Annotated[int, Setting(least=0)] = 0
+    data_seed: Annotated[int, SEED] = 0
     dtype: Annotated[str, Setting(choices=DTYPES)] = "auto"
     threads: Annotated[int | None, Setting(least=1, panel=RUN)] = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynalora.common.extras import install
+from dynalora.common.names import is_path
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError, first_line
 from dynalora.evaluation.heads import CAUSAL_LM, MASKED_LM, Head, head_of
@@ -108,6 +110,7 @@ def _configured(name: str, heads: Sequence[Head], trust_remote_code: bool) -> tu
     Raises:
         ConfigError: There is no such model, or it is of another kind.
     """
+    _check_place(name, heads[0].description)
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -119,6 +122,18 @@ def _configured(name: str, heads: Sequence[Head], trust_remote_code: bool) -> tu
             "here; encoder-decoders can be trained with `dynalora compare` and with a Trainer of your own."
         )
     return config, head
+
+
+def _check_place(name: str, what: str) -> None:
+    """Refuse a folder that is not there, before the Hub is asked for it.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    if is_path(name) and not Path(name).expanduser().exists():
+        raise ConfigError(
+            f"The model '{name}' cannot be used (there is no such folder); give the Hub id or the folder of {what}."
+        )
 
 
 def _unusable(name: str, error: Exception, head: Head) -> ConfigError:
@@ -141,6 +156,7 @@ def load_tokenizer(
     Raises:
         ConfigError: There is none, or no such template.
     """
+    _check_place(name, "a model with a tokenizer")
     try:
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code

@@ -29,7 +29,7 @@ from typing import Any
 import filelock
 import yaml
 
-from dynalora.common.files import folder_beside, plain, write_file
+from dynalora.common.files import folder_beside, plain, why_no_place, write_file
 from dynalora.errors import RunFolderError
 
 CONFIG = "config.yaml"
@@ -80,16 +80,9 @@ class RunFolder:
         folder = Path(path)
         if folder.exists() and not folder.is_dir():
             raise RunFolderError(f"The run folder '{folder}' is a file; choose another output folder.")
-        parent = next(ancestor for ancestor in (folder, *folder.absolute().parents) if ancestor.exists())
-        if not parent.is_dir():
-            raise RunFolderError(
-                f"The run folder '{folder}' cannot be made because '{parent}' is a file; choose another output folder."
-            )
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise RunFolderError(
-                f"The run folder '{folder}' cannot be written (no permission in '{parent}'); "
-                "choose another output folder."
-            )
+        reason = why_no_place(folder)
+        if reason is not None:
+            raise RunFolderError(f"The run folder '{folder}' {reason}; choose another output folder.")
         if (folder / LOCK).exists():
             lock = _lock_of(folder)
             lock.release()
@@ -199,8 +192,26 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, Exception) and not self.resumed:
+            self._discard_nothing()
         self.close()
+
+    def _discard_nothing(self) -> None:
+        """Make the folder free again if nothing came of the run: a mistake in its settings must not block it."""
+        if not self.writable or any(int(record.get("step") or 0) > 0 for record in self.metrics()):
+            return
+        made = {CONFIG, STATUS, METRICS, LOCK}
+        entries = {entry.name: entry for entry in self.path.iterdir() if not entry.name.endswith(".tmp")}
+        for name, entry in entries.items():
+            if name not in made and not (entry.is_dir() and not any(entry.iterdir())):
+                return
+        if self._metrics_file is not None:
+            self._metrics_file.close()
+            self._metrics_file = None
+        for name, entry in entries.items():
+            if name != LOCK:
+                entry.rmdir() if entry.is_dir() else entry.unlink()
 
     # --- what is in it -------------------------------------------------------------------------------------
 
@@ -353,10 +364,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     missing = object()
+
+    def same(before: Any, now: Any) -> bool:
+        # Older versions recorded the paths of files as they were typed.
+        typed = isinstance(before, str) and isinstance(now, str) and os.path.isabs(now)
+        return bool(before == now or (typed and os.path.abspath(before) == now))
+
     return [
         f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
         for name in dict.fromkeys([*old, *new])
-        if old.get(name, missing) != new.get(name, missing)
+        # The folder may have been moved, or be called from elsewhere.
+        if name != "output" and not same(old.get(name, missing), new.get(name, missing))
     ]
 
 

@@ -8,7 +8,6 @@ run folder all come from there.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import math
@@ -22,6 +21,8 @@ from typing import Any, ClassVar, TypeVar, Union, cast, get_args, get_origin, ge
 
 import yaml
 
+from dynalora.common.files import why_not_written
+from dynalora.common.names import did_you_mean
 from dynalora.errors import ConfigError
 
 Kind = TypeVar("Kind")
@@ -43,8 +44,14 @@ class Setting:
         merge: Whether flags add to what the settings file holds, instead of replacing it.
         recorded: Whether it belongs into `config.yaml`; what does not change the result is left out.
         least: The smallest number allowed.
+        most: The largest number allowed.
         above: All numbers above this one are allowed.
         below: All numbers below this one are allowed.
+        place: Whether it names a model or data: a file or folder that is there is written with its whole path, so that
+            what is recorded holds from every folder.
+        instead_of: Another setting of which this one is the alternative: not both can be given.
+        writes: Whether it is where a command writes: `file` or `folder`, or for a file that is written together with
+            others a function that names them all. What is there already is never overwritten.
         choices: The values allowed, or a function that names them.
         suggested: Values that `--help` names where others are allowed too, or a function that names them.
     """
@@ -60,8 +67,12 @@ class Setting:
     merge: bool = False
     recorded: bool = True
     least: float | None = None
+    most: float | None = None
     above: float | None = None
     below: float | None = None
+    place: bool = False
+    instead_of: str | None = None
+    writes: str | Callable[[str], Sequence[Path]] | None = None
     choices: Sequence[str] | Callable[[], Sequence[str]] = ()
     suggested: Sequence[str] | Callable[[], Sequence[str]] = ()
 
@@ -72,13 +83,23 @@ class Setting:
             return f"{name} is '{value}'; choose one of {', '.join(choices)}."
         bounds = (
             ("at least", self.least, operator.ge),
+            ("at most", self.most, operator.le),
             ("more than", self.above, operator.gt),
             ("less than", self.below, operator.lt),
         )
         limits = [(words, limit, allows) for words, limit, allows in bounds if limit is not None]
         if not limits or (math.isfinite(value) and all(allows(value, limit) for _, limit, allows in limits)):
             return None
-        return f"{name} is {value}; give {' and '.join(f'{words} {limit:g}' for words, limit, _ in limits)}."
+        return f"{name} is {value}; give {' and '.join(f'{words} {_number(limit)}' for words, limit, _ in limits)}."
+
+
+def _number(value: float) -> str:
+    """A limit in digits: whole numbers in full."""
+    return str(int(value)) if value == int(value) else f"{value:g}"
+
+
+SEED = Setting(least=0, most=2**32 - 1)
+"""A seed, as NumPy takes it."""
 
 
 def named(values: Sequence[str] | Callable[[], Sequence[str]]) -> Sequence[str]:
@@ -118,18 +139,41 @@ class Settings:
         """
         for name, described in describe(type(self)).items():
             value = getattr(self, name)
+            if described.setting.place and isinstance(value, str):
+                object.__setattr__(self, name, whole_path(value))
             for single in value if isinstance(value, (list, tuple)) else [value]:
                 if single is None or isinstance(single, Mapping):
                     continue
                 refusal = described.setting.refusal(name, single)
                 if refusal:
                     raise ConfigError(refusal)
+        self._check_outputs()
+
+    def _check_outputs(self) -> None:
+        """Refuse outputs that would overwrite something, or each other, or that cannot be written."""
+        written: dict[Path, str] = {}
+        for name, described in describe(type(self)).items():
+            writes, value = described.setting.writes, getattr(self, name)
+            if writes is None or value is None:
+                continue
+            for path in writes(value) if callable(writes) else [Path(value)]:
+                reason = why_not_written(path, folder=writes == "folder")
+                if reason:
+                    raise ConfigError(f"{name} is '{path}', which {reason}; give another place.")
+                if (other := written.setdefault(path.absolute(), name)) != name:
+                    raise ConfigError(f"{name} is '{path}', and so is {other}; give each a file of its own.")
 
     def settings(self) -> dict[str, Any]:
         """What `config.yaml` holds: everything but what does not change the result; its own settings come first."""
         return {
             name: getattr(self, name) for name, described in describe(type(self)).items() if described.setting.recorded
         }
+
+
+def whole_path(source: str) -> str:
+    """A file or folder that is there with its whole path; anything else, such as an id on the Hub, as it is."""
+    path = Path(source).expanduser()
+    return str(path.absolute()) if source.strip() and path.exists() else source
 
 
 @dataclass(frozen=True)
@@ -328,13 +372,6 @@ def named_source(text: str, setting: str) -> tuple[str, str]:
     if not (name and source):
         raise ConfigError(f"{setting} is '{text}'; write it as NAME=SOURCE.")
     return name, source
-
-
-def did_you_mean(name: str, names: Mapping[str, Any] | list[str]) -> str:
-    """A remedy for an unknown name: the closest known one, then all of them."""
-    near = difflib.get_close_matches(name, list(names), n=1)
-    listed = ", ".join(sorted(names))
-    return f"did you mean '{near[0]}'? Known are {listed}" if near else f"known are {listed}"
 
 
 def coerce(value: Any, hint: Any, name: str) -> Any:

@@ -16,7 +16,7 @@ from dynalora.evaluation.heads import CAUSAL_LM
 from dynalora.evaluation.results import TaskScore
 from dynalora.evaluation.tokens import TokenizedSet
 from dynalora.evaluation.windows import within_window
-from dynalora.lab.configs import check_targets
+from dynalora.lab.configs import check_rank, check_targets
 from dynalora.lab.data.collator import Collator
 from dynalora.lab.lab_settings import LabSettings
 from dynalora.lab.models import empty_model, load_model, load_tokenizer, local_model_name
@@ -74,7 +74,8 @@ class Workbench:
                 f"init_lora_weights '{start}' edits the base weights, from which later runs start; "
                 "leave it out or choose gaussian or orthogonal."
             )
-        check_targets(empty_model(self._model_path), config)
+        empty = empty_model(self._model_path)
+        check_rank(empty, config, check_targets(empty, config))
 
     @property
     def model(self) -> PreTrainedModel:

@@ -23,5 +23,5 @@ def run_bench(spec: BenchSpec, *, console: Console) -> None:
             tables, text = training.tables(spec, measured), training.as_json(spec, measured)
     say(console, *tables)
     if spec.json is not None:
-        write_file(spec.json, text)
+        write_file(spec.json, text, replace=False)
         say(console, f"Written: {spec.json}")

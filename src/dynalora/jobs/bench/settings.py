@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from dynalora.errors import ConfigError
-from dynalora.lab.choices import method_names
-from dynalora.lab.settings import Setting, Settings
+from dynalora.lab.choices import MOST_RANK, method_names
+from dynalora.lab.settings import SEED, Setting, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -45,20 +44,20 @@ class BenchSpec(Settings):
     model: Annotated[str, Setting("-m")] = "smollm2"
     methods: Annotated[list[str], Setting(commas=True)] = field(default_factory=lambda: ["lora", "dira", "disel"])
     dtypes: Annotated[list[str], Setting(commas=True)] = field(default_factory=lambda: ["float32", "bfloat16"])
-    r: Annotated[int, Setting("-r", name="--rank", least=1)] = 16
+    r: Annotated[int, Setting("-r", name="--rank", least=1, most=MOST_RANK)] = 16
     target_modules: Annotated[list[str] | str, Setting("-t")] = "all-linear"
     batch_size: Annotated[int, Setting("-b", least=1)] = 4
     length: Annotated[int, Setting("-l", least=2)] = 128
     rounds: Annotated[int, Setting(least=1)] = 20
     warmup: Annotated[int, Setting(least=1)] = 3
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     threads: Annotated[int | None, Setting(least=1)] = None
     device: Annotated[str, Setting(choices=("auto", "cpu", "cuda"))] = "auto"
     control: bool = False
     memory: bool = True
     generate: bool = False
     new_tokens: Annotated[int, Setting(least=2)] = 32
-    json: Annotated[str | None, Setting(metavar="FILE.json", recorded=False)] = None
+    json: Annotated[str | None, Setting(metavar="FILE.json", recorded=False, writes="file")] = None
 
     def _check(self) -> None:
         super()._check()
@@ -73,8 +72,6 @@ class BenchSpec(Settings):
         for name in self.dtypes:
             if name not in dtypes:
                 raise ConfigError(f"dtype is '{name}'; choose from {', '.join(dtypes)}.")
-        if self.json is not None and Path(self.json).is_dir():
-            raise ConfigError(f"'{self.json}' is a folder; give --json the name of a file.")
         if self.device == "cuda" and self.torch_device.type != "cuda":
             raise ConfigError("device is 'cuda', but torch finds no CUDA device; choose cpu.")
 

@@ -20,6 +20,6 @@ class CompactSpec(Settings):
     """
 
     adapter: Annotated[str, Setting(positional=True, metavar="ADAPTER")]
-    output: Annotated[str, Setting(positional=True, metavar="OUTPUT")]
+    output: Annotated[str, Setting(positional=True, metavar="OUTPUT", writes="folder")]
     threshold: float = 1e-4
     rewrite: bool = True

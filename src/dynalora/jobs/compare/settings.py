@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
+from dynalora.common.names import did_you_mean
 from dynalora.errors import ConfigError
 from dynalora.jobs.compare.contestants import BASE, Contestant
 from dynalora.lab.choices import QUANTIZATIONS, check_quantization, label_of, own_methods
 from dynalora.lab.lab_settings import MEASURING, MODEL_AND_DATA, RUN, AdapterSettings, LabSettings
-from dynalora.lab.settings import Setting, coerce, did_you_mean, named_source, named_values
+from dynalora.lab.settings import Setting, coerce, named_source, named_values
 from dynalora.lab.training.settings import OptimizerSettings
 
 _COMPARED = "What is compared"
@@ -82,7 +83,7 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPAR
     match_parameters: Annotated[bool, Setting(negative="--same-rank")] = True
     learning_rates: Annotated[list[float], Setting("--lrs", commas=True)] = field(default_factory=list)
     steps: int | None = 100
-    epochs: Annotated[float, Setting(above=0, panel="Training")] = 1.0
+    epochs: Annotated[float, Setting(above=0, panel="Training", instead_of="steps")] = 1.0
     loss_on_prompts: Annotated[bool, Setting(panel="Training")] = False
     seeds: Annotated[int, Setting(least=1)] = 3
     all_rates: Annotated[bool, Setting(negative="--chosen-rate")] = False

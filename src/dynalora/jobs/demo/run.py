@@ -44,7 +44,7 @@ from dynalora.jobs.demo.report import (
     summary_table,
 )
 from dynalora.jobs.demo.settings import DemoSpec
-from dynalora.lab.configs import adapter_config, check_targets
+from dynalora.lab.configs import adapter_config, check_rank, check_targets
 from dynalora.lab.data.collator import batches_of
 from dynalora.lab.machine import peak
 from dynalora.lab.models import load_model, load_tokenizer
@@ -112,7 +112,7 @@ def run_demo(
             model = load_model(source, dtype="float32")
             progress("Loading the model", 1, 1)
         for config in configs.values():
-            check_targets(model, config)
+            check_rank(model, config, check_targets(model, config))
         with RunFolder.create(output, spec.settings()) as run:
             demo = _Demo(spec, task, system, origin, model, tokenizer, run, progress, console)
             result = demo.run(configs, began)

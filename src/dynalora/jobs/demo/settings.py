@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from dynalora.errors import ConfigError
+from dynalora.lab.choices import MOST_RANK
 from dynalora.lab.lab_settings import MEASURING, MODEL_AND_DATA, RUN
 from dynalora.lab.settings import Setting
 from dynalora.lab.training.settings import OptimizerSettings
@@ -39,11 +40,11 @@ class DemoSpec(OptimizerSettings, panel=MODEL_AND_DATA):
     unused: ClassVar[Mapping[str, Any]] = {"epochs": 1.0, "eval_every": 0, "save_every": 0}
 
     output: Annotated[str | None, Setting("-o", recorded=False)] = None
-    model: Annotated[str | None, Setting("-m")] = None
+    model: Annotated[str | None, Setting("-m", place=True)] = None
     methods: Annotated[list[str], Setting(commas=True, panel=_METHOD)] = field(
         default_factory=lambda: ["disel", "lora"]
     )
-    r: Annotated[int, Setting("-r", name="--rank", panel=_METHOD)] = 16
+    r: Annotated[int, Setting("-r", name="--rank", least=1, most=MOST_RANK, panel=_METHOD)] = 16
     alpha: Annotated[float | None, Setting(panel=_METHOD)] = None
     target_modules: Annotated[list[str] | str, Setting("-t", panel=_METHOD)] = "all-linear"
     gate_bias_init: Annotated[float, Setting(panel=_METHOD)] = -3.0

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from dynalora.common.files import write_file
+from dynalora.common.names import is_path
 from dynalora.common.progress import Progress, rich_progress, silent
 from dynalora.errors import ConfigError
 from dynalora.evaluation.benchmarks import GROUPS
@@ -69,7 +70,7 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = silent) -> list[TaskRes
             )
         )  # fmt: skip
         if spec.json is not None:
-            write_file(spec.json, as_json(spec, results))
+            write_file(spec.json, as_json(spec, results), replace=len(results) > 1)
     return results
 
 
@@ -193,7 +194,7 @@ def is_adapter(source: str) -> bool:
     path = Path(source)
     if path.exists():
         return any((path / name).exists() for name in ("adapter_config.json", "adapter", "run.json"))
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+    if is_path(source) or "/" not in source:
         return False
     try:
         return find_adapter_config_file(source) is not None

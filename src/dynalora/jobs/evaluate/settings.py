@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
-from dynalora.errors import ConfigError
 from dynalora.lab.choices import DTYPES, PROMPTS, QUANTIZATIONS
-from dynalora.lab.settings import Setting, Settings
+from dynalora.lab.settings import SEED, Setting, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +53,7 @@ class EvaluateSpec(Settings):
     batch_size: Annotated[int, Setting("-b", least=1)] = 16
     max_new_tokens: Annotated[int | None, Setting(least=1)] = None
     window: int = 512
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     run_code: bool = False
     weak_sandbox: bool = False
     code_seconds: float = 5.0
@@ -63,9 +61,4 @@ class EvaluateSpec(Settings):
     max_length: Annotated[int | None, Setting(least=1)] = None
     dtype: Annotated[str, Setting(choices=DTYPES)] = "auto"
     quantization: Annotated[str | None, Setting(choices=tuple(QUANTIZATIONS))] = None
-    json: Annotated[str | None, Setting(metavar="FILE.json", recorded=False)] = None
-
-    def _check(self) -> None:
-        super()._check()
-        if self.json is not None and Path(self.json).exists():
-            raise ConfigError(f"'{self.json}' exists already; name another file with json (--json).")
+    json: Annotated[str | None, Setting(metavar="FILE.json", recorded=False, writes="file")] = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from dynalora.common.files import why_not_written
 from dynalora.errors import ConfigError
 from dynalora.lab.settings import Setting, Settings
 
@@ -45,6 +46,9 @@ class ExportSpec(Settings):
 
     def _check(self) -> None:
         super()._check()
+        reason = why_not_written(self.output, folder=not self.ranks_only)
+        if reason:
+            raise ConfigError(f"output is '{self.output}', which {reason}; give another place.")
         if self.ranks_only:
             for name in ("dtype", "max_rank", "tolerance", "uniform_rank", "calibrate"):
                 if getattr(self, name) is not None:

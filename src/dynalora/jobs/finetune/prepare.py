@@ -12,9 +12,9 @@ from dynalora.evaluation.tokens import Conversation, TokenizedSet, tokenize
 from dynalora.evaluation.windows import within_window
 from dynalora.forgetting.texts import MeasuredText
 from dynalora.jobs.finetune.settings import FinetuneSpec
-from dynalora.lab.baselines import edits_base
+from dynalora.lab.baselines import edits_base, prompt_only
 from dynalora.lab.choices import label_of
-from dynalora.lab.configs import adapter_config, check_targets, title_of
+from dynalora.lab.configs import adapter_config, check_rank, check_targets, title_of
 from dynalora.lab.data.conversations import load_conversations, load_named_text, measured_text, split, without_repeats
 from dynalora.lab.models import empty_model, load_tokenizer, local_model_name
 from dynalora.lab.run_folder import RunFolder
@@ -64,6 +64,11 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
         target_modules=spec.target_modules,
         options=spec.method_options,
     )
+    if prompt_only(config) and spec.target_modules != FinetuneSpec.target_modules:
+        raise ConfigError(
+            f"target_modules is {spec.target_modules}, but {title_of(label_of(spec.method))} learns virtual tokens and "
+            "adapts no modules; leave it out."
+        )
     if spec.max_forgetting is not None and edits_base(spec.method, config):
         raise ConfigError(
             f"max_forgetting is {spec.max_forgetting:g}, but {title_of(label_of(spec.method))} changes the base "
@@ -77,6 +82,7 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
     name = local_model_name(spec.model)
     empty = empty_model(name, trust_remote_code=spec.trust_remote_code)
     modules = check_targets(empty, config)
+    check_rank(empty, config, modules)
     tokenizer = load_tokenizer(name, trust_remote_code=spec.trust_remote_code, template=spec.template)
     max_length = within_window(spec.max_length, empty, tokenizer)
     return Prepared(
@@ -104,7 +110,8 @@ def training_and_held_out(spec: FinetuneSpec) -> tuple[list[Conversation], list[
         elsewhere = load_conversations(
             spec.eval_data or spec.data,
             fields=spec.fields,
-            split=spec.eval_split or spec.split,
+            # What the training rows are called where they lie says nothing of data that lie elsewhere.
+            split=spec.eval_split or ("train" if spec.eval_data is not None else spec.split),
             subset=spec.subset if spec.eval_data is None else None,
         )
         return conversations, without_repeats(elsewhere, conversations)

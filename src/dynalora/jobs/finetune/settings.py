@@ -9,7 +9,7 @@ from dynalora.errors import ConfigError
 from dynalora.lab.choices import DTYPES, PROMPTS, QUANTIZATIONS, method_names
 from dynalora.lab.data.fields import Fields
 from dynalora.lab.lab_settings import MODEL_AND_DATA, RUN, AdapterSettings
-from dynalora.lab.settings import Setting, named_source, names_or_pattern
+from dynalora.lab.settings import Setting, named_source, names_or_pattern, whole_path
 from dynalora.lab.training.settings import TrainSettings
 
 _METHOD, _DATA, _TRAINING = "Method", "Data in detail", "Training"
@@ -62,10 +62,10 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
         resume: Continue the killed run in the run folder.
     """
 
-    model: Annotated[str, Setting("-m")]
-    data: Annotated[str, Setting("-d")]
+    model: Annotated[str, Setting("-m", place=True)]
+    data: Annotated[str, Setting("-d", place=True)]
     output: Annotated[str, Setting("-o")]
-    method: Annotated[str, Setting(suggested=method_names, panel=_METHOD)] = "disel"
+    method: Annotated[str, Setting(suggested=method_names, panel=_METHOD, place=True)] = "disel"
     method_options: Annotated[
         dict[str, Any], Setting("-O", name="--option", metavar="NAME=VALUE", merge=True, panel=_METHOD)
     ] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
     input_field: Annotated[str | None, Setting(panel=_DATA)] = None
     messages_field: Annotated[str | None, Setting(panel=_DATA)] = None
     limit: Annotated[int | None, Setting(least=1, panel=_DATA)] = None
-    eval_data: Annotated[str | None, Setting(panel=_DATA)] = None
+    eval_data: Annotated[str | None, Setting(panel=_DATA, place=True)] = None
     eval_split: Annotated[str | None, Setting(panel=_DATA)] = None
     eval_fraction: Annotated[float, Setting(least=0, below=1, panel=_DATA)] = 0.05
     template: Annotated[str, Setting(suggested=PROMPTS, panel=_DATA)] = "chat"
@@ -101,8 +101,8 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
             )
         if self.keep_best and self.max_forgetting is None:
             raise ConfigError("keep_best needs a budget; give max_forgetting in nats per token.")
-        for text in self.monitor_text:
-            named_source(text, "monitor_text")
+        named = [named_source(text, "monitor_text") for text in self.monitor_text]
+        object.__setattr__(self, "monitor_text", [f"{name}={whole_path(source)}" for name, source in named])
         if self.dtype == "float16":
             import torch
 

@@ -226,7 +226,7 @@ def run_gates(spec: GatesSpec, *, console: Console) -> GatesResult:
     else:
         say(console, domains_table(result), separation_table(result), summary(result))
     if spec.plot is not None:
-        write_file(Path(spec.plot), rendered(plot_gates(result.records)))
+        write_file(Path(spec.plot), rendered(plot_gates(result.records)), replace=False)
         say(console, f"Written: {spec.plot}")
     if spec.output is not None:
         with RunFolder.create(spec.output, spec.settings()) as run:

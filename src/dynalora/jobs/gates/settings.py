@@ -89,7 +89,7 @@ class GatesSpec(Settings):
     limit: Annotated[int, Setting(least=1)] = 64
     max_length: Annotated[int, Setting(least=2)] = 512
     batch_size: Annotated[int, Setting("-b", least=1)] = 8
-    plot: Annotated[str | None, Setting(metavar="FILE.png", recorded=False)] = None
+    plot: Annotated[str | None, Setting(metavar="FILE.png", recorded=False, writes="file")] = None
 
     def _check(self) -> None:
         super()._check()

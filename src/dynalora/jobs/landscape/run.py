@@ -15,23 +15,16 @@ from rich.console import Console
 from dynalora.common.files import records_csv, write_file
 from dynalora.common.progress import Progress, rich_progress
 from dynalora.drawing.landscape import plot_rank_landscape
-from dynalora.drawing.style import save
+from dynalora.drawing.style import rendered
 from dynalora.errors import UnsupportedError
 from dynalora.evaluation.tokens import tokenize
 from dynalora.export.lora import load_without_base
+from dynalora.forgetting.defaults import QUANTITIES
 from dynalora.forgetting.full_models import model_landscape
 from dynalora.forgetting.gate_recording import record_gates
 from dynalora.forgetting.gates import GateRecord
-from dynalora.forgetting.landscape import (
-    QUANTITIES,
-    TAUS,
-    LandscapeRow,
-    check_tau,
-    energy_table,
-    landscape_records,
-    rank_landscape,
-)
-from dynalora.jobs.landscape.settings import LandscapeSpec
+from dynalora.forgetting.landscape import TAUS, LandscapeRow, check_tau, energy_table, landscape_records, rank_landscape
+from dynalora.jobs.landscape.settings import LandscapeSpec, plot_files
 from dynalora.lab.adapters import adapter_folder, base_tokenizer, load_adapter, model_folder, read_config
 from dynalora.lab.configs import method_name
 from dynalora.lab.data.collator import batches_of
@@ -118,18 +111,17 @@ def _mean_gates(spec: LandscapeSpec, adapted: Any, source: str, progress: Progre
 def _write(spec: LandscapeSpec, landscapes: Landscapes) -> list[Path]:
     written = []
     if spec.csv is not None:
-        written.append(write_file(Path(spec.csv), records_csv(landscape_records(landscapes))))
+        written.append(write_file(Path(spec.csv), records_csv(landscape_records(landscapes)), replace=False))
     if spec.json is not None:
         lines = map(json.dumps, landscape_records(landscapes, spectra=True))
-        written.append(write_file(Path(spec.json), "[\n" + ",\n".join(lines) + "\n]\n"))
+        written.append(write_file(Path(spec.json), "[\n" + ",\n".join(lines) + "\n]\n", replace=False))
     if spec.plot is not None:
         shown = landscapes if len(landscapes) > 1 else next(iter(landscapes.values()))
-        for quantity in QUANTITIES:
+        files = plot_files(spec.plot)
+        for quantity, png, svg in zip(QUANTITIES, files[::2], files[1::2], strict=True):
             figure = plot_rank_landscape(shown, quantity=quantity)
-            place = Path(spec.plot)
-            if quantity != QUANTITIES[0]:
-                place = place.with_name(f"{place.stem}-{quantity}{place.suffix}")
-            written += save(figure, place)
+            written.append(write_file(png, rendered(figure, "png"), replace=False))
+            written.append(write_file(svg, rendered(figure, "svg"), replace=False))
     return written
 
 

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 from dynalora.errors import ConfigError
+from dynalora.forgetting.defaults import QUANTITIES
 from dynalora.lab.settings import Setting, Settings
+
+
+def plot_files(plot: str) -> list[Path]:
+    """All files that are drawn for one name, which is that of the first quantity's."""
+    place = Path(plot)
+    stems = [place, *(place.with_name(f"{place.stem}-{quantity}{place.suffix}") for quantity in QUANTITIES[1:])]
+    return [stem.with_suffix(kind) for stem in stems for kind in (".png", ".svg")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +48,9 @@ class LandscapeSpec(Settings):
     max_length: int = 512
     tau: float = 1e-3
     taus: Annotated[list[str], Setting(commas=True)] = field(default_factory=list)
-    plot: Annotated[str | None, Setting(metavar="FILE.png")] = None
-    csv: Annotated[str | None, Setting(metavar="FILE")] = None
-    json: Annotated[str | None, Setting(metavar="FILE")] = None
+    plot: Annotated[str | None, Setting(metavar="FILE.png", writes=plot_files)] = None
+    csv: Annotated[str | None, Setting(metavar="FILE", writes="file")] = None
+    json: Annotated[str | None, Setting(metavar="FILE", writes="file")] = None
 
     def _check(self) -> None:
         super()._check()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from dynalora.lab.settings import Setting, Settings
+from dynalora.lab.choices import MOST_RANK
+from dynalora.lab.settings import SEED, Setting, Settings
 
 if TYPE_CHECKING:
     from dynalora.jobs.linear_model.populations import LinearModel
@@ -34,14 +35,14 @@ class LinearModelSpec(Settings):
     in_features: int = 16
     out_features: int = 16
     task_rank: int = 4
-    r: Annotated[int, Setting("-r", name="--rank", least=1)] = 4
+    r: Annotated[int, Setting("-r", name="--rank", least=1, most=MOST_RANK)] = 4
     separation: float = 1.5
     steps: Annotated[int, Setting(least=1)] = 4000
     batch_size: Annotated[int, Setting("-b", least=1)] = 256
     learning_rate: Annotated[float, Setting("--lr", above=0)] = 0.02
     gate_bias_init: float = -3.0
     samples: Annotated[int, Setting(least=1000)] = 200_000
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
 
     def _check(self) -> None:
         super()._check()

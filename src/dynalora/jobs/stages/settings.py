@@ -143,7 +143,7 @@ class RecoverSpec(Settings, like=LabSettings, absent="SOURCE's", panel=_RECOVERY
     weight_decay: Annotated[float, Setting(least=0)] = 0.0
     max_grad_norm: Annotated[float, Setting(least=0)] = 1.0
     tau: Annotated[float, Setting(least=0)] = PAPER_TAU
-    seed: Annotated[int, Setting(panel=RUN)] = 0
+    seed: Annotated[int, Setting(least=0, most=2**32 - 1, panel=RUN)] = 0
     seeds: Annotated[int, Setting(least=1, panel=RUN)] = 5
     checkpoints: Annotated[int | None, Setting(least=1)] = None
     model: str | None = None

@@ -17,7 +17,7 @@ from dynalora.common.files import folder_beside, records_csv, write_file
 from dynalora.common.progress import Progress, rich_progress
 from dynalora.drawing.retention import plot_scaled_update
 from dynalora.drawing.style import rendered
-from dynalora.errors import DataError, RunFolderError
+from dynalora.errors import DataError
 from dynalora.evaluation.tokens import TokenizedSet, tokenize
 from dynalora.evaluation.windows import within_window
 from dynalora.forgetting.defaults import OWN_TEXT
@@ -43,8 +43,6 @@ def run_trim(spec: TrimSpec, *, console: Console) -> None:
         DynaloraError: The adapter, its base model, a text, or an output folder that holds something.
     """
     output = Path(spec.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunFolderError(f"'{output}' is there already; choose another output folder.")
     passages = dict(load_named_text(text, "texts") for text in spec.texts)
     run = _run_of(spec.adapter)
     base = spec.model or str(read_config(spec.adapter).base_model_name_or_path)

@@ -29,7 +29,7 @@ class TrimSpec(Settings):
     """
 
     adapter: Annotated[str, Setting(positional=True, metavar="RUN")]
-    output: Annotated[str, Setting(positional=True, metavar="OUTPUT")]
+    output: Annotated[str, Setting(positional=True, metavar="OUTPUT", writes="folder")]
     max_kl: Annotated[float | None, Setting(above=0)] = None
     factor: Annotated[float | None, Setting(above=0)] = None
     texts: Annotated[list[str], Setting(name="--text", metavar="NAME=SOURCE")] = field(default_factory=list)

@@ -8,15 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dynalora.common.names import did_you_mean
 from dynalora.errors import ConfigError, DataError
-from dynalora.evaluation.benchmarks import GROUPS, UNION_NAME, benchmark
+from dynalora.evaluation.benchmarks import BENCHMARKS, GROUPS, UNION_NAME, benchmark
 from dynalora.evaluation.files import file_rows, split_files
 from dynalora.evaluation.kinds.base import Benchmark, Example, LearnedKind
 from dynalora.evaluation.kinds.choice import CHOICE
 from dynalora.evaluation.numbers import MARK
 from dynalora.evaluation.run import check_scoring
 from dynalora.evaluation.sources import Row
-from dynalora.evaluation.tasks import Task, load_task
+from dynalora.evaluation.tasks import Task, load_task, task_names
 from dynalora.lab.settings import named_values
 from dynalora.lab.tasks.task import BenchmarkTask
 
@@ -71,6 +72,9 @@ def generated(source: str, request: Request, train_size: int) -> Task:
         train_size: Number of training questions.
     """
     name, _, listed = generator_name(source).partition(":")
+    known = task_names()
+    if name not in known:
+        raise ConfigError(f"There is no task '{name}'; {did_you_mean(name, [*BENCHMARKS, *known], brief=True)}.")
     options = named_values(pair for pair in listed.split(",") if pair.strip())
     return load_task(name, train_size=train_size, held_out_size=request.held_out, seed=request.seed, options=options)
 

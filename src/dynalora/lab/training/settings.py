@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
-from dynalora.lab.settings import Setting, Settings
+from dynalora.errors import ConfigError
+from dynalora.lab.settings import SEED, Setting, Settings
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 
@@ -36,7 +37,7 @@ class OptimizerSettings(Settings, panel="Training"):
     batch_size: Annotated[int, Setting("-b", least=1)] = 8
     gradient_accumulation: Annotated[int, Setting(least=1)] = 1
     max_grad_norm: Annotated[float, Setting(least=0)] = 1.0
-    seed: int = 42
+    seed: Annotated[int, SEED] = 42
     gradient_checkpointing: bool = False
     bf16: bool = False
 
@@ -54,10 +55,18 @@ class TrainSettings(OptimizerSettings, panel="Run"):
             of the run; 0: none.
     """
 
-    epochs: Annotated[float, Setting(above=0, panel="Training")] = 1.0
+    epochs: Annotated[float, Setting(above=0, panel="Training", instead_of="steps")] = 1.0
     log_every: Annotated[int | None, Setting(least=1)] = None
     eval_every: Annotated[int | None, Setting(least=0)] = None
     save_every: Annotated[int | None, Setting(least=0)] = None
+
+    def _check(self) -> None:
+        super()._check()
+        if self.steps is not None and self.epochs != TrainSettings.epochs:
+            raise ConfigError(
+                f"steps is {self.steps} and epochs is {self.epochs:g}, but each says how long to train; give one of "
+                "them."
+            )
 
 
 def train_settings(spec: OptimizerSettings, **changes: Any) -> TrainSettings:
