@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # The four methods and PEFT's against LoRA: SmolLM2 on ARC-Easy and OpenBookQA, MiniLM on CoLA and SST-2.
-#   bash experiments/compare/run.sh DATA OUT [smollm2 | minilm MODEL | frontier | retain] [OPTION …]
+#   bash experiments/compare/run.sh DATA OUT [smollm2 | minilm MODEL | frontier | retain TASK | retain-methods] [OPTION …]
 # frontier: SmolLM2 on ARC-Easy with LoRA at three ranks, seed 0; the cells of smollm2/ that it shares can be copied.
-# retain: the same with and without `retain`, every run along factors of its update.
-# DATA holds commonsense/, glue/ and text/; MODEL is all-MiniLM-L6-v2, a Hub id or a folder. Call it again to continue after a
+# retain: LoRA with `retain` and its rivals on ARC-Easy, gsm8k or family_relationships, every run along factors of its update.
+# retain-methods: the four methods with and without it, and further rivals, on ARC-Easy.
+# DATA holds commonsense/, glue/, math/ and text/; MODEL is all-MiniLM-L6-v2, a Hub id or a folder. Call it again to continue after a
 # kill, or at the same time to share the work.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-data=${1:?"give the folder with commonsense/, glue/ and text/"}
+data=${1:?"give the folder with commonsense/, glue/, math/ and text/"}
 out=${2:?"give a folder for the results"}
-which=${3:?"say smollm2, minilm, frontier or retain"}
+which=${3:?"say smollm2, minilm, frontier, retain or retain-methods"}
 shift 3
 case $which in
     smollm2)
@@ -21,9 +22,21 @@ case $which in
         shift
         dynalora compare --config "$here/minilm.yaml" --model "$model" --data "$data" --output "$out/minilm" "$@"
         ;;
-    frontier | retain)
+    retain)
+        task=${1:?"name the task: ARC-Easy, gsm8k or family_relationships"}
+        shift
+        case $task in
+            ARC-Easy) of_task=(--tasks "$data/commonsense/ARC-Easy") ;;
+            gsm8k) of_task=(--tasks "$data/math/gsm8k" --max-length 200 --held-out 60 --validation 20) ;;
+            family_relationships) of_task=(--tasks family_relationships) ;; # reasoning-gym makes it
+            *) echo "say ARC-Easy, gsm8k or family_relationships, not $task" >&2; exit 2 ;;
+        esac
+        dynalora compare --config "$here/retain.yaml" --text "WikiText=$data/text/wikitext2.valid.txt.gz" \
+            "${of_task[@]}" --output "$out/retain-$task" "$@"
+        ;;
+    frontier | retain-methods)
         dynalora compare --config "$here/$which.yaml" --text "WikiText=$data/text/wikitext2.valid.txt.gz" \
             --tasks "$data/commonsense/ARC-Easy" --output "$out/$which" "$@"
         ;;
-    *) echo "say smollm2, minilm, frontier or retain, not $which" >&2; exit 2 ;;
+    *) echo "say smollm2, minilm, frontier, retain or retain-methods, not $which" >&2; exit 2 ;;
 esac

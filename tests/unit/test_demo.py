@@ -25,7 +25,7 @@ from . import tiny
 pytest.importorskip("reasoning_gym")
 
 SPEC = DemoSpec(
-    task="spell_backward", steps=4, batch_size=2, held_out=6, r=4, retention_texts=3, retention_tokens=5,
+    methods=["disel", "lora"], task="spell_backward", steps=4, batch_size=2, held_out=6, r=4, retention_texts=3, retention_tokens=5,
     learning_rate=1e-2,
 )  # fmt: skip
 
@@ -108,8 +108,20 @@ def test_the_saved_adapters_give_the_measured_loss_again(ran: Any) -> None:
 def test_the_table_shows_base_and_methods(ran: Any) -> None:
     result, _, _, _ = ran
     shown = report.summary_table(result.rows).text
-    assert [line[0] for line in shown] == ["base model", "disel", "lora"]
+    assert [line[0] for line in shown] == ["base model", "disel, retain = 3000", "lora"]
     assert shown[2][3].startswith(f"{result.rows[1].kl:.4f}")
+
+
+def test_the_first_line_is_what_was_learned_and_what_was_forgotten(ran: Any) -> None:
+    result, folder, _, _ = ran
+    disel, lora = result.rows
+    said = report.summary(result)
+    assert said.startswith("disel, retain = 3000: ")
+    for row in (disel, lora):
+        share = f"{100 * row.accuracy_after.value:.1f} % ({100 * row.accuracy_after.low:.1f}–"
+        assert f"{row.title}: {share}" in said
+        assert f"KL from the base model {row.kl:.3f} ± {row.kl_error:.3f}" in said
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["retain"] == 3000.0
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ class DemoRow:
         trainable_parameters: Number of trained parameters.
         step_seconds: Median time of an optimizer step; None for runs of very few steps.
         train_seconds: Time of the whole training.
+        retain: Weight with which it keeps what the base model says; None: it does not.
     """
 
     method: str
@@ -50,6 +51,12 @@ class DemoRow:
     trainable_parameters: int
     step_seconds: float | None
     train_seconds: float
+    retain: float | None = None
+
+    @property
+    def title(self) -> str:
+        """The method with what it was told to keep."""
+        return self.method if self.retain is None else f"{self.method}, retain = {self.retain:g}"
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ def summary_table(rows: Sequence[DemoRow]) -> Table:
     for row in rows:
         cells.append(
             [
-                row.method, _share(row.accuracy_after), f"{row.answer_loss_after:.3f}",
+                row.title, _share(row.accuracy_after), f"{row.answer_loss_after:.3f}",
                 f"{row.kl:.4f} ± {row.kl_error:.4f}", f"{row.loss_shift:+.4f}", row.trainable_parameters,
                 None if row.step_seconds is None else f"{row.step_seconds:.2f}",
             ]
@@ -119,14 +126,17 @@ def _share(accuracy: Interval) -> str:
 
 
 def summary(result: DemoResult) -> str:
-    """The result in two sentences."""
-    base = result.rows[0]
-    reached = ", ".join(f"{100 * row.accuracy_after.value:.1f} % with {row.method}" for row in result.rows)
+    """What each method learned and what it forgot, with intervals, in a sentence each."""
+    before = f"{100 * result.rows[0].accuracy_before.value:.1f} %"
+    traded = " ".join(
+        f"{row.title}: {_share(row.accuracy_after)} of {len(result.task.held_out):,} held-out questions right, KL from "
+        f"the base model {row.kl:.3f} ± {row.kl_error:.3f}."
+        for row in result.rows
+    )
     memory = f" and {result.peak_memory / 1e9:.1f} GB of memory" if result.peak_memory else ""
-    before = f"{100 * base.accuracy_before.value:.1f} %"
     return (
-        f"Accuracy on {len(result.task.held_out):,} held-out questions went from {before} to {reached}. "
-        f"All of it took {result.seconds / 60:.1f} minutes{memory}."
+        f"{traded} The base model answers {before} right, and its KL is 0. All of it took "
+        f"{result.seconds / 60:.1f} minutes{memory}."
     )
 
 

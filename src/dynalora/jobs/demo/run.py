@@ -44,6 +44,7 @@ from dynalora.jobs.demo.report import (
     summary_table,
 )
 from dynalora.jobs.demo.settings import DemoSpec
+from dynalora.lab.choices import label_of, own_methods
 from dynalora.lab.configs import adapter_config, check_rank, check_targets
 from dynalora.lab.data.collator import batches_of
 from dynalora.lab.machine import peak
@@ -130,7 +131,9 @@ def _free_folder(path: str) -> str:
 
 
 def _config(method: str, spec: DemoSpec) -> Any:
-    options = {"gate_bias_init": spec.gate_bias_init} if method.lower() == "disel" else {}
+    options: dict[str, Any] = {"gate_bias_init": spec.gate_bias_init} if method.lower() == "disel" else {}
+    if label_of(method) in own_methods():
+        options["retain"] = spec.retain
     return adapter_config(method, r=spec.r, alpha=spec.alpha, target_modules=spec.target_modules, options=options)
 
 
@@ -204,6 +207,7 @@ class _Demo:
                 kl_error=forgotten.kl_error, loss_shift=forgotten.loss_shift,
                 trainable_parameters=trained.trainable_parameters, step_seconds=trained.step_seconds,
                 train_seconds=trained.seconds,
+                retain=getattr(trained.model.active_peft_config, "retain", None),
             )
         )  # fmt: skip
         self.run_folder.log(

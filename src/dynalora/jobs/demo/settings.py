@@ -27,6 +27,7 @@ class DemoSpec(OptimizerSettings, panel=MODEL_AND_DATA):
         r: Rank of every adapter.
         alpha: Numerator of the scale alpha / rank of every update; None: each method's default.
         target_modules: Modules to adapt: names, a regular expression, or all-linear.
+        retain: Weight with which dynalora's own methods keep what the base model says; null in a file: they do not.
         gate_bias_init: Start of DISeL's gate biases.
         task: Another task of reasoning-gym; None: the demo's own.
         task_options: Options of the task's generator, which are given only together with a task.
@@ -41,12 +42,11 @@ class DemoSpec(OptimizerSettings, panel=MODEL_AND_DATA):
 
     output: Annotated[str | None, Setting("-o", recorded=False)] = None
     model: Annotated[str | None, Setting("-m", place=True)] = None
-    methods: Annotated[list[str], Setting(commas=True, panel=_METHOD)] = field(
-        default_factory=lambda: ["disel", "lora"]
-    )
+    methods: Annotated[list[str], Setting(commas=True, panel=_METHOD)] = field(default_factory=lambda: ["dira", "lora"])
     r: Annotated[int, Setting("-r", name="--rank", least=1, most=MOST_RANK, panel=_METHOD)] = 16
     alpha: Annotated[float | None, Setting(panel=_METHOD)] = None
     target_modules: Annotated[list[str] | str, Setting("-t", panel=_METHOD)] = "all-linear"
+    retain: Annotated[float | None, Setting(panel=_METHOD)] = 3000.0
     gate_bias_init: Annotated[float, Setting(panel=_METHOD)] = -3.0
     task: str | None = None
     task_options: Annotated[dict[str, Any], Setting(metavar="NAME=VALUE", merge=True)] = field(default_factory=dict)
