@@ -368,9 +368,10 @@ def test_landscapes_side_by_side(folder: Path, rows: Path, tmp_path: Path, progr
     assert [float(line["nuclear_norm"]) for line in lines] == [record["nuclear_norm"] for record in records]
     made = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("drawn"))
     assert made == [
-        "drawn-energy.png", "drawn-energy.svg", "drawn-nuclear_norm.png", "drawn-nuclear_norm.svg",
-        "drawn.png", "drawn.svg",
-    ]  # fmt: skip
+        f"drawn{which}.{ending}"
+        for which in ("-energy", "-energy_rank", "-entropy_rank", "-nuclear_norm", "-stable_rank", "")
+        for ending in ("png", "svg")
+    ]
     # With its mean gates a DISeL adapter is less than with all of them open.
     whole = program("landscape", str(gated), "--json", str(tmp_path / "open.json"))
     assert "with all gates open, the most that the update can be" in " ".join(whole.out.split())

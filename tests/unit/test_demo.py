@@ -25,8 +25,8 @@ from . import tiny
 pytest.importorskip("reasoning_gym")
 
 SPEC = DemoSpec(
-    methods=["disel", "lora"], task="spell_backward", steps=4, batch_size=2, held_out=6, r=4, retention_texts=3, retention_tokens=5,
-    learning_rate=1e-2,
+    methods=["disel", "lora"], task="spell_backward", steps=4, batch_size=2, held_out=6, r=4, retention_texts=3,
+    retention_tokens=5, learning_rate=1e-2,
 )  # fmt: skip
 
 

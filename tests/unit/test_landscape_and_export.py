@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
 import peft
 import pytest
 import torch
@@ -12,7 +15,7 @@ import dynalora
 from dynalora import DiraConfig, DiselConfig, PedyraConfig
 from dynalora.errors import CheckpointError, ConfigError, DynaloraError, UnsupportedError
 from dynalora.export import export_adapter_folder, held_gates, load_without_base
-from dynalora.forgetting.landscape import QUANTITIES, TAUS, energy_table
+from dynalora.forgetting.landscape import QUANTITIES, TAUS, LandscapeRow, energy_table, landscape_records, landscape_row
 from dynalora.forgetting.recovery import zero_updates
 from dynalora.lab.configs import adapter_config
 from tests.toys import TOYS
@@ -148,6 +151,40 @@ def test_energies_need_matrices_and_thresholds() -> None:
         energy_table(rows, [-1])
 
 
+@hypothesis.given(
+    values=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=9), zeros=st.integers(0, 3), scale=st.floats(1e-2, 1e2)
+)
+def test_ranks_that_no_threshold_decides(values: list[float], zeros: int, scale: float) -> None:
+    def row(factor: float) -> LandscapeRow:
+        sigma = torch.tensor([*values, *[0.0] * zeros], dtype=torch.float64).sort(descending=True).values
+        return landscape_row("layers.0.q", len(sigma), factor * sigma, 1e-3)
+
+    ranks, scaled = row(1.0), row(scale)
+    shares = np.array(values) / np.sum(values)
+    assert ranks.entropy_rank == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-9)
+    assert ranks.stable_rank == pytest.approx(np.square(values).sum() / max(values) ** 2, rel=1e-9)
+    energies = sorted(np.square(values), reverse=True)
+    held = [sum(energies[:count]) / sum(energies) for count in range(len(energies) + 1)]
+    # Sums of floating-point numbers may fall on either side of the bound.
+    assert held[ranks.energy_rank] >= 0.99 - 1e-9
+    assert held[max(0, ranks.energy_rank - 1)] < 0.99 + 1e-9
+    for rank in (ranks.entropy_rank, ranks.stable_rank, ranks.energy_rank):
+        assert 1 - 1e-9 <= rank <= len(values) + 1e-9
+    assert scaled.entropy_rank == pytest.approx(ranks.entropy_rank, rel=1e-6)
+    assert scaled.stable_rank == pytest.approx(ranks.stable_rank, rel=1e-6)
+
+
+def test_equal_directions_count_fully_and_an_update_of_nothing_has_no_rank() -> None:
+    three = landscape_row("q", 4, torch.tensor([2.0, 2.0, 2.0, 0.0], dtype=torch.float64), 1e-3)
+    assert (three.entropy_rank, three.stable_rank, three.energy_rank) == (pytest.approx(3), pytest.approx(3), 3)
+    nothing = landscape_row("q", 4, torch.zeros(4, dtype=torch.float64), 1e-3)
+    assert (nothing.entropy_rank, nothing.stable_rank, nothing.energy_rank) == (0.0, 0.0, 0)
+    (record,) = landscape_records({"run": [three]})
+    assert (record["entropy_rank"], record["stable_rank"], record["energy_rank"]) == (
+        three.entropy_rank, three.stable_rank, 3,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("quantity", QUANTITIES)
 def test_every_quantity_is_drawn_with_runs_told_apart(quantity: str, tmp_path: Path) -> None:
     runs = {}
@@ -171,8 +208,8 @@ def test_every_quantity_is_drawn_with_runs_told_apart(quantity: str, tmp_path: P
             assert list(lines[name].get_ydata()) == [getattr(row, quantity) for row in chosen]
         assert len({(line.get_marker(), line.get_linestyle()) for line in lines.values()}) == 2
         ceilings = [line.get_ydata()[0] for line in axis.lines if line not in lines.values()]
-        assert ceilings == ([3] if quantity == "effective_rank" else [])
-        assert axis.get_ylim()[0] == (-0.5 if quantity == "effective_rank" else 0)
+        assert ceilings == ([3] if quantity.endswith("_rank") else [])
+        assert axis.get_ylim()[0] == (-0.5 if quantity.endswith("_rank") else 0)
     assert {text.get_text() for text in figure.axes[0].get_legend().get_texts()} == set(runs)
     with pytest.raises(ConfigError, match="quantity is 'rank'; choose one of effective_rank"):
         dynalora.plot_rank_landscape(runs, quantity="rank")

@@ -25,7 +25,11 @@ _LABELS: dict[Quantity, str] = {
     "effective_rank": "effective rank",
     "nuclear_norm": "nuclear norm",
     "energy": "energy above τ",
+    "entropy_rank": "effective rank by entropy",
+    "stable_rank": "stable rank",
+    "energy_rank": "rank of 99 % of the energy",
 }
+_RANKS: tuple[Quantity, ...] = ("effective_rank", "entropy_rank", "stable_rank", "energy_rank")
 
 
 def plot_rank_landscape(
@@ -39,8 +43,9 @@ def plot_rank_landscape(
     Args:
         landscape: Result of `rank_landscape`, or several by name.
         path: PNG file to write, and beside it the SVG; None only returns the figure.
-        quantity: What to draw: `effective_rank`, `nuclear_norm` or `energy`. A dotted line in the first is the
-            rank that the adapters have.
+        quantity: What to draw, a field or property of [`LandscapeRow`][dynalora.forgetting.landscape.LandscapeRow]:
+            `effective_rank`, `nuclear_norm`, `energy`, `entropy_rank`, `stable_rank` or `energy_rank`. A dotted line in
+            plots of ranks is the rank that the adapters have.
         title: Of the figure; by default it says what is drawn.
 
     Raises:
@@ -52,7 +57,7 @@ def plot_rank_landscape(
     rows = [row for run in runs.values() for row in run]
     if not rows:
         raise ConfigError("There are no matrices to draw; take a landscape first.")
-    ranked = quantity == "effective_rank"
+    ranked = quantity in _RANKS
     drawn, axes = _curves(
         {name: [run] for name, run in runs.items()},
         quantity,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Quantity = Literal["effective_rank", "nuclear_norm", "energy"]
+Quantity = Literal["effective_rank", "nuclear_norm", "energy", "entropy_rank", "stable_rank", "energy_rank"]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 """What a rank landscape is drawn of."""
 

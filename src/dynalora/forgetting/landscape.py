@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -47,6 +49,33 @@ class LandscapeRow:
     nuclear_norm: float
     energy: float
     singular_values: tuple[float, ...]
+
+    @property
+    def entropy_rank(self) -> float:
+        """Effective rank by entropy, exp(−Σ p_i ln p_i) with p_i = σ_i / Σ σ (Roy and Vetterli 2007).
+
+        Unlike k(τ) it does not change when the update is scaled; 0 for a zero update.
+        """
+        total = math.fsum(self.singular_values)
+        shares = [value / total for value in self.singular_values if value > 0] if total else []
+        return math.exp(-math.fsum(share * math.log(share) for share in shares)) if shares else 0.0
+
+    @property
+    def stable_rank(self) -> float:
+        """Σ σ_i² / σ_1², which hardly depends on small singular values (Rudelson and Vershynin 2007); 0 for no update."""
+        largest = max(self.singular_values, default=0.0)
+        return math.fsum((value / largest) ** 2 for value in self.singular_values) if largest else 0.0
+
+    @property
+    def energy_rank(self) -> int:
+        """The least number of singular values that hold 99 % of Σ σ_i²; 0 for a zero update."""
+        energies = sorted((value**2 for value in self.singular_values), reverse=True)
+        total = math.fsum(energies)
+        sums = itertools.accumulate(energies, initial=0.0)
+        return next((count for count, held in enumerate(sums) if held >= _ENERGY * total), len(energies))
+
+
+_ENERGY = 0.99
 
 
 @torch.no_grad()
@@ -199,6 +228,7 @@ def landscape_records(runs: Mapping[str, Sequence[LandscapeRow]], *, spectra: bo
     for run, rows in runs.items():
         for row in rows:
             record = {"run": run, **asdict(row)}
+            record |= {name: getattr(row, name) for name in ("entropy_rank", "stable_rank", "energy_rank")}
             if not spectra:
                 del record["singular_values"]
             records.append(record)

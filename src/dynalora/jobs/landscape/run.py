@@ -141,14 +141,30 @@ def landscape_table(landscapes: Mapping[str, Sequence[LandscapeRow]], tau: float
                     f"{fmean([row.rank for row in members]):.1f}",
                     f"{fmean([row.nuclear_norm for row in members]):.4f}",
                     f"{fmean([row.energy for row in members]):.4f}",
+                    f"{fmean([row.entropy_rank for row in members]):.2f}",
+                    f"{fmean([row.stable_rank for row in members]):.2f}",
+                    f"{fmean([row.energy_rank for row in members]):.2f}",
                 ]
             )  # fmt: skip
     note = f"effective rank: singular values of s·ΔW above {tau:g}; energy: their share of the sum of squares."
+    note += " By entropy, stable, 99 % of the energy: measures of rank that do not change when the update is scaled."
     for counted in dict.fromkeys(gates.values()):
         which = ", ".join(name for name, how in gates.items() if how == counted)
         most = ", the most that the update can be" if counted == "all gates open" else ""
         note += f" {which}: with {counted}{most}."
-    columns = ["module", "matrices", "effective rank", "least", "most", "rank", "nuclear norm", "energy"]
+    columns = [
+        "module",
+        "matrices",
+        "effective rank",
+        "least",
+        "most",
+        "rank",
+        "nuclear norm",
+        "energy",
+        "by entropy",
+        "stable",
+        "99 %",
+    ]
     return Table(
         [*(["run"] if several else []), *columns], cells, title="Rank landscape (means over the matrices)", note=note
     )  # fmt: skip
