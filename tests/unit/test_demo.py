@@ -130,7 +130,7 @@ def test_the_first_line_is_what_was_learned_and_what_was_forgotten(ran: Any) -> 
         ({"methods": ["disel", "nope"]}, "nope"),
         ({"methods": ["lora", "lora"]}, "methods lists lora more than once"),
         ({"methods": []}, "methods is empty"),
-        ({"r": 0}, "rank r is 0"),
+        ({"r": 0}, "r is 0; give at least 1"),
         ({"held_out": 0}, "held_out is 0"),
         ({"steps": None}, "steps is missing"),
         ({"task": None, "task_options": {"a": 1}}, "without a task"),

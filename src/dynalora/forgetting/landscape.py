@@ -62,7 +62,7 @@ class LandscapeRow:
 
     @property
     def stable_rank(self) -> float:
-        """Σ σ_i² / σ_1², which hardly depends on small singular values (Rudelson and Vershynin 2007); 0 for no update."""
+        """Σ σ_i² / σ_1² (Rudelson and Vershynin 2007), which small singular values hardly change; 0 for no update."""
         largest = max(self.singular_values, default=0.0)
         return math.fsum((value / largest) ** 2 for value in self.singular_values) if largest else 0.0
 
