@@ -258,6 +258,8 @@ def _json_lines(path: Path, file: Iterable[str]) -> Rows:
                 f"'{path}', line {number}: not valid JSON ({error.msg} at column {error.colno}); "
                 "each line must be one JSON object."
             ) from None
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists without end
+            raise DataError(f"'{path}', line {number}: JSON that cannot be read ({first_line(error)}).") from None
         if not isinstance(row, dict):
             raise DataError(
                 f"'{path}', line {number}: holds a {kind_of(row)}; each line must be one JSON object with named fields."
@@ -280,6 +282,8 @@ def _json_rows(path: Path, file: IO[str]) -> Rows:
             yield from _json_lines(path, io.StringIO(text))
             return
         raise DataError(f"'{path}', line {error.lineno}: not valid JSON ({error.msg}).") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"'{path}' holds JSON that cannot be read ({first_line(error)}).") from None
     if isinstance(content, dict):
         lists = {name: value for name, value in content.items() if isinstance(value, list)}
         if len(lists) != 1:

@@ -114,7 +114,7 @@ def prepare(
     split, rows = task.source.rows(split, folder=data, limit=None if task.source.text else limit)
     items: list[Example] = []
     for where, row in rows:
-        items += task.read(row, where)
+        items += task.items(row, where)
     if not task.source.text:
         items = items[:limit]
     return Prepared(task, split, tuple(items), chosen, weak_sandbox, limits or Limits(), limit)

@@ -103,7 +103,7 @@ def read_points(path: Path) -> list[RetentionPoint]:
             continue
         try:
             points.append(RetentionPoint.from_record(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             if number == len(lines):
                 break
             raise DataError(f"Line {number} of '{path}' is no measurement of a RetentionMonitor.") from error

@@ -308,11 +308,11 @@ def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     file = Path(path) / METRICS
     if not file.exists():
         return
-    with open(file, encoding="utf-8") as lines:
+    with open(file, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue  # the one line that a kill may have cut short
             if isinstance(record, dict):
                 yield record
@@ -337,7 +337,7 @@ def _lock_of(folder: Path) -> filelock.BaseFileLock:
 def _status(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / STATUS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -357,7 +357,7 @@ def _describe(folder: Path) -> str:
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

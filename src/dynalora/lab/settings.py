@@ -287,7 +287,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"The settings file '{file}' cannot be read ({error.strerror or error}).") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"The settings file '{file}' is not UTF-8 text (byte {error.start}).") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates that are none; lists in lists without end
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or "it cannot be parsed"
@@ -357,7 +357,7 @@ def named_values(pairs: Iterable[str]) -> dict[str, Any]:
             raise ConfigError(f"The option '{pair}' is not of the form NAME=VALUE.")
         try:
             result[name.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             result[name.strip()] = text
     return result
 
@@ -426,7 +426,7 @@ def _as(value: Any, kind: Any) -> Any:
         return str(value)
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return MISSING
     if origin is int:
         return int(number) if math.isfinite(number) and number == int(number) else MISSING

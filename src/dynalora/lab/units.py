@@ -119,7 +119,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunFolderError(f"'{path}' cannot be read ({error}); delete it to measure anew.") from error
     if not isinstance(content, dict):
         raise RunFolderError(f"'{path}' holds no result; delete it to measure anew.")

@@ -11,6 +11,7 @@ import torch
 
 from dynalora.common.progress import Progress, silent
 from dynalora.common.statistics import Interval
+from dynalora.errors import DataError, DynaloraError, first_line
 from dynalora.evaluation.heads import Head
 from dynalora.evaluation.metrics import Metric
 from dynalora.evaluation.multiple_choice import Choice
@@ -85,6 +86,22 @@ class Benchmark:
     labels: int = 2
     packages: tuple[str, ...] = ()
     options: bool = False
+
+    def items(self, row: Mapping[str, Any], where: str) -> Sequence[Example]:
+        """The items of a row.
+
+        Raises:
+            DataError: It is no row of this task.
+        """
+        try:
+            return self.read(row, where)
+        except DynaloraError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+            raise DataError(
+                f"{where} does not have the form of a row of {self.title} ({first_line(error)}); its fields are "
+                f"{', '.join(map(repr, row)) or 'none'}."
+            ) from error
 
     @property
     def main(self) -> str:

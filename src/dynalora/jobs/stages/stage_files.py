@@ -35,7 +35,7 @@ def read_landscape(folder: Path) -> list[LandscapeRow]:
     try:
         rows = json.loads((folder / LANDSCAPE).read_text(encoding="utf-8"))
         return [LandscapeRow(**{**row, "singular_values": tuple(row["singular_values"])}) for row in rows]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(
             f"'{folder / LANDSCAPE}' cannot be read ({type(error).__name__}); run the stage again."
         ) from error

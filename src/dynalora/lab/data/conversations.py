@@ -166,7 +166,7 @@ _ROLE_ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model
 def _json(value: Any) -> Any:
     """A value that a cell of CSV or Parquet may hold as JSON text."""
     if isinstance(value, str):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             return json.loads(value)
     return value
 
@@ -175,7 +175,7 @@ def _chat(value: Any, name: str, where: str, tools: Any = None) -> Conversation 
     if isinstance(value, str):
         try:  # CSV has no lists: a chat in a CSV cell is JSON text
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DataError(f"{where}: field '{name}' holds text, not a list of messages.") from None
     if not isinstance(value, Sequence) or not all(isinstance(turn, Mapping) for turn in value):
         raise DataError(f"{where}: field '{name}' holds a {kind_of(value)}, not a list of messages.")

@@ -144,7 +144,7 @@ def check_measured(task: Benchmark, request: Request) -> None:
 
 def examples_of(task: Benchmark, rows: Sequence[Row]) -> list[Example]:
     """The items of rows."""
-    return [example for where, row in rows for example in task.read(row, where)]
+    return [example for where, row in rows for example in task.items(row, where)]
 
 
 def benchmark_task(
