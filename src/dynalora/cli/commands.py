@@ -59,8 +59,9 @@ COMMANDS = {
         job="dynalora.jobs.finetune.run:finetune",
         help="""Fine-tune your model on your data, and see what it learned and what it forgot.
 
-        Data are rows with a prompt and a response (the usual names of fields are recognised) or chat messages; the
-        loss is on the responses only. The run folder gets the adapter, the metrics, plots and a report.""",
+        Data are rows with a prompt and a response (the usual names of fields are recognised) or chat messages, and
+        the loss is on the responses only; or rows of plain text, which is learned whole. The run folder gets the
+        adapter, the metrics, plots and a report.""",
         examples=(
             "dynalora finetune -m Qwen/Qwen3-0.6B -d my.jsonl -o runs/first",
             "dynalora finetune -m ./model -d my.csv -o runs/b --method dira -O penalty_weight=1e-3",

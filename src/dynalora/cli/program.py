@@ -14,9 +14,11 @@ import typer
 from dynalora.cli.commands import COMMANDS, Command
 from dynalora.cli.flags import in_flags, settings_of, signature_of
 from dynalora.cli.machine import MachineError, of_the_machine
+from dynalora.cli.method_help import CommandWithMethods
 from dynalora.cli.screen import after_imports, complain, console, quiet
 from dynalora.common.version import __version__
 from dynalora.errors import ConfigError, DynaloraError
+from dynalora.lab.settings import describe
 
 app = typer.Typer(
     name="dynalora",
@@ -77,7 +79,9 @@ def _help(command: Command) -> str:
 
 
 for name, command in COMMANDS.items():
-    app.command(name, no_args_is_help=not command.idle, help=_help(command))(_callback(name, command))
+    has_method = "method_options" in describe(command.settings)
+    kind = CommandWithMethods if has_method else None
+    app.command(name, no_args_is_help=not command.idle, help=_help(command), cls=kind)(_callback(name, command))
 
 
 def _show_version(shown: bool) -> None:

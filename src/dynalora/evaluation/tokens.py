@@ -58,6 +58,9 @@ class Message(_Message, total=False):
 
 Conversation = list[Message]
 
+PLAIN = "text"
+"""The role of a conversation's only message if it is no conversation but plain text, which is learned whole."""
+
 
 class Tokens(TypedDict):
     """A tokenised conversation: ids and labels, each of length T; a label is `IGNORED_LABEL` without a loss."""
@@ -134,7 +137,7 @@ def tokenize(
     none. The ids before a response are exactly those the model is given when it generates that response. Where a
     template writes earlier answers otherwise than the last one (without their reasoning, say), earlier answers are
     learned as they stand in the whole conversation; what cannot be found there carries no loss, with a warning that
-    counts it.
+    counts it. Of plain text (role [`PLAIN`][dynalora.evaluation.tokens.PLAIN]) all tokens are learned, as they stand.
 
     Without a chat template, as encoder-decoders have none, the last answer is learned, and all that was said before it
     is the question, its messages a blank line apart. Both are encoded for themselves with the tokenizer's own special
@@ -159,7 +162,9 @@ def tokenize(
     result = TokenizedSet()
     done = shortened_ones = unlearned = 0
     for done, conversation in enumerate(conversations, start=1):
-        if tokenizer.chat_template:
+        if conversation and conversation[0]["role"] == PLAIN:
+            tokens = _plain(conversation[0]["content"], tokenizer)
+        elif tokenizer.chat_template:
             tokens, lost = _encode(conversation, tokenizer)
             unlearned += lost
         else:
@@ -197,6 +202,14 @@ def tokenize(
             f"; {result.dropped} of them have no response left and are left out" if result.dropped else "",
         )  # fmt: skip
     return result
+
+
+def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """Plain text with the tokenizer's own special tokens and its end-of-text token, all of which carry loss."""
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids.append(tokenizer.eos_token_id)
+    return {"input_ids": ids, "labels": list(ids)}
 
 
 def _pair(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, bool]:

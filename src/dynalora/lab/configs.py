@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
 
 from peft import PeftConfig
@@ -146,6 +146,30 @@ def adapter_config(
     check_start(config)
     leave_out_head(config)
     return config
+
+
+def method_options(method: str) -> list[tuple[str, str, str]]:
+    """The fields of a method's configuration that are no settings of their own: name, default and description.
+
+    Args:
+        method: One of [`method_names`][dynalora.lab.configs.method_names].
+    """
+    name = method.lower()
+    baseline = BASELINES.get(name)
+    kind: Any = config_class(name) if baseline is None else baseline.config
+    if baseline is None:
+        listed = set(kind.own_fields()) - {"r", "alpha", "dropout", "target_modules"}
+    else:
+        listed = {item.name for item in fields(kind)} - {item.name for item in fields(PeftConfig)}
+        listed -= {"r", baseline.rank, baseline.alpha, baseline.dropout, "target_modules"}
+    rows = []
+    for item in fields(kind):
+        if item.name not in listed or not item.init:
+            continue
+        default = item.default_factory() if item.default_factory is not MISSING else item.default
+        text = " ".join(str(item.metadata.get("help", "")).split())
+        rows.append((item.name, "" if default is MISSING else str(default), text))
+    return rows
 
 
 def _typed(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,13 +27,14 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
         method: Name of a method, or a .json or .yaml file as PEFT's adapter_config.json. Such a file says everything
             of the method itself: `r`, `alpha` and `dropout` then do not apply, and `target_modules` only if the file
             has none.
-        method_options: Further fields of the method's configuration, by name.
+        method_options: Further fields of the method's configuration, by name. `--method NAME --help` lists them.
         split: Split of the data to train on.
         subset: Configuration of a data set on the Hub.
         prompt_field: Field with the prompt; None: recognised by its usual names.
         response_field: Field with the response; None: recognised by its usual names.
         input_field: Optional field whose text follows the prompt; None: recognised by its usual names.
         messages_field: Field with chat messages, instead of the three above; None: recognised by its usual names.
+        text_field: Field with plain text, all of which is learned; None: recognised where it is the only field.
         limit: Number of rows to use, from the first; None: all.
         eval_data: Held-out data from elsewhere, read like the training data.
         eval_split: Split of the held-out data, or of the training data if there are none; None: a part of the
@@ -75,6 +76,7 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
     response_field: Annotated[str | None, Setting(panel=_DATA)] = None
     input_field: Annotated[str | None, Setting(panel=_DATA)] = None
     messages_field: Annotated[str | None, Setting(panel=_DATA)] = None
+    text_field: Annotated[str | None, Setting(panel=_DATA)] = None
     limit: Annotated[int | None, Setting(least=1, panel=_DATA)] = None
     eval_data: Annotated[str | None, Setting(panel=_DATA, place=True)] = None
     eval_split: Annotated[str | None, Setting(panel=_DATA)] = None
@@ -117,4 +119,4 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
     @property
     def fields(self) -> Fields:
         """The data's fields that the user named."""
-        return Fields(self.prompt_field, self.response_field, self.input_field, self.messages_field)
+        return Fields(self.prompt_field, self.response_field, self.input_field, self.messages_field, self.text_field)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dynalora.errors import DataError
 from dynalora.evaluation.files import is_text, kind_of, passages, read_rows, some_texts, texts_of
-from dynalora.evaluation.tokens import Conversation, Message, is_learned
+from dynalora.evaluation.tokens import PLAIN, Conversation, Message, is_learned
 from dynalora.forgetting.texts import MeasuredText, given_text
 from dynalora.lab.data.fields import Fields, find_fields
 from dynalora.lab.settings import named_source
@@ -47,7 +47,8 @@ def load_conversations(
         limit: Keep only the first rows; None: all.
 
     Returns:
-        One conversation per row, ending with an assistant's message. Rows with an empty response are left out
+        One conversation per row, ending with an assistant's message; a row of plain text is one message of the role
+        [`PLAIN`][dynalora.evaluation.tokens.PLAIN]. Rows with an empty response are left out
         and their number is logged as a warning.
 
     Raises:
@@ -121,6 +122,9 @@ def to_conversations(
 
 
 def _conversation(row: Mapping[str, Any], fields: Fields, where: str) -> Conversation | None:
+    if fields.text:
+        text = _text(row[fields.text], fields.text, where)
+        return [{"role": PLAIN, "content": text}] if text.strip() else None
     if fields.messages:
         return _chat(row[fields.messages], fields.messages, where, row.get("tools"))
     assert fields.prompt is not None  # Fields guarantees both

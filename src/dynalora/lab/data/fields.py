@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dynalora.errors import DataError
+from dynalora.evaluation.files import TEXT_FIELDS
 
 
 @dataclass(frozen=True)
@@ -16,18 +17,25 @@ class Fields:
         prompt: The field with the question or instruction.
         response: The field with the answer to learn.
         input: An optional field whose text follows the prompt after an empty line (as in Alpaca's `input`).
-        messages: The field with a chat, a list of `{"role": …, "content": …}`; excludes the other three.
+        messages: The field with a chat, a list of `{"role": …, "content": …}`; excludes all others.
+        text: The field with plain text, which is learned whole; excludes all others.
     """
 
     prompt: str | None = None
     response: str | None = None
     input: str | None = None
     messages: str | None = None
+    text: str | None = None
 
     def __post_init__(self) -> None:
         if self.messages and (self.prompt or self.response or self.input):
             raise DataError(
                 f"Give either a messages field ('{self.messages}') or prompt and response fields, not both."
+            )
+        if self.text and (self.prompt or self.response or self.input or self.messages):
+            raise DataError(
+                f"Give either a text field ('{self.text}'), which is learned whole, or fields of prompts and responses "
+                "or messages, not both."
             )
         if bool(self.prompt) != bool(self.response):
             present, missing = ("prompt", "response") if self.prompt else ("response", "prompt")
@@ -40,7 +48,7 @@ class Fields:
     @property
     def named(self) -> list[str]:
         """The field names that a row must have."""
-        return [name for name in (self.messages, self.prompt, self.input, self.response) if name]
+        return [name for name in (self.text, self.messages, self.prompt, self.input, self.response) if name]
 
 
 USUAL_FIELDS = (
@@ -69,7 +77,8 @@ def find_fields(available: Iterable[str], fields: Fields | None = None, *, sourc
     Args:
         available: The names of the fields that the data has.
         fields: The fields the user named; None or empty: the first entry of
-            [`USUAL_FIELDS`][dynalora.lab.data.fields.USUAL_FIELDS] whose fields are all available.
+            [`USUAL_FIELDS`][dynalora.lab.data.fields.USUAL_FIELDS] whose fields are all available, else the only field
+            if it is one of plain text.
         source: How to call the data in an error.
 
     Raises:
@@ -89,8 +98,10 @@ def find_fields(available: Iterable[str], fields: Fields | None = None, *, sourc
     for usual in USUAL_FIELDS:
         if all(name in has for name in usual.named):
             return usual
+    if len(has) == 1 and has[0] in TEXT_FIELDS:
+        return Fields(text=has[0])
     pairs = ", ".join(f"{usual.prompt}/{usual.response}" for usual in USUAL_FIELDS if usual.prompt and not usual.input)
     raise DataError(
         f"{source} has no fields that are usual for prompts and responses (messages, {pairs}); its fields are "
-        f"{listed}. Name yours with prompt_field and response_field (or messages_field)."
+        f"{listed}. Name yours with prompt_field and response_field (or messages_field, or text_field for plain text)."
     )

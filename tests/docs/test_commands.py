@@ -1,0 +1,156 @@
+"""The command lines of the README are run as printed, on a tiny model and tiny data.
+
+What a reader has or has made before (models, data, runs) lies there under the printed names. Flags that make a job
+short are put behind the printed ones.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dynalora.lab import packaged_models
+from tests.unit import benchmark_files, tiny
+from tests.unit.program import Program, Shown, program
+
+__all__ = ["program"]  # a fixture
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("README.md",)
+
+NOT_RUN = {r"dynalora (forgetting|recover)": "run in tests/unit/test_forgetting.py and test_recovery.py, with files"}
+"""Command lines that are not run here: a pattern, and why."""
+
+SHORTER = {
+    "demo": "--steps 2 --rank 2 --held-out 4 --retention-texts 2 --retention-tokens 4 --batch-size 2",
+    "finetune": "--rank 2 --batch-size 4",
+    "evaluate": "--data benchmarks --limit 2 --max-new-tokens 4",
+    "compare": "--data benchmarks --rank 2 --steps 2 --seeds 1 --validation 2 --held-out 3 --generated 1 "
+    "--generated-tokens 4 --train-limit 6 --methods lora,dira --factors 1.0 --batch-size 2 --jobs 1 --max-length 512",
+    "bench": "--rounds 1 --warmup 1 --rank 2 --length 8 --batch-size 1 --dtypes float32",
+    "linear-model": "--steps 4 --samples 1000 --batch-size 8",
+    "forgetting": "--rank 2 --steps 2 --seeds 1 --held-out 3 --generated 1 --generated-tokens 4 --train-limit 6 "
+    "--batch-size 2 --max-length 512",
+    "recover": "--examples 2 --epochs 1 --seeds 1",
+    "transfer": "--rank 2 --steps 2 --seeds 1 --held-out 3 --generated 1 --generated-tokens 4 --train-limit 6 "
+    "--batch-size 2 --max-length 512",
+    "trim": "--factors 1,0.5",
+    "export": "",
+    "compact": "",
+    "gates": "--limit 4",
+    "landscape": "",
+}
+
+
+def command_lines() -> list[tuple[str, str]]:
+    """Page and command line, each line once."""
+    found: dict[str, str] = {}
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for block in re.findall(r"^```(?:bash|console)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = line.partition(" #")[0].strip().removeprefix("$ ")
+                if words.startswith("dynalora "):
+                    found.setdefault(" ".join(words.split()), page)
+    return [(page, line) for line, page in found.items()]
+
+
+def reason_not_run(line: str) -> str | None:
+    return next((reason for pattern, reason in NOT_RUN.items() if re.search(pattern, line)), None)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that the pages take as given, but for runs."""
+    folder = tmp_path_factory.mktemp("workshop")
+    for name in ("model", "Qwen/Qwen3-0.6B", "original", "tuned"):
+        tiny.saved_model(folder / name)
+    for name in ("model", "Qwen/Qwen3-0.6B"):
+        # Prompts of the benchmarks are longer than the tiny model's own window.
+        config = folder / name / "config.json"
+        content = json.loads(config.read_text())
+        config.write_text(json.dumps({**content, "max_position_embeddings": 2048}))
+    # The demo's model, as it is kept once it was fetched.
+    kept = tiny.saved_model(folder / "cache" / "models" / packaged_models._CONVERTED)
+    packaged_models._seal(kept)
+    tiny.write_jsonl(folder / "train.jsonl", [{"text": f"The number {number} is here."} for number in range(24)])
+    (folder / "train.csv").write_text("prompt,response\n" + "".join(f"Say {n}.,It is {n}.\n" for n in range(16)))
+    for name in ("held-out", "math", "math-test", "code"):
+        tiny.write_jsonl(folder / f"{name}.jsonl", tiny.rows(8))
+    for name in ("wiki.txt", "contracts.txt"):
+        (folder / name).write_text("A passage.\n\nAnother passage.\n")
+    benchmark_files.write(folder / "benchmarks")
+    (folder / "data").mkdir()
+    for name in ("ARC-Easy", "openbookqa", "gsm8k"):
+        for file in (folder / "benchmarks").rglob(f"{name}.*"):
+            shutil.copy(file, folder / "data" / file.name)
+    return folder
+
+
+@pytest.fixture
+def run(
+    workshop: Path, program: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[str, Path], Shown]:
+    """Run a command line in a folder."""
+    monkeypatch.setenv("DYNALORA_CACHE", str(workshop / "cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))  # of the processes of `compare`
+    # Whether the Hub's own cache has the demo's model is no business of these tests.
+    monkeypatch.setattr(packaged_models, "_hub_snapshot", lambda *_, **__: None)
+
+    def start(line: str, folder: Path) -> Shown:
+        monkeypatch.chdir(folder)
+        words = shlex.split(line)
+        assert words[0] == "dynalora"
+        more = SHORTER[words[1]]
+        if words[1] == "finetune" and "--epochs" not in line:
+            more += " --steps 2"
+        shown = program(*words[1:], *shlex.split(more))
+        assert shown.code == 0, f"{line}\n{shown.err[-3000:]}"
+        assert "Traceback" not in shown.err
+        return shown
+
+    return start
+
+
+def first_run(workshop: Path, run: Callable[[str, Path], Shown]) -> Path:
+    """The folder of the README's own first run, which later lines take up."""
+    folder = workshop / "runs" / "first"
+    if not folder.exists():
+        pages = [(page, line) for page, line in command_lines() if line.startswith("dynalora finetune")]
+        assert pages[0][0] == "README.md"
+        run(pages[0][1], workshop)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "line"), command_lines(), ids=lambda value: str(value)[:90])
+def test_command_lines_run_as_printed(
+    page: str, line: str, workshop: Path, run: Callable[[str, Path], Shown], tmp_path: Path
+) -> None:
+    reason = reason_not_run(line)
+    if reason is not None:
+        pytest.skip(reason)
+    for entry in workshop.iterdir():
+        if entry.name != "runs":
+            (tmp_path / entry.name).symlink_to(entry)
+    (tmp_path / "runs").mkdir()
+    writes = set(re.findall(r"(?:-o|--output) (\S+)", line))
+    for name in set(re.findall(r"runs/[\w-]+", line)) - writes:
+        shutil.copytree(first_run(workshop, run), tmp_path / name)
+    run(line, tmp_path)
+    for name in writes:
+        assert (tmp_path / name).exists()
+
+
+def test_reasons_are_for_lines_that_there_are() -> None:
+    lines = [line for _, line in command_lines()]
+    for pattern in NOT_RUN:
+        assert any(re.search(pattern, line) for line in lines), pattern
+    assert len([line for line in lines if reason_not_run(line) is None]) >= 10

@@ -1,0 +1,63 @@
+"""Rows of plain text, which are learned whole, from the file to the labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dynalora.errors import DataError
+from dynalora.evaluation.tokens import PLAIN, tokenize
+from dynalora.lab.configs import method_names, method_options
+from dynalora.lab.data.conversations import load_conversations, split
+from dynalora.lab.data.fields import Fields
+from tests.unit import tiny
+from tests.unit.program import Program, program
+
+__all__ = ["program"]  # a fixture
+
+
+@pytest.mark.parametrize("field", ["text", "content", "document"])
+def test_a_lone_text_is_learned_whole(field: str, tmp_path: Path) -> None:
+    file = tiny.write_jsonl(tmp_path / "x.jsonl", [{field: f"Number {n} ends."} for n in range(6)] + [{field: "  "}])
+    conversations = load_conversations(file)
+    assert conversations[2] == [{"role": PLAIN, "content": "Number 2 ends."}]
+    assert len(conversations) == 6
+    training, held_out = split(conversations, 0.4)
+    assert len(training) + len(held_out) == 6
+    words = tiny.tokenizer()
+    rows = tokenize(conversations, words).rows
+    expected = [*words("Number 2 ends.")["input_ids"], words.eos_token_id]
+    assert rows[2] == {"input_ids": expected, "labels": expected}  # no chat format, and nothing without loss
+
+
+def test_longer_text_loses_its_end() -> None:
+    words = tiny.tokenizer()
+    cut = tokenize([[{"role": PLAIN, "content": "abcdef"}]], words, max_length=3)
+    assert (cut.rows[0]["input_ids"], cut.truncated) == (words("abc")["input_ids"], 1)
+
+
+def test_text_beside_other_fields_must_be_named(tmp_path: Path) -> None:
+    file = tiny.write_jsonl(tmp_path / "x.jsonl", [{"text": "a", "label": 0}])
+    with pytest.raises(DataError, match="or text_field for plain text"):
+        load_conversations(file)
+    assert load_conversations(file, fields=Fields(text="text")) == [[{"role": PLAIN, "content": "a"}]]
+    with pytest.raises(DataError, match="Give either a text field"):
+        Fields(text="text", prompt="a", response="b")
+    with pytest.raises(DataError, match="has no field 'body'"):
+        load_conversations(file, fields=Fields(text="body"))
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_help_lists_the_options_of_a_method(method: str) -> None:
+    listed = [name for name, _, _ in method_options(method)]
+    assert listed
+    assert not {"r", "target_modules", "task_type"} & set(listed)
+
+
+def test_help_of_a_method_ends_with_its_options(program: Program) -> None:
+    shown = program("finetune", "--method", "disel", "--help")
+    assert shown.code == 0
+    assert "gate_bias_init" in shown.out.partition("Options of disel")[2]
+    assert "Options of" not in program("finetune", "--help").out
+    assert "Options of" not in program("finetune", "--method", "no-such", "--help").out
