@@ -46,6 +46,7 @@ SHARED = {"r": 3, "alpha": 6, "target_modules": ["q_proj", "k_proj", "down_proj"
 
 CONFIGS: dict[str, Any] = {
     "dira": lambda: dynalora.DiraConfig(**SHARED, penalty_weight=0.02, total_steps=STEPS),
+    "dira budget": lambda: dynalora.DiraConfig(**SHARED, target_rank=2, total_steps=STEPS),
     "disel": lambda: dynalora.DiselConfig(**SHARED, gate_bias_init=0.0),
     "dislora": lambda: dynalora.DisloraConfig(**SHARED, warmup_steps=3, tsd_count=2, total_steps=STEPS),
     "dislora smoothed": lambda: dynalora.DisloraConfig(**SHARED, loss_smoothing=0.5, tsd_count=0),
@@ -133,7 +134,11 @@ def work(rank: int, folder: str, way: str) -> None:
             results[name] = joined(model, rank), weights(model)
             continue
         called = fully_sharded(model) if way == "sharded" else DistributedDataParallel(model)
-        optimizer = train(model, called, rank, way)
+        try:
+            optimizer = train(model, called, rank, way)
+        except UnsupportedError as error:
+            results[name] = str(error)
+            continue
         if way == "sharded":
             gathered(model, optimizer)
         results[name] = weights(model)
@@ -172,6 +177,10 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_two_processes_learn_what_one_learns(name: str, results: Any) -> None:
     """Also with micro-batches between which nothing is exchanged, and a last batch that is uneven."""
     way, (first, second) = results
+    if isinstance(first[name], str):
+        assert (name, way) == ("dira budget", "sharded")
+        assert "do not train under FSDP2" in first[name]
+        return
     model = adapted(CONFIGS[name]())
     train(model, model, None, way)
     alone = weights(model)
@@ -180,7 +189,7 @@ def test_two_processes_learn_what_one_learns(name: str, results: Any) -> None:
     assert_close_weights(first[name], alone, 2e-5)
 
 
-EXCHANGING = ("dislora", "dislora smoothed", "pedyra", "increlora", "triadaptlora")
+EXCHANGING = ("dira budget", "dislora", "dislora smoothed", "pedyra", "increlora", "triadaptlora")
 
 
 @pytest.mark.parametrize("results", ["join"], indirect=True)

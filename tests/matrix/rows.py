@@ -109,6 +109,8 @@ ROWS = (
     Row("dira", dynalora.DiraConfig, static=True),
     Row("dira-variational", dynalora.DiraConfig, static=True, options={"penalty": "variational"}),
     Row("dira-rslora", dynalora.DiraConfig, static=True, options={"use_rslora": True}),
+    # After three steps half of the parameters are left.
+    Row("dira-target", dynalora.DiraConfig, static=True, options={"target_rank": 0.5, "total_steps": 5}),
     Row("disel", dynalora.DiselConfig, static=False),
     Row("disel-normalize", dynalora.DiselConfig, static=False, options={"gate_normalize": True}),
     Row("disel-bottleneck", dynalora.DiselConfig, static=False, options={"gate_bottleneck": 2}),

@@ -654,7 +654,7 @@ def test_reading_a_state_leaves_the_configuration_as_it_is(row: Row, tmp_path: P
     config.save_pretrained(tmp_path / "alone")
     written = [peft.PeftConfig.from_pretrained(tmp_path / folder).rank_pattern for folder in ("whole", "alone")]
     ranks = {name: rank for name, rank in model.base_model.rank_pattern.items() if rank != config.r}
-    moves = row.config is dynalora.PedyraConfig or issubclass(row.config, GrowthConfig)
+    moves = row.config is dynalora.PedyraConfig or issubclass(row.config, GrowthConfig) or "target_rank" in row.options
     assert written == [{f"^{name}".replace(".", r"\."): rank for name, rank in ranks.items()}] * 2
     assert bool(ranks) == moves
     assert copy.deepcopy(config).to_dict() == before

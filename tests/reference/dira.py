@@ -88,3 +88,50 @@ def landscape(A: Tensor, B: Tensor, s: float, tau: float) -> dict[str, float]:
         "nuclear_norm": nuclear,
         "entropy_rank": math.exp(-sum(p * math.log(p) for p in shares)) if shares else 0.0,
     }
+
+
+# The proximal step and the budget, one component after the other.
+
+
+def proximal(A: Tensor, B: Tensor, threshold: float, floor: float = 0.0) -> tuple[Tensor, Tensor]:
+    """A and B with every ‖B_:,i‖‖A_i,:‖ lowered by ``threshold``, to ``floor`` times itself at least."""
+    A, B = A.detach().double().clone(), B.detach().double().clone()
+    for i in range(A.shape[0]):
+        size = float(_norm(A[i]) * _norm(B[:, i]))
+        if size == 0:
+            continue
+        new = max(size - threshold, floor * size, 0.0)
+        if new == 0:
+            A[i], B[:, i] = 0.0, 0.0
+        else:
+            A[i], B[:, i] = A[i] * math.sqrt(new / size), B[:, i] * math.sqrt(new / size)
+    return A, B
+
+
+def survivors(sizes: list[list[float]], prices: list[float], limit: float) -> list[set[int]]:
+    """By matrix, the components that a limit leaves: its largest, then greedily the largest size per price of all."""
+    best = [max(range(len(row)), key=lambda i: (row[i], -i)) for row in sizes]
+    kept = [{i} for i in best]
+    spent = sum(prices)
+    rest = [(sizes[m][i] / prices[m], -m, -i) for m in range(len(sizes)) for i in range(len(sizes[m])) if i != best[m]]
+    for _, m, i in sorted(rest, reverse=True):
+        if spent + prices[-m] <= limit * (1 + 1e-12):
+            kept[-m].add(-i)
+            spent += prices[-m]
+    return kept
+
+
+def allowed(done: int, start: int, end: int, full: float, target: float) -> float:
+    """The budget's line after ``done`` steps."""
+    if done >= end:
+        return target
+    if done <= start:
+        return full
+    return full - (full - target) * (done - start) / (end - start)
+
+
+def dual(weight: float, first: float, cost: float, line: float, whole: float, steps: int) -> float:
+    """λ after one update; ``whole`` is all the cost that is to go, over ``steps`` steps."""
+    gain = min(0.5, max(0.02, 10.0 / steps))
+    error = min(1.0, max(-1.0, (cost - line) / (0.05 * whole) - 1.0))
+    return min(1000.0 * first, max(first / 1000.0, weight * math.exp(gain * error)))

@@ -250,7 +250,7 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
         binding.driver.optimizer_steps += 1
         if skipped or not binding.first:
             continue
-        moment = binding.moment()
+        moment = binding.moment(optimizer=optimizer)
         with torch.no_grad():
             binding.driver.method.after_step(moment)
         binding.driver.advance(moment.lead)

@@ -51,6 +51,7 @@ class Moment(Generic[Shared]):
             whose gradients nothing was done to yet.
         found_inf: Set by a gradient scaler for optimizers that unscale in their kernel: whether the step will be
             skipped, because a gradient is not finite.
+        optimizer: The optimizer that has just stepped; None before the step.
     """
 
     driver: Driver
@@ -64,6 +65,7 @@ class Moment(Generic[Shared]):
     task_loss: torch.Tensor | None = None
     others: Sequence[torch.Tensor] = ()
     found_inf: torch.Tensor | None = None
+    optimizer: torch.optim.Optimizer | None = None
 
     @property
     def adapter(self) -> str:
@@ -89,6 +91,17 @@ class Moment(Generic[Shared]):
     def skipped(self) -> bool:
         """Whether the step will be skipped, so that nothing may be learnt from its gradients."""
         return self.found_inf is not None and bool(self.found_inf.item())
+
+    def rate(self, parameter: torch.Tensor) -> float | None:
+        """The learning rate in the parameter's group, without multiples of its own, after a step.
+
+        None where the optimizer does not have the parameter, or chooses its rates itself.
+        """
+        for group in () if self.optimizer is None else self.optimizer.param_groups:
+            if any(other is parameter for other in group["params"]):
+                rate = group.get("lr")
+                return None if rate is None else float(rate)
+        return None
 
     def awaits(self, parameter: torch.Tensor) -> bool:
         """Whether a parameter's gradient is to be added to now."""

@@ -1,87 +1,38 @@
-"""DiRA: a nuclear-norm penalty decides how much rank each layer gets.
-
-    L = L_task + λ(t) Σ_l Σ_i ‖up_:,i‖₂ ‖down_i,:‖₂                                 (eq. 5, `penalty="product"`)
-    L = L_task + λ(t)/2 Σ_l (‖up‖_F² + ‖down‖_F²)                              (App. B.2, `penalty="variational"`)
-
-The sum is over the rank-1 components i of every adapted layer l, without the factor s. λ decays from
-`penalty_weight` over the run. The penalty's gradient has a closed form in the factors,
-
-    ∂/∂down_i = λ (‖up_i‖ / ‖down_i‖) down_i,     ∂/∂up_i = λ (‖down_i‖ / ‖up_i‖) up_i,
-
-(λ·down and λ·up for the variational form), and is added right before the optimizer's step: the logged loss is the
-task loss, and gradient accumulation or data parallelism cannot count the penalty twice.
-
-DiRA: Nuclear Norm Dynamic Rank Adaptation for Large Language Models (anonymous, under review or
-withdrawn).
-"""
+"""What DiRA does around optimizer steps."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any
 
 import torch
 
-from dynalora.adapter.compaction import THRESHOLD, compact_layers, require_free_shapes
-from dynalora.adapter.gates import GatedConfig, GatedLayer
+from dynalora.adapter.compaction import compact_layers, require_free_shapes
+from dynalora.adapter.gates import GatedLayer
 from dynalora.adapter.layer import AdapterLayer
-from dynalora.adapter.method import Method
+from dynalora.adapter.method import Method, Panel
 from dynalora.adapter.register import register
+from dynalora.adapter.storage import Role
+from dynalora.common.processes import process_count
 from dynalora.driver import Moment, OptimizerOverride
-from dynalora.driver.schedule import SCHEDULES, Schedule, scheduled
-
-Penalty = Literal["product", "variational"]
-
-
-@dataclass
-class DiraConfig(GatedConfig):
-    """Configuration of DiRA. The shared settings are those of `dynalora.adapter.config.AdapterConfig`, and with
-    `gates=True` those of `dynalora.adapter.gates.GatedConfig`; the penalty is on the factors, gates left out.
-
-    `alpha` defaults to `r`, so that ΔW = up·down as the paper writes it.
-
-    Args:
-        penalty: `"product"` (eq. 5) or `"variational"` (App. B.2).
-        penalty_weight: λ at the first step. 0 makes DiRA a plain LoRA.
-        penalty_schedule: How λ decays to 0 over the run: `"linear"` (the paper's), `"cosine"` or `"constant"`.
-        compact_every: Remove dead components after every so many optimizer steps, so that later steps are faster; None
-            leaves them where they are (see `dynalora.compact`). On one process only.
-        compact_threshold: What is removed then: components of at most this share of the adapter's largest singular
-            value, in [0, 1).
-    """
-
-    penalty: Penalty = field(default="product", metadata={"help": "Form of the penalty: product or variational."})
-    penalty_weight: float = field(default=1e-4, metadata={"help": "Weight of the penalty at the first step."})
-    penalty_schedule: Schedule = field(default="linear", metadata={"help": "linear, cosine or constant."})
-
-    compact_every: int | None = field(
-        default=None, metadata={"help": "Remove dead components after every so many steps."}
-    )
-    compact_threshold: float = field(
-        default=THRESHOLD, metadata={"help": "Components of at most this share of the largest singular value are dead."}
-    )
-
-    method: ClassVar[str] = "dira"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.penalty in get_args(Penalty), "penalty", f"one of {', '.join(map(repr, get_args(Penalty)))}")
-        number = isinstance(self.penalty_weight, (int, float)) and 0 <= self.penalty_weight < float("inf")
-        self._require(number, "penalty_weight", "a number of at least 0")
-        self._require(
-            self.penalty_schedule in SCHEDULES, "penalty_schedule", f"one of {', '.join(map(repr, SCHEDULES))}"
-        )
-        every = self.compact_every
-        counted = every is None or (isinstance(every, int) and not isinstance(every, bool) and every > 0)
-        self._require(counted, "compact_every", "a positive number of steps, or None")
-        share = isinstance(self.compact_threshold, (int, float)) and 0 <= self.compact_threshold < 1
-        self._require(share, "compact_threshold", "in [0, 1)")
+from dynalora.driver.schedule import scheduled
+from dynalora.errors import UnsupportedError
+from dynalora.methods.dira.budget import DUAL, budget, budgeted_step, weight_now
+from dynalora.methods.dira.components import Components, component_norms, remove
+from dynalora.methods.dira.proximal import proximal_step
+from dynalora.methods.dira.settings import DiraConfig
 
 
 class DiraLayer(GatedLayer):
-    """LoRA's layer: the diagonal is all ones, or gates; what DiRA adds happens in the gradient."""
+    """LoRA's layer: the diagonal is all ones, or gates; what DiRA adds happens around optimizer steps."""
 
     method_name = "dira"
+    roles = (*GatedLayer.roles, Role(DUAL, trains=False, saved="present"))  # kept by the first layer
+
+    def reserve(self, config: DiraConfig, r: int) -> int:
+        """Room for the rank at the start, where components go while shapes must stay as they are."""
+        return r if config.target_rank is not None and not config.inference_mode and process_count() > 1 else 0
 
 
 @dataclass
@@ -104,6 +55,12 @@ class Dira(Method):
     config_class = DiraConfig
     layer_class = DiraLayer
     shared_class = StepNorms
+    panels = (Panel("weight of the penalty", ("dira_penalty_weight",)), Panel("mean rank", ("dira_mean_rank",)))
+
+    def prepare(self, layers: Mapping[str, AdapterLayer], adapter: str, config: DiraConfig) -> None:
+        """Refuse a budget that these layers cannot have."""
+        if config.target_rank is not None:
+            budget(list(layers.values()), adapter, config)
 
     def optimizer_overrides(
         self, config: DiraConfig, layer: AdapterLayer, adapter: str
@@ -112,54 +69,91 @@ class Dira(Method):
         return config.gate_overrides()
 
     def needs_total_steps(self, config: DiraConfig) -> bool:
-        """A decaying weight needs the length of the run."""
-        return config.penalty_weight > 0 and config.penalty_schedule != "constant"
+        """A decaying weight and a budget need the length of the run."""
+        decays = config.penalty_weight > 0 and config.penalty_schedule != "constant"
+        return decays or config.target_rank is not None
 
     def needs_driving(self, config: DiraConfig) -> bool:
         """Without the penalty and compaction DiRA is a plain LoRA."""
         return config.penalty_weight > 0 or config.compact_every is not None
 
+    def needs_whole_steps(self, config: DiraConfig) -> bool:
+        """What acts after the step compares the components of all layers."""
+        return config.proximal or config.target_rank is not None
+
+    def exchanges(self, config: DiraConfig) -> bool:
+        """With a budget the same components die in all processes, at the same step."""
+        return config.target_rank is not None
+
     def penalty_weight(self, moment: Moment) -> float:
         """λ at this step."""
         config: DiraConfig = moment.config
+        if config.target_rank is not None:
+            return weight_now(moment)
         if not config.penalty_weight:
             return 0.0
         return scheduled(config.penalty_weight, config.penalty_schedule, moment.step, moment.total_steps)
 
     def before_step(self, moment: Moment) -> None:
         """Add the penalty's gradient."""
-        if moment.config.compact_every:
+        config: DiraConfig = moment.config
+        if self.needs_whole_steps(config):
+            _require_whole_factors(moment)
+        if config.compact_every and config.target_rank is None:
             require_free_shapes(moment.all_layers, moment.adapter)
-        weight = self.penalty_weight(moment)
+        weight = 0.0 if config.proximal else self.penalty_weight(moment)
         if not weight:
             return
         for layers in _by_shape(moment):
-            if moment.config.penalty == "product":
+            if config.penalty == "product":
                 _add_product_gradient(moment, layers, weight)
             else:
                 _add_variational_gradient(moment, layers, weight)
 
     def after_step(self, moment: Moment) -> None:
-        """Remove dead components if it is time; the others stay exactly what they are."""
-        every, threshold = moment.config.compact_every, moment.config.compact_threshold
-        if every and (moment.step + 1) % every == 0:
+        """Shrink and let die what the penalty or the budget asks for, and remove the dead if it is time."""
+        config: DiraConfig = moment.config
+        if config.target_rank is not None:
+            budgeted_step(moment)
+        elif config.proximal and (weight := self.penalty_weight(moment)):
+            proximal_step(moment, weight)
+        every = config.compact_every
+        if not every or (moment.step + 1) % every:
+            return
+        if config.target_rank is None:
             moment.driver.require_finite(moment.all_layers)
-            compact_layers(moment.driver, moment.all_layers, threshold, rewrite=False)
+            compact_layers(moment.driver, moment.all_layers, config.compact_threshold, rewrite=False)
+        else:
+            components = Components.of(moment)
+            remove(components, ~components.alive, moment, cut=True)
 
     def metrics(self, moment: Moment) -> dict[str, float]:
-        """λ, for the trainer's log."""
+        """λ and the mean rank, for the trainer's log."""
+        ranks = [layer.rank(moment.adapter) for layer in moment.layers]
+        mean = {"dira_mean_rank": sum(ranks) / len(ranks)}
         try:
-            return {"dira_penalty_weight": self.penalty_weight(moment)}
+            return {"dira_penalty_weight": self.penalty_weight(moment), **mean}
         except ValueError:  # length of the run unknown; the next step says so
-            return {}
+            return mean
 
     def report(self, moment: Moment) -> dict[str, Any]:
-        """λ and the penalty itself, Σ ‖up_i‖‖down_i‖ over all layers."""
+        """λ, the penalty itself, Σ ‖up_i‖‖down_i‖ over all layers, and what a budget is to leave."""
         penalty = 0.0
         for layer in moment.layers:
             up, down = layer.parameter("up", moment.adapter), layer.parameter("down", moment.adapter)
             penalty += float((up.double().norm(dim=0) * down.double().norm(dim=1)).sum())
-        return {**self.metrics(moment), "nuclear_norm_bound": penalty}
+        target = moment.config.target_rank
+        aim = {} if target is None else {"target_rank": target}
+        return {**self.metrics(moment), "nuclear_norm_bound": penalty, **aim}
+
+
+def _require_whole_factors(moment: Moment) -> None:
+    """Refuse factors that are spread over processes, of which single components cannot be taken."""
+    if any(hasattr(layer.parameter("down", moment.adapter), "full_tensor") for layer in moment.all_layers):
+        raise UnsupportedError(
+            f"DiraConfig (adapter {moment.adapter!r}): target_rank and penalty_mode='proximal' do not train under "
+            "FSDP2, which keeps factors in shards; train under DistributedDataParallel, or leave them out."
+        )
 
 
 def _by_shape(moment: Moment) -> list[list[AdapterLayer]]:
@@ -184,20 +178,13 @@ def _add_product_gradient(moment: Moment[StepNorms], layers: list[AdapterLayer],
     if all(layer in known for layer in layers):
         down_norm, up_norm = (torch.stack(norms) for norms in zip(*(known[layer] for layer in layers), strict=True))
     else:
-        down_norm, up_norm = _norms(down, dim=2), _norms(up, dim=1)  # (L, r)
+        down_norm, up_norm = component_norms(down, dim=2), component_norms(up, dim=1)  # (L, r)
         if not all(moment.awaits(parameter) for pair in factors for parameter in pair):
             # Another optimizer has the other factors, and will see these ones changed.
             known.update(zip(layers, zip(down_norm, up_norm, strict=True), strict=True))
     rate = weight * moment.grad_scale
     _add(moment, [pair[0] for pair in factors], _rescale(down, down_norm[:, :, None], rate * up_norm[:, :, None]))
     _add(moment, [pair[1] for pair in factors], _rescale(up, up_norm[:, None, :], rate * down_norm[:, None, :]))
-
-
-def _norms(factors: torch.Tensor, dim: int) -> torch.Tensor:
-    # Squares of tiny entries vanish in float32; the penalty makes entries tiny.
-    dtype = torch.float64 if factors.device.type != "mps" else None
-    norms: torch.Tensor = torch.linalg.vector_norm(factors, dim=dim, dtype=dtype)
-    return norms
 
 
 def _rescale(factors: torch.Tensor, norm: torch.Tensor, new_norm: torch.Tensor) -> torch.Tensor:
