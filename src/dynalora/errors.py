@@ -33,11 +33,13 @@ class ScheduleError(DynaloraError, RuntimeError):
 
 
 class TrainingError(DynaloraError, RuntimeError):
-    """Training cannot go on, because the loss is no longer a number."""
+    """Training cannot go on, because the loss or the gradients are no longer numbers.
 
+    Attributes:
+        of_gradients: Whether gradients were found to be NaN or infinite, before anything is known of the loss.
+    """
 
-class NotFiniteError(TrainingError):
-    """Gradients are NaN or infinite: training has diverged, or its data or precision will not do."""
+    of_gradients: bool = False
 
 
 class UnsupportedError(DynaloraError, TypeError):

@@ -18,7 +18,7 @@ from dynalora.common.private import in_backward, version
 from dynalora.common.processes import grouped
 from dynalora.driver.finite import first_bad, some_bad
 from dynalora.driver.moment import DrivenLayer, DrivenMethod, DrivenPart, Moment
-from dynalora.errors import NotFiniteError, ScheduleError, TrainingError, UnsupportedError
+from dynalora.errors import ScheduleError, TrainingError, UnsupportedError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -242,7 +242,7 @@ class Driver:
             layers: The adapter's layers.
 
         Raises:
-            NotFiniteError: They were not; names the step and the first layer.
+            TrainingError: They were not; names the step and the first layer.
         """
         if self._unread is None:
             return
@@ -253,11 +253,13 @@ class Driver:
 
     def _raise_not_finite(self, found: tuple[str, str] | None, step: int) -> None:
         where = "on another process" if found is None else f"in {found[0]!r} ({found[1]})"
-        raise NotFiniteError(
+        error = TrainingError(
             f"training of adapter {self.adapter!r} met NaN or infinite gradients at optimizer step {step}, first "
             f"{where}; go on from the last checkpoint with a lower learning rate, with float32 or bfloat16 in place of "
             "float16, or without the data of that step."
         )
+        error.of_gradients = True
+        raise error
 
     def saw_loss(self, loss: torch.Tensor, anew: bool) -> None:
         """Note a loss whose gradients were added to the adapter's.

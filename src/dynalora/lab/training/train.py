@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.common.private import take_off_trainers_autocast
-from dynalora.errors import ConfigError, DataError, NotFiniteError
+from dynalora.errors import ConfigError, DataError, TrainingError
 from dynalora.evaluation.generation import padding_id
 from dynalora.evaluation.scoring import answer_loss
 from dynalora.evaluation.seq2seq import Seq2SeqCollator, is_encoder_decoder
@@ -190,10 +190,10 @@ def train_adapter(
         began = time.perf_counter()
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-        except NotFiniteError as error:
+        except TrainingError as error:
             # The adapter's driver stops at gradients that are no numbers, before the loss that they are of is logged.
             loss = float(trainer.last_loss)
-            if math.isfinite(loss):
+            if not error.of_gradients or math.isfinite(loss):
                 raise
             raise recorder.diverged(loss, trainer.state.global_step + 1, settings.learning_rate) from error
         except NothingLeft:
