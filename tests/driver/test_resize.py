@@ -17,6 +17,7 @@ from torch import Tensor
 
 import dynalora
 from dynalora.adapter.layer import AdapterLayer
+from dynalora.methods.dira import DiraLayer
 from tests.driver.loops import trainable
 from tests.toys import TOYS
 
@@ -58,7 +59,7 @@ def new_components(layer: AdapterLayer, count: int = 2) -> dict[str, Tensor]:
 def test_survivors_keep_everything_and_newcomers_start_clean(
     name: str, reserve: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(AdapterLayer, "reserve", lambda self, config, r: reserve)
+    monkeypatch.setattr(DiraLayer, "reserve", lambda self, config, r: reserve)
     model, layer = adapted(init_weights=False)
     optimizer = OPTIMIZERS[name](trainable(model))
     for seed in range(3):
@@ -99,7 +100,7 @@ def test_survivors_keep_everything_and_newcomers_start_clean(
 def test_reserved_room_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     after = {}
     for reserve in (0, 9):
-        monkeypatch.setattr(AdapterLayer, "reserve", lambda self, config, r, n=reserve: n)
+        monkeypatch.setattr(DiraLayer, "reserve", lambda self, config, r, n=reserve: n)
         model, layer = adapted(init_weights=False)
         optimizer = OPTIMIZERS["adamw"](trainable(model))
         for seed in range(4):
@@ -193,7 +194,7 @@ def test_saved_adapter_has_its_ranks_and_its_scaling(tmp_path: Path) -> None:
     for reserve in (0, 9):
         folder = tmp_path / str(reserve)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(AdapterLayer, "reserve", lambda self, config, r, n=reserve: n)
+            patch.setattr(DiraLayer, "reserve", lambda self, config, r, n=reserve: n)
             model, layer = adapted(init_weights=False, alpha_pattern={"first": 7})
             layer.resize("default", [2])
             model.save_pretrained(folder)
@@ -215,11 +216,11 @@ def test_saved_adapter_has_its_ranks_and_its_scaling(tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", ["state_dict", "load_adapter", "set_state"])
 def test_loading_takes_on_the_ranks(way: str, written_with: int, reserve: int, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AdapterLayer, "reserve", lambda self, config, r: written_with)
+        patch.setattr(DiraLayer, "reserve", lambda self, config, r: written_with)
         model, layer = adapted(init_weights=False)
         layer.resize("default", [2, 1], new_components(layer, 5))
         expected = TOY.logits(model)
-        patch.setattr(AdapterLayer, "reserve", lambda self, config, r: reserve)
+        patch.setattr(DiraLayer, "reserve", lambda self, config, r: reserve)
         other, into = adapted(init_weights=False)
         parameters = list(other.parameters())
         if way == "state_dict":
@@ -260,7 +261,7 @@ def test_export_and_merge_after_a_change(tmp_path: Path) -> None:
 
 
 def test_impossible_sizes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(AdapterLayer, "reserve", lambda self, config, r: 5)
+    monkeypatch.setattr(DiraLayer, "reserve", lambda self, config, r: 5)
     model, layer = adapted()
     with pytest.raises(ValueError, match="at least one"):
         layer.resize("default", [])

@@ -28,6 +28,8 @@ def randomise(model: nn.Module) -> None:
                 between = tensor.ndim == 1 or len(layer.rank_axes.get(role, ())) > 1  # diagonals, cores
                 if role in layer.buffer_roles or between:
                     noise = torch.randn(tensor.shape, generator=generator)
+                    for dim in layer.rank_axes.get(role, ()):  # room that is not in use stays zero
+                        tensor, noise = (part.narrow(dim, 0, layer.rank(adapter)) for part in (tensor, noise))
                     tensor.add_((0.3 if between else 0.1) * noise.to(tensor))
 
 

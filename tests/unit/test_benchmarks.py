@@ -74,7 +74,7 @@ def test_names_are_found_however_they_are_spelled() -> None:
     assert benchmark("ARC-Easy").name == "arc_easy"
     assert benchmark("SQuAD v2").name == "squad_v2"
     assert task_list(["glue", "cola", "lm_eval:sciq"]) == [*GROUPS["glue"], "lm_eval:sciq"]
-    with pytest.raises(ConfigError, match="no task 'gsm9k'; choose one of boolq"):
+    with pytest.raises(ConfigError, match="no task 'gsm9k'; did you mean 'gsm8k'"):
         task_list(["gsm9k"])
     with pytest.raises(ConfigError, match="No task is named"):
         task_list([])

@@ -167,7 +167,7 @@ def test_a_classifier(data: Path, tmp_path: Path, program: Program) -> None:
         (["--task", "gsm8k", "--split", "train"], "has no split 'train'"),
         (["--task", "gsm8k", "--metric", "bleu"], "has no metric 'bleu'"),
         (["--task", "gsm8k", "--template", "alpacca"], "template is 'alpacca'"),
-        (["--task", "gsm8k", "--batch-size", "0"], "batch_size is 0"),
+        (["--task", "gsm8k", "--batch-size", "0"], "--batch-size is 0"),
         (["--task", "gsm8k", "--dtype", "int3"], "dtype is 'int3'"),
         (["--task", "gsm8k", "--task", "wikitext2_masked"], "need different kinds of models"),
         ([], "task"),

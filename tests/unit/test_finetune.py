@@ -258,8 +258,9 @@ def test_training_learns_and_gives_the_base_model_back(method: str) -> None:
     tokenizer, rows = tokenized()
     model = tiny.model(len(tokenizer))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    # AdaLoRA starts from three factors that are all small or zero, and takes longer; LoRA+ has a rate 16 times as high.
-    rate = {"adalora": 1e-1, "lora+": 5e-3, "p-tuning": 1e-2}.get(method, 2e-2)
+    # AdaLoRA and IncreLoRA start from three factors that are all small or zero, and take longer; LoRA+ has a rate 16
+    # times as high.
+    rate = {"adalora": 1e-1, "lora+": 5e-3, "p-tuning": 1e-2, "increlora": 1e-1}.get(method, 2e-2)
     settings = TrainSettings(steps=10, batch_size=4, learning_rate=rate, log_every=1, eval_every=5)
     result = train_adapter(model, tokenizer, adapter_config(method, r=2), rows, rows, settings=settings)
     assert result.steps == 10
@@ -612,14 +613,14 @@ def test_nothing_is_loaded_or_made_before_everything_is_checked(
     folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
-    broken = tiny.write_jsonl(tmp_path / "broken.jsonl", [{"text": "a"}])
+    broken = tiny.write_jsonl(tmp_path / "broken.jsonl", [{"txt": "a"}])
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.tex").write_text("")
     for changed, error, message in (
         ({"method": "qlora"}, ConfigError, "Unknown method 'qlora'"),
         ({"target_modules": ["query"]}, ConfigError, "target_modules 'query' matches nothing"),
         ({"model": str(tmp_path / "nowhere")}, ConfigError, "cannot be used"),
-        ({"data": str(broken)}, DataError, "its fields are 'text'"),
+        ({"data": str(broken)}, DataError, "its fields are 'txt'"),
         ({"output": str(tmp_path / "used")}, RunFolderError, "found thesis.tex"),
     ):
         given = {"model": str(folder), "data": str(rows), "output": str(tmp_path / "run"), **changed}

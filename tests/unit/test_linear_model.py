@@ -303,11 +303,11 @@ def test_from_the_command_line(tmp_path: Path, program: Program) -> None:
 
 def test_wrong_settings_are_told_before_anything_is_trained(tmp_path: Path, program: Program) -> None:
     for flags, words in (
-        (["--task-rank", "17"], "task_rank is 17; give at most 16"),
-        (["--separation", "0"], "separation is 0"),
-        (["--steps", "0"], "steps is 0"),
-        (["--lr", "-1"], "learning_rate is -1"),
-        (["--samples", "10"], "samples is 10"),
+        (["--task-rank", "17"], "--task-rank is 17; give at most 16"),
+        (["--separation", "0"], "--separation is 0"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--lr", "-1"], "--lr is -1"),
+        (["--samples", "10"], "--samples is 10"),
     ):
         shown = program("linear-model", "-o", str(tmp_path / "run"), *flags)
         assert (shown.code, words in shown.err) == (2, True), shown.err

@@ -13,6 +13,7 @@ import accelerate
 import peft
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers import TrainerCallback
@@ -390,12 +391,14 @@ def test_a_trainers_autocast_can_be_taken_off() -> None:
             return result
 
     model, x = Model(), torch.ones(1, 4)
+    AcceleratorState._reset_state(True)  # another test's trainer may have chosen another precision for the process
     accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
     model(x)
     with private.outside_trainers_autocast(model):
         model(x)
     model(x)
     private.take_off_trainers_autocast(model)
+    AcceleratorState._reset_state(True)
     assert not model(x).requires_grad
     assert model.computed == [torch.bfloat16, torch.float32, torch.bfloat16, torch.float32], (
         "Accelerate puts a model under autocast in another way, so KL would be measured with bfloat16's rounding."

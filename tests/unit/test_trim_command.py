@@ -90,13 +90,13 @@ def test_what_cannot_be_done_is_said_and_nothing_is_overwritten(run: Path, tmp_p
     (tmp_path / "full" / "mine.txt").write_text("mine")
     shown = program("trim", str(run), str(tmp_path / "full"), "--max-kl", "0.1")
     assert shown.code == 2
-    assert "choose another output folder" in shown.err.replace("\n", " ")
+    assert "is not an empty folder; give another place" in shown.err.replace("\n", " ")
     assert [file.name for file in (tmp_path / "full").iterdir()] == ["mine.txt"]
     for flags, why in (
-        (["--max-kl", "0"], "max_kl"),
+        (["--max-kl", "0"], "--max-kl"),
         (["--max-kl", "0.1", "--factors", "1,0"], "factors"),
         ([], "max_kl"),
-        (["--max-kl", "0.1", "--factor", "0.5"], "one of max_kl"),
+        (["--max-kl", "0.1", "--factor", "0.5"], "one of --max-kl"),
         (["--factor", "2"], "factor"),
         (["--max-kl", "0.1", "--text", "own text=x"], "uses a name twice"),
     ):

@@ -43,7 +43,8 @@ def did_you_mean(name: str, names: Iterable[str], *, brief: bool = False) -> str
         brief: Name the closest ones alone, where there are any: for names that would fill the screen.
     """
     known = sorted(names)
-    near = difflib.get_close_matches(name.lower(), known, n=3 if brief else 1)
+    lowered = {entry.lower(): entry for entry in known}
+    near = [lowered[entry] for entry in difflib.get_close_matches(name.lower(), lowered, n=3 if brief else 1)]
     listed = f"nown are {', '.join(known)}"
     if not near:
         return f"k{listed}"

@@ -92,13 +92,12 @@ def read_domain(spec: DomainSpec) -> Domain:
 def _text_field(names: Sequence[str], fields: Fields) -> str | None:
     """The field with plain text, if the rows are no conversations."""
     try:
-        find_fields(names, fields)
+        return find_fields(names, fields).text
     except DataError:
         text_field = files.text_field_of(names)
         if text_field is None or fields.named:
             raise
         return text_field
-    return None
 
 
 @dataclass(frozen=True)
