@@ -16,53 +16,30 @@ import dynalora
 from tests.toys import TOYS, llama, tokens
 
 TOY = TOYS["llama"]
+COMMON = {"r": 3, "alpha": 6, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 
 
 def dira(**options: Any) -> dynalora.DiraConfig:
     """A penalty strong enough that a wrong schedule shows at once."""
-    defaults = {
-        "r": 3,
-        "alpha": 6,
-        "target_modules": ["q_proj", "down_proj"],
-        "task_type": "CAUSAL_LM",
-        "penalty_weight": 0.5,
-        "init_weights": False,
-    }
+    defaults = {**COMMON, "penalty_weight": 0.5, "init_weights": False}
     return dynalora.DiraConfig(**{**defaults, **options})
 
 
 def disel(**options: Any) -> dynalora.DiselConfig:
-    defaults = {
-        "r": 3,
-        "alpha": 6,
-        "target_modules": ["q_proj", "down_proj"],
-        "task_type": "CAUSAL_LM",
-        "gate_bias_init": 0.0,
-        "init_weights": False,
-    }
+    defaults = {**COMMON, "gate_bias_init": 0.0, "init_weights": False}
     return dynalora.DiselConfig(**{**defaults, **options})
 
 
 def dislora(**options: Any) -> dynalora.DisloraConfig:
     """Directions that are chosen early, at a rank at which orthogonality is lost soon."""
-    defaults = {
-        "r": 3,
-        "alpha": 6,
-        "target_modules": ["q_proj", "down_proj"],
-        "task_type": "CAUSAL_LM",
-        "warmup_steps": 2,
-        "tsd_count": 2,
-    }
+    defaults = {**COMMON, "warmup_steps": 2, "tsd_count": 2}
     return dynalora.DisloraConfig(**{**defaults, **options})
 
 
 def pedyra(**options: Any) -> dynalora.PedyraConfig:
     """Ranks that move at every other step, in runs as short as the tests' are."""
     defaults = {
-        "r": 3,
-        "alpha": 6,
-        "target_modules": ["q_proj", "down_proj"],
-        "task_type": "CAUSAL_LM",
+        **COMMON,
         "adjust_start": 1,
         "adjust_interval": 2,
         "adjust_end": 5,
@@ -73,13 +50,7 @@ def pedyra(**options: Any) -> dynalora.PedyraConfig:
 
 
 def dylora(**options: Any) -> dynalora.DyloraConfig:
-    defaults = {
-        "r": 3,
-        "alpha": 6,
-        "target_modules": ["q_proj", "down_proj"],
-        "task_type": "CAUSAL_LM",
-        "init_weights": False,
-    }
+    defaults = {**COMMON, "init_weights": False}
     return dynalora.DyloraConfig(**{**defaults, **options})
 
 
@@ -88,10 +59,9 @@ def _grows(kind: type) -> Callable[..., Any]:
 
     def make(**options: Any) -> Any:
         defaults = {
+            **COMMON,
             "r": 2,
             "alpha": 4,
-            "target_modules": ["q_proj", "down_proj"],
-            "task_type": "CAUSAL_LM",
             "target_rank": 4,
             "grow_start": 2,
             "grow_interval": 2,

@@ -6,11 +6,6 @@ All methods run in one pair of processes per way of training, as most of the tim
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +18,7 @@ from dynalora.adapter.ranks import in_use
 from dynalora.errors import UnsupportedError
 from tests.driver.loops import adapted, assert_close_weights, trainable
 from tests.methods.test_pedyra_processes import fully_sharded, gathered
+from tests.processes import run_two
 from tests.toys import tokens
 
 STEPS = 8
@@ -151,24 +147,8 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     way: str = request.param
     if way == "sharded" and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip(f"fully_shard of PyTorch {torch.__version__} does not run on processors")
-    folder, root = tmp_path_factory.mktemp("two"), Path(__file__).parents[2]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    paths = os.pathsep.join([str(root / "src"), str(root)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(folder), way, str(port)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=500)
-        assert worker.returncode == 0, errors[-3000:]
+    folder = tmp_path_factory.mktemp("two")
+    run_two(WORKER, str(folder), way, timeout=500)
     return way, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

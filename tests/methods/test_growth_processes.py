@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,7 @@ from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.ranks import in_use
 from tests.driver.loops import adapted, assert_close_weights
 from tests.methods.test_pedyra_processes import fully_sharded, gathered, optimizer_of, train
+from tests.processes import run_two
 
 STEPS = 9
 
@@ -93,24 +90,7 @@ def work(rank: int, folder: str, method: str, kind: str) -> None:
 def test_two_processes_train_as_one(method: str, kind: str, tmp_path: Path) -> None:
     if kind == "sharded" and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip(f"fully_shard of PyTorch {torch.__version__} does not run on processors")
-    root = Path(__file__).parents[2]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    paths = os.pathsep.join([str(root / "src"), str(root)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path), method, kind, str(port)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=300)
-        assert worker.returncode == 0, errors[-3000:]
+    run_two(WORKER, str(tmp_path), method, kind)
     (weights, found), (others, also) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert found == also
     assert weights

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.ranks import in_use
 from dynalora.methods.pedyra import AdjustmentPlan, adjustments
 from tests.driver.loops import adapted, assert_close_weights, trainable
+from tests.processes import run_two
 from tests.toys import tokens
 
 STEPS = 9
@@ -153,28 +150,7 @@ def work(rank: int, folder: str, kind: str) -> None:
 def test_two_processes_decide_as_one(kind: str, tmp_path: Path) -> None:
     if kind.startswith("sharded") and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip(f"fully_shard of PyTorch {torch.__version__} does not run on processors")
-    root = Path(__file__).parents[2]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)]),
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
-    }
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path), kind, str(port)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=300)
-        assert worker.returncode == 0, errors[-3000:]
+    run_two(WORKER, str(tmp_path), kind)
 
     records = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert records[0] == records[1], "ranks, scores and decisions are the same, bit for bit"

@@ -149,9 +149,9 @@ class AdapterConfig(PeftConfig):
         self._require(_is_rank(self.r), "r", _RANK)
         if self.alpha is None:
             self.alpha = self.default_alpha_per_rank * self.r
-        self._require(_is_number(self.alpha) and self.alpha > 0, "alpha", "a positive number, or left out")
+        self._require(is_number(self.alpha) and self.alpha > 0, "alpha", "a positive number, or left out")
         self._require(_is_alpha(self.alpha), "alpha", _ALPHA)
-        self._require(_is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        self._require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "in [0, 1)")
         self._check_patterns()
         for name in ("use_rslora", "inference_mode", "clip_penalty"):
             self._require(isinstance(getattr(self, name), bool), name, "True or False")
@@ -161,7 +161,7 @@ class AdapterConfig(PeftConfig):
             self._require(_is_count(self.total_steps), "total_steps", "a positive integer, or left out")
         if self.retain is not None:
             self._require(
-                _is_number(self.retain) and self.retain > 0, "retain", "a positive number, or None to leave it out"
+                is_number(self.retain) and self.retain > 0, "retain", "a positive number, or None to leave it out"
             )
         self._check_retain()
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -200,14 +200,14 @@ class AdapterConfig(PeftConfig):
                 self._require(compiles(value), name, "a regular expression")
         blocks = self.layers_to_transform
         listed = list(blocks) if isinstance(blocks, (list, tuple, range)) else [blocks]
-        whole = all(isinstance(block, int) and not isinstance(block, bool) for block in listed)
+        whole = all(map(is_whole, listed))
         self._require(blocks is None or whole, "layers_to_transform", "an index or a list of indices")
 
     def _check_retain(self) -> None:
         self._require(self.retain_mode in get_args(RetainMode), "retain_mode", "'quadratic' or 'replay'")
         if self.max_forgetting is not None:
             self._require(
-                _is_number(self.max_forgetting) and self.max_forgetting > 0,
+                is_number(self.max_forgetting) and self.max_forgetting > 0,
                 "max_forgetting",
                 "a positive number of nats per token, or None",
             )
@@ -330,7 +330,7 @@ class AdapterConfig(PeftConfig):
 
 def _is_count(value: Any) -> bool:
     # Counts of steps are kept as int64 with the adapter.
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**53
+    return is_whole(value) and 0 < value < 2**53
 
 
 def _is_rank(value: Any) -> bool:
@@ -338,10 +338,16 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_alpha(value: Any) -> bool:
-    return _is_number(value) and 0 < value <= _MOST_ALPHA
+    return is_number(value) and 0 < value <= _MOST_ALPHA
 
 
-def _is_number(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, which True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, which True and False are not."""
     return (
         isinstance(value, (int, float))
         and not isinstance(value, bool)

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from dynalora.adapter.config import AdapterConfig
+from dynalora.adapter.config import AdapterConfig, is_whole
 from dynalora.adapter.kernel import apart
 from dynalora.adapter.layer import AdapterLayer, Gates, kaiming
 from dynalora.adapter.storage import Role
@@ -60,7 +60,7 @@ class GatedConfig(AdapterConfig):
         choices = get_args(GateWeightInit)
         self._require(self.gate_weight_init in choices, "gate_weight_init", f"one of {', '.join(map(repr, choices))}")
         width = self.gate_bottleneck
-        valid_width = width is None or (isinstance(width, int) and not isinstance(width, bool) and 0 < width <= 65536)
+        valid_width = width is None or (is_whole(width) and 0 < width <= 65536)
         self._require(valid_width, "gate_bottleneck", "a positive integer up to 65536, or None")
         multiplier = isinstance(self.gate_lr_multiplier, (int, float)) and 0 < self.gate_lr_multiplier < float("inf")
         self._require(multiplier, "gate_lr_multiplier", "a positive number")

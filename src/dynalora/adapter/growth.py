@@ -7,14 +7,13 @@ exceeded. The scaling s = alpha / r stays what it is.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from dynalora.adapter.config import AdapterConfig
+from dynalora.adapter.config import AdapterConfig, is_number, is_whole
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method, Panel
 from dynalora.adapter.ranks import NewComponents
@@ -55,15 +54,14 @@ class GrowthConfig(AdapterConfig):
         super().__post_init__()
         for name in ("target_rank", "max_rank"):
             value = getattr(self, name)
-            valid = value is None or (_is_whole(value) and value >= self.r)
+            valid = value is None or (is_whole(value) and value >= self.r)
             self._require(valid, name, f"an integer of at least r={self.r}, or None")
-        self._require(_is_whole(self.grow_rank) and self.grow_rank > 0, "grow_rank", "a positive integer")
+        self._require(is_whole(self.grow_rank) and self.grow_rank > 0, "grow_rank", "a positive integer")
         for name in ("grow_start", "grow_interval"):
             value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            valid = number and (0 < value < 1 or (value >= 1 and value == int(value)))
+            valid = is_number(value) and (0 < value < 1 or (value >= 1 and value == int(value)))
             self._require(valid, name, "a whole number of steps, or a fraction of the run between 0 and 1")
-        self._require(_is_whole(self.seed), "seed", "an integer")
+        self._require(is_whole(self.seed), "seed", "an integer")
 
     @property
     def target(self) -> int:
@@ -91,10 +89,6 @@ class GrowthConfig(AdapterConfig):
             end=total_steps or 2**53,
             horizon=horizon,
         )
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class GrowingLayer(AdapterLayer):
@@ -178,7 +172,7 @@ class GrowingMethod(Method):
         if moment.shared.taken:
             return
         moment.shared.taken = True
-        layers = training_layers(moment)
+        layers = moment.training_layers
         if missing_components(moment, layers) < moment.config.grow_rank:
             return
         config, occasions = moment.config, moment.config.occasions(moment.total_steps)
@@ -198,7 +192,7 @@ class GrowingMethod(Method):
     def after_step(self, moment: Moment[Any]) -> None:
         """Let the matrices with the highest scores grow, if it is time."""
         config, adapter, step = moment.config, moment.adapter, moment.step + 1
-        layers = training_layers(moment)
+        layers = moment.training_layers
         missing = missing_components(moment, layers)
         if missing < config.grow_rank or not config.occasions(moment.total_steps).due(step):
             return
@@ -240,15 +234,6 @@ class GrowingMethod(Method):
 def growth_panels(name: str) -> tuple[Panel, ...]:
     """How a growing method's metrics are drawn."""
     return (Panel("smallest and largest rank", (f"{name}_rank_min", f"{name}_rank_max")),)
-
-
-def training_layers(moment: Moment) -> list[Any]:
-    """The adapter's layers that train, in model order."""
-    return [
-        layer
-        for layer in moment.all_layers
-        if any(p.requires_grad for p in layer.adapter_parameters(moment.adapter).values())
-    ]
 
 
 def budget(moment: Moment, layers: Sequence[Any]) -> int:

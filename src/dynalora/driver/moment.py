@@ -88,6 +88,15 @@ class Moment(Generic[Shared]):
         return next((layer for layer in self.all_layers if layer.progress(self.adapter) is not None), None)
 
     @property
+    def training_layers(self) -> list[Any]:
+        """The adapter's layers that train, in model order."""
+        return [
+            layer
+            for layer in self.all_layers
+            if any(parameter.requires_grad for parameter in layer.adapter_parameters(self.adapter).values())
+        ]
+
+    @property
     def skipped(self) -> bool:
         """Whether the step will be skipped, so that nothing may be learnt from its gradients."""
         return self.found_inf is not None and bool(self.found_inf.item())

@@ -70,6 +70,11 @@ class BasePredictions:
     log_probs: tuple[torch.Tensor | None, ...]
 
     @property
+    def complete(self) -> bool:
+        """Whether the predictions of all texts were kept, so that no base model is needed."""
+        return all(part is not None for part in self.log_probs)
+
+    @property
     def bytes(self) -> int:
         """Memory that they take."""
         return sum(part.numel() * part.element_size() for part in self.log_probs if part is not None)
@@ -115,8 +120,7 @@ def retention(
     predictions = base if isinstance(base, BasePredictions) else None
     if predictions is not None and predictions.text != text:
         raise ConfigError("The base predictions were made on another text; make them again with base_predictions().")
-    complete = predictions is not None and all(part is not None for part in predictions.log_probs)
-    _check(model, text, batch_size, chunk, writer=apart, written=complete)
+    _check(model, text, batch_size, chunk, writer=apart, written=predictions is not None and predictions.complete)
     what = f"Retention: {name}"
     totals = [torch.zeros(3, dtype=torch.float64) for _ in text.rows]  # Σ KL, Σ base loss, Σ tuned loss
     lengths = [len(row) for row in text.rows]
@@ -208,7 +212,7 @@ def predictions_within(
 
 @contextmanager
 def _measuring(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation in the data type of the weights: under a trainer's autocast rounding alone would be a KL of 0.001."""
+    """Evaluation in the data type of the weights: a trainer's autocast would add its rounding to the KL."""
     with evaluating(model), outside_trainers_autocast(model):
         yield
 

@@ -37,7 +37,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
-from dynalora.adapter.config import AdapterConfig
+from dynalora.adapter.config import AdapterConfig, is_number, is_whole
 from dynalora.adapter.directions import DIRECTION_ROLES, DirectedLayer, DirectedMethod, Directions, smallest_pairs
 from dynalora.adapter.layer import Gates
 from dynalora.adapter.method import Panel
@@ -125,10 +125,10 @@ class DisloraConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         steps = self.warmup_steps
-        self._require(steps is None or (_is_int(steps) and steps > 0), "warmup_steps", "a positive integer, or None")
+        self._require(steps is None or (is_whole(steps) and steps > 0), "warmup_steps", "a positive integer, or None")
         fraction = self.warmup_fraction
-        self._require(_is_real(fraction) and 0 < fraction < 1, "warmup_fraction", "in (0, 1)")
-        self._require(_is_int(self.tsd_count) and self.tsd_count >= 0, "tsd_count", "an integer of at least 0")
+        self._require(is_number(fraction) and 0 < fraction < 1, "warmup_fraction", "in (0, 1)")
+        self._require(is_whole(self.tsd_count) and self.tsd_count >= 0, "tsd_count", "an integer of at least 0")
         for name, choices in (("tsd_score", TsdScore), ("tsd_init", TsdInit)):
             allowed = get_args(choices)
             self._require(getattr(self, name) in allowed, name, f"one of {', '.join(map(repr, allowed))}")
@@ -139,10 +139,10 @@ class DisloraConfig(AdapterConfig):
         if isinstance(weight, str) and weight != "adaptive":  # as it comes from a command line
             with contextlib.suppress(ValueError):
                 self.ortho_weight = weight = float(weight)
-        valid = weight == "adaptive" or (_is_real(weight) and 0 <= float(weight) < math.inf)
+        valid = weight == "adaptive" or (is_number(weight) and float(weight) >= 0)
         self._require(valid, "ortho_weight", "'adaptive', or a number of at least 0")
         smoothing = self.loss_smoothing
-        self._require(_is_real(smoothing) and 0 <= smoothing < 1, "loss_smoothing", "in [0, 1)")
+        self._require(is_number(smoothing) and 0 <= smoothing < 1, "loss_smoothing", "in [0, 1)")
 
     @property
     def adaptive(self) -> bool:
@@ -474,11 +474,3 @@ def _smooth(
     count.add_(usable)
     corrected = averages / (1 - beta ** count.clamp_min(1))
     return corrected[0], corrected[1]
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from dynalora.adapter.config import AdapterConfig
+from dynalora.adapter.config import AdapterConfig, is_whole
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
 from dynalora.adapter.method import Method
 from dynalora.adapter.register import register
@@ -51,10 +51,11 @@ class DyloraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = isinstance(self.min_rank, int) and not isinstance(self.min_rank, bool)
-        self._require(whole and 1 <= self.min_rank <= self.r, "min_rank", f"an integer from 1 to r={self.r}")
+        self._require(
+            is_whole(self.min_rank) and 1 <= self.min_rank <= self.r, "min_rank", f"an integer from 1 to r={self.r}"
+        )
         self._require(self.variant in ("full", "frozen"), "variant", "'full' or 'frozen'")
-        self._require(isinstance(self.seed, int) and not isinstance(self.seed, bool), "seed", "an integer")
+        self._require(is_whole(self.seed), "seed", "an integer")
 
     def prefix(self, step: int, rank: int) -> int:
         """The number of components b that act in a step, for a matrix of some rank.

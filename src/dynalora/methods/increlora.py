@@ -28,15 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import distributed
 
-from dynalora.adapter.growth import (
-    GrowingLayer,
-    GrowingMethod,
-    GrowthConfig,
-    budget,
-    growth_panels,
-    missing_components,
-    training_layers,
-)
+from dynalora.adapter.growth import GrowingLayer, GrowingMethod, GrowthConfig, budget, growth_panels, missing_components
 from dynalora.adapter.layer import Gates, kaiming
 from dynalora.adapter.orthogonality import add_orthogonality, orthogonality
 from dynalora.adapter.ranks import in_use
@@ -182,7 +174,7 @@ class IncreloraLayer(GrowingLayer):
             for layer in (self, *self.followers()):
                 for role, value in _drawn(self, config.grow_rank, generator).items():
                     parameter = layer.parameter(f"ahead_{role}", adapter)
-                    carry_state(parameter, FACTOR_DIMS[role], (), value, config.grow_rank, config.grow_rank)
+                    carry_state(parameter, self.rank_dims[role], (), value, config.grow_rank, config.grow_rank)
 
     def _whole(self, role: str, adapter: str, dtype: torch.dtype) -> torch.Tensor:
         return in_use(self, role, adapter, self.parameter(role, adapter).detach()).to(dtype)
@@ -208,9 +200,6 @@ class IncreloraLayer(GrowingLayer):
             update.addmm_(columns, self._whole("ahead_down", adapter, dtype))
         size: torch.Tensor = update.mul_(gradient).abs_().sum() * (self.scaling[adapter] / math.sqrt(update.numel()))
         return size / loss_scale
-
-
-FACTOR_DIMS = {"down": 0, "up": 1}
 
 
 def _drawn(layer: IncreloraLayer, count: int, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
@@ -246,7 +235,7 @@ class Increlora(GrowingMethod):
     def _learn(self, moment: Moment[Any]) -> None:
         """Take this step's part in the moving averages, and say whether the next one's is wanted."""
         config, adapter, step = moment.config, moment.adapter, moment.step + 1
-        layers = training_layers(moment)
+        layers = moment.training_layers
         occasions = config.occasions(moment.total_steps, memory_of(max(config.beta1, config.beta2)))
         growing = missing_components(moment, layers) >= config.grow_rank
         for layer in layers:
@@ -278,7 +267,7 @@ class Increlora(GrowingMethod):
     def after_step(self, moment: Moment[Any]) -> None:
         """Let matrices grow if it is time, and gather gradients for the next step if a growth will remember it."""
         super().after_step(moment)
-        config, layers = moment.config, training_layers(moment)
+        config, layers = moment.config, moment.training_layers
         occasions = config.occasions(moment.total_steps, memory_of(max(config.beta1, config.beta2)))
         if missing_components(moment, layers) >= config.grow_rank and occasions.matters(moment.step + 2):
             for layer in layers:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from dynalora.adapter.config import AdapterConfig
+from dynalora.adapter.config import AdapterConfig, is_whole
 from dynalora.adapter.directions import DIRECTION_ROLES, DirectedLayer, DirectedMethod
 from dynalora.adapter.layer import AdapterLayer, Gates
 from dynalora.adapter.register import register
@@ -45,8 +45,7 @@ class LoraDashConfig(AdapterConfig):
         super().__post_init__()
         for name in ("warmup_steps", "tsd_count"):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            self._require(whole and value > 0, name, "a positive integer")
+            self._require(is_whole(value) and value > 0, name, "a positive integer")
 
     def warmup(self, total_steps: int | None) -> int:
         """Optimizer steps before the directions are chosen."""

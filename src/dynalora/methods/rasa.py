@@ -21,7 +21,7 @@ from typing import ClassVar, cast
 
 import torch
 
-from dynalora.adapter.config import AdapterConfig
+from dynalora.adapter.config import AdapterConfig, is_whole
 from dynalora.adapter.layer import AdapterLayer, Gates
 from dynalora.adapter.method import Method
 from dynalora.adapter.register import register
@@ -50,7 +50,7 @@ class RasaConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         k = self.shared_rank
-        valid = k is None or (isinstance(k, int) and not isinstance(k, bool) and k > 0)
+        valid = k is None or (is_whole(k) and k > 0)
         self._require(valid, "shared_rank", "a positive integer, or None")
 
     @property

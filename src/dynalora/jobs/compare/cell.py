@@ -167,11 +167,10 @@ class _Run:
     def _base_of(self, text: str, apart: torch.nn.Module | None) -> BasePredictions | torch.nn.Module | None:
         """What the KL on a text is measured against: the base model's predictions, if all of them could be kept."""
         predicted = self.predicted[text]
-        complete = all(part is not None for part in predicted.log_probs)
-        return predicted if complete or apart is None else apart
+        return predicted if predicted.complete or apart is None else apart
 
     def _mixed_precision(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
-        """What losses are computed in: as in training. KL never is; bfloat16's rounding alone is a KL of 0.001 nats."""
+        """What losses are computed in: as in training. KL never is: bfloat16's rounding would count."""
         return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=self.spec.bf16)
 
     def _needs_base_apart(self) -> bool:

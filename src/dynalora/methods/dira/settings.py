@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal, get_args
 
 from dynalora.adapter.compaction import THRESHOLD
+from dynalora.adapter.config import is_number, is_whole
 from dynalora.adapter.gates import GatedConfig
 from dynalora.driver.schedule import SCHEDULES, Schedule
 
@@ -65,16 +66,16 @@ class DiraConfig(GatedConfig):
         modes = get_args(PenaltyMode)
         known = self.penalty_mode is None or self.penalty_mode in modes
         self._require(known, "penalty_mode", f"one of {', '.join(map(repr, modes))}, or left out")
-        number = _is_real(self.penalty_weight) and 0 <= self.penalty_weight < float("inf")
+        number = is_number(self.penalty_weight) and self.penalty_weight >= 0
         self._require(number, "penalty_weight", "a number of at least 0")
         self._require(
             self.penalty_schedule in SCHEDULES, "penalty_schedule", f"one of {', '.join(map(repr, SCHEDULES))}"
         )
         every = self.compact_every
-        counted = every is None or (isinstance(every, int) and not isinstance(every, bool) and every > 0)
+        counted = every is None or (is_whole(every) and every > 0)
         self._require(counted, "compact_every", "a positive number of steps, or None")
         self._require(
-            _is_real(self.compact_threshold) and 0 <= self.compact_threshold < 1, "compact_threshold", "in [0, 1)"
+            is_number(self.compact_threshold) and 0 <= self.compact_threshold < 1, "compact_threshold", "in [0, 1)"
         )
         if self.proximal:
             self._require(self.penalty == "product", "penalty", "'product' where the penalty is proximal")
@@ -85,7 +86,7 @@ class DiraConfig(GatedConfig):
         if target is None:
             return
         self._require(
-            _is_real(target) and 0 < target < float("inf"),
+            is_number(target) and target > 0,
             "target_rank",
             "an average rank of at least 1, or a share of the parameters below 1",
         )
@@ -103,7 +104,3 @@ class DiraConfig(GatedConfig):
         if self.penalty_mode is None:
             return self.target_rank is not None
         return self.penalty_mode == "proximal"
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

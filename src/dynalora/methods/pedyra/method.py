@@ -133,7 +133,7 @@ class Pedyra(Method):
             # By the first of several optimizers, while all gradients are the task's.
             moment.shared.taken = True
             if moment.config.diagnostics:
-                note_gradients(moment, _adjustable(moment))
+                note_gradients(moment, moment.training_layers)
             self._score(moment)
         if moment.config.ortho_weight and moment.config.mode != "static":
             add_orthogonality(moment, moment.config.ortho_weight, moment.config.ortho_reduction)
@@ -141,7 +141,7 @@ class Pedyra(Method):
     def _score(self, moment: Moment[StepScores]) -> None:
         config: PedyraConfig = moment.config
         plan, step = AdjustmentPlan.of(config, moment.total_steps), moment.step + 1
-        layers = _adjustable(moment)
+        layers = moment.training_layers
         if not moment.driver.optimizer_steps:
             read_record(moment)  # one from a file that cannot be read is refused before any work is done
         _refuse_still_ranks(moment, plan, layers)
@@ -161,7 +161,7 @@ class Pedyra(Method):
         """Adjust the ranks if it is time."""
         if moment.shared.scores is None:
             return
-        layers = _adjustable(moment)
+        layers = moment.training_layers
         moment.driver.require_finite(moment.all_layers)  # ranks are not moved by NaN
         adjust(moment, layers, moment.shared.scores)
         moment.shared.scores = None
@@ -211,15 +211,6 @@ def adjustments(model: nn.Module, adapter: str = "default") -> list[Adjustment]:
         if driver.adapter == adapter and isinstance(driver.method, Pedyra):
             return read_record(driver.moment(layers))
     return []
-
-
-def _adjustable(moment: Moment) -> list[PedyraLayer]:
-    """The adapter's layers that train, in model order."""
-    return [
-        layer
-        for layer in moment.all_layers
-        if any(p.requires_grad for p in layer.adapter_parameters(moment.adapter).values())
-    ]
 
 
 def _prunable(moment: Moment, layers: list[PedyraLayer]) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
+from dynalora.adapter.config import is_number, is_whole
 from dynalora.adapter.gates import GatedConfig
 from dynalora.driver.schedule import Occasions, in_steps, memory_of
 
@@ -113,15 +114,14 @@ class PedyraConfig(GatedConfig):
         self._require(not (self.gates and self.use_dora), "use_dora", "False with gates=True")
         for name in ("adjust_start", "adjust_interval", "adjust_end"):
             value = getattr(self, name)
-            valid = _is_number(value) and (0 < value < 1 or (value >= 1 and value == int(value)))
+            valid = is_number(value) and (0 < value < 1 or (value >= 1 and value == int(value)))
             self._require(valid, name, "a whole number of steps, or a fraction of the run between 0 and 1")
-        whole = isinstance(self.adjust_size, int) and not isinstance(self.adjust_size, bool)
-        self._require(whole and self.adjust_size > 0, "adjust_size", "a positive integer")
+        self._require(is_whole(self.adjust_size) and self.adjust_size > 0, "adjust_size", "a positive integer")
         for name, top in (("score_mix", "1]"), ("beta1", "1)"), ("beta2", "1)")):
             value = getattr(self, name)
-            valid = _is_number(value) and 0 <= value <= 1 and (value < 1 or top == "1]")
+            valid = is_number(value) and 0 <= value <= 1 and (value < 1 or top == "1]")
             self._require(valid, name, f"in [0, {top}")
-        valid = _is_number(self.ortho_weight) and 0 <= self.ortho_weight < math.inf
+        valid = is_number(self.ortho_weight) and self.ortho_weight >= 0
         self._require(valid, "ortho_weight", "a number of at least 0")
         reductions = ("sum", "mean_norm")
         for name, choices in (
@@ -131,7 +131,7 @@ class PedyraConfig(GatedConfig):
         ):
             self._require(getattr(self, name) in choices, name, f"one of {', '.join(map(repr, choices))}")
         largest = self.max_rank
-        valid = largest is None or (isinstance(largest, int) and not isinstance(largest, bool) and largest >= self.r)
+        valid = largest is None or (is_whole(largest) and largest >= self.r)
         self._require(valid, "max_rank", f"an integer of at least r={self.r}, or None")
         self._require(isinstance(self.seed, int), "seed", "an integer")
         self._require(isinstance(self.diagnostics, bool), "diagnostics", "True or False")
@@ -154,10 +154,6 @@ class PedyraConfig(GatedConfig):
     def uses_inputs(self) -> bool:
         """Whether scores need the inputs' averages."""
         return self.importance == "score" and self.score_mix < 1
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class AdjustmentPlan(Occasions):
