@@ -23,6 +23,7 @@ from dynalora.common.private import in_backward, version
 
 _watching = False
 _calls: list[_Call] = []
+_threads: set[int] = set()
 _lock = threading.Lock()
 
 
@@ -34,6 +35,12 @@ class _Call:
     """
 
     alone = True
+
+
+def other_threads() -> set[int]:
+    """The threads besides this one that have made gradients by `backward`."""
+    with _lock:
+        return _threads - {threading.get_ident()}
 
 
 def watch_backward(before: Callable[[], Any], after: Callable[[torch.Tensor, Any, bool], None]) -> None:
@@ -58,6 +65,7 @@ def watch_backward(before: Callable[[], Any], after: Callable[[torch.Tensor, Any
         call = _Call()
         with _lock:
             _calls.append(call)
+            _threads.add(threading.get_ident())
             for other in _calls if len(_calls) > 1 else ():
                 other.alone = False
         try:

@@ -14,7 +14,7 @@ from torch import nn
 
 from dynalora.driver import clipping
 from dynalora.driver.driver import Driver
-from dynalora.driver.losses import Gradients, watch_backward
+from dynalora.driver.losses import Gradients, other_threads, watch_backward
 
 _layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _generation = 0
@@ -64,7 +64,12 @@ def layers_of(driver: Driver) -> list[Any]:
 
 
 def _note_gradients() -> list[tuple[Driver, Gradients]]:
-    noted = [(driver, Gradients(layers, driver.adapter)) for driver, layers in all_drivers() if driver.needs_task_loss]
+    drivers = [(driver, layers) for driver, layers in all_drivers() if driver.needs_task_loss]
+    if any(driver.thread == threading.get_ident() for driver, _ in drivers):
+        # What another thread trains is left alone: PyTorch does not expect gradients to be read while they are made.
+        others = other_threads()
+        drivers = [(driver, layers) for driver, layers in drivers if driver.thread not in others]
+    noted = [(driver, Gradients(layers, driver.adapter)) for driver, layers in drivers]
     for driver, gradients in noted:
         # A loss that no step has taken: of a micro-batch before, or of a step that a gradient scaler skipped.
         if driver.has_loss and gradients.begun:
