@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # The four methods and PEFT's against LoRA: SmolLM2 on ARC-Easy and OpenBookQA, MiniLM on CoLA and SST-2.
-#   bash experiments/compare/run.sh DATA OUT [smollm2 | minilm MODEL | frontier | retain TASK | retain-methods] [OPTION …]
+#   bash experiments/compare/run.sh DATA OUT [smollm2 | minilm MODEL | frontier | retain TASK | retain-methods | papers] [OPTION …]
 # frontier: SmolLM2 on ARC-Easy with LoRA at three ranks, seed 0; the cells of smollm2/ that it shares can be copied.
 # retain: LoRA with `retain` and its rivals on ARC-Easy, gsm8k or family_relationships, every run along factors of its update.
 # retain-methods: the four methods with and without it, and further rivals, on ARC-Easy.
+# papers: the seven other methods of the papers' tables, on ARC-Easy.
 # DATA holds commonsense/, glue/, math/ and text/; MODEL is all-MiniLM-L6-v2, a Hub id or a folder. Call it again to continue after a
 # kill, or at the same time to share the work.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 data=${1:?"give the folder with commonsense/, glue/, math/ and text/"}
 out=${2:?"give a folder for the results"}
-which=${3:?"say smollm2, minilm, frontier, retain or retain-methods"}
+which=${3:?"say smollm2, minilm, frontier, retain, retain-methods or papers"}
 shift 3
 case $which in
     smollm2)
@@ -34,9 +35,9 @@ case $which in
         dynalora compare --config "$here/retain.yaml" --text "WikiText=$data/text/wikitext2.valid.txt.gz" \
             "${of_task[@]}" --output "$out/retain-$task" "$@"
         ;;
-    frontier | retain-methods)
+    frontier | retain-methods | papers)
         dynalora compare --config "$here/$which.yaml" --text "WikiText=$data/text/wikitext2.valid.txt.gz" \
             --tasks "$data/commonsense/ARC-Easy" --output "$out/$which" "$@"
         ;;
-    *) echo "say smollm2, minilm, frontier, retain or retain-methods, not $which" >&2; exit 2 ;;
+    *) echo "say smollm2, minilm, frontier, retain, retain-methods or papers, not $which" >&2; exit 2 ;;
 esac
