@@ -17,9 +17,12 @@ for name in "$@"; do
         echo "$folder is finished."
         continue
     fi
+    options=()
+    # The paper's form, which the default was when results/ was made.
+    [[ $name != disel-* ]] || options=(--option match_step=false)
     resume=()
     [ ! -e "$folder/run.json" ] || resume=(--resume)
-    dynalora finetune --config "$here/train.yaml" --method "${name%-*}" --rank "${name#*-}" \
+    dynalora finetune --config "$here/train.yaml" --method "${name%-*}" --rank "${name#*-}" "${options[@]}" \
         --data "$data/math/gsm8k.train.jsonl.gz" --monitor-text "WikiText=$data/text/wikitext2.valid.txt.gz" \
         --output "$folder" "${resume[@]}"
 done

@@ -166,7 +166,7 @@ def test_param_groups_equal_the_automatic_path(name: str, decay: float) -> None:
 
 
 def test_param_groups_show_the_gates() -> None:
-    model = adapted(disel(gate_lr_multiplier=4.0))
+    model = adapted(disel(gate_lr_multiplier=4.0, match_step=False))
     groups = dynalora.param_groups(model, lr=1e-2, weight_decay=0.2)
     names = {id(p): n for n, p in model.named_parameters()}
     found = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
@@ -178,7 +178,9 @@ def test_param_groups_show_the_gates() -> None:
 def test_the_rules_cover_gates_only() -> None:
     """A head trained beside the gates follows the user's own settings."""
     toy = TOYS["mlp"]
-    config = dynalora.DiselConfig(r=3, target_modules=["first"], modules_to_save=["head"], init_weights=False)
+    config = dynalora.DiselConfig(
+        r=3, target_modules=["first"], modules_to_save=["head"], init_weights=False, match_step=False
+    )
     model = peft.get_peft_model(toy.build(), config)
     optimizer = torch.optim.SGD(trainable(model), lr=0.1, weight_decay=0.5)
     before = weights(model)

@@ -69,6 +69,53 @@ def test_a_multiple_of_the_rate_where_groups_may_have_one_only(config: Any) -> N
     assert all(not torch.allclose(weights(plain)[key], weights(one)[key]) for key in gates)
 
 
+class ScheduleFree(torch.optim.Optimizer):
+    """Schedule-free SGD (Defazio et al., 2024) without momentum: steps of z, weighed by squares of the rate into x."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_lr_power": 2.0, "weight_sum": 0.0, "lr_max": -1.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["lr_max"] = max(group["lr"], group["lr_max"])
+            weight = group["lr_max"] ** group["weight_lr_power"]
+            group["weight_sum"] += weight
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                z = self.state[parameter].setdefault("z", parameter.clone())
+                z.sub_(parameter.grad, alpha=group["lr"])
+                parameter.lerp_(z, weight / group["weight_sum"])
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_averages_that_are_weighed_by_the_rate(apart: bool) -> None:
+    """A multiple of the rate leaves the weights of schedule-free's average as they are, in whatever groups."""
+    one, other = adapted(disel()), adapted(disel())
+    groups: Any = [{"params": [p]} for p in trainable(one)] if apart else trainable(one)
+    loop(one, ScheduleFree(groups, lr=0.1), batches(4))
+    loop(other, ScheduleFree(dynalora.param_groups(other, lr=0.1), lr=0.1), batches(4))
+    for key, value in weights(one).items():
+        torch.testing.assert_close(value, weights(other)[key], rtol=1e-5, atol=1e-7, msg=key)
+
+
+def test_a_multiple_of_a_rate_that_the_optimizer_chooses() -> None:
+    """Adafactor's relative step has no rate to multiply, so the step is multiplied."""
+
+    def moved(multiple: float) -> dict[str, torch.Tensor]:
+        model = adapted(disel(gate_lr_multiplier=multiple))
+        before = weights(model)
+        optimizer = Adafactor(trainable(model), scale_parameter=True, relative_step=True, warmup_init=True, lr=None)
+        loop(model, optimizer, batches(1))
+        return {key: value - before[key] for key, value in weights(model).items()}
+
+    usual, faster = moved(1.0), moved(3.0)
+    for key, value in usual.items():
+        torch.testing.assert_close(faster[key], value * (3 if "gate" in key else 1), rtol=1e-3, atol=1e-7, msg=key)
+    assert any("gate" in key and value.any() for key, value in usual.items())
+
+
 @pytest.mark.parametrize("flat", [False, True])
 def test_copies_of_weights_in_the_state_know_new_triples(flat: bool) -> None:
     class Copying(torch.optim.SGD):

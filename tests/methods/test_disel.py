@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,7 @@ def test_parameter_count(in_features: int, out_features: int, r: int) -> None:
 def test_gates_have_their_own_learning_rate_and_no_weight_decay(
     fused: bool, multiplier: float, bottleneck: int | None
 ) -> None:
-    model, layer = adapted_linear(6, 4, gate_lr_multiplier=multiplier, gate_bottleneck=bottleneck)
+    model, layer = adapted_linear(6, 4, gate_lr_multiplier=multiplier, gate_bottleneck=bottleneck, match_step=False)
     lr, decay = 1e-2, 0.3
     x = torch.randn(16, 6, dtype=torch.float64)
     parameters = own(layer)
@@ -236,7 +237,7 @@ def test_gates_under_trainers_defaults(optim: str, tmp_path: Path) -> None:
     """Trainer builds the optimizer itself, with weight decay, schedule and no idea of gates."""
     toy = TOYS["llama"]
     torch.manual_seed(0)
-    config = DiselConfig(r=3, target_modules=["q_proj"], init_weights=False, task_type="CAUSAL_LM")
+    config = DiselConfig(r=3, target_modules=["q_proj"], init_weights=False, task_type="CAUSAL_LM", match_step=False)
     model = peft.get_peft_model(toy.build(), config)
     start = {n: p.detach().double() for n, p in model.named_parameters() if p.requires_grad}
     data = [{"input_ids": row, "labels": row} for row in tokens(8, 6)]
@@ -460,3 +461,55 @@ def test_dropout_leaves_the_gates_input_alone() -> None:
         expected = torch.nn.functional.dropout(x, 0.5) @ layer.parameter("down", "default").t()
         torch.testing.assert_close(dropped, expected)
         assert not torch.allclose(narrow, layer.eval().narrow(x, "default"))
+
+
+# --- steps as long as LoRA's ---------------------------------------------------------------------------------
+
+
+def moved_function(config: Any, *, seed: int = 0) -> Tensor:
+    """How far one step of Adam moves the outputs (tokens, out) of a fresh adapter on one layer."""
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(64, 32)).double(), config)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    x, target = torch.randn(50, 64, dtype=torch.float64), torch.randn(50, 32, dtype=torch.float64)
+    before = model(x).detach()
+    (model(x) - target).square().mean().backward()
+    optimizer.step()
+    moved: Tensor = model(x).detach() - before
+    return moved
+
+
+@pytest.mark.parametrize(("bias", "factor"), [(-3.0, 1.0), (-1.0, 1.0), (2.0, 1.0), (-7.0, 32 / (1 + math.exp(7)))])
+def test_a_step_moves_the_function_about_as_far_as_loras(bias: float, factor: float) -> None:
+    lora = moved_function(peft.LoraConfig(r=8, lora_alpha=16, target_modules=["0"])).norm()
+    zeros = {"r": 8, "target_modules": ["0"], "gate_bias_init": bias, "gate_weight_init": "zeros"}
+    matched = moved_function(DiselConfig(**zeros)).norm()
+    assert float(matched / lora) == pytest.approx(factor, rel=0.2)
+    paper = moved_function(DiselConfig(**zeros, match_step=False)).norm()
+    assert float(paper / lora) == pytest.approx(1 / (1 + math.exp(-bias)), rel=0.2)
+
+
+def test_the_papers_form_is_one_setting_away() -> None:
+    """With `match_step=False` only the gates have a rate of their own."""
+    for match, expected in ((False, 1e-3), (True, 1e-3 * (1 + math.exp(3)))):
+        model = peft.get_peft_model(
+            nn.Sequential(nn.Linear(6, 4)), DiselConfig(r=2, target_modules=["0"], match_step=match)
+        )
+        layer = only_layer(model)
+        rates = {id(p): group["lr"] for group in dynalora.param_groups(model, 1e-3) for p in group["params"]}
+        assert rates[id(layer.disel_up["default"])] == pytest.approx(expected)
+        assert rates[id(layer.disel_down["default"])] == pytest.approx(1e-3)
+        assert rates[id(layer.disel_gate_bias["default"])] == pytest.approx(5e-3)
+
+
+@pytest.mark.parametrize("load", [DiselConfig.from_pretrained, peft.PeftConfig.from_pretrained])
+def test_a_configuration_from_before_there_was_match_step_trains_as_it_did(tmp_path: Path, load: Any) -> None:
+    assert DiselConfig().match_step is True
+    for match in (True, False):
+        DiselConfig(match_step=match).save_pretrained(str(tmp_path))
+        assert load(str(tmp_path)).match_step is match
+    file = tmp_path / "adapter_config.json"
+    content = json.loads(file.read_text())
+    del content["match_step"]
+    file.write_text(json.dumps(content))
+    assert load(str(tmp_path)).match_step is False

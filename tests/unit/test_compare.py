@@ -219,6 +219,27 @@ def test_a_cell_from_before_a_default_changed_is_another_cell(done: Comparison, 
     assert run_compare(spec, apart=False).grid.provenance() == []
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_setting_that_came_later_with_another_effect(tmp_path: Path, recorded: bool) -> None:
+    """A cell that ran before `match_step` came is one with `match_step=False`, by whichever name it is asked for."""
+    store = CellStore(tmp_path, {})
+    shared = {"label": "disel", "method": "disel", "r": 4, "task": "t", "place": "t", "learning_rate": 1e-3}
+    then = Cell(**shared)
+    file = store.file(then)
+    file.parent.mkdir(parents=True)
+    content = {"settings": {}, "cell": asdict(then)}
+    if recorded:
+        configuration = {name: value for name, value in then.configuration().items() if name != "match_step"}
+        content |= {"version": "0.0.9", "configuration": configuration}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert store.read(Cell(**shared, options={"match_step": False})) == content
+    with pytest.raises(RunFolderError, match=r"match_step was False, now True|'match_step': False"):
+        store.read(Cell(**shared, options={"match_step": True}))
+    if recorded:
+        with pytest.raises(RunFolderError, match=r"other defaults \(match_step was False, now True"):
+            store.read(then)
+
+
 def test_cells_of_versions_that_recorded_no_defaults_are_used_and_said(
     done: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ import copy
 import os
 import re
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -128,6 +128,8 @@ class AdapterConfig(PeftConfig):
     method: ClassVar[str] = ""
     #: ``alpha`` as a multiple of ``r`` where the user gives none.
     default_alpha_per_rank: ClassVar[float] = 1.0
+    #: Fields that changed what a method does when they came, with what configurations from before meant.
+    before: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self) -> None:
         try:

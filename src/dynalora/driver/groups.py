@@ -35,7 +35,7 @@ class StepGroups:
 
     overrides: dict[int, OptimizerOverride]
     replaced: list[tuple[Settings, Settings, Settings]] | None = None
-    #: With optimizers that allow one rate only: parameters, what they were before the step, multiples of the rate.
+    #: Where the rate cannot be multiplied: parameters, what they were before the step, multiples of the step.
     moved: list[tuple[torch.Tensor, torch.Tensor, float]] = field(default_factory=list)
 
     def apply(self, optimizer: Optimizer) -> None:
@@ -48,11 +48,13 @@ class StepGroups:
         group: Settings
         settings: Settings
         for group in optimizer.param_groups:
-            plain, rules = self._sorted(group["params"], one_rate)
+            # Where the optimizer chooses the rate itself (Adafactor's relative step), there is none to multiply.
+            plain, rules = self._sorted(group["params"], one_rate or group.get("lr", 0) is None)
             # The mark keeps an optimizer inside this one, stepping the same groups, from doing it again.
             # The group itself stays wherever it can, since optimizers keep notes in their groups.
             settings = {"params": plain}
-            if rules and not plain:
+            # Except that schedule-free's notes depend on the rate, and must go on from the user's.
+            if rules and not plain and not _schedule_free(group):
                 settings = {**_overridden(group, *rules.pop(0)), GROUP_MARK: True}
             self.replaced.append((group, {key: group[key] for key in settings if key in group}, settings))
             during.append(group)
@@ -107,13 +109,21 @@ def allows_one_rate(optimizer: Optimizer) -> bool:
     return bool(optimizer.param_groups) and all("d" in group and "k" in group for group in optimizer.param_groups)
 
 
+def _schedule_free(group: Settings) -> bool:
+    """Whether a group has the notes of schedule-free optimizers."""
+    return "weight_sum" in group and "lr_max" in group
+
+
 def _overridden(group: Settings, rule: tuple[float, float | None], parameters: list[Any]) -> Settings:
     """The settings with which some parameters of a group step."""
     lr_multiplier, weight_decay = rule
     settings: Settings = {"params": parameters}
-    # lr is None for optimizers that choose it themselves (Adafactor's relative step): theirs stays.
     if lr_multiplier != 1.0 and group.get("lr") is not None:
         settings["lr"] = group["lr"] * lr_multiplier
+        if _schedule_free(group):
+            # The largest rate so far, and the sum of weights that follow from the rates.
+            settings["lr_max"] = group["lr_max"] * lr_multiplier
+            settings["weight_sum"] = group["weight_sum"] * lr_multiplier ** group.get("weight_lr_power", 2)
     if weight_decay is not None and "weight_decay" in group:
         settings["weight_decay"] = weight_decay
     return settings

@@ -18,6 +18,7 @@ from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.lab.run_folder import CONFIG
 from dynalora.lab.settings import defaults_of, read_yaml
 from dynalora.lab.units import UnitStore
+from dynalora.methods import METHODS
 
 CELLS = "cells"
 _GROWS = (
@@ -39,18 +40,25 @@ def shared_settings(spec: CompareSpec) -> dict[str, Any]:
 def changed_defaults(cell: Cell, content: Mapping[str, Any]) -> list[str]:
     """Fields of the method's configuration that are not what they were when the cell was run.
 
-    Fields that came or went since are left out: a new one has the effect of before by default.
+    Fields that came or went since are left out, for a new one has the effect of before by default; but for those whose
+    class says what configurations from before meant (`AdapterConfig.before`).
 
     Args:
         cell: The cell as it would be run today.
         content: What its file holds.
     """
     now, then = cell.configuration() or {}, content.get("configuration") or {}
+    then = {**before(cell.method), **then} if then else then
     return [
         f"{name} was {then[name]!r}, now {value!r}"
         for name, value in now.items()
         if name in then and then[name] != value
     ]
+
+
+def before(method: str) -> Mapping[str, Any]:
+    """What fields of a method's configuration meant before they came, for those that changed what it does."""
+    return METHODS[method].config_class.before if method in METHODS else {}
 
 
 class CellStore(UnitStore[Cell]):
@@ -97,6 +105,10 @@ class CellStore(UnitStore[Cell]):
         """
         expected = {**self.settings, **plain(asdict(unit))}
         recorded = {**defaults_of(CompareSpec), **content.get("settings", {}), **content.get("cell", {})}
+        # An option that gives, by name, what the cell was run with before there was such a field.
+        named = {name: value for name, value in before(unit.method).items() if name in expected["options"]}
+        later = named.keys() - (content.get("configuration") or {}).keys()
+        recorded["options"] = {**{name: named[name] for name in later}, **recorded.get("options", {})}
         # The same files may lie elsewhere, as on another machine.
         differing = [
             f"{name} was {recorded.get(name)!r}, now {value!r}"

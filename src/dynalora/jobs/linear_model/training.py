@@ -150,7 +150,9 @@ def _build(method: str, problem: LinearModel, spec: LinearModelSpec) -> nn.Modul
         config: peft.PeftConfig = peft.LoraConfig(r=spec.r, lora_alpha=2 * spec.r, target_modules=["linear"])
     else:
         kind: Any = config_class(method)
-        config = kind(r=spec.r, target_modules=["linear"], gate_bias_init=spec.gate_bias_init)
+        # The paper's form, for which the learning rate was chosen.
+        options = {"gate_bias_init": spec.gate_bias_init, "match_step": False}
+        config = kind(r=spec.r, target_modules=["linear"], **options)
     return peft.get_peft_model(model, config)
 
 
