@@ -135,4 +135,11 @@ def write(folder: Path) -> Path:
     (folder / "text" / "wikitext2.valid.txt").write_text(
         "A line of text.\n\n And one more of them.\n" * 9, encoding="utf-8"
     )
+    with gzip.open(folder / "text" / "bookcorpus.valid.txt.gz", "wt", encoding="utf-8") as file:
+        file.write("\nCHAPTER ONE\n\n" + " ".join(f"This is the sentence number {n} of a book." for n in range(9)))
+    (folder / "text" / "cc_news.valid.jsonl").write_text(
+        json.dumps({"title": "News", "text": 'He said: "It is the first one." Then there was no more news. Indeed.'})
+        + "\n",
+        encoding="utf-8",
+    )
     return folder

@@ -23,7 +23,8 @@ from dynalora.evaluation.harness import FORGETTING_SUITE
 from dynalora.evaluation.kinds.base import Subject
 from dynalora.evaluation.kinds.classify import class_logits, classes
 from dynalora.evaluation.kinds.code import CODE
-from dynalora.evaluation.masked_lm import mask_windows
+from dynalora.evaluation.kinds.masked import sentences
+from dynalora.evaluation.masked_lm import mask_text, mask_windows, masked_lm_perplexity
 from dynalora.evaluation.metrics import boxed, first_keyword, letter, math_form
 from dynalora.evaluation.multiple_choice import option_scores
 from dynalora.evaluation.numbers import final_number, last_number, number, same_number, stated_number
@@ -61,6 +62,7 @@ def test_every_entry_is_whole() -> None:
         boolq piqa social_i_qa hellaswag winogrande arc_easy arc_challenge openbookqa
         gsm8k math aqua svamp multiarith addsub singleeq mawps humaneval humaneval_plus mbpp mbpp_plus
         cola sst2 mrpc qqp stsb mnli qnli rte wnli convai2 xsum squad_v2 squad_v2_spans wikitext2 wikitext2_masked
+        bookcorpus_masked cc_news_masked
     """
     wanted = set(names.split())
     assert set(BENCHMARKS) == wanted
@@ -617,6 +619,32 @@ def test_masked_perplexity_by_hand(folder: Path) -> None:
     assert result.percent == ()
 
 
+def test_masked_perplexity_on_sentences_that_are_drawn(folder: Path) -> None:
+    model, tokenizer = encoder()
+    drawn = sentences(
+        ["One two three four five. No! A b c d e f.\nHe said: 'it is not so.' (Or so it seemed to me.)"], 9
+    )
+    assert drawn == ["One two three four five.", "A b c d e f.", "He said: 'it is not so.'", "(Or so it seemed to me.)"]
+    some = sentences([f"This is the sentence number {n}." for n in range(50)], 20)
+    assert some == sentences([f"This is the sentence number {n}." for n in range(50)], 20)
+    assert (len(some), len(set(some))) == (20, 20)
+    assert some == sorted(some, key=lambda text: int(text.split()[-1][:-1]))
+    for name, count in (("bookcorpus_masked", 9), ("cc_news_masked", 2)):
+        prepared = prepare(name, data=folder)
+        assert prepared.split == "dev"
+        text = mask_text(sentences([item.prompt for item in prepared.items], 2000), tokenizer, max_length=62)
+        result = measure(model, tokenizer, prepared)
+        assert result.items == count
+        assert result.scores["perplexity"].value == pytest.approx(masked_lm_perplexity(model, text).perplexity)
+    assert measure(model, tokenizer, prepare("bookcorpus_masked", data=folder, limit=4)).items == 4
+    (folder / "text" / "wikitext2.test.txt").write_text("No text.", encoding="utf-8")
+    try:
+        assert prepare("wikitext2_masked", data=folder).split == "dev"
+        assert prepare("wikitext2", data=folder).split == "test"
+    finally:
+        (folder / "text" / "wikitext2.test.txt").unlink()
+
+
 def test_classification(folder: Path) -> None:
     pytest.importorskip("sklearn")
     model, tokenizer = encoder(2)
@@ -683,7 +711,7 @@ def test_harness_tasks_by_name(small: tuple[Any, Any], monkeypatch: pytest.Monke
     package.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     package.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
     tasks, models, hf = (types.ModuleType(name) for name in ("tasks", "models", "huggingface"))
-    tasks.TaskManager = lambda include_path: types.SimpleNamespace(all_tasks=["sciq", "humaneval"])  # type: ignore[attr-defined]
+    tasks.TaskManager = lambda: types.SimpleNamespace(all_tasks=["sciq", "humaneval"])  # type: ignore[attr-defined]
     hf.HFLM = lambda **options: options  # type: ignore[attr-defined]
     for name, module in (
         ("lm_eval", package), ("lm_eval.tasks", tasks), ("lm_eval.models", models), ("lm_eval.models.huggingface", hf),

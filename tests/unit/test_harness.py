@@ -79,6 +79,75 @@ def test_accuracy_is_that_of_the_adapted_model(adapted: tuple[Any, Any], folder:
     assert some.samples == 5
 
 
+GSM8K_FORM = """
+task: sums_here
+dataset_path: json
+dataset_kwargs: {{data_files: {{train: "{train}", test: "{test}"}}}}
+output_type: generate_until
+training_split: train
+fewshot_split: train
+test_split: test
+doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+    regexes_to_ignore: [",", "(?s).*#### "]
+generation_kwargs: {{until: ["Question:"], do_sample: false}}
+num_fewshot: 5
+filter_list:
+  - name: strict-match
+    filter: [{{function: regex, regex_pattern: "#### (\\\\-?[0-9\\\\.\\\\,]+)"}}, {{function: take_first}}]
+  - name: flexible-extract
+    filter:
+      - {{function: regex, group_select: -1, regex_pattern: "(-?[$0-9.,]{{2,}})|(-?[0-9]+)"}}
+      - {{function: take_first}}
+"""
+
+
+def sums(first: int, count: int) -> list[dict[str, str]]:
+    return [{"question": f"{n} and {n}?", "answer": f"twice {n}\n#### {2 * n}"} for n in range(first, first + count)]
+
+
+def test_gsm8k_is_asked_with_examples(
+    adapted: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    train = tiny.write_jsonl(tmp_path / "train.jsonl", sums(100, 8))
+    test = tiny.write_jsonl(tmp_path / "test.jsonl", sums(10, 6))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "sums_here.yaml").write_text(GSM8K_FORM.format(train=train, test=test))
+    model, words = adapted
+    asked: list[str] = []
+
+    def generate(input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Right in GSM8K's own form for even numbers, right without it for those that 3 divides, else wrong."""
+        answers = []
+        for row in input_ids:
+            asked.append(words.decode(row, skip_special_tokens=True))
+            number = int(asked[-1].rpartition("Question:")[2].split()[0])
+            said = f" #### {2 * number}" if number % 2 == 0 else f" {2 * number}" if number % 3 == 0 else " #### 1"
+            answers.append(torch.cat([row, torch.tensor(words(said + " Question:")["input_ids"])]))
+        longest = max(map(len, answers))
+        end = words.eos_token_id
+        return torch.stack([torch.nn.functional.pad(row, (0, longest - len(row)), value=end) for row in answers])
+
+    monkeypatch.setattr(model, "generate", generate)
+    (result,) = run_harness(
+        model, words, ["sums_here"], num_fewshot=None, include_path=tmp_path / "tasks", max_length=2048, batch_size=1
+    )  # fmt: skip
+    assert result.numbers["exact_match (strict-match)"][0] == pytest.approx(3 / 6)
+    assert result.numbers["exact_match (flexible-extract)"][0] == pytest.approx(4 / 6)
+    assert (result.metric, result.value) == ("exact_match", pytest.approx(3 / 6))
+    assert {prompt.count("Question:") for prompt in asked} == {6}  # the task's own five examples before each
+    assert all("#### 2" in prompt for prompt in asked)
+    asked.clear()
+    run_harness(model, words, ["sums_here"], num_fewshot=2, include_path=tmp_path / "tasks", max_length=2048)
+    assert {prompt.count("Question:") for prompt in asked} == {3}
+
+
 def test_what_the_harness_does_not_have_is_named(adapted: tuple[Any, Any], folder: Path) -> None:
     with pytest.raises(ConfigError, match="no task 'made_there'"):
         run_harness(*adapted, ["made_there"], include_path=folder)

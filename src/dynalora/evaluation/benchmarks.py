@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from dynalora.common.names import did_you_mean
@@ -21,7 +22,7 @@ from dynalora.evaluation.kinds.classify import CLASSIFY
 from dynalora.evaluation.kinds.code import CODE
 from dynalora.evaluation.kinds.generate import GENERATE
 from dynalora.evaluation.kinds.mark import MARK
-from dynalora.evaluation.kinds.masked import MASKED
+from dynalora.evaluation.kinds.masked import MASKED, MASKED_SENTENCES
 from dynalora.evaluation.kinds.perplexity import PERPLEXITY
 from dynalora.evaluation.metrics import Metric
 from dynalora.evaluation.sources import MissingSplitError, Source
@@ -132,7 +133,15 @@ def _texts() -> Iterator[Benchmark]:
     yield Benchmark("squad_v2_spans", "SQuAD v2, marked", squad, rows.read_squad_spans, (metrics.SQUAD,), MARK)
     wikitext = Source("text/wikitext2", "Salesforce/wikitext", ("wikitext-2-raw-v1",), _THREE, text=True)
     yield Benchmark("wikitext2", "WikiText-2", wikitext, rows.read_line, (), PERPLEXITY)
-    yield Benchmark("wikitext2_masked", "WikiText-2, masked", wikitext, rows.read_line, (), MASKED)
+    validation = replace(wikitext, measured_on=("dev", "test"))
+    yield Benchmark("wikitext2_masked", "WikiText-2, masked", validation, rows.read_line, (), MASKED)
+    # Both have all of their texts in one split, of which the first are enough to draw sentences from.
+    for name, title, hub, split in (
+        ("bookcorpus", "BookCorpusOpen", "lucadiliello/bookcorpusopen", "train[:200]"),
+        ("cc_news", "CC-News", "vblagoje/cc_news", "train[:20000]"),
+    ):
+        corpus = Source(f"text/{name}", hub, splits={"dev": split}, text=True, measured_on=("dev", "test"))
+        yield Benchmark(f"{name}_masked", f"{title}, masked", corpus, rows.read_line, (), MASKED_SENTENCES)
 
 
 BENCHMARKS = {entry.name: entry for group in (_commonsense, _mathematics, _code, _glue, _texts) for entry in group()}
@@ -145,6 +154,7 @@ GROUPS = {
     "arithmetic": ("multiarith", "gsm8k", "addsub", "aqua", "singleeq", "svamp", "mawps"),
     "code": ("humaneval", "mbpp"),
     "glue": ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"),
+    "masked": ("wikitext2_masked", "bookcorpus_masked", "cc_news_masked"),
 }  # fmt: skip
 """Groups of benchmarks, whose unweighted mean is given, too."""
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from dynalora.common.extras import missing
@@ -93,11 +94,13 @@ def find_tasks(tasks: Sequence[str], *, include_path: str | os.PathLike[str] | N
     manager: Any = None
     if include_path is not None:
         manager = TaskManager(include_path=str(include_path), include_defaults=False)
-    if manager is None or any(name not in manager.all_tasks for name in names):
-        # Reading its thousands of task files takes the harness several seconds.
-        manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    mine = set() if manager is None else set(manager.all_tasks)
+    if not mine.issuperset(names):
+        manager = _its_own(TaskManager)
+        if mine.intersection(names):
+            manager = TaskManager(include_path=str(include_path))
     for name in names:
-        if name not in manager.all_tasks:
+        if name not in mine and name not in manager.all_tasks:
             raise ConfigError(f"lm-evaluation-harness has no task '{name}'; see `lm_eval ls tasks`.")
         if any(word in name for word in ("humaneval", "mbpp")):
             raise ConfigError(
@@ -105,6 +108,12 @@ def find_tasks(tasks: Sequence[str], *, include_path: str | os.PathLike[str] | N
                 "humaneval or mbpp, which have one."
             )
     return names, manager
+
+
+@cache
+def _its_own(kind: Callable[[], Any]) -> Any:
+    """The manager of the harness's own tasks; reading their thousands of files takes it several seconds."""
+    return kind()
 
 
 def run_harness(

@@ -25,8 +25,6 @@ class MissingSplitError(DataError):
 Row = tuple[str, Mapping[str, Any]]
 """Where a row lies, for errors, and its fields."""
 
-_MEASURED_ON = ("test", "dev")  # in order of preference
-
 
 @dataclass(frozen=True)
 class Source:
@@ -38,7 +36,8 @@ class Source:
         subsets: The Hub configurations to read, one after the other.
         splits: The Hub's name of each split.
         revision: The Hub's branch; for data sets that the Hub converts to Parquet itself.
-        text: Whether the files hold running text, one row per line, read into the field `text`.
+        text: Whether the rows are running text, in the field `text`; files may then be plain text, one row per line.
+        measured_on: The splits to measure on, in order of preference.
     """
 
     file: str
@@ -47,6 +46,7 @@ class Source:
     splits: Mapping[str, str] = field(default_factory=dict)
     revision: str | None = None
     text: bool = False
+    measured_on: tuple[str, ...] = ("test", "dev")
 
     def rows(
         self, split: str | None = None, *, folder: str | os.PathLike[str] | None = None, limit: int | None = None
@@ -54,7 +54,7 @@ class Source:
         """The rows of a split.
 
         Args:
-            split: `train`, `dev` or `test`; None: the first of test and dev that there is.
+            split: `train`, `dev` or `test`; None: the first of `measured_on` that there is.
             folder: Read from this folder; None: from the Hub.
             limit: The first rows only; None: all.
 
@@ -76,18 +76,19 @@ class Source:
     def _folder(self, split: str | None, folder: Path) -> tuple[str, Iterator[Row]]:
         if not folder.is_dir():
             raise DataError(f"There is no folder '{folder}'; give the one that holds '{self.file}.*'.")
-        kinds = (".txt",) if self.text else FILE_KINDS
+        kinds = (".txt", *FILE_KINDS) if self.text else FILE_KINDS
         files = split_files(folder / self.file, kinds)
-        chosen = split or next((name for name in _MEASURED_ON if name in files), None)
+        chosen = split or next((name for name in self.measured_on if name in files), None)
         if chosen is None or chosen not in files:
-            missing = f"split '{chosen}'" if chosen else "split test or dev"
+            missing = f"split '{chosen}'" if chosen else f"split {' or '.join(self.measured_on)}"
             present = f"there is {', '.join(sorted(files))}" if files else "there is none of its files"
             raise MissingSplitError(
                 f"'{self.file}' has no {missing} in '{folder}' ({present}); name another split, or put "
-                f"'{self.file}.{chosen or 'test'}{kinds[0]}' there."
+                f"'{self.file}.{chosen or self.measured_on[0]}{kinds[0]}' there."
             )
         path = files[chosen]
-        rows = text_lines(path) if self.text else file_rows(path)
+        plain = self.text and path.name.removesuffix(".gz").lower().endswith(".txt")
+        rows = text_lines(path) if plain else file_rows(path)
         return chosen, ((f"'{path}', {where}", row) for where, row in rows)
 
     def _hub(self, split: str | None) -> tuple[str, Iterator[Row]]:
@@ -95,7 +96,7 @@ class Source:
             raise MissingSplitError(
                 f"'{self.file}' has no usual place on the Hub; give a folder that holds '{self.file}.test.jsonl'."
             )
-        chosen = split or next((name for name in _MEASURED_ON if name in self.splits), None)
+        chosen = split or next((name for name in self.measured_on if name in self.splits), None)
         if chosen is None or chosen not in self.splits:
             raise MissingSplitError(
                 f"'{self.hub}' has no split '{chosen or 'test'}'; its splits are {', '.join(self.splits)}."

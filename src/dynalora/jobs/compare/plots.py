@@ -95,7 +95,8 @@ def plot_kept(comparison: Comparison, task: str) -> Figure | None:
     if first is None or any(result["test"]["accuracy"] is None for _, result in results):
         return None
     if MEAN in kept_numbers({"kept": first}):
-        name, scale, title = MEAN, 100, "retention tasks, unweighted mean"
+        scale = 100 if all(number["share"] for number in first.values()) else 1
+        name, title = MEAN, "retention tasks, unweighted mean"
     else:
         name = next(iter(first))
         scale, title = ((100 if first[name]["share"] else 1), f"{first[name]['title']}, {first[name]['metric']}")

@@ -113,10 +113,14 @@ def _change(results: Mapping[int, Result], name: str) -> Interval | None:
 
 
 def kept_numbers(result: Result) -> dict[str, float]:
-    """A run's main numbers on the retention tasks, and `mean`, where there are several and all are shares."""
+    """A run's main numbers on the retention tasks, and `mean`, where there are several of one kind.
+
+    They are of one kind if all are shares, or all one other number, such as perplexity.
+    """
     tasks = result.get("kept") or {}
     numbers = {name: float(task["value"]) for name, task in tasks.items()}
-    if len(tasks) > 1 and all(task["share"] for task in tasks.values()):
+    kinds = {"share" if task["share"] else task["metric"] for task in tasks.values()}
+    if len(tasks) > 1 and len(kinds) == 1:
         numbers[MEAN] = statistics.fmean(numbers.values())
     return numbers
 

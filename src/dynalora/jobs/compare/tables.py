@@ -173,7 +173,8 @@ def kept_table(comparison: Comparison, place: str, summaries: Sequence[Summary])
     if measured is None:
         return None
     tasks = next(iter(measured.results.values()))["kept"]
-    scales = {name: 100.0 if name == MEAN or tasks[name]["share"] else 1.0 for name in measured.kept}
+    shares = all(task["share"] for task in tasks.values())
+    scales = {name: 100.0 if (shares if name == MEAN else tasks[name]["share"]) else 1.0 for name in measured.kept}
     base = next((summary.kept for summary in summaries if summary.label == "base"), {})
     columns = ["method", "lr"]
     for name, scale in scales.items():

@@ -100,10 +100,12 @@ def results_table(results: Sequence[TaskResult]) -> Table:
             )  # fmt: skip
     for name, members in _groups(results):
         mean = group_mean(members)
+        scale = 100 if all(result.main in result.percent for result in members) else 1
         rows.append(
             [
-                f"mean of {name}", "", sum(result.items for result in members), "main number %",
-                f"{100 * mean.value:.2f}", f"{100 * mean.low:.2f} – {100 * mean.high:.2f}", "",
+                f"mean of {name}", "", sum(result.items for result in members),
+                "main number" + (" %" if scale == 100 else ""), f"{scale * mean.value:.2f}",
+                f"{scale * mean.low:.2f} – {scale * mean.high:.2f}", "",
             ]
         )  # fmt: skip
     cut = {result.title: result.too_long for result in results if result.too_long}
