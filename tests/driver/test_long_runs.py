@@ -46,12 +46,16 @@ def config(name: str, steps: int) -> Any:
         "milora": (dynalora.MiloraConfig, {}),
         "sorsa": (dynalora.SorsaConfig, {}),
         "loradash": (dynalora.LoraDashConfig, {"warmup_steps": often, "tsd_count": 2}),
+        "rasa": (dynalora.RasaConfig, {"shared_rank": 1}),
     }
     kind, more = options[name]
     return kind(**SHARED, **more)
 
 
-NAMES = ["dira", "disel", "dislora", "pedyra", "increlora", "triadaptlora", "dylora", "milora", "sorsa", "loradash"]
+NAMES = [
+    *("dira", "disel", "dislora", "pedyra", "increlora", "triadaptlora"),
+    *("dylora", "milora", "sorsa", "loradash", "rasa"),
+]
 
 
 def adapted(name: str, steps: int) -> tuple[Any, torch.optim.Optimizer]:

@@ -42,6 +42,13 @@ FINETUNED: dict[str, dict[str, Any]] = {
     "disel": {},
     "dislora": {"warmup_steps": 5, "tsd_count": 2, "loss_smoothing": 0.5},
     "pedyra": {"adjust_start": 2, "adjust_interval": 2, "adjust_end": 10, "adjust_size": 1},
+    "increlora": {"grow_start": 2, "grow_interval": 2, "target_rank": 4},
+    "triadaptlora": {"grow_start": 2, "grow_interval": 2, "target_rank": 4},
+    "dylora": {},
+    "loradash": {"warmup_steps": 5, "tsd_count": 2},
+    "milora": {},
+    "rasa": {"shared_rank": 1},
+    "sorsa": {},
 }
 
 # Where something is about to change or has just changed; of what writes a file, the argument that is its path.

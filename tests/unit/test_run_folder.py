@@ -4,8 +4,10 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +32,8 @@ def test_new_folder_holds_what_was_asked_for(tmp_path: Path) -> None:
 
 
 def test_folder_of_another_run_is_refused_and_left_alone(tmp_path: Path) -> None:
-    RunFolder.create(tmp_path, CONFIG).close()
+    with RunFolder.create(tmp_path, CONFIG) as run:
+        run.log({"step": 1})
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(
         RunFolderError, match=r"already holds a run \(method disel, model tiny, started 20.*not finished\)"
@@ -91,6 +94,62 @@ def test_lock_of_a_killed_process_is_free_again(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, {"seed": 1}, resume=True) as run:
         assert run.resumed
         assert run.metrics() == [{"step": 1}]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process that can be killed")
+@pytest.mark.parametrize("at", ["status", "config", "measured"])
+def test_a_run_killed_before_its_first_step_leaves_its_folder_free(at: str, tmp_path: Path) -> None:
+    """Wherever it is killed, the same command starts again, without --resume; so does another one."""
+    process = os.fork()
+    if process == 0:
+        replace, places = os.replace, iter(["status", "config"])
+
+        def replacing(*args: Any) -> None:
+            replace(*args)
+            if next(places, None) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = replacing  # type: ignore[assignment]
+        run = RunFolder.create(tmp_path, CONFIG)
+        run.log({"step": 0, "loss": 3.0})
+        write_file(tmp_path / "retention.jsonl", '{"step": 0, "kl": 0.0}\n')
+        run.checkpoints.mkdir()
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+    assert (tmp_path / "run.json").exists()
+    with RunFolder.create(tmp_path, {**CONFIG, "learning_rate": 1e-3}) as run:
+        assert run.metrics() == []
+        assert not (tmp_path / "retention.jsonl").exists()
+        run.log({"step": 1})
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["learning_rate"] == 1e-3
+    with pytest.raises(RunFolderError, match="already holds a run"):
+        RunFolder.create(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("notes.txt", "mine"),
+        ("data.jsonl", '{"step": 0}'),
+        ("checkpoints/x", "y"),
+        ("metrics.jsonl", '{"step": 0}\n{"step": 1}\n'),
+        ("retention.jsonl", '{"step": 4}\n'),
+        ("run.json", '{"process": 1}'),
+        ("run.json", '{"started": "x", "finished": "y"}'),
+    ],
+)
+def test_what_may_be_of_worth_keeps_its_folder(name: str, text: str, tmp_path: Path) -> None:
+    RunFolder.create(tmp_path, CONFIG).close()
+    write_file(tmp_path / name, text)
+    with pytest.raises(RunFolderError, match="already holds a run"):
+        RunFolder.create(tmp_path, CONFIG)
+    assert (tmp_path / name).read_text() == text
+
+
+def test_a_configuration_alone_is_somebodys(tmp_path: Path) -> None:
+    write_file(tmp_path / "config.yaml", "method: disel\n")
+    with pytest.raises(RunFolderError, match=r"holds no run \(found config.yaml\)"):
+        RunFolder.create(tmp_path, CONFIG)
 
 
 def test_resume_needs_a_run_with_the_same_settings(tmp_path: Path) -> None:

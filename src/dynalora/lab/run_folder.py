@@ -6,6 +6,7 @@ Layout::
       config.yaml     what was asked for; `dynalora finetune --config` accepts it again
       run.json        when, with which versions, and whether the run finished
       metrics.jsonl   one JSON object per line, flushed line by line
+      retention.jsonl likewise, what a monitor of retention measured
       adapter/        the trained adapter, as `save_pretrained` writes it
       plots/          PNG files
       report.html     everything above on one page, self-contained
@@ -35,9 +36,11 @@ from dynalora.errors import RunFolderError
 CONFIG = "config.yaml"
 STATUS = "run.json"
 METRICS = "metrics.jsonl"
+RETENTION = "retention.jsonl"
 REPORT = "report.html"
 LOCK = "run.lock"
 _OWN_BEFORE_START = {LOCK}
+_RECORDS = (METRICS, RETENTION)
 _VERSIONS_OF = ("dynalora", "torch", "transformers", "peft", "accelerate", "datasets")
 
 
@@ -150,7 +153,7 @@ class RunFolder:
                     "resume with the same settings or choose another output folder."
                 )
             return
-        if not entries:
+        if not entries or _came_to_nothing(folder):
             return
         if CONFIG in entries and STATUS in entries:
             raise RunFolderError(
@@ -164,8 +167,11 @@ class RunFolder:
 
     def _start(self) -> None:
         if not self.resumed:
-            write_file(self.path / CONFIG, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
+            for name in _RECORDS:  # of a run that came to nothing
+                (self.path / name).unlink(missing_ok=True)
+            # The status first: a configuration without one is somebody's, not that of a run killed here.
             self._write_status({"started": _now(), "finished": None})
+            write_file(self.path / CONFIG, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
         else:
             status = self.status()
             self._write_status({**status, "finished": None, "resumed": [*status.get("resumed", []), _now()]})
@@ -199,18 +205,13 @@ class RunFolder:
 
     def _discard_nothing(self) -> None:
         """Make the folder free again if nothing came of the run: a mistake in its settings must not block it."""
-        if not self.writable or any(int(record.get("step") or 0) > 0 for record in self.metrics()):
+        if not self.writable or not _came_to_nothing(self.path):
             return
-        made = {CONFIG, STATUS, METRICS, LOCK}
-        entries = {entry.name: entry for entry in self.path.iterdir() if not entry.name.endswith(".tmp")}
-        for name, entry in entries.items():
-            if name not in made and not (entry.is_dir() and not any(entry.iterdir())):
-                return
         if self._metrics_file is not None:
             self._metrics_file.close()
             self._metrics_file = None
-        for name, entry in entries.items():
-            if name != LOCK:
+        for entry in self.path.iterdir():
+            if entry.name != LOCK and not entry.name.endswith(".tmp"):
                 entry.rmdir() if entry.is_dir() else entry.unlink()
 
     # --- what is in it -------------------------------------------------------------------------------------
@@ -305,7 +306,11 @@ class RunFolder:
 
 def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """Records of a run's `metrics.jsonl`, oldest first; none where a folder has no metrics."""
-    file = Path(path) / METRICS
+    return read_records(Path(path) / METRICS)
+
+
+def read_records(file: Path) -> Iterator[dict[str, Any]]:
+    """Records of a file with a JSON object per line, oldest first; none where there is no file."""
     if not file.exists():
         return
     with open(file, encoding="utf-8", errors="replace") as lines:
@@ -340,6 +345,18 @@ def _status(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _came_to_nothing(folder: Path) -> bool:
+    """Whether a folder holds a run that ended, however it did, before its first step, and nothing else."""
+    status = _status(folder)
+    if "started" not in status or status.get("finished"):
+        return False
+    for entry in folder.iterdir():
+        written = entry.name in {CONFIG, STATUS, LOCK, *_RECORDS} or entry.name.endswith(".tmp")
+        if not written and not (entry.is_dir() and not any(entry.iterdir())):
+            return False
+    return not any(record.get("step") for name in _RECORDS for record in read_records(folder / name))
 
 
 def _owner(folder: Path) -> str:

@@ -27,7 +27,7 @@ from dynalora.lab.choices import label_of
 from dynalora.lab.configs import title_of
 from dynalora.lab.models import load_model
 from dynalora.lab.report import say
-from dynalora.lab.run_folder import RunFolder
+from dynalora.lab.run_folder import RETENTION, RunFolder
 from dynalora.lab.settings import defaults_of
 from dynalora.lab.training.checkpoints import save_adapter
 from dynalora.lab.training.train import TrainResult, held_out_loss, train_adapter
@@ -86,7 +86,7 @@ def _monitor(spec: FinetuneSpec, ready: Prepared, run: RunFolder) -> RetentionMo
         max_forgetting=spec.max_forgetting,
         keep_best=spec.keep_best,
         name=label_of(spec.method),
-        path=run.path / "retention.jsonl",
+        path=run.path / RETENTION,
     )
 
 
