@@ -28,6 +28,10 @@ class CheckpointError(DynaloraError, ValueError):
     """A saved adapter is damaged, incomplete or was made by another method."""
 
 
+class HubError(DynaloraError, RuntimeError):
+    """The Hugging Face Hub cannot be reached, or does not take what it was given."""
+
+
 class ScheduleError(DynaloraError, RuntimeError):
     """A method's schedule cannot run, or should have run and did not."""
 

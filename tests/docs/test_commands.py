@@ -6,6 +6,7 @@ short are put behind the printed ones.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from dynalora.lab import packaged_models
+from dynalora.lab.choices import own_methods
 from tests.unit import benchmark_files, tiny
 from tests.unit.program import Program, Shown, program
 
@@ -24,7 +26,10 @@ __all__ = ["program"]  # a fixture
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md",)
 
-NOT_RUN = {r"dynalora (forgetting|recover)": "run in tests/unit/test_forgetting.py and test_recovery.py, with files"}
+NOT_RUN = {
+    r"dynalora push": "needs the Hub; run in tests/unit/test_push.py with another in its place",
+    r"dynalora (forgetting|recover)": "run in tests/unit/test_forgetting.py and test_recovery.py, with files",
+}
 """Command lines that are not run here: a pattern, and why."""
 
 SHORTER = {
@@ -41,6 +46,10 @@ SHORTER = {
     "transfer": "--rank 2 --steps 2 --seeds 1 --held-out 3 --generated 1 --generated-tokens 4 --train-limit 6 "
     "--batch-size 2 --max-length 512",
     "trim": "--factors 1,0.5",
+    "chat": "--max-new-tokens 4",
+    "generate": "--max-new-tokens 4",
+    "merge": "",
+    "serve-check": "",
     "export": "",
     "compact": "",
     "gates": "--limit 4",
@@ -103,6 +112,7 @@ def run(
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))  # of the processes of `compare`
     # Whether the Hub's own cache has the demo's model is no business of these tests.
     monkeypatch.setattr(packaged_models, "_hub_snapshot", lambda *_, **__: None)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Say 3.\n/base\nSay 3.\n"))  # what is typed in a chat
 
     def start(line: str, folder: Path) -> Shown:
         monkeypatch.chdir(folder)
@@ -119,13 +129,15 @@ def run(
     return start
 
 
-def first_run(workshop: Path, run: Callable[[str, Path], Shown]) -> Path:
-    """The folder of the README's own first run, which later lines take up."""
-    folder = workshop / "runs" / "first"
+def run_before(name: str, workshop: Path, run: Callable[[str, Path], Shown]) -> Path:
+    """The folder of a run that a line takes up: the README's own first run, or the same with the method in its name."""
+    method = name.rpartition("/")[2]
+    folder = workshop / "runs" / (method if method in own_methods() else "first")
     if not folder.exists():
         pages = [(page, line) for page, line in command_lines() if line.startswith("dynalora finetune")]
         assert pages[0][0] == "README.md"
-        run(pages[0][1], workshop)
+        line = pages[0][1].replace("runs/first", f"runs/{folder.name}")
+        run(f"{line} --method {method}" if method in own_methods() else line, workshop)
     return folder
 
 
@@ -143,7 +155,7 @@ def test_command_lines_run_as_printed(
     (tmp_path / "runs").mkdir()
     writes = set(re.findall(r"(?:-o|--output) (\S+)", line))
     for name in set(re.findall(r"runs/[\w-]+", line)) - writes:
-        shutil.copytree(first_run(workshop, run), tmp_path / name)
+        shutil.copytree(run_before(name, workshop, run), tmp_path / name)
     run(line, tmp_path)
     for name in writes:
         assert (tmp_path / name).exists()

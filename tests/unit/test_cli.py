@@ -33,6 +33,8 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = (
     "demo",
     "finetune",
+    "chat",
+    "generate",
     "evaluate",
     "compare",
     "bench",
@@ -45,6 +47,9 @@ COMMANDS = (
     "trim",
     "compact",
     "export",
+    "merge",
+    "serve-check",
+    "push",
 )
 
 
@@ -468,7 +473,9 @@ def test_export_says_who_can_serve_it(folder: Path, tmp_path: Path, program: Pro
     shown = program("export", adapter, str(tmp_path / "lora"), "--uniform-rank", "8", "--dtype", "bfloat16")
     assert shown.code == 0, shown.err
     assert "rank 8" in shown.out
-    assert shown.out.splitlines()[-2:] == ["vLLM: yes (--max-lora-rank 8)", "llama.cpp: yes"]
+    assert shown.out.splitlines()[-3:] == [
+        "vLLM: yes (--max-lora-rank 8)", "SGLang: yes (--enable-lora --lora-paths NAME=FOLDER)", "llama.cpp: yes",
+    ]  # fmt: skip
 
 
 def test_snapshot_of_gates_from_the_command_line(folder: Path, rows: Path, tmp_path: Path, program: Program) -> None:

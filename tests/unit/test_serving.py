@@ -54,6 +54,15 @@ def vllm_update(folder: Path, module: str) -> torch.Tensor:
     return scaling * b @ a
 
 
+def sglang_update(folder: Path, module: str) -> torch.Tensor:
+    """SGLang reads r and lora_alpha, and has room for exactly r rows."""
+    config, state = files(folder)
+    a, b = (state[f"base_model.model.{module}.lora_{x}.weight"].double() for x in "AB")
+    if a.shape[0] != config["r"]:
+        return torch.full((b.shape[0], a.shape[1]), torch.nan).double()  # it stops
+    return config["lora_alpha"] / config["r"] * b @ a
+
+
 def llama_cpp_update(folder: Path, module: str) -> torch.Tensor:
     """llama.cpp divides lora_alpha by the tensor's own rank."""
     config, state = files(folder)
@@ -61,7 +70,7 @@ def llama_cpp_update(folder: Path, module: str) -> torch.Tensor:
     return config["lora_alpha"] / b.shape[1] * b @ a
 
 
-SERVERS = {"vLLM": vllm_update, "llama.cpp": llama_cpp_update}
+SERVERS = {"vLLM": vllm_update, "SGLang": sglang_update, "llama.cpp": llama_cpp_update}
 
 CASES = {
     "one rank": {},
@@ -105,11 +114,11 @@ def test_a_server_said_to_take_it_computes_the_adapter(case: str, uniform: int |
 
 def test_vllm_is_told_its_flag_and_held_to_it(tmp_path: Path) -> None:
     dynalora.export_lora(adapted(r=9), tmp_path / "lora")
-    vllm, _ = check_serving(tmp_path / "lora")
+    vllm, *_ = check_serving(tmp_path / "lora")
     assert str(vllm) == "vLLM: yes (--max-lora-rank 16)"
-    (vllm, _) = check_serving(tmp_path / "lora", max_lora_rank=8)
+    vllm, *_ = check_serving(tmp_path / "lora", max_lora_rank=8)
     assert vllm.problems == ("rank 9 is above max_lora_rank=8",)
-    (vllm, _) = check_serving(tmp_path / "lora", max_lora_rank=16)
+    vllm, *_ = check_serving(tmp_path / "lora", max_lora_rank=16)
     assert str(vllm) == "vLLM: yes"
 
 
@@ -121,7 +130,7 @@ def test_what_servers_refuse_is_named(tmp_path: Path) -> None:
     for folder, words in (("head", "modules_to_save (lm_head)"), ("dora", "knows no DoRA")):
         for server in check_serving(tmp_path / folder):
             assert any(words in problem for problem in server.problems), server
-    assert "Conv1D" in check_serving(tmp_path / "gpt2")[1].problems[0]
+    assert "Conv1D" in check_serving(tmp_path / "gpt2")[2].problems[0]
     dynalora.export_lora(adapted(), tmp_path / "lora")
     config, state = files(tmp_path / "lora")
     save_file(
@@ -133,7 +142,7 @@ def test_what_servers_refuse_is_named(tmp_path: Path) -> None:
         )
     save_file(state, tmp_path / "lora" / "adapter_model.safetensors")
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({**config, "bias": "all", "r": 4}))
-    vllm, llama_cpp = check_serving(tmp_path / "lora")
+    vllm, _, llama_cpp = check_serving(tmp_path / "lora")
     assert any("bias='all'" in problem for problem in llama_cpp.problems)
     assert any("r=4 for the largest rank, which is 5" in problem for problem in vllm.problems)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dynalora.jobs.bench.settings import BenchSpec
+from dynalora.jobs.chat.settings import ChatSpec
 from dynalora.jobs.compact.settings import CompactSpec
 from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.jobs.demo.settings import DemoSpec
@@ -15,8 +16,12 @@ from dynalora.jobs.evaluate.settings import EvaluateSpec
 from dynalora.jobs.export.settings import ExportSpec
 from dynalora.jobs.finetune.settings import FinetuneSpec
 from dynalora.jobs.gates.settings import GatesSpec
+from dynalora.jobs.generate.settings import GenerateSpec
 from dynalora.jobs.landscape.settings import LandscapeSpec
 from dynalora.jobs.linear_model.settings import LinearModelSpec
+from dynalora.jobs.merge.settings import MergeSpec
+from dynalora.jobs.push.settings import PushSpec
+from dynalora.jobs.serve_check.settings import ServeCheckSpec
 from dynalora.jobs.stages.settings import ForgettingSpec, RecoverSpec, TransferSpec
 from dynalora.jobs.trim.settings import TrimSpec
 from dynalora.lab.settings import Settings
@@ -69,6 +74,24 @@ COMMANDS = {
             "dynalora finetune --config runs/first/config.yaml --resume",
         ),
         resume=" --resume",
+    ),
+    "chat": Command(
+        settings=ChatSpec,
+        job="dynalora.jobs.chat.run:run_chat",
+        help="""Talk to an adapter, and hear what its base model would have said.
+
+        Answers appear as they are written. /base switches the adapter off, and on again; /reset starts a new
+        conversation; /quit leaves. Lines can also be piped in: every line is a message.""",
+        examples=("dynalora chat runs/first", "dynalora chat runs/first --temperature 0.7"),
+    ),
+    "generate": Command(
+        settings=GenerateSpec,
+        job="dynalora.jobs.generate.run:run_generate",
+        help="""Answer all prompts of a file, and write prompts and answers as JSON lines.
+
+        Rows have the formats that finetune reads; where they have responses, these are copied beside the answers.
+        With --base the base model answers, too.""",
+        examples=("dynalora generate runs/first --data held-out.jsonl --output answers.jsonl --base",),
     ),
     "evaluate": Command(
         settings=EvaluateSpec,
@@ -208,5 +231,31 @@ COMMANDS = {
         input, so it has no exact LoRA: with --calibrate a snapshot is written, and its price measured with the base
         model. The last lines say which servers take the result.""",
         examples=("dynalora export runs/first lora-for-serving",),
+    ),
+    "merge": Command(
+        settings=MergeSpec,
+        job="dynalora.jobs.merge.run:run_merge",
+        help="""Merge an adapter into its base model: a whole model, which loads without dynalora and PEFT.
+
+        The merged model is compared with the adapter before it is kept. Refused where weights cannot hold what the
+        adapter does: for DISeL's gates export a snapshot first, and merge that.""",
+        examples=("dynalora merge runs/dira --output merged",),
+    ),
+    "serve-check": Command(
+        settings=ServeCheckSpec,
+        job="dynalora.jobs.serve_check.run:run_serve_check",
+        help="""Say which servers take an adapter, why others do not, and what to type for them.
+
+        PEFT, vLLM, SGLang and llama.cpp, by their own rules, checked on the adapter's files. No server is needed, and
+        no base model.""",
+        examples=("dynalora serve-check runs/first",),
+    ),
+    "push": Command(
+        settings=PushSpec,
+        job="dynalora.jobs.push.run:run_push",
+        help="""Upload an adapter with its tokenizer and its card to the Hugging Face Hub.
+
+        The repository is private unless you say otherwise. Nothing else that lies in the folder is uploaded.""",
+        examples=("dynalora push runs/first my-adapter",),
     ),
 }

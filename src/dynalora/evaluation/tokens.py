@@ -212,6 +212,25 @@ def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     return {"input_ids": ids, "labels": list(ids)}
 
 
+def prompt_ids(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, *, plain: bool = False) -> list[int]:
+    """What a model is given so that it writes the next answer of a conversation, or goes on with plain text.
+
+    Args:
+        conversation: Its messages, the last of which is not the assistant's.
+        tokenizer: The model's. Without a chat template the messages stand a blank line apart.
+        plain: Whether to leave out the chat template in any case.
+
+    Raises:
+        DataError: The chat template rejects the conversation.
+    """
+    if not plain and tokenizer.chat_template and all(message["role"] != PLAIN for message in conversation):
+        return _ids(tokenizer, _render(tokenizer, conversation, True))
+    text = "\n\n".join(message["content"] for message in conversation)
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    # A tokenizer may end every text with its end token, behind which nothing comes.
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
 def _pair(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, bool]:
     """Ids and labels of a question for an encoder and the answer for a decoder, and whether the question is whole."""
     *before, last = conversation

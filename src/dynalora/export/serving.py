@@ -1,11 +1,13 @@
-"""Where an exported LoRA can be served: the rules of vLLM and llama.cpp, checked on the written files.
+"""Where an exported LoRA can be served: the rules of vLLM, SGLang and llama.cpp, checked on the written files.
 
-Both read less of `adapter_config.json` than PEFT does, and where they do not refuse an adapter they may compute
+They read less of `adapter_config.json` than PEFT does, and where they do not refuse an adapter they may compute
 something else from it:
 
 * vLLM (`vllm.lora.peft_helper.PEFTHelper`) takes `r`, `lora_alpha`, `use_rslora` and not the patterns, so one
   scaling must hold for all matrices and `r` must be the largest rank, which `--max-lora-rank` must allow for. It
   refuses trained biases (unless enabled), `modules_to_save`, DoRA and other tensors than `lora_A` and `lora_B`.
+* SGLang (`sglang.srt.lora`) takes `r` and `lora_alpha`, copies every factor into room of exactly `r` rows, and scales
+  all by `lora_alpha / r`; it does not read `use_rslora`. Target modules must be a list of names.
 * llama.cpp (`convert_lora_to_gguf.py`) keeps `lora_alpha` only, and divides it by each tensor's own rank, so all
   matrices must have one rank, and rsLoRA is not known. It refuses other tensors than `lora_A` and `lora_B`, and
   transposes the matrices of GPT-2's `Conv1D` as if they were its weights.
@@ -33,7 +35,7 @@ class Serving:
     """Whether a server takes an adapter as it is.
 
     Attributes:
-        server: `"vLLM"` or `"llama.cpp"`.
+        server: `"vLLM"`, `"SGLang"` or `"llama.cpp"`.
         problems: What it refuses, or would compute wrongly; empty if nothing.
         needs: What it has to be told, such as a flag.
     """
@@ -57,7 +59,7 @@ def check_serving(folder: str | os.PathLike[str], max_lora_rank: int | None = No
         max_lora_rank: What vLLM was started with; None says what it has to be.
 
     Returns:
-        One entry for vLLM and one for llama.cpp.
+        One entry for each of vLLM, SGLang and llama.cpp.
     """
     config: Any = LoraConfig.from_pretrained(str(folder))
     with safe_open(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
@@ -83,6 +85,7 @@ def check_serving(folder: str | os.PathLike[str], max_lora_rank: int | None = No
         common.append(f"it takes no trained biases (bias={config.bias!r})")
     return (
         Serving("vLLM", *_for_vllm(config, matrices, scalings, common, max_lora_rank)),
+        Serving("SGLang", *_for_sglang(config, matrices, scalings, common)),
         Serving("llama.cpp", *_for_llama_cpp(config, matrices, scalings, common)),
     )
 
@@ -105,6 +108,20 @@ def _for_vllm(
     elif max_lora_rank is None:
         needs.append(f"--max-lora-rank {flag}")
     return tuple(problems), tuple(needs)
+
+
+def _for_sglang(
+    config: Any, matrices: dict[str, int], scalings: dict[str, float], common: list[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    problems = list(common)
+    if any(not _close(s, config.lora_alpha / config.r) for s in scalings.values()):
+        reason = "has no rsLoRA" if config.use_rslora else "scales all matrices by lora_alpha / r"
+        problems.append(f"it {reason}, which would scale wrongly; export with a uniform rank")
+    if odd := next((rank for rank in matrices.values() if rank != config.r), None):
+        problems.append(f"it takes rank r={config.r} for all matrices, and one has {odd}; export with a uniform rank")
+    if isinstance(config.target_modules, str):
+        problems.append(f"it takes a list of target modules, and {config.target_modules!r} is a pattern")
+    return tuple(problems), ("--enable-lora --lora-paths NAME=FOLDER",)
 
 
 def _for_llama_cpp(

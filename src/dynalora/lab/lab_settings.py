@@ -1,11 +1,11 @@
-"""Settings that several jobs share: the adapter; and model, data and measuring."""
+"""Settings that several jobs share: the adapter; model, data and measuring; and a trained adapter to be used."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from dynalora.lab.choices import DTYPES, MOST_RANK, PROMPTS
+from dynalora.lab.choices import DTYPES, MOST_RANK, PROMPTS, QUANTIZATIONS
 from dynalora.lab.settings import SEED, Setting, Settings
 
 if TYPE_CHECKING:
@@ -32,6 +32,23 @@ class AdapterSettings(Settings, panel="Method"):
     alpha: float | None = None
     dropout: float = 0.0
     target_modules: Annotated[list[str] | str, Setting("-t")] = "all-linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedSettings(Settings):
+    """Which trained adapter to use, and how to load its base model.
+
+    Attributes:
+        adapter: Run folder, adapter folder or Hub id of an adapter.
+        model: Base model; None: the one the adapter names.
+        dtype: Data type of the base model's weights; None: as the run had them, else auto.
+        quantization: Hold the base weights in fewer bits; None: as the run had them.
+    """
+
+    adapter: Annotated[str, Setting(positional=True, metavar="RUN")]
+    model: Annotated[str | None, Setting("-m", place=True)] = None
+    dtype: Annotated[str | None, Setting(choices=DTYPES)] = None
+    quantization: Annotated[str | None, Setting(choices=tuple(QUANTIZATIONS))] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,12 @@ from dynalora.evaluation.tokens import Conversation, TokenizedSet, tokenize
 from dynalora.evaluation.windows import within_window
 from dynalora.forgetting.texts import MeasuredText
 from dynalora.jobs.finetune.settings import FinetuneSpec
+from dynalora.lab.answers import prompt_of
 from dynalora.lab.baselines import edits_base, prompt_only
 from dynalora.lab.choices import label_of
 from dynalora.lab.configs import adapter_config, check_rank, check_targets, title_of
 from dynalora.lab.data.conversations import load_conversations, load_named_text, measured_text, split, without_repeats
+from dynalora.lab.data.prompts import Prompt
 from dynalora.lab.models import empty_model, load_tokenizer, local_model_name
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.settings import defaults_of
@@ -34,6 +36,7 @@ class Prepared:
         held_out: The held-out set, tokenised; may be empty.
         modules: Number of modules that get an adapter.
         texts: What retention is measured on during training besides the base model's own text, by name.
+        samples: The held-out prompts whose answers are shown.
     """
 
     spec: FinetuneSpec
@@ -44,6 +47,7 @@ class Prepared:
     held_out: TokenizedSet
     modules: int
     texts: dict[str, MeasuredText] = field(default_factory=dict)
+    samples: list[Prompt] = field(default_factory=list)
 
 
 def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
@@ -94,6 +98,7 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
         held_out=tokenize(held_out, tokenizer, max_length=max_length),
         modules=len(modules),
         texts={label: measured_text(content, tokenizer) for label, content in texts.items()},
+        samples=[prompt_of(conversation) for conversation in held_out[: spec.samples]],
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -34,6 +34,9 @@ from dynalora.lab.scaling import curve_table
 from dynalora.lab.training.recorder import UNTIMED_STEPS
 from dynalora.lab.training.train import TrainResult
 from dynalora.methods import METHODS
+
+_SHOWN = 300
+"""Characters of a sample that are shown."""
 
 
 def decisions(
@@ -86,6 +89,7 @@ def write_results(
     console: Console | None,
     monitor: RetentionMonitor | None = None,
     curve: Sequence[TrimPoint] = (),
+    samples: Sequence[Mapping[str, str | None]] = (),
 ) -> None:
     """Write the plots and the report, and show the closing table."""
     spec = ready.spec
@@ -99,6 +103,7 @@ def write_results(
     )
     sections = [
         Section("Result", tables=[table]),
+        *([_samples_section(samples)] if samples else []),
         Section("Data", tables=[counts]),
         Section("Plots", figures=_figures(ready, result, run, monitor)),
         *([_scaled_section(run, curve)] if curve else []),
@@ -110,6 +115,21 @@ def write_results(
     write_report(Report(title, summary, sections), run.report)
     less = [_advice(run, curve)] if curve else []
     say(console, table, *([budget] if budget else []), *less, f"Adapter: {run.adapter}\nReport:  {run.report}")
+    say(
+        console,
+        f"Talk to it:     dynalora chat {run.path}",
+        f"Measure it:     dynalora evaluate {run.path} --task arc_easy --limit 200",
+        f"Who serves it:  dynalora serve-check {run.path}",
+    )
+
+
+def _samples_section(samples: Sequence[Mapping[str, str | None]]) -> Section:
+    """What the model said before and after training to the first held-out prompts."""
+    names = {"prompt": "prompt", "response": "in the data", "before": "before training", "after": "after"}
+    kept = [name for name in names if name in samples[0]]
+    rows: list[list[Cell]] = [[(sample[name] or "")[:_SHOWN] for name in kept] for sample in samples]
+    note = f"The first held-out prompts; always the likeliest token; cut after {_SHOWN} characters."
+    return Section("What it says", tables=[Table([names[name] for name in kept], rows, note=note)])
 
 
 def _figures(

@@ -10,11 +10,12 @@ import os
 import shutil
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 from rich.console import Console
 
 from dynalora.common.progress import rich_progress
-from dynalora.errors import UnsupportedError
+from dynalora.errors import DataError, UnsupportedError
 from dynalora.forgetting.monitor import RetentionMonitor
 from dynalora.forgetting.retention import Retention, retention
 from dynalora.forgetting.texts import own_text
@@ -22,6 +23,7 @@ from dynalora.forgetting.trim import TrimPoint, trim_curve
 from dynalora.jobs.finetune.prepare import Prepared, prepare
 from dynalora.jobs.finetune.report import write_results
 from dynalora.jobs.finetune.settings import FinetuneSpec
+from dynalora.lab.answers import answers_to
 from dynalora.lab.baselines import edits_base
 from dynalora.lab.choices import label_of
 from dynalora.lab.configs import title_of
@@ -31,6 +33,9 @@ from dynalora.lab.run_folder import RETENTION, RunFolder
 from dynalora.lab.settings import defaults_of
 from dynalora.lab.training.checkpoints import save_adapter
 from dynalora.lab.training.train import TrainResult, held_out_loss, train_adapter
+
+_SAMPLE_TOKENS = 64
+"""Longest sample answer."""
 
 _FACTORS = (0.7, 0.5, 0.35, 0.25)
 """Factors of the update in the report, besides 1: few, since each costs a measurement of the held-out data."""
@@ -69,7 +74,8 @@ def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResu
             save_adapter(result.model, ready.tokenizer, run)
             measured = _measured_retention(ready, result, run, console)
             curve = _scaled_down(ready, result, measured, run, console)
-            write_results(ready, result, measured, run, console, monitor, curve)
+            samples = _samples(ready, result, run, console)
+            write_results(ready, result, measured, run, console, monitor, curve, samples)
             run.finish()
             # The adapter is saved; optimizer states are of no more use and larger than everything else.
             shutil.rmtree(run.checkpoints, ignore_errors=True)
@@ -109,6 +115,28 @@ def _measured_retention(
         measured = retention(result.model, text, progress=progress)
     run.log({"run": result.label, "step": result.steps, "retention": asdict(measured)})
     return measured
+
+
+def _samples(ready: Prepared, result: TrainResult, run: RunFolder, console: Console | None) -> list[dict[str, Any]]:
+    """Held-out prompts with their right answers and what the model says before and after training."""
+    if not ready.samples:
+        return []
+    ask: dict[str, Any] = {"max_new_tokens": _SAMPLE_TOKENS, "batch_size": ready.spec.batch_size}
+    try:
+        with rich_progress(console) as progress:
+            after = answers_to(ready.samples, result.model, ready.tokenizer, progress=progress, **ask)
+            before: list[str] | None = None
+            if not edits_base(ready.spec.method, ready.config):
+                before = answers_to(ready.samples, result.model, ready.tokenizer, base=True, progress=progress, **ask)
+    except DataError:
+        return []  # the model has no room for an answer after its question
+    shown = []
+    for index, prompt in enumerate(ready.samples):
+        asked = "\n\n".join(turn["content"] for turn in prompt.conversation)
+        said = {"before": before[index]} if before is not None else {}
+        shown.append({"prompt": asked, "response": prompt.response, **said, "after": after[index]})
+    run.log({"run": result.label, "step": result.steps, "samples": shown})
+    return shown
 
 
 def _scaled_down(

@@ -50,6 +50,7 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
         retention: Measure what the model forgot, on text that the base model writes itself.
         scaled: When the run is over, measure the held-out loss and what was forgotten with the update scaled down, for
             the report. Where there are held-out data and retention is measured.
+        samples: Number of held-out prompts that are answered before and after training, for the report; 0: none.
         monitor_every: Number of optimizer steps between measurements of retention; None: a tenth of the run; 0: only
             when it is over.
         monitor_text: Further text to measure retention on during training, may be given again. See
@@ -87,6 +88,7 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
     quantization: Annotated[str | None, Setting(choices=tuple(QUANTIZATIONS), panel=_TRAINING)] = None
     retention: Annotated[bool, Setting(panel=RUN)] = True
     scaled: Annotated[bool, Setting(panel=RUN)] = True
+    samples: Annotated[int, Setting(least=0, panel=RUN)] = 3
     monitor_every: Annotated[int | None, Setting(least=0, panel=RUN)] = None
     monitor_text: Annotated[list[str], Setting(metavar="NAME=SOURCE", panel=RUN)] = field(default_factory=list)
     max_forgetting: Annotated[float | None, Setting(above=0, panel=RUN)] = None

@@ -25,14 +25,13 @@ from dynalora.forgetting.texts import MeasuredText, own_text
 from dynalora.forgetting.trim import TrimPoint, scale_update, trim, trim_curve
 from dynalora.jobs.finetune.prepare import training_and_held_out
 from dynalora.jobs.finetune.settings import FinetuneSpec
+from dynalora.jobs.finetune.trained import run_of
 from dynalora.jobs.trim.settings import TrimSpec
 from dynalora.lab.adapters import load_adapter, read_config
 from dynalora.lab.data.conversations import load_named_text, measured_text
 from dynalora.lab.models import load_tokenizer
 from dynalora.lab.report import say
-from dynalora.lab.run_folder import CONFIG
 from dynalora.lab.scaling import curve_table
-from dynalora.lab.settings import read_yaml, settings_from
 from dynalora.lab.training.train import held_out_loss
 
 
@@ -44,7 +43,7 @@ def run_trim(spec: TrimSpec, *, console: Console) -> None:
     """
     output = Path(spec.output)
     passages = dict(load_named_text(text, "texts") for text in spec.texts)
-    run = _run_of(spec.adapter)
+    run = run_of(spec.adapter)
     base = spec.model or str(read_config(spec.adapter).base_model_name_or_path)
     model = load_adapter(
         spec.adapter,
@@ -100,15 +99,6 @@ def _scale_down(
         curves[name] = [replace(point, factor=factor * point.factor) for point in result.points]
         factor *= result.factor
     return factor, curves
-
-
-def _run_of(source: str) -> FinetuneSpec | None:
-    """The settings of the fine-tuning run that an adapter comes from; None if it comes from none."""
-    file = Path(source) / CONFIG
-    values = read_yaml(file) if file.exists() else {}
-    if not {"model", "data", "method"} <= set(values):
-        return None
-    return settings_from(FinetuneSpec, values, source=f"'{file}'")
 
 
 def _loss(

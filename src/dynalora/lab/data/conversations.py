@@ -123,15 +123,15 @@ def to_conversations(
 
 def _conversation(row: Mapping[str, Any], fields: Fields, where: str) -> Conversation | None:
     if fields.text:
-        text = _text(row[fields.text], fields.text, where)
+        text = text_in(row[fields.text], fields.text, where)
         return [{"role": PLAIN, "content": text}] if text.strip() else None
     if fields.messages:
         return _chat(row[fields.messages], fields.messages, where, row.get("tools"))
     assert fields.prompt is not None  # Fields guarantees both
     assert fields.response is not None
-    prompt = _text(row[fields.prompt], fields.prompt, where)
-    response = _text(row[fields.response], fields.response, where)
-    extra = _text(row.get(fields.input), fields.input, where) if fields.input else ""
+    prompt = text_in(row[fields.prompt], fields.prompt, where)
+    response = text_in(row[fields.response], fields.response, where)
+    extra = text_in(row.get(fields.input), fields.input, where) if fields.input else ""
     if not response.strip():
         return None
     question: Message = {"role": "user", "content": prompt}
@@ -140,7 +140,12 @@ def _conversation(row: Mapping[str, Any], fields: Fields, where: str) -> Convers
     return [question, {"role": "assistant", "content": response}]
 
 
-def _text(value: Any, name: str, where: str) -> str:
+def text_in(value: Any, name: str, where: str) -> str:
+    """The text of a cell; empty if it is missing.
+
+    Raises:
+        DataError: It holds something else, or half of a character.
+    """
     if _is_missing(value):
         return ""
     if isinstance(value, str):
@@ -175,7 +180,12 @@ def _json(value: Any) -> Any:
     return value
 
 
-def _chat(value: Any, name: str, where: str, tools: Any = None) -> Conversation | None:
+def turns_in(value: Any, name: str, where: str, tools: Any = None) -> Conversation:
+    """All messages of a cell that holds a chat; may be empty.
+
+    Raises:
+        DataError: It holds something else, or a message lacks something.
+    """
     if isinstance(value, str):
         try:  # CSV has no lists: a chat in a CSV cell is JSON text
             value = json.loads(value)
@@ -199,8 +209,15 @@ def _chat(value: Any, name: str, where: str, tools: Any = None) -> Conversation 
             raise DataError(
                 f"{where}: message {number} in '{name}' has the weight {extras['weight']!r}; give 0 (no loss) or 1."
             )
-        text = _text(content, "content", f"{where}, message {number} in '{name}'")
+        text = text_in(content, "content", f"{where}, message {number} in '{name}'")
         chat.append(cast(Message, {"role": role, "content": text, **extras}))
+    if chat and not _is_missing(tools := _json(tools)):
+        chat[0]["tools"] = tools
+    return chat
+
+
+def _chat(value: Any, name: str, where: str, tools: Any = None) -> Conversation | None:
+    chat = turns_in(value, name, where)
     # An answer to nothing cannot be learned as a response, and turns after the last answer teach nothing.
     while chat and chat[0]["role"] == "assistant":
         chat.pop(0)

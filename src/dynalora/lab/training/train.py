@@ -46,7 +46,7 @@ _CHECKPOINTING = (
     else "gradient_checkpointing"
 )
 
-MEASURED_AFTER = ("retention", "scaled")
+MEASURED_AFTER = ("retention", "scaled", "samples")
 """Keys of the records that jobs make of a model when its training has ended."""
 
 

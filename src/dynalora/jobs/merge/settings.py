@@ -1,0 +1,26 @@
+"""Settings of `dynalora merge`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from dynalora.lab.choices import DTYPES
+from dynalora.lab.settings import Setting, Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSpec(Settings):
+    """Which adapter to merge into its base model, and where the whole model goes.
+
+    Attributes:
+        adapter: Run folder, adapter folder or Hub id of an adapter.
+        output: Folder to write, new or empty.
+        model: Base model; None: the one the adapter names.
+        dtype: Data type of the written weights; None: as in the base model's files.
+    """
+
+    adapter: Annotated[str, Setting(positional=True, metavar="RUN")]
+    output: Annotated[str, Setting("-o", writes="folder")]
+    model: Annotated[str | None, Setting("-m", place=True)] = None
+    dtype: Annotated[str | None, Setting(choices=DTYPES)] = None

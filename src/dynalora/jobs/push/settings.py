@@ -1,0 +1,29 @@
+"""Settings of `dynalora push`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from dynalora.lab.settings import Setting, Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushSpec(Settings):
+    """Which adapter to upload, and where to.
+
+    Attributes:
+        adapter: Run folder or adapter folder.
+        repo: Repository on the Hugging Face Hub, as NAME or OWNER/NAME; it is made if need be.
+        public: Let everyone see the repository that is made. Otherwise only its owner can.
+        base_model: Hub id of the base model, to be written where the adapter names a folder of this machine.
+        update: Upload into a repository that holds something, as a new commit.
+        message: First line of the commit.
+    """
+
+    adapter: Annotated[str, Setting(positional=True, metavar="RUN")]
+    repo: Annotated[str, Setting(positional=True, metavar="REPO")]
+    public: Annotated[bool, Setting(negative="--private")] = False
+    base_model: str | None = None
+    update: bool = False
+    message: str = "Upload adapter"
