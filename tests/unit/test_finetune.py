@@ -30,8 +30,9 @@ from dynalora.lab.baselines import BASELINES
 from dynalora.lab.configs import adapter_config, check_targets, method_names
 from dynalora.lab.data.collator import Collator
 from dynalora.lab.data.conversations import to_conversations
-from dynalora.lab.models import empty_model
+from dynalora.lab.models import empty_model, load_model
 from dynalora.lab.run_folder import read_metrics
+from dynalora.lab.training import train
 from dynalora.lab.training.checkpoints import last_checkpoint
 from dynalora.lab.training.recorder import Recorder
 from dynalora.lab.training.settings import TrainSettings
@@ -117,7 +118,8 @@ def test_wrong_configuration_is_named(given: dict[str, Any], message: str) -> No
         ({"max_forgetting": 0.0}, "max_forgetting is 0.0"),
         ({"max_forgetting": 0.1, "retention": False}, "max_forgetting needs measurements"),
         ({"max_forgetting": 0.1, "monitor_every": 0}, "max_forgetting needs measurements"),
-        ({"keep_best": True}, "keep_best needs a budget"),
+        ({"keep_best": True, "eval_fraction": 0.0}, "keep_best goes by the held-out loss"),
+        ({"keep_best": True, "eval_every": 0}, "keep_best goes by the held-out loss"),
         ({"monitor_text": ["wiki.txt"]}, "monitor_text is 'wiki.txt'; write it as NAME=SOURCE"),
     ],
 )
@@ -430,6 +432,44 @@ def test_forgetting_is_followed_and_kept_within_its_budget(
     assert all(torch.equal(saved[name], state[name]) for name in saved)
     record = next(record for record in read_metrics(tmp_path / "kept") if "retention" in record)
     assert record["retention"]["kl"] <= budget
+
+
+def test_prompts_are_learned_where_that_is_asked_for(folder: Path, rows: Path, tmp_path: Path) -> None:
+    answers = prepare(spec(folder, rows, tmp_path / "a"))
+    both = prepare(spec(folder, rows, tmp_path / "b", loss_on_prompts=True))
+    assert [row["input_ids"] for row in both.training.rows] == [row["input_ids"] for row in answers.training.rows]
+    assert all(row["labels"] == row["input_ids"] for row in both.training.rows)
+    assert both.training.response_tokens > answers.training.response_tokens
+    assert both.held_out.rows == answers.held_out.rows  # measured is what it was
+    first = [
+        next(
+            r["loss"]
+            for r in finetune(spec(folder, rows, tmp_path / f"{given}", steps=1, **{"loss_on_prompts": given})).records
+            if "loss" in r
+        )
+        for given in (False, True)
+    ]
+    assert first[0] != first[1]
+
+
+@pytest.mark.parametrize("method", ["lora", "pedyra", "adalora"])
+def test_the_weights_of_the_lowest_held_out_loss_are_kept(
+    method: str, folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"method": method, "eval_every": 2}
+    plain = finetune(spec(folder, rows, tmp_path / "plain", **given))
+    losses = {record["step"]: record["held_out_loss"] for record in plain.records if "held_out_loss" in record}
+    assert list(losses) == [0, 2, 4, 6, 8, 10, 12]
+    # As if the loss were lowest at step 6.
+    monkeypatch.setattr(train, "held_out_loss", lambda *args, **more: abs(held_out_loss(*args, **more) - losses[6]))
+    kept = finetune(spec(folder, rows, tmp_path / "kept", keep_best=True, **given))
+    assert (kept.steps, kept.best_step) == (12, 6)
+    assert kept.held_out_after == pytest.approx(0, abs=1e-5)
+    assert "those of step 6, the best" in (tmp_path / "kept" / "report.html").read_text(encoding="utf-8")
+    assert [r["loss"] for r in kept.records if "loss" in r] == [r["loss"] for r in plain.records if "loss" in r]
+    again = peft.PeftModel.from_pretrained(load_model(str(folder), dtype="float32"), str(tmp_path / "kept" / "adapter"))
+    ready = prepare(spec(folder, rows, tmp_path / "again", **given))
+    assert held_out_loss(again, ready.held_out) == pytest.approx(losses[6], rel=1e-4)
 
 
 def test_what_a_method_weighed_and_decided_is_kept(folder: Path, rows: Path, tmp_path: Path) -> None:

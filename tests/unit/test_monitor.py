@@ -324,6 +324,16 @@ def test_scores_say_which_state_is_best(words: Any, own: Any) -> None:
     assert (monitor.best.step, monitor.best.score) == (2, 1.0)
 
 
+def test_without_a_budget_the_best_of_all_states_is_kept(words: Any, own: Any) -> None:
+    scores = iter([5.0, float("nan"), 3.0, 3.0, *[9.0] * STEPS])
+    monitor = RetentionMonitor(own=own, every=1, keep_best=True, score=lambda model: next(scores))
+    model = adapted(words)
+    assert train(model, words, monitor) == STEPS
+    assert monitor.best is not None
+    assert (monitor.best.step, monitor.best.score) == (2, 3.0)
+    assert retention(model, own).kl == forgetting_by_step(words, own, "lora")[2]
+
+
 def test_a_trainers_evaluations_are_the_scores(words: Any, own: Any, tmp_path: Path) -> None:
     model = adapted(words)
     monitor = RetentionMonitor(own=own, every=4, max_forgetting=100.0, keep_best=True)
@@ -413,7 +423,6 @@ def test_checkpoints_give_the_same_curve(method: str, words: Any, own: Any, tmp_
         ({"cache_bytes": -1}, "cache_bytes is -1"),
         ({"max_forgetting": 0.0}, r"max_forgetting is 0\.0"),
         ({"max_forgetting": float("nan")}, "max_forgetting is nan"),
-        ({"keep_best": True}, "keep_best needs a budget"),
         ({"own": False}, "no text to monitor"),
         ({"texts": {OWN_TEXT: ["a"]}}, "name yours otherwise"),
     ],

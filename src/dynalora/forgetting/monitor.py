@@ -12,82 +12,28 @@ trains bit for bit as it would without.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback
 
-from dynalora.common.files import file_beside
 from dynalora.common.processes import first_process, from_first
 from dynalora.common.progress import Progress, silent
-from dynalora.errors import CheckpointError, ConfigError, UnsupportedError, check_least
+from dynalora.errors import ConfigError, UnsupportedError, check_least
 from dynalora.forgetting.base_model import adapter_tensors, base_weights
+from dynalora.forgetting.best import BestState, better_state
 from dynalora.forgetting.curves import RetentionPoint, append_points, read_points, write_points
 from dynalora.forgetting.defaults import OWN_TEXT as OWN_TEXT
 from dynalora.forgetting.retention import BasePredictions, Retention, predictions_within, retention
 from dynalora.forgetting.texts import MeasuredText, OwnText, given_text, own_text
-
-_FILE = "retention_best.safetensors"
-
-
-@dataclass(frozen=True)
-class BestState:
-    """The best state under the budget so far.
-
-    Attributes:
-        step: Optimizer steps done.
-        forgetting: The largest KL over the texts there, in nats per token.
-        score: What `score`, or the trainer's evaluation, gave there; None where nothing was scored.
-        tensors: The adapter's weights and state by their names in the model, on the CPU.
-    """
-
-    step: int
-    forgetting: float
-    score: float | None
-    tensors: dict[str, torch.Tensor]
-
-    def save(self, folder: Path) -> None:
-        """Write the state into a folder, whole or not at all."""
-        record = {"step": self.step, "forgetting": self.forgetting, "score": self.score}
-        tensors = {name: value.contiguous() for name, value in self.tensors.items()}
-        with file_beside(folder / _FILE) as beside:
-            save_file(tensors, beside, metadata={"format": "pt", "kept": json.dumps(record)})
-
-    @classmethod
-    def load(cls, folder: Path) -> BestState | None:
-        """The state in a folder; None if there is none.
-
-        Raises:
-            CheckpointError: The file is damaged.
-        """
-        file = folder / _FILE
-        if not file.exists():
-            return None
-        try:
-            with safe_open(file, framework="pt") as content:
-                record = json.loads(content.metadata()["kept"])
-                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
-            return cls(int(record["step"]), float(record["forgetting"]), record["score"], tensors)
-        except Exception as error:  # safetensors raises a type of its own
-            raise CheckpointError(
-                f"The weights kept in '{file}' cannot be read ({str(error).splitlines()[0]}); continue from an earlier "
-                "checkpoint."
-            ) from error
-
-
-"""Name of the text that the base model wrote itself."""
 
 
 class RetentionMonitor(TrainerCallback):
@@ -125,7 +71,7 @@ class RetentionMonitor(TrainerCallback):
         max_forgetting: KL in nats per token that no text may exceed; None only watches.
         keep_best: False stops the run at the first measurement above `max_forgetting`, with the weights as they are
             then. True lets the run go to its end and then puts back the best weights among those measured under the
-            budget: those of the lowest score, or without scores those of the latest step.
+            budget (without one, among all): those of the lowest score, or without scores those of the latest step.
         score: Called with the model at measurements under the budget if `keep_best`; lower is better. A Trainer that
             evaluates needs none: its `eval_loss` is taken, at the steps at which it evaluates.
         name: Of the run, in files and plots.
@@ -187,6 +133,11 @@ class RetentionMonitor(TrainerCallback):
         """The largest KL over the texts at the last measurement, in nats per token; 0 before the first."""
         last = (point.retention.kl for point in self.points if point.step == self.points[-1].step)
         return max(last, key=_order, default=0.0)
+
+    @property
+    def _within_budget(self) -> bool:
+        """Whether the last measurement allows these weights; under a budget, one that is not a number does not."""
+        return self.max_forgetting is None or self.forgetting <= self.max_forgetting
 
     # --- the work -----------------------------------------------------------------------------------------
 
@@ -264,9 +215,7 @@ class RetentionMonitor(TrainerCallback):
             )
             return
         if self.best.step != self._step:
-            device = next(model.parameters()).device
-            # Adapters follow changed ranks and buffers in load_state_dict.
-            model.load_state_dict({k: v.to(device) for k, v in self.best.tensors.items()}, strict=False)
+            self.best.put_back(model)
 
     def _refuse(self, model: nn.Module) -> None:
         """Refuse a model that cannot be compared with its base."""
@@ -331,9 +280,7 @@ class RetentionMonitor(TrainerCallback):
 
     def _judge(self, model: nn.Module, new: Sequence[RetentionPoint]) -> None:
         """See whether too much was forgotten, and if not whether this is the state to keep."""
-        if self.max_forgetting is None:
-            return
-        if not self.forgetting <= self.max_forgetting:  # also where it is not a number
+        if not self._within_budget:
             if self.exceeded is None:
                 self.exceeded = max(new, key=lambda point: _order(point.retention.kl))
         elif self.keep_best:
@@ -341,13 +288,7 @@ class RetentionMonitor(TrainerCallback):
 
     def _consider(self, model: nn.Module, score: float | None) -> None:
         """Keep the model's present state if it is better than the one kept; any score is better than none."""
-        score = from_first(score)
-        better = self.best is None or (
-            self.best.score is None if score is None else self.best.score is None or score < self.best.score
-        )
-        if better:
-            tensors = {name: value.detach().to("cpu", copy=True) for name, value in adapter_tensors(model).items()}
-            self.best = BestState(self._step, self.forgetting, score, tensors)
+        self.best = better_state(self.best, model, self._step, from_first(score), self.forgetting)
 
     # --- files --------------------------------------------------------------------------------------------
 
@@ -406,8 +347,7 @@ class RetentionMonitor(TrainerCallback):
             return
         if self.points[-1].step != self._step:
             self._measure(model)
-        assert self.max_forgetting is not None
-        if self.forgetting <= self.max_forgetting:
+        if self._within_budget:
             loss = (more.get("metrics") or {}).get("eval_loss")
             self._consider(model, None if loss is None else float(loss))
 
@@ -437,8 +377,6 @@ def _check(
         raise ConfigError(f"every is {every}; give a whole number of steps, or a fraction of the run below 1.")
     if max_forgetting is not None and not (math.isfinite(max_forgetting) and max_forgetting > 0):
         raise ConfigError(f"max_forgetting is {max_forgetting}; give nats per token, above 0.")
-    if keep_best and max_forgetting is None:
-        raise ConfigError("keep_best needs a budget; give max_forgetting in nats per token.")
     if own is False and not texts:
         raise ConfigError("There is no text to monitor; leave own=True, or name texts.")
     if OWN_TEXT in (texts or {}):

@@ -98,10 +98,9 @@ class _Run:
                 spec, seed=cell.seed, learning_rate=cell.learning_rate, weight_decay=cell.weight_decay, log_every=1,
                 eval_every=0, save_every=0,
             )  # fmt: skip
-            learned = rows.with_prompts() if spec.loss_on_prompts else rows
             _forget_peak()
             trained = train_adapter(
-                model, tokenizer, cell.config(self.head.task_type), learned, settings=how, label=cell.label,
+                model, tokenizer, cell.config(self.head.task_type), rows, settings=how, label=cell.label,
                 console=self.console, collator=task.collator(tokenizer),
             )  # fmt: skip
             model = trained.model

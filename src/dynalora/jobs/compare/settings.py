@@ -48,8 +48,6 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPAR
         match_parameters: Choose each method's rank so that it trains as many parameters as the reference does.
         learning_rates: Learning rates to choose from, with commas; empty: --learning-rate alone.
         epochs: Number of passes over the training data where steps is null, which a settings file can say.
-        loss_on_prompts: Train on the prompts' tokens, too, as LLM-Adapters does, and not on the answers alone. Causal
-            models only; measured is what it was.
         seeds: Number of runs per method, with the seeds `seed`, `seed` + 1 and so on.
         all_rates: Run every seed at every learning rate, and not only at the chosen one.
         validation: Number of training questions that the learning rate is chosen on.
@@ -84,7 +82,6 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPAR
     learning_rates: Annotated[list[float], Setting("--lrs", commas=True)] = field(default_factory=list)
     steps: int | None = 100
     epochs: Annotated[float, Setting(above=0, panel="Training", instead_of="steps")] = 1.0
-    loss_on_prompts: Annotated[bool, Setting(panel="Training")] = False
     seeds: Annotated[int, Setting(least=1)] = 3
     all_rates: Annotated[bool, Setting(negative="--chosen-rate")] = False
     validation: Annotated[int, Setting(panel=MEASURING)] = 100

@@ -89,12 +89,13 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
     check_rank(empty, config, modules)
     tokenizer = load_tokenizer(name, trust_remote_code=spec.trust_remote_code, template=spec.template)
     max_length = within_window(spec.max_length, empty, tokenizer)
+    learned = tokenize(training, tokenizer, max_length=max_length)
     return Prepared(
         spec=spec,
         model=name,
         config=config,
         tokenizer=tokenizer,
-        training=tokenize(training, tokenizer, max_length=max_length),
+        training=learned.with_prompts() if spec.loss_on_prompts else learned,
         held_out=tokenize(held_out, tokenizer, max_length=max_length),
         modules=len(modules),
         texts={label: measured_text(content, tokenizer) for label, content in texts.items()},

@@ -204,6 +204,7 @@ def _training_report(ready: Prepared, result: TrainResult) -> str:
     return (
         f"{result.steps:,} optimizer steps {change}, training {result.trainable_parameters:,} parameters "
         f"({share:.2f} % of the model){modules}."
+        + ("" if result.best_step is None else f" The weights are those of step {result.best_step:,}, the best.")
     )
 
 

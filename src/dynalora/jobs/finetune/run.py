@@ -31,6 +31,7 @@ from dynalora.lab.models import load_model
 from dynalora.lab.report import say
 from dynalora.lab.run_folder import RETENTION, RunFolder
 from dynalora.lab.settings import defaults_of
+from dynalora.lab.training.best import KeepBest
 from dynalora.lab.training.checkpoints import save_adapter
 from dynalora.lab.training.train import TrainResult, held_out_loss, train_adapter
 
@@ -69,6 +70,7 @@ def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResu
         result = train_adapter(
             model, ready.tokenizer, ready.config, ready.training, ready.held_out, settings=spec, run=run,
             label=label_of(spec.method), console=console, monitor=monitor,
+            best=KeepBest(by_held_out=True) if spec.keep_best and spec.max_forgetting is None else None,
         )  # fmt: skip
         if main:
             save_adapter(result.model, ready.tokenizer, run)
@@ -90,7 +92,7 @@ def _monitor(spec: FinetuneSpec, ready: Prepared, run: RunFolder) -> RetentionMo
         tokenizer=ready.tokenizer,
         every=spec.monitor_every or 0.1,
         max_forgetting=spec.max_forgetting,
-        keep_best=spec.keep_best,
+        keep_best=spec.keep_best and spec.max_forgetting is not None,
         name=label_of(spec.method),
         path=run.path / RETENTION,
     )

@@ -58,8 +58,9 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
             each.
         max_forgetting: Stop the run when KL(base ‖ tuned) on one of these texts is above so many nats per token; None:
             no limit.
-        keep_best: Instead of stopping, go to the end and keep the weights of the lowest held-out loss within that
-            limit. Without held-out data these are the latest.
+        keep_best: Keep the weights of the lowest held-out loss, of those that are measured every `eval_every` steps.
+            With max_forgetting, instead of stopping, go to the end and keep the best within that limit, measured as
+            often as retention is; without held-out data these are the latest.
         trust_remote_code: Run code that comes with the model.
         resume: Continue the killed run in the run folder.
     """
@@ -103,8 +104,12 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
             raise ConfigError(
                 "max_forgetting needs measurements during training; leave retention on and monitor_every above 0."
             )
-        if self.keep_best and self.max_forgetting is None:
-            raise ConfigError("keep_best needs a budget; give max_forgetting in nats per token.")
+        held_out = self.eval_data is not None or self.eval_split is not None or self.eval_fraction > 0
+        if self.keep_best and self.max_forgetting is None and not (held_out and self.eval_every != 0):
+            raise ConfigError(
+                "keep_best goes by the held-out loss during training; hold data out (eval_fraction, eval_split or "
+                "eval_data) and leave eval_every above 0, or give max_forgetting in nats per token."
+            )
         named = [named_source(text, "monitor_text") for text in self.monitor_text]
         object.__setattr__(self, "monitor_text", [f"{name}={whole_path(source)}" for name, source in named])
         if self.dtype == "float16":

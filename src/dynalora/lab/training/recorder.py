@@ -17,6 +17,7 @@ from dynalora.common.progress import live_bar
 from dynalora.errors import TrainingError
 from dynalora.forgetting.monitor import RetentionMonitor
 from dynalora.lab.run_folder import RunFolder
+from dynalora.lab.training.best import KeepBest
 
 UNTIMED_STEPS = 3
 """Steps at the start that are left out of the step time: they pay for allocation and warm-up once."""
@@ -33,7 +34,9 @@ class Recorder(TrainerCallback):
         measure: Callable[[], float] | None,
         eval_every: int | None,
         records: list[dict[str, Any]],
+        best: KeepBest | None = None,
     ) -> None:
+        self.best = best
         self.label, self.run, self.display, self.measure = label, run, display, measure
         self.eval_every, self.records = eval_every, records
         self.durations: list[float] = []
@@ -61,7 +64,8 @@ class Recorder(TrainerCallback):
         """The held-out loss of the weights that the run ends with, after its last step."""
         if self.measure is None:
             return None
-        if monitor is not None and monitor.best is not None and monitor.best.step != step:
+        kept = next((keeper.best for keeper in (monitor, self.best) if keeper is not None and keeper.best), None)
+        if kept is not None and kept.step != step:
             return self.measure()  # of the weights that were put back
         if monitor is not None and monitor.stopping:
             self.held_out = self.measure()
@@ -95,13 +99,15 @@ class Recorder(TrainerCallback):
         _wait_for_device()
         self._began = time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         _wait_for_device()
         self.durations.append(time.perf_counter() - self._began)
         due = bool(self.eval_every) and state.global_step % self.eval_every == 0
         if self.measure is not None and (due or state.global_step == state.max_steps):
             self.held_out = self.measure()
             self.record({"step": state.global_step, "held_out_loss": self.held_out})
+            if self.best is not None and self.best.by_held_out:
+                self.best.consider(model, state.global_step, self.held_out)
         self.display.step(state.global_step, held_out=self.held_out)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:

@@ -35,6 +35,7 @@ from dynalora.lab.baselines import DriveBaseline, optimizer_of, prepare_start, p
 from dynalora.lab.configs import method_name
 from dynalora.lab.data.collator import Collator
 from dynalora.lab.run_folder import RunFolder
+from dynalora.lab.training.best import AtSteps, KeepBest
 from dynalora.lab.training.checkpoints import KeepPrompt, NothingLeft, StopAtEnd, last_checkpoint
 from dynalora.lab.training.recorder import Display, Recorder
 from dynalora.lab.training.settings import TrainSettings
@@ -66,6 +67,7 @@ class TrainResult:
             first few; None if there were no others.
         step_seconds_quartiles: Lower and upper quartile of the same.
         seconds: Time of the training, measurements included, in this process.
+        best_step: The step whose weights were put back; None: the best were not kept, or nothing was scored.
         records: What was logged, one mapping per step or measurement.
     """
 
@@ -80,6 +82,7 @@ class TrainResult:
     step_seconds_quartiles: tuple[float, float] | None
     seconds: float
     records: list[dict[str, Any]]
+    best_step: int | None = None
 
 
 def held_out_loss(model: nn.Module, rows: TokenizedSet, *, batch_size: int = 8) -> float:
@@ -124,6 +127,8 @@ def train_adapter(
     label: str | None = None,
     console: Console | None = None,
     monitor: RetentionMonitor | None = None,
+    best: KeepBest | None = None,
+    at_steps: AtSteps | None = None,
     collator: Any = None,
 ) -> TrainResult:
     """Attach an adapter to a base model and train it, train one that is attached already, or train the whole model.
@@ -142,6 +147,8 @@ def train_adapter(
         console: Where progress is shown; None: nowhere.
         monitor: Follows how much is left of the base model. If it keeps the best state and has no score, the held-out
             loss is what it goes by.
+        best: Keeps the best weights and puts them back at the end.
+        at_steps: Does something at regular steps; with `best`, it may score the weights there.
         collator: Makes batches of rows that are no conversations; without held-out set only. None: pads conversations.
 
     Returns:
@@ -149,7 +156,8 @@ def train_adapter(
 
     Raises:
         ConfigError: Full fine-tuning of weights in half precision that cannot be trained, or of quantised ones, or with
-            a monitor, for which there is no base model left; bf16 with weights in float16.
+            a monitor, for which there is no base model left; bf16 with weights in float16; the best weights are to be
+            kept by a held-out loss, and nothing is held out.
         DataError: The training set is empty.
         TrainingError: The loss is no longer a number.
     """
@@ -159,6 +167,8 @@ def train_adapter(
         raise ConfigError("bf16 is set, and the weights are in float16; load the model in float32 or bfloat16.")
     if len(train_dataset) == 0:
         raise DataError("The training set is empty; give at least one row.")
+    if settings.loss_on_prompts:
+        train_dataset = train_dataset.with_prompts()
     set_seed(settings.seed)
     caching = getattr(model.config, "use_cache", None)
     prepare_start(model, config, tokenizer)
@@ -173,8 +183,10 @@ def train_adapter(
         measure = partial(held_out_loss, adapted, eval_dataset, batch_size=settings.batch_size)
         if monitor is not None and monitor.keep_best and monitor.score is None:
             monitor.score = lambda _, loss=measure: loss()
+    if best is not None and best.by_held_out and measure is None:
+        raise ConfigError("keep_best goes by the held-out loss, and no data are held out; give evaluation data.")
     checkpoint, records = _continued(run, label, adapted, monitor, console)
-    recorder = Recorder(label, run, Display(label, console), measure, settings.eval_every, records)
+    recorder = Recorder(label, run, Display(label, console), measure, settings.eval_every, records, best)
     with tempfile.TemporaryDirectory(prefix="dynalora-") as scratch:
         arguments = _arguments(settings, run, scratch, half=half)
         trainer = _trainer(adapted, tokenizer, train_dataset, arguments, collator)
@@ -182,8 +194,9 @@ def train_adapter(
             trainer.add_callback(KeepPrompt(adapted, checkpoint))
         # After what the method does, so that a step's time contains it.
         trainer.add_callback(recorder)
-        if monitor is not None:
-            trainer.add_callback(monitor)
+        for callback in (monitor, at_steps, best):
+            if callback is not None:
+                trainer.add_callback(callback)
         trainer.add_callback(StopAtEnd(lambda: monitor is not None and monitor.stopping))
         # The trainer has put the model on its device by now.
         before = recorder.loss_before()
@@ -214,7 +227,7 @@ def train_adapter(
     return TrainResult(
         model=adapted, label=label, held_out_before=before, held_out_after=after, trainable_parameters=trainable,
         parameters=parameters, steps=steps, step_seconds=step_seconds, step_seconds_quartiles=quartiles,
-        seconds=seconds, records=records,
+        seconds=seconds, records=records, best_step=best.best.step if best is not None and best.best else None,
     )  # fmt: skip
 
 
