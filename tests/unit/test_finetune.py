@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -20,9 +21,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from dynalora.errors import ConfigError, DataError, RunFolderError, TrainingError
+from dynalora.evaluation.scoring import answer_loss
 from dynalora.evaluation.tokens import PLAIN_CHAT_TEMPLATE, TokenizedSet, ensure_pad_token, tokenize
 from dynalora.forgetting.curves import read_retention
 from dynalora.jobs.finetune import run
+from dynalora.jobs.finetune.learning import standard_error
 from dynalora.jobs.finetune.prepare import prepare
 from dynalora.jobs.finetune.run import finetune
 from dynalora.jobs.finetune.settings import FinetuneSpec
@@ -31,9 +34,10 @@ from dynalora.lab.configs import adapter_config, check_targets, method_names
 from dynalora.lab.data.collator import Collator
 from dynalora.lab.data.conversations import to_conversations
 from dynalora.lab.models import empty_model, load_model
-from dynalora.lab.run_folder import read_metrics
+from dynalora.lab.run_folder import RunFolder, read_metrics
 from dynalora.lab.training import train
 from dynalora.lab.training.checkpoints import last_checkpoint
+from dynalora.lab.training.rates import Rate, rate_for
 from dynalora.lab.training.recorder import Recorder
 from dynalora.lab.training.settings import TrainSettings
 from dynalora.lab.training.train import held_out_loss, take_off, takes_last_logits, train_adapter
@@ -60,6 +64,93 @@ def tokenized(count: int = 8) -> tuple[Any, TokenizedSet]:
     ensure_pad_token(tokenizer)
     chats = to_conversations((f"row {i}", row) for i, row in enumerate(tiny.rows(count)))
     return tokenizer, tokenize(chats, tokenizer)
+
+
+# --- the learning rate, and whether it was any good ---------------------------------------------------------
+
+
+def test_a_rate_by_the_methods_name_and_the_runs_length() -> None:
+    assert rate_for("lora", 30).rate == rate_for("lora", 100).rate == 1.5e-3
+    assert rate_for("lora", 1000).rate == rate_for("lora", 10**6).rate == 2e-4
+    between = [rate_for("lora", steps).rate for steps in (100, 101, 200, 400, 999, 1000)]
+    assert between == sorted(between, reverse=True)
+    assert "between 0.0015, tested for lora in 100 steps, and 0.0002" in rate_for("lora", 300).why
+    assert rate_for("lora+", 30) == Rate(2e-4, "the usual one, since none was tested for lora+")
+    assert {name for name in method_names() if "none was tested" not in rate_for(name, 30).why} >= {
+        "lora", "dira", "disel", "dislora", "pedyra"
+    }  # fmt: skip
+
+
+def test_a_run_without_a_rate_says_which_it_takes_and_records_it(folder: Path, rows: Path, tmp_path: Path) -> None:
+    given = {"steps": 3, "learning_rate": None, "method": "dira"}
+    screen = io.StringIO()
+    asked = spec(folder, rows, tmp_path / "run", **given)
+    finetune(asked, console=Console(file=screen, width=200))
+    sentence = "Learning rate 0.005, which was tested for dira in runs of 30 to 100 steps"
+    assert screen.getvalue().count(sentence) == 1
+    assert sentence in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["learning_rate"] == 5e-3
+    assert max(r["learning_rate"] for r in read_metrics(tmp_path / "run") if "learning_rate" in r) <= 5e-3
+    # A given rate is taken without a word.
+    assert prepare(spec(folder, rows, tmp_path / "other", method="dira")).rate == ""
+    # Epochs count as the steps that they make: 18 rows, 4 a step, 5 steps an epoch.
+    given |= {"steps": None, "epochs": 60.0}
+    assert prepare(spec(folder, rows, tmp_path / "other", **given)).spec.learning_rate == rate_for("dira", 300).rate
+    # A configuration file has its method's rate.
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"peft_type": "DIRA", "r": 2}), encoding="utf-8")
+    given |= {"steps": 3, "epochs": 1.0, "method": str(file)}
+    assert prepare(spec(folder, rows, tmp_path / "other", **given)).spec.learning_rate == 5e-3
+
+
+def test_a_resumed_run_without_a_rate_goes_on_with_its_own(folder: Path, rows: Path, tmp_path: Path) -> None:
+    asked = spec(folder, rows, tmp_path / "run", learning_rate=3e-3)
+    with RunFolder.create(asked.output, asked.settings()):
+        (tmp_path / "run" / "checkpoints").mkdir()
+        (tmp_path / "run" / "checkpoints" / "something").touch()
+    again = spec(folder, rows, tmp_path / "run", learning_rate=None, resume=True)
+    assert prepare(again).spec.learning_rate == 3e-3
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"steps": 30}, None),
+        ({"steps": 4, "learning_rate": 1e-9}, r"learned (nothing|little).* take 0.001, which was tested for disel"),
+        ({"steps": 4, "learning_rate": 1e-9, "eval_fraction": 0.0}, r"the loss in training .* take 0.001, which"),
+        (
+            {"steps": 2, "warmup": 0.9, "learning_rate": 2e-3},
+            r"Train for more steps \(--steps, --epochs\), or .* 0.002",
+        ),
+    ],
+)
+def test_a_run_that_learned_next_to_nothing_says_what_to_change(
+    folder: Path, rows: Path, tmp_path: Path, given: dict[str, Any], expected: str | None
+) -> None:
+    screen = io.StringIO()
+    finetune(spec(folder, rows, tmp_path / "run", method="disel", **given), console=Console(file=screen, width=2000))
+    html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    for text in (screen.getvalue(), html):
+        assert (re.search(expected, text) is not None) if expected else ("The run has learned" not in text)
+
+
+def test_the_error_of_a_fall_is_that_of_its_conversations(folder: Path, rows: Path, tmp_path: Path) -> None:
+    """Against the spread over halves of the conversations drawn again and again."""
+    asked = spec(folder, rows, tmp_path / "run", steps=6, eval_fraction=0.5)
+    ready = prepare(asked)
+    result = finetune(asked)
+    error = standard_error(ready, result)
+    losses = {}
+    for which in ("base", "tuned"):
+        with result.model.disable_adapter() if which == "base" else contextlib.nullcontext():
+            losses[which] = answer_loss(result.model, ready.held_out.rows)
+    generator = torch.Generator().manual_seed(0)
+    falls = []
+    for _ in range(2000):
+        drawn = torch.randint(len(ready.held_out), (len(ready.held_out),), generator=generator).tolist()
+        tokens = sum(losses["base"].counts[i] for i in drawn)
+        falls.append(sum(losses["base"].sums[i] - losses["tuned"].sums[i] for i in drawn) / tokens)
+    assert error == pytest.approx(float(torch.tensor(falls).std()), rel=0.25)
 
 
 # --- configurations ---------------------------------------------------------------------------------------

@@ -135,6 +135,11 @@ class RunFolder:
         return run
 
     @staticmethod
+    def recorded(path: str | os.PathLike[str]) -> dict[str, Any]:
+        """The settings that a folder's run was started with; none where there is no readable `config.yaml`."""
+        return _read_config(Path(path))
+
+    @staticmethod
     def _refuse_what_is_there(folder: Path, config: dict[str, Any], resume: bool, defaults: Mapping[str, Any]) -> None:
         entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
         entries = [name for name in entries if name not in _OWN_BEFORE_START and not name.endswith(".tmp")]

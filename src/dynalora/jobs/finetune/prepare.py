@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+import os
+from dataclasses import dataclass, field, replace
 
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
+from dynalora.adapter.config import is_number
 from dynalora.errors import ConfigError
 from dynalora.evaluation.tokens import Conversation, TokenizedSet, tokenize
 from dynalora.evaluation.windows import within_window
@@ -14,13 +17,14 @@ from dynalora.forgetting.texts import MeasuredText
 from dynalora.jobs.finetune.settings import FinetuneSpec
 from dynalora.lab.answers import prompt_of
 from dynalora.lab.baselines import edits_base, prompt_only
-from dynalora.lab.choices import label_of
-from dynalora.lab.configs import adapter_config, check_rank, check_targets, title_of
+from dynalora.lab.choices import is_config_file, label_of
+from dynalora.lab.configs import adapter_config, check_rank, check_targets, method_name, title_of
 from dynalora.lab.data.conversations import load_conversations, load_named_text, measured_text, split, without_repeats
 from dynalora.lab.data.prompts import Prompt
 from dynalora.lab.models import empty_model, load_tokenizer, local_model_name
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.settings import defaults_of
+from dynalora.lab.training.rates import rate_for
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Prepared:
         modules: Number of modules that get an adapter.
         texts: What retention is measured on during training besides the base model's own text, by name.
         samples: The held-out prompts whose answers are shown.
+        rate: The learning rate in a sentence, where none was given; otherwise empty.
     """
 
     spec: FinetuneSpec
@@ -48,6 +53,12 @@ class Prepared:
     modules: int
     texts: dict[str, MeasuredText] = field(default_factory=dict)
     samples: list[Prompt] = field(default_factory=list)
+    rate: str = ""
+
+    @property
+    def method(self) -> str:
+        """The method's name, that of a configuration file's included."""
+        return method_name(self.config) if is_config_file(self.spec.method) else self.spec.method.lower()
 
 
 def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
@@ -78,6 +89,9 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
             f"max_forgetting is {spec.max_forgetting:g}, but {title_of(label_of(spec.method))} changes the base "
             "weights, so what it forgets cannot be followed; leave it out, or choose another method."
         )
+    if spec.resume and spec.learning_rate is None:
+        recorded = RunFolder.recorded(spec.output).get("learning_rate")
+        spec = replace(spec, learning_rate=recorded if is_number(recorded) else None)
     if main_process:
         RunFolder.check(spec.output, spec.settings(), resume=spec.resume, defaults=defaults_of(type(spec)))
     training, held_out = training_and_held_out(spec)
@@ -90,7 +104,7 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
     tokenizer = load_tokenizer(name, trust_remote_code=spec.trust_remote_code, template=spec.template)
     max_length = within_window(spec.max_length, empty, tokenizer)
     learned = tokenize(training, tokenizer, max_length=max_length)
-    return Prepared(
+    prepared = Prepared(
         spec=spec,
         model=name,
         config=config,
@@ -101,6 +115,18 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
         texts={label: measured_text(content, tokenizer) for label, content in texts.items()},
         samples=[prompt_of(conversation) for conversation in held_out[: spec.samples]],
     )
+    return prepared if spec.learning_rate is not None else _with_rate(prepared)
+
+
+def _with_rate(prepared: Prepared) -> Prepared:
+    """The job with the method's tested rate for the run's length."""
+    spec, steps = prepared.spec, prepared.spec.steps
+    if steps is None:
+        rows_a_step = spec.batch_size * spec.gradient_accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+        steps = math.ceil(spec.epochs * math.ceil(len(prepared.training) / rows_a_step))
+    tested = rate_for(prepared.method, steps)
+    sentence = f"Learning rate {tested.rate:g}, {tested.why}; --learning-rate takes another."
+    return replace(prepared, spec=replace(spec, learning_rate=tested.rate), rate=sentence)
 
 
 def training_and_held_out(spec: FinetuneSpec) -> tuple[list[Conversation], list[Conversation]]:

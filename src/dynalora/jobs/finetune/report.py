@@ -24,6 +24,7 @@ from dynalora.forgetting.landscape import rank_landscape
 from dynalora.forgetting.monitor import OWN_TEXT, RetentionMonitor
 from dynalora.forgetting.retention import Retention
 from dynalora.forgetting.trim import TrimPoint, smallest_near_best
+from dynalora.jobs.finetune.learning import learned_little
 from dynalora.jobs.finetune.prepare import Prepared
 from dynalora.lab.configs import method_name, title_of
 from dynalora.lab.data.collator import batches_of
@@ -111,10 +112,11 @@ def write_results(
     ]
     title = f"{_short(spec.model)} fine-tuned with {title_of(result.label)} on {_short(spec.data)}"
     budget = _budget_report(monitor)
-    summary = f"{_training_report(ready, result)} {budget}".strip()
+    little = learned_little(ready, result)
+    summary = " ".join(filter(None, (_training_report(ready, result), little, budget, ready.rate)))
     write_report(Report(title, summary, sections), run.report)
     less = [_advice(run, curve)] if curve else []
-    say(console, table, *([budget] if budget else []), *less, f"Adapter: {run.adapter}\nReport:  {run.report}")
+    say(console, table, *filter(None, (little, budget)), *less, f"Adapter: {run.adapter}\nReport:  {run.report}")
     say(
         console,
         f"Talk to it:     dynalora chat {run.path}",

@@ -55,9 +55,12 @@ def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResu
     main = int(os.environ.get("RANK", "0")) == 0
     console = console if main else None
     ready = prepare(spec, main_process=main)
+    spec = ready.spec
     with RunFolder.create(
         spec.output, spec.settings(), resume=spec.resume, defaults=defaults_of(type(spec)), main_process=main
     ) as run:
+        if ready.rate:
+            say(console, ready.rate)
         say(
             console,
             f"{len(ready.training):,} training and {len(ready.held_out):,} held-out conversations, "

@@ -27,6 +27,8 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
         method: Name of a method, or a .json or .yaml file as PEFT's adapter_config.json. Such a file says everything
             of the method itself: `r`, `alpha` and `dropout` then do not apply, and `target_modules` only if the file
             has none.
+        learning_rate: Peak learning rate of AdamW; None: the method's tested rate for the run's length. See
+            [`rates`][dynalora.lab.training.rates].
         method_options: Further fields of the method's configuration, by name. `--method NAME --help` lists them.
         split: Split of the data to train on.
         subset: Configuration of a data set on the Hub.
@@ -72,6 +74,7 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
     method_options: Annotated[
         dict[str, Any], Setting("-O", name="--option", metavar="NAME=VALUE", merge=True, panel=_METHOD)
     ] = field(default_factory=dict)
+    learning_rate: float | None = None  # type: ignore[assignment]  # a number once the run is prepared
     split: Annotated[str, Setting(panel=_DATA)] = "train"
     subset: Annotated[str | None, Setting(panel=_DATA)] = None
     prompt_field: Annotated[str | None, Setting(panel=_DATA)] = None

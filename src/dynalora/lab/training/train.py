@@ -29,7 +29,7 @@ from dynalora.errors import ConfigError, DataError, TrainingError
 from dynalora.evaluation.generation import padding_id
 from dynalora.evaluation.scoring import answer_loss
 from dynalora.evaluation.seq2seq import Seq2SeqCollator, is_encoder_decoder
-from dynalora.evaluation.tokens import TokenizedSet
+from dynalora.evaluation.tokens import TokenizedSet, Tokens
 from dynalora.forgetting.monitor import RetentionMonitor
 from dynalora.lab.baselines import DriveBaseline, optimizer_of, prepare_start, prompt_only
 from dynalora.lab.configs import method_name
@@ -91,10 +91,15 @@ def held_out_loss(model: nn.Module, rows: TokenizedSet, *, batch_size: int = 8) 
     Raises:
         DataError: No row has a response token.
     """
-    answered = [row for row in rows.rows if any(label != IGNORED_LABEL for label in row["labels"][1:])]
-    if not answered:
+    scored = answered(rows)
+    if not scored:
         raise DataError("The held-out set has no response token; give other evaluation data.")
-    return answer_loss(model, answered, batch_size=batch_size).mean
+    return answer_loss(model, scored, batch_size=batch_size).mean
+
+
+def answered(rows: TokenizedSet) -> list[Tokens]:
+    """The rows of a set that have a response token."""
+    return [row for row in rows.rows if any(label != IGNORED_LABEL for label in row["labels"][1:])]
 
 
 def takes_last_logits(model: nn.Module) -> bool:
