@@ -61,7 +61,7 @@ COMMANDS = {
     ),
     "finetune": Command(
         settings=FinetuneSpec,
-        job="dynalora.jobs.finetune.run:finetune",
+        job="dynalora.jobs.finetune.run:run_finetune",
         help="""Fine-tune your model on your data, and see what it learned and what it forgot.
 
         Data are rows with a prompt and a response (the usual names of fields are recognised) or chat messages, and
@@ -70,6 +70,7 @@ COMMANDS = {
         examples=(
             "dynalora finetune -m Qwen/Qwen3-0.6B -d my.jsonl -o runs/first",
             "dynalora finetune -m ./model -d my.csv -o runs/b --method dira -O penalty_weight=1e-3",
+            "dynalora finetune -m Qwen/Qwen3-0.6B -d my.jsonl -o runs/first --dry-run",
             "dynalora finetune --config runs/first/config.yaml -o runs/higher --lr 5e-4",
             "dynalora finetune --config runs/first/config.yaml --resume",
         ),

@@ -64,7 +64,7 @@ def trainable_parameters(model: nn.Module, config: PeftConfig | None) -> int:
     """
     if config is None:
         return sum(parameter.numel() for parameter in model.parameters())
-    return _count(_adapted(model, config))
+    return _count(on_meta(model, config))
 
 
 def match_parameters(make: Make, model: nn.Module, target: int, tolerance: float = 0.02) -> Matched:
@@ -99,7 +99,7 @@ def match_parameters(make: Make, model: nn.Module, target: int, tolerance: float
         """Parameters at a rank; None if there can be no such rank."""
         if r not in counts:
             try:
-                counts[r] = _count(_adapted(skeleton, make(r, None)))
+                counts[r] = _count(on_meta(skeleton, make(r, None)))
             except (ValueError, ConfigError) as error:
                 reasons.append(error)
                 counts[r] = None
@@ -114,7 +114,7 @@ def match_parameters(make: Make, model: nn.Module, target: int, tolerance: float
         low = r if parameters < target else r - 1
         if count(low) is not None and count(low + 1) is not None:
             trial = _mixed(make, skeleton, low, target)
-            number = _count(_adapted(skeleton, trial))
+            number = _count(on_meta(skeleton, trial))
             # Some have the field for what training has come to, and do not begin with it.
             if abs(number - target) < abs(parameters - target):
                 r, config, mixed, parameters = low, trial, True, number
@@ -175,7 +175,7 @@ def _nearest(count: Callable[[int], int | None], target: int) -> int | None:
 
 def _mixed(make: Make, model: nn.Module, low: int, target: int) -> PeftConfig:
     """A configuration with rank low + 1 in some modules and low in the others, as near to the target as that can be."""
-    lower, upper = (_adapted(model, make(r, None)) for r in (low, low + 1))
+    lower, upper = (on_meta(model, make(r, None)) for r in (low, low + 1))
     more = {name: number - _by_module(lower)[name] for name, number in _by_module(upper).items()}
     modules = _spread(more, target - _count(lower))
     # PEFT reads the keys as regular expressions for the end of a module's name.
@@ -223,8 +223,8 @@ def _skeleton(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _adapted(model: nn.Module, config: PeftConfig) -> nn.Module:
-    """A copy of a model on the meta device with an adapter."""
+def on_meta(model: nn.Module, config: PeftConfig) -> nn.Module:
+    """A copy of a model on the meta device, which has no weights, with an adapter at the largest ranks it can have."""
     base: Any = _skeleton(model)
     fresh = copy.deepcopy(config.at_largest() if isinstance(config, AdapterConfig) else config)
     fresh.inference_mode = False

@@ -25,6 +25,7 @@ from dynalora.lab.models import empty_model, load_tokenizer, local_model_name
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.settings import defaults_of
 from dynalora.lab.training.rates import rate_for
+from dynalora.lab.training.reporting import check_trackers
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
         DataError: The data.
         RunFolderError: The run folder.
     """
+    check_trackers(spec.report_to)
     config = adapter_config(
         spec.method,
         r=spec.r,

@@ -20,6 +20,7 @@ from dynalora.forgetting.monitor import RetentionMonitor
 from dynalora.forgetting.retention import Retention, retention
 from dynalora.forgetting.texts import own_text
 from dynalora.forgetting.trim import TrimPoint, trim_curve
+from dynalora.jobs.finetune.dry_run import dry_run
 from dynalora.jobs.finetune.prepare import Prepared, prepare
 from dynalora.jobs.finetune.report import write_results
 from dynalora.jobs.finetune.settings import FinetuneSpec
@@ -40,6 +41,14 @@ _SAMPLE_TOKENS = 64
 
 _FACTORS = (0.7, 0.5, 0.35, 0.25)
 """Factors of the update in the report, besides 1: few, since each costs a measurement of the held-out data."""
+
+
+def run_finetune(spec: FinetuneSpec, *, console: Console | None = None) -> None:
+    """Do the whole job, or with `dry_run` say what it takes."""
+    if spec.dry_run:
+        dry_run(spec, console=console)
+    else:
+        finetune(spec, console=console)
 
 
 def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResult:

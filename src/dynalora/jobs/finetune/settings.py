@@ -64,6 +64,8 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
             With max_forgetting, instead of stopping, go to the end and keep the best within that limit, measured as
             often as retention is; without held-out data these are the latest.
         trust_remote_code: Run code that comes with the model.
+        dry_run: Say what the run takes (memory, parameters, steps, and the time per step, of a few real steps), and
+            train and write nothing.
         resume: Continue the killed run in the run folder.
     """
 
@@ -98,6 +100,7 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
     max_forgetting: Annotated[float | None, Setting(above=0, panel=RUN)] = None
     keep_best: Annotated[bool, Setting(panel=RUN)] = False
     trust_remote_code: Annotated[bool, Setting(panel=RUN)] = False
+    dry_run: Annotated[bool, Setting(panel=RUN, recorded=False)] = False
     resume: Annotated[bool, Setting(panel=RUN, recorded=False)] = False
 
     def _check(self) -> None:

@@ -40,6 +40,7 @@ class Recorder(TrainerCallback):
         self.label, self.run, self.display, self.measure = label, run, display, measure
         self.eval_every, self.records = eval_every, records
         self.durations: list[float] = []
+        self.report: Callable[[dict[str, float]], None] | None = None  # to trackers, besides what the trainer logs
         self.held_out: float | None = None
         self._began = 0.0
 
@@ -96,11 +97,11 @@ class Recorder(TrainerCallback):
         self.display.begin(state.max_steps, state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        _wait_for_device()
+        wait_for_device()
         self._began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        _wait_for_device()
+        wait_for_device()
         self.durations.append(time.perf_counter() - self._began)
         due = bool(self.eval_every) and state.global_step % self.eval_every == 0
         if self.measure is not None and (due or state.global_step == state.max_steps):
@@ -108,6 +109,8 @@ class Recorder(TrainerCallback):
             self.record({"step": state.global_step, "held_out_loss": self.held_out})
             if self.best is not None and self.best.by_held_out:
                 self.best.consider(model, state.global_step, self.held_out)
+            if self.report is not None:
+                self.report({"eval_loss": self.held_out})
         self.display.step(state.global_step, held_out=self.held_out)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
@@ -120,7 +123,8 @@ class Recorder(TrainerCallback):
             self.display.step(state.global_step, loss=logs["loss"])
 
 
-def _wait_for_device() -> None:
+def wait_for_device() -> None:
+    """Wait until a GPU has done what it was given, so that clocks tell how long that took."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

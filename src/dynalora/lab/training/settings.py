@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
 from dynalora.errors import ConfigError
 from dynalora.lab.settings import SEED, Setting, Settings
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
+TRACKERS = ("wandb", "trackio", "mlflow", "tensorboard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +57,17 @@ class TrainSettings(OptimizerSettings, panel="Run"):
             only before and after.
         save_every: Number of optimizer steps between checkpoints, from which a killed run is resumed; None: a tenth
             of the run; 0: none.
+        report_to: Experiment trackers that get the losses while training, with commas: wandb, trackio, mlflow,
+            tensorboard. They are set up by their own environment variables; tensorboard writes into the run folder.
     """
 
     epochs: Annotated[float, Setting(above=0, panel="Training", instead_of="steps")] = 1.0
     log_every: Annotated[int | None, Setting(least=1)] = None
     eval_every: Annotated[int | None, Setting(least=0)] = None
     save_every: Annotated[int | None, Setting(least=0)] = None
+    report_to: Annotated[list[str], Setting(commas=True, choices=TRACKERS, recorded=False)] = field(
+        default_factory=list
+    )
 
     def _check(self) -> None:
         super()._check()

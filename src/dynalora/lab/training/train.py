@@ -11,6 +11,7 @@ import math
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,15 @@ import torch
 from peft import PeftConfig, PeftModel
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.common.private import take_off_trainers_autocast
@@ -38,6 +47,7 @@ from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.training.best import AtSteps, KeepBest
 from dynalora.lab.training.checkpoints import KeepPrompt, NothingLeft, StopAtEnd, last_checkpoint
 from dynalora.lab.training.recorder import Display, Recorder
+from dynalora.lab.training.reporting import tracker_files
 from dynalora.lab.training.settings import TrainSettings
 
 # transformers renamed the setting; the old name warns in new versions, the new one is unknown to old ones.
@@ -134,6 +144,7 @@ def train_adapter(
     monitor: RetentionMonitor | None = None,
     best: KeepBest | None = None,
     at_steps: AtSteps | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     collator: Any = None,
 ) -> TrainResult:
     """Attach an adapter to a base model and train it, train one that is attached already, or train the whole model.
@@ -154,6 +165,7 @@ def train_adapter(
             loss is what it goes by.
         best: Keeps the best weights and puts them back at the end.
         at_steps: Does something at regular steps; with `best`, it may score the weights there.
+        callbacks: Further callbacks of the trainer, which come last.
         collator: Makes batches of rows that are no conversations; without held-out set only. None: pads conversations.
 
     Returns:
@@ -194,12 +206,15 @@ def train_adapter(
     recorder = Recorder(label, run, Display(label, console), measure, settings.eval_every, records, best)
     with tempfile.TemporaryDirectory(prefix="dynalora-") as scratch:
         arguments = _arguments(settings, run, scratch, half=half)
-        trainer = _trainer(adapted, tokenizer, train_dataset, arguments, collator)
+        with tracker_files(run):
+            trainer = _trainer(adapted, tokenizer, train_dataset, arguments, collator)
+        if settings.report_to:
+            recorder.report = trainer.log_besides
         if prompt_only(adapter):
             trainer.add_callback(KeepPrompt(adapted, checkpoint))
         # After what the method does, so that a step's time contains it.
         trainer.add_callback(recorder)
-        for callback in (monitor, at_steps, best):
+        for callback in (monitor, at_steps, best, *callbacks):
             if callback is not None:
                 trainer.add_callback(callback)
         trainer.add_callback(StopAtEnd(lambda: monitor is not None and monitor.stopping))
@@ -303,7 +318,8 @@ def _arguments(settings: TrainSettings, run: RunFolder | None, scratch: str, *, 
         save_steps=settings.save_every or 0.1,
         save_total_limit=2,
         eval_strategy="no",
-        report_to="none",
+        report_to=settings.report_to or "none",
+        run_name=run.path.name if run is not None else None,
         disable_tqdm=True,
         log_level_replica="error",  # one process speaks for all
         remove_unused_columns=False,
@@ -324,6 +340,12 @@ class _LossTrainer(Trainer):
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         self.last_loss = loss
         return loss
+
+    def log_besides(self, values: dict[str, float]) -> None:
+        """Log something in a callback, which must not take the place of the step's own log line."""
+        due = self.control.should_log
+        self.log(values)
+        self.control.should_log = due
 
 
 def _trainer(
