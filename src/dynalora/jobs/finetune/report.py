@@ -206,6 +206,7 @@ def _training_report(ready: Prepared, result: TrainResult) -> str:
     return (
         f"{result.steps:,} optimizer steps {change}, training {result.trainable_parameters:,} parameters "
         f"({share:.2f} % of the model){modules}."
+        + (" The run was stopped there, since the held-out loss fell no more." if result.stopped else "")
         + ("" if result.best_step is None else f" The weights are those of step {result.best_step:,}, the best.")
     )
 

@@ -116,6 +116,11 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
                 "keep_best goes by the held-out loss during training; hold data out (eval_fraction, eval_split or "
                 "eval_data) and leave eval_every above 0, or give max_forgetting in nats per token."
             )
+        if self.early_stopping is not None and not (held_out and self.eval_every != 0):
+            raise ConfigError(
+                "early_stopping goes by the held-out loss during training; hold data out (eval_fraction, eval_split or "
+                "eval_data) and leave eval_every above 0."
+            )
         named = [named_source(text, "monitor_text") for text in self.monitor_text]
         object.__setattr__(self, "monitor_text", [f"{name}={whole_path(source)}" for name, source in named])
         if self.dtype == "float16":

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import TrainerCallback
 
+from dynalora.common.processes import from_first
 from dynalora.common.progress import live_bar
 from dynalora.errors import TrainingError
 from dynalora.forgetting.monitor import RetentionMonitor
@@ -35,7 +36,9 @@ class Recorder(TrainerCallback):
         eval_every: int | None,
         records: list[dict[str, Any]],
         best: KeepBest | None = None,
+        patience: int | None = None,
     ) -> None:
+        self.patience = patience
         self.best = best
         self.label, self.run, self.display, self.measure = label, run, display, measure
         self.eval_every, self.records = eval_every, records
@@ -76,6 +79,15 @@ class Recorder(TrainerCallback):
             return recorded[-1] if recorded else None
         return self.held_out
 
+    @property
+    def stuck(self) -> bool:
+        """Whether the held-out loss has not fallen below its lowest for as many measurements as the patience allows.
+
+        It goes by the records, which a resumed run has, too.
+        """
+        losses = [record["held_out_loss"] for record in self.records if "held_out_loss" in record]
+        return bool(self.patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= (self.patience or 0)
+
     def step_seconds(self) -> tuple[float | None, tuple[float, float] | None]:
         """Median and quartiles of the time of a step, without the first few; None where there are too few others."""
         timed = self.durations[UNTIMED_STEPS:]
@@ -109,6 +121,7 @@ class Recorder(TrainerCallback):
             self.record({"step": state.global_step, "held_out_loss": self.held_out})
             if self.best is not None and self.best.by_held_out:
                 self.best.consider(model, state.global_step, self.held_out)
+            control.should_training_stop = control.should_training_stop or bool(from_first(self.stuck))
             if self.report is not None:
                 self.report({"eval_loss": self.held_out})
         self.display.step(state.global_step, held_out=self.held_out)

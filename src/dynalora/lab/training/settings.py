@@ -55,6 +55,8 @@ class TrainSettings(OptimizerSettings, panel="Run"):
         log_every: Number of optimizer steps between log lines; None: a hundredth of the run.
         eval_every: Number of optimizer steps between measurements of the held-out loss; None: a fifth of the run; 0:
             only before and after.
+        early_stopping: Stop the run when so many measurements of the held-out loss in a row brought no new lowest one;
+            None: never.
         save_every: Number of optimizer steps between checkpoints, from which a killed run is resumed; None: a tenth
             of the run; 0: none.
         report_to: Experiment trackers that get the losses while training, with commas: wandb, trackio, mlflow,
@@ -64,6 +66,7 @@ class TrainSettings(OptimizerSettings, panel="Run"):
     epochs: Annotated[float, Setting(above=0, panel="Training", instead_of="steps")] = 1.0
     log_every: Annotated[int | None, Setting(least=1)] = None
     eval_every: Annotated[int | None, Setting(least=0)] = None
+    early_stopping: Annotated[int | None, Setting(least=1)] = None
     save_every: Annotated[int | None, Setting(least=0)] = None
     report_to: Annotated[list[str], Setting(commas=True, choices=TRACKERS, recorded=False)] = field(
         default_factory=list

@@ -77,6 +77,7 @@ class TrainResult:
             first few; None if there were no others.
         step_seconds_quartiles: Lower and upper quartile of the same.
         seconds: Time of the training, measurements included, in this process.
+        stopped: Whether the run ended early because the held-out loss did not fall any more.
         best_step: The step whose weights were put back; None: the best were not kept, or nothing was scored.
         records: What was logged, one mapping per step or measurement.
     """
@@ -93,6 +94,7 @@ class TrainResult:
     seconds: float
     records: list[dict[str, Any]]
     best_step: int | None = None
+    stopped: bool = False
 
 
 def held_out_loss(model: nn.Module, rows: TokenizedSet, *, batch_size: int = 8) -> float:
@@ -203,7 +205,8 @@ def train_adapter(
     if best is not None and best.by_held_out and measure is None:
         raise ConfigError("keep_best goes by the held-out loss, and no data are held out; give evaluation data.")
     checkpoint, records = _continued(run, label, adapted, monitor, console)
-    recorder = Recorder(label, run, Display(label, console), measure, settings.eval_every, records, best)
+    patience = settings.early_stopping
+    recorder = Recorder(label, run, Display(label, console), measure, settings.eval_every, records, best, patience)
     with tempfile.TemporaryDirectory(prefix="dynalora-") as scratch:
         arguments = _arguments(settings, run, scratch, half=half)
         with tracker_files(run):
@@ -217,7 +220,7 @@ def train_adapter(
         for callback in (monitor, at_steps, best, *callbacks):
             if callback is not None:
                 trainer.add_callback(callback)
-        trainer.add_callback(StopAtEnd(lambda: monitor is not None and monitor.stopping))
+        trainer.add_callback(StopAtEnd(lambda: recorder.stuck or (monitor is not None and monitor.stopping)))
         # The trainer has put the model on its device by now.
         before = recorder.loss_before()
         began = time.perf_counter()
@@ -248,6 +251,7 @@ def train_adapter(
         model=adapted, label=label, held_out_before=before, held_out_after=after, trainable_parameters=trainable,
         parameters=parameters, steps=steps, step_seconds=step_seconds, step_seconds_quartiles=quartiles,
         seconds=seconds, records=records, best_step=best.best.step if best is not None and best.best else None,
+        stopped=recorder.stuck and steps < trainer.state.max_steps,
     )  # fmt: skip
 
 
