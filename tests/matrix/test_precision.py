@@ -103,8 +103,11 @@ def test_gradient_checkpointing(row: Row, toy: Toy, reentrant: bool) -> None:
     assert checkpointed.is_gradient_checkpointing if hasattr(checkpointed, "is_gradient_checkpointing") else True
     reference = adapter_parameters(plain)
     for name, parameter in adapter_parameters(checkpointed).items():
-        assert reference[name].grad is not None
-        torch.testing.assert_close(parameter.grad, reference[name].grad, atol=1e-6, rtol=1e-5)
+        expected = reference[name].grad
+        assert expected is not None
+        # Sums of many terms: what an entry may be off by depends on the largest of them.
+        scale = max(1.0, float(expected.abs().max()))
+        torch.testing.assert_close(parameter.grad, expected, atol=3e-6 * scale, rtol=1e-5)
 
 
 @every_row

@@ -150,10 +150,10 @@ class GatedLayer(AdapterLayer):
         gate = "gate_in" if self.has_parameter("gate_in", adapter) else "gate_weight"
         return *super().projections(adapter), self.used(gate, adapter)
 
-    def narrow(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
+    def narrow(self, x: torch.Tensor, adapter: str, products: torch.Tensor | None = None) -> torch.Tensor:
         """`g(x) ⊙ d ⊙ down(x)`; see `AdapterLayer.narrow`."""
         if torch.is_grad_enabled() or not self._short_form(x, adapter):
-            return super().narrow(x, adapter)
+            return super().narrow(x, adapter, products)
         # Generation: for a few tokens what counts is the number of operations, here three.
         down, weight = self.used("down", adapter), self.used("gate_weight", adapter)
         if x.dtype != down.dtype:

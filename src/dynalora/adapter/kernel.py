@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dynalora.adapter.experts import ExpertMatrix
-from dynalora.common.private import is_observed, transforming, view_base
+from dynalora.common.private import is_observed, is_replaced, transforming, view_base
 
 
 class _AddLowRankInPlace(torch.autograd.Function):
@@ -234,3 +234,23 @@ def may_overwrite(base_layer: nn.Module) -> bool:
         and not torch.compiler.is_compiling()
         and not transforming()
     )
+
+
+def only_multiplies(base_layer: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a layer does nothing with its input but multiply it with a weight that is there and does not train.
+
+    Then its product may be computed without calling it, and its backward pass be taken part in.
+    """
+    if type(base_layer) is not nn.Linear or is_observed(base_layer) or is_replaced(base_layer):
+        return False
+    if type(x) is not torch.Tensor:
+        return False
+    for tensor in (base_layer.weight, base_layer.bias):
+        if tensor is not None and (
+            type(tensor) not in (torch.Tensor, nn.Parameter)
+            or tensor.requires_grad
+            or tensor.dtype != x.dtype
+            or tensor.device != x.device
+        ):
+            return False
+    return base_layer.weight.shape == (base_layer.out_features, base_layer.in_features)

@@ -23,8 +23,16 @@ from torch import nn
 from dynalora.adapter.base_weight import BaseWeight
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.curvature import Curvature
-from dynalora.adapter.kernel import add_low_rank, apart, may_overwrite, observe_weight_gradient, project
+from dynalora.adapter.kernel import (
+    add_low_rank,
+    apart,
+    may_overwrite,
+    observe_weight_gradient,
+    only_multiplies,
+    project,
+)
 from dynalora.adapter.ranks import RankedStorage, fit
+from dynalora.adapter.shared_input import Companions, Factors, products_for
 from dynalora.adapter.storage import RANK
 from dynalora.common.private import inside_average, joins_uneven, transforming
 from dynalora.driver import Driver, invalidate, prepare_unloaded, track
@@ -49,6 +57,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
         unprepared: Adapters whose weights may still come from a file, so that the method has not computed their start,
             with their `up` as it was made: weights were loaded if it is another object by the time it is needed.
         probes: A leaf per adapter that asks for the gradient of the adapted weight; see `want_weight_gradient`.
+        companions: The layers that are expected to get the same input right after this one.
     """
 
     def __init__(self, base_layer: nn.Module, quantization: dict[str, Any] | None = None) -> None:
@@ -64,6 +73,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
         self.adapter_dropout: dict[str, float] = {}
         self.curvatures: dict[str, Curvature] = {}
         self.probes: dict[str, torch.Tensor] = {}
+        self.companions = Companions()
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.order = next(_order)
@@ -258,6 +268,9 @@ class AdapterLayer(RankedStorage, BaseWeight):
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
         base_layer = self.base_layer
+        if adapter_names is None and not (args or kwargs) and (products := products_for(self, x)) is not None:
+            updated = self.add_update(products.result, x, products.adapter, True, products.narrow)
+            return self._seen(updated.view(*x.shape[:-1], self.out_features), products.adapter)
         result: torch.Tensor = base_layer(x, *args, **kwargs)
         if self.merged_adapters:
             return result
@@ -267,16 +280,55 @@ class AdapterLayer(RankedStorage, BaseWeight):
         for adapter in self.active_adapters:
             if adapter not in self.scaling:
                 continue
-            result = self.add_update(result, x, adapter, in_place)
-            # Some train in eval() state, to have no dropout.
-            if (self.training or torch.is_grad_enabled()) and not torch.compiler.is_compiling() and not transforming():
-                driver = self.drivers[adapter]
-                driver.thread, driver.joining = threading.get_ident(), joins_uneven()
-                if driver.watching:
-                    driver.watch(self, result)
+            result = self._seen(self.add_update(result, x, adapter, in_place), adapter)
         return result
 
-    def add_update(self, result: torch.Tensor, x: torch.Tensor, adapter: str, in_place: bool = False) -> torch.Tensor:
+    def _seen(self, result: torch.Tensor, adapter: str) -> torch.Tensor:
+        """A result as it is, of which the adapter's driver was told."""
+        # Some train in eval() state, to have no dropout.
+        if (self.training or torch.is_grad_enabled()) and not torch.compiler.is_compiling() and not transforming():
+            driver = self.drivers[adapter]
+            driver.thread, driver.joining = threading.get_ident(), joins_uneven()
+            if driver.watching:
+                driver.watch(self, result)
+        return result
+
+    def factors_of_input(self, x: torch.Tensor) -> Factors | None:
+        """What the layer multiplies its input with, if that is all that happens to it before the diagonal.
+
+        Args:
+            x: The input, (…, in).
+
+        Returns:
+            None for base layers other than plain linear ones, with hooks, or with weights that train or are elsewhere;
+            where an adapter is merged, several act or none; and with dropout.
+        """
+        acting = [adapter for adapter in self.active_adapters if adapter in self.scaling]
+        if len(acting) != 1 or self._disable_adapters or self.merged_adapters or self.unprepared:
+            return None
+        (adapter,) = acting
+        if (self.training and self.adapter_dropout[adapter]) or not only_multiplies(self.base_layer, x):
+            return None
+        down, *rest = self.projections(adapter)
+        frozen = self._frozen("frozen_down", adapter)
+        matrices = (*rest, down) if frozen is None else (*rest, down, frozen)
+        if down.dtype != x.dtype and not getattr(self, "cast_input_dtype_enabled", True):
+            return None
+        if any(type(matrix) not in (torch.Tensor, nn.Parameter) for matrix in matrices):
+            return None
+        if any(matrix.dtype != down.dtype or matrix.device != x.device or matrix.ndim != 2 for matrix in matrices):
+            return None
+        base: Any = self.base_layer
+        return Factors(adapter, base.weight, base.bias, matrices)
+
+    def add_update(
+        self,
+        result: torch.Tensor,
+        x: torch.Tensor,
+        adapter: str,
+        in_place: bool = False,
+        products: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Add an adapter's update to the base layer's result.
 
         Args:
@@ -284,11 +336,12 @@ class AdapterLayer(RankedStorage, BaseWeight):
             x: The layer's input, (…, in).
             adapter: The adapter.
             in_place: Whether `result` may be overwritten.
+            products: The products of `x` with the adapter's matrices, (…, ·), where they are known; see `narrow`.
 
         Returns:
             `result + s·up(d ⊙ down(x))`, (…, out).
         """
-        m, up = self.narrow(x, adapter), self.columns(adapter)
+        m, up = self.narrow(x, adapter, products), self.columns(adapter)
         frozen = self._frozen("frozen_up", adapter)
         result = add_low_rank(result, m, up, self.scaling[adapter], in_place, frozen)
         if adapter in self.probes and torch.is_grad_enabled() and not transforming():
@@ -353,8 +406,30 @@ class AdapterLayer(RankedStorage, BaseWeight):
                 result[rows] = self.add_update(result[rows], x[rows], adapter, in_place=True)
         return result
 
-    def narrow(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        """The narrow activations `d ⊙ down(x)`: x (…, in) → (…, r + k), in the adapter's dtype."""
+    def narrow(self, x: torch.Tensor, adapter: str, products: torch.Tensor | None = None) -> torch.Tensor:
+        """The narrow activations `d ⊙ down(x)`, in the adapter's dtype.
+
+        Args:
+            x: The input, (…, in).
+            adapter: The adapter.
+            products: The products of `x` with all projections but the first, then with the first one and with the
+                frozen components, (…, ·), where they are known; they may have the tokens in one row.
+
+        Returns:
+            (…, r + k).
+        """
+        if products is None:
+            projected, h = self._projected(x, adapter)
+        elif extra := sum(matrix.shape[0] for matrix in self.projections(adapter)[1:]):
+            # split, not two slices: its backward is one concatenation
+            projected, h = products.split([extra, products.shape[-1] - extra], dim=-1)
+        else:
+            projected, h = None, products
+        d = self.diagonal(adapter, "held" if projected is None else projected)
+        return h if d is None else h * d
+
+    def _projected(self, x: torch.Tensor, adapter: str) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The products of the input with all projections but the first, or None, and with the others."""
         down, *rest = self.projections(adapter)
         frozen = self._frozen("frozen_down", adapter)
         if x.dtype != down.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -366,15 +441,13 @@ class AdapterLayer(RankedStorage, BaseWeight):
             projected = nn.functional.linear(x, torch.cat(rest)) if rest else None
         elif rest and not apart(x, sum(matrix.shape[0] for matrix in rest) + down.shape[0]):
             z = project(x, torch.cat([*rest, down]), frozen)
-            # split, not two slices: its backward is one concatenation
             width = sum(matrix.shape[0] for matrix in rest)
             projected, h = z.split([width, z.shape[-1] - width], dim=-1)
         else:
             h = project(x, down, frozen)
             parts = [nn.functional.linear(x, matrix) for matrix in rest]
             projected = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0] if parts else None
-        d = self.diagonal(adapter, "held" if projected is None else projected)
-        return h if d is None else h * d
+        return projected, h
 
     def _frozen(self, role: str, adapter: str) -> torch.Tensor | None:
         """The frozen components of one side, in the dtype of the trained ones, which a trainer may have cast."""

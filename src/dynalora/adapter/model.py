@@ -23,6 +23,7 @@ from dynalora.adapter.patterns import check_patterns
 from dynalora.adapter.ranks import fit
 from dynalora.adapter.retain import Retain
 from dynalora.adapter.saved import check_further_tensors
+from dynalora.adapter.shared_input import join_companions
 from dynalora.adapter.targets import describe_linear_layers, is_target, leave_out_head, settle_targets
 from dynalora.common.names import plain_name
 from dynalora.common.private import after_failed_load
@@ -71,6 +72,7 @@ class AdapterModel(BaseTuner):
         for layer in layers.values():
             layer.drive(adapter_name, driver)
         next(iter(layers.values())).become_lead(adapter_name)
+        join_companions(adapter_layers(model))
         self.method.join(layers, adapter_name, config)
         if config.may_be_loaded or config.inference_mode:
             for layer in layers.values():

@@ -298,6 +298,19 @@ def is_observed(module: nn.Module) -> bool:
     )
 
 
+_linear_forward = nn.Linear.forward
+
+
+def is_replaced(layer: nn.Linear) -> bool:
+    """Whether calling a linear layer is more than its own forward: hooks before it, or another forward in its place."""
+    return bool(
+        layer._forward_pre_hooks
+        or torch.nn.modules.module._global_forward_pre_hooks
+        or "forward" in layer.__dict__  # as Accelerate puts it there, for weights that are elsewhere
+        or nn.Linear.forward is not _linear_forward
+    )
+
+
 def transforming() -> bool:
     """Whether this code runs under a transform of torch.func, in forward-mode differentiation, or is being traced."""
     return bool(

@@ -79,9 +79,9 @@ class DyloraLayer(AdapterLayer):
         """LoRA's start, and the first step's b."""
         return {**super().start(config, r), "prefix": torch.tensor(config.prefix(0, r))}
 
-    def narrow(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
+    def narrow(self, x: torch.Tensor, adapter: str, products: torch.Tensor | None = None) -> torch.Tensor:
         """The narrow activations, x (…, in) → (…, r); in training those of the first b components, times r / b."""
-        h = super().narrow(x, adapter)
+        h = super().narrow(x, adapter, products)
         if not self.training:
             return h
         prefix, rank = self.buffer("prefix", adapter), self.ranks[adapter]

@@ -74,9 +74,16 @@ class DoraLayer(GatedLayer):
                     f"together with others ({', '.join(self.active_adapters)}); activate one at a time."
                 )
 
-    def add_update(self, result: torch.Tensor, x: torch.Tensor, adapter: str, in_place: bool = False) -> torch.Tensor:
+    def add_update(
+        self,
+        result: torch.Tensor,
+        x: torch.Tensor,
+        adapter: str,
+        in_place: bool = False,
+        products: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Add an adapter's update, x (…, in) to (…, out); with `use_dora` the rows are given their trained norms."""
-        result = super().add_update(result, x, adapter, in_place)
+        result = super().add_update(result, x, adapter, in_place, products)
         if not self.has_parameter("magnitude", adapter):
             return result
         bias = getattr(self.get_base_layer(), "bias", None)

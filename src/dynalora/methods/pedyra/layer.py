@@ -152,12 +152,12 @@ class PedyraLayer(DoraLayer):
         e, frozen = self.used("e", adapter), self.running("frozen_up", adapter)
         return e if frozen is None else torch.cat([e, e.new_ones(frozen.shape[1])])
 
-    def narrow(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
+    def narrow(self, x: torch.Tensor, adapter: str, products: torch.Tensor | None = None) -> torch.Tensor:
         """The narrow activations, x (…, in) → (…, r); in training the inputs' squares are added up on the way."""
         # In eval() state, too: some train in it, to have no dropout.
         if self.gathering[adapter] and (self.training or torch.is_grad_enabled()):
             self._gather(x, adapter)
-        return super().narrow(x, adapter)
+        return super().narrow(x, adapter, products)
 
     @torch.no_grad()
     def _gather(self, x: torch.Tensor, adapter: str) -> None:

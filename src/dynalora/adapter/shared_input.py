@@ -1,0 +1,293 @@
+"""What layers multiply one input with, all in one: their base weights and the matrices of their adapters.
+
+Query, key and value projections get the same tensor, and so do the two first projections of a gated MLP. Each alone
+would save the input for its backward pass, read it twice for its adapter, and give autograd two gradients of it (the
+base weight's and the adapter's) to add up. Together they save it once; the adapters' matrices are one product in the
+forward pass and two in the backward pass; and all gradients of the input are added up inside the products that
+compute them, which takes no pass of its own.
+
+Which layers belong together is guessed from their names when an adapter is made (`COMPANIONS`). In the forward pass the
+first of them computes for the others, too, and they take their part if they are called with the very same tensor, one
+after the other; one that is not computes for itself, and is no longer computed for from the next optimizer step on. The
+model's own code knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from dynalora.common.private import in_backward, transforming, version
+
+if TYPE_CHECKING:
+    from dynalora.adapter.layer import AdapterLayer
+
+#: Names of layers of one module that get the same input, in the order in which they are called.
+COMPANIONS: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("to_q", "to_k", "to_v"),
+    ("wq", "wk", "wv"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+    ("linear", "linear_v"),
+)
+#: Parts of the names of modules that attend to something else than they ask with: only keys and values belong together.
+CROSS_ATTENTION = ("cross", "encoder_attn", "encdecattention")
+
+
+class Factors(NamedTuple):
+    """What a layer multiplies its input with.
+
+    Attributes:
+        adapter: The adapter that acts.
+        weight: The base weight, (out, in).
+        bias: The base bias, (out), or None.
+        matrices: The adapter's matrices, (·, in) each.
+    """
+
+    adapter: str
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    matrices: tuple[torch.Tensor, ...]
+
+
+class Products(NamedTuple):
+    """What comes of it, for all tokens in one row.
+
+    Attributes:
+        adapter: The adapter that acts.
+        result: The base layer's result, (tokens, out).
+        narrow: The products with the adapter's matrices, (tokens, ·).
+    """
+
+    adapter: str
+    result: torch.Tensor
+    narrow: torch.Tensor
+
+
+class _Multiply(torch.autograd.Function):
+    """Every base product of one input, and its products with the matrices, in one backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, counts: tuple[int, ...], *tensors: torch.Tensor | None) -> Any:
+        layers = len(counts)
+        weights = cast("tuple[torch.Tensor, ...]", tensors[:layers])
+        biases, matrices = tensors[layers : 2 * layers], cast("tuple[torch.Tensor, ...]", tensors[2 * layers :])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *weights, *matrices)
+        ctx.counts = counts
+        results = [nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        stacked = _stack(matrices)
+        narrow = nn.functional.linear(x.to(stacked.dtype), stacked)
+        sizes, first = [], 0
+        for count in counts:
+            sizes.append(sum(matrix.shape[0] for matrix in matrices[first : first + count]))
+            first += count
+        ctx.sizes = sizes
+        return *results, *(narrow.split(sizes, dim=1) if layers > 1 else (narrow,))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        ctx.done = True
+        layers = len(ctx.counts)
+        weights, matrices = tensors[:layers], tensors[layers:]
+        wide, narrow = grads[:layers], _joined(grads[layers:], ctx.sizes)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            for grad, weight in zip(wide, weights, strict=True):
+                grad_x = _add_product(grad_x, grad, weight)
+            grad_x = _add_product(grad_x, narrow, _stack(matrices))
+        used = [grad is not None for grad, count in zip(grads[layers:], ctx.counts, strict=True) for _ in range(count)]
+        wanted = [a and b for a, b in zip(used, ctx.needs_input_grad[2 + 2 * layers :], strict=True)]
+        rows = _row_gradients(narrow, x, matrices, wanted)
+        return grad_x, None, *(None for _ in range(2 * layers)), *rows
+
+
+def _stack(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(tuple(matrices))
+
+
+def _joined(grads: Sequence[torch.Tensor | None], sizes: Sequence[int]) -> torch.Tensor | None:
+    """The gradients of all narrow products side by side, (tokens, ·), with zeros for those that were not used."""
+    known = next((grad for grad in grads if grad is not None), None)
+    if known is None or len(grads) == 1:
+        return known
+    parts = [
+        known.new_zeros(known.shape[0], size) if grad is None else grad for grad, size in zip(grads, sizes, strict=True)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _add_product(total: torch.Tensor | None, left: torch.Tensor | None, right: torch.Tensor) -> torch.Tensor | None:
+    """`total + left @ right`, in place where nothing is to be differentiated again; None counts as zero."""
+    if left is None:
+        return total
+    if total is None:
+        return left @ right
+    left, right = left.to(total.dtype), right.to(total.dtype)
+    return torch.addmm(total, left, right) if torch.is_grad_enabled() else total.addmm_(left, right)
+
+
+def _row_gradients(
+    narrow: torch.Tensor | None, x: torch.Tensor, matrices: Sequence[torch.Tensor], wanted: Sequence[bool]
+) -> list[torch.Tensor | None]:
+    """The gradients of the matrices that train: one product for those that lie side by side."""
+    grads: list[torch.Tensor | None] = [None] * len(matrices)
+    if narrow is None or not any(wanted):
+        return grads
+    x = x.to(narrow.dtype)
+    first = begin = 0  # of a run of matrices that train: the first one, and its first row
+    end = 0
+    for index in range(len(matrices) + 1):
+        if index < len(matrices) and wanted[index]:
+            end += matrices[index].shape[0]
+            continue
+        if index > first:
+            sizes = [matrix.shape[0] for matrix in matrices[first:index]]
+            part = narrow if end - begin == narrow.shape[1] else narrow[:, begin:end]
+            grads[first:index] = (part.t() @ x).split(sizes)
+        if index < len(matrices):
+            end += matrices[index].shape[0]
+            first, begin = index + 1, end
+    return grads
+
+
+def multiply(x: torch.Tensor, wanted: Sequence[Factors]) -> list[Products]:
+    """Multiply one input with all that layers want.
+
+    Args:
+        x: The input, (…, in).
+        wanted: What each layer wants, with matrices of one dtype.
+    """
+    matrices = [matrix for factors in wanted for matrix in factors.matrices]
+    products: Any = _Multiply.apply(  # type: ignore[no-untyped-call]
+        x.reshape(-1, x.shape[-1]),
+        tuple(len(factors.matrices) for factors in wanted),
+        *(factors.weight for factors in wanted),
+        *(factors.bias for factors in wanted),
+        *matrices,
+    )
+    count = len(wanted)
+    return [Products(wanted[i].adapter, products[i], products[count + i]) for i in range(count)]
+
+
+class _Waiting(threading.local):
+    """What was computed for layers that are to be called next, thread by thread.
+
+    Attributes:
+        leader: The layer that computed it.
+        x: Its input, and `version` what that was when it was read.
+        products: What it computed, by layer.
+    """
+
+    leader: AdapterLayer | None = None
+    x: torch.Tensor | None = None
+    version: int = 0
+    products: dict[AdapterLayer, Products] = {}  # noqa: RUF012 - never written to, only replaced
+
+    def take(self, layer: AdapterLayer, x: torch.Tensor) -> Products | None:
+        """What was computed for a layer, if this is the input that it was computed of; else none is kept for others."""
+        if not self.products:
+            return None
+        assert self.leader is not None
+        stale = getattr(next(iter(self.products.values())).result.grad_fn, "done", False)
+        if self.x is not x or self.version != version(x) or layer is self.leader or stale:
+            if not in_backward():  # where checkpointing stops a repeated pass as soon as it has what it needs
+                self.leader.companions.missed(self.products)
+            self.leader, self.x, self.products = None, None, {}
+            return None
+        products = self.products.pop(layer, None)
+        if products is not None:
+            self.leader.companions.came(layer)
+        if not self.products:
+            self.leader = self.x = None
+        return products
+
+    def keep(self, leader: AdapterLayer, x: torch.Tensor, products: dict[AdapterLayer, Products]) -> None:
+        """Keep what was computed for other layers until they are called."""
+        if not self.products:
+            self.leader, self.x, self.version, self.products = leader, x, version(x), products
+
+
+_waiting = _Waiting()
+
+
+class Companions:
+    """The layers that are expected to get the same input right after a layer.
+
+    They only change between optimizer steps: a forward pass that gradient checkpointing repeats must do as the first
+    one did.
+
+    Attributes:
+        layers: These layers. They hold nothing of this one, so that no cycle keeps a deleted model alive.
+    """
+
+    def __init__(self, layers: Iterable[AdapterLayer] = ()) -> None:
+        self.layers = list(layers)
+        self._came: set[AdapterLayer] = set()
+        self._missed: set[AdapterLayer] = set()
+        self._steps = 0
+
+    def came(self, layer: AdapterLayer) -> None:
+        """Note that a layer came for what was computed for it."""
+        self._came.add(layer)
+
+    def missed(self, layers: Iterable[AdapterLayer]) -> None:
+        """Note that layers did not come."""
+        self._missed.update(layers)
+
+    def at(self, steps: int) -> list[AdapterLayer]:
+        """The layers to compute for, after a number of optimizer steps."""
+        if self._steps != steps and not in_backward():
+            self.layers = [layer for layer in self.layers if layer in self._came or layer not in self._missed]
+            self._came, self._missed, self._steps = set(), set(), steps
+        return self.layers
+
+
+def products_for(layer: AdapterLayer, x: torch.Tensor) -> Products | None:
+    """A layer's products with its input, in training; None where it must multiply by itself.
+
+    Args:
+        layer: The layer.
+        x: Its input, (…, in).
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    products = _waiting.take(layer, x)
+    if products is not None:
+        return products
+    factors = layer.factors_of_input(x)
+    if factors is None or transforming() or torch.is_autocast_enabled(x.device.type):
+        return None
+    together = {layer: factors}
+    companions = layer.companions
+    if companions.layers and not _waiting.products:
+        for other in companions.at(layer.drivers[factors.adapter].optimizer_steps):
+            theirs = other.factors_of_input(x)
+            if theirs is not None and theirs.matrices[0].dtype == factors.matrices[0].dtype:
+                together[other] = theirs
+    mine, *others = multiply(x, list(together.values()))
+    if others:
+        _waiting.keep(layer, x, dict(zip([*together][1:], others, strict=True)))
+    return mine
+
+
+def join_companions(layers: dict[str, AdapterLayer]) -> None:
+    """Tell layers, by name, which others are expected to get the same input after them."""
+    for name, layer in layers.items():
+        owner, _, last = name.rpartition(".")
+        row = next((row for row in COMPANIONS if last in row), ())
+        if any(part in owner.lower() for part in CROSS_ATTENTION):
+            row = row[1:]  # what is asked with comes from elsewhere
+        after = row[row.index(last) + 1 :] if last in row else ()
+        others = (layers.get(f"{owner}.{other}" if owner else other) for other in after)
+        layer.companions = Companions(other for other in others if other is not None)
