@@ -366,6 +366,27 @@ def test_adaloras_own_schedule_is_kept() -> None:
     assert (config.tinit, config.tfinal, config.deltaT, config.total_step) == (3, 4, 2, 12)
 
 
+def test_adaloras_schedule_may_be_parts_of_the_run_and_a_single_cut() -> None:
+    options = {"tinit": 0.25, "tfinal": 0.5, "deltaT": 2}
+    config = trained(adapter_config("adalora", r=2, target_modules=["q_proj"], options=options), 12).active_peft_config
+    assert (config.tinit, config.tfinal, config.deltaT, config.total_step) == (3, 6, 2, 12)
+    once = {"tinit": 0.25, "tfinal": 0.75, "orth_reg_weight": 0.5}
+    model = peft.get_peft_model(tiny.model(64), adapter_config("adalora", r=2, target_modules=["q_proj"], options=once))
+    drive = driver_of(model, 12)
+    assert drive is not None
+    left = []
+    for step in range(12):
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                torch.manual_seed(step)
+                parameter.grad = torch.randn_like(parameter)
+                if "lora_E" in name and not left:
+                    parameter.data.normal_()
+        drive(step)
+        left.append(sum(int((p != 0).sum()) for name, p in model.named_parameters() if "lora_E" in name))
+    assert left == [6] * 3 + [4] * 9
+
+
 def test_adalora_says_when_there_is_no_time_for_it() -> None:
     options = {"tinit": 5, "tfinal": 5}
     with pytest.raises(ScheduleError, match="tinit=5 and tfinal=5 has no step to cut ranks at in a run of 8"):

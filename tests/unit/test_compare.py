@@ -571,6 +571,70 @@ def kept_data(folder: Path) -> Path:
     return folder
 
 
+def test_measuring_over_time_changes_nothing_and_the_best_weights_are_put_back(place: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "data": str(kept_data(tmp_path)), "learning_rates": [3e-2], "seeds": 1, "steps": 6, "dropout": 0.2,
+        "methods": ["lora", "pedyra"], "retention_tasks": ["boolq", "wikitext2"], "further_tasks": ["gsm8k"],
+        "retention_items": 2, "retention": False, "factors": [1.0],
+    }  # fmt: skip
+    plain = results(run_compare(spec_of(place, "plain-time", **given), apart=False))
+    comparison = run_compare(spec_of(place, "over-time", **given, over_time=True, measure_every=2), apart=False)
+    measured = results(comparison)
+    for name, result in measured.items():
+        if "training" not in result:
+            continue
+        assert result["training"]["losses"] == plain[name]["training"]["losses"], name
+        assert result["test"] == plain[name]["test"]
+        points = result["over_time"]["points"]
+        assert [point["step"] for point in points] == [2, 4, 6]
+        assert points[-1]["loss"] == pytest.approx(result["test"]["loss"])
+        assert points[-1]["kept"] == result["kept"]
+        assert result["over_time"]["best_step"] is None
+        assert {task: kept.get("further", False) for task, kept in result["kept"].items()} == {
+            "boolq": False, "wikitext2": False, "gsm8k": True,
+        }  # fmt: skip
+    (task,) = comparison.grid.places
+    (own,) = summaries.summaries(comparison).values()
+    drawn = plots.plot_over_time(comparison, task, own)
+    assert drawn is not None
+    assert {axis.get_ylabel() for axis in drawn.axes} >= {"accuracy, %", "GSM8K, strict, %"}
+    # Weights of other steps, chosen by what a run was found to have there.
+    for by in ("validation-loss", "held-out-accuracy", "further-task"):
+        chosen = spec_of(place, f"best-{by}", **{**given, "methods": ["lora"]}, keep_best=by, measure_every=2)
+        found = results(run_compare(chosen, apart=False))
+        for name, result in found.items():
+            if "training" not in result:
+                continue
+            scores = {point["step"]: point["score"] for point in result["over_time"]["points"]}
+            best = min(scores, key=lambda step: (scores[step], step))
+            assert result["over_time"]["best_step"] == best, (by, name)
+            seen = {point["step"]: point for point in measured[name]["over_time"]["points"]}[best]
+            assert result["test"]["loss"] == pytest.approx(seen["loss"], rel=1e-5), (by, name)
+            if by == "validation-loss":
+                assert result["validation"]["loss"] == pytest.approx(scores[best], rel=1e-5)
+            elif by == "held-out-accuracy":
+                assert result["test"]["accuracy"] == -scores[best]
+            else:
+                assert result["kept"]["gsm8k"]["value"] == -scores[best]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"keep_best": "validation-loss", "validation": 0, "learning_rates": [1e-2]}, "no questions are set aside"),
+        ({"keep_best": "loss"}, "keep_best is 'loss'; choose one of validation-loss"),
+        ({"keep_best": "further-task"}, "further_tasks names none"),
+        ({"measure_every": 2.5}, r"measure_every is 2\.5"),
+        ({"retention_tasks": ["boolq"], "further_tasks": ["boolq"]}, "both name boolq"),
+    ],
+)
+def test_a_choice_of_weights_that_cannot_be_is_told(
+    place: Path, tmp_path: Path, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_compare(spec_of(place, str(tmp_path / "never"), **given), apart=False)
+
+
 def test_benchmarks_that_nothing_was_trained_for_show_what_was_kept(place: Path, tmp_path: Path) -> None:
     spec = spec_of(
         place, "kept", data=str(kept_data(tmp_path)), learning_rates=[3e-2], validation=0,

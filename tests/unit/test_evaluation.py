@@ -158,6 +158,32 @@ def test_generation_is_greedy_decoding_whatever_the_batch(model: Any, words: Any
     assert seen[-1] == (5, 5)
 
 
+@torch.no_grad()
+def test_beams_find_likelier_answers(model: Any, words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    monkeypatch.setattr(generation, "end_ids", lambda *_: set())  # answers of one length, so that they can be compared
+
+    def likelihood(prompt: list[int], answer: list[int]) -> float:
+        logs = model(torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
+        return sum(float(logs[len(prompt) + place - 1, token]) for place, token in enumerate(answer))
+
+    said: list[list[list[int]]] = []
+    real = generation.continued
+    monkeypatch.setattr(generation, "continued", lambda *a, **k: said[-1].extend((t := real(*a, **k)).tolist()) or t)
+    for beams in (1, 4):
+        said.append([])
+        generation.generate(model, words, QUESTIONS, max_new_tokens=5, batch_size=1, beams=beams)
+    order = sorted(range(5), key=lambda i: -len(generation.chat_prompt(words, QUESTIONS[i])))
+    prompts = [generation.chat_prompt(words, QUESTIONS[place]) for place in order]
+    greedy, searched = ([likelihood(p, a) for p, a in zip(prompts, answers, strict=True)] for answers in said)
+    assert all(far >= near - 1e-4 for near, far in zip(greedy, searched, strict=True))
+    assert any(far > near + 0.1 for near, far in zip(greedy, searched, strict=True))
+    alone = said[1]
+    said.append([])
+    generation.generate(model, words, QUESTIONS, max_new_tokens=5, batch_size=5, beams=4)
+    assert said[2] == alone  # whatever the batch
+
+
 def test_generation_stops_at_the_end_of_turn(model: Any, words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = generation.chat_prompt(words, "Hm")
     usual = reference_greedy(model, prompt, 4, {words.eos_token_id})
@@ -182,7 +208,12 @@ def test_evaluation_leaves_mode_and_cache_setting_as_they_were(model: Any, words
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [({"max_new_tokens": 0}, "max_new_tokens is 0"), ({"batch_size": 0}, "batch_size is 0")]
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"beams": 0}, "beams is 0"),
+    ],
 )
 def test_bad_generation_settings(model: Any, words: Any, arguments: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

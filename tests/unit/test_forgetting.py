@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 
 from dynalora.common.statistics import Interval, mean_interval, t_quantile
 from dynalora.drawing.comparison import plot_bars, plot_transfer
@@ -25,9 +26,12 @@ from dynalora.jobs.stages.settings import ForgettingSpec, RecoverSpec, TransferS
 from dynalora.jobs.stages.stage_files import read_landscape
 from dynalora.jobs.stages.transfer import run_transfer
 from dynalora.lab.lab_settings import LabSettings
+from dynalora.lab.models import load_model, load_tokenizer
 from dynalora.lab.run_folder import read_metrics
 from dynalora.lab.scores import mean_accuracy, mean_loss
 from dynalora.lab.settings import settings_from
+from dynalora.lab.tasks.loading import load_experiment_task
+from dynalora.lab.training.best import KeepBest
 from dynalora.lab.units import UnitStore
 from dynalora.lab.workbench import Workbench
 
@@ -130,6 +134,32 @@ def test_stages_follow_each_other(ran: Any, place: Path) -> None:
     assert all(0 < a.nuclear_norm != b.nuclear_norm for a, b in zip(first, second, strict=True))
     logged = [record for record in read_metrics(folder) if record.get("stage") == "interference"]
     assert [r["step"] for r in logged if r["seed"] == 42 and "learning_rate" in r] == [1, 2, 3]
+
+
+def test_a_stage_may_end_with_its_best_weights(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"validation": 3, "keep_best": "validation-loss", "measure_every": 1, "steps": 3, "steps_b": 3}
+    considered: list[tuple[int, float]] = []
+    real = KeepBest.consider
+
+    def consider(self: KeepBest, model: Any, step: int, score: float) -> None:
+        # As if the loss had been lowest after the second step.
+        considered.append((step, score))
+        real(self, model, step, abs(step - 2) + score / 1000)
+
+    monkeypatch.setattr(KeepBest, "consider", consider)
+    results = run_forgetting(spec_of(place, "best", **given))
+    assert [result.get("best_step") for result in results] == [None, 2, 2, 2]
+    assert [step for step, _ in considered] == [1, 2, 3] * 3
+    task = load_experiment_task(str(place / "data" / "colour"), held_out=common(place)["held_out"])
+    aside = task.validation(3, seed=0)[1]
+    base = load_model(str(place / "model"), dtype="float32")
+    saved = PeftModel.from_pretrained(base, str(place / "best" / "seed-42" / "initial" / "adapter"))
+    how = spec_of(place, "best", **given).measuring
+    assert aside.measure(saved, load_tokenizer(str(place / "model")), how).loss.value == pytest.approx(
+        considered[1][1], rel=1e-5
+    )
+    with pytest.raises(ConfigError, match="no questions are set aside"):
+        spec_of(place, "never", keep_best="validation-loss")
 
 
 def test_ablation_is_measured_after_task_a(ran: Any) -> None:

@@ -141,6 +141,30 @@ def plot_learning_curves(curves: Mapping[str, Sequence[tuple[int, float]]], *, t
     return drawn
 
 
+def plot_over_steps(
+    curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], *, title: str, base: Mapping[str, float]
+) -> Figure:
+    """What was measured during training, a plot for each number and a line for each method (DISeL, Figures 6 to 9).
+
+    Args:
+        curves: What a number is, with its unit → label → points as (step, number).
+        title: Heading.
+        base: The same numbers of the untouched model, where they are known, drawn as dotted lines.
+    """
+    drawn, axes = panels(len(curves), width=4.2, height=3.0, columns=2, title=title)
+    chosen = looks(next(iter(curves.values())))
+    for axis, (number, lines) in zip(axes, curves.items(), strict=False):
+        for label, points in lines.items():
+            if points:
+                steps, values = zip(*points, strict=True)
+                axis.plot(steps, values, **(chosen[label].line() | {"label": label}))
+        if number in base:
+            axis.axhline(base[number], color="black", linestyle=":", linewidth=1, label="base model")
+        describe(axis, x="optimizer step", y=number)
+    legend(axes[0])
+    return drawn
+
+
 def plot_rank_maps(landscapes: Mapping[str, Sequence[Any]], *, title: str) -> Figure:
     """Effective ranks by layer and kind of module, a panel per method."""
     maps = {label: rank_grid(rows) for label, rows in landscapes.items()}

@@ -1,4 +1,4 @@
-"""Greedy answers in batches."""
+"""Answers in batches, token by token or by beam search."""
 
 from __future__ import annotations
 
@@ -47,12 +47,13 @@ def generate(
     *,
     max_new_tokens: int = 32,
     batch_size: int = 32,
+    beams: int = 1,
     stop: Sequence[str] = (),
     strip: bool = True,
     what: str = "Generating answers",
     progress: Progress = silent,
 ) -> list[str]:
-    """The model's most likely continuation of each prompt, token by token.
+    """The model's most likely continuation of each prompt, token by token or by beam search.
 
     Prompts of similar length share a batch, padded on the left (for encoder-decoders on the right), and the longest
     come first, so that a batch which does not fit into memory fails at once. What is generated depends on the batching
@@ -65,6 +66,7 @@ def generate(
         prompts: Questions, put into the chat format with `chat_prompt`, or token ids to be used as they are.
         max_new_tokens: Generation stops here, or at the end-of-turn token.
         batch_size: Prompts per batch.
+        beams: Beams of a beam search; 1: always the likeliest token.
         stop: Texts that end an answer; an answer is cut before the first of them.
         strip: Whether white space around an answer is removed.
         what: Description given to `progress`.
@@ -74,9 +76,9 @@ def generate(
         One answer per prompt, in the prompts' order, without special tokens.
 
     Raises:
-        ConfigError: Max_new_tokens or batch_size below 1, or an empty prompt.
+        ConfigError: Max_new_tokens, batch_size or beams below 1, or an empty prompt.
     """
-    check_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    check_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size, beams=beams)
     ids = [chat_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     for index, prompt_ids in enumerate(ids):
         if not prompt_ids:
@@ -90,7 +92,7 @@ def generate(
         for batch in batches_by_length([len(prompt_ids) for prompt_ids in ids], batch_size, what, progress):
             tokens, mask = padded([ids[index] for index in batch], padding, side)
             written = continued(
-                model, tokens.to(device), mask.to(device), do_sample=False, num_beams=1,
+                model, tokens.to(device), mask.to(device), do_sample=False, num_beams=beams,
                 max_new_tokens=max_new_tokens, pad_token_id=padding, use_cache=True,
                 eos_token_id=sorted(end_ids(model, tokenizer)) or None, **stopping,
                 # Sampling settings that a checkpoint ships would only cause warnings here.

@@ -147,6 +147,7 @@ def measure(
     *,
     batch_size: int = 16,
     max_new_tokens: int | None = None,
+    beams: int = 1,
     window: int = 512,
     system: str = "",
     name: str = "the model",
@@ -161,6 +162,7 @@ def measure(
         prepared: As [`prepare`][dynalora.evaluation.run.prepare] returns it.
         batch_size: Items per batch.
         max_new_tokens: Longest answer; None: the task's.
+        beams: Beams that answers are searched with; 1: the likeliest token each time.
         window: Tokens per window, for perplexity.
         system: A system message before every question that is answered by generation; empty: what the chat template
             adds by itself.
@@ -173,7 +175,7 @@ def measure(
     """
     began = time.perf_counter()
     _check_model(model, prepared.task)
-    how = Measuring(batch_size=batch_size, generated_tokens=max_new_tokens, window=window, system=system)
+    how = Measuring(batch_size=batch_size, generated_tokens=max_new_tokens, beams=beams, window=window, system=system)
     result = prepared.task.kind.measure(Subject(model, tokenizer, name, progress), prepared, how)
     return replace(result, seconds=time.perf_counter() - began)
 

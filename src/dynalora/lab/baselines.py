@@ -323,8 +323,9 @@ def driver_of(model: nn.Module, total_steps: int) -> Callable[[int], None] | Non
     """What must be called after every optimizer step, before gradients are cleared, with the number of steps before it.
 
     AdaLoRA's own fields `tinit`, `tfinal` (steps before the first and after the last cut) and `deltaT` (steps between)
-    are kept where any is given; else ranks are cut from 10 % to 70 % of the run, about 20 times. None: the method needs
-    nothing.
+    are kept where any is given; else ranks are cut from 10 % to 70 % of the run, about 20 times. `tinit` and `tfinal`
+    below 1 are parts of the run, and such that leave no step between them (0.2 and 0.8) cut all ranks at once. None:
+    the method needs nothing.
 
     Raises:
         ScheduleError: The run is too short for AdaLoRA's schedule.
@@ -336,6 +337,9 @@ def driver_of(model: nn.Module, total_steps: int) -> Callable[[int], None] | Non
         config.tinit = round(_ADALORA_START * total_steps)
         config.tfinal = total_steps - round(_ADALORA_END * total_steps)
         config.deltaT = max(1, (total_steps - config.tfinal - config.tinit) // _ADALORA_CUTS)
+    if 0 < config.tinit < 1 and 0 < config.tfinal < 1:
+        config.tfinal = round(config.tfinal * total_steps)
+        config.tinit = min(round(config.tinit * total_steps), total_steps - config.tfinal - 1)
     config.total_step = total_steps
     if config.tinit >= total_steps - config.tfinal:
         raise ScheduleError(

@@ -18,6 +18,9 @@ QUANTIZATIONS = {"4bit": "quant", "8bit": "quant", "int8": "torchao"}
 PROMPTS = ("chat", *TEMPLATES)
 """Formats of prompts: the model's own and those of papers."""
 
+KEEP_BEST = ("validation-loss", "validation-accuracy", "held-out-accuracy")
+"""What the best weights of a run can be chosen by: questions set aside, or those that the run is judged on."""
+
 MOST_RANK = 65536
 """The largest rank that can be asked for: more than any layer is wide."""
 

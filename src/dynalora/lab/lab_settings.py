@@ -63,6 +63,7 @@ class LabSettings(Settings, panel=MODEL_AND_DATA):
         generated: Number of questions per task that are answered by generation where that must be, which is slow; 0:
             none.
         generated_tokens: Longest generated answer, in tokens.
+        beams: Number of beams that answers are searched with, 4 in LLM-Adapters; 1: the likeliest token each time.
         max_length: Number of tokens, with the answer, above which training questions are left out.
         eval_batch_size: Number of questions per forward pass when measuring.
         system: System message of every question; None: what the model's chat template adds by itself.
@@ -82,6 +83,7 @@ class LabSettings(Settings, panel=MODEL_AND_DATA):
     train_limit: Annotated[int | None, Setting(least=1)] = None
     generated: Annotated[int, Setting(least=0, panel=MEASURING)] = 64
     generated_tokens: Annotated[int, Setting(least=1, panel=MEASURING)] = 256
+    beams: Annotated[int, Setting(least=1, panel=MEASURING)] = 1
     max_length: Annotated[int, Setting(least=2)] = 256
     eval_batch_size: Annotated[int, Setting(least=1, panel=MEASURING)] = 8
     system: str | None = None
@@ -101,6 +103,7 @@ class LabSettings(Settings, panel=MODEL_AND_DATA):
             batch_size=self.eval_batch_size,
             generated=self.generated,
             generated_tokens=self.generated_tokens,
+            beams=self.beams,
             system=self.system or "",
         )
 

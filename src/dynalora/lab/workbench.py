@@ -20,13 +20,16 @@ from dynalora.lab.configs import check_rank, check_targets
 from dynalora.lab.data.collator import Collator
 from dynalora.lab.lab_settings import LabSettings
 from dynalora.lab.models import empty_model, load_model, load_tokenizer, local_model_name
-from dynalora.lab.training.settings import TrainSettings
+from dynalora.lab.training.best import best_on
+from dynalora.lab.training.settings import BestSettings, TrainSettings
 from dynalora.lab.training.train import TrainResult, take_off, train_adapter
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dynalora.lab.tasks.task import ExperimentTask
 
 
 class Workbench:
@@ -36,20 +39,29 @@ class Workbench:
         settings: Model, data and measuring.
         sources: The tasks, as [`load_experiment_task`][dynalora.lab.tasks.loading.load_experiment_task] names them.
         console: Where progress is shown; None: nowhere.
+        validation: Number of training questions of each task to set aside.
 
     Attributes:
         tasks: The tasks by their source, in the order given.
+        aside: The same with the training questions that are set aside as their held-out ones; none where none are.
 
     Raises:
         ConfigError: A task or the model is unknown, or a task is for encoders.
         DataError: A task's files.
     """
 
-    def __init__(self, settings: LabSettings, sources: Sequence[str], console: Console | None = None) -> None:
+    def __init__(
+        self, settings: LabSettings, sources: Sequence[str], console: Console | None = None, *, validation: int = 0
+    ) -> None:
         self.settings, self.console = settings, console
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.tasks = {source: settings.load_task(source) for source in sources}
+        self.aside: dict[str, ExperimentTask] = {}
+        if validation:
+            for source, task in self.tasks.items():
+                parts = task.validation(validation, seed=settings.data_seed)
+                self.tasks[source], self.aside[source] = parts
         for source, task in self.tasks.items():
             if CAUSAL_LM not in task.heads:
                 raise ConfigError(
@@ -120,7 +132,16 @@ class Workbench:
         """A model's score on one task."""
         return self.tasks[source].measure(model, self.tokenizer, self.settings.measuring, name=name, progress=progress)
 
-    def train(self, start: PeftConfig | Path, source: str, how: TrainSettings, *, seed: int, label: str) -> TrainResult:
+    def train(
+        self,
+        start: PeftConfig | Path,
+        source: str,
+        how: TrainSettings,
+        *,
+        seed: int,
+        label: str,
+        choice: BestSettings | None = None,
+    ) -> TrainResult:
         """Train an adapter on a task; the result's model is the base model with it, until it is taken off.
 
         Args:
@@ -129,13 +150,19 @@ class Workbench:
             how: How to train.
             seed: Of the start, the order of the data and dropout.
             label: Name of the run in progress.
+            choice: Which weights the result has; None: the last.
         """
+        best = at_steps = None
+        if choice is not None and choice.keep_best is not None:
+            by = choice.keep_best
+            part = self.tasks[source] if by.startswith("held-out") else self.aside[source]
+            best, at_steps = best_on(by, part, self.tokenizer, self.settings.measuring, choice.measure_every)
         settings = replace(how, seed=seed, eval_every=0, save_every=0)
         model = self.attach(start) if isinstance(start, Path) else self.model
         config = None if isinstance(start, Path) else start
         return train_adapter(
             model, self.tokenizer, config, self.training(source), settings=settings, label=label,
-            console=self.console,
+            console=self.console, best=best, at_steps=at_steps,
         )  # fmt: skip
 
     def attach(self, folder: Path) -> PeftModel:

@@ -188,6 +188,7 @@ class Measuring:
         generated: Answers that must be generated, which is slow: the first so many questions of a task; 0: none, and
             then its accuracy is not known.
         generated_tokens: Longest generated answer; None: the benchmark's.
+        beams: Beams that answers are searched with; 1: the likeliest token each time.
         window: Tokens per window of running text.
         system: A system message before every question; empty: the chat template's own, if it has one.
         losses_only: The losses of the right answers will do: wrong options are not read, and accuracies are not known.
@@ -196,6 +197,7 @@ class Measuring:
     batch_size: int = 8
     generated: int = 64
     generated_tokens: int | None = 256
+    beams: int = 1
     window: int = 512
     system: str = ""
     losses_only: bool = False

@@ -83,7 +83,8 @@ class GenerateKind(TextKind):
         fits = fitting([len(ids) for ids in prompts], room, task.title)
         texts = generate(
             model, tokenizer, [prompts[index] for index in fits], max_new_tokens=longest, batch_size=how.batch_size,
-            stop=task.stop, strip=self.strip, what=f"{task.title}: {subject.name}", progress=subject.progress,
+            beams=how.beams, stop=task.stop, strip=self.strip, what=f"{task.title}: {subject.name}",
+            progress=subject.progress,
         )  # fmt: skip
         answers = [""] * len(items)
         for index, text in zip(fits, texts, strict=True):

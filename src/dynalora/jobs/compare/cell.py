@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynalora.common.names import IGNORED_LABEL
-from dynalora.common.progress import Progress, rich_progress
+from dynalora.common.progress import Progress, rich_progress, silent
 from dynalora.errors import ConfigError, DynaloraError
 from dynalora.evaluation.heads import CAUSAL_LM, MASKED_LM, head_of
 from dynalora.evaluation.masked_lm import under_head
-from dynalora.evaluation.run import measure
+from dynalora.evaluation.run import measure, task_list
 from dynalora.evaluation.windows import model_window, within_window
 from dynalora.forgetting.landscape import rank_landscape
 from dynalora.forgetting.monitor import OWN_TEXT
 from dynalora.forgetting.retention import BasePredictions, predictions_within, retention
 from dynalora.forgetting.texts import MeasuredText, own_text
 from dynalora.jobs.compare.contestants import BASE, Cell
+from dynalora.jobs.compare.over_time import OverTime
 from dynalora.jobs.compare.planning import kept_tasks
 from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.jobs.compare.store import CellStore, shared_settings
@@ -99,11 +100,14 @@ class _Run:
                 eval_every=0, save_every=0,
             )  # fmt: skip
             _forget_peak()
+            over_time = OverTime(spec, held_out, validation, tokenizer, lambda model: self._kept(model, tokenizer))
             trained = train_adapter(
                 model, tokenizer, cell.config(self.head.task_type), rows, settings=how, label=cell.label,
-                console=self.console, collator=task.collator(tokenizer),
+                console=self.console, collator=task.collator(tokenizer), best=over_time.best,
+                at_steps=over_time.at_steps,
             )  # fmt: skip
             model = trained.model
+            result |= over_time.record()
             prompts = _prompts(rows) if self.texts else None
             result |= {"training": _training(trained, len(rows)), "landscape": self._landscape(model)}
         parts = {"test": held_out} | ({} if validation is None else {"validation": validation})
@@ -227,8 +231,11 @@ class _Run:
             measured[name] = {**asdict(result), "tokens": text.tokens}
         return measured
 
-    def _kept(self, model: Any, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> dict[str, dict[str, Any]]:
-        """The main number of every benchmark that shows what was kept."""
+    def _kept(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, progress: Progress = silent
+    ) -> dict[str, dict[str, Any]]:
+        """The main number of every benchmark that shows what was kept, and of the further ones."""
+        kept = set(task_list(self.spec.retention_tasks) if self.spec.retention_tasks else [])
         numbers = {}
         for prepared in kept_tasks(self.spec):
             measured = model
@@ -244,6 +251,7 @@ class _Run:
             numbers[result.task] = {
                 "title": result.title, "metric": result.main, "share": result.main in result.percent,
                 "items": result.items, "value": number.value, "low": number.low, "high": number.high,
+                **({} if prepared.task.name in kept else {"further": True}),
             }  # fmt: skip
         return numbers
 

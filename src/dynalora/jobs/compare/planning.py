@@ -121,20 +121,24 @@ def _check_kept(spec: CompareSpec, head: Head) -> None:
     for prepared in kept_tasks(spec):
         if measured not in prepared.task.kind.heads:
             raise ConfigError(
-                f"retention_tasks names {prepared.task.name}, which the models of this comparison cannot do; name "
+                f"{'further' if prepared.task.name in spec.further_tasks else 'retention'}_tasks names "
+                f"{prepared.task.name}, which the models of this comparison cannot do; name "
                 f"{head.retained}."
             )
 
 
 def kept_tasks(spec: CompareSpec) -> list[Prepared]:
-    """The tasks that show what was kept, with their items; none where the settings name none.
+    """The tasks that show what was kept, and the further ones, with their items; none where the settings name none.
 
     Raises:
         ConfigError: There is no such task, or it would execute code that may not be.
         DataError: Its rows are missing or malformed.
         UnsupportedError: A package is missing, or generated code cannot be contained.
     """
-    names = task_list(spec.retention_tasks) if spec.retention_tasks else []
+    names, further = (task_list(named) if named else [] for named in (spec.retention_tasks, spec.further_tasks))
+    twice = sorted(set(names).intersection(further))
+    if twice:
+        raise ConfigError(f"retention_tasks and further_tasks both name {', '.join(twice)}; name it once.")
     return [
         prepare(
             name,
@@ -142,10 +146,10 @@ def kept_tasks(spec: CompareSpec) -> list[Prepared]:
             limit=spec.retention_items,
             seed=spec.data_seed,
             run_code=spec.run_code,
-            shots=spec.retention_shots,
+            shots=spec.retention_shots if name in names else None,
             max_length=spec.retention_max_length,
         )
-        for name in names
+        for name in [*names, *further]
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynalora.common.statistics import Interval
 from dynalora.drawing.comparison import (
@@ -12,6 +12,7 @@ from dynalora.drawing.comparison import (
     plot_factors,
     plot_learning_curves,
     plot_learning_rates,
+    plot_over_steps,
     plot_rank_maps,
     plot_sizes,
 )
@@ -95,7 +96,7 @@ def plot_kept(comparison: Comparison, task: str) -> Figure | None:
     if first is None or any(result["test"]["accuracy"] is None for _, result in results):
         return None
     if MEAN in kept_numbers({"kept": first}):
-        scale = 100 if all(number["share"] for number in first.values()) else 1
+        scale = 100 if all(number["share"] for number in first.values() if not number.get("further")) else 1
         name, title = MEAN, "retention tasks, unweighted mean"
     else:
         name = next(iter(first))
@@ -150,6 +151,42 @@ def plot_learning(comparison: Comparison, place: str, summaries: Sequence[Summar
     if not any(curves.values()):
         return None
     return plot_learning_curves(curves, title=f"{place}: learning curves at the chosen learning rates")
+
+
+def plot_over_time(comparison: Comparison, task: str, summaries: Sequence[Summary]) -> Figure | None:
+    """Accuracy (or loss) and what was kept over the steps, means over the seeds; None where that was not measured."""
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for summary in summaries:
+        runs = [(result.get("over_time") or {}).get("points") or [] for result in summary.results.values()]
+        for points in zip(*runs, strict=False):
+            numbers = [_numbers_over_time(point) for point in points]
+            for name in numbers[0]:
+                mean = statistics.fmean(number[name] for number in numbers)
+                curves.setdefault(name, {}).setdefault(summary.label, []).append((points[0]["step"], mean))
+    if not curves:
+        return None
+    base = comparison.grid.result(comparison.grid.base(task))
+    untouched = {} if base is None else _numbers_over_time({**base["test"], "kept": base.get("kept")})
+    return plot_over_steps(curves, title=f"{comparison.grid.places[task]}: during training", base=untouched)
+
+
+def _numbers_over_time(point: Mapping[str, Any]) -> dict[str, float]:
+    """What is drawn of a measurement, by its name with its unit: of retention tasks of one kind their mean."""
+    numbers: dict[str, float] = {}
+    if point.get("accuracy") is not None:
+        numbers["accuracy, %"] = 100 * point["accuracy"]
+    elif point.get("loss") is not None:
+        numbers["loss of the right answers"] = point["loss"]
+    tasks = point.get("kept") or {}
+    values = kept_numbers(point)
+    for task in tasks.values():
+        if MEAN not in values or task.get("further"):
+            scale = 100 if task["share"] else 1
+            numbers[f"{task['title']}, {task['metric']}{', %' if scale == 100 else ''}"] = scale * task["value"]
+    if MEAN in values:
+        shares = all(task["share"] for task in tasks.values() if not task.get("further"))
+        numbers["retention tasks, mean" + (", %" if shares else "")] = (100 if shares else 1) * values[MEAN]
+    return numbers
 
 
 def plot_cost(comparison: Comparison, by_place: Mapping[str, Sequence[Summary]]) -> Figure | None:

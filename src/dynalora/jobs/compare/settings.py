@@ -11,10 +11,10 @@ from typing import Annotated, Any, ClassVar
 from dynalora.common.names import did_you_mean
 from dynalora.errors import ConfigError
 from dynalora.jobs.compare.contestants import BASE, Contestant
-from dynalora.lab.choices import QUANTIZATIONS, check_quantization, label_of, own_methods
+from dynalora.lab.choices import KEEP_BEST, QUANTIZATIONS, check_quantization, label_of, own_methods
 from dynalora.lab.lab_settings import MEASURING, MODEL_AND_DATA, RUN, AdapterSettings, LabSettings
 from dynalora.lab.settings import Setting, coerce, named_source, named_values
-from dynalora.lab.training.settings import OptimizerSettings
+from dynalora.lab.training.settings import BestSettings, OptimizerSettings
 
 _COMPARED = "What is compared"
 _OF_A_VARIANT = (
@@ -22,6 +22,8 @@ _OF_A_VARIANT = (
     "weight_decay",
 )  # fmt: skip
 CHOICES = ("as-trained", "best-factor")
+FURTHER = "further-task"
+"""Choose the best weights by the first of the further tasks."""
 
 
 def _variants(texts: list[str]) -> dict[str, dict[str, Any]]:
@@ -29,7 +31,7 @@ def _variants(texts: list[str]) -> dict[str, dict[str, Any]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPARED):
+class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, BestSettings, panel=_COMPARED):
     """What is compared, how it is trained, and what is measured.
 
     Attributes:
@@ -50,7 +52,11 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPAR
         epochs: Number of passes over the training data where steps is null, which a settings file can say.
         seeds: Number of runs per method, with the seeds `seed`, `seed` + 1 and so on.
         all_rates: Run every seed at every learning rate, and not only at the chosen one.
-        validation: Number of training questions that the learning rate is chosen on.
+        validation: Number of training questions that the learning rate, and with keep_best the weights, are chosen on.
+        keep_best: End with the best of the weights that are measured during training, instead of the last: those of the
+            lowest loss or the highest accuracy on the training questions set aside (`validation`), of the highest
+            accuracy on the held-out ones, or of the best number on the first of further_tasks; the last two then no
+            longer judge alone. None: the last.
         factors: Factors of each run's update at which loss and KL are measured besides, with commas; empty: only as
             trained. For causal models with retention.
         choose: What a learning rate is chosen by: the loss as-trained, or at the best-factor, the lowest loss over the
@@ -64,6 +70,11 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPAR
         retention_shots: Number of examples before each question of those of lm-evaluation-harness; None: each task's
             own number.
         retention_max_length: Longest input of those, in tokens; None: what the model takes.
+        further_tasks: Benchmarks that are measured on all models as those are, but are no part of what was kept and of
+            its mean, with commas, such as `lm_eval:gsm8k`: the trained task, asked with examples. Each has its own
+            number of examples.
+        over_time: Measure the held-out questions, the retention tasks and the further ones during training, too, every
+            `measure_every` steps (under bf16 in bfloat16), for a plot over the steps.
         jobs: Number of cells at the same time; None: one per GPU, or one.
         report: Run nothing, and report on the cells that are there.
     """
@@ -84,7 +95,8 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPAR
     epochs: Annotated[float, Setting(above=0, panel="Training", instead_of="steps")] = 1.0
     seeds: Annotated[int, Setting(least=1)] = 3
     all_rates: Annotated[bool, Setting(negative="--chosen-rate")] = False
-    validation: Annotated[int, Setting(panel=MEASURING)] = 100
+    validation: Annotated[int, Setting(least=0, panel=MEASURING)] = 100
+    keep_best: Annotated[str | None, Setting(choices=(*KEEP_BEST, FURTHER))] = None
     factors: Annotated[list[float], Setting(commas=True, panel=MEASURING)] = field(
         default_factory=lambda: [1.0, 0.7, 0.5, 0.35, 0.25]
     )
@@ -97,6 +109,8 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPAR
     retention_items: Annotated[int | None, Setting(least=1, panel=MEASURING)] = None
     retention_shots: Annotated[int | None, Setting(panel=MEASURING)] = None
     retention_max_length: Annotated[int | None, Setting(least=1, panel=MEASURING)] = None
+    further_tasks: Annotated[list[str], Setting(commas=True, panel=MEASURING)] = field(default_factory=list)
+    over_time: Annotated[bool, Setting(panel=MEASURING)] = False
     jobs: Annotated[int | None, Setting("-j", least=1, panel=RUN)] = None
     report: Annotated[bool, Setting(panel=RUN, recorded=False)] = False
 
@@ -120,6 +134,8 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, panel=_COMPAR
             )
         if len({named_source(text, "texts")[0] for text in self.texts}) < len(self.texts):
             raise ConfigError(f"texts uses a name twice: {', '.join(self.texts)}.")
+        if self.keep_best == FURTHER and not self.further_tasks:
+            raise ConfigError(f"keep_best is '{FURTHER}', and further_tasks names none; name one.")
         if any(not 0 < factor <= 1 for factor in self.factors):
             raise ConfigError(f"factors is {self.factors}; give numbers above 0 (the base model) up to 1 (as trained).")
         self.contestants()

@@ -113,15 +113,16 @@ def _change(results: Mapping[int, Result], name: str) -> Interval | None:
 
 
 def kept_numbers(result: Result) -> dict[str, float]:
-    """A run's main numbers on the retention tasks, and `mean`, where there are several of one kind.
+    """A run's main numbers on retention tasks and further ones, and `mean`, where retention tasks are of one kind.
 
     They are of one kind if all are shares, or all one other number, such as perplexity.
     """
     tasks = result.get("kept") or {}
     numbers = {name: float(task["value"]) for name, task in tasks.items()}
-    kinds = {"share" if task["share"] else task["metric"] for task in tasks.values()}
-    if len(tasks) > 1 and len(kinds) == 1:
-        numbers[MEAN] = statistics.fmean(numbers.values())
+    kept = {name: task for name, task in tasks.items() if not task.get("further")}
+    kinds = {"share" if task["share"] else task["metric"] for task in kept.values()}
+    if len(kept) > 1 and len(kinds) == 1:
+        numbers[MEAN] = statistics.fmean(numbers[name] for name in kept)
     return numbers
 
 

@@ -173,7 +173,7 @@ def kept_table(comparison: Comparison, place: str, summaries: Sequence[Summary])
     if measured is None:
         return None
     tasks = next(iter(measured.results.values()))["kept"]
-    shares = all(task["share"] for task in tasks.values())
+    shares = all(task["share"] for task in tasks.values() if not task.get("further"))
     scales = {name: 100.0 if (shares if name == MEAN else tasks[name]["share"]) else 1.0 for name in measured.kept}
     base = next((summary.kept for summary in summaries if summary.label == "base"), {})
     columns = ["method", "lr"]
@@ -192,7 +192,9 @@ def kept_table(comparison: Comparison, place: str, summaries: Sequence[Summary])
             row.append(None if apart is None else f"{scale * apart:+.2f}")
         rows.append(row)
     items = ", ".join(f"{task['title']} {task['items']:,}" for task in tasks.values())
-    note = f"Benchmarks that nothing was trained for; items: {items}. ± is half of a 95 % interval over the seeds."
+    further = [task["title"] for task in tasks.values() if task.get("further")]
+    note = "Benchmarks that nothing was trained for" + (f", and besides {', '.join(further)}" if further else "")
+    note += f"; items: {items}. ± is half of a 95 % interval over the seeds."
     return Table(columns, rows, title=f"{place}: what was kept", note=note)
 
 

@@ -15,6 +15,7 @@ from dynalora.jobs.compare.plots import (
     plot_frontier,
     plot_kept,
     plot_learning,
+    plot_over_time,
     plot_parameters,
     plot_ranks,
     plot_scaled,
@@ -158,6 +159,10 @@ def _figures(comparison: Comparison, task: str, of_task: Sequence[Summary]) -> d
             "At the chosen learning rates, with 95 % intervals.",
         ),
         f"learning-{place}": (plot_learning(comparison, place, of_task), "Mean over the seeds."),
+        f"over-time-{place}": (
+            plot_over_time(comparison, task, of_task),
+            "Measured during training at the chosen learning rates, means over the seeds; dotted: the base model.",
+        ),
         f"ranks-{place}": (plot_ranks(of_task, place), "Singular values of s·ΔW above 0.001, first seed."),
     }
 

@@ -66,7 +66,7 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = silent) -> list[TaskRes
         results.append(
             measure(
                 model, tokenizer, prepared, batch_size=spec.batch_size, max_new_tokens=spec.max_new_tokens,
-                window=spec.window, name=spec.source, progress=progress,
+                beams=spec.beams, window=spec.window, name=spec.source, progress=progress,
             )
         )  # fmt: skip
         if spec.json is not None:

@@ -27,6 +27,7 @@ class EvaluateSpec(Settings):
         metric: Metrics to compute, with commas or given again; None: all of each task's.
         batch_size: Number of items per batch.
         max_new_tokens: Longest answer, in tokens; None: each task's.
+        beams: Number of beams that answers are searched with; 1: the likeliest token each time.
         window: Number of tokens per window of text, for perplexity.
         seed: Seed of generated tasks.
         run_code: Execute the code that the model writes (HumanEval, MBPP), in a sandbox.
@@ -52,6 +53,7 @@ class EvaluateSpec(Settings):
     metric: Annotated[list[str] | None, Setting(commas=True)] = None
     batch_size: Annotated[int, Setting("-b", least=1)] = 16
     max_new_tokens: Annotated[int | None, Setting(least=1)] = None
+    beams: Annotated[int, Setting(least=1)] = 1
     window: int = 512
     seed: Annotated[int, SEED] = 0
     run_code: bool = False

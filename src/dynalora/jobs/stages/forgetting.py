@@ -70,7 +70,7 @@ def run_forgetting(spec: ForgettingSpec, *, console: Console | None = None) -> l
     config = spec.config()
 
     def prepare() -> Workbench:
-        workbench = Workbench(spec, [spec.task_a, spec.task_b], console)
+        workbench = Workbench(spec, [spec.task_a, spec.task_b], console, validation=spec.validation)
         workbench.check(config)
         return workbench
 
@@ -131,7 +131,7 @@ class _Forgetting(Experiment[Stage]):
         # Always from the file, so that a resumed run does what an uninterrupted one does.
         start = stage_folder(self.folder.path, seed, before[-1]) / ADAPTER if before else spec.config()
         how = train_settings(spec, steps=spec.stage_steps[stage])
-        trained = self.workbench.train(start, source, how, seed=seed, label=name)
+        trained = self.workbench.train(start, source, how, seed=seed, label=name, choice=spec)
         rows = rank_landscape(trained.model, tau=spec.tau)
         result = {
             "task": source,
@@ -243,6 +243,7 @@ def _cost(trained: TrainResult) -> dict[str, Any]:
         "train_loss_last": losses[-1] if losses else None,
         "trainable_parameters": trained.trainable_parameters,
         "step_seconds": trained.step_seconds,
+        **({} if trained.best_step is None else {"best_step": trained.best_step}),
     }
 
 

@@ -128,8 +128,8 @@ def resolve(spec: RecoverSpec) -> tuple[RecoverSpec, list[Checkpoint]]:
 
 def _same_questions(spec: RecoverSpec, settings: Mapping[str, Any]) -> bool:
     names = (
-        "task_a", "task_b", "model", "data", "held_out", "generated", "generated_tokens", "system", "template",
-        "by_generation", "data_seed",
+        "task_a", "task_b", "model", "data", "held_out", "generated", "generated_tokens", "beams", "system",
+        "template", "by_generation", "data_seed",
     )  # fmt: skip
     return all(getattr(spec, name) == settings.get(name) for name in names)
 

@@ -11,7 +11,7 @@ from dynalora.forgetting.defaults import PAPER_TAU, STRATEGIES
 from dynalora.lab.choices import method_names
 from dynalora.lab.lab_settings import MEASURING, MODEL_AND_DATA, RUN, AdapterSettings, LabSettings
 from dynalora.lab.settings import Setting, Settings
-from dynalora.lab.training.settings import OptimizerSettings
+from dynalora.lab.training.settings import BestSettings, OptimizerSettings
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -20,7 +20,7 @@ _METHOD, _TRAINING, _RECOVERY = "Method", "Training", "Recovery"
 
 
 @dataclass(frozen=True, kw_only=True)
-class StagedSettings(AdapterSettings, LabSettings, OptimizerSettings, panel=RUN):
+class StagedSettings(AdapterSettings, LabSettings, OptimizerSettings, BestSettings, panel=RUN):
     """What forgetting and transfer share: adapters that are trained for a number of steps, task after task.
 
     Attributes:
@@ -152,6 +152,7 @@ class RecoverSpec(Settings, like=LabSettings, absent="SOURCE's", panel=_RECOVERY
     train_limit: int | None = None
     generated: int | None = None
     generated_tokens: int | None = None
+    beams: int | None = None
     max_length: int | None = None
     eval_batch_size: int | None = None
     system: str | None = None

@@ -50,7 +50,7 @@ def run_transfer(spec: TransferSpec, *, console: Console | None = None) -> list[
     configs = [spec.config(method) for method in spec.methods]
 
     def prepare() -> Workbench:
-        workbench = Workbench(spec, spec.tasks, console)
+        workbench = Workbench(spec, spec.tasks, console, validation=spec.validation)
         for config in configs:
             workbench.check(config)
         return workbench
@@ -109,7 +109,8 @@ class _Transfer(Experiment[Training]):
             return {**result, "scores": self.scores(self.workbench.model, label)}
         # A configuration belongs to the adapter that was made from it, so every training has a new one.
         config = self.spec.config(unit.method)
-        trained = self.workbench.train(config, unit.task, train_settings(self.spec), seed=unit.seed, label=label)
+        how = train_settings(self.spec)
+        trained = self.workbench.train(config, unit.task, how, seed=unit.seed, label=label, choice=self.spec)
         scores = self.scores(trained.model, label)
         self.workbench.take_off(trained.model)
         for record in trained.records:

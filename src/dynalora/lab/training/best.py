@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dynalora.evaluation.kinds.base import Measuring
+    from dynalora.evaluation.results import TaskScore
     from dynalora.lab.tasks.task import ExperimentTask
-
-KEEP_BEST = ("validation-loss", "validation-accuracy", "held-out-accuracy")
-"""What the best weights of a run can be chosen by."""
 
 
 class KeepBest(TrainerCallback):
@@ -107,36 +106,44 @@ def randomness_untouched() -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def scorer(
-    by: str,
-    held_out: ExperimentTask,
-    validation: ExperimentTask | None,
-    tokenizer: PreTrainedTokenizerBase,
-    how: Measuring,
-) -> Callable[[nn.Module], float]:
-    """What gives a model's score, lower is better.
+def score_of(by: str, measured: TaskScore, task: str) -> float:
+    """The score of weights, lower is better.
 
     Args:
-        by: One of [`KEEP_BEST`][dynalora.lab.training.best.KEEP_BEST].
-        held_out: The task.
-        validation: The task with the questions set aside as its held-out ones.
+        by: One of [`KEEP_BEST`][dynalora.lab.choices.KEEP_BEST].
+        measured: What they achieved on the questions that this names.
+        task: The task's name, for errors.
+
+    Raises:
+        ConfigError: The task has no accuracy.
+    """
+    if by.endswith("loss"):
+        return measured.loss.value
+    if measured.accuracy is None:
+        raise ConfigError(f"keep_best is '{by}', and {task} has no accuracy (or none is generated); choose another.")
+    return -measured.accuracy.value
+
+
+def best_on(
+    by: str, part: ExperimentTask, tokenizer: PreTrainedTokenizerBase, how: Measuring, every: float
+) -> tuple[KeepBest, AtSteps]:
+    """What keeps the best weights of a run, and what measures them at its steps.
+
+    Args:
+        by: One of [`KEEP_BEST`][dynalora.lab.choices.KEEP_BEST].
+        part: The task, with the questions that this names as its held-out ones.
         tokenizer: The model's.
         how: How tasks are measured.
+        every: Optimizer steps between measurements, or below 1 the part of the run.
     """
-    part = held_out if by == "held-out-accuracy" else validation
-    assert part is not None  # checked with the settings
+    best = KeepBest()
+    how = replace(how, losses_only=by.endswith("loss"))
 
-    def score(model: nn.Module) -> float:
-        measured = part.measure(model, tokenizer, how, name=f"{by.rpartition('-')[0]} at a step")
-        if by == "validation-loss":
-            return measured.loss.value
-        if measured.accuracy is None:
-            raise ConfigError(
-                f"keep_best is '{by}', and {part.name} has no accuracy (or generated is 0); choose validation-loss."
-            )
-        return -measured.accuracy.value
+    def look(model: nn.Module, step: int) -> None:
+        measured = part.measure(model, tokenizer, how, name=f"step {step}")
+        best.consider(model, step, score_of(by, measured, part.name))
 
-    return score
+    return best, AtSteps(every, look)
 
 
 def _checkpoint(args: Any, state: Any) -> Path:

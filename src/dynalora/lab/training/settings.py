@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
 from dynalora.errors import ConfigError
+from dynalora.lab.choices import KEEP_BEST
 from dynalora.lab.settings import SEED, Setting, Settings
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
@@ -44,6 +45,35 @@ class OptimizerSettings(Settings, panel="Training"):
     gradient_checkpointing: bool = False
     bf16: bool = False
     loss_on_prompts: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestSettings(Settings, panel="Training"):
+    """Which weights of a run count, where tasks are measured.
+
+    Attributes:
+        keep_best: End with the best of the weights that are measured during training, instead of the last: those of the
+            lowest loss or the highest accuracy on the training questions set aside (`validation`), or of the highest
+            accuracy on the held-out ones, which then no longer judge alone; None: the last.
+        validation: Number of training questions of each task that are set aside to choose on.
+        measure_every: Optimizer steps between those measurements, or below 1 the part of the run. There is one at the
+            end besides.
+    """
+
+    keep_best: Annotated[str | None, Setting(choices=KEEP_BEST)] = None
+    validation: Annotated[int, Setting(least=0)] = 0
+    measure_every: Annotated[float, Setting(above=0)] = 0.1
+
+    def _check(self) -> None:
+        super()._check()
+        if self.measure_every > 1 and self.measure_every != int(self.measure_every):
+            raise ConfigError(
+                f"measure_every is {self.measure_every:g}; give a whole number of steps, or a part of the run below 1."
+            )
+        if self.keep_best is not None and self.keep_best.startswith("validation") and not self.validation:
+            raise ConfigError(
+                f"keep_best is '{self.keep_best}', and no questions are set aside; set validation to their number."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
