@@ -368,19 +368,22 @@ def test_landscapes_side_by_side(folder: Path, rows: Path, tmp_path: Path, progr
     records = json.loads((tmp_path / "l.json").read_text())
     assert [record["run"] for record in records] == ["one/adapter"] * 4 + ["two/adapter"] * 4
     assert len(records[0]["singular_values"]) == 3
+    assert {record["effect_rank"] for record in records} <= {1, 2, 3}
+    assert "99 % of the effect" in " ".join(shown.out.split())
     with open(tmp_path / "l.csv", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert [float(line["nuclear_norm"]) for line in lines] == [record["nuclear_norm"] for record in records]
     made = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("drawn"))
     assert made == [
         f"drawn{which}.{ending}"
-        for which in ("-energy", "-energy_rank", "-entropy_rank", "-nuclear_norm", "-stable_rank", "")
+        for which in ("-effect_rank", "-energy", "-energy_rank", "-entropy_rank", "-nuclear_norm", "-stable_rank", "")
         for ending in ("png", "svg")
     ]
     # With its mean gates a DISeL adapter is less than with all of them open.
     whole = program("landscape", str(gated), "--json", str(tmp_path / "open.json"))
     assert "with all gates open, the most that the update can be" in " ".join(whole.out.split())
     opened = json.loads((tmp_path / "open.json").read_text())
+    assert "effect_rank" not in opened[0]
     assert opened[0]["nuclear_norm"] > records[0]["nuclear_norm"] > 0
 
 
@@ -417,10 +420,14 @@ def test_landscapes_that_cannot_be(flags: list[str], message: str, program: Prog
     assert message in shown.err
 
 
-def test_data_without_gates_is_refused(folder: Path, rows: Path, tmp_path: Path, program: Program) -> None:
+def test_data_measure_the_effect_of_an_adapter_without_gates(
+    folder: Path, rows: Path, tmp_path: Path, program: Program
+) -> None:
     plain = saved_adapter("lora", folder, tmp_path / "adapter")
-    shown = program("landscape", str(plain), "--data", str(rows))
-    assert (shown.code, "has gates" in shown.err) == (2, True)
+    shown = program("landscape", str(plain), "--data", str(rows), "--csv", str(tmp_path / "l.csv"))
+    assert shown.code == 0, shown.err
+    with open(tmp_path / "l.csv", encoding="utf-8") as file:
+        assert {line["effect_rank"] for line in csv.DictReader(file)} <= {"1", "2", "3"}
 
 
 def test_bench_from_the_command_line(folder: Path, tmp_path: Path, program: Program) -> None:

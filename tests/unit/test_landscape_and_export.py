@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -15,6 +16,7 @@ import dynalora
 from dynalora import DiraConfig, DiselConfig, PedyraConfig
 from dynalora.errors import CheckpointError, ConfigError, DynaloraError, UnsupportedError
 from dynalora.export import export_adapter_folder, held_gates, load_without_base
+from dynalora.forgetting.effects import narrow_moments
 from dynalora.forgetting.landscape import QUANTITIES, TAUS, LandscapeRow, energy_table, landscape_records, landscape_row
 from dynalora.forgetting.recovery import zero_updates
 from dynalora.lab.configs import adapter_config
@@ -87,6 +89,80 @@ def test_every_statistic_is_that_of_a_full_decomposition(method: str) -> None:
     assert energy.energy == pytest.approx(share)
     assert energy.effective_rank == pytest.approx(sum(row.effective_rank for row in rows) / 14)
     assert (energy.tau, energy.matrices) == (tau, 14)
+
+
+def batches_of_tokens() -> list[dict[str, torch.Tensor]]:
+    """Two batches of two texts each, of which one has padding, and one a prompt that does not count."""
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, 40, (4, 7), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    labels = ids.clone()
+    labels[2, :3] = -100
+    return [{"input_ids": ids[:2], "attention_mask": mask[:2]}, {"input_ids": ids[2:], "labels": labels[2:]}]
+
+
+@pytest.mark.parametrize("method", [*METHODS, "adalora"])
+def test_the_effect_is_what_the_update_adds_to_the_outputs(method: str) -> None:
+    """Singular values of the added outputs, token by token, against those that the landscape has from moments."""
+    torch.manual_seed(3)
+    model = peft.get_peft_model(LLAMA.build(), adapter_config(method, r=3, options={})).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    batches = batches_of_tokens()
+    added: dict[str, list[torch.Tensor]] = {}
+    rows = dynalora.rank_landscape(model, effects=narrow_moments(model, iter(batches)))
+    hooks = []
+    for row in rows:
+        layer = model.get_submodule("base_model.model." + row.module)
+
+        def see(layer: Any, inputs: Any, output: Any, name: str = row.module) -> None:
+            added.setdefault(name, []).append((output - layer.base_layer(inputs[0])).detach()[counted])
+
+        hooks.append(layer.register_forward_hook(see))
+    for batch in batches:
+        counted = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        counted &= batch.get("labels", batch["input_ids"]) != -100
+        model(**{name: value for name, value in batch.items() if name != "labels"})
+    for row in rows:
+        outputs = torch.cat(added[row.module]).double()
+        assert len(outputs) == 28 - 2 - 3
+        expected = torch.linalg.svdvals(outputs)[: len(row.effect)] / len(outputs) ** 0.5
+        torch.testing.assert_close(
+            torch.tensor(row.effect).double(), expected, rtol=1e-3, atol=1e-4 * float(expected[0])
+        )
+        energy = expected.square().cumsum(0) / expected.square().sum()
+        assert row.effect_rank == int((energy < 0.99).sum()) + 1
+
+
+def test_inputs_decide_which_directions_count() -> None:
+    """Two equal directions, of which no input has the second; the scale of the update changes nothing."""
+    for scale in (1.0, 1e-6):
+        base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        model = peft.get_peft_model(base, DiraConfig(r=2, target_modules=["0"]))
+        layer = model.base_model.model[0]
+        layer.parameter("down", "default").data = torch.eye(4)[:2]
+        layer.parameter("up", "default").data = scale * torch.eye(4)[:, :2]
+        x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1e-3, 1.0, 1.0])
+        (row,) = dynalora.rank_landscape(model, effects=narrow_moments(model, [{"input": x}]))
+        assert (row.energy_rank, row.effect_rank) == (2, 1)
+    (row,) = dynalora.rank_landscape(model)
+    assert (row.effect, row.effect_rank) == (None, None)
+    with pytest.raises(ConfigError, match=r"shape \(3, 3\) for '0', which has 2 components"):
+        dynalora.rank_landscape(model, effects={"0": torch.eye(3)})
+    with pytest.raises(ConfigError, match="effect_rank was not measured"):
+        dynalora.plot_rank_landscape([row], quantity="effect_rank")
+
+
+def test_an_effect_needs_an_adapter_and_text() -> None:
+    with pytest.raises(DynaloraError, match="no adapter with low-rank factors"):
+        narrow_moments(LLAMA.build(), batches_of_tokens())
+    model = peft.get_peft_model(LLAMA.build(), DiraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="no tokens to measure"):
+        narrow_moments(model, [])
+    with pytest.raises(ConfigError, match="got one string"):
+        narrow_moments(model, "text")
 
 
 def gated_pedyra(e: float) -> peft.PeftModel:
@@ -191,7 +267,9 @@ def test_every_quantity_is_drawn_with_runs_told_apart(quantity: str, tmp_path: P
     for seed in (0, 1):
         torch.manual_seed(seed)
         config = DiraConfig(target_modules=["q_proj", "v_proj"], init_weights=False, r=seed + 2)
-        runs[f"run {seed}"] = dynalora.rank_landscape(peft.get_peft_model(LLAMA.build(), config), tau=0.2)
+        model = peft.get_peft_model(LLAMA.build(), config)
+        effects = narrow_moments(model, batches_of_tokens())
+        runs[f"run {seed}"] = dynalora.rank_landscape(model, tau=0.2, effects=effects)
     figure = dynalora.plot_rank_landscape(runs, tmp_path / "drawn.png", quantity=quantity)
     assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "drawn.svg").read_text()

@@ -28,8 +28,9 @@ _LABELS: dict[Quantity, str] = {
     "entropy_rank": "effective rank by entropy",
     "stable_rank": "stable rank",
     "energy_rank": "rank of 99 % of the energy",
+    "effect_rank": "rank of 99 % of the effect on inputs",
 }
-_RANKS: tuple[Quantity, ...] = ("effective_rank", "entropy_rank", "stable_rank", "energy_rank")
+_RANKS: tuple[Quantity, ...] = ("effective_rank", "entropy_rank", "stable_rank", "energy_rank", "effect_rank")
 
 
 def plot_rank_landscape(
@@ -44,12 +45,12 @@ def plot_rank_landscape(
         landscape: Result of `rank_landscape`, or several by name.
         path: PNG file to write, and beside it the SVG; None only returns the figure.
         quantity: What to draw, a field or property of [`LandscapeRow`][dynalora.forgetting.landscape.LandscapeRow]:
-            `effective_rank`, `nuclear_norm`, `energy`, `entropy_rank`, `stable_rank` or `energy_rank`. A dotted line in
-            plots of ranks is the rank that the adapters have.
+            `effective_rank`, `nuclear_norm`, `energy`, `entropy_rank`, `stable_rank`, `energy_rank`, or `effect_rank`
+            where it was measured. A dotted line in plots of ranks is the rank that the adapters have.
         title: Of the figure; by default it says what is drawn.
 
     Raises:
-        ConfigError: The quantity is unknown, or there is nothing to draw.
+        ConfigError: The quantity is unknown or was not measured, or there is nothing to draw.
     """
     if quantity not in QUANTITIES:
         raise ConfigError(f"quantity is {quantity!r}; choose one of {', '.join(QUANTITIES)}.")
@@ -57,6 +58,8 @@ def plot_rank_landscape(
     rows = [row for run in runs.values() for row in run]
     if not rows:
         raise ConfigError("There are no matrices to draw; take a landscape first.")
+    if any(getattr(row, quantity) is None for row in rows):
+        raise ConfigError(f"{quantity} was not measured of every matrix; take the landscape with effects.")
     ranked = quantity in _RANKS
     drawn, axes = _curves(
         {name: [run] for name, run in runs.items()},
@@ -114,24 +117,27 @@ def _curves(
     return drawn, dict(zip(kinds, axes, strict=True))
 
 
-def plot_rank_heatmap(rows: Sequence[Any]) -> Figure:
-    """Effective rank of every adapted matrix: one row per kind of module, one column per layer.
+def plot_rank_heatmap(rows: Sequence[Any], quantity: Quantity = "effective_rank") -> Figure:
+    """A rank of every adapted matrix: one row per kind of module, one column per layer.
 
-    Rows are those of [`rank_landscape`][dynalora.rank_landscape], as objects or as mappings.
+    Rows are those of [`rank_landscape`][dynalora.rank_landscape], as objects or as mappings, which must have the
+    quantity.
     """
-    kinds, layers, grid = rank_grid(rows)
+    kinds, layers, grid = rank_grid(rows, quantity)
     drawn, (axis,) = figure(max(4.5, 0.24 * len(layers) + 2.2), max(2.2, 0.34 * len(kinds) + 1.4))
     image = heat_map(axis, grid, rows=kinds, columns=layers, cmap="cividis", vmin=0)
     describe(axis, x="layer")
-    drawn.colorbar(image, ax=axis, label="effective rank")
+    drawn.colorbar(image, ax=axis, label=_LABELS[quantity])
     return drawn
 
 
-def rank_grid(rows: Sequence[Any]) -> tuple[list[str], list[str], np.ndarray[Any, Any]]:
-    """Effective ranks as a grid.
+def rank_grid(
+    rows: Sequence[Any], quantity: Quantity = "effective_rank"
+) -> tuple[list[str], list[str], np.ndarray[Any, Any]]:
+    """Ranks as a grid.
 
-    Gives kinds of modules, names of the layers (a dash for matrices outside of blocks), and the effective ranks,
-    (kinds, layers), float64; NaN where a layer has no such matrix.
+    Gives kinds of modules, names of the layers (a dash for matrices outside of blocks), and the ranks, (kinds,
+    layers), float64; NaN where a layer has no such matrix.
     """
 
     def value(row: Any, name: str) -> Any:
@@ -141,7 +147,7 @@ def rank_grid(rows: Sequence[Any]) -> tuple[list[str], list[str], np.ndarray[Any
     kinds, layers = list(dict.fromkeys(str(value(row, "kind")) for row in rows)), sorted(set(places))
     grid = np.full((len(kinds), len(layers)), np.nan)
     for row, place in zip(rows, places, strict=True):
-        grid[kinds.index(str(value(row, "kind"))), layers.index(place)] = float(value(row, "effective_rank"))
+        grid[kinds.index(str(value(row, "kind"))), layers.index(place)] = float(value(row, quantity))
     return kinds, ["–" if layer < 0 else str(layer) for layer in layers], grid
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Quantity = Literal["effective_rank", "nuclear_norm", "energy", "entropy_rank", "stable_rank", "energy_rank"]
+Quantity = Literal[
+    "effective_rank", "nuclear_norm", "energy", "entropy_rank", "stable_rank", "energy_rank", "effect_rank"
+]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 """What a rank landscape is drawn of."""
 

@@ -6,20 +6,17 @@ histograms. Nothing of the text is kept.
 
 from __future__ import annotations
 
-import inspect
-import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from dynalora.adapter.gates import GatedLayer
-from dynalora.common.names import IGNORED_LABEL, plain_name
-from dynalora.errors import ConfigError, DynaloraError, check_least
+from dynalora.common.names import plain_name
+from dynalora.errors import ConfigError, DynaloraError
 from dynalora.evaluation.generation import evaluating
 from dynalora.forgetting.gates import (
     ALL,
@@ -33,6 +30,7 @@ from dynalora.forgetting.gates import (
     depth_group,
 )
 from dynalora.forgetting.landscape import layer_index
+from dynalora.forgetting.passes import counted_tokens, forward_options, placed_inputs, token_batches
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +80,12 @@ def record_gates(
     if isinstance(texts, str):
         raise ConfigError("texts must be a list of texts, got one string; put it into a list.")
     recorder = _Recorder(layers)
-    options = _forward_options(model, layers)
+    options = forward_options(model, [layer for layer, _ in layers.values()])
     device, seen = next(model.parameters()).device, 0
     with evaluating(model):
-        for batch, count, total in _batches(texts, tokenizer, batch_size, max_length):
+        for batch, count, total in token_batches(texts, tokenizer, batch_size, max_length):
             batch = {k: v.to(device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
-            with recorder.listening(_counted(batch)):
+            with recorder.listening(counted_tokens(batch)):
                 model(**{k: v for k, v in batch.items() if k != "labels"}, **options)
             seen += count
             if progress is not None:
@@ -95,33 +93,6 @@ def record_gates(
     if not recorder.documents:
         raise ConfigError("no tokens to record gates on: the texts are empty, or all tokens are masked.")
     return recorder.result()
-
-
-def _counted(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Which tokens count, (B, T), bool; (B) for models whose inputs are no tokens."""
-    ids = batch.get("input_ids", batch.get("attention_mask"))
-    if ids is None:
-        first = next(iter(batch.values()))
-        return torch.ones(len(first), dtype=torch.bool, device=first.device)
-    counted = torch.ones_like(ids, dtype=torch.bool)
-    if "attention_mask" in batch and batch["attention_mask"].shape == ids.shape:
-        counted &= batch["attention_mask"].bool()
-    if "labels" in batch and batch["labels"].shape == ids.shape:
-        counted &= batch["labels"] != IGNORED_LABEL
-    return counted
-
-
-def _forward_options(model: nn.Module, layers: dict[str, tuple[GatedLayer, str]]) -> dict[str, Any]:
-    """Spare what nobody looks at: the key-value cache, and (B, T, V) logits unless the head's own gates are wanted."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    accepted = inspect.signature(base.forward).parameters
-    options: dict[str, Any] = {}
-    if "use_cache" in accepted:
-        options["use_cache"] = False
-    heads = [base.get_output_embeddings()] if hasattr(base, "get_output_embeddings") else []
-    if "logits_to_keep" in accepted and not any(layer in heads for layer, _ in layers.values()):
-        options["logits_to_keep"] = 1
-    return options
 
 
 class _Recorder:
@@ -150,7 +121,7 @@ class _Recorder:
 
         def hook(index: int, name: str, adapter: str) -> Callable[..., None]:
             def listen(layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-                placed = _place(inputs[0], counted, row_of, with_tokens)
+                placed = placed_inputs(inputs[0], counted, row_of, with_tokens)
                 if placed is None:
                     self.unplaced.add(name)
                     return
@@ -201,23 +172,6 @@ class _Recorder:
         )
 
 
-def _place(
-    x: torch.Tensor, counted: torch.Tensor, row_of: torch.Tensor, with_tokens: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, bool] | None:
-    """The counted inputs of a layer (n, in), the batch row of each (n), and whether they are the batch's tokens."""
-    shape = x.shape[:-1]
-    if shape == counted.shape:
-        return x[counted], row_of[counted], True
-    if x.dim() == 2 and counted.dim() == 2 and shape[0] == counted.numel() != len(counted):
-        return x[counted.flatten()], row_of[counted], True  # tokens in one long row, as some blocks see them
-    if shape[:1] == counted.shape[:1]:  # one vector, or some, per text: a pooled one, say
-        chosen = x[with_tokens]
-        row = torch.arange(len(counted), device=counted.device)[with_tokens]
-        each = chosen[0, ..., 0].numel() if len(chosen) else 1
-        return chosen.reshape(-1, x.shape[-1]), row.repeat_interleave(each), False
-    return None
-
-
 def _token_histogram() -> torch.Tensor:
     return torch.zeros(DOCUMENT_GROUPS, TOKEN_BINS, dtype=torch.int32)
 
@@ -262,30 +216,3 @@ class _Collector:
             name, layer_index(name), name.rpartition(".")[2], self.tokens, self.sum / n, self.sum_square / n,
             self.rank_histogram, self.token_histogram,
         )  # fmt: skip
-
-
-def _batches(
-    texts: Iterable[str] | Iterable[dict[str, Any]], tokenizer: Any, batch_size: int, max_length: int
-) -> Iterator[tuple[dict[str, Any], int, int]]:
-    total = len(texts) if isinstance(texts, Sized) else 0
-    items = iter(texts)
-    first = next(items, None)
-    whole: Iterator[Any] = itertools.chain([] if first is None else [first], items)
-    if not isinstance(first, str):
-        for batch in whole:
-            yield dict(batch), 1, total
-        return
-    if tokenizer is None:
-        raise ConfigError("texts need a tokenizer; pass tokenizer=, or batches that are already tokenised.")
-    check_least(1, batch_size=batch_size)
-    while some := list(itertools.islice(whole, batch_size)):
-        encoded = dict(
-            tokenizer(
-                some, return_tensors="pt", padding=True, truncation=True, max_length=max_length,
-                return_special_tokens_mask=True, return_attention_mask=True,
-            )
-        )  # fmt: skip
-        special = encoded.pop("special_tokens_mask")
-        encoded["labels"] = encoded["input_ids"].masked_fill(special.bool(), IGNORED_LABEL)
-        if encoded["input_ids"].shape[1]:
-            yield encoded, len(some), total

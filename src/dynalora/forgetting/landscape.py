@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ class LandscapeRow:
         nuclear_norm: Σ σ_i.
         energy: E(τ) = Σ_{σ_i > τ} σ_i² / Σ σ_i²; 0 for a zero update.
         singular_values: The σ_i, descending, at most `rank` of them.
+        effect: Singular values of s·ΔW·C^½, descending, with C the second moment of the inputs that were measured; None
+            where none were.
     """
 
     module: str
@@ -49,6 +51,7 @@ class LandscapeRow:
     nuclear_norm: float
     energy: float
     singular_values: tuple[float, ...]
+    effect: tuple[float, ...] | None = None
 
     @property
     def entropy_rank(self) -> float:
@@ -69,13 +72,27 @@ class LandscapeRow:
     @property
     def energy_rank(self) -> int:
         """The least number of singular values that hold 99 % of Σ σ_i²; 0 for a zero update."""
-        energies = sorted((value**2 for value in self.singular_values), reverse=True)
-        total = math.fsum(energies)
-        sums = itertools.accumulate(energies, initial=0.0)
-        return next((count for count, held in enumerate(sums) if held >= _ENERGY * total), len(energies))
+        return _holding(self.singular_values)
+
+    @property
+    def effect_rank(self) -> int | None:
+        """The least number of directions that hold 99 % of E‖s·ΔW·x‖² on the inputs measured; None where none were.
+
+        Directions that no input has, and inputs that the update does not move, count for nothing, and the number does
+        not change when the update is scaled.
+        """
+        return None if self.effect is None else _holding(self.effect)
 
 
 _ENERGY = 0.99
+
+
+def _holding(values: Sequence[float]) -> int:
+    """How many of some values, the largest first, it takes for 99 % of the sum of all squares."""
+    energies = sorted((value**2 for value in values), reverse=True)
+    total = math.fsum(energies)
+    sums = itertools.accumulate(energies, initial=0.0)
+    return next((count for count, held in enumerate(sums) if held >= _ENERGY * total), len(energies))
 
 
 @torch.no_grad()
@@ -84,6 +101,7 @@ def rank_landscape(
     tau: float = PAPER_TAU,
     adapter_name: str | None = None,
     gates: Sequence[GateStatistics] | None = None,
+    effects: Mapping[str, torch.Tensor] | None = None,
 ) -> list[LandscapeRow]:
     """The landscape of an adapter, exact from its factors.
 
@@ -94,25 +112,28 @@ def rank_landscape(
         adapter_name: Which adapter; None takes the active one.
         gates: Of an adapter with gates, what `dynalora.record_gates` measured on some text: each component then counts
             with its mean gate there, s·up·diag(ḡ ⊙ d)·down.
+        effects: What [`narrow_moments`][dynalora.forgetting.effects.narrow_moments] measured of this very adapter on
+            some text, for `effect` and `effect_rank`. Gates then count as they were on each token.
 
     Returns:
         One row per adapted matrix, in model order.
 
     Raises:
-        ConfigError: `tau` is negative, or `gates` lack a matrix, have another rank for it, or are given for an adapter
-            without gates.
+        ConfigError: `tau` is negative, `gates` lack a matrix, have another rank for it, or are given for an adapter
+            without gates, or `effects` have another rank for a matrix.
         DynaloraError: No adapter with low-rank factors is found.
     """
     check_tau(tau)
     means = None if gates is None else {row.module: row.mean for row in gates}
     rows = []
     for name, module in model.named_modules():
-        factors = _factors(module, adapter_name, means)
-        if factors is None:
+        update = low_rank_update(module, adapter_name, means)
+        if update is None:
             continue
-        up, down, scaling = factors
-        sigma = abs(scaling) * factor_spectrum(up, down)
-        rows.append(landscape_row(plain_name(name), up.shape[1], sigma, tau))
+        sigma = abs(update.scaling) * factor_spectrum(update.up, update.down)
+        row = landscape_row(plain_name(name), update.up.shape[1], sigma, tau)
+        moment = None if effects is None else effects.get(plain_name(name))
+        rows.append(row if moment is None else replace(row, effect=_effect(row.module, module, update, moment)))
     if not rows:
         which = "active adapter" if adapter_name is None else f"adapter {adapter_name!r}"
         raise DynaloraError(f"the model has no {which} with low-rank factors to take a landscape of.")
@@ -143,24 +164,65 @@ def _layer_factors(
         return layer.factors(adapter)
 
 
-def _factors(
-    module: nn.Module, adapter_name: str | None, means: Mapping[str, torch.Tensor] | None
-) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """The update of one matrix, s·up·down.
+
+    Attributes:
+        adapter: The adapter's name.
+        up: (out, k), with the diagonal in it.
+        down: (k, in).
+        scaling: s.
+    """
+
+    adapter: str
+    up: torch.Tensor
+    down: torch.Tensor
+    scaling: float
+
+
+def low_rank_update(
+    module: nn.Module, adapter_name: str | None = None, means: Mapping[str, torch.Tensor] | None = None
+) -> LowRankUpdate | None:
+    """The update that an adapter makes of a module; None if it makes none.
+
+    Args:
+        module: Any module.
+        adapter_name: Which adapter; None takes the active one.
+        means: Gates by module name at which moving gates count; None: open.
+    """
     active: Sequence[str] = getattr(module, "active_adapters", ()) if adapter_name is None else (adapter_name,)
     if isinstance(module, AdapterLayer):
         for adapter in active:
             if module.has_adapter(adapter):
-                return *_layer_factors(module, adapter, means), module.scaling[adapter]
+                return LowRankUpdate(adapter, *_layer_factors(module, adapter, means), module.scaling[adapter])
         return None
     lora: Any = module
     if hasattr(module, "lora_A") and hasattr(module, "lora_B"):
         for adapter in active:
             if adapter in getattr(module, "lora_E", ()):  # AdaLoRA's, as it weighs them
                 scaling = float(lora.scaling[adapter]) / (float(lora.ranknum[adapter]) + 1e-5)
-                return lora.lora_B[adapter], lora.lora_A[adapter] * lora.lora_E[adapter], scaling
+                down = lora.lora_A[adapter] * lora.lora_E[adapter]
+                return LowRankUpdate(adapter, lora.lora_B[adapter], down, scaling)
             if adapter in lora.lora_A:
-                return lora.lora_B[adapter].weight, lora.lora_A[adapter].weight, float(lora.scaling[adapter])
+                up, down = lora.lora_B[adapter].weight, lora.lora_A[adapter].weight
+                return LowRankUpdate(adapter, up, down, float(lora.scaling[adapter]))
     return None
+
+
+def _effect(name: str, module: nn.Module, update: LowRankUpdate, moment: torch.Tensor) -> tuple[float, ...]:
+    """Singular values of s·ΔW·C^½ from M = E[m mᵀ], (k, k), m the narrow activations."""
+    up = update.up
+    if isinstance(module, AdapterLayer) and module.depends_on_input(update.adapter):
+        up = module.sides(update.adapter)[0]  # whose diagonal is in m
+    if moment.shape != (up.shape[1], up.shape[1]):
+        raise ConfigError(
+            f"effects has a moment of shape {tuple(moment.shape)} for '{name}', which has {up.shape[1]} components; "
+            "measure this very adapter."
+        )
+    values, vectors = torch.linalg.eigh(moment.double())
+    root = vectors * values.clamp_min(0).sqrt()
+    return tuple((abs(update.scaling) * factor_spectrum(up.cpu().double(), root)).tolist())
 
 
 def landscape_row(name: str, rank: int, sigma: torch.Tensor, tau: float) -> LandscapeRow:
@@ -229,7 +291,10 @@ def landscape_records(runs: Mapping[str, Sequence[LandscapeRow]], *, spectra: bo
         for row in rows:
             record = {"run": run, **asdict(row)}
             record |= {name: getattr(row, name) for name in ("entropy_rank", "stable_rank", "energy_rank")}
-            if not spectra:
-                del record["singular_values"]
+            if row.effect is not None:
+                record["effect_rank"] = row.effect_rank
+            for name in ("singular_values", "effect"):
+                if not spectra or record[name] is None:
+                    del record[name]
             records.append(record)
     return records

@@ -19,6 +19,7 @@ from dynalora.drawing.retention import plot_retention_curves, plot_scaled_update
 from dynalora.drawing.training import plot_losses, plot_metrics
 from dynalora.errors import DynaloraError
 from dynalora.evaluation.tokens import TokenizedSet
+from dynalora.forgetting.effects import narrow_moments
 from dynalora.forgetting.gate_recording import record_gates
 from dynalora.forgetting.landscape import rank_landscape
 from dynalora.forgetting.monitor import OWN_TEXT, RetentionMonitor
@@ -45,16 +46,22 @@ def decisions(
 ) -> tuple[str, Figure, str] | None:
     """File name, figure and caption of what the adapter decided; None if there is nothing to see.
 
-    These are the gates of an adapter that has any, on held-out responses, and the rank landscape of any other.
+    These are the gates of an adapter that has any, on held-out responses, and the rank landscape of any other: the rank
+    of what the update does on held-out responses, or without any its effective rank.
     """
     try:
+        batches = batches_of(held_out.rows[:128], tokenizer.pad_token_id) if len(held_out) else []
         if getattr(getattr(model, "active_peft_config", None), "gated", False):
-            if len(held_out) == 0:
+            if not batches:
                 return None
-            batches = batches_of(held_out.rows[:128], tokenizer.pad_token_id)
             gates = plot_gates({"held-out responses": record_gates(model, batches)})
             return "gates", gates, "How far the gates open on the tokens of held-out responses, by depth."
-        figure = plot_rank_heatmap(rank_landscape(model))
+        rows = rank_landscape(model, effects=narrow_moments(model, batches) if batches else None)
+        if all(row.effect_rank is not None for row in rows):
+            figure = plot_rank_heatmap(rows, "effect_rank")
+            caption = "How many directions hold 99 % of what every adapted matrix's update does on held-out responses."
+            return "rank_landscape", figure, caption
+        figure = plot_rank_heatmap(rows)
     except DynaloraError:
         return None
     return "rank_landscape", figure, "Singular values above 0.001 of every adapted matrix's update."

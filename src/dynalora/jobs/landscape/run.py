@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,13 +17,12 @@ from dynalora.common.files import records_csv, write_file
 from dynalora.common.progress import Progress, rich_progress
 from dynalora.drawing.landscape import plot_rank_landscape
 from dynalora.drawing.style import rendered
-from dynalora.errors import UnsupportedError
 from dynalora.evaluation.tokens import tokenize
 from dynalora.export.lora import load_without_base
 from dynalora.forgetting.defaults import QUANTITIES
+from dynalora.forgetting.effects import narrow_moments
 from dynalora.forgetting.full_models import model_landscape
 from dynalora.forgetting.gate_recording import record_gates
-from dynalora.forgetting.gates import GateRecord
 from dynalora.forgetting.landscape import TAUS, LandscapeRow, check_tau, energy_table, landscape_records, rank_landscape
 from dynalora.jobs.landscape.settings import LandscapeSpec, plot_files
 from dynalora.lab.adapters import adapter_folder, base_tokenizer, load_adapter, model_folder, read_config
@@ -80,32 +80,34 @@ def _of_adapters(
     """The landscapes, and for each gated adapter how its gates were counted."""
     configs = {name: read_config(source) for name, source in names.items()}
     gates = {name: "all gates open" for name, saved in configs.items() if getattr(saved, "gated", False)}
-    if spec.data is not None and not gates:
-        raise UnsupportedError("None of the adapters has gates, so --data has no use; leave it out.")
     landscapes: Landscapes = {}
     for name, source in names.items():
-        record = None
-        if name in gates and spec.data is not None:
+        record = effects = None
+        if spec.data is not None:
             adapted: Any = load_adapter(source, spec.model)
-            record = _mean_gates(spec, adapted, source, progress)
-            gates[name] = f"mean gates on {Path(spec.data).name}"
+            batches = _batches(spec, source)
+            effects = narrow_moments(adapted, batches, progress=progress)
+            if name in gates:
+                record = record_gates(adapted, batches, progress=partial(_recording, progress))
+                gates[name] = f"mean gates on {Path(spec.data).name}"
         elif method_name(configs[name]) in METHODS:
             adapted = load_without_base(adapter_folder(source))
         else:
             adapted = load_adapter(source, spec.model)
-        landscapes[name] = rank_landscape(adapted, tau=spec.tau, gates=record)
+        landscapes[name] = rank_landscape(adapted, tau=spec.tau, gates=record, effects=effects)
     return landscapes, gates
 
 
-def _mean_gates(spec: LandscapeSpec, adapted: Any, source: str, progress: Progress) -> GateRecord:
+def _recording(progress: Progress, done: int, total: int) -> None:
+    progress("Recording gates", done, total or None)
+
+
+def _batches(spec: LandscapeSpec, source: str) -> list[dict[str, torch.Tensor]]:
+    """The conversations as an adapter's tokenizer has them; their responses count."""
     conversations = load_conversations(str(spec.data), split=spec.split, limit=spec.limit)
     tokenizer = base_tokenizer(source, spec.model)
     tokens = tokenize(conversations, tokenizer, max_length=spec.max_length)
-    return record_gates(
-        adapted,
-        batches_of(tokens.rows, tokenizer.pad_token_id),
-        progress=lambda done, total: progress("Recording gates", done, total or None),
-    )
+    return batches_of(tokens.rows, tokenizer.pad_token_id)
 
 
 def _write(spec: LandscapeSpec, landscapes: Landscapes) -> list[Path]:
@@ -118,7 +120,10 @@ def _write(spec: LandscapeSpec, landscapes: Landscapes) -> list[Path]:
     if spec.plot is not None:
         shown = landscapes if len(landscapes) > 1 else next(iter(landscapes.values()))
         files = plot_files(spec.plot)
+        rows = [row for landscape in landscapes.values() for row in landscape]
         for quantity, png, svg in zip(QUANTITIES, files[::2], files[1::2], strict=True):
+            if any(getattr(row, quantity) is None for row in rows):  # the effect, which takes data
+                continue
             figure = plot_rank_landscape(shown, quantity=quantity)
             written.append(write_file(png, rendered(figure, "png"), replace=False))
             written.append(write_file(svg, rendered(figure, "svg"), replace=False))
@@ -128,6 +133,7 @@ def _write(spec: LandscapeSpec, landscapes: Landscapes) -> list[Path]:
 def landscape_table(landscapes: Mapping[str, Sequence[LandscapeRow]], tau: float, gates: Mapping[str, str]) -> Table:
     """Ranks, nuclear norms and energies by kind of module; `gates` says how those of gated adapters were counted."""
     several = len(landscapes) > 1
+    measured = any(row.effect is not None for rows in landscapes.values() for row in rows)
     cells: list[list[Cell]] = []
     for run, rows in landscapes.items():
         kinds: dict[str, list[LandscapeRow]] = defaultdict(list)
@@ -144,10 +150,13 @@ def landscape_table(landscapes: Mapping[str, Sequence[LandscapeRow]], tau: float
                     f"{fmean([row.entropy_rank for row in members]):.2f}",
                     f"{fmean([row.stable_rank for row in members]):.2f}",
                     f"{fmean([row.energy_rank for row in members]):.2f}",
+                    *([_mean_effect(members)] if measured else []),
                 ]
             )  # fmt: skip
     note = f"effective rank: singular values of s·ΔW above {tau:g}; energy: their share of the sum of squares."
     note += " By entropy, stable, 99 % of the energy: measures of rank that do not change when the update is scaled."
+    if measured:
+        note += " 99 % of the effect: how many directions hold 99 % of what the update does on the data's responses."
     for counted in dict.fromkeys(gates.values()):
         which = ", ".join(name for name, how in gates.items() if how == counted)
         most = ", the most that the update can be" if counted == "all gates open" else ""
@@ -164,10 +173,17 @@ def landscape_table(landscapes: Mapping[str, Sequence[LandscapeRow]], tau: float
         "by entropy",
         "stable",
         "99 %",
+        *(["99 % of the effect"] if measured else []),
     ]
     return Table(
         [*(["run"] if several else []), *columns], cells, title="Rank landscape (means over the matrices)", note=note
     )  # fmt: skip
+
+
+def _mean_effect(rows: Sequence[LandscapeRow]) -> str | None:
+    """The mean rank of the effect over the matrices of which it was measured."""
+    ranks = [row.effect_rank for row in rows if row.effect_rank is not None]
+    return f"{fmean(ranks):.2f}" if ranks else None
 
 
 def energy_by_threshold(landscapes: Mapping[str, Sequence[LandscapeRow]], taus: Sequence[float]) -> Table:

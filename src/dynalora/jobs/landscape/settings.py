@@ -27,7 +27,8 @@ class LandscapeSpec(Settings):
         model: Base model; None: the one the adapter names.
         against: Compare full models with this one, by the difference of their weights.
         modules: Regular expression for the names of the matrices to take of full models; None: all.
-        data: Conversations over which the gates of gated adapters are averaged; None: all gates count as open.
+        data: Conversations on whose responses the effect of the updates is measured, and over which the gates of gated
+            adapters are averaged; None: the adapters' factors alone count, and all gates as open.
         split: Split of the data that is read.
         limit: Number of rows of the data that are used, from the first.
         max_length: Longest sequence in tokens; longer ones lose their end.
