@@ -23,6 +23,7 @@ from torch import nn
 
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.layer import adapter_layers
+from dynalora.common.cards import CARD, without_blanks
 from dynalora.common.files import file_beside, write_file
 from dynalora.common.private import extend_model_cards
 from dynalora.common.version import __version__
@@ -31,7 +32,6 @@ from dynalora.forgetting.landscape import LandscapeRow, rank_landscape
 from dynalora.methods import METHODS
 
 PICTURE = "rank_map.png"
-CARD = "README.md"
 BEGIN, END = "<!-- dynalora: begin -->", "<!-- dynalora: end -->"
 
 # Settings that are always shown; others only where they are not the default.
@@ -153,11 +153,11 @@ def update_card(model: PeftModel, folder: str, picture: bool = False) -> None:
     with open(path, encoding="utf-8") as file:
         text = file.read()
     text = re.sub(rf"\n*{re.escape(BEGIN)}.*?{re.escape(END)}\n*", "\n\n", text, flags=re.DOTALL)
-    # Right under the title, before the template's empty headings; without a title, after the metadata.
+    # Right under the title, before what else there is; without a title, after the metadata.
     start = re.search(r"^# .*$", text, flags=re.MULTILINE) or re.match(r"(?s:---\n.*?\n---\n)", text)
     at = start.end() if start else 0
     rest = text[at:].lstrip("\n")
-    write_file(path, f"{text[:at]}\n\n{section}\n\n{rest}")
+    write_file(path, without_blanks(f"{text[:at]}\n\n{section}\n\n{rest}"))
 
 
 def _concerned(model: PeftModel) -> bool:

@@ -17,7 +17,7 @@ class ChatSpec(TrainedSettings):
         system: System message at the start of the conversation; None: what the model's chat template adds by itself.
         max_new_tokens: Number of tokens after which an answer is broken off.
         temperature: How freely words are drawn; 0 always takes the likeliest.
-        seed: Seed of the drawing.
+        seed: Seed with which words are drawn.
         plain: Go on with what is typed as plain text, without the chat format. A model without one does so anyway.
     """
 

@@ -62,14 +62,14 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, BestSettings,
         choose: What a learning rate is chosen by: the loss as-trained, or at the best-factor, the lowest loss over the
             factors; both on the questions set aside.
         retention: Measure what was forgotten, on text that the base model writes itself. Causal models only.
-        texts: Further text to measure that on, may be given again.
+        texts: Further text to measure what was forgotten on; give the flag again for more.
         retention_tasks: Benchmarks that no model is trained for, measured on all models to see what was kept, with
             commas. Groups stand for their members. For classification `wikitext2_masked`: perplexity of the encoder
             under its original masked-LM head.
-        retention_items: Number of items of each of those, from the first; None: all.
+        retention_items: Number of items of each retention task, from the first; None: all.
         retention_shots: Number of examples before each question of those of lm-evaluation-harness; None: each task's
             own number.
-        retention_max_length: Longest input of those, in tokens; None: what the model takes.
+        retention_max_length: Longest input of lm-evaluation-harness's tasks, in tokens; None: what the model takes.
         further_tasks: Benchmarks that are measured on all models as those are, but are no part of what was kept and of
             its mean, with commas, such as `lm_eval:gsm8k`: the trained task, asked with examples. Each has its own
             number of examples.

@@ -27,7 +27,8 @@ class DemoSpec(OptimizerSettings, panel=MODEL_AND_DATA):
         r: Rank of every adapter.
         alpha: Numerator of the scale alpha / rank of every update; None: each method's default.
         target_modules: Modules to adapt: names, a regular expression, or all-linear.
-        retain: Weight with which dynalora's own methods keep what the base model says; null in a file: they do not.
+        retain: Weight of keeping what the base model says, for dynalora's own methods. Write null in a settings file to
+            switch it off.
         gate_bias_init: Start of DISeL's gate biases.
         task: Another task of reasoning-gym; None: the demo's own.
         task_options: Options of the task's generator, which are given only together with a task.

@@ -31,10 +31,10 @@ class EvaluateSpec(Settings):
         window: Number of tokens per window of text, for perplexity.
         seed: Seed of generated tasks.
         run_code: Execute the code that the model writes (HumanEval, MBPP), in a sandbox.
-        weak_sandbox: Execute it even where this system cannot contain it.
+        weak_sandbox: Execute generated code even on a system that cannot contain it in a sandbox.
         code_seconds: Time limit of each generated program, in seconds.
         shots: Number of examples before each question of lm-evaluation-harness's tasks; None: each task's own number.
-        max_length: Longest input of those, in tokens; None: what the model takes.
+        max_length: Longest input of lm-evaluation-harness's tasks, in tokens; None: what the model takes.
         dtype: Data type of the model's weights.
         quantization: Hold the weights (of an adapter's base model) in fewer bits: 4bit (NF4) or 8bit with
             bitsandbytes, int8 with torchao; None: as they are.

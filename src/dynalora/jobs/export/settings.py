@@ -23,7 +23,7 @@ class ExportSpec(Settings):
         uniform_rank: Fill all matrices up to this rank with zeros, 0 takes the largest; None: each has its own rank.
         ranks_only: Write a JSON file with the ranks alone, as LoraConfig(**...) takes them for a fresh run.
         calibrate: Hold a DISeL adapter's gates at their means over these conversations.
-        measure: Measure the price of that on these conversations; empty: every other row of --calibrate.
+        measure: Measure what holding the gates costs on these conversations; empty: every other row of --calibrate.
         model: Base model; None: the one the adapter names.
         split: Split of the data that is read.
         limit: Number of rows of the data that are used, from the first.

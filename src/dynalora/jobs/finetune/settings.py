@@ -55,7 +55,7 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
         samples: Number of held-out prompts that are answered before and after training, for the report; 0: none.
         monitor_every: Number of optimizer steps between measurements of retention; None: a tenth of the run; 0: only
             when it is over.
-        monitor_text: Further text to measure retention on during training, may be given again. See
+        monitor_text: Further text to measure retention on during training; give the flag again for more. See
             [`load_texts`][dynalora.lab.data.conversations.load_texts]. The first 32 texts count, up to 128 tokens of
             each.
         max_forgetting: Stop the run when KL(base ‖ tuned) on one of these texts is above so many nats per token; None:

@@ -68,7 +68,7 @@ class GatesSpec(Settings):
         domains: Text of a domain, may be given again; the first, the domain of the fine-tuning, is compared with the
             others. In a file, a name → a source, or → the fields of
             [`DomainSpec`][dynalora.jobs.gates.settings.DomainSpec].
-        data: A single domain without a name.
+        data: Text of a single domain, which then needs no name.
         model: Base model; None: the one the adapter names.
         output: Folder for tables, plots and a report, new or empty; None: only the tables are shown.
         split: Split of the data, where a domain does not say.

@@ -50,7 +50,7 @@ class ForgettingSpec(StagedSettings, panel=MODEL_AND_DATA):
 
     Attributes:
         task_a: Task that is learned, forgotten and learned again. See [`dynalora.lab.tasks`][dynalora.lab.tasks].
-        task_b: Task that makes it forgotten.
+        task_b: Task that is learned in between, which makes Task A forgotten.
         method: Name of a method.
         method_options: Further fields of the method's configuration, by name.
         steps_b: Number of optimizer steps on Task B; None: as many as on Task A.

@@ -18,9 +18,9 @@ class TrimSpec(Settings):
     Attributes:
         adapter: Run folder, adapter folder or Hub id of an adapter.
         output: Folder to write, new or empty.
-        max_kl: Most that may be forgotten: KL(base ‖ tuned) in nats per token, on each text. One of this and factor.
+        max_kl: The most that may be forgotten: KL(base ‖ tuned) in nats per token, on each text. Give this or factor.
         factor: Factor to take, instead of the largest within a bound.
-        texts: Text to keep within the bound besides the base model's own, may be given again.
+        texts: Text to keep within the bound besides the base model's own; give the flag again for more.
         factors: Factors of the curve, with commas.
         model: Base model; None: the one the adapter names.
         dtype: Data type of the base model's weights; None: as the run had them, else auto.

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from dynalora.adapter.saved import check_adapter_folder
+from dynalora.common.cards import tidy_card
 from dynalora.common.files import file_beside
 from dynalora.errors import CheckpointError
 from dynalora.lab.run_folder import RunFolder
@@ -144,4 +145,5 @@ def save_adapter(
     with run.replacing(name) as folder:
         model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
+        tidy_card(folder)
     return run.path / name

@@ -29,8 +29,8 @@ class OptimizerSettings(Settings, panel="Training"):
         seed: Seed of the adapter's start, of the order of the data and of dropout.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         bf16: Compute in bfloat16 where that is safe (autocast) while training. The weights keep their data type.
-        loss_on_prompts: Train on the prompts' tokens, too, as LLM-Adapters does, and not on the answers alone. Causal
-            models only; measured is what it was.
+        loss_on_prompts: Train on the prompts' tokens, too, as LLM-Adapters does, and not on the answers alone. For
+            causal models only. The loss that is measured stays that of the answers.
     """
 
     steps: Annotated[int | None, Setting(least=1)] = None
