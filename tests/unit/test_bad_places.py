@@ -150,6 +150,7 @@ class TestTheMachine:
             'Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })',
             "[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0",
             "PytorchStreamWriter failed writing file data/3: file write failed",
+            "basic_ios::clear: iostream error",
         ],
     )
     def test_what_libraries_say_of_a_full_disk(self, text: str) -> None:

@@ -19,9 +19,15 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from dynalora.adapter.experts import ExpertMatrix
-from dynalora.common.private import features
+from dynalora.common.private import features, in_pieces_of_zero
 from dynalora.common.processes import whole
 from dynalora.errors import UnsupportedError
+
+IN_PIECES = (
+    "DeepSpeed's ZeRO stage 3 keeps weights in pieces on several processes and puts them together for its own kinds of "
+    "modules only, so no adapter of dynalora can be made or called there; use stage 1 or 2, FSDP2 or "
+    "DistributedDataParallel."
+)
 
 
 class BaseWeight(BaseTunerLayer):
@@ -61,6 +67,25 @@ class BaseWeight(BaseTunerLayer):
             return True
         backend = quantization_of(base_layer)
         return backend is not None and backend.layer_type == "linear"
+
+    @staticmethod
+    def check_whole(base_layer: nn.Module, name: str) -> None:
+        """Check, before any layer is replaced, that a layer's weight is there as a whole.
+
+        An adapter beside a part of a weight would be another one on each process, and nobody would average its
+        gradients.
+
+        Raises:
+            UnsupportedError: The weight is spread over processes.
+        """
+        weight = getattr(base_layer, "weight", None)
+        if in_pieces_of_zero(weight):
+            raise UnsupportedError(f"module {name!r}: {IN_PIECES}")
+        if hasattr(weight, "full_tensor"):
+            raise UnsupportedError(
+                f"module {name!r} has its weight spread over processes, by tensor parallelism (tp_plan) or FSDP2; load "
+                "the base model without tp_plan, and add the adapter before fully_shard()."
+            )
 
     @property
     def transposed(self) -> bool:

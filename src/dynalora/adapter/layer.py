@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from dynalora.adapter.base_weight import BaseWeight
+from dynalora.adapter.base_weight import IN_PIECES, BaseWeight
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.curvature import Curvature
 from dynalora.adapter.kernel import (
@@ -34,7 +34,7 @@ from dynalora.adapter.kernel import (
 from dynalora.adapter.ranks import RankedStorage, fit
 from dynalora.adapter.shared_input import Companions, Factors, products_for
 from dynalora.adapter.storage import RANK
-from dynalora.common.private import inside_average, joins_uneven, transforming
+from dynalora.common.private import in_pieces_of_zero, inside_average, joins_uneven, transforming
 from dynalora.driver import Driver, invalidate, prepare_unloaded, track
 from dynalora.errors import ConfigError, UnsupportedError
 
@@ -258,6 +258,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
 
         Raises:
             ConfigError: `adapter_names` of another length than `x`, or while an adapter is merged.
+            UnsupportedError: DeepSpeed has spread the adapter over processes.
         """
         if self._disable_adapters:
             if self.merged:
@@ -265,6 +266,8 @@ class AdapterLayer(RankedStorage, BaseWeight):
             return cast(torch.Tensor, self.base_layer(x, *args, **kwargs))
         if self.unprepared:
             prepare_unloaded(self)
+        if not torch.compiler.is_compiling():
+            self._require_whole_factors()
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
         base_layer = self.base_layer
@@ -282,6 +285,11 @@ class AdapterLayer(RankedStorage, BaseWeight):
                 continue
             result = self._seen(self.add_update(result, x, adapter, in_place), adapter)
         return result
+
+    def _require_whole_factors(self) -> None:
+        for adapter in self.active_adapters:
+            if adapter in self.scaling and in_pieces_of_zero(self.parameter("up", adapter)):
+                raise UnsupportedError(f"module {self.name!r}: {IN_PIECES}")
 
     def _seen(self, result: torch.Tensor, adapter: str) -> torch.Tensor:
         """A result as it is, of which the adapter's driver was told."""

@@ -46,7 +46,8 @@ class Method:
     #: What lives for one training step (`Moment.shared`): made anew, without arguments, at the start of each.
     shared_class: ClassVar[type[Any]] = object
 
-    #: The ways to spread weights over processes that its rules know: `"FSDP1"` (flat vectors), `"FSDP2"` (shards).
+    #: The ways to spread weights over processes that its rules know: `"FSDP1"` (flat vectors), `"FSDP2"` (shards),
+    #: `"ZeRO"` (an optimizer of copies, with the groups of [`param_groups`][dynalora.driver.groups.param_groups]).
     sharding: ClassVar[tuple[str, ...]] = ("FSDP2",)
 
     #: How the metrics are drawn, in reading order; empty: not at all.

@@ -79,7 +79,7 @@ def settle_targets(model: nn.Module, config: Any, check: Check) -> None:
         check: Raises where a module, given with its name, cannot be adapted with these settings.
 
     Raises:
-        UnsupportedError: A module that is named cannot be adapted.
+        UnsupportedError: A module that is named cannot be adapted, or one that is meant is spread over processes.
         ConfigError: A module that is named cannot be adapted with these settings.
     """
     experts = settle_experts(model, config, check)
@@ -91,13 +91,13 @@ def settle_targets(model: nn.Module, config: Any, check: Check) -> None:
                 f"module {name!r} is never called by {uncalled[name]}, which reads its weight, so an adapter would "
                 "have no effect; leave it out with exclude_modules."
             )
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        check(base, name)
+        check(_base(module), name)
 
     if not wants_all_linear(config):
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         for name, module in model.named_modules():
             if name and not name.startswith(inside) and is_target(model, config, name):
+                BaseWeight.check_whole(_base(module), name)
                 checked(name, module)
         return
     modules = dict(model.named_modules())
@@ -108,6 +108,7 @@ def settle_targets(model: nn.Module, config: Any, check: Check) -> None:
         config.target_modules = {name}
         if not check_target_module_exists(config, name):
             continue  # excluded
+        BaseWeight.check_whole(_base(modules[name]), name)
         try:
             checked(name, modules[name])
         except (UnsupportedError, ConfigError) as error:
@@ -120,6 +121,12 @@ def settle_targets(model: nn.Module, config: Any, check: Check) -> None:
             f"{next(iter(refused.values()))}",
             stacklevel=2,
         )
+
+
+def _base(module: nn.Module) -> nn.Module:
+    """The layer below whatever adapts it."""
+    base: nn.Module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return base
 
 
 def _adapted(model: nn.Module) -> set[str]:
@@ -170,8 +177,10 @@ def settle_experts(model: nn.Module, config: Any, check: Check) -> set[str]:
                 break
     for name, parameters in wanted.items():  # all are checked before anything is replaced
         for key in tuple(parameters):
+            expert = ExpertMatrix(_experts(model, name), key, 0)
+            BaseWeight.check_whole(expert, f"{name}.{key}")
             try:
-                check(ExpertMatrix(_experts(model, name), key, 0), f"{name}.{key}.0")
+                check(expert, f"{name}.{key}.0")
             except (UnsupportedError, ConfigError) as error:
                 if not wants_all_linear(config):
                     raise

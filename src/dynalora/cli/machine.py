@@ -8,6 +8,8 @@ import re
 from dynalora.errors import DynaloraError
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# `torch.save` says no more of it, each at another moment.
+_FULL_TO_TORCH = ("PytorchStreamWriter failed writing", "inline_container", "basic_ios::clear: iostream error")
 
 
 class MachineError(DynaloraError, OSError):
@@ -40,7 +42,7 @@ def _reason(error: BaseException) -> str | None:
         if match := re.search(r"\bcode: (\d+)|\(os error (\d+)\)", text):
             number = int(match[1] or match[2])
     place = f"'{error.filename}'" if isinstance(error, OSError) and error.filename else "a file"
-    if number in _DISK or "PytorchStreamWriter failed writing" in text or "inline_container" in text:
+    if number in _DISK or any(words in text for words in _FULL_TO_TORCH):
         return f"There is no room left on the disk to write {place}; make room"
     if isinstance(error, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{place} cannot be read or written ({error.strerror}); give another place, or the permission"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -175,6 +175,27 @@ def steps_around() -> list[Optimizer]:
             around.append(optimizer)
         frame = frame.f_back
     return around
+
+
+def pieces_of_zero(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor | None]:
+    """What of flat vectors belongs to the parameters that DeepSpeed's ZeRO, stage 1 or 2, steps in copies.
+
+    Args:
+        parameters: Some parameters.
+
+    Returns:
+        For each that ZeRO steps, its place in this process's vector; None where that is another process's.
+    """
+    mappings = [parameter._hp_mapping for parameter in parameters if hasattr(parameter, "_hp_mapping")]
+    return [getattr(mapping, "hp_fragment", None) for mapping in mappings]
+
+
+def in_pieces_of_zero(parameter: torch.Tensor | None) -> bool:
+    """Whether a parameter is empty between passes, since DeepSpeed's ZeRO, stage 3, has spread it over processes.
+
+    DeepSpeed puts it together for the modules whose parameter it is, while they are called.
+    """
+    return hasattr(parameter, "ds_id")
 
 
 def gradient_scale(optimizer: Optimizer) -> torch.Tensor | float:

@@ -208,6 +208,31 @@ class Driver:
                 f"factors {flat}, so that norms and products of whole factors cannot be taken; train it under {known}."
             )
 
+    def step_of_copies(self, groups_follow: bool) -> None:
+        """Count a step of an optimizer that has copies of the adapter's parameters, or refuse it.
+
+        Args:
+            groups_follow: Whether the optimizer's groups follow the adapter's rules, as those of `param_groups` do.
+
+        Raises:
+            UnsupportedError: The method acts on gradients and weights at its steps, which are not those of the copies.
+        """
+        needed = self.parts or self.method.needs_driving(self.config)
+        if needed and not self.accepted_undriven:
+            by_groups = "ZeRO" in self.method.sharding and not self.parts
+            if not (by_groups and groups_follow):
+                remedy = (
+                    "give it the groups of dynalora.param_groups(model, lr)"
+                    if by_groups
+                    else "train in float32 or bfloat16 under DistributedDataParallel or FSDP2"
+                )
+                raise UnsupportedError(
+                    f"{type(self.config).__name__} (adapter {self.adapter!r}) would train as a plain low-rank adapter: "
+                    "the optimizer steps copies of its weights, as DeepSpeed's ZeRO and wrappers for mixed precision "
+                    f"have them, so the method's part at optimizer steps cannot take place; {remedy}."
+                )
+        self.optimizer_steps += 1
+
     def _require_all_processes(self) -> None:
         """Refuse DDP's `join()` where a process without batches would be missed at the others' steps."""
         if self.joining and self.method.exchanges(self.config):

@@ -23,6 +23,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 
 from dynalora.common.private import gradient_scale, steps_around
 from dynalora.driver.clipping import redo, undo
+from dynalora.driver.copies import has_copies
 from dynalora.driver.driver import Driver
 from dynalora.driver.fitting import fit_states
 from dynalora.driver.groups import GROUP_MARK, StepGroups
@@ -78,6 +79,7 @@ class _Plan:
     stamp: object
     bindings: list[_Binding]
     groups: StepGroups
+    copied: list[Driver]  # those of adapters of whose parameters the optimizer has copies
     acting: list[_Binding] = field(default_factory=list)
     around: list[_Plan] = field(default_factory=list)
 
@@ -136,7 +138,16 @@ def _make_plan(optimizer: Optimizer, stamp: object) -> _Plan:
                     overrides[id(roles[role])] = override
         if binding.layers:
             bindings.append(binding)
-    return _Plan(stamp, bindings, StepGroups(overrides))
+    bound = [binding.driver for binding in bindings]
+    copied = [
+        driver
+        for driver, layers in drivers
+        if driver not in bound
+        and has_copies(
+            list(owned.values()), [p for layer in layers for p in layer.adapter_parameters(driver.adapter).values()]
+        )
+    ]
+    return _Plan(stamp, bindings, StepGroups(overrides), copied)
 
 
 def _plan_for(optimizer: Optimizer) -> _Plan:
@@ -165,6 +176,8 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     if any(outer is optimizer for outer in around):
         return None
     plan = _plan_for(optimizer)
+    for driver in plan.copied:
+        driver.step_of_copies(all(GROUP_MARK in group for group in optimizer.param_groups))
     if not plan.bindings:
         return None
     plan.acting = []

@@ -81,7 +81,7 @@ class Disel(Method):
     title = "DISeL"
     config_class = DiselConfig
     layer_class = DiselLayer
-    sharding = ("FSDP2", "FSDP1")  # nothing is added to its gradients
+    sharding = ("FSDP2", "FSDP1", "ZeRO")  # nothing is added to its gradients
 
     def optimizer_overrides(
         self, config: DiselConfig, layer: AdapterLayer, adapter: str
