@@ -29,7 +29,9 @@ from dynalora.forgetting.gates import (
     depth_group,
     depth_separation,
     gate_separation,
+    part_of,
 )
+from dynalora.jobs.gates.report import kinds_table
 from dynalora.lab.data.collator import Collator
 from tests.toys import TOYS
 from tests.unit import tiny
@@ -468,6 +470,24 @@ def test_histograms_are_drawn(record: GateRecord, tmp_path: Path) -> None:
     assert [patch.get_label() for patch in figure.axes[0].patches] == ["q_proj", "down_proj"]
     own = record[3].histogram.double()
     np.testing.assert_allclose(figure.axes[1].patches[1].get_data().values, (own / own.sum()).numpy())
+
+
+def test_attention_and_mlp_are_added_up(record: GateRecord) -> None:
+    figure = gate_plots.plot_gates_by_part(record)
+    assert [patch.get_label() for patch in figure.axes[0].patches] == ["attention", "MLP"]
+    named = {row.kind: part_of(row.module) for row in record}
+    assert named == {"q_proj": "attention", "down_proj": "MLP"}
+    for module in ("h.0.attn.c_proj", "block.0.SelfAttention.o", "encoder.layer.0.attention.output.dense"):
+        assert part_of(module) == "attention"
+    for module in ("h.0.mlp.c_proj", "block.0.DenseReluDense.wi", "encoder.layer.0.output.dense"):
+        assert part_of(module) == "MLP"
+    table = kinds_table(record)
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert list(rows) == ["q_proj", "down_proj", "attention", "MLP", "all"]
+    assert (rows["attention"], rows["MLP"]) == (rows["q_proj"], rows["down_proj"])  # one kind each here
+    both = record.mean(lambda row: True)
+    assert both is not None
+    assert rows["all"][-1] == f"{both.value:.4f}"
 
 
 def test_means_and_separations_are_drawn_over_depth(record: GateRecord) -> None:

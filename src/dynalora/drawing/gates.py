@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dynalora.drawing.style import describe, heat_map, legend, look, over_layers, panels, save
-from dynalora.forgetting.gates import BINS, DEPTHS, GateRecord, GateStatistics, Separation, depth_group
+from dynalora.forgetting.gates import BINS, DEPTHS, PARTS, GateRecord, GateStatistics, Separation, depth_group, part_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,6 +44,17 @@ def plot_gates_by_kind(
         for row in rows:
             by_kind[row.kind].setdefault(group, []).append(row)
     return _histograms(by_kind, title)
+
+
+def plot_gates_by_part(
+    statistics: Sequence[GateStatistics], title: str = "Gates by depth, attention and MLP"
+) -> Figure:
+    """Normalised gate histograms by depth group, of attention and of the MLP as wholes (DISeL Figures 10 and 13)."""
+    by_part: dict[str, dict[str, list[GateStatistics]]] = {part: {} for part in PARTS}
+    for group, rows in _by_depth(statistics).items():
+        for row in rows:
+            by_part[part_of(row.module)].setdefault(group, []).append(row)
+    return _histograms({part: groups for part, groups in by_part.items() if groups}, title)
 
 
 def _by_depth(rows: Sequence[GateStatistics]) -> dict[str, list[GateStatistics]]:

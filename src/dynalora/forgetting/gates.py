@@ -9,6 +9,7 @@ the one domain opens a layer's gates further than a token of the other, ties cou
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import overload
@@ -171,6 +172,15 @@ def depth_group(layer: int | None, layers: int) -> str:
     if layer is None:
         return "none"
     return DEPTHS[min(3 * layer // max(layers, 1), 2)]
+
+
+PARTS = ("attention", "MLP")
+"""The two parts of a transformer block, to which kinds of modules are added up."""
+
+
+def part_of(module: str) -> str:
+    """The part of its block that a module belongs to, by its name: one of `PARTS`."""
+    return PARTS[0] if re.search("attn|attention", module, re.IGNORECASE) else PARTS[1]
 
 
 @dataclass(frozen=True)

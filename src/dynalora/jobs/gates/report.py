@@ -14,9 +14,16 @@ from safetensors.torch import save
 from dynalora.common.files import records_csv, write_file
 from dynalora.common.progress import rich_progress
 from dynalora.common.statistics import Interval
-from dynalora.drawing.gates import plot_gate_heatmap, plot_gate_means, plot_gates, plot_gates_by_kind, plot_separation
+from dynalora.drawing.gates import (
+    plot_gate_heatmap,
+    plot_gate_means,
+    plot_gates,
+    plot_gates_by_kind,
+    plot_gates_by_part,
+    plot_separation,
+)
 from dynalora.drawing.style import rendered
-from dynalora.forgetting.gates import ALL, DEPTHS, GateMean, GateRecord, GateStatistics, Separation
+from dynalora.forgetting.gates import ALL, DEPTHS, PARTS, GateMean, GateRecord, GateStatistics, Separation, part_of
 from dynalora.jobs.gates.record import GatesResult, compare_gates
 from dynalora.jobs.gates.settings import GatesSpec
 from dynalora.lab.report import Cell, Report, Section, Table, save_figures, say, write_report
@@ -25,15 +32,16 @@ from dynalora.lab.scores import shown_interval
 
 
 def kinds_table(record: GateRecord, title: str = "Mean gate, 0 closed to 1 open", note: str = "") -> Table:
-    """Mean gates by kind of module (rows) and depth (columns)."""
+    """Mean gates by kind of module, of attention and MLP as wholes, and of all (rows), by depth (columns)."""
     kinds = list(dict.fromkeys(row.kind for row in record))
+    parts = [part for part in PARTS if any(part_of(row.module) == part for row in record)]
     rows: list[list[Cell]] = []
-    for kind in (*kinds, None):
-        cells: list[Cell] = [kind or "all"]
+    for name in (*kinds, *parts, "all"):
+        cells: list[Cell] = [name]
         for group in (*DEPTHS, None):
             mean = record.mean(
-                lambda row, kind=kind, group=group: (  # type: ignore[misc]
-                    kind in (None, row.kind) and group in (None, record.depth(row))
+                lambda row, name=name, group=group: (  # type: ignore[misc]
+                    name in (row.kind, part_of(row.module), "all") and group in (None, record.depth(row))
                 )
             )
             cells.append(None if mean is None else f"{mean.value:.4f}")
@@ -149,6 +157,10 @@ def _sections(result: GatesResult) -> Iterable[tuple[str, list[Table], dict[str,
         kinds[f"kinds-{place}"] = (
             plot_gates_by_kind(record, f"Gates on {name} by depth and kind of module"),
             f"Histograms by kind of module on {name}.",
+        )
+        kinds[f"parts-{place}"] = (
+            plot_gates_by_part(record, f"Gates on {name} by depth, attention and MLP"),
+            f"Histograms of attention and of the MLP on {name}.",
         )
         ranks[f"ranks-{place}"] = (
             plot_gate_heatmap(record, f"Mean gate per rank component on {name}"),
