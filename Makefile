@@ -10,7 +10,7 @@ JOBS ?= auto
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu test-oldest lint format types docs docs-serve clean
+.PHONY: help demo test test-slow test-gpu test-oldest test-newest lint format types docs docs-serve clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -44,6 +44,14 @@ test-oldest: ## Run the tests with the oldest supported versions, in an environm
 	.venv-oldest/bin/python -m pip install --disable-pip-version-check -c constraints-oldest.txt -e ".[dev]"
 	.venv-oldest/bin/python -m pytest -n $(JOBS) --maxprocesses 4 --dist loadfile $(ARGS)
 
+# torch stays the tested one: what the index serves as newest may be a build for accelerators, of several gigabytes.
+test-newest: ## Run the tests with the newest versions there are, in an environment of their own
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		"$(shell grep -m1 '^torch==' constraints.txt)" -e ".[dev]"
+	.venv-newest/bin/python -m pip list --disable-pip-version-check | grep -iE '^(accelerate|datasets|peft|torch|transformers|trl) '
+	.venv-newest/bin/python -m pytest -n $(JOBS) --maxprocesses 4 --dist loadfile $(ARGS)
+
 lint: $(VENV)/.installed-dev ## Check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -62,5 +70,5 @@ docs-serve: $(VENV)/.installed-docs ## Show the documentation while writing it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 clean: ## Remove the environment, caches and built files
-	rm -rf $(VENV) .venv-oldest site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

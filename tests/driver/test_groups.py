@@ -19,6 +19,7 @@ from tests.driver.loops import (
     batches,
     disel,
     loop,
+    pedyra,
     trainable,
     weights,
 )
@@ -194,15 +195,15 @@ def test_the_rules_cover_gates_only() -> None:
 
 def test_tensor_learning_rates() -> None:
     """Capturable and compiled optimizers hold their rate in a tensor, which must not be multiplied in place."""
-    model = adapted(disel())
-    rate = torch.tensor(1e-2)
+    model = adapted(disel(), dtype=torch.float64)
+    rate = torch.tensor(1e-2, dtype=torch.float64)
     optimizer = torch.optim.AdamW(trainable(model), lr=rate, weight_decay=0.1)
     loop(model, optimizer, batches(3))
-    assert float(rate) == pytest.approx(1e-2)
+    assert float(rate) == 1e-2
     assert optimizer.param_groups[0]["lr"] is rate
-    plain = adapted(disel())
+    plain = adapted(disel(), dtype=torch.float64)
     loop(plain, torch.optim.AdamW(trainable(plain), lr=1e-2, weight_decay=0.1), batches(3))
-    assert_close_weights(weights(model), weights(plain), 1e-6)
+    assert_close_weights(weights(model), weights(plain), 1e-12)
 
 
 class CountingGroups(torch.optim.SGD):
@@ -229,3 +230,28 @@ def test_what_an_optimizer_writes_into_its_groups_stays(name: str, separate: boo
     optimizer = CountingGroups(groups, lr=1e-2)
     loop(model, optimizer, batches(4))
     assert [group["k"] for group in optimizer.param_groups] == [4] * len(groups)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [disel(total_steps=3), pedyra(match_step=True, adjust_start=8, adjust_end=9, ortho_weight=0.0)],
+    ids=["disel", "pedyra"],
+)
+@pytest.mark.parametrize("grouped", [False, True], ids=["automatic", "param_groups"])
+def test_weight_decay_takes_off_the_same_whatever_the_multiple_of_the_rate(config: Any, grouped: bool) -> None:
+    """Steps are matched to LoRA's, and so is what decay takes off at each: learning rate times weight decay."""
+    model = adapted(config)
+    loop(model, adamw(model), batches(2))  # so that no factor is zero
+    fast = [p for group in dynalora.param_groups(model, lr=1.0) if group["lr"] > 1 for p in group["params"]]
+    assert any(parameter.ndim > 1 for parameter in fast)
+    groups = dynalora.param_groups(model, lr=1e-2, weight_decay=0.5) if grouped else trainable(model)
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.5)
+    decaying = [group for group in dynalora.param_groups(model, lr=1e-2, weight_decay=0.5) if group["weight_decay"]]
+    decays = {id(parameter) for group in decaying for parameter in group["params"]}
+    before = {p: p.detach().clone() for p in trainable(model)}
+    for parameter in before:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for parameter, start in before.items():
+        if id(parameter) in decays:
+            torch.testing.assert_close(parameter.detach(), start * (1 - 1e-2 * 0.5))

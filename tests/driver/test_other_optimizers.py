@@ -56,14 +56,14 @@ def test_an_optimizer_that_finds_its_own_rate(name: str) -> None:
 )
 def test_a_multiple_of_the_rate_where_groups_may_have_one_only(config: Any) -> None:
     """A step is proportional to the rate, so scaling it afterwards is what a group of one's own would do."""
-    one, other = adapted(config()), adapted(config())
+    one, other = adapted(config(), dtype=torch.float64), adapted(config(), dtype=torch.float64)
     single, usual = OneRate(trainable(one), lr=1e-2), torch.optim.AdamW(trainable(other), lr=1e-2, weight_decay=0.1)
     loop(one, single, batches(4))
     loop(other, usual, batches(4))
     for key, value in weights(one).items():
-        torch.testing.assert_close(value, weights(other)[key], rtol=1e-5, atol=1e-6, msg=key)
+        torch.testing.assert_close(value, weights(other)[key], rtol=1e-9, atol=1e-9, msg=key)
     assert [group["k"] for group in single.param_groups] == [4]
-    plain = adapted(disel(gate_lr_multiplier=1.0))
+    plain = adapted(disel(gate_lr_multiplier=1.0), dtype=torch.float64)
     loop(plain, OneRate(trainable(plain), lr=1e-2), batches(4))
     gates = [key for key in weights(one) if "gate_bias" in key]
     assert all(not torch.allclose(weights(plain)[key], weights(one)[key]) for key in gates)

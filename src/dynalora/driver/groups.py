@@ -49,7 +49,7 @@ class StepGroups:
         settings: Settings
         for group in optimizer.param_groups:
             # Where the optimizer chooses the rate itself (Adafactor's relative step), there is none to multiply.
-            plain, rules = self._sorted(group["params"], one_rate or group.get("lr", 0) is None)
+            plain, rules = self._sorted(group, one_rate or group.get("lr", 0) is None)
             # The mark keeps an optimizer inside this one, stepping the same groups, from doing it again.
             # The group itself stays wherever it can, since optimizers keep notes in their groups.
             settings = {"params": plain}
@@ -81,18 +81,18 @@ class StepGroups:
         self.replaced = None
 
     def _sorted(
-        self, parameters: list[Any], one_rate: bool
+        self, group: Settings, one_rate: bool
     ) -> tuple[list[Any], list[tuple[tuple[float, float | None], list[Any]]]]:
-        """Parameters without a rule of their own, and the others by their rule."""
+        """A group's parameters without a rule of their own, and the others by their rule."""
         apart: dict[tuple[float, float | None], list[Any]] = {}
         plain = []
-        for parameter in parameters:
+        for parameter in group["params"]:
             override = self.overrides.get(id(parameter))
             multiple = 1.0 if override is None else override.lr_multiplier
             if one_rate and multiple != 1.0 and parameter.grad is not None:
                 self.moved.append((parameter, parameter.detach().clone(), multiple))
             multiple = 1.0 if one_rate else multiple
-            decay = None if override is None else override.weight_decay
+            decay = None if override is None else override.decay(group.get("weight_decay"))
             if (multiple, decay) == (1.0, None):
                 plain.append(parameter)
             else:
@@ -164,8 +164,8 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
             continue
         rule = rules.get(id(parameter), OptimizerOverride())
         decay = weight_decay if parameter.ndim > 1 or id(parameter) in of_adapters else 0.0
-        if rule.weight_decay is not None:
-            decay = rule.weight_decay
+        changed = rule.decay(decay)
+        decay = decay if changed is None else changed
         sorted_out.setdefault((lr * rule.lr_multiplier, decay), []).append(parameter)
     return [
         {"params": params, "lr": rate, "weight_decay": decay, GROUP_MARK: True}

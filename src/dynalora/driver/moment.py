@@ -22,11 +22,22 @@ class OptimizerOverride:
 
     Attributes:
         lr_multiplier: Its learning rate as a multiple of the group's.
-        weight_decay: Its weight decay; None keeps the group's.
+        weight_decay: Its weight decay; None keeps what the group's takes off at a step, learning rate times weight
+            decay, whatever the multiple.
     """
 
     lr_multiplier: float = 1.0
     weight_decay: float | None = None
+
+    def decay(self, groups: float | None) -> float | None:
+        """The weight decay beside one's own learning rate; None: the group's.
+
+        Args:
+            groups: The group's weight decay; None: it has none.
+        """
+        if self.weight_decay is None and groups and self.lr_multiplier not in (0.0, 1.0):
+            return groups / self.lr_multiplier
+        return self.weight_decay
 
 
 @dataclass
