@@ -958,3 +958,39 @@ def test_diagnostics_are_what_the_figures_show(reduction: str, tmp_path: Path) -
     plain, _ = chain()
     [(driver, own)] = drivers_of(plain)
     assert set(driver.method.metrics(driver.moment(own))) == {"pedyra_rank_min", "pedyra_rank_max"}
+
+
+def test_masked_triples_stay_and_may_come_back() -> None:
+    model, layers = chain(
+        r=4, mode="mask", adjust_start=2, adjust_interval=2, adjust_end=8, adjust_size=2, total_steps=9
+    )
+    optimizer = adamw(model)
+    for number in range(1, 10):
+        step(model, optimizer, number)
+        assert ranks(model) == [4] * len(layers)  # nothing is removed
+        if number not in (2, 4, 6, 8):
+            continue
+        record = adjustments(model)[-1]
+        assert record.step == number
+        # The lowest 2, 4, 6, 8 of today's scores, of every layer all but its best at most.
+        order = sorted(
+            (value, name, index) for name, values in record.scores.items() for index, value in enumerate(values)
+        )
+        left = dict.fromkeys(record.scores, 4)
+        expected: set[tuple[str, int]] = set()
+        for _, name, index in order:
+            if len(expected) < number and left[name] > 1:
+                left[name] -= 1
+                expected.add((name, index))
+        assert set(record.pruned) == expected
+        assert record.ranks == left
+        assert record.expanded == []
+        zero = {
+            (layer.name, index)
+            for layer in layers
+            for index, value in enumerate(layer.parameter("e", "default").tolist())
+            if value == 0
+        }
+        assert zero == expected
+    assert len(adjustments(model)) == 4
+    assert all(float(layer.parameter("e", "default").detach().abs().min()) > 0 for layer in layers)  # they train on

@@ -30,7 +30,7 @@ from dynalora.evaluation.tokens import TokenizedSet
 from dynalora.forgetting.retention import retention
 from dynalora.forgetting.texts import given_text, own_text
 from dynalora.jobs.compare import cell as compare_cell
-from dynalora.jobs.compare import contestants, planning, plots, runner, summaries, tables, writing
+from dynalora.jobs.compare import contestants, decisions, planning, plots, runner, summaries, tables, writing
 from dynalora.jobs.compare.contestants import Cell
 from dynalora.jobs.compare.grid import Comparison
 from dynalora.jobs.compare.run import run_compare
@@ -616,6 +616,45 @@ def test_measuring_over_time_changes_nothing_and_the_best_weights_are_put_back(p
                 assert result["test"]["accuracy"] == -scores[best]
             else:
                 assert result["kept"]["gsm8k"]["value"] == -scores[best]
+
+
+def test_what_a_method_did_is_kept_and_drawn(place: Path) -> None:
+    spec = spec_of(
+        place, "did", learning_rates=[3e-2], seeds=1, steps=6, retention=False, mask_layers=True, methods=["lora"],
+        variants={
+            "pe-dyra": {"method": "pedyra", "adjust_start": 2, "adjust_interval": 2, "adjust_end": 5, "adjust_size": 1,
+                        "diagnostics": True},
+            "dislora": {"method": "dislora", "tsd_count": 2},
+        },
+    )  # fmt: skip
+    comparison = run_compare(spec, apart=False)
+    assert comparison.failed == ()
+    found = {name.split("/")[1].split("_")[0]: result for name, result in results(comparison).items()}
+    assert found["lora"]["trajectory"] is None
+    assert found["lora"]["training"]["metrics"] == []
+    assert [row["step"] for row in found["dislora"]["training"]["metrics"]] == [1, 2, 3, 4, 5, 6]
+    first = found["dislora"]["training"]["metrics"][0]
+    assert first["dislora_task_weight"] + first["dislora_ortho_weight"] == pytest.approx(1)
+    moved = found["pe-dyra"]["trajectory"]
+    assert moved["steps"] == [2, 4]
+    assert {sum(row) for row in moved["ranks"]} == {2 * len(moved["modules"])}
+    assert len(moved["landscape"]) == len(moved["modules"])
+    for label, result in found.items():
+        if label == "base":
+            assert "masked" not in result
+            continue
+        rows = result["masked"]
+        assert [row["layer"] for row in rows] == [None, 0, 1]
+        assert rows[0]["loss"] == pytest.approx(result["test"]["loss"], rel=1e-6)
+        assert len({round(row["loss"], 6) for row in rows}) == 3
+    (own,) = summaries.summaries(comparison).values()
+    drawn = decisions.figures("colour", own, {one.label: one.method for one in comparison.grid.contestants})
+    assert set(drawn) == {
+        "metrics-pe-dyra-colour", "metrics-dislora-colour", "trajectory-pe-dyra-colour", "masked-colour",
+    }  # fmt: skip
+    assert all(figure is not None for figure, _ in drawn.values())
+    report = (Path(spec.output) / "report.html").read_text(encoding="utf-8")
+    assert "one layer masked to zero" in report
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,29 @@ def plot_over_steps(
     return drawn
 
 
+def plot_by_layer(rows: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str) -> Figure:
+    """A number by layer, a line for each method, and its number without a layer (`layer` None) as a dotted line.
+
+    Args:
+        rows: Label → `layer`, `loss` and `accuracy`; accuracies are drawn where all have them, and losses else.
+        title: Heading.
+    """
+    shares = all(row["accuracy"] is not None for of_label in rows.values() for row in of_label)
+    name, scale = ("accuracy", 100.0) if shares else ("loss", 1.0)
+    drawn, (axis,) = figure(6.6, 4.0)
+    chosen = looks(rows)
+    for label, of_label in rows.items():
+        points = [(row["layer"], scale * row[name]) for row in of_label if row["layer"] is not None]
+        layers, values = zip(*points, strict=True)
+        axis.plot(layers, values, **(chosen[label].line() | {"label": label}))
+        for row in of_label:
+            if row["layer"] is None:
+                axis.axhline(scale * row[name], color=chosen[label].color, linestyle=":", linewidth=1)
+    describe(axis, title=title, x="layer", y="accuracy, %" if shares else "loss of the right answers")
+    legend(axis)
+    return drawn
+
+
 def plot_rank_maps(landscapes: Mapping[str, Sequence[Any]], *, title: str) -> Figure:
     """Effective ranks by layer and kind of module, a panel per method."""
     maps = {label: rank_grid(rows) for label, rows in landscapes.items()}

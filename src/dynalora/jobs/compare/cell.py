@@ -21,6 +21,7 @@ from dynalora.forgetting.monitor import OWN_TEXT
 from dynalora.forgetting.retention import BasePredictions, predictions_within, retention
 from dynalora.forgetting.texts import MeasuredText, own_text
 from dynalora.jobs.compare.contestants import BASE, Cell
+from dynalora.jobs.compare.decisions import OF_A_MATRIX, metrics_of, trajectory_record, without_layers
 from dynalora.jobs.compare.over_time import OverTime
 from dynalora.jobs.compare.planning import kept_tasks
 from dynalora.jobs.compare.settings import CompareSpec
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from dynalora.evaluation.results import TaskScore
     from dynalora.lab.tasks.task import ExperimentTask
 
 
@@ -50,8 +52,9 @@ def run_cell(spec: CompareSpec, cell: Cell, *, console: Console | None = None) -
 
     Returns:
         The result: `test` and `validation` scores, `retention` by text, `kept` by benchmark, `training` (loss by step,
-        times, memory, parameters), `landscape`, `curve` (losses and KL by factor of the update) and `change` (its
-        size, and KL on the task's prompts).
+        times, memory, parameters, the method's metrics), `landscape`, `trajectory` (how ranks moved), `over_time` and
+        `masked` where they are asked for, `curve` (losses and KL by factor of the update) and `change` (its size, and
+        KL on the task's prompts).
 
     Raises:
         filelock.Timeout: Another process has the cell.
@@ -110,12 +113,21 @@ class _Run:
             result |= over_time.record()
             prompts = _prompts(rows) if self.texts else None
             result |= {"training": _training(trained, len(rows)), "landscape": self._landscape(model)}
+            result["training"]["metrics"] = metrics_of(cell.method, trained.records)
+            result["trajectory"] = trajectory_record(model)
         parts = {"test": held_out} | ({} if validation is None else {"validation": validation})
         with rich_progress(self.console) as progress:
             for name, part in parts.items():
                 with self._mixed_precision(model):
                     score = part.measure(model, tokenizer, spec.measuring, name=name, progress=progress)
                 result[name] = score.record()
+            if spec.mask_layers and not self.base:
+
+                def masked(name: str) -> TaskScore:
+                    return held_out.measure(model, tokenizer, spec.measuring, name=name, progress=progress)
+
+                with self._mixed_precision(model):
+                    result["masked"] = without_layers(model, masked)
             # The base model apart, where switching the adapter off does not give it back.
             self.apart = self._load(self.spec.quantization) if self._needs_base_apart() else None
             texts = {} if self.base else self.texts
@@ -187,7 +199,7 @@ class _Run:
             rows = rank_landscape(model)
         except DynaloraError:
             return None
-        return [{name: getattr(row, name) for name in _OF_A_MATRIX} for row in rows]
+        return [{name: getattr(row, name) for name in OF_A_MATRIX} for row in rows]
 
     def _edits_base(self) -> bool:
         """Whether switching the adapter off does not give back the base model."""
@@ -292,9 +304,6 @@ def _losses(score: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kl(measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return {text: {name: row[name] for name in ("kl", "kl_error")} for text, row in measured.items()}
-
-
-_OF_A_MATRIX = ("module", "layer", "kind", "rank", "effective_rank", "nuclear_norm")
 
 
 def _forget_peak() -> None:

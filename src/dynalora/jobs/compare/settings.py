@@ -75,6 +75,8 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, BestSettings,
             number of examples.
         over_time: Measure the held-out questions, the retention tasks and the further ones during training, too, every
             `measure_every` steps (under bf16 in bfloat16), for a plot over the steps.
+        mask_layers: Measure the held-out questions also with the ranks of one layer masked to zero, layer by layer
+            (PE-DyRA, Figure 1b).
         jobs: Number of cells at the same time; None: one per GPU, or one.
         report: Run nothing, and report on the cells that are there.
     """
@@ -111,6 +113,7 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, BestSettings,
     retention_max_length: Annotated[int | None, Setting(least=1, panel=MEASURING)] = None
     further_tasks: Annotated[list[str], Setting(commas=True, panel=MEASURING)] = field(default_factory=list)
     over_time: Annotated[bool, Setting(panel=MEASURING)] = False
+    mask_layers: Annotated[bool, Setting(panel=MEASURING)] = False
     jobs: Annotated[int | None, Setting("-j", least=1, panel=RUN)] = None
     report: Annotated[bool, Setting(panel=RUN, recorded=False)] = False
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynalora.common.files import csv_text, write_file
+from dynalora.jobs.compare import decisions
 from dynalora.jobs.compare.grid import Comparison
 from dynalora.jobs.compare.plots import (
     plot_cost,
@@ -164,6 +165,7 @@ def _figures(comparison: Comparison, task: str, of_task: Sequence[Summary]) -> d
             "Measured during training at the chosen learning rates, means over the seeds; dotted: the base model.",
         ),
         f"ranks-{place}": (plot_ranks(of_task, place), "Singular values of s·ΔW above 0.001, first seed."),
+        **decisions.figures(place, of_task, {one.label: one.method for one in comparison.grid.contestants}),
     }
 
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from dynalora.adapter.ranks import in_use
+from dynalora.common.processes import spread_as
 from dynalora.driver import Moment
 from dynalora.methods.pedyra.layer import PedyraLayer
 from dynalora.methods.pedyra.record import append_record
 from dynalora.methods.pedyra.scores import generator_for
-from dynalora.methods.pedyra.settings import Mode
+from dynalora.methods.pedyra.settings import AdjustmentPlan, Mode
 
 
 def choose(
@@ -64,6 +65,9 @@ def adjust(moment: Moment, layers: list[PedyraLayer], scores: list[torch.Tensor]
         min(layer.reserved[adapter] or layer.limit(config, layer.rank(adapter)), layer.in_features, layer.out_features)
         for layer in layers
     ]
+    if config.mode == "mask":
+        _mask(moment, layers, numbers)
+        return
     pruned, expanded = choose(numbers, config.adjust_size, limits, config.mode)
     generator = generator_for(config, step, 0)
     gone, grown = set(pruned), set(expanded)
@@ -81,6 +85,37 @@ def adjust(moment: Moment, layers: list[PedyraLayer], scores: list[torch.Tensor]
         "expanded": expanded,
     }
     append_record(moment, entry)
+
+
+def _mask(moment: Moment, layers: list[PedyraLayer], scores: list[list[float]]) -> None:
+    """Set e to zero in the triples that pruning alone would have removed by now, had it today's scores, and record it.
+
+    The triples stay and train on, so others may be the lowest at the next adjustment.
+    """
+    adapter, step = moment.adapter, moment.step + 1
+    plan = AdjustmentPlan.of(moment.config, moment.total_steps)
+    times = (step - plan.start) // plan.interval + 1
+    masked, _ = choose(scores, times * moment.config.adjust_size, [0] * len(scores), "prune")
+    for position, layer in enumerate(layers):
+        indices = [index for place, index in masked if place == position]
+        e = layer.parameter("e", adapter).detach()
+        mask = torch.ones(e.shape, dtype=e.dtype)
+        mask[indices] = 0
+        e.mul_(spread_as(e, mask.to(e.device)))
+    append_record(
+        moment,
+        {
+            "step": step,
+            "layers": [layer.name for layer in layers],
+            "ranks": [
+                layer.rank(adapter) - sum(place == position for place, _ in masked)
+                for position, layer in enumerate(layers)
+            ],
+            "scores": scores,
+            "pruned": masked,
+            "expanded": [],
+        },
+    )
 
 
 def _new_triple(

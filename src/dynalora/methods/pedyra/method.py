@@ -234,7 +234,7 @@ def _refuse_still_ranks(moment: Moment, plan: AdjustmentPlan, layers: list[Pedyr
             f"single adjustment{run} (it would be from step {plan.start} to {last}), so ranks would never move; lower "
             "adjust_start, raise adjust_end, or train longer."
         )
-    if config.mode in ("both", "prune") and moment.step < plan.start and not _prunable(moment, layers):
+    if config.mode in ("both", "prune", "mask") and moment.step < plan.start and not _prunable(moment, layers):
         raise ScheduleError(
             f"PedyraConfig(r={config.r}) leaves no rank that could be pruned, since every layer keeps one; set r to "
             "2 or more."

@@ -10,7 +10,7 @@ from dynalora.adapter.config import is_number, is_whole
 from dynalora.adapter.gates import GatedConfig
 from dynalora.driver.schedule import Occasions, in_steps, memory_of
 
-Mode = Literal["both", "prune", "expand", "static"]
+Mode = Literal["both", "prune", "expand", "static", "mask"]
 Importance = Literal["score", "random"]
 
 
@@ -36,6 +36,8 @@ class PedyraConfig(GatedConfig):
             of norms that are not squared, as in AdaLoRA's code, whose weights papers quote.
         mode: `"both"`; `"prune"` removes without expanding; `"expand"` adds without pruning. `"static"` is LoRA, to
             compare with: LoRA's start, e held at 1, no penalty; scores are recorded where ranks would be adjusted.
+            `"mask"` shows how steady scores are (Figures 1b and 8): at the n-th adjustment e is set to zero in the n·k
+            triples of lowest score, which stay and may come back; ranks on record leave them out.
         importance: `"score"`, or `"random"` numbers in its place.
         gradient_weighting: Weigh the parts of S_grad by their gradients' norms; False takes their plain sum.
         normalize_scores: Divide S_grad and S_inp by their means before mixing them.
@@ -73,7 +75,7 @@ class PedyraConfig(GatedConfig):
     ortho_reduction: Literal["sum", "mean_norm"] = field(
         default="sum", metadata={"help": "sum: squared norms as printed; mean_norm: AdaLoRA's form."}
     )
-    mode: Mode = field(default="both", metadata={"help": "both, prune, expand, or static: LoRA, scores only."})
+    mode: Mode = field(default="both", metadata={"help": "both, prune, expand, static (LoRA, scores only) or mask."})
     importance: Importance = field(default="score", metadata={"help": "score or random."})
     gradient_weighting: bool = field(
         default=True, metadata={"help": "Weigh the parts of a triple's score by their gradients' norms."}
