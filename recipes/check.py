@@ -8,6 +8,7 @@ Prints one line per difference and how many numbers were compared; exits with 1 
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,18 +16,33 @@ from typing import Any
 
 import yaml
 
-from dynalora.jobs.compare.settings import CompareSpec
-from dynalora.jobs.stages.settings import ForgettingSpec, RecoverSpec
-from dynalora.lab.settings import read_yaml, settings_from
+from dynalora.cli.commands import COMMANDS
+from dynalora.jobs.finetune.settings import FinetuneSpec
+from dynalora.lab.settings import describe, read_yaml, settings_from
 
 RECIPES = Path(__file__).parent
 
 
-def load(recipe: Path) -> Any:
-    """A recipe as the settings of its command."""
-    values = read_yaml(recipe)
-    kind = RecoverSpec if "strategies" in values else ForgettingSpec if "task_a" in values else CompareSpec
-    return settings_from(kind, {"output": "runs/x", **({"source": "x"} if kind is RecoverSpec else {}), **values})
+def command_of(recipe: Path) -> str:
+    """The command that a recipe is for, which stands on top of it."""
+    found = re.search(r"^#   dynalora ([\w-]+)", recipe.read_text(encoding="utf-8"), re.MULTILINE)
+    if found is None:
+        raise SystemExit(f"{recipe} does not say its command.")
+    return found[1]
+
+
+def load(recipe: Path, **more: Any) -> Any:
+    """A recipe as the settings of its command, with something in place of what only the command line says.
+
+    Args:
+        recipe: The file.
+        more: Settings that override it.
+    """
+    kind = COMMANDS[command_of(recipe)].settings
+    said = {name: "x" for name in ("output", "source", "adapter", "data") if describe(kind).get(name)}
+    if kind is not FinetuneSpec:
+        said.pop("data", None)
+    return settings_from(kind, {**said, **read_yaml(recipe), **more})
 
 
 def steps(spec: Any, rows: int) -> int:

@@ -15,18 +15,22 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from recipes import check
 
+from dynalora.cli.commands import COMMANDS
 from dynalora.evaluation.benchmarks import GROUPS, UNION_NAME, find_benchmark
 from dynalora.jobs.compare.grid import Comparison
 from dynalora.jobs.compare.planning import plan
 from dynalora.jobs.compare.run import run_compare
 from dynalora.jobs.compare.settings import CompareSpec
+from dynalora.jobs.finetune.settings import FinetuneSpec
+from dynalora.jobs.gates.settings import GatesSpec
 from dynalora.jobs.stages.forgetting import run_forgetting
 from dynalora.jobs.stages.recovery import run_recovery
-from dynalora.jobs.stages.settings import ForgettingSpec, RecoverSpec
+from dynalora.jobs.stages.settings import ForgettingSpec, RecoverSpec, TransferSpec
+from dynalora.jobs.stages.transfer import run_transfer
 from dynalora.lab.budgets import trainable_parameters
 from dynalora.lab.models import empty_model
-from dynalora.lab.settings import read_yaml, settings_from
 from dynalora.lab.tasks.mixed import split_source
 
 from . import test_seq2seq, tiny
@@ -38,24 +42,18 @@ TWINS = [path for path in FILES if path.stem.endswith(".small")]
 NAMES = [str(path.relative_to(RECIPES)) for path in FILES]
 
 
-def kind_of(values: Mapping[str, Any]) -> type:
+def kind_of(path: Path) -> type:
     """The settings that a recipe is one of: of which command it is."""
-    if "strategies" in values:
-        return RecoverSpec
-    return ForgettingSpec if "task_a" in values else CompareSpec
+    return COMMANDS[check.command_of(path)].settings
 
 
-def spec_of(path: Path, **more: Any) -> Any:
-    values = read_yaml(path)
-    return settings_from(
-        kind_of(values), {"output": "runs/x", **({"source": "x"} if "strategies" in values else {}), **values, **more}
-    )  # fmt: skip
+spec_of = check.load
 
 
 def sources_of(spec: Any) -> list[str]:
-    if isinstance(spec, RecoverSpec):
-        return []
-    return spec.tasks if isinstance(spec, CompareSpec) else [spec.task_a, spec.task_b]
+    if isinstance(spec, ForgettingSpec):
+        return [spec.task_a, spec.task_b]
+    return spec.tasks if isinstance(spec, (CompareSpec, TransferSpec)) else []
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
@@ -67,10 +65,12 @@ def test_a_recipe_is_the_settings_of_its_command(path: Path) -> None:
         for own in spec.contestants():
             own.config("SEQ_CLS" if spec.tasks[0] in GROUPS["glue"] else "CAUSAL_LM")
     small = path.stem.endswith(".small")
-    assert (getattr(spec, "steps", None) in (20, 30, 60)) == (small and not isinstance(spec, RecoverSpec))
+    assert (getattr(spec, "steps", None) in (20, 30, 60)) == (small and not isinstance(spec, (RecoverSpec, GatesSpec)))
     # Whoever starts a recipe says that code may be executed.
-    assert not spec.run_code
-    assert getattr(spec, "data", None) is None
+    assert not getattr(spec, "run_code", False)
+    assert isinstance(spec, FinetuneSpec) or getattr(spec, "data", None) is None
+    if isinstance(spec, GatesSpec):
+        assert list(spec.sources()) == ["math", "code", "general"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
@@ -92,8 +92,7 @@ def test_the_command_of_a_recipe_is_on_top_of_it(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     head = "\n".join(line for line in lines if line.startswith("#"))
     (command,) = re.findall(r"^#   dynalora (\w+) .*--config (\S+) .*-o \S+", head, re.MULTILINE)
-    wanted = {RecoverSpec: "recover", ForgettingSpec: "forgetting", CompareSpec: "compare"}
-    assert command == (wanted[kind_of(read_yaml(path))], f"recipes/{path.relative_to(RECIPES)}")
+    assert command == (check.command_of(path), f"recipes/{path.relative_to(RECIPES)}")
     runs_code = any(name in source for source in sources_of(spec_of(path)) for name in ("humaneval", "mbpp"))
     assert ("--run-code" in head) == runs_code
 
@@ -294,7 +293,7 @@ def cut(place: Path, path: Path, **more: Any) -> Any:
     return replace(spec, model=str(place / model))
 
 
-COMPARED = [path for path in TWINS if kind_of(read_yaml(path)) is CompareSpec]
+COMPARED = [path for path in TWINS if kind_of(path) is CompareSpec]
 
 
 @pytest.mark.parametrize("path", COMPARED, ids=[f"{path.parent.name}-{path.stem}" for path in COMPARED])
@@ -349,6 +348,21 @@ def test_a_twin_runs(place: Path, name: str, measured: set[str]) -> None:
         assert set(result["test"]["metrics"]) == measured
         # A summary and a marked answer are more than right or wrong.
         assert (result["test"]["accuracy"] is None) == (spec.tasks[0] in ("xsum", "squad_v2_spans"))
+
+
+def test_every_recipe_says_what_is_the_papers_and_what_is_ours() -> None:
+    for path in FILES:
+        head = path.read_text(encoding="utf-8").split("\nmodel:")[0]
+        if path not in TWINS:
+            assert re.search(r"^# From the paper", head, re.MULTILINE), path
+            assert re.search(r"^# (Not stated|Lost in the text).*\bours\b", head, re.MULTILINE), path
+
+
+def test_the_transfer_runs(place: Path) -> None:
+    found = run_transfer(short(place, RECIPES / "dira" / "figure6.small.yaml", validation=2))
+    assert {(one["method"], one["task"]) for one in found if one["task"]} == {
+        (method, task) for method in ("lora", "dira") for task in ("arc_easy", "openbookqa")
+    }
 
 
 def test_the_stages_and_the_recovery_run(place: Path) -> None:
