@@ -1,0 +1,63 @@
+"""benchmarks/budget.py from end to end on a tiny model, and the settings of experiments/."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import importlib.util
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from dynalora.jobs.compare.settings import CompareSpec
+from dynalora.lab.settings import read_yaml, settings_from
+
+from . import benchmark_files, tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = sorted([*ROOT.glob("experiments/compare/*.yaml"), *ROOT.glob("experiments/same_learning/*.yaml")])
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("budget_benchmark", ROOT / "benchmarks" / "budget.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_run_becomes_smaller_and_is_compared(script: Any, tmp_path: Path) -> None:
+    data = benchmark_files.write(tmp_path / "data")
+    for split in ("train", "dev"):
+        target = data / "commonsense" / f"ARC-Easy.{split}.jsonl.gz"
+        if not target.exists():
+            target.write_bytes(gzip.compress(target.with_suffix("").read_bytes()))
+    arguments = argparse.Namespace(
+        data=data, model=str(tiny.saved_model(tmp_path / "model")), r=4, target_rank=2.0, steps=20, batch_size=2,
+        length=10_000, lr=1e-2, questions=2, rounds=2, seed=0, threads=1,
+    )  # fmt: skip
+    screen = io.StringIO()
+    result = script.main(arguments, Console(file=screen, width=200))
+    for name, run in result["runs"].items():
+        assert [tenth["step"] for tenth in run["tenths"]] == list(range(2, 21, 2))
+        assert sum(run["ranks"]) == 2 * len(run["ranks"]), name
+        assert f"{name}: held-out loss {run['held_out']:.4f}" in screen.getvalue()
+    proximal, uniform = (result["runs"][name]["tenths"] for name in ("proximal", "uniform"))
+    assert proximal[-1]["rank"] == uniform[0]["rank"] == 2
+    assert proximal[-1]["bytes"] < proximal[0]["bytes"]
+    assert result["turns"]["bytes"]["at the end"] < result["turns"]["bytes"]["at the start"]
+
+
+@pytest.mark.parametrize("path", SETTINGS, ids=[f"{path.parent.name}/{path.name}" for path in SETTINGS])
+def test_an_experiments_settings_can_be_run(path: Path) -> None:
+    values = {"tasks": ["arc_easy"], "output": "runs/x", **read_yaml(path)}
+    spec = settings_from(CompareSpec, values)
+    for contestant in spec.contestants():
+        contestant.config("SEQ_CLS" if path.name == "minilm.yaml" else "CAUSAL_LM")
