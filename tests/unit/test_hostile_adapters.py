@@ -27,6 +27,9 @@ CONFIGS: dict[str, Callable[..., Any]] = {
     "disel": dynalora.DiselConfig,
     "dislora": dynalora.DisloraConfig,
     "pedyra": dynalora.PedyraConfig,
+    "increlora": dynalora.IncreloraConfig,
+    "loradash": dynalora.LoraDashConfig,
+    "rasa": dynalora.RasaConfig,
 }
 Tensors = dict[str, torch.Tensor]
 INPUT = torch.arange(3, 19)[None]
@@ -106,8 +109,17 @@ def half(state: Tensors) -> Tensors:
     return state
 
 
+def eight_bits(state: Tensors) -> Tensors:
+    return {name: (value.to(torch.float8_e4m3fn) if name.endswith("_up") else value) for name, value in state.items()}
+
+
+def complex_numbers(state: Tensors) -> Tensors:
+    return {name: (value.to(torch.complex64) if name.endswith("_up") else value) for name, value in state.items()}
+
+
 DAMAGE = [
-    nan, wrong_width, base_tensor, base_layer_tensor, foreign_rank, unknown_role, integers, clock, no_rank, half,
+    eight_bits, complex_numbers, nan, wrong_width, base_tensor, base_layer_tensor, foreign_rank, unknown_role,
+    integers, clock, no_rank, half,
 ]  # fmt: skip
 
 
@@ -155,6 +167,8 @@ def test_a_base_model_is_as_it_was_after_an_adapter_that_cannot_be_loaded(saved:
         {"target_modules": "(a"}, {"exclude_modules": [1]}, {"modules_to_save": {"a": 1}}, {"use_rslora": "no"},
         {"layers_to_transform": "all", "target_modules": ["q_proj"]}, {"task_type": "NOTHING"}, {"bias": ["all"]},
         {"total_steps": 2**60}, {"dropout": "0.1"}, {"modules_to_save": ["embed_tokens"]},
+        {"trainable_token_indices": "(a+)+$"}, {"trainable_token_indices": 3},
+        {"trainable_token_indices": {"embed_tokens": [-1]}}, {"peft_type": ["DIRA"]}, {"peft_type": "NOBODY"},
     ],
     ids=json.dumps,
 )  # fmt: skip
@@ -162,6 +176,19 @@ def test_settings_that_cannot_be_meant(saved: Path, tmp_path: Path, fields: dict
     with pytest.raises(DynaloraError) as caught:
         peft.PeftModel.from_pretrained(base(), changed(saved, tmp_path / "x", **fields))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b'{"r": 3}', b"[]", b'{"peft_type": "\xb3"}'], ids=repr)
+def test_a_configuration_that_is_none(saved: Path, tmp_path: Path, text: bytes) -> None:
+    """PEFT reads it before it knows whose it is, and ends in errors of Python's own, of its own methods, too."""
+    folder = changed(saved, tmp_path / "x")
+    (folder / "adapter_config.json").write_bytes(text)
+    model = peft.PeftModel.from_pretrained(base(), saved)
+    for load in (lambda: peft.PeftModel.from_pretrained(base(), folder), lambda: model.load_adapter(folder, "other")):
+        with pytest.raises(CheckpointError) as caught:
+            load()
+        assert "\n" not in str(caught.value)
+    assert list(model.peft_config) == ["default"]
 
 
 def test_settings_of_a_newer_version_are_named(saved: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers import TrainerCallback
@@ -375,6 +376,24 @@ def test_a_failed_load_can_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="told"):
         model.load_adapter("nowhere", "other")
     assert seen == ["other"]
+
+
+def test_an_unread_method_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = peft.PeftConfig._get_peft_type
+    monkeypatch.setattr(PeftConfigMixin, "_get_peft_type", classmethod(inspect.unwrap(reader.__func__)))
+    seen: list[str] = []
+    private.after_unread_method(seen.append)
+    private.after_unread_method(seen.append)  # changes nothing
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    for text in ("{", '{"r": 1}', '{"peft_type": "X"}', '{"peft_type": []}'):
+        (inner / "adapter_config.json").write_text(text)
+        with pytest.raises((ValueError, KeyError, TypeError)):
+            peft.PeftModel.from_pretrained(nn.Linear(2, 2), str(tmp_path), subfolder="inner")
+    assert seen == [str(inner)] * 4, "PEFT reads an adapter's method in another place now"
+    (inner / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert peft.PeftConfig._get_peft_type(str(inner)) == "LORA"
+    assert len(seen) == 4
 
 
 def test_a_trainers_autocast_can_be_taken_off() -> None:

@@ -155,6 +155,11 @@ class AdapterConfig(PeftConfig):
         self._require(_is_alpha(self.alpha), "alpha", _ALPHA)
         self._require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "in [0, 1)")
         self._check_patterns()
+        self._require(
+            _are_tokens(self.trainable_token_indices),
+            "trainable_token_indices",
+            "a list of token numbers, or such lists by the names of embeddings",
+        )
         for name in ("use_rslora", "inference_mode", "clip_penalty"):
             self._require(isinstance(getattr(self, name), bool), name, "True or False")
         biases = ("none", "all", f"{self.method}_only")
@@ -333,6 +338,15 @@ class AdapterConfig(PeftConfig):
 def _is_count(value: Any) -> bool:
     # Counts of steps are kept as int64 with the adapter.
     return is_whole(value) and 0 < value < 2**53
+
+
+def _are_tokens(value: Any) -> bool:
+    lists = list(value.values()) if isinstance(value, dict) else [] if value is None else [value]
+    numbered = all(
+        isinstance(tokens, (list, tuple)) and all(is_whole(token) and 0 <= token < 2**31 for token in tokens)
+        for tokens in lists
+    )
+    return numbered and all(isinstance(name, str) for name in (value if isinstance(value, dict) else ()))
 
 
 def _is_rank(value: Any) -> bool:

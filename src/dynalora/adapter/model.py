@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,8 +11,13 @@ from typing import Any, ClassVar, cast
 
 import torch
 from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from peft.utils import (
+    SAFETENSORS_WEIGHTS_NAME,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+)
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
@@ -22,11 +28,11 @@ from dynalora.adapter.method import Method
 from dynalora.adapter.patterns import check_patterns
 from dynalora.adapter.ranks import fit
 from dynalora.adapter.retain import Retain
-from dynalora.adapter.saved import check_further_tensors
+from dynalora.adapter.saved import check_further_tensors, check_known, read_shapes
 from dynalora.adapter.shared_input import join_companions
 from dynalora.adapter.targets import describe_linear_layers, is_target, leave_out_head, settle_targets
 from dynalora.common.names import plain_name
-from dynalora.common.private import after_failed_load
+from dynalora.common.private import after_failed_load, after_unread_method
 from dynalora.driver import Driver, check_driven, first_bad, prepare_unloaded
 from dynalora.errors import CheckpointError, ConfigError, UnsupportedError, first_line
 
@@ -389,7 +395,20 @@ def _withdraw(model: PeftModel, adapter: str, error: Exception) -> Exception:
     return error
 
 
+def _tell_of_unread_method(folder: str) -> None:
+    """Say what is wrong with the configuration of an adapter whose weights are of one of our methods."""
+    weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    kinds = [kind.method for kind in PEFT_TYPE_TO_CONFIG_MAPPING.values() if issubclass(kind, AdapterConfig)]
+    try:
+        names = list(read_shapes(weights))
+    except CheckpointError:
+        return
+    if any(f".{kind}_" in name for name in names for kind in kinds):
+        check_known(folder)
+
+
 after_failed_load(_withdraw)
+after_unread_method(_tell_of_unread_method)
 
 
 def _with_adapter_names(

@@ -14,6 +14,8 @@ from dynalora.driver import carry_state
 from dynalora.errors import CheckpointError
 
 _LONGEST = 2**53  # steps
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 #: Values of new components by role; two parts where a role carries the rank in two dimensions.
 NewComponents = Mapping[str, torch.Tensor | tuple[torch.Tensor, ...]]
@@ -201,7 +203,7 @@ class RankedStorage(Storage):
             raise self._refuse(f"has {role!r}", "its settings or this version know no such tensor")
         if list(tensor.shape) != list(shape):
             raise self._refuse(f"has {role!r} of shape {tuple(tensor.shape)}", f"the layer's is {tuple(shape)}")
-        if tensor.is_floating_point() != floating or tensor.is_complex():
+        if tensor.dtype not in (_FLOATS if floating else _WHOLE):
             raise self._refuse(f"has {role!r} in {tensor.dtype}", "that is not its kind of number")
         local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         if floating and not local.is_meta and not bool(torch.isfinite(local).all()):

@@ -9,6 +9,7 @@ file compares its parameters with PEFT's.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.config import PeftConfigMixin
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners._buffer_dict import BufferDict as BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
 from peft.utils.peft_types import PeftType
@@ -145,6 +148,33 @@ def after_failed_load(told: Callable[[PeftModel, str, Exception], Exception]) ->
 
     load_adapter.extended_by_dynalora = True  # type: ignore[attr-defined]
     setattr(PeftModel, "load_adapter", load_adapter)  # noqa: B010
+
+
+def after_unread_method(told: Callable[[str], None]) -> None:
+    """Have a function called when PEFT cannot find out which method made an adapter, before it says so in its own way.
+
+    It gets the adapter's folder, and may raise what is to be said instead. PEFT reads the configuration before any
+    method's code has its turn. A second call changes nothing.
+    """
+    read: Any = PeftConfigMixin._get_peft_type.__func__  # type: ignore[attr-defined]
+    if hasattr(read, "extended_by_dynalora"):
+        return
+
+    @functools.wraps(read)
+    def _get_peft_type(cls: Any, model_id: str, **kwargs: Any) -> Any:
+        folder = os.path.join(model_id, kwargs.get("subfolder") or "")
+        try:
+            kind = read(cls, model_id, **kwargs)
+            known = kind in PEFT_TYPE_TO_CONFIG_MAPPING
+        except Exception:
+            told(folder)
+            raise
+        if not known:
+            told(folder)
+        return kind
+
+    _get_peft_type.extended_by_dynalora = True  # type: ignore[attr-defined]
+    PeftConfigMixin._get_peft_type = classmethod(_get_peft_type)  # type: ignore[method-assign, assignment]
 
 
 # transformers ------------------------------------------------------------------------------------------------------
