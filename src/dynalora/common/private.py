@@ -174,7 +174,7 @@ def after_unread_method(told: Callable[[str], None]) -> None:
         return kind
 
     _get_peft_type.extended_by_dynalora = True  # type: ignore[attr-defined]
-    PeftConfigMixin._get_peft_type = classmethod(_get_peft_type)  # type: ignore[method-assign, assignment]
+    setattr(PeftConfigMixin, "_get_peft_type", classmethod(_get_peft_type))  # noqa: B010
 
 
 # transformers ------------------------------------------------------------------------------------------------------
