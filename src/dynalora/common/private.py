@@ -173,8 +173,9 @@ def after_unread_method(told: Callable[[str], None]) -> None:
             told(folder)
         return kind
 
-    _get_peft_type.extended_by_dynalora = True  # type: ignore[attr-defined]
-    setattr(PeftConfigMixin, "_get_peft_type", classmethod(_get_peft_type))  # noqa: B010
+    reader: Any = _get_peft_type
+    reader.extended_by_dynalora = True
+    setattr(PeftConfigMixin, "_get_peft_type", classmethod(reader))  # noqa: B010
 
 
 # transformers ------------------------------------------------------------------------------------------------------
