@@ -86,9 +86,11 @@ def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResu
         )  # fmt: skip
         if main:
             save_adapter(result.model, ready.tokenizer, run)
-            measured = _measured_retention(ready, result, run, console)
-            curve = _scaled_down(ready, result, measured, run, console)
-            samples = _samples(ready, result, run, console)
+        # By all processes: what is measured is shared among them.
+        measured = _measured_retention(ready, result, run, console)
+        curve = _scaled_down(ready, result, measured, run, console)
+        samples = _samples(ready, result, run, console)
+        if main:
             write_results(ready, result, measured, run, console, monitor, curve, samples)
             run.finish()
             # The adapter is saved; optimizer states are of no more use and larger than everything else.
