@@ -116,9 +116,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     benchmark_files.write(folder / "benchmarks")
     (trained,) = (folder / "benchmarks").rglob("openbookqa.train.jsonl*")
-    opened = gzip.open(trained, "rt") if trained.suffix == ".gz" else trained.open()
-    with opened as file:
-        questions = [json.loads(row) for row in file]
+    content = gzip.decompress(trained.read_bytes()) if trained.suffix == ".gz" else trained.read_bytes()
+    questions = [json.loads(row) for row in content.decode().splitlines()]
     others = [{**row, "instruction": row["instruction"].replace("legs", "arms")} for row in questions]
     tiny.write_jsonl(trained.parent / "openbookqa.test.jsonl", others)
     (folder / "data").mkdir()
