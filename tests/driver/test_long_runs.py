@@ -172,3 +172,11 @@ def test_the_same_seed_gives_the_same_result(name: str) -> None:
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
     assert any(tensor.shape != third[key].shape or not torch.equal(tensor, third[key]) for key, tensor in one.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_takes_no_memory_on_the_meta_device(name: str) -> None:
+    with torch.device("meta"):
+        model = peft.get_peft_model(MLP(), config(name, 20))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert model.get_nb_trainable_parameters()[0] > 0

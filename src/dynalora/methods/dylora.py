@@ -64,9 +64,9 @@ class DyloraConfig(AdapterConfig):
             step: Optimizer steps done before.
             rank: The matrix's rank.
         """
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
+        generator = torch.Generator("cpu").manual_seed((self.seed * 1_000_003 + step) % 2**63)
         least = min(self.min_rank, rank)
-        return least + int(torch.rand((), generator=generator, dtype=torch.float64) * (rank - least + 1))
+        return least + int(torch.rand((), generator=generator, dtype=torch.float64, device="cpu") * (rank - least + 1))
 
 
 class DyloraLayer(AdapterLayer):
