@@ -29,29 +29,32 @@ class _AddLowRankInPlace(torch.autograd.Function):
         narrow, up_cast = _cast_sides(m, up, frozen, result.dtype)
         result.view(-1, up.shape[0]).addmm_(narrow, up_cast.t(), alpha=scaling)
         ctx.mark_dirty(result)
-        ctx.save_for_backward(narrow, up_cast, m, up, frozen)
+        # Cast and joined once more in the backward pass: next to the products that costs nothing, and is not kept.
+        ctx.save_for_backward(m, up, frozen)
         ctx.trained, ctx.scaling = up.shape[1], scaling
         ctx.m_shape, ctx.m_dtype, ctx.up_dtype = m.shape, m.dtype, up.dtype
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        narrow, up, m, trained_up, frozen = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: what is saved must lead on to the inputs
-            narrow, up = _cast_sides(m, trained_up, frozen, grad.dtype)
+        m, up, frozen = ctx.saved_tensors
+        narrow, up = _cast_sides(m, up, frozen, grad.dtype)
         flat = grad.reshape(-1, up.shape[0])
         grad_m = grad_up = None
         if ctx.needs_input_grad[1]:
-            grad_m = (flat @ up).mul_(ctx.scaling).to(ctx.m_dtype).view(ctx.m_shape)
+            grad_m = _scaled_product(flat, up, ctx.scaling).to(ctx.m_dtype).view(ctx.m_shape)
         if ctx.needs_input_grad[2]:
             # In this order the product runs along the rows of the wide matrix: half the time on a CPU.
-            grad_up = (
-                (narrow[:, : ctx.trained].t() @ flat)
-                .mul_(ctx.scaling)
-                .t()
-                .to(ctx.up_dtype, memory_format=torch.contiguous_format)
-            )
+            rows = _scaled_product(narrow[:, : ctx.trained].t(), flat, ctx.scaling)
+            grad_up = rows.t().to(ctx.up_dtype, memory_format=torch.contiguous_format)
         return grad, grad_m, grad_up, None, None
+
+
+def _scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
+    """`scaling · left @ right`, scaled within the product."""
+    if torch.is_grad_enabled():
+        return left @ right * scaling
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)  # what is times 0 is not read
 
 
 def _cast_sides(
@@ -137,9 +140,16 @@ def _add_without_graph(
         if matrix.dtype == result.dtype:
             flat.addmm_(narrow.to(result.dtype), matrix.t(), alpha=scaling)
         else:
-            with torch.autocast(result.device.type, enabled=False):
-                flat.add_(narrow.to(matrix.dtype) @ matrix.t(), alpha=scaling)
+            flat.add_(_product(narrow.to(matrix.dtype), matrix), alpha=scaling)
     return result
+
+
+def _product(narrow: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """`narrow @ matrix.T` in their own dtype, also under autocast (whose context takes longer than a small product)."""
+    if torch.is_autocast_enabled(narrow.device.type):
+        with torch.autocast(narrow.device.type, enabled=False):
+            return narrow @ matrix.t()
+    return narrow @ matrix.t()
 
 
 def apart(x: torch.Tensor, rows: int) -> bool:

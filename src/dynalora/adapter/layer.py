@@ -272,8 +272,9 @@ class AdapterLayer(RankedStorage, BaseWeight):
             self._check_mixed_batch(x, adapter_names)
         base_layer = self.base_layer
         if adapter_names is None and not (args or kwargs) and (products := products_for(self, x)) is not None:
-            updated = self.add_update(products.result, x, products.adapter, True, products.narrow)
-            return self._seen(updated.view(*x.shape[:-1], self.out_features), products.adapter)
+            adapter = products.factors.adapter
+            updated = self.add_update(products.result, x, adapter, True, products.narrow)
+            return self._seen(updated.view(*x.shape[:-1], self.out_features), adapter)
         result: torch.Tensor = base_layer(x, *args, **kwargs)
         if self.merged_adapters:
             return result

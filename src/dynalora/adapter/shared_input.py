@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -63,28 +63,42 @@ class Products(NamedTuple):
     """What comes of it, for all tokens in one row.
 
     Attributes:
-        adapter: The adapter that acts.
-        result: The base layer's result, (tokens, out).
+        factors: What was multiplied with.
+        x: The input, (tokens, in).
+        result: The place of the base layer's result, (tokens, out); see `fill`.
         narrow: The products with the adapter's matrices, (tokens, ·).
     """
 
-    adapter: str
+    factors: Factors
+    x: torch.Tensor
     result: torch.Tensor
     narrow: torch.Tensor
+
+    @torch.no_grad()
+    def fill(self) -> Products:
+        """Compute the base layer's result: when its layer is called, and so right before the update is added into it.
+
+        Earlier, another layer's result would push it out of the processor's cache.
+        """
+        _, weight, bias, _ = self.factors
+        if bias is None:
+            torch.mm(self.x, weight.t(), out=self.result)
+        else:
+            torch.addmm(bias, self.x, weight.t(), out=self.result)
+        return self
 
 
 class _Multiply(torch.autograd.Function):
     """Every base product of one input, and its products with the matrices, in one backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, counts: tuple[int, ...], *tensors: torch.Tensor | None) -> Any:
+    def forward(ctx: Any, x: torch.Tensor, counts: tuple[int, ...], *tensors: torch.Tensor) -> Any:
         layers = len(counts)
-        weights = cast("tuple[torch.Tensor, ...]", tensors[:layers])
-        biases, matrices = tensors[layers : 2 * layers], cast("tuple[torch.Tensor, ...]", tensors[2 * layers :])
+        weights, matrices = tensors[:layers], tensors[layers:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *weights, *matrices)
         ctx.counts = counts
-        results = [nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        results = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]  # filled when they are wanted
         stacked = _stack(matrices)
         narrow = nn.functional.linear(x.to(stacked.dtype), stacked)
         sizes, first = [], 0
@@ -107,9 +121,9 @@ class _Multiply(torch.autograd.Function):
                 grad_x = _add_product(grad_x, grad, weight)
             grad_x = _add_product(grad_x, narrow, _stack(matrices))
         used = [grad is not None for grad, count in zip(grads[layers:], ctx.counts, strict=True) for _ in range(count)]
-        wanted = [a and b for a, b in zip(used, ctx.needs_input_grad[2 + 2 * layers :], strict=True)]
+        wanted = [a and b for a, b in zip(used, ctx.needs_input_grad[2 + layers :], strict=True)]
         rows = _row_gradients(narrow, x, matrices, wanted)
-        return grad_x, None, *(None for _ in range(2 * layers)), *rows
+        return grad_x, None, *(None for _ in range(layers)), *rows
 
 
 def _stack(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -140,44 +154,35 @@ def _add_product(total: torch.Tensor | None, left: torch.Tensor | None, right: t
 def _row_gradients(
     narrow: torch.Tensor | None, x: torch.Tensor, matrices: Sequence[torch.Tensor], wanted: Sequence[bool]
 ) -> list[torch.Tensor | None]:
-    """The gradients of the matrices that train: one product for those that lie side by side."""
+    """The gradients of the matrices that train, in one product."""
     grads: list[torch.Tensor | None] = [None] * len(matrices)
-    if narrow is None or not any(wanted):
+    trained = [index for index, wants in enumerate(wanted) if wants]
+    if narrow is None or not trained:
         return grads
-    x = x.to(narrow.dtype)
-    first = begin = 0  # of a run of matrices that train: the first one, and its first row
-    end = 0
-    for index in range(len(matrices) + 1):
-        if index < len(matrices) and wanted[index]:
-            end += matrices[index].shape[0]
-            continue
-        if index > first:
-            sizes = [matrix.shape[0] for matrix in matrices[first:index]]
-            part = narrow if end - begin == narrow.shape[1] else narrow[:, begin:end]
-            grads[first:index] = (part.t() @ x).split(sizes)
-        if index < len(matrices):
-            end += matrices[index].shape[0]
-            first, begin = index + 1, end
+    sizes = [matrix.shape[0] for matrix in matrices]
+    if len(trained) < len(matrices):
+        columns = narrow.split(sizes, dim=1)
+        narrow = torch.cat([columns[index] for index in trained], dim=1)
+    rows = (narrow.t() @ x.to(narrow.dtype)).split([sizes[index] for index in trained])
+    for index, gradient in zip(trained, rows, strict=True):
+        grads[index] = gradient
     return grads
 
 
 def multiply(x: torch.Tensor, wanted: Sequence[Factors]) -> list[Products]:
-    """Multiply one input with all that layers want.
+    """Multiply one input with all that layers want; the base layers' results are still to be filled in.
 
     Args:
         x: The input, (…, in).
         wanted: What each layer wants, with matrices of one dtype.
     """
     matrices = [matrix for factors in wanted for matrix in factors.matrices]
-    products: Any = _Multiply.apply(  # type: ignore[no-untyped-call]
-        x.reshape(-1, x.shape[-1]),
-        tuple(len(factors.matrices) for factors in wanted),
-        *(factors.weight for factors in wanted),
-        *(factors.bias for factors in wanted),
-        *matrices,
-    )
-    count = len(wanted)
-    return [Products(wanted[i].adapter, products[i], products[count + i]) for i in range(count)]
+    flat = x.reshape(-1, x.shape[-1])
+    counts = tuple(len(factors.matrices) for factors in wanted)
+    weights = (factors.weight for factors in wanted)
+    made: Any = _Multiply.apply(flat, counts, *weights, *matrices)  # type: ignore[no-untyped-call]
+    flat = flat.detach()
+    return [Products(factors, flat, made[i], made[len(wanted) + i]) for i, factors in enumerate(wanted)]
 
 
 class _Waiting(threading.local):
@@ -254,7 +259,7 @@ class Companions:
 
 
 def products_for(layer: AdapterLayer, x: torch.Tensor) -> Products | None:
-    """A layer's products with its input, in training; None where it must multiply by itself.
+    """A layer's products with its input, in training, with its result filled in; None where it must multiply by itself.
 
     Args:
         layer: The layer.
@@ -264,7 +269,7 @@ def products_for(layer: AdapterLayer, x: torch.Tensor) -> Products | None:
         return None
     products = _waiting.take(layer, x)
     if products is not None:
-        return products
+        return products.fill()
     factors = layer.factors_of_input(x)
     if factors is None or transforming() or torch.is_autocast_enabled(x.device.type):
         return None
@@ -278,7 +283,7 @@ def products_for(layer: AdapterLayer, x: torch.Tensor) -> Products | None:
     mine, *others = multiply(x, list(together.values()))
     if others:
         _waiting.keep(layer, x, dict(zip([*together][1:], others, strict=True)))
-    return mine
+    return mine.fill()
 
 
 def join_companions(layers: dict[str, AdapterLayer]) -> None:
