@@ -58,7 +58,8 @@ def test_the_update_is_gates_times_the_methods_own(config: type, options: dict[s
 
 def test_gates_on_dira_without_a_penalty_are_disel() -> None:
     after = {}
-    for config, options in ((DiselConfig, {}), (DiraConfig, {"gates": True, "penalty_weight": 0.0})):
+    # In the paper's form: DISeL's default matches the steps of `up` to LoRA's.
+    for config, options in ((DiselConfig, {"match_step": False}), (DiraConfig, {"gates": True, "penalty_weight": 0.0})):
         model = adapted(config, **options)
         optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.3)
         for seed in range(3):

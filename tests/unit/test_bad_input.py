@@ -105,7 +105,9 @@ class TestFinetune:
             one_sentence(asking(), f"'{tmp_path}/run' is in use by process {os.getpid()} on")
 
     def test_run_folder_of_another_run(self, asking: Any, tmp_path: Path) -> None:
-        RunFolder.create(tmp_path / "run", {"method": "dira", "model": "m"}).close()
+        run = RunFolder.create(tmp_path / "run", {"method": "dira", "model": "m"})
+        run.log({"step": 1, "loss": 3.0})
+        run.close()
         one_sentence(asking(), "already holds a run (method dira, model m, started", "choose another output folder")
 
     def test_run_folder_with_other_files(self, asking: Any, tmp_path: Path) -> None:

@@ -322,6 +322,7 @@ def test_gates_over_several_domains(folder: Path, rows: Path, tmp_path: Path, pr
     assert tensors[name].sum(0).tolist() == layer["histogram"]
     drawn = {entry.name for entry in (run / "plots").iterdir()}
     names = ("gates", "means", "separation", "kinds-math", "kinds-general", "ranks-math", "ranks-general")
+    names += ("parts-math", "parts-general")
     assert drawn == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
     page = (run / "report.html").read_text()
     assert page.count("data:image/png") == len(names)

@@ -34,7 +34,7 @@ METHODS = {
     "decayed": {"method": "lora", "weight_decay": 5.0},
     "mlp": {"method": "lora", "target_modules": ["gate_proj", "up_proj", "down_proj"]},
     "kept": {"method": "dira", "retain": 3000.0},
-    "disel": {"method": "disel"},
+    "disel": {"method": "disel", "match_step": False},  # the learning rate is as large as it is for the others
     "dora": {"method": "dora"},
     "pissa": {"method": "pissa"},
     "corda": {"method": "lora", "init_lora_weights": "corda"},
