@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -170,6 +171,29 @@ class TestLlamaFactory:
         model.save_pretrained(tmp_path)
         again = PeftPlugin("pedyra")(tiny.model(300), {"adapter_name_or_path": str(tmp_path)}, True)
         assert again.peft_config["default"].r == 3
+
+
+@pytest.mark.parametrize("script", ["sft", "dpo", "kto", "grpo", "rloo", "reward"])
+def test_trls_scripts_ask_for_a_configuration_and_get_ours(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    from dynalora.integrations import trl as ours
+
+    module = importlib.import_module(f"trl.scripts.{script}")
+    assert "get_peft_config" in module.main.__code__.co_names + module.main.__code__.co_varnames
+    theirs, given = trl.get_peft_config, []
+    monkeypatch.setattr(module, "main", lambda *_: given.append(trl.get_peft_config(None)))
+    ours.main(
+        [
+            *(script, "--adapter", "disel", "--lora_r", "3", "--lora_task_type", "CAUSAL_LM", "--dataset_name", "data"),
+            *("--model_name_or_path", "model", "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"),
+        ]
+    )
+    (config,) = given
+    assert isinstance(config, dynalora.DiselConfig)
+    assert (config.r, config.task_type) == (3, "CAUSAL_LM")
+    assert trl.get_peft_config is theirs
 
 
 def test_trls_script_trains_ours(tmp_path: Path) -> None:

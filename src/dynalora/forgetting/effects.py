@@ -53,8 +53,6 @@ def narrow_moments(
         ConfigError: Texts without a tokenizer, or no text at all.
         DynaloraError: The model has no adapter with low-rank factors.
     """
-    if isinstance(texts, str):
-        raise ConfigError("texts must be a list of texts, got one string; put it into a list.")
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
     unplaced: set[str] = set()

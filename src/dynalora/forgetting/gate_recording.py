@@ -77,8 +77,6 @@ def record_gates(
     }
     if not layers:
         raise DynaloraError("the model has no adapter with gates (a DISeL adapter) to record.")
-    if isinstance(texts, str):
-        raise ConfigError("texts must be a list of texts, got one string; put it into a list.")
     recorder = _Recorder(layers)
     options = forward_options(model, [layer for layer, _ in layers.values()])
     device, seen = next(model.parameters()).device, 0

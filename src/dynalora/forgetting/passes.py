@@ -29,8 +29,10 @@ def token_batches(
         max_length: Tokens at which a text is cut.
 
     Raises:
-        ConfigError: Texts without a tokenizer.
+        ConfigError: One string instead of a list, or texts without a tokenizer.
     """
+    if isinstance(texts, str):
+        raise ConfigError("texts must be a list of texts, got one string; put it into a list.")
     total = len(texts) if isinstance(texts, Sized) else 0
     items = iter(texts)
     first = next(items, None)

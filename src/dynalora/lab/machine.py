@@ -60,3 +60,15 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return
+
+
+def forget_training_peak() -> None:
+    """Begin anew with `training_peak`."""
+    forget_peak()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def training_peak() -> int | None:
+    """Most memory that training held, in bytes: on the GPU if there is one; else of this process, weights included."""
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else peak()

@@ -93,8 +93,8 @@ class Disel(Method):
         """
         rules = config.gate_overrides()
         if config.match_step:
-            multiple = min(1 + math.exp(-config.gate_bias_init), FASTEST) if config.gate_bias_init > -50 else FASTEST
-            rules["up"] = OptimizerOverride(lr_multiplier=multiple)
+            closed = math.exp(min(-config.gate_bias_init, 50.0))  # farther closed than FASTEST allows for, no overflow
+            rules["up"] = OptimizerOverride(lr_multiplier=min(1 + closed, FASTEST))
         return rules
 
     def report(self, moment: Moment) -> dict[str, Any]:

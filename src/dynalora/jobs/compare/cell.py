@@ -28,7 +28,7 @@ from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.jobs.compare.store import CellStore, shared_settings
 from dynalora.lab.baselines import edits_base
 from dynalora.lab.data.conversations import MONITORED_LENGTH, load_named_text, measured_text
-from dynalora.lab.machine import forget_peak, machine, peak
+from dynalora.lab.machine import forget_training_peak, machine, training_peak
 from dynalora.lab.models import load_model, load_tokenizer, local_model_name, placed
 from dynalora.lab.scaling import scalable
 from dynalora.lab.training.settings import train_settings
@@ -102,7 +102,7 @@ class _Run:
                 spec, seed=cell.seed, learning_rate=cell.learning_rate, weight_decay=cell.weight_decay, log_every=1,
                 eval_every=0, save_every=0,
             )  # fmt: skip
-            _forget_peak()
+            forget_training_peak()
             over_time = OverTime(spec, held_out, validation, tokenizer, lambda model: self._kept(model, tokenizer))
             trained = train_adapter(
                 model, tokenizer, cell.config(self.head.task_type), rows, settings=how, label=cell.label,
@@ -277,7 +277,7 @@ def _training(trained: TrainResult, rows: int) -> dict[str, Any]:
         "step_seconds": trained.step_seconds,
         "step_seconds_quartiles": trained.step_seconds_quartiles,
         "seconds": trained.seconds,
-        "peak_bytes": _peak(),
+        "peak_bytes": training_peak(),
         "losses": [[record["step"], record["loss"]] for record in trained.records if "loss" in record],
     }
 
@@ -304,14 +304,3 @@ def _losses(score: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kl(measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return {text: {name: row[name] for name in ("kl", "kl_error")} for text, row in measured.items()}
-
-
-def _forget_peak() -> None:
-    forget_peak()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak() -> int | None:
-    """Most memory that training held, in bytes: on the GPU if there is one; else of this process, weights included."""
-    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else peak()

@@ -15,7 +15,7 @@ from dynalora.jobs.finetune.settings import FinetuneSpec
 from dynalora.lab.choices import label_of
 from dynalora.lab.configs import title_of
 from dynalora.lab.costs import Cost, amount, cost_of, cost_table
-from dynalora.lab.machine import forget_peak, peak
+from dynalora.lab.machine import forget_training_peak, training_peak
 from dynalora.lab.models import empty_model, load_model, resolve_dtype
 from dynalora.lab.report import say
 from dynalora.lab.training.recorder import wait_for_device
@@ -53,9 +53,7 @@ class _FewSteps(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.steps = state.max_steps
-        forget_peak()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        forget_training_peak()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         wait_for_device()
@@ -92,7 +90,7 @@ def dry_run(spec: FinetuneSpec, *, console: Console | None = None) -> DryRun:
     )
     timed = _timed(ready)
     seconds = sum(timed.seconds[1:]) / (len(timed.seconds) - 1) if len(timed.seconds) > 1 else None
-    most = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak()
+    most = training_peak()
     say(console, *_lines(timed.steps, seconds, most))
     return DryRun(cost, timed.steps, seconds, most)
 

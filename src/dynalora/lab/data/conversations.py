@@ -134,10 +134,14 @@ def _conversation(row: Mapping[str, Any], fields: Fields, where: str) -> Convers
     extra = text_in(row.get(fields.input), fields.input, where) if fields.input else ""
     if not response.strip():
         return None
-    question: Message = {"role": "user", "content": prompt}
-    if extra.strip():
-        question = {"role": "user", "content": f"{prompt}\n\n{extra}", "instruction": prompt, "input": extra}
-    return [question, {"role": "assistant", "content": response}]
+    return [question_of(prompt, extra), {"role": "assistant", "content": response}]
+
+
+def question_of(prompt: str, extra: str) -> Message:
+    """The message that asks a prompt, behind which a further text follows if it is not empty."""
+    if not extra.strip():
+        return {"role": "user", "content": prompt}
+    return {"role": "user", "content": f"{prompt}\n\n{extra}", "instruction": prompt, "input": extra}
 
 
 def text_in(value: Any, name: str, where: str) -> str:
@@ -180,7 +184,7 @@ def _json(value: Any) -> Any:
     return value
 
 
-def turns_in(value: Any, name: str, where: str, tools: Any = None) -> Conversation:
+def turns_in(value: Any, name: str, where: str) -> Conversation:
     """All messages of a cell that holds a chat; may be empty.
 
     Raises:
@@ -211,6 +215,11 @@ def turns_in(value: Any, name: str, where: str, tools: Any = None) -> Conversati
             )
         text = text_in(content, "content", f"{where}, message {number} in '{name}'")
         chat.append(cast(Message, {"role": role, "content": text, **extras}))
+    return chat
+
+
+def with_tools(chat: Conversation, tools: Any) -> Conversation:
+    """A chat whose first message carries the tools that its row offers; they may be JSON text, or missing."""
     if chat and not _is_missing(tools := _json(tools)):
         chat[0]["tools"] = tools
     return chat
@@ -223,9 +232,7 @@ def _chat(value: Any, name: str, where: str, tools: Any = None) -> Conversation 
         chat.pop(0)
     while chat and not is_learned(chat[-1]):
         chat.pop()
-    if chat and not _is_missing(tools := _json(tools)):
-        chat[0]["tools"] = tools
-    return chat or None
+    return with_tools(chat, tools) or None
 
 
 MONITORED_TEXTS = 32

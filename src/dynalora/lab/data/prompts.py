@@ -9,8 +9,8 @@ from typing import Any
 
 from dynalora.errors import DataError
 from dynalora.evaluation.files import TEXT_FIELDS, is_text, passages, read_rows
-from dynalora.evaluation.tokens import PLAIN, Conversation, Message
-from dynalora.lab.data.conversations import text_in, turns_in
+from dynalora.evaluation.tokens import PLAIN, Conversation
+from dynalora.lab.data.conversations import question_of, text_in, turns_in, with_tools
 from dynalora.lab.data.fields import USUAL_FIELDS
 
 
@@ -91,7 +91,7 @@ def load_prompts(
 def _prompt(row: Mapping[str, Any], fields: PromptFields, where: str) -> Prompt:
     fields = _found(row, fields, where)
     if fields.messages:
-        turns = turns_in(row[fields.messages], fields.messages, where, row.get("tools"))
+        turns = with_tools(turns_in(row[fields.messages], fields.messages, where), row.get("tools"))
         answered = bool(turns) and turns[-1]["role"] == "assistant"
         response = turns.pop()["content"] if answered else None
         if not turns:
@@ -104,12 +104,9 @@ def _prompt(row: Mapping[str, Any], fields: PromptFields, where: str) -> Prompt:
         raise DataError(f"{where}: field '{asked}' is empty; give every row a prompt.")
     if fields.text:
         return Prompt([{"role": PLAIN, "content": text}])
-    question: Message = {"role": "user", "content": text}
     extra = text_in(row.get(fields.input), fields.input, where) if fields.input else ""
-    if extra.strip():
-        question = {"role": "user", "content": f"{text}\n\n{extra}", "instruction": text, "input": extra}
     response = text_in(row.get(fields.response), fields.response, where) if fields.response else ""
-    return Prompt([question], response if response.strip() else None)
+    return Prompt([question_of(text, extra)], response if response.strip() else None)
 
 
 def _found(row: Mapping[str, Any], fields: PromptFields, where: str) -> PromptFields:

@@ -85,8 +85,10 @@ class Recorder(TrainerCallback):
 
         It goes by the records, which a resumed run has, too.
         """
+        if self.patience is None:
+            return False
         losses = [record["held_out_loss"] for record in self.records if "held_out_loss" in record]
-        return bool(self.patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= (self.patience or 0)
+        return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.patience
 
     def step_seconds(self) -> tuple[float | None, tuple[float, float] | None]:
         """Median and quartiles of the time of a step, without the first few; None where there are too few others."""
