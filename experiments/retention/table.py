@@ -50,8 +50,9 @@ def main(out: Path) -> None:
     )  # fmt: skip
     (out / "retention.md").write_text(markdown_table(table), encoding="utf-8")
     plot_retention_curves(
-        curves, out / "curves.png", title="Distance from the base model while fine-tuning on GSM8K (method-rank)"
-    )
+        curves, out / "curves.png", title="Distance from the base model while fine-tuning on GSM8K (method-rank)",
+        overwrite=True,
+    )  # fmt: skip
     print(markdown_table(table))
 
 

@@ -18,8 +18,9 @@ from dynalora.adapter.method import Panel
 from dynalora.common.statistics import Interval
 from dynalora.drawing.comparison import plot_bars
 from dynalora.drawing.landscape import plot_rank_heatmap
-from dynalora.drawing.style import PALETTE, look, looks, rendered
+from dynalora.drawing.style import PALETTE, look, looks, rendered, save
 from dynalora.drawing.training import plot_losses, plot_metrics
+from dynalora.errors import ConfigError
 from dynalora.lab.baselines import BASELINES
 from dynalora.lab.report import Figure, Report, Section, Table, render_html, rich_table, show, write_report
 from dynalora.methods import METHODS
@@ -167,6 +168,36 @@ def test_plots_leave_pyplot_alone() -> None:
     before = plt.get_fignums()
     plot_bars({"": {"a": Interval(1, 1, 1)}}, label="y")
     assert plt.get_fignums() == before
+
+
+DRAWS_FILES = {
+    "plot_gates", "plot_rank_landscape", "plot_rank_trajectory", "plot_retention_curves"
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("there", ["picture.png", "picture.svg"])
+def test_pictures_replace_no_file_unless_asked(there: str, tmp_path: Path) -> None:
+    drawn = plot_losses({"a": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]})
+    (tmp_path / there).write_text("mine")
+    with pytest.raises(ConfigError, match=f"{there}' exists already; .*overwrite=True"):
+        save(drawn, tmp_path / "picture.png")
+    assert [file.name for file in tmp_path.iterdir()] == [there]
+    assert (tmp_path / there).read_text() == "mine"
+    save(drawn, tmp_path / "picture.png", overwrite=True)
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "picture.svg").read_text()
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ConfigError, match="is a folder"):
+        save(drawn, tmp_path / "folder.png", overwrite=True)
+
+
+def test_every_function_that_draws_into_a_file_asks_before_it_replaces_one() -> None:
+    for module in pkgutil.iter_modules(drawing.__path__, "dynalora.drawing."):
+        for name, function in inspect.getmembers(importlib.import_module(module.name), inspect.isfunction):
+            parameters = inspect.signature(function).parameters
+            if name.startswith("plot_") and "path" in parameters:
+                assert name in DRAWS_FILES
+                assert parameters["overwrite"].default is False
 
 
 def test_metric_panels_draw_the_panels_that_have_numbers() -> None:

@@ -22,6 +22,8 @@ def plot_gates(
     statistics: Mapping[str, Sequence[GateStatistics]],
     path: str | os.PathLike[str] | None = None,
     title: str = "Gates by depth and domain",
+    *,
+    overwrite: bool = False,
 ) -> Figure:
     """Normalised gate histograms by depth group, domains overlaid (DISeL Figure 4).
 
@@ -29,9 +31,13 @@ def plot_gates(
         statistics: Results of `dynalora.record_gates` by the name of their text's domain.
         path: File to write, as PNG and SVG side by side; None only returns the figure.
         title: Heading.
+        overwrite: Whether files that are there are replaced.
+
+    Raises:
+        ConfigError: There is such a file and `overwrite` is false, or the place cannot be written.
     """
     drawn = _histograms({domain: _by_depth(rows) for domain, rows in statistics.items()}, title)
-    save(drawn, path)
+    save(drawn, path, overwrite=overwrite)
     return drawn
 
 

@@ -38,6 +38,8 @@ def plot_rank_landscape(
     path: str | os.PathLike[str] | None = None,
     quantity: Quantity = "effective_rank",
     title: str = "",
+    *,
+    overwrite: bool = False,
 ) -> Figure:
     """Draw the landscape over the layers, one panel per module kind, runs overlaid (DiRA Figures 1, 2, 4–10).
 
@@ -48,9 +50,11 @@ def plot_rank_landscape(
             `effective_rank`, `nuclear_norm`, `energy`, `entropy_rank`, `stable_rank`, `energy_rank`, or `effect_rank`
             where it was measured. A dotted line in plots of ranks is the rank that the adapters have.
         title: Of the figure; by default it says what is drawn.
+        overwrite: Whether files that are there are replaced.
 
     Raises:
-        ConfigError: The quantity is unknown or was not measured, or there is nothing to draw.
+        ConfigError: The quantity is unknown or was not measured, there is nothing to draw, there is such a file and
+            `overwrite` is false, or the place cannot be written.
     """
     if quantity not in QUANTITIES:
         raise ConfigError(f"quantity is {quantity!r}; choose one of {', '.join(QUANTITIES)}.")
@@ -73,7 +77,7 @@ def plot_rank_landscape(
         if ranked and ceiling <= _LARGEST_CEILING:
             axis.axhline(ceiling, color="0.6", linestyle=":", linewidth=1)
         axis.set_ylim(bottom=-0.5 if ranked else 0)
-    save(drawn, path)
+    save(drawn, path, overwrite=overwrite)
     return drawn
 
 
@@ -151,7 +155,9 @@ def rank_grid(
     return kinds, ["–" if layer < 0 else str(layer) for layer in layers], grid
 
 
-def plot_rank_trajectory(trajectory: RankTrajectory, path: str | None = None) -> Figure:
+def plot_rank_trajectory(
+    trajectory: RankTrajectory, path: str | os.PathLike[str] | None = None, *, overwrite: bool = False
+) -> Figure:
     """Draw a run's ranks: over time, by importance, and as they are at the end.
 
     Six panels: rank of every module over the steps; importance ranking over the steps; final ranks as a heat map of
@@ -161,6 +167,10 @@ def plot_rank_trajectory(trajectory: RankTrajectory, path: str | None = None) ->
     Args:
         trajectory: Result of `rank_trajectory`.
         path: File to write, as PNG and SVG side by side; None only returns the figure.
+        overwrite: Whether files that are there are replaced.
+
+    Raises:
+        ConfigError: There is such a file and `overwrite` is false, or the place cannot be written.
     """
     drawn, (over_time, ranking, final, against, used, pareto) = figure(13, 7.5, columns=3, rows=2)
     kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in trajectory.modules))
@@ -177,7 +187,7 @@ def plot_rank_trajectory(trajectory: RankTrajectory, path: str | None = None) ->
     describe(used, title=f"effective rank, utilisation {mean:.0%}", x="module", y="rank")
     pareto.plot(trajectory.steps, trajectory.pareto_variance, marker="o", markersize=3)
     describe(pareto, title="log of the variance of G^(2/3) / r", x="optimizer step", y="log variance")
-    save(drawn, path)
+    save(drawn, path, overwrite=overwrite)
     return drawn
 
 

@@ -21,6 +21,7 @@ def plot_retention_curves(
     *,
     max_forgetting: float | None = None,
     title: str = "Distance from the base model during training",
+    overwrite: bool = False,
 ) -> Figure:
     """Draw KL(base ‖ tuned) and loss shift against the optimizer step, runs overlaid, a row for each text.
 
@@ -29,12 +30,14 @@ def plot_retention_curves(
         path: PNG file to write, and beside it the SVG; None only returns the figure.
         max_forgetting: The budget, drawn as a dotted line into the plots of KL.
         title: Of the figure.
+        overwrite: Whether files that are there are replaced.
 
     Returns:
         The matplotlib figure. Bars on KL are its standard error over the texts.
 
     Raises:
-        ConfigError: There is no point to draw.
+        ConfigError: There is no point to draw, there is such a file and `overwrite` is false, or the place cannot be
+            written.
     """
     named: dict[str, list[RetentionPoint]] = {}
     if isinstance(runs, Mapping):
@@ -62,7 +65,7 @@ def plot_retention_curves(
         describe(kl, title=text, x="optimizer step", y="KL(base ‖ tuned) (nats per token)")
         describe(shift, title=text, x="optimizer step", y="loss shift (nats per token)")
     legend(axes[0])
-    save(drawn, path)
+    save(drawn, path, overwrite=overwrite)
     return drawn
 
 

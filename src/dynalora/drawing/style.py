@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dynalora.common.extras import require
-from dynalora.common.files import write_file
+from dynalora.common.files import why_not_written, write_file
+from dynalora.errors import ConfigError
 from dynalora.methods import METHODS
 
 if TYPE_CHECKING:
@@ -201,8 +202,24 @@ def rendered(drawn: Figure, kind: str = "png", *, dpi: int = 150) -> bytes:
     return buffer.getvalue()
 
 
-def save(drawn: Figure, path: str | os.PathLike[str] | None, *, dpi: int = 150) -> list[Path]:
-    """Write a figure as PNG and SVG side by side, each whole or not at all; nothing without a path."""
+def save(drawn: Figure, path: str | os.PathLike[str] | None, *, overwrite: bool = False, dpi: int = 150) -> list[Path]:
+    """Write a figure as PNG and SVG side by side, each whole or not at all; nothing without a path.
+
+    Args:
+        drawn: The figure.
+        path: The PNG file's name; the SVG has the same with another ending.
+        overwrite: Whether files that are there are replaced.
+        dpi: Pixels per inch of the PNG.
+
+    Raises:
+        ConfigError: There is such a file and `overwrite` is false, or the place cannot be written.
+    """
     if path is None:
         return []
-    return [write_file(Path(path).with_suffix(f".{kind}"), rendered(drawn, kind, dpi=dpi)) for kind in ("png", "svg")]
+    places = {kind: Path(path).with_suffix(f".{kind}") for kind in ("png", "svg")}
+    for place in places.values():  # all of them before the first is written
+        reason = why_not_written(place)
+        if reason is not None and not (overwrite and place.is_file()):
+            remedy = "choose another path, or replace it with overwrite=True" if place.is_file() else "choose another"
+            raise ConfigError(f"The picture '{place}' {reason}; {remedy}.")
+    return [write_file(place, rendered(drawn, kind, dpi=dpi), replace=overwrite) for kind, place in places.items()]
