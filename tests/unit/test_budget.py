@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,20 @@ def test_a_loop_of_ones_own_calls_once_before_and_once_after(words: Any) -> None
     assert outcome.held
     assert 0.045 <= kl <= 0.055
     assert hold_budget(adapted(words)) == []  # which has not trained
+
+
+def test_a_loop_that_forgets_to_end_its_budget_hears_of_it_when_it_saves(words: Any, tmp_path: Any) -> None:
+    model = adapted(words)
+    dynalora.prepare_retain(model, words, anchor_text(model, words, texts=4, tokens=4, cache=False))
+    model.save_pretrained(tmp_path / "start")  # before any step there is nothing to end
+    loop(words, model, 2)
+    with pytest.warns(UserWarning, match=r"max_forgetting=0\.05.*call dynalora\.hold_budget\(model\)"):
+        model.save_pretrained(tmp_path / "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path / "b")  # it says so once
+        hold_budget(model)
+        model.save_pretrained(tmp_path / "c")
 
 
 def test_a_run_that_does_not_need_its_budget_says_so(words: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,6 +19,7 @@ on a few texts, and with `max_forgetting` the weight follows the KL ([`adapter.b
 from __future__ import annotations
 
 import operator
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -139,6 +140,7 @@ class Retain:
         value: Σ P at the last step, without the weight; with `retain_mode="replay"` the KL on the step's texts.
         meter: Measures the model; None until text was read. It belongs to one model: copies have none.
         outcome: What became of the budget, once the run has ended.
+        ends_itself: Whether a trainer is at work, which ends the budget when the run ends.
     """
 
     def __init__(self) -> None:
@@ -146,6 +148,8 @@ class Retain:
         self.value: torch.Tensor | None = None
         self.meter: Meter | None = None
         self.outcome: Any = None
+        self.ends_itself = False
+        self._warned = False
         # Of the training step that is under way: gradients by parameter, and the parameters that have had theirs.
         self._gradients: dict[int, torch.Tensor] = {}
         self._done: set[int] = set()
@@ -215,10 +219,30 @@ class Retain:
                 report["budget"] = str(self.outcome)
         return report
 
+    def check_finished(self, config: Any, adapter: str, when: str) -> None:
+        """Warn, once, of an adapter whose budget nobody ended.
+
+        Args:
+            config: The adapter's configuration.
+            adapter: The adapter's name.
+            when: What the user is doing, for the message.
+        """
+        steps_made = self.weight is not None
+        if config.max_forgetting is None or not steps_made or self.outcome is not None or self.ends_itself:
+            return
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{when}: adapter {adapter!r} was trained with max_forgetting={config.max_forgetting:g}, and may be "
+                "above it: call dynalora.hold_budget(model) after the last step (checkpoints on the way need no call).",
+                stacklevel=2,
+            )
+
     def forget_run(self, lead: AdapterLayer, adapter: str) -> None:
         """Begin the budget of a new run."""
         lead.set_running(BUDGET.name, adapter, None)
         self.outcome = None
+        self._warned = False
 
     def _measured(self, moment: Moment) -> tuple[float, int] | None:
         state = None if moment.lead is None else moment.lead.running(BUDGET.name, moment.adapter)
@@ -249,6 +273,7 @@ class Retain:
                 value = self._penalty(layers, moment.step)
                 gradients = torch.autograd.grad(value, parameters, allow_unused=True)
         self.value = value.detach()
+        self.outcome = None  # a run that goes on after its end has to be ended again
         self.weight = config.retain if config.max_forgetting is None else self._controlled(moment, self.value)
         return {
             id(parameter): gradient

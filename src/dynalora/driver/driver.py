@@ -410,6 +410,8 @@ class Driver:
             ScheduleError: Gradients flowed and the weights moved, but no optimizer that torch's step hooks can see
                 stepped this adapter, although the method acts around optimizer steps.
         """
+        for part in self.parts:
+            part.check_finished(self.config, self.adapter, when)
         if self.optimizer_steps or self.accepted_undriven or not self._gradients_seen:
             return
         if not (self.parts or self.method.needs_driving(self.config)):

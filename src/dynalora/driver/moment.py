@@ -161,6 +161,9 @@ class DrivenPart(Protocol):
     def report(self, moment: Moment) -> dict[str, Any]:
         """What it is doing now, for `dynalora.state_report`."""
 
+    def check_finished(self, config: Any, adapter: str, when: str) -> None:
+        """Warn of what a run has left to do, where the adapter is about to be used (saved, merged)."""
+
 
 class DrivenMethod(Protocol):
     """What a method may do around optimizer steps. See `dynalora.adapter.method.Method`."""

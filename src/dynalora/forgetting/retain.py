@@ -108,8 +108,9 @@ class RetainCallback(TrainerCallback):
         if model is None:
             return
         adapters = _retaining(model)
-        if state.global_step == 0:
-            for driver, layers, part in adapters:
+        for driver, layers, part in adapters:
+            part.ends_itself = True
+            if state.global_step == 0:
                 part.forget_run(layers[0], driver.adapter)
         unread = any(not part.ready(driver.config, layers, driver.adapter) for driver, layers, part in adapters)
         if unread and hasattr(processing_class, "all_special_ids"):  # or else the first step says what is missing
@@ -127,6 +128,8 @@ class RetainCallback(TrainerCallback):
         if model is not None:
             with late_progress() as progress:
                 hold_budget(model, progress=progress)
+            for _driver, _layers, part in _retaining(model):
+                part.ends_itself = False
 
 
 RANK = 128
