@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from dynalora.forgetting.recovery import ablated as ablated
     from dynalora.forgetting.recovery import recover as recover
     from dynalora.forgetting.retain import prepare_retain as prepare_retain
+    from dynalora.forgetting.texts import anchor_text as anchor_text
+    from dynalora.forgetting.texts import answered_text as answered_text
     from dynalora.forgetting.texts import given_text as given_text
     from dynalora.forgetting.texts import own_text as own_text
     from dynalora.forgetting.trajectory import rank_trajectory as rank_trajectory
@@ -76,6 +78,8 @@ _EAGER = {
 _LAZY = {
     "RetentionMonitor": "forgetting.monitor",
     "ablated": "forgetting.recovery",
+    "anchor_text": "forgetting.texts",
+    "answered_text": "forgetting.texts",
     "given_text": "forgetting.texts",
     "own_text": "forgetting.texts",
     "plot_gates": "drawing.gates",

@@ -11,10 +11,11 @@ import torch
 
 import dynalora
 from dynalora.adapter.layer import adapter_layers
+from dynalora.errors import ConfigError
 from dynalora.export.snapshot import held_gates
 from dynalora.forgetting.retain import prepare_retain
 from dynalora.forgetting.retention import retention
-from dynalora.forgetting.texts import OwnText, anchor_text
+from dynalora.forgetting.texts import OwnText, anchor_text, answered_text
 from dynalora.methods import config_class, method_names
 from tests.toys import TOYS
 from tests.unit import tiny
@@ -126,6 +127,39 @@ def test_a_second_task_keeps_what_the_first_taught(words: Any) -> None:
         for retain in (None, STRONG)
     )
     assert kept < 0.7 * loose
+
+
+def test_answers_to_prompts_are_what_the_base_model_says_to_them(words: Any, tmp_path: Any) -> None:
+    first = trained(words, configuration("dira"))
+    prompts: list[Any] = ["Name a number.", list(words("Is it")["input_ids"])]
+    text = answered_text(first, words, prompts, tokens=6, cache=tmp_path)
+    assert text.rows[1][: text.starts[1]] == tuple(prompts[1])
+    assert all(1 <= len(row) - start <= 6 for row, start in zip(text.rows, text.starts, strict=True))
+    assert text.fingerprint == answered_text(tiny.model(len(words)), words, prompts, tokens=6, cache=False).fingerprint
+    assert answered_text(first, words, prompts, tokens=6, cache=tmp_path) == text  # from the file
+    assert len(list(tmp_path.iterdir())) == 1
+    both = text + text_of(words, first)
+    assert both.tokens == text.tokens + text_of(words, first).tokens
+    assert both.rows[:2] == text.rows
+    for wrong in ("Name a number.", [], [[]]):
+        with pytest.raises(ConfigError, match="prompts"):
+            answered_text(first, words, wrong, cache=False)
+
+
+def test_answers_to_the_first_tasks_prompts_are_kept_in_the_second(words: Any) -> None:
+    first = trained(words, configuration("dira")).merge_and_unload()
+    prompts = [list(words(f"{word} is")["input_ids"]) for word in ("Seven", "Nine", "Two", "Ten")]
+    answers = answered_text(first, words, prompts, tokens=12, cache=False)
+
+    def second(*more: Any) -> float:
+        torch.manual_seed(0)
+        model = peft.get_peft_model(copy.deepcopy(first), configuration("dira", 1e3)).train()
+        keep = anchor_text(first, words, texts=4, tokens=8, cache=False)
+        prepare_retain(model, words, sum(more, keep))
+        learn(words, model)
+        return retention(model, answers, base=first).kl
+
+    assert second(answers) < 0.8 * second()
 
 
 def test_held_gates_keep_it_too(words: Any) -> None:

@@ -81,6 +81,10 @@ class MeasuredText:
         """Number of tokens that count."""
         return sum(len(row) - start for row, start in zip(self.rows, self.starts, strict=True))
 
+    def __add__(self, other: MeasuredText) -> MeasuredText:
+        """These texts and another's."""
+        return MeasuredText((*self.rows, *other.rows), (*self.starts, *other.starts))
+
 
 @dataclass(frozen=True)
 class OwnText(MeasuredText):
@@ -189,6 +193,61 @@ def anchor_text(
     frame = len(_chat_frame(tokenizer)[0]) if chats else 0
     starts = (1,) * len(first) + (max(1, frame),) * chats
     return _remembered(model, cache, ["anchors", first, chats, tokens, seed, batch_size], seed, starts, write)
+
+
+def answered_text(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    tokens: int = 64,
+    seed: int = 0,
+    batch_size: int = 32,
+    cache: str | os.PathLike[str] | bool = True,
+    progress: Progress = silent,
+) -> OwnText:
+    """What the base model answers to prompts, to train with (`retain`): what it can do with these is kept.
+
+    For a second task: the base model is then the one into which the first task's adapter was merged, and the prompts
+    are some of the first task's.
+
+    Args:
+        model: A causal language model, with or without adapters, which are switched off while it writes.
+        tokenizer: The model's.
+        prompts: Messages to the model, put into the chat template if there is one; or token ids, which are taken as
+            they are.
+        tokens: Most tokens per answer.
+        seed: Of the sampling, at temperature 1. The global random state is left as it was.
+        batch_size: Prompts per batch.
+        cache: True for the user's cache folder, a folder, or False to neither read nor write a file.
+        progress: Called with the number of answers written.
+
+    Returns:
+        The texts, of which the answers count.
+
+    Raises:
+        ConfigError: One string instead of a list, no prompt or an empty one, or tokens or batch_size below 1.
+        UnsupportedError: The model holds weights merged from an adapter, so its base cannot be asked.
+    """
+    check_least(1, tokens=tokens, batch_size=batch_size)
+    if isinstance(prompts, str):
+        raise ConfigError("prompts must be a list of prompts, got one string; put it into a list.")
+    refuse_merged(model)
+    openings = [_opening(tokenizer, prompt) for prompt in prompts]
+    if not openings or not all(openings):
+        raise ConfigError("prompts holds no prompt, or an empty one; give at least one, each with a token.")
+
+    def write() -> Rows:
+        return sampled(model, tokenizer, openings, tokens, seed, batch_size, progress)
+
+    starts = tuple(len(opening) for opening in openings)
+    return _remembered(model, cache, ["answers", openings, tokens, seed, batch_size], seed, starts, write)
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int]) -> list[int]:
+    if not isinstance(prompt, str):
+        return list(prompt)
+    return chat_prompt(tokenizer, prompt) if tokenizer.chat_template else list(tokenizer(prompt)["input_ids"])
 
 
 def _first_tokens(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[list[int]]:
