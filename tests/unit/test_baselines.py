@@ -15,10 +15,10 @@ from dynalora.forgetting.curves import checkpoint_retention
 from dynalora.forgetting.landscape import rank_landscape
 from dynalora.forgetting.monitor import RetentionMonitor
 from dynalora.forgetting.retention import retention
-from dynalora.forgetting.texts import given_text
+from dynalora.forgetting.texts import anchor_text, given_text
 from dynalora.jobs.finetune.run import finetune
 from dynalora.jobs.stages.settings import ForgettingSpec
-from dynalora.lab.baselines import BASELINES, driver_of, edits_base, optimizer_of
+from dynalora.lab.baselines import BASELINES, driver_of, edits_base, finish_start, optimizer_of
 from dynalora.lab.choices import label_of
 from dynalora.lab.configs import adapter_config, check_targets, compared_config, compared_names, method_names
 from dynalora.lab.run_folder import RunFolder
@@ -408,3 +408,42 @@ def test_retention_is_left_out_where_the_base_is_gone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"max_forgetting is 0\.1, but PiSSA changes the base weights"):
         finetune(spec(folder, rows, tmp_path / "other", method="pissa", retention=True, max_forgetting=0.1))
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_lora_null_begins_in_the_directions_that_the_models_own_text_uses_least() -> None:
+    words = tiny.tokenizer()
+    words.pad_token = words.eos_token
+    torch.manual_seed(0)
+    model = peft.get_peft_model(tiny.model(len(words)), adapter_config("lora-null", r=2, target_modules="all-linear"))
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    text = anchor_text(model, words)
+    finish_start(model, words)
+    inputs: dict[str, list[torch.Tensor]] = {}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(
+            lambda _, given, name=name: inputs.setdefault(name, []).append(given[0].reshape(-1, given[0].shape[-1]))
+        )
+    with torch.no_grad():
+        for row in text.rows:
+            model(input_ids=torch.tensor([row]))
+    for name, layer in layers.items():
+        x = torch.cat(inputs[name]).double()
+        least = torch.linalg.svd(x, full_matrices=True)[2][-2:]
+        down = layer.lora_A["default"].weight.detach().double()
+        torch.testing.assert_close(down @ down.mT, torch.eye(2).double() / 3, rtol=0, atol=1e-5)
+        # In the same plane: nothing of it lies outside the two directions with the least energy.
+        energy = (x @ down.mT).square().sum()
+        torch.testing.assert_close(energy, (x @ least.mT).square().sum() / 3, rtol=1e-2, atol=1e-7)
+        assert not layer.lora_B["default"].weight.any()
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    assert all("lora_A" in name for name in changed)
+    assert changed
+
+
+def test_other_loras_begin_as_peft_lets_them() -> None:
+    words = tiny.tokenizer()
+    model = peft.get_peft_model(tiny.model(len(words)), adapter_config("lora", r=2, target_modules="all-linear"))
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    finish_start(model, words)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())

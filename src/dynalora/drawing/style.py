@@ -33,7 +33,7 @@ BASE = "base"
 
 FIRST = (
     "dira", "disel", "dislora", "pedyra",
-    "lora", "full", "dora", "pissa", "adalora", "rslora", "lora+", "randlora", "miss", "p-tuning",
+    "lora", "full", "dora", "pissa", "adalora", "rslora", "lora+", "randlora", "miss", "p-tuning", "lora-null",
 )  # fmt: skip
 """Methods in the order in which they get their looks; others of the registry come after them, so that a new method
 changes no look that figures already have."""

@@ -33,6 +33,7 @@ from dynalora.common.names import did_you_mean
 from dynalora.errors import ConfigError, ScheduleError
 from dynalora.evaluation.generation import evaluating
 from dynalora.forgetting.texts import anchor_text
+from dynalora.lab.null_space import LoraNullConfig, start_in_null_space
 
 # AdaLoRA's schedule where none is given, as parts of the run: ranks are cut from the first to the second.
 _ADALORA_START, _ADALORA_END, _ADALORA_CUTS = 0.1, 0.7, 20
@@ -105,6 +106,7 @@ class Baseline:
         edits_base: Whether it changes the base weights, so that disabling the adapter does not give the base model.
         has_factors: Whether its update is a product of factors, whose singular values can be measured.
         more: Further fields by rank.
+        start: Computes the fresh adapter's start from the model and its tokenizer; None: PEFT's own.
         optimizer: Makes its own optimizer of the given class and settings (`lr`, `weight_decay`, …); None: it is
             trained as all others are.
     """
@@ -120,6 +122,7 @@ class Baseline:
     edits_base: bool = False
     has_factors: bool = True
     more: Callable[[int], dict[str, Any]] = lambda r: {}
+    start: Callable[[PeftModel, PreTrainedTokenizerBase], None] | None = None
     optimizer: Callable[[PeftModel, type[Optimizer], Mapping[str, Any]], Optimizer] | None = None
 
     def fields(self, r: int, alpha: float | None, dropout: float) -> dict[str, Any]:
@@ -147,6 +150,7 @@ BASELINES: dict[str, Baseline] = {
     "lora": Baseline("LoRA", peft.LoraConfig, alpha_per_rank=2),
     "rslora": Baseline("rsLoRA", peft.LoraConfig, alpha_per_rank=1, options={"use_rslora": True}),
     "lora+": Baseline("LoRA+", LoraPlusConfig, alpha_per_rank=2, optimizer=_loraplus),
+    "lora-null": Baseline("LoRA-Null", LoraNullConfig, alpha_per_rank=2, start=start_in_null_space),
     "dora": Baseline("DoRA", peft.LoraConfig, alpha_per_rank=2, options={"use_dora": True}),
     # Its factors start at the length of the weight's own singular values.
     "pissa": Baseline(
@@ -240,6 +244,14 @@ def prepare_start(
     named = copy.copy(config)  # PEFT looks for each module's name among these, and does not know all-linear here
     named.target_modules = targeted_modules(model, config)
     preprocess_corda(model, named, run_model=run_model)
+
+
+def finish_start(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What must be done with a fresh adapter once it is attached."""
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    for baseline in BASELINES.values():
+        if baseline.start is not None and type(config) is baseline.config:
+            baseline.start(cast(PeftModel, model), tokenizer)
 
 
 def config_from_file(

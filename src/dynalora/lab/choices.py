@@ -24,7 +24,7 @@ KEEP_BEST = ("validation-loss", "validation-accuracy", "held-out-accuracy")
 MOST_RANK = 65536
 """The largest rank that can be asked for: more than any layer is wide."""
 
-PEFT_METHODS = ("lora", "rslora", "lora+", "dora", "pissa", "adalora", "randlora", "miss", "p-tuning")
+PEFT_METHODS = ("lora", "rslora", "lora+", "lora-null", "dora", "pissa", "adalora", "randlora", "miss", "p-tuning")
 """PEFT's methods that have a name here; their configurations are in [`baselines`][dynalora.lab.baselines]."""
 
 

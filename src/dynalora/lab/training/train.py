@@ -40,7 +40,7 @@ from dynalora.evaluation.scoring import answer_loss
 from dynalora.evaluation.seq2seq import Seq2SeqCollator, is_encoder_decoder
 from dynalora.evaluation.tokens import TokenizedSet, Tokens
 from dynalora.forgetting.monitor import RetentionMonitor
-from dynalora.lab.baselines import DriveBaseline, optimizer_of, prepare_start, prompt_only
+from dynalora.lab.baselines import DriveBaseline, finish_start, optimizer_of, prepare_start, prompt_only
 from dynalora.lab.configs import method_name
 from dynalora.lab.data.collator import Collator
 from dynalora.lab.run_folder import RunFolder
@@ -192,6 +192,8 @@ def train_adapter(
     caching = getattr(model.config, "use_cache", None)
     prepare_start(model, config, tokenizer)
     adapted: Any = model if config is None else peft.get_peft_model(model, config)
+    if config is not None:
+        finish_start(adapted, tokenizer)
     if not isinstance(adapted, peft.PeftModel):
         _train_all(adapted, monitor)
     adapter = adapted.active_peft_config if isinstance(adapted, peft.PeftModel) else None
