@@ -425,14 +425,14 @@ def test_layers_pattern(row: Row) -> None:
 @pytest.mark.parametrize(
     ("build", "target"),
     [
-        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), "0"),
-        (lambda: nn.Sequential(nn.Embedding(5, 4)), "0"),
+        (lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3)), "0"),
+        (lambda: nn.Sequential(nn.EmbeddingBag(5, 4)), "0"),
         (lambda: nn.MultiheadAttention(8, 2), "out_proj"),
         (lambda: nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}), "attention"),
     ],
-    ids=["conv2d", "embedding", "out_proj", "multihead-attention"],
+    ids=["transposed-convolution", "embedding-bag", "out_proj", "multihead-attention"],
 )
-def test_what_is_no_linear_layer_is_named(row: Row, build: Any, target: str) -> None:
+def test_what_cannot_be_adapted_is_named(row: Row, build: Any, target: str) -> None:
     with pytest.raises(UnsupportedError, match=f"'{target}'") as caught:
         peft.get_peft_model(build(), row.configure(MLP, target_modules=[target]))
     assert "exclude_modules" in one_sentence(caught.value)

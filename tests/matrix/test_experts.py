@@ -15,7 +15,7 @@ import dynalora
 from dynalora.adapter import experts as expert_layers
 from dynalora.adapter.experts import AdaptedExperts
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
-from dynalora.errors import ConfigError, UnsupportedError
+from dynalora.errors import ConfigError
 from dynalora.lab.configs import check_targets
 from tests.families import FAMILIES
 from tests.matrix.rows import Row, every_method, every_static_row
@@ -185,13 +185,41 @@ def test_experts_of_an_unknown_form_are_not_left_out_in_silence() -> None:
         peft.get_peft_model(OwnMixture(), dynalora.DiselConfig(r=2, target_modules="all-linear"))
 
 
-def test_export_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    model = Row("dira", dynalora.DiraConfig, static=True).adapt(QWEN, init_weights=False)
-    with pytest.raises(UnsupportedError, match="merge_and_unload"):
-        dynalora.export_lora(model, tmp_path / "live")
+@every_mixture
+def test_export_is_what_pefts_lora_of_parameters_computes(toy: Toy, tmp_path: Path) -> None:
+    """With experts of different ranks and scalings; from the model, and from its folder alone."""
+    torch.manual_seed(0)
+    config = dynalora.DiraConfig(
+        r=3,
+        alpha=5,
+        dropout=0.1,
+        target_modules="all-linear",
+        rank_pattern={r"experts\.gate_up_proj\.1": 1, r"experts\.down_proj\.[02]": 2},
+        alpha_pattern={r"experts\.gate_up_proj\.2": 7},
+        init_weights=False,
+    )
+    model = peft.get_peft_model(toy.build(), config).eval()
+    expected = toy.logits(model)
     model.save_pretrained(tmp_path / "saved")
-    with pytest.raises(UnsupportedError, match="merge_and_unload"):
-        dynalora.export.export_adapter_folder(str(tmp_path / "saved"), str(tmp_path / "lora"))
+    reports = [
+        dynalora.export_lora(model, tmp_path / "live"),
+        dynalora.export.export_adapter_folder(str(tmp_path / "saved"), str(tmp_path / "folder")),
+    ]
+    for report in reports:
+        assert report.max_error < 1e-6
+        plain = peft.PeftModel.from_pretrained(toy.build(), report.path)
+        torch.testing.assert_close(toy.logits(plain), expected, atol=2e-5, rtol=2e-5)
+        vllm, *others = report.serving
+        assert "scales all matrices alike" in str(vllm)
+        assert all("experts" in str(server) for server in others)
+    even = dynalora.export_lora(model, tmp_path / "even", uniform_rank=0)
+    assert not even.serving[0].problems, even.serving
+
+
+def test_servers_name_parameters_by_their_number(tmp_path: Path) -> None:
+    """Of one of two fused parameters alone vLLM would take the factors for the other's."""
+    model = Row("dira", dynalora.DiraConfig, static=True).adapt(QWEN, target_modules=["gate_up_proj"])
+    assert "both of their parameters" in str(dynalora.export_lora(model, tmp_path / "lora").serving[0])
 
 
 def test_with_several_processes_all_experts_get_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

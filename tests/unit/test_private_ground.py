@@ -96,6 +96,17 @@ def test_features_of_linear_layers(inputs: int, outputs: int) -> None:
     assert private.features(nn.Linear(inputs, outputs)) == (inputs, outputs)
 
 
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
+def test_a_convolution_takes_other_kernels_and_pads_as_it_does(mode: Any) -> None:
+    layer = nn.Conv2d(3, 4, 3, padding=(1, 2), dilation=(1, 2), stride=2, padding_mode=mode)
+    x = torch.randn(2, 3, 8, 7)
+    other = nn.Parameter(torch.randn(5, 3, 3, 3))
+    bare = nn.Conv2d(3, 5, 3, dilation=(1, 2), stride=2, bias=False)
+    bare.weight = other
+    padded = private.padded_input(layer, x)
+    torch.testing.assert_close(private.convolve(layer, x, other), bare(padded), msg="torch convolves in another way")
+
+
 def test_all_linear_leaves_the_output_layer_out() -> None:
     model = TOYS["llama"].build()
     config = private.resolve_all_linear(peft.LoraConfig(target_modules="all-linear"), model)

@@ -19,6 +19,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from dynalora.adapter.experts import ExpertMatrix
+from dynalora.adapter.layer_kinds import kind_of
 from dynalora.common.private import features, in_pieces_of_zero
 from dynalora.common.processes import whole
 from dynalora.errors import UnsupportedError
@@ -35,7 +36,8 @@ class BaseWeight(BaseTunerLayer):
 
     Attributes:
         base_layer: The adapted layer, left as it is.
-        in_features, out_features: Its sizes.
+        layer_kind: What it is if it is no plain product with its weight: a convolution, an embedding; else None.
+        in_features, out_features: The sizes of its matrix.
         name: The layer's name in the model.
         quantization_backend: PEFT's way to read and write the weight; None if it is not quantised.
         merged_adapters: The adapters whose updates are in the weight now.
@@ -56,10 +58,11 @@ class BaseWeight(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         base = self.get_base_layer()
         self.quantization_backend = quantization_of(base, quantization)
-        self.in_features, self.out_features = features(base)
+        self.layer_kind = kind_of(base)
+        self.in_features, self.out_features = sizes(base)
 
     @staticmethod
-    def supports(base_layer: nn.Module) -> bool:
+    def multiplies(base_layer: nn.Module) -> bool:
         """Whether a module is a linear layer that can be adapted: linear, GPT-2's `Conv1D`, or quantised."""
         if isinstance(base_layer, NonDynamicallyQuantizableLinear):
             return False  # nn.MultiheadAttention reads its weight and never calls it
@@ -67,6 +70,16 @@ class BaseWeight(BaseTunerLayer):
             return True
         backend = quantization_of(base_layer)
         return backend is not None and backend.layer_type == "linear"
+
+    @staticmethod
+    def supports(base_layer: nn.Module) -> bool:
+        """Whether a module can be adapted: a linear layer, a convolution or an embedding."""
+        return BaseWeight.multiplies(base_layer) or kind_of(base_layer) is not None
+
+    @property
+    def length(self) -> float:
+        """Length of a vector that the matrix multiplies, next to one of as many numbers around 1."""
+        return 1.0 if self.layer_kind is None else self.layer_kind.length
 
     @staticmethod
     def check_whole(base_layer: nn.Module, name: str) -> None:
@@ -122,6 +135,8 @@ class BaseWeight(BaseTunerLayer):
     def base_matrix(self) -> torch.Tensor:
         """The base layer's weight as a matrix (out, in), dequantised if need be."""
         weight = whole(self.get_base_weight().detach())
+        if self.layer_kind is not None:
+            return self.layer_kind.matrix(weight)
         return weight.t() if self.transposed else weight
 
     # Merging ---------------------------------------------------------------------------------------------------
@@ -176,7 +191,9 @@ class BaseWeight(BaseTunerLayer):
         self.check_mergeable()
         delta = self.get_delta_weight(adapter)
         weight = self.get_base_weight()
-        if self.transposed:
+        if self.layer_kind is not None:
+            delta = self.layer_kind.weight(delta)
+        elif self.transposed:
             delta = delta.t()
         if check or self.quantization_backend is not None:
             merged = (weight.to(delta.dtype) + sign * delta.to(weight.device)).to(weight.dtype)
@@ -211,6 +228,12 @@ class BaseWeight(BaseTunerLayer):
                 f"cannot merge into {self.name or 'the layer'}: the model's TorchAoConfig does not say how to quantise "
                 "this layer by itself; keep the adapter attached, or load the base model without quantisation to merge."
             ) from refused
+
+
+def sizes(base_layer: nn.Module) -> tuple[int, int]:
+    """The numbers of columns and rows of a layer's matrix (out, in)."""
+    kind = kind_of(base_layer)
+    return features(base_layer) if kind is None else (kind.in_features, kind.out_features)
 
 
 def quantization_of(base_layer: nn.Module, settings: Mapping[str, Any] | None = None) -> QuantizationBackend | None:

@@ -45,6 +45,7 @@ class AdapterConfig(PeftConfig):
         alpha_pattern: Alphas that differ from `alpha`, likewise.
         scaling_ranks: Written by training that has moved ranks: the rank that a matrix's scaling still refers to, by
             module name, where that is not its own.
+        layer_kinds: Written where convolutions or embeddings are adapted: what they are, by module name.
         layers_to_transform: Indices of the transformer blocks to adapt; None adapts all.
         layers_pattern: Name of the `nn.ModuleList` of blocks, needed for uncommon architectures together with
             `layers_to_transform`.
@@ -91,6 +92,9 @@ class AdapterConfig(PeftConfig):
     scaling_ranks: dict[str, int] = field(
         default_factory=dict,
         metadata={"help": "Written by training that moved ranks: ranks that the scaling refers to."},
+    )
+    layer_kinds: dict[str, dict[str, Any]] = field(
+        default_factory=dict, metadata={"help": "Written by saving: what adapted convolutions and embeddings are."}
     )
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of blocks to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
@@ -199,6 +203,10 @@ class AdapterConfig(PeftConfig):
             for key, value in pattern.items():
                 self._require(isinstance(key, str) and compiles(key), name, "keyed by regular expressions", key)
                 self._require(valid(value), f"{name}[{key!r}]", expected, value)
+        described: Any = self.layer_kinds or {}
+        mapped = isinstance(described, dict) and all(isinstance(layer, dict) for layer in described.values())
+        self._require(mapped, "layer_kinds", "what saving wrote, or left out")
+        self.layer_kinds = described
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             value = getattr(self, name)
             named = isinstance(value, (list, tuple, set)) and all(isinstance(item, str) for item in value)
@@ -259,7 +267,8 @@ class AdapterConfig(PeftConfig):
             adapter: Its name.
 
         Returns:
-            Ranks and the ranks that the scaling refers to, if training has moved any; and a start that needs no
+            Ranks and the ranks that the scaling refers to, if training has moved any; what layers are that are not
+            linear; and a start that needs no
             decomposition of the base weights, since the weights are there.
         """
         layers = list(layers)
@@ -275,6 +284,8 @@ class AdapterConfig(PeftConfig):
         if ranks != scaling_ranks:
             settings["rank_pattern"] = pattern(ranks, [self.r] * len(ranks))
             settings["scaling_ranks"] = pattern(scaling_ranks, ranks)
+        if kinds := {layer.name: layer.layer_kind.described() for layer in layers if layer.layer_kind is not None}:
+            settings["layer_kinds"] = kinds
         start: Any = self.init_weights  # some methods name theirs
         if isinstance(start, str):
             settings["init_weights"] = True

@@ -22,7 +22,11 @@ from dynalora.common.processes import process_count
 from dynalora.errors import UnsupportedError
 
 #: What the projections in a fused parameter are called where they are layers of their own; all of a row make it up.
+#: In the order in which the module has them.
 _LAYERS = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("w2",),)}
+
+#: The fused parameters whose order in their module is known.
+FUSED = tuple(_LAYERS)
 
 
 class ExpertMatrix(nn.Module):

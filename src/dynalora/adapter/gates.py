@@ -102,14 +102,15 @@ class GatedLayer(AdapterLayer):
         """A new adapter's gates: W_g (r, in), or (width, in) and (r, width), and b_g (r); none without gates."""
         if not config.gates:
             return {}
-        draw = kaiming if config.gate_weight_init == "kaiming" else torch.zeros
+        drawn = config.gate_weight_init == "kaiming"
         tensors = {}
         if config.gate_bottleneck is None:
-            tensors["gate_weight"] = draw(r, self.in_features)
+            tensors["gate_weight"] = self.drawn(r) if drawn else torch.zeros(r, self.in_features)
         else:
             # With zeros only the outer layer is zero, or neither would ever get a gradient.
-            tensors["gate_in"] = kaiming(config.gate_bottleneck, self.in_features)
-            tensors["gate_out"] = draw(r, config.gate_bottleneck)
+            width = config.gate_bottleneck
+            tensors["gate_in"] = self.drawn(width)
+            tensors["gate_out"] = kaiming(r, width) if drawn else torch.zeros(r, width)
         tensors["gate_bias"] = torch.full((r,), float(config.gate_bias_init))
         return tensors
 
@@ -122,6 +123,8 @@ class GatedLayer(AdapterLayer):
         row = torch.zeros(1, width)
         if config.gate_weight_init == "kaiming":  # uniform with a = √5
             row = (2 * torch.rand(1, width, generator=generator) - 1) / width**0.5
+            if role == "gate_weight":
+                row /= self.length
         return {role: row, "gate_bias": torch.full((1,), float(config.gate_bias_init))}
 
     def update_layer(self, adapter: str, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -166,6 +169,7 @@ class GatedLayer(AdapterLayer):
         """Whether there are few tokens and nothing but `g(x) = σ(W_g·x + b_g)` and the method's fixed diagonal."""
         return (
             not self.training  # dropout
+            and self.layer_kind is None
             and adapter not in self.held_gates
             and self.has_parameter("gate_weight", adapter)
             and self.gate_scale[adapter] == 1.0
@@ -214,4 +218,7 @@ class GatedLayer(AdapterLayer):
     def gates(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
         """The gates for given inputs, without gradients: x (…, in) → (…, r) in (0, 1)."""
         gate = self.used("gate_in" if self.has_parameter("gate_in", adapter) else "gate_weight", adapter)
+        if self.layer_kind is not None:
+            x = x if self.layer_kind.integers else x.to(gate.dtype)
+            return self._gates(adapter, self.layer_kind.multiply(self.get_base_layer(), x, [gate]))
         return self._gates(adapter, nn.functional.linear(x.to(gate.dtype), gate))

@@ -15,7 +15,7 @@ import itertools
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from dynalora.adapter.kernel import (
     only_multiplies,
     project,
 )
+from dynalora.adapter.layer_kinds import kind_of
 from dynalora.adapter.ranks import RankedStorage, fit
 from dynalora.adapter.shared_input import Companions, Factors, products_for
 from dynalora.adapter.storage import RANK
@@ -154,6 +155,9 @@ class AdapterLayer(RankedStorage, BaseWeight):
 
     # What a method says ----------------------------------------------------------------------------------------
 
+    #: Whether the method's rules hold for convolutions and embeddings too.
+    any_kind: ClassVar[bool] = True
+
     @classmethod
     def check_base_layer(cls, base_layer: nn.Module, name: str, config: Any, r: int) -> None:
         """Check, before any layer is replaced, that a module can be adapted.
@@ -165,22 +169,33 @@ class AdapterLayer(RankedStorage, BaseWeight):
             r: The adapter's rank in this layer.
 
         Raises:
-            UnsupportedError: It is no linear layer.
+            UnsupportedError: It is no layer that can be adapted.
             ConfigError: The method cannot adapt it with these settings.
         """
-        if not cls.supports(base_layer):
+        kind = kind_of(base_layer)
+        if (kind is None and not cls.multiplies(base_layer)) or (kind is not None and not cls.any_kind):
+            more = ", nn.Conv1d, nn.Conv2d, nn.Conv3d and nn.Embedding" if cls.any_kind else ""
             raise UnsupportedError(
                 f"module {name!r} is a {type(base_layer).__name__}, which {cls.method_name} cannot adapt (it adapts "
-                "nn.Linear, transformers' Conv1D and quantised linear layers); leave it out with exclude_modules."
+                f"nn.Linear, transformers' Conv1D, quantised linear layers{more}); leave it out with exclude_modules."
+            )
+        if kind is not None and config.retain is not None:
+            raise ConfigError(
+                f"{type(config).__name__}: retain knows linear layers only, and {name!r} is a "
+                f"{type(base_layer).__name__}; leave it out with exclude_modules, or set retain=None."
             )
 
     def start(self, config: Any, r: int) -> dict[str, torch.Tensor]:
         """Tensors of a new adapter by role: LoRA's start, `down` Kaiming-uniform(√5) and `up` zero."""
-        down = kaiming(r, self.in_features)
+        down = self.drawn(r)
         up = torch.zeros(self.out_features, r)
         if not config.init_weights:
             up = kaiming(self.out_features, r)
         return {"down": down, "up": up}
+
+    def drawn(self, rows: int) -> torch.Tensor:
+        """A matrix (rows, in) drawn as `nn.Linear` draws its weight, for products around 1 with the layer's input."""
+        return kaiming(rows, self.in_features) / self.length
 
     @torch.no_grad()
     def zero_update(self, adapter: str) -> None:
@@ -350,6 +365,12 @@ class AdapterLayer(RankedStorage, BaseWeight):
         Returns:
             `result + s·up(d ⊙ down(x))`, (…, out).
         """
+        if self.layer_kind is not None:
+            up, frozen = self.columns(adapter), self._frozen("frozen_up", adapter)
+            up = up if frozen is None else torch.cat([up, frozen], dim=1)
+            return self.layer_kind.add(
+                self.get_base_layer(), result, self.narrow(x, adapter, products), up, self.scaling[adapter]
+            )
         m, up = self.narrow(x, adapter, products), self.columns(adapter)
         frozen = self._frozen("frozen_up", adapter)
         result = add_low_rank(result, m, up, self.scaling[adapter], in_place, frozen)
@@ -427,6 +448,8 @@ class AdapterLayer(RankedStorage, BaseWeight):
         Returns:
             (…, r + k).
         """
+        if products is None and self.layer_kind is not None:
+            products = self._products_of_kind(x, adapter)
         if products is None:
             projected, h = self._projected(x, adapter)
         elif extra := sum(matrix.shape[0] for matrix in self.projections(adapter)[1:]):
@@ -457,6 +480,21 @@ class AdapterLayer(RankedStorage, BaseWeight):
             parts = [nn.functional.linear(x, matrix) for matrix in rest]
             projected = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0] if parts else None
         return projected, h
+
+    def _products_of_kind(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
+        """What `_projected` gives, side by side, of the input of a layer that is no plain product."""
+        assert self.layer_kind is not None
+        down, *rest = self.projections(adapter)
+        frozen = self._frozen("frozen_down", adapter)
+        first = [down] if frozen is None else [down, frozen]
+        if not self.layer_kind.integers and x.dtype != down.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = self._cast_input_dtype(x, down.dtype)
+        base = self.get_base_layer()
+        p = self.adapter_dropout[adapter] if self.training and not self.layer_kind.integers else 0.0
+        if not p:
+            return self.layer_kind.multiply(base, x, [*rest, *first])
+        h = self.layer_kind.multiply(base, nn.functional.dropout(x, p), first)
+        return torch.cat([self.layer_kind.multiply(base, x, rest), h], dim=-1) if rest else h
 
     def _frozen(self, role: str, adapter: str) -> torch.Tensor | None:
         """The frozen components of one side, in the dtype of the trained ones, which a trainer may have cast."""

@@ -13,10 +13,10 @@ from typing import Any, ClassVar, cast
 
 import torch
 
+from dynalora.adapter.base_weight import sizes
 from dynalora.adapter.layer import AdapterLayer, Gates
 from dynalora.adapter.method import Method
 from dynalora.adapter.storage import Role
-from dynalora.common.private import features
 from dynalora.driver import Moment, OptimizerOverride
 from dynalora.errors import ConfigError
 from dynalora.spectral.decomposition import Triplets, decompose
@@ -35,7 +35,7 @@ class TwinLayer(AdapterLayer):
     def check_base_layer(cls, base_layer: torch.nn.Module, name: str, config: Any, r: int) -> None:
         """Check that a module can be adapted, and has as many singular values as the adapter has components."""
         super().check_base_layer(base_layer, name, config, r)
-        inputs, outputs = features(base_layer)
+        inputs, outputs = sizes(base_layer)
         if r > min(inputs, outputs):
             raise ConfigError(
                 f"{type(config).__name__}: r={r} is more than the {min(inputs, outputs)} singular values of {name!r}, "

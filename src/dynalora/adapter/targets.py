@@ -137,6 +137,7 @@ def _adapted(model: nn.Module) -> set[str]:
         name
         for name, module in model.named_modules()
         if isinstance(module, BaseWeight)
+        and module.layer_kind is None
         and module is not output
         and not isinstance(_submodule(model, name.rpartition(".")[0]), ExpertList)
     }
@@ -237,10 +238,10 @@ def _warn(message: str) -> None:
 
 
 def uncalled_layers(model: nn.Module) -> dict[str, str]:
-    """Linear layers whose owner reads their weight and does not call them, with the owner's class, by name.
+    """Layers whose owner reads their weight and does not call them, with the owner's class, by name.
 
     An adapter on such a layer would train nothing, in silence: Mamba's kernels, which take the weights of the
-    projections after the convolution, and WavLM's attention.
+    convolution and of the projections after it, and WavLM's attention.
     """
     uncalled: dict[str, str] = {}
     for name, owner in model.named_modules():
@@ -249,6 +250,7 @@ def uncalled_layers(model: nn.Module) -> dict[str, str]:
             # Jamba normalises between them and calls the others.
             parts = ("dt_proj",) if hasattr(owner, "dt_layernorm") else ("x_proj", "dt_proj", "out_proj")
             parts = parts if hasattr(owner, "D") else ()  # gated delta nets have no D, and call theirs
+            parts += ("conv1d",)  # not called by kernels, nor in generation
         elif hasattr(owner, "torch_multi_head_self_attention"):
             parts = ("q_proj", "k_proj", "v_proj", "out_proj")
         prefix = f"{name}." if name else ""
@@ -266,8 +268,8 @@ def describe_linear_layers(model: nn.Module) -> str:
     """A sentence that names the linear layers of a model, for messages."""
     kinds: dict[str, int] = {}
     for name, module in model.named_modules():
-        adapted = isinstance(module, BaseWeight)
-        if name and not name.endswith(".base_layer") and (adapted or BaseWeight.supports(module)):
+        adapted = isinstance(module, BaseWeight) and module.layer_kind is None
+        if name and not name.endswith(".base_layer") and (adapted or BaseWeight.multiplies(module)):
             kind = name.rpartition(".")[2]
             kinds[kind] = kinds.get(kind, 0) + 1
     if not kinds:

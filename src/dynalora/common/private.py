@@ -191,6 +191,25 @@ def add_default_callback(callback: type[TrainerCallback]) -> None:
 # torch -------------------------------------------------------------------------------------------------------------
 
 
+def convolve(layer: nn.Module, x: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+    """What a convolution with other kernels and no bias makes of an input, with its own stride, padding and dilation.
+
+    Args:
+        layer: An `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`.
+        x: Its input.
+        kernels: The kernels, (outputs, channels per group, …).
+    """
+    # The functions of torch.nn.functional pad with zeros only.
+    return cast(torch.Tensor, layer._conv_forward(x, kernels, None))  # type: ignore[operator]
+
+
+def padded_input(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A convolution's input with its padding around it."""
+    padding: Any = layer._reversed_padding_repeated_twice
+    mode = str(layer.padding_mode)
+    return nn.functional.pad(x, tuple(padding), mode="constant" if mode == "zeros" else mode)
+
+
 def steps_around() -> list[Optimizer]:
     """Optimizers within whose `step` the one of the calling step hook takes place. To be called by the hook itself.
 

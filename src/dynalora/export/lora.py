@@ -17,8 +17,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dynalora.adapter.experts import ExpertMatrix
+from dynalora.adapter.experts import fused_experts
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
+from dynalora.adapter.layer_kinds import stand_in
 from dynalora.adapter.ranks import fit
 from dynalora.adapter.register import METHODS
 from dynalora.adapter.saved import check_known
@@ -27,10 +28,8 @@ from dynalora.common.names import PREFIX, plain_name
 from dynalora.errors import CheckpointError, ConfigError, DynaloraError, UnsupportedError
 from dynalora.export.serving import Serving, check_serving
 from dynalora.export.snapshot import GateMeans, held_gates
+from dynalora.export.targets import Factors, Target, factors_in, targets_of
 from dynalora.spectral.spectrum import factor_svd
-
-# up (out, r), down (r, in) and the scaling.
-_Factors = tuple[torch.Tensor, torch.Tensor, float]
 
 
 @dataclass
@@ -71,7 +70,8 @@ def export_lora(
     """Write an adapter as a plain PEFT LoRA: `adapter_config.json` and safetensors.
 
     Exact: the factors are the adapter's own (with its diagonal folded into the up factor), and the scaling of every
-    matrix is the same number. What was written is read back and compared on a random input, matrix by matrix.
+    matrix is the same number. Experts of a fused parameter, which have one rank in PEFT, are filled up with zeros. What
+    was written is read back and compared on a random input, matrix by matrix.
 
     Args:
         model: Model with the adapter; neither merged nor unmerged by this.
@@ -93,7 +93,7 @@ def export_lora(
 
     Raises:
         UnsupportedError: The method's update depends on the input and no `gates` are given, there are none to hold,
-            biases were trained, or experts in fused parameters are adapted.
+            biases were trained, or a convolution is adapted in which PEFT's LoRA computes something else.
         ConfigError: `max_rank`, `tolerance` or `uniform_rank` is out of range, or `gates` are not this
             adapter's.
         DynaloraError: The folder is not empty, or the model has no such adapter.
@@ -105,11 +105,6 @@ def export_lora(
     layers = adapter_layers(model, adapter_name)
     if not layers:
         raise DynaloraError(f"the model has no dynalora adapter named {adapter_name!r} to export.")
-    if experts := next((name for name, layer in layers.items() if _is_expert(name, layer)), None):
-        raise UnsupportedError(
-            f"cannot export {experts!r} as a plain LoRA: PEFT gives all experts of a fused parameter one rank in a "
-            "form of its own, which few servers read; keep the adapter, or merge it with merge_and_unload()."
-        )
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise DynaloraError(f"{target} already exists and is not an empty folder; choose another path for the export.")
@@ -120,10 +115,11 @@ def export_lora(
             "the trained biases. Merge it into the base model instead."
         )
     factors, lost = _factors(layers, adapter_name, dtype, max_rank, tolerance, uniform_rank)
-    state, dora = _state(model, layers, adapter_name, factors)
+    targets = targets_of(layers, factors, mixture=bool(fused_experts(model)))
+    state, dora = _state(model, layers, adapter_name, targets)
     lora = _lora_config(
         config,
-        factors,
+        targets,
         conv1d=any(layer.transposed for layer in layers.values()),
         # Of one rank it is only another way to write alpha, which not every server reads.
         rslora=bool(config.use_rslora) and uniform_rank is None,
@@ -145,11 +141,6 @@ def export_lora(
     )
 
 
-def _is_expert(name: str, layer: AdapterLayer) -> bool:
-    # Without its base model, an adapter has its names only.
-    return isinstance(layer.get_base_layer(), ExpertMatrix) or bool(re.search(r"experts\.\w+\.\d+$", name))
-
-
 def _check_wishes(max_rank: int | None, tolerance: float | None, uniform_rank: int | None) -> None:
     if max_rank is not None and max_rank < 1:
         raise ConfigError(f"max_rank={max_rank}: give a rank of at least 1, or leave it out.")
@@ -166,9 +157,9 @@ def _factors(
     max_rank: int | None,
     tolerance: float | None,
     uniform_rank: int | None,
-) -> tuple[dict[str, _Factors], float]:
+) -> tuple[dict[str, Factors], float]:
     """The factors to write by module, on the CPU, and the largest share of an update that was cut off."""
-    factors: dict[str, _Factors] = {}
+    factors: dict[str, Factors] = {}
     lost = 0.0
     for name, layer in layers.items():
         up, down = layer.factors(adapter)
@@ -186,22 +177,22 @@ def _factors(
 
 
 def _state(
-    model: nn.Module, layers: Mapping[str, AdapterLayer], adapter: str, factors: Mapping[str, _Factors]
+    model: nn.Module, layers: Mapping[str, AdapterLayer], adapter: str, targets: Mapping[str, Target]
 ) -> tuple[dict[str, torch.Tensor], bool]:
     """Everything to write under PEFT's names, and whether DoRA's magnitudes are among it."""
-    state = {f"{PREFIX}{name}.lora_A.weight": down for name, (_, down, _) in factors.items()}
-    state |= {f"{PREFIX}{name}.lora_B.weight": up for name, (up, _, _) in factors.items()}
+    state = {f"{PREFIX}{key}": part for target in targets.values() for key, part in target.tensors.items()}
     extras = {
         f"{PREFIX}{plain_name(name)}.{key}": tensor
         for name, layer in layers.items()
         for key, tensor in layer.plain_extras(adapter).items()
     }
     for key, tensor in {**extras, **_modules_to_save(model, adapter)}.items():
-        state[key] = tensor.detach().cpu().contiguous()
+        state[key] = tensor
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     return state, any(key.endswith(".lora_magnitude_vector") for key in extras)
 
 
-def _uniform(factors: dict[str, _Factors], rank: int) -> dict[str, _Factors]:
+def _uniform(factors: dict[str, Factors], rank: int) -> dict[str, Factors]:
     """Factors (out, rank) and (rank, in) of one rank, filled up with zeros, and of one scaling."""
     largest = max(down.shape[0] for _, down, _ in factors.values())
     if rank and rank < largest:
@@ -340,7 +331,7 @@ def load_without_base(source: str) -> nn.Module:
     for key, down in state.items():
         if match := named.match(key):
             up = state[key.removesuffix("_down") + "_up"]
-            _put(skeleton, match[1], _stand_in(up.shape[0], down.shape[1], down.dtype))
+            _put(skeleton, match[1], _stand_in(config, match[1], up, down))
     config.target_modules = {match[1] for key in state if (match := named.match(key))}
     # Everything that chose modules has done so; what is there is what was adapted.
     for field in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
@@ -355,9 +346,18 @@ def load_without_base(source: str) -> nn.Module:
     return model
 
 
-def _stand_in(out_features: int, in_features: int, dtype: torch.dtype) -> nn.Linear:
-    layer = nn.Linear(in_features, out_features, bias=False, device="meta")
-    layer.weight = nn.Parameter(torch.zeros(1, dtype=dtype).expand(out_features, in_features), requires_grad=False)
+def _stand_in(config: Any, name: str, up: torch.Tensor, down: torch.Tensor) -> nn.Module:
+    if described := config.layer_kinds.get(name):
+        try:
+            return stand_in(described, down.dtype)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"the saved adapter says in layer_kinds that {name!r} is {error}, which cannot be; use another copy of "
+                "it."
+            ) from None
+    layer = nn.Linear(down.shape[1], up.shape[0], bias=False, device="meta")
+    weight = torch.zeros(1, dtype=down.dtype).expand(up.shape[0], down.shape[1])
+    layer.weight = nn.Parameter(weight, requires_grad=False)
     return layer
 
 
@@ -380,29 +380,31 @@ def _modules_to_save(model: nn.Module, adapter_name: str) -> dict[str, torch.Ten
     }
 
 
-def _lora_config(config: Any, factors: dict[str, _Factors], *, conv1d: bool, rslora: bool) -> LoraConfig:
+def _lora_config(config: Any, targets: Mapping[str, Target], *, conv1d: bool, rslora: bool) -> LoraConfig:
     """PEFT's configuration with the same scaling s for every matrix: α_i = s·r_i, or s·√r_i with rsLoRA.
 
     `r` is the largest rank and `lora_alpha` the one that goes with it and the commonest scaling: servers that read
     no patterns make room for `r` and scale by the two.
     """
-    ranks = {name: up.shape[1] for name, (up, _, _) in factors.items()}
-    alphas = {name: s * (ranks[name] ** 0.5 if rslora else ranks[name]) for name, (_, _, s) in factors.items()}
+    ranks = {name: target.rank for name, target in targets.items()}
+    alphas = {name: t.scaling * (t.rank**0.5 if rslora else t.rank) for name, t in targets.items()}
     alphas = {name: _integral(alpha) for name, alpha in alphas.items()}
+    parameters = sorted(name for name, target in targets.items() if target.parameter)
     r = max(ranks.values())
-    common = Counter(s for _, _, s in factors.values()).most_common(1)[0][0]
+    common = Counter(target.scaling for target in targets.values()).most_common(1)[0][0]
     alpha = _integral(common * (r**0.5 if rslora else r))
     # PEFT reads pattern keys as regular expressions that must match the end of a module's name.
     lora = LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]
         use_rslora=rslora,
-        target_modules=sorted(factors),
+        target_modules=sorted(targets.keys() - set(parameters)),
+        target_parameters=parameters or None,
         rank_pattern={f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r},
         alpha_pattern={f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha},
         modules_to_save=config.modules_to_save,
         fan_in_fan_out=conv1d,
-        lora_dropout=config.dropout,
+        lora_dropout=0.0 if parameters else config.dropout,  # which PEFT refuses for parameters
         task_type=config.task_type,
         inference_mode=True,
     )
@@ -427,24 +429,28 @@ def _verify(folder: Path, layers: dict[str, AdapterLayer], adapter_name: str) ->
     state = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
+    plain = {key.removeprefix(PREFIX): tensor.double() for key, tensor in state.items()}
+
+    def rank_of(target: str) -> int:
+        return int(config.rank_pattern.get(f"^{re.escape(target)}", config.r))
+
+    names = [*(config.target_modules or ()), *(config.target_parameters or ())]
+    written = factors_in(plain, layers, {name: rank_of(name) for name in names})
     for name, layer in layers.items():
-        key = plain_name(name)
-        down = state[f"{PREFIX}{key}.lora_A.weight"].double()
-        up = state[f"{PREFIX}{key}.lora_B.weight"].double()
-        rank = config.rank_pattern.get(f"^{re.escape(key)}", config.r)
-        alpha = config.alpha_pattern.get(f"^{re.escape(key)}", config.lora_alpha)
+        target, up, down = written[name]
+        rank, alpha = rank_of(target), config.alpha_pattern.get(f"^{re.escape(target)}", config.lora_alpha)
         if rank != down.shape[0]:
             raise DynaloraError(
-                f"the export of {key} went wrong: rank {rank} in the configuration, {down.shape[0]} in the file."
+                f"the export of {target} went wrong: rank {rank} in the configuration, {down.shape[0]} in the file."
             )
         scaling = alpha / (rank**0.5 if config.use_rslora else rank)
         x = torch.randn(4, layer.in_features, generator=generator, dtype=torch.float64)
         exact_up, exact_down = (t.detach().cpu().double() for t in layer.factors(adapter_name))
         expected = layer.scaling[adapter_name] * (x @ exact_down.t() @ exact_up.t())
-        written = scaling * (x @ down.t() @ up.t())
+        result = scaling * (x @ down.t() @ up.t())
         size = float(expected.abs().max())
         if size:
-            worst = max(worst, float((expected - written).abs().max()) / size)
-        elif written.any():
+            worst = max(worst, float((expected - result).abs().max()) / size)
+        elif result.any():
             worst = float("inf")
     return worst

@@ -5,7 +5,9 @@ something else from it:
 
 * vLLM (`vllm.lora.peft_helper.PEFTHelper`) takes `r`, `lora_alpha`, `use_rslora` and not the patterns, so one
   scaling must hold for all matrices and `r` must be the largest rank, which `--max-lora-rank` must allow for. It
-  refuses trained biases (unless enabled), `modules_to_save`, DoRA and other tensors than `lora_A` and `lora_B`.
+  refuses trained biases (unless enabled), `modules_to_save`, DoRA and other tensors than `lora_A` and `lora_B`, but for
+  an embedding's. Experts of fused parameters it takes in PEFT's form, as far as it knows the model's, and it takes
+  those of one parameter for those of the down projection.
 * SGLang (`sglang.srt.lora`) takes `r` and `lora_alpha`, copies every factor into room of exactly `r` rows, and scales
   all by `lora_alpha / r`; it does not read `use_rslora`. Target modules must be a list of names.
 * llama.cpp (`convert_lora_to_gguf.py`) keeps `lora_alpha` only, and divides it by each tensor's own rank, so all
@@ -16,6 +18,7 @@ something else from it:
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,26 +68,43 @@ def check_serving(folder: str | os.PathLike[str], max_lora_rank: int | None = No
     with safe_open(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
         names = list(file.keys())
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    matrices, others = {}, []
+    # Linear layers may be targets by their weight.
+    weights = {name.removesuffix(".weight") for name in config.target_parameters or () if name.endswith(".weight")}
+    parameters = [name for name in config.target_parameters or () if not name.endswith(".weight")]
+    experts = Counter(name.rpartition(".")[0] for name in parameters)
+    matrices = {name: _rank(config, name) for name in parameters}
+    others, kernels, embeddings = [], [], []
     for name, shape in shapes.items():
-        module, _, part = name.rpartition(".lora_")
-        if name.startswith(PREFIX) and part == "A.weight":
-            matrices[module.removeprefix(PREFIX)] = shape[0]
-        elif not (name.startswith(PREFIX) and part == "B.weight"):
+        module, _, part = name.removeprefix(PREFIX).rpartition(".lora_")
+        known = name.startswith(PREFIX) and part in ("A.weight", "B.weight", "embedding_A", "embedding_B")
+        if not known:
             others.append(name)
-    scalings = {module: _scaling(config, module) for module in matrices}
+        elif "A" in part and module.removesuffix(".base_layer") not in experts:
+            matrices[module] = shape[0]
+            kernels += [module] if len(shape) > 2 else []
+            embeddings += [module] if part == "embedding_A" else []
+    scalings = {m: _scaling(config, f"{m}.weight" if m in weights else m) for m in matrices}
     common = []
     if config.use_dora:
         common.append("it knows no DoRA; merge the adapter into the base model instead")
     if config.modules_to_save:
         common.append(f"it takes no modules_to_save ({', '.join(sorted(config.modules_to_save))})")
+    if kernels:
+        common.append(f"it takes no convolutions, and {kernels[0]!r} is one")
     rest = [] if config.use_dora or config.modules_to_save else others
     if rest:
         common.append(f"it takes no tensors besides lora_A and lora_B, and there is {rest[0]!r}")
     if config.bias != "none":
         common.append(f"it takes no trained biases (bias={config.bias!r})")
+    vllm = list(common)
+    if partial := next((owner for owner, count in experts.items() if count == 1), None):
+        vllm.append(f"it takes experts with both of their parameters, and of {partial!r} one is adapted")
+    if embeddings:
+        common.append(f"it takes no LoRA of embeddings, and {embeddings[0]!r} is one")
+    if experts:
+        common.append(f"it takes no experts in fused parameters, as {next(iter(experts))!r}; merge the adapter instead")
     return (
-        Serving("vLLM", *_for_vllm(config, matrices, scalings, common, max_lora_rank)),
+        Serving("vLLM", *_for_vllm(config, matrices, scalings, vllm, max_lora_rank)),
         Serving("SGLang", *_for_sglang(config, matrices, scalings, common)),
         Serving("llama.cpp", *_for_llama_cpp(config, matrices, scalings, common)),
     )
@@ -137,9 +157,14 @@ def _for_llama_cpp(
     return tuple(problems), needs
 
 
+def _rank(config: Any, module: str) -> int:
+    """The rank of a matrix as PEFT reads the configuration."""
+    return int(config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module), config.r))
+
+
 def _scaling(config: Any, module: str) -> float:
     """The scaling of a matrix as PEFT reads the configuration."""
-    rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module), config.r)
+    rank = _rank(config, module)
     alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), module), config.lora_alpha)
     return float(alpha / (rank**0.5 if config.use_rslora else rank))
 

@@ -62,7 +62,7 @@ def narrow_moments(
         def see(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             rows = torch.arange(len(counted), device=counted.device)
             row_of = rows.reshape(-1, *[1] * (counted.dim() - 1)).expand(counted.shape)
-            placed = placed_inputs(inputs[0], counted, row_of, counted.reshape(len(counted), -1).any(1))
+            placed = placed_inputs(module, inputs[0], counted, row_of, counted.reshape(len(counted), -1).any(1))
             if placed is None:
                 unplaced.add(name)
                 return
@@ -105,5 +105,7 @@ def _narrow(module: nn.Module, adapter: str, down: torch.Tensor) -> Callable[[to
     """Gives m(x), (tokens, k), for inputs x (tokens, in)."""
     if isinstance(module, AdapterLayer) and module.depends_on_input(adapter):
         return lambda x: module.narrow(x, adapter)
+    if isinstance(module, AdapterLayer) and (kind := module.layer_kind) is not None:
+        return lambda x: kind.multiply(module.get_base_layer(), x, [down.detach()])
     wide = down.detach().to(torch.promote_types(down.dtype, torch.float32)).mT
     return lambda x: x.to(wide.dtype) @ wide

@@ -119,7 +119,7 @@ class _Recorder:
 
         def hook(index: int, name: str, adapter: str) -> Callable[..., None]:
             def listen(layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-                placed = placed_inputs(inputs[0], counted, row_of, with_tokens)
+                placed = placed_inputs(layer, inputs[0], counted, row_of, with_tokens)
                 if placed is None:
                     self.unplaced.add(name)
                     return

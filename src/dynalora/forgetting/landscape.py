@@ -205,8 +205,8 @@ def low_rank_update(
                 down = lora.lora_A[adapter] * lora.lora_E[adapter]
                 return LowRankUpdate(adapter, lora.lora_B[adapter], down, scaling)
             if adapter in lora.lora_A:
-                up, down = lora.lora_B[adapter].weight, lora.lora_A[adapter].weight
-                return LowRankUpdate(adapter, up, down, float(lora.scaling[adapter]))
+                up, down = lora.lora_B[adapter].weight, lora.lora_A[adapter].weight  # of convolutions with kernels
+                return LowRankUpdate(adapter, up.flatten(1), down.flatten(1), float(lora.scaling[adapter]))
     return None
 
 

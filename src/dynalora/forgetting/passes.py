@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from dynalora.adapter.layer import AdapterLayer
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.errors import ConfigError, check_least
 
@@ -85,9 +86,25 @@ def forward_options(model: nn.Module, layers: Iterable[nn.Module]) -> dict[str, 
 
 
 def placed_inputs(
-    x: torch.Tensor, counted: torch.Tensor, row_of: torch.Tensor, with_tokens: torch.Tensor
+    layer: nn.Module, x: torch.Tensor, counted: torch.Tensor, row_of: torch.Tensor, with_tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, bool] | None:
-    """The counted inputs of a layer (n, in), the batch row of each (n), and whether they are the batch's tokens."""
+    """The counted inputs of a layer, the batch row of each (n), and whether they are the batch's tokens.
+
+    Args:
+        layer: The layer.
+        x: Its input, (…, in); ids (…) where it is an embedding.
+        counted: Which tokens count, (B, T) or (B).
+        row_of: The batch row of each token, of the same shape.
+        with_tokens: Which rows have tokens that count, (B).
+
+    Returns:
+        The inputs as (n, in), ids as (n); None where they cannot be told apart by tokens, as a convolution's.
+    """
+    if isinstance(layer, AdapterLayer) and layer.layer_kind is not None:
+        if not layer.layer_kind.integers:
+            return None
+        ids = placed_inputs(nn.Identity(), x[..., None], counted, row_of, with_tokens)
+        return None if ids is None else (ids[0][..., 0], *ids[1:])
     shape = x.shape[:-1]
     if shape == counted.shape:
         return x[counted], row_of[counted], True

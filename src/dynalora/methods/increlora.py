@@ -85,6 +85,7 @@ class IncreloraLayer(GrowingLayer):
     """The shared form with a trained diagonal, and with components that train ahead."""
 
     method_name = "increlora"
+    any_kind = False  # its scores read the gradient of a matrix that multiplies the input
     roles = (
         *FACTORS,
         Role("e", rank_dim=0),

@@ -26,6 +26,16 @@ class DoraLayer(GatedLayer):
         self.base_squares: torch.Tensor | None = None
         self.merged_gains: dict[str, torch.Tensor] = {}
 
+    @classmethod
+    def check_base_layer(cls, base_layer: nn.Module, name: str, config: Any, r: int) -> None:
+        """Check that a module can be adapted, with `use_dora` that it is a plain product."""
+        super().check_base_layer(base_layer, name, config, r)
+        if config.use_dora and not cls.multiplies(base_layer):
+            raise UnsupportedError(
+                f"module {name!r} is a {type(base_layer).__name__}, and use_dora=True knows the norms of linear layers "
+                "only; leave it out with exclude_modules, or set use_dora=False."
+            )
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from this layer."""
         super().delete_adapter(adapter_name)

@@ -56,12 +56,7 @@ class PedyraLayer(DoraLayer):
         if config.use_dora:
             more["magnitude"] = self._base_squares().sqrt()
         if not config.init_weights:
-            return {
-                "down": kaiming(r, self.in_features),
-                "up": kaiming(self.out_features, r),
-                "e": torch.ones(r),
-                **more,
-            }
+            return {"down": self.drawn(r), "up": kaiming(self.out_features, r), "e": torch.ones(r), **more}
         if config.mode == "static":
             return {**super().start(config, r), "e": torch.ones(r), **more}
         if config.init_weights == "orthogonal":
@@ -169,7 +164,7 @@ class PedyraLayer(DoraLayer):
             or in_backward()
         ):
             return
-        squares = _squares(x)
+        squares = _squares(x) if self.layer_kind is None else self.layer_kind.squares(self.get_base_layer(), x)
         # Out of place, since layers with the same input share the tensor.
         sofar = self.gathered.get(adapter)
         self.gathered[adapter] = squares if sofar is None else sofar + squares.to(sofar.device)

@@ -101,7 +101,7 @@ class Pedyra(Method):
             scaling = layer.scaling[adapter]
             lora = 2 / math.sqrt(3) * math.sqrt(layer.out_features)
             # Powers of two, so that matrices of like size step in one group.
-            for role, multiple in (("e", _E_STEPS * lora / scaling), ("up", _UP_RATE / scaling)):
+            for role, multiple in (("e", _E_STEPS * lora / scaling / layer.length), ("up", _UP_RATE / scaling)):
                 rules[role] = OptimizerOverride(lr_multiplier=2.0 ** round(math.log2(multiple)))
         return rules
 
