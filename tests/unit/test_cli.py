@@ -325,7 +325,7 @@ def test_gates_over_several_domains(folder: Path, rows: Path, tmp_path: Path, pr
     names += ("parts-math", "parts-general")
     assert drawn == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
     page = (run / "report.html").read_text()
-    assert page.count("data:image/png") == len(names)
+    assert page.count("data:image/svg+xml") == len(names)
     # The folder's own settings file repeats the run.
     again = program("gates", "-c", str(run / "config.yaml"), "-o", str(tmp_path / "again"))
     assert again.code == 0, again.err

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import dynalora
-from dynalora.common.statistics import crossed_difference, holm
+from dynalora.common.statistics import Difference, Interval, crossed_difference, holm
 from dynalora.drawing import style as drawing
 from dynalora.errors import ConfigError, DataError, RunFolderError, TrainingError
 from dynalora.evaluation.kinds import choice
@@ -30,8 +30,10 @@ from dynalora.evaluation.tokens import TokenizedSet
 from dynalora.forgetting.retention import retention
 from dynalora.forgetting.texts import given_text, own_text
 from dynalora.jobs.compare import cell as compare_cell
-from dynalora.jobs.compare import contestants, decisions, planning, plots, runner, summaries, tables, writing
+from dynalora.jobs.compare import contestants, decisions, planning, plots, runner, summaries, tables, verdict, writing
 from dynalora.jobs.compare.contestants import Cell
+from dynalora.jobs.compare.explore import explorer
+from dynalora.jobs.compare.frontiers import Scaled
 from dynalora.jobs.compare.grid import Comparison
 from dynalora.jobs.compare.run import run_compare
 from dynalora.jobs.compare.settings import CompareSpec, variant_from
@@ -419,6 +421,114 @@ def test_a_report_runs_nothing(place: Path, done: Comparison) -> None:
     assert found.grid.open_cells()
     assert found.failed == ()
     assert (folder / "report.html").stat().st_size > 0
+
+
+def test_a_report_needs_neither_data_nor_model_and_may_have_moved(
+    place: Path, tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(place, "gone", methods=["lora", "disel"], seeds=1, texts=[f"lines={place / 'text.txt'}"])
+    for folder in ("data", "model"):
+        shutil.copytree(place / folder, tmp_path / folder)
+    there = replace(
+        spec, tasks=[str(tmp_path / "data" / "colour")], model=str(tmp_path / "model"), output=str(tmp_path / "run")
+    )
+    run_compare(there, apart=False)
+    moved = tmp_path / "elsewhere" / "moved"
+    (tmp_path / "run").rename(moved.parent.mkdir() or moved)
+    tables = {name: (moved / name).read_text("utf-8") for name in ("results.md", "cells.csv", "curves.csv")}
+    for name in (*tables, "report.html"):
+        (moved / name).unlink()
+    for folder in ("data", "model"):
+        shutil.rmtree(tmp_path / folder)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shown = program("compare", "--report", "--output", "moved")
+    assert shown.code == 0, shown.err
+    assert {name: (moved / name).read_text("utf-8") for name in tables} == tables
+    assert "training questions" in (moved / "report.html").read_text("utf-8")
+    other = program("compare", "--report", "-o", "moved", "--reference", "disel", "--tasks", "other/colour")
+    assert other.code == 0, other.err
+    assert "loss, − disel" in other.out
+    unknown = program("compare", "--report", "-o", "moved", "--tasks", "shape")
+    assert (unknown.code, "--tasks names shape" in unknown.err) == (2, True), unknown.err
+    nothing = program("compare", "--report", "-o", "nowhere")
+    assert nothing.code == 2
+    assert "-o is 'nowhere', which holds no run to report on" in nothing.err
+
+
+def of_seeds(*losses: float, kl: float = 0.1, factors: tuple[float, ...] = ()) -> dict[int, dict[str, Any]]:
+    """Results by seed as cells hold them: one question per loss, KL falling with the factor."""
+    return {
+        seed: {
+            "test": {"loss": loss, "losses": [loss] * 4, "counts": [1] * 4, "correct": [1.0] * 4, "accuracy": 1.0,
+                     "loss_error": 0.1},
+            "retention": {"own text": {"kl": kl, "kl_error": 0.0}},
+        }
+        for seed, loss in enumerate(losses)
+    }  # fmt: skip
+
+
+def summary_of(label: str, rate: float | None = 1e-3, **more: Any) -> summaries.Summary:
+    interval = Interval(2.0, 1.9, 2.1)
+    return summaries.Summary(label, "task", rate, False, of_seeds(2.0, 2.0), loss=interval, **more)
+
+
+def scaled_ratio(*ratio: float) -> Scaled:
+    return Scaled(0.5, None, None, Interval(0.1, 0.1, 0.1), None, Interval(*ratio), None, None, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "says"),
+    [
+        ((0.4, 0.3, 0.5), "take better, its update scaled down after training, at a learning rate of 0.001"),
+        ((0.4, 0.3, 0.5), "95 % interval of the ratio 0.30 to 0.50, 2 seeds"),
+        ((0.4, 0.2, 1.5), "no method is beyond chance better than lora"),
+        ((0.4, 0.4, 0.4), "repeat it with more seeds"),
+        ((1.4, 1.2, 1.5), "stay with lora at a learning rate of 0.001"),
+    ],
+)
+def test_the_headline_says_what_to_take_and_how_sure_that_is(ratio: tuple[float, ...], says: str) -> None:
+    kl = {"own text": Interval(0.2, 0.2, 0.2)}
+    lora, base = summary_of("lora", kl=kl), summary_of("base", rate=None)
+    better = summary_of("better", kl=kl, scaled={"own text": scaled_ratio(*ratio)})
+    far = replace(summary_of("far", kl=kl), loss=Interval(1.0, 0.9, 1.1), loss_apart=Difference(-1.0, -1.2, -0.8, 0.01))
+    text = " ".join(verdict._of_a_task("task", [base, lora, better, far], "lora"))
+    assert says in text
+    assert "The lowest held-out loss as trained is that of far, 1.000 ± 0.100, which is 1.000 ± 0.200 below" in text
+    assert "(beyond chance, p = 0.010)" in text
+    assert "The loss of lora is not reached by far." in text
+
+
+def test_the_headline_where_only_learning_was_measured() -> None:
+    lora, best = summary_of("lora"), replace(summary_of("best"), loss=Interval(1.0, 0.9, 1.1))
+    sure, unsure = (replace(best, loss_apart=Difference(-1.0, -1.2, high, p)) for high, p in ((-0.8, 0.01), (0.1, 0.2)))
+    assert "task: take best at a learning rate" in " ".join(verdict._of_a_task("task", [lora, sure], "lora"))
+    text = " ".join(verdict._of_a_task("task", [lora, unsure], "lora"))
+    assert "no method is beyond chance better than lora" in text
+    assert "which may be chance" in text
+
+
+def test_the_explorer_has_every_run_at_every_factor(done: Comparison) -> None:
+    shown = explorer(done, done.grid.spec.tasks[0])
+    assert shown is not None
+    assert (shown.x, shown.y) == ("kl own text", "loss")
+    assert [line.label for line in shown.lines] == ["lora", "lora", "dira", "dira"]
+    marked = [point for line in shown.lines for point in line.points if point.marked]
+    chosen = [done.grid.chosen_rate(done.grid.spec.tasks[0], one) for one in done.grid.contestants]
+    assert [point.values["rate"] for point in marked] == chosen
+    found = summaries.summaries(done)["colour"]
+    for point, one in zip(marked, found[1:], strict=True):
+        assert point.values["loss"] == pytest.approx(one.loss.value, abs=1e-6)  # type: ignore[union-attr]
+        assert point.values["kl lines"] == pytest.approx(one.kl["lines"].value)
+    for line in shown.lines:
+        assert [point.values["factor"] for point in line.points] == sorted(done.grid.spec.factors, reverse=True)
+
+
+def test_a_plot_over_sizes_is_left_out_where_they_are_one(done: Comparison) -> None:
+    lora, dira = done.grid.contestants
+    assert not plots.differ_in_size([lora, dira])
+    assert plots.differ_in_size([lora, replace(dira, parameters=2 * (dira.parameters or 0))])
+    assert not plots.differ_in_size([lora])
+    assert not (done.grid.store.folder / "plots" / "parameters-colour.png").exists()
 
 
 def test_the_table_of_cells_has_one_row_per_cell(done: Comparison) -> None:

@@ -179,7 +179,7 @@ def test_the_run_folder_has_everything(ran: Any) -> None:
     page = (folder / "report.html").read_text(encoding="utf-8")
     for told in ("Task B (interference)", "Spectral energy", "Ablation", "colour", "sums"):
         assert told in page
-    assert page.count("data:image/png") == 4
+    assert page.count("data:image/svg+xml") == 4
     rows = list(csv.DictReader((folder / "stages.csv").open()))
     assert len(rows) == 2 * len(results)
     assert float(rows[2]["loss"]) == results[1]["scores"]["a"]["loss"]

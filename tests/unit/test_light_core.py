@@ -61,6 +61,9 @@ for name in ("DiraConfig", "DiselConfig", "DisloraConfig", "PedyraConfig"):
     assert torch.equal(loaded(x), model(x)), name
     assert len(dynalora.rank_landscape(model)) == 2
     dynalora.state_report(model)
+import sys
+assert "dynalora.drawing.notebook" not in sys.modules
+assert "<table" in dynalora.rank_landscape(model)._repr_html_()  # without the picture
 try:
     dynalora.plot_rank_landscape(dynalora.rank_landscape(model))
 except dynalora.DynaloraError as error:

@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import base64
+import hashlib
 import importlib
 import inspect
 import io
+import json
 import pkgutil
+import re
+import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import matplotlib.image
 import numpy as np
@@ -16,12 +24,13 @@ from rich.console import Console
 from dynalora import drawing
 from dynalora.adapter.method import Panel
 from dynalora.common.statistics import Interval
-from dynalora.drawing.comparison import plot_bars
+from dynalora.drawing.comparison import plot_bars, plot_transfer
 from dynalora.drawing.landscape import plot_rank_heatmap
-from dynalora.drawing.style import PALETTE, look, looks, rendered, save
+from dynalora.drawing.style import PALETTE, for_pages, look, looks, rendered, save
 from dynalora.drawing.training import plot_losses, plot_metrics
 from dynalora.errors import ConfigError
 from dynalora.lab.baselines import BASELINES
+from dynalora.lab.explorer import Explorer, Line, Point
 from dynalora.lab.report import Figure, Report, Section, Table, render_html, rich_table, show, write_report
 from dynalora.methods import METHODS
 
@@ -62,18 +71,69 @@ def report() -> Report:
 
 def test_text_is_escaped_everywhere(report: Report) -> None:
     page = parsed(report)
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1  # the page's own
     assert page.text.count(EVIL) >= 6
 
 
 def test_page_asks_nothing_of_any_server(report: Report) -> None:
     page = parsed(report)
     assert page.links
-    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert all(link.startswith("data:image/svg+xml;base64,") for link in page.links)
     html = render_html(report)
     assert "http" not in html.replace("http-equiv", "")
     assert "@import" not in html
     assert "url(" not in html
+
+
+def policy(html: str) -> str:
+    return re.search(r'Content-Security-Policy" content="([^"]+)"', html)[1]  # type: ignore[index]
+
+
+def test_no_script_runs_but_those_that_the_page_names(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = SimpleNamespace(get_plotlyjs=lambda: 'window.Plotly = "</script>";')
+    monkeypatch.setitem(sys.modules, "plotly", SimpleNamespace(offline=library))
+    monkeypatch.setitem(sys.modules, "plotly.offline", library)
+    explorer = Explorer([Line("lora", [Point({"a": 1.0, "b": 2.0}, EVIL)])], {"a": EVIL, "b": "B"}, "a", "b")
+    html = render_html(replace(report, sections=[replace(report.sections[0], explorer=explorer)]))
+    scripts = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    assert len(scripts) == 3
+    named = re.findall(r"'sha256-([^']+)'", policy(html))
+    assert named == [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    assert "unsafe-inline" not in policy(html).partition("script-src")[2]
+    (data,) = re.findall(r'<script type="application/json">(.*?)</script>', html)
+    assert EVIL not in data
+    (line,) = json.loads(data)["lines"]
+    assert line["color"] == looks(["lora"])["lora"].color  # as in the pictures
+    assert EVIL not in line["points"][0]["note"]  # which plotly takes as HTML
+
+
+def test_without_plotly_the_pictures_are_there_alone(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    explorer = Explorer([Line("a", [Point({"a": 1.0, "b": 2.0}, "n")])], {"a": "A", "b": "B"}, "a", "b")
+    html = render_html(replace(report, sections=[replace(report.sections[0], explorer=explorer)]))
+    assert "application/json" not in html
+    assert "data:image/svg+xml" in html
+
+
+def test_pictures_are_dark_on_a_dark_page_and_keep_their_colours() -> None:
+    drawn = plot_bars({"": {"lora": Interval(1, 1, 1)}}, label="y")
+    svg = rendered(drawn, "svg").decode()
+    page = for_pages(svg.encode()).decode()
+    ElementTree.fromstring(page)
+    light, dark = (
+        dict(re.findall(r"--g(\w\w):(#\w{6})", part)) for part in page.partition("@media")[::2]
+    )  # fmt: skip
+    assert light.keys() == dark.keys() >= {"00", "ff"}
+    assert (light["00"], light["ff"]) == ("#000000", "#ffffff")
+    brightness = {grey: sum(bytes.fromhex(shade[1:])) for grey, shade in dark.items()}
+    assert brightness["00"] > 600 > 100 > brightness["ff"]
+    restored = re.sub(r"<style>.*?</style>", "", page, count=1)
+    restored = re.sub(r"var\(--g(\w\w)\)", lambda match: light[match[1]], restored)
+    assert restored == svg  # nothing else has changed
+    assert looks(["lora"])["lora"].color.lower() in page
+    # What is written over shades stays.
+    over = for_pages(rendered(plot_transfer({"m": [[0, 9]]}, ["a"], ["b", "c"], label="x", title="t"), "svg")).decode()
+    assert {"#fefefe", "#010101"} <= set(re.findall(r"#\w{6}", over))
 
 
 def test_page_fits_a_phone_and_aligns_numbers(report: Report) -> None:

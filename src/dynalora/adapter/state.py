@@ -10,11 +10,12 @@ from torch import nn
 
 from dynalora.adapter.method import Method
 from dynalora.common.names import plain_name
+from dynalora.common.notebook import Shown
 from dynalora.driver import drivers_of
 
 
 @dataclass(frozen=True)
-class StateReport:
+class StateReport(Shown):
     """The state of one adapter.
 
     Attributes:
@@ -36,18 +37,22 @@ class StateReport:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+class StateReports(list[StateReport], Shown):
+    """The states of a model's adapters, which a notebook shows as tables."""
+
+
 @torch.no_grad()
-def state_report(model: nn.Module) -> list[StateReport]:
+def state_report(model: nn.Module) -> StateReports:
     """What the adapters of a model are doing now: step, schedule, ranks, weights of the losses.
 
     Args:
         model: A model with adapters of dynalora.
 
     Returns:
-        One report per adapter; empty if there is none.
+        One report per adapter; empty if there is none. A notebook shows them as tables.
     """
     names = {id(module): plain_name(name) for name, module in model.named_modules()}
-    reports = []
+    reports = StateReports()
     for driver, layers in drivers_of(model):
         method = driver.method
         assert isinstance(method, Method)

@@ -47,6 +47,7 @@ def settings_of(kind: type[Kind], config: Path | None, flags: Mapping[str, Any])
     Raises:
         ConfigError: The file or a value is wrong, or two flags of which one is the alternative of the other are given.
     """
+    config = config or _config_of_folder(kind, flags)
     values = read_yaml(config) if config is not None else {}
     if config is not None and "output" in values and _is_run_folder(config.parent):
         values["output"] = str(config.parent)
@@ -69,6 +70,17 @@ def settings_of(kind: type[Kind], config: Path | None, flags: Mapping[str, Any])
             value = _listed(item, value)
         values[name] = {**(values.get(name) or {}), **value} if item.setting.merge else value
     return settings_from(kind, values, source=f"'{config}' and the flags" if config is not None else "the flags")
+
+
+def _config_of_folder(kind: type[Settings], flags: Mapping[str, Any]) -> Path | None:
+    """The settings file of the run folder that a flag speaks of; None where no such flag is given."""
+    flag = next((name for name, item in describe(kind).items() if item.setting.of_folder and flags.get(name)), None)
+    if flag is None or not flags.get("output"):
+        return None
+    file = Path(flags["output"]) / "config.yaml"
+    if not file.exists():
+        raise ConfigError(f"output is '{file.parent}', which holds no run to {flag} on (it has no {file.name}).")
+    return file
 
 
 def _listed(item: Described, texts: list[str]) -> Any:

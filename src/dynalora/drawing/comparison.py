@@ -9,7 +9,7 @@ import numpy as np
 
 from dynalora.common.statistics import Interval
 from dynalora.drawing.landscape import rank_grid
-from dynalora.drawing.style import LINES, Look, describe, figure, heat_map, legend, looks, panels
+from dynalora.drawing.style import LINES, OVER_PICTURES, Look, describe, figure, heat_map, legend, looks, panels
 from dynalora.drawing.training import running_mean
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def plot_learning_rates(
     highest: float | None = None,
     base: float | None = None,
     log: bool = False,
+    chosen: Mapping[str, float] | None = None,
 ) -> Figure:
     """A line over learning rates for each method, with the smallest and the largest rate written beside it.
 
@@ -41,16 +42,18 @@ def plot_learning_rates(
         highest: Show only the range of the points up to this height; others would stretch the axes. None: of all.
         base: Where the untouched model is on the horizontal axis; None leaves it out.
         log: Whether the horizontal axis is logarithmic.
+        chosen: Label → the rate whose point gets a ring.
     """
     drawn, (axis,) = figure(6.6, 4.6)
     shown = []
     total = 0
-    chosen = looks(curves)
+    styles = looks(curves)
     for label, points in curves.items():
         if not points:
             continue
-        line = chosen[label].line() | {"markersize": 5}
+        line = styles[label].line() | {"markersize": 5}
         axis.plot([at for _, at, _ in points], [height for *_, height in points], label=label, **line)
+        _ring(axis, [(at, height) for rate, at, height in points if rate == (chosen or {}).get(label)])
         visible = [point for point in points if highest is None or point[2] <= highest]
         for rate, at, height in [*visible[:1], *visible[1:][-1:]]:
             axis.annotate(f"{rate:g}", (at, height), xytext=(3, 3), textcoords="offset points", fontsize=6)
@@ -77,6 +80,7 @@ def plot_factors(
     x: str,
     y: str,
     highest: float | None = None,
+    chosen: Mapping[str, float] | None = None,
 ) -> Figure:
     """A line over factors of the update for each run, from as trained (a large marker) down to the smallest factor.
 
@@ -86,16 +90,18 @@ def plot_factors(
         x: What the horizontal axis means, with its unit; it is logarithmic.
         y: What the vertical axis means, with its unit.
         highest: Show only the range of the points up to this height; None: of all.
+        chosen: Label → the rate whose run as trained gets a ring.
     """
     drawn, (axis,) = figure(6.6, 4.6)
-    chosen = looks(curves)
+    styles = looks(curves)
     shown = []
     for label, runs in curves.items():
         for number, (rate, points) in enumerate(runs):
-            line = chosen[label].line() | ({"label": label} if number == 0 else {})
+            line = styles[label].line() | ({"label": label} if number == 0 else {})
             axis.plot([at for at, _ in points], [height for _, height in points], **line)
             first = points[0]
-            axis.plot(*first, color=chosen[label].color, marker=chosen[label].marker, markersize=7)
+            axis.plot(*first, color=styles[label].color, marker=styles[label].marker, markersize=7)
+            _ring(axis, [first] if rate == (chosen or {}).get(label) else [])
             visible = [point for point in points if highest is None or point[1] <= highest]
             if first in visible:
                 axis.annotate(f"{rate:g}", first, xytext=(4, 4), textcoords="offset points", fontsize=6)
@@ -110,6 +116,12 @@ def plot_factors(
     describe(axis, title=title, x=x, y=y)
     legend(axis)
     return drawn
+
+
+def _ring(axis: Axes, points: Sequence[tuple[float, float]]) -> None:
+    """Mark points that were chosen."""
+    for at, height in points:
+        axis.scatter([at], [height], s=150, facecolors="none", edgecolors="black", linewidths=1.1, zorder=3)
 
 
 def plot_sizes(points: Mapping[str, tuple[int, Interval] | None], *, title: str, y: str) -> Figure:
@@ -289,11 +301,12 @@ def plot_transfer(
         image = heat_map(axis, grid, rows=trained_on, columns=measured_on, turned=35, **shades)
         axis.spines[["top", "right"]].set_visible(True)
         for (row, column), number in np.ndenumerate(grid):
-            dark = not np.isnan(number) and ((number - low) / (high - low) > 0.55) == larger_is_better
-            axis.text(
-                column, row, "–" if np.isnan(number) else f"{number:.{decimals}f}", ha="center", va="center",
-                fontsize=8, color="white" if dark else "black",
-            )  # fmt: skip
+            if np.isnan(number):
+                axis.text(column, row, "–", ha="center", va="center", fontsize=8)
+                continue
+            dark = ((number - low) / (high - low) > 0.55) == larger_is_better
+            ink = OVER_PICTURES["white" if dark else "black"]
+            axis.text(column, row, f"{number:.{decimals}f}", ha="center", va="center", fontsize=8, color=ink)
         describe(axis, title=name, x="measured on", y="trained on")
     drawn.colorbar(image, ax=axes, label=label, fraction=0.04)
     return drawn

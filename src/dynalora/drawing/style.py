@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,6 +201,34 @@ def rendered(drawn: Figure, kind: str = "png", *, dpi: int = 150) -> bytes:
     with matplotlib.rc_context({"svg.hashsalt": "dynalora", "svg.fonttype": "none"}):
         drawn.savefig(buffer, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()
+
+
+OVER_PICTURES = {"white": "#fefefe", "black": "#010101"}
+"""White and black for what is written over shades, which stay as they are where the page is dark."""
+_GREY = re.compile(r"#([0-9a-f]{2})\1\1\b")
+_DARK = ((0xE7, 0xEA, 0xEE), (0x15, 0x18, 0x1C))
+"""What black and white become on a dark page."""
+
+
+def for_pages(svg: bytes) -> bytes:
+    """An SVG picture that is light on a light page and dark on a dark one, as the reader's system says.
+
+    Black, white and the greys between them change places; colours stay, so that a method has one colour on both.
+    """
+    text = svg.decode()
+    greys = ({"00"} | {match[1] for match in _GREY.finditer(text)}) - {shade[1:3] for shade in OVER_PICTURES.values()}
+
+    def dark(grey: str) -> str:
+        part = int(grey, 16) / 255
+        return "#" + "".join(f"{round(ink + part * (paper - ink)):02x}" for ink, paper in zip(*_DARK, strict=True))
+
+    light_rules = "".join(f"--g{grey}:#{grey * 3};" for grey in sorted(greys))
+    dark_rules = "".join(f"--g{grey}:{dark(grey)};" for grey in sorted(greys))
+    # Matplotlib leaves out the fill of what is black.
+    style = f":root{{{light_rules}fill:var(--g00)}}@media (prefers-color-scheme:dark){{:root{{{dark_rules}}}}}"
+    text = _GREY.sub(lambda match: f"var(--g{match[1]})" if match[1] in greys else match[0], text)
+    head = text.index(">", text.index("<svg")) + 1
+    return f"{text[:head]}<style>{style}</style>{text[head:]}".encode()
 
 
 def save(drawn: Figure, path: str | os.PathLike[str] | None, *, overwrite: bool = False, dpi: int = 150) -> list[Path]:

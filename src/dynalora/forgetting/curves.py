@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from dynalora.common.files import plain, write_file
+from dynalora.common.notebook import Shown
 from dynalora.common.progress import Progress, counted, silent
 from dynalora.errors import CheckpointError, DataError
 from dynalora.forgetting.retention import Retention, predictions_within, retention
@@ -61,7 +62,15 @@ class RetentionPoint:
         return cls(str(record["run"]), int(record["step"]), str(record["text"]), measured, seconds)
 
 
-def read_retention(*paths: str | os.PathLike[str]) -> dict[str, list[RetentionPoint]]:
+class RetentionPoints(list[RetentionPoint], Shown):
+    """Measurements in order, which a notebook shows as a table and a picture."""
+
+
+class RetentionCurves(dict[str, list[RetentionPoint]], Shown):
+    """Measurements by the name of their run, which a notebook shows as a table and a picture."""
+
+
+def read_retention(*paths: str | os.PathLike[str]) -> RetentionCurves:
     """The measurements in files that monitors wrote.
 
     Args:
@@ -74,7 +83,7 @@ def read_retention(*paths: str | os.PathLike[str]) -> dict[str, list[RetentionPo
     Raises:
         DataError: A file cannot be read, or a line in it is no measurement.
     """
-    curves: dict[str, list[RetentionPoint]] = {}
+    curves = RetentionCurves()
     for path in map(Path, paths):
         runs: dict[str, list[RetentionPoint]] = {}
         for point in read_points(path):

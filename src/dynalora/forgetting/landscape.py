@@ -15,6 +15,7 @@ from torch import nn
 from dynalora.adapter.gates import GatedLayer
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.common.names import plain_name
+from dynalora.common.notebook import Shown
 from dynalora.errors import ConfigError, DynaloraError
 from dynalora.forgetting.defaults import PAPER_TAU as PAPER_TAU
 from dynalora.forgetting.defaults import QUANTITIES as QUANTITIES
@@ -84,6 +85,10 @@ class LandscapeRow:
         return None if self.effect is None else _holding(self.effect)
 
 
+class Landscape(list[LandscapeRow], Shown):
+    """The landscape of a model, a row for each matrix, which a notebook shows as a table and a picture."""
+
+
 _ENERGY = 0.99
 
 
@@ -102,7 +107,7 @@ def rank_landscape(
     adapter_name: str | None = None,
     gates: Sequence[GateStatistics] | None = None,
     effects: Mapping[str, torch.Tensor] | None = None,
-) -> list[LandscapeRow]:
+) -> Landscape:
     """The landscape of an adapter, exact from its factors.
 
     Args:
@@ -116,7 +121,7 @@ def rank_landscape(
             some text, for `effect` and `effect_rank`. Gates then count as they were on each token.
 
     Returns:
-        One row per adapted matrix, in model order.
+        One row per adapted matrix, in model order. A notebook shows a table and a picture of the ranks.
 
     Raises:
         ConfigError: `tau` is negative, `gates` lack a matrix, have another rank for it, or are given for an adapter
@@ -125,7 +130,7 @@ def rank_landscape(
     """
     check_tau(tau)
     means = None if gates is None else {row.module: row.mean for row in gates}
-    rows = []
+    rows = Landscape()
     for name, module in model.named_modules():
         update = low_rank_update(module, adapter_name, means)
         if update is None:

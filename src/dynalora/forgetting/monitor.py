@@ -30,7 +30,7 @@ from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError, UnsupportedError, check_least
 from dynalora.forgetting.base_model import adapter_tensors, base_weights
 from dynalora.forgetting.best import BestState, better_state
-from dynalora.forgetting.curves import RetentionPoint, append_points, read_points, write_points
+from dynalora.forgetting.curves import RetentionPoint, RetentionPoints, append_points, read_points, write_points
 from dynalora.forgetting.defaults import OWN_TEXT as OWN_TEXT
 from dynalora.forgetting.retention import BasePredictions, Retention, predictions_within, retention
 from dynalora.forgetting.texts import MeasuredText, OwnText, given_text, own_text
@@ -120,7 +120,7 @@ class RetentionMonitor(TrainerCallback):
         self.batch_size = batch_size
         self.cache_bytes = cache_bytes
         self.progress = progress
-        self.points: list[RetentionPoint] = []
+        self.points = RetentionPoints()
         self.exceeded: RetentionPoint | None = None
         self.best: BestState | None = None
         self._references: dict[str, BasePredictions] = {}
@@ -299,7 +299,7 @@ class RetentionMonitor(TrainerCallback):
         def stays(point: RetentionPoint) -> bool:
             return step > 0 and point.step <= step
 
-        self.points = [point for point in self.points if stays(point)]
+        self.points = RetentionPoints(point for point in self.points if stays(point))
         if self.path is None:
             return
         if first_process():
@@ -310,7 +310,7 @@ class RetentionMonitor(TrainerCallback):
                     f"'{self.path}' holds a run named '{self.name}' already; give the monitor another name or path."
                 )
             if not self.points:
-                self.points = [point for point in before if point.run == self.name and stays(point)]
+                self.points = RetentionPoints(point for point in before if point.run == self.name and stays(point))
             kept = [point for point in before if point.run != self.name or stays(point)]
             # A line that a kill cut short must not be continued by the next one.
             content = self.path.read_bytes() if self.path.exists() else b""

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from dynalora.common.notebook import Shown
 from dynalora.common.private import outside_trainers_autocast
 from dynalora.common.progress import Progress, silent
 from dynalora.common.statistics import ratio
@@ -33,7 +34,7 @@ from dynalora.forgetting.texts import MeasuredText, OwnText
 
 
 @dataclass(frozen=True)
-class Retention:
+class Retention(Shown):
     """Distance of an adapted model from its base model on a text. All in nats per token.
 
     Attributes:

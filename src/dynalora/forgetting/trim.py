@@ -19,6 +19,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
+from dynalora.common.notebook import Shown
 from dynalora.common.processes import from_first
 from dynalora.common.progress import Progress, counted, silent
 from dynalora.driver import drivers_of
@@ -52,6 +53,10 @@ class TrimPoint:
     loss: float | None = None
 
 
+class TrimCurve(list[TrimPoint], Shown):
+    """An adapter at several factors, which a notebook shows as a table and a picture."""
+
+
 @dataclass(frozen=True)
 class Trim:
     """What trimming came to.
@@ -79,7 +84,7 @@ def trim_curve(
     adapter: str | None = None,
     batch_size: int = 8,
     progress: Progress = silent,
-) -> list[TrimPoint]:
+) -> TrimCurve:
     """Forgetting and held-out loss of an adapter at several factors; the adapter is left as it is.
 
     Args:
@@ -96,7 +101,7 @@ def trim_curve(
         UnsupportedError: The adapter's update cannot be scaled (PEFT's other methods), or is merged.
     """
     measure = _Measure(model, text, loss, factors, adapter, batch_size)
-    return measure.curve(factors, progress)
+    return TrimCurve(measure.curve(factors, progress))
 
 
 def smallest_near_best(losses: Mapping[float, float]) -> float:

@@ -1,12 +1,13 @@
 """A run on one page: tables and plots in a single HTML file, and the same tables in the terminal.
 
-The page carries its images inside it and asks nothing of any server, so it can be mailed, archived and opened
-anywhere, on a phone too.
+The page carries its images and scripts inside it and asks nothing of any server, so it can be mailed, archived and
+opened anywhere, on a phone too. It is light or dark as the reader's system is.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 import yaml
+from markupsafe import Markup
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
 from dynalora.common.files import write_file
-from dynalora.drawing.style import rendered
+from dynalora.drawing.style import for_pages, rendered
+from dynalora.lab.explorer import Explorer, plot_library
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawn
@@ -92,10 +95,15 @@ class Figure:
         """The bytes of a PNG file."""
         return rendered(self.drawn)
 
+    @cached_property
+    def svg(self) -> bytes:
+        """The bytes of an SVG file."""
+        return rendered(self.drawn, "svg")
+
     @property
     def data_uri(self) -> str:
-        """The picture as text that goes into the page itself."""
-        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
+        """The picture as text that goes into the page itself, light or dark as the page is."""
+        return "data:image/svg+xml;base64," + base64.b64encode(for_pages(self.svg)).decode("ascii")
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,7 @@ class Section:
         text: One paragraph.
         tables: Shown after the text.
         figures: Shown after the tables.
+        explorer: A plot that can be read off and zoomed, shown before the figures where plotly is installed.
         listing: Preformatted text, such as a configuration, folded away until opened.
     """
 
@@ -114,6 +123,7 @@ class Section:
     text: str = ""
     tables: Sequence[Table] = ()
     figures: Sequence[Figure] = ()
+    explorer: Explorer | None = None
     listing: str = ""
 
 
@@ -146,11 +156,26 @@ def show(cell: Cell) -> str:
 
 
 def render_html(report: Report) -> str:
-    """The report as one HTML page that refers to nothing outside itself. All text is escaped."""
-    source = resources.files("dynalora.lab").joinpath("report.html.j2").read_text(encoding="utf-8")
+    """The report as one HTML page that refers to nothing outside itself. All text is escaped.
+
+    Its scripts sort tables and draw explorers. The page's policy names them by their hashes, so no other script runs.
+    """
+    library = plot_library() if any(section.explorer for section in report.sections) else None
+    scripts = [_part("report.js"), *((library, _part("explorer.js")) if library else ())]
     # Autoescape by name, not by file ending: data set texts and user settings end up in this page.
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(source).render(report=report)
+    return environment.from_string(_part("report.html.j2")).render(
+        report=report, library=library is not None, scripts=[Markup(script) for script in scripts],
+        hashes=[Markup(f"'sha256-{_hash(script)}'") for script in scripts],
+    )  # fmt: skip
+
+
+def _part(name: str) -> str:
+    return resources.files("dynalora.lab").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
 
 
 def listing(settings: Mapping[str, Any]) -> str:
@@ -176,7 +201,7 @@ def save_figures(
             figures.append(Figure(picture, caption))
             write(f"plots/{name}.png", figures[-1].png)
             if svg:
-                write(f"plots/{name}.svg", rendered(picture, "svg"))
+                write(f"plots/{name}.svg", figures[-1].svg)
     return figures
 
 

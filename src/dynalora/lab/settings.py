@@ -52,6 +52,8 @@ class Setting:
         instead_of: Another setting of which this one is the alternative: not both can be given.
         writes: Whether it is where a command writes: `file` or `folder`, or for a file that is written together with
             others a function that names them all. What is there already is never overwritten.
+        of_folder: Whether, where it is given without a settings file, the settings are those of the run folder that the
+            output names.
         choices: The values allowed, or a function that names them.
         suggested: Values that `--help` names where others are allowed too, or a function that names them.
     """
@@ -73,6 +75,7 @@ class Setting:
     place: bool = False
     instead_of: str | None = None
     writes: str | Callable[[str], Sequence[Path]] | None = None
+    of_folder: bool = False
     choices: Sequence[str] | Callable[[], Sequence[str]] = ()
     suggested: Sequence[str] | Callable[[], Sequence[str]] = ()
 

@@ -126,10 +126,15 @@ class Comparison:
 
     Attributes:
         grid: The cells with their results.
-        tasks: By their source.
+        tasks: By their source; empty where nothing is run.
         failed: Cells that failed in this call, each with the last line it said.
     """
 
     grid: Grid
     tasks: Mapping[str, ExperimentTask]
     failed: tuple[tuple[Cell, str], ...]
+
+    def about(self, task: str) -> str:
+        """A task in a sentence, as the cells have it."""
+        results = (result for cell, result in self.grid.results() if cell.task == task)
+        return next((str(result["task"]) for result in results if result.get("task")), "")

@@ -16,12 +16,15 @@ from dynalora.drawing.comparison import (
     plot_rank_maps,
     plot_sizes,
 )
+from dynalora.jobs.compare.contestants import Contestant
 from dynalora.jobs.compare.frontiers import points_of
 from dynalora.jobs.compare.grid import Comparison, Grid
 from dynalora.jobs.compare.summaries import MEAN, Summary, curve, kept_numbers, training_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_TOLD_APART = 1.1  # times as many parameters
 
 
 def plot_frontier(comparison: Comparison, task: str, text: str) -> Figure | None:
@@ -43,6 +46,7 @@ def plot_frontier(comparison: Comparison, task: str, text: str) -> Figure | None
         y=f"loss of the right answers{against}",
         highest=highest,
         log=True,
+        chosen=_chosen(grid, task),
     )
 
 
@@ -76,7 +80,14 @@ def plot_scaled(comparison: Comparison, task: str, text: str) -> Figure | None:
         x=f"KL(base ‖ tuned) on {text}, nats per token (log scale)",
         y=f"loss of the right answers{against}",
         highest=highest,
+        chosen=_chosen(grid, task),
     )
+
+
+def _chosen(grid: Grid, task: str) -> dict[str, float]:
+    """The learning rate that each method was given, where there was a choice."""
+    rates = {each.label: grid.chosen_rate(task, each) for each in grid.contestants if len(each.learning_rates) > 1}
+    return {label: rate for label, rate in rates.items() if rate is not None}
 
 
 def _range(grid: Grid, task: str, losses: Sequence[float]) -> tuple[float | None, str]:
@@ -117,7 +128,14 @@ def plot_kept(comparison: Comparison, task: str) -> Figure | None:
         x=title + (", %" if scale == 100 else ""),
         y="accuracy, %",
         base=None if base is None else scale * kept_numbers(base)[name],
+        chosen=_chosen(grid, task),
     )
+
+
+def differ_in_size(contestants: Sequence[Contestant]) -> bool:
+    """Whether methods train numbers of parameters that a plot could tell apart; matched ones stand on one line."""
+    counts = [contestant.parameters for contestant in contestants if contestant.parameters]
+    return len(counts) > 1 and max(counts) > _TOLD_APART * min(counts)
 
 
 def plot_parameters(comparison: Comparison, place: str, summaries: Sequence[Summary]) -> Figure | None:

@@ -12,6 +12,7 @@ questions are never chosen on.
 Layout of the folder::
 
     config.yaml                                the settings of whoever came last
+    plan.json                                  ranks and numbers of parameters
     cells/arc_easy/dira_r16_lr0.0005_seed42.json   everything that was measured
     cells/….json.lock                          taken by a process that lives
     logs/….log                                 what the cell said
@@ -28,6 +29,7 @@ from dynalora.errors import ConfigError
 from dynalora.evaluation.heads import CAUSAL_LM
 from dynalora.jobs.compare.grid import Comparison, Grid
 from dynalora.jobs.compare.planning import plan, task_places
+from dynalora.jobs.compare.recorded import Recorded, write_plan
 from dynalora.jobs.compare.runner import InProcessRunner, Runner
 from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.jobs.compare.store import CellStore, shared_settings
@@ -39,6 +41,8 @@ from dynalora.lab.report import rich_table
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from dynalora.lab.tasks.task import ExperimentTask
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +76,8 @@ def run_compare(
         console: Where progress and the closing tables are shown; None: nowhere.
         apart: Run every cell in a new process. False: in this one, one after another; their peak memory is then this
             process's.
-        run: False: run nothing, and write tables, plots and the report of the cells that are there.
+        run: False: run nothing, and write tables, plots and the report of the cells that are there. Neither data nor
+            model are needed then.
 
     Returns:
         The cells with their results. One that failed does not stop the others.
@@ -83,25 +88,12 @@ def run_compare(
     """
     store = CellStore(spec.output, shared_settings(spec), report_only=not run)
     store.check()
-    tasks = {source: spec.load_task(source) for source in spec.tasks}
-    for source, task in tasks.items():
-        if spec.loss_on_prompts and CAUSAL_LM not in task.heads:
-            raise ConfigError(f"loss_on_prompts needs a causal language model, which {source} is not learned by.")
-    for name in spec.texts:
-        load_named_text(name, "texts")
-    with rich_progress(console) as progress:
-        local_model_name(spec.model, progress=progress)
-    contestants = plan(spec, tasks)
-    for quantization in {contestant.quantization for contestant in contestants} | {spec.quantization} if run else ():
-        if quantization is not None:
-            quantization_config(quantization, resolve_dtype(spec.dtype))  # its library is there
-    grid = Grid(spec, contestants, task_places(tasks), store)
-    # Cells with other settings are refused before anything is written.
-    if not grid.done() and not run:
-        raise ConfigError(f"No cell of '{spec.output}' has been run yet; call the command without --report.")
-    store.open(spec.settings())
+    grid, tasks = _planned(spec, store, console) if run else _recorded(spec, store)
+    if run:
+        store.open(spec.settings())
+        write_plan(store.folder, grid.contestants)
     if console is not None:
-        console.print(rich_table(plan_table(contestants)))
+        console.print(rich_table(plan_table(grid.contestants)))
         for sentence in grid.provenance():
             console.print(sentence, highlight=False, markup=False)
     failed = (Runner if apart else InProcessRunner)(grid, console).run() if run else []
@@ -111,3 +103,33 @@ def run_compare(
         show_tables(comparison, console)
         console.print(f"Report: {report}", highlight=False, markup=False)
     return comparison
+
+
+def _planned(spec: CompareSpec, store: CellStore, console: Console | None) -> tuple[Grid, dict[str, ExperimentTask]]:
+    """The grid of what is to be run, with all that it needs looked for and checked."""
+    tasks = {source: spec.load_task(source) for source in spec.tasks}
+    for source, task in tasks.items():
+        if spec.loss_on_prompts and CAUSAL_LM not in task.heads:
+            raise ConfigError(f"loss_on_prompts needs a causal language model, which {source} is not learned by.")
+    for name in spec.texts:
+        load_named_text(name, "texts")
+    with rich_progress(console) as progress:
+        local_model_name(spec.model, progress=progress)
+    contestants = plan(spec, tasks)
+    for quantization in {contestant.quantization for contestant in contestants} | {spec.quantization}:
+        if quantization is not None:
+            quantization_config(quantization, resolve_dtype(spec.dtype))  # its library is there
+    grid = Grid(spec, contestants, task_places(tasks), store)
+    grid.done()  # cells with other settings are refused before anything is written
+    return grid, tasks
+
+
+def _recorded(spec: CompareSpec, store: CellStore) -> tuple[Grid, dict[str, ExperimentTask]]:
+    """The grid of what was run, out of the cells alone."""
+    recorded = Recorded(spec)
+    grid = Grid(spec, recorded.contestants(), recorded.places(), store)
+    if not grid.done():
+        raise ConfigError(
+            f"'{spec.output}' has no cell with these settings; call the command with the folder's own config.yaml."
+        )
+    return grid, {}

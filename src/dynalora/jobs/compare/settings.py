@@ -78,7 +78,8 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, BestSettings,
         mask_layers: Measure the held-out questions also with the ranks of one layer masked to zero, layer by layer
             (PE-DyRA, Figure 1b).
         jobs: Number of cells at the same time; None: one per GPU, or one.
-        report: Run nothing, and report on the cells that are there.
+        report: Run nothing, and write tables, plots and the report of the cells that are there; with --output alone the
+            settings are those in the folder. Neither data nor model are needed.
     """
 
     unused: ClassVar[Mapping[str, Any]] = {"eval_every": None, "save_every": None, "log_every": None}
@@ -115,7 +116,7 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, BestSettings,
     over_time: Annotated[bool, Setting(panel=MEASURING)] = False
     mask_layers: Annotated[bool, Setting(panel=MEASURING)] = False
     jobs: Annotated[int | None, Setting("-j", least=1, panel=RUN)] = None
-    report: Annotated[bool, Setting(panel=RUN, recorded=False)] = False
+    report: Annotated[bool, Setting(panel=RUN, recorded=False, of_folder=True)] = False
 
     def _check(self) -> None:
         super()._check()

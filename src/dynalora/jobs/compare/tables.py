@@ -52,39 +52,38 @@ def result_table(comparison: Comparison, place: str, summaries: Sequence[Summary
     texts = list(dict.fromkeys(text for summary in summaries for text in summary.kl))
     metrics = list(dict.fromkeys(name for summary in summaries for name in summary.metrics))
     accuracies = any(summary.accuracy is not None for summary in summaries)
-    columns = ["method", "lr", "seeds"]
-    columns += ["accuracy, %", f"− {spec.reference}"] if accuracies else []
-    columns += [*metrics, "loss", f"− {spec.reference}, loss"]
-    columns += [f"KL, {text}" for text in texts]
-    columns += [f"KL, {texts[0]}, at {spec.reference}'s loss"] if texts else []
     changes = {
         "KL, task's prompts": {summary.label: summary.prompts_kl for summary in summaries},
         "‖ΔW‖_F": {summary.label: summary.norm for summary in summaries},
     }
     changes = {name: values for name, values in changes.items() if any(values.values())}
-    columns += changes
-    rows: list[list[TableCell]] = []
+    rows: list[dict[str, TableCell]] = []
     for summary in summaries:
-        row: list[TableCell] = [summary.label, *_rate_and_seeds(summary)]
-        if accuracies:
-            row.append(shown_interval(summary.accuracy, 1, scale=100, half=True))
-            row.append(_difference(summary.accuracy_apart, 1, scale=100))
-        row += [shown_interval(summary.metrics.get(name), 3, half=True) for name in metrics]
-        row += [shown_interval(summary.loss, 4, half=True), _difference(summary.loss_apart, 4)]
+        # First what one comes for, which a narrow screen shows without scrolling.
+        row: dict[str, TableCell] = {"method": summary.label, "loss": shown_interval(summary.loss, 4, half=True)}
         kl = {} if summary.learning_rate is None else summary.kl
-        row += [shown_interval(kl.get(text), 4, half=True) for text in texts]
+        of_texts = {f"KL, {text}": shown_interval(kl.get(text), 4, half=True) for text in texts}
+        row |= dict(list(of_texts.items())[:1])
+        row[f"loss, − {spec.reference}"] = _difference(summary.loss_apart, 4)
         if texts:
             at_loss = summary.at_reference_loss.get(texts[0])
-            row.append(None if at_loss is None else f"{at_loss:.4f}")
-        row += [shown_interval(values[summary.label], 4, half=True) for values in changes.values()]
-        rows.append(row)
-    return Table(columns, rows, title=place, note=_result_note(spec, summaries))
+            row[f"KL, {texts[0]}, at {spec.reference}'s loss"] = None if at_loss is None else f"{at_loss:.4f}"
+        if accuracies:
+            row["accuracy, %"] = shown_interval(summary.accuracy, 1, scale=100, half=True)
+            row[f"accuracy, − {spec.reference}"] = _difference(summary.accuracy_apart, 1, scale=100)
+        row |= {name: shown_interval(summary.metrics.get(name), 3, half=True) for name in metrics}
+        row |= of_texts
+        row |= {name: shown_interval(values[summary.label], 4, half=True) for name, values in changes.items()}
+        rows.append(row | _rate_and_seeds(summary))
+    columns = list(rows[0]) if rows else ["method", "loss"]
+    return Table(columns, [list(row.values()) for row in rows], title=place, note=_result_note(spec, summaries))
 
 
-def _rate_and_seeds(summary: Summary) -> list[TableCell]:
+def _rate_and_seeds(summary: Summary) -> dict[str, TableCell]:
     if summary.learning_rate is None:
-        return [None, None]
-    return [f"{summary.learning_rate:g}{' (edge)' if summary.edge else ''}", len(summary.results)]
+        return {"learning rate": None, "seeds": None}
+    edge = " (edge)" if summary.edge else ""
+    return {"learning rate": f"{summary.learning_rate:g}{edge}", "seeds": len(summary.results)}
 
 
 def _result_note(spec: CompareSpec, summaries: Sequence[Summary]) -> str:
@@ -125,12 +124,12 @@ def scaled_tables(comparison: Comparison, place: str, summaries: Sequence[Summar
         return []
     reference = comparison.grid.spec.reference
     columns = [
-        "method", "lr", "seeds", "factor", "loss", "KL", f"KL at {reference}'s loss", f"/ {reference}",
+        "method", "loss", "KL", "factor", f"KL at {reference}'s loss", f"/ {reference}",
         f"/ {reference}, scaled", f"loss at {reference}'s KL, − {reference}",
-        f"KL / {reference}, scaled, over all losses",
+        f"KL / {reference}, scaled, over all losses", "learning rate", "seeds",
     ]  # fmt: skip
     note = (
-        f"Every run at factors of its update. factor, loss, KL: at the smallest factor whose loss on the questions set "
+        f"Every run at factors of its update. loss, KL, factor: at the smallest factor whose loss on the questions set "
         f"aside is within {NEAR_BEST:.0%} of the best. Then the curve's lower edge, read where it has the loss, and "
         f"the KL, of {reference} as trained; '/ {reference}, scaled' compares with {reference}'s own curve at that "
         "loss. The last column is the geometric mean of KL's ratio over all losses that both curves have (area "
@@ -142,7 +141,8 @@ def scaled_tables(comparison: Comparison, place: str, summaries: Sequence[Summar
         rows: list[list[TableCell]] = []
         for summary in summaries:
             if text in summary.scaled:
-                rows.append([summary.label, *_rate_and_seeds(summary), *_scaled_cells(summary.scaled[text])])
+                ends = _rate_and_seeds(summary).values()
+                rows.append([summary.label, *_scaled_cells(summary.scaled[text]), *ends])
         tables.append(Table(columns, rows, title=f"{place}: scaled after training, {text}", note=note))
     return tables
 
@@ -156,9 +156,9 @@ def _scaled_cells(scaled: Scaled) -> list[TableCell]:
         return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
     return [
-        None if scaled.factor is None else f"{scaled.factor:.2f}",
         shown_interval(scaled.loss, 4, half=True),
         shown_interval(scaled.kl, 4, half=True),
+        None if scaled.factor is None else f"{scaled.factor:.2f}",
         shown_interval(scaled.at_loss, 4, half=True),
         ratio(scaled.at_loss_ratio),
         ratio(scaled.own_ratio),

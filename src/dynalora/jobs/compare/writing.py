@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynalora.common.files import csv_text, write_file
 from dynalora.jobs.compare import decisions
+from dynalora.jobs.compare.explore import explorer
 from dynalora.jobs.compare.grid import Comparison
 from dynalora.jobs.compare.plots import (
+    differ_in_size,
     plot_cost,
     plot_frontier,
     plot_kept,
@@ -21,8 +23,9 @@ from dynalora.jobs.compare.plots import (
     plot_ranks,
     plot_scaled,
 )
-from dynalora.jobs.compare.summaries import Summary, kept_numbers, summaries, value_of
+from dynalora.jobs.compare.summaries import Summary, kept_numbers, summaries
 from dynalora.jobs.compare.tables import cost_table, kept_table, plan_table, result_table, scaled_tables
+from dynalora.jobs.compare.verdict import conclusion
 from dynalora.lab.report import (
     Report,
     Section,
@@ -38,6 +41,8 @@ from dynalora.lab.report import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
     from rich.console import Console
+
+_NAMED = 4  # most methods that a title names
 
 
 def cells_csv(comparison: Comparison) -> str:
@@ -118,20 +123,27 @@ def write_results(comparison: Comparison) -> Path:
     def write(name: str, content: bytes) -> None:
         write_file(folder / name, content)
 
-    sections = [Section("Compared", text=" ".join(grid.provenance()), tables=[plan_table(grid.contestants)])]
+    sections = []
     if comparison.failed:
         failed = [[cell.title, line] for cell, line in comparison.failed]
         sections.append(Section("Failed cells", tables=[Table(["cell", "last line"], failed, title="Failed")]))
     for task, place in grid.places.items():
         pictures = save_figures(write, _figures(comparison, task, by_place[place]))
-        about = comparison.tasks[task].about
-        sections.append(Section(place, text=about, tables=tables[place], figures=pictures))
+        sections.append(
+            Section(
+                place, text=comparison.about(task), tables=tables[place], figures=pictures,
+                explorer=explorer(comparison, task),
+            )
+        )  # fmt: skip
     bars = (plot_cost(comparison, by_place), "Whiskers: smallest and largest of the cells.")
     sections.append(Section("Cost", tables=[cost], figures=save_figures(write, {"cost": bars})))
+    plan = [plan_table(grid.contestants)]
+    sections.append(Section("Compared", text=" ".join(grid.provenance()), tables=plan))
     sections.append(Section("Settings", listing=listing(grid.spec.settings())))
-    methods = ", ".join(contestant.label for contestant in grid.contestants)
+    labels = [contestant.label for contestant in grid.contestants]
+    methods = ", ".join(labels) if len(labels) <= _NAMED else f"{len(labels)} methods"
     title = f"{methods} on {', '.join(grid.places.values())}"
-    return write_report(Report(title, _conclusion(comparison, by_place), sections), folder / "report.html")
+    return write_report(Report(title, conclusion(comparison, by_place), sections), folder / "report.html")
 
 
 def _figures(comparison: Comparison, task: str, of_task: Sequence[Summary]) -> dict[str, tuple[Drawing | None, str]]:
@@ -142,12 +154,12 @@ def _figures(comparison: Comparison, task: str, of_task: Sequence[Summary]) -> d
         figures[f"frontier-{place}" + (f"-{number + 1}" if number else "")] = (
             plot_frontier(comparison, task, text),
             f"Loss against KL from the base model on {text}; below and to the left is better. Numbers are learning "
-            "rates.",
+            "rates; rings mark the chosen ones.",
         )
         figures[f"scaled-{place}" + (f"-{number + 1}" if number else "")] = (
             plot_scaled(comparison, task, text),
             f"Every run along factors of its update, from as trained (large marker, with its learning rate) down; on "
-            f"{text}. Below and to the left is better.",
+            f"{text}. Below and to the left is better; rings mark the chosen learning rates.",
         )
     return {
         **figures,
@@ -156,7 +168,7 @@ def _figures(comparison: Comparison, task: str, of_task: Sequence[Summary]) -> d
             "Accuracy against benchmarks that nothing was trained for. Numbers are learning rates.",
         ),
         f"parameters-{place}": (
-            plot_parameters(comparison, place, of_task),
+            plot_parameters(comparison, place, of_task) if differ_in_size(comparison.grid.contestants) else None,
             "At the chosen learning rates, with 95 % intervals.",
         ),
         f"learning-{place}": (plot_learning(comparison, place, of_task), "Mean over the seeds."),
@@ -177,30 +189,6 @@ def _tables(comparison: Comparison, place: str, of_task: Sequence[Summary]) -> l
         *scaled_tables(comparison, place, of_task),
         *([retention] if retention is not None else []),
     ]
-
-
-def _conclusion(comparison: Comparison, by_place: Mapping[str, Sequence[Summary]]) -> str:
-    """The result in a few sentences."""
-    grid, reference = comparison.grid, comparison.grid.spec.reference
-    done, total = grid.done(), grid.total
-    sentences = [f"{done} of {total} cells are done."] if done < total else []
-    for place, of_task in by_place.items():
-        trained = [summary for summary in of_task if summary.learning_rate is not None and summary.loss]
-        if not trained:
-            continue
-        best = min(trained, key=lambda summary: value_of(summary.loss))
-        significant = [
-            (summary.label, summary.loss_apart.value)
-            for summary in trained
-            if summary.loss_apart is not None and summary.loss_apart.p < 0.05
-        ]
-        better = ", ".join(label for label, difference in significant if difference < 0)
-        worse = ", ".join(label for label, difference in significant if difference > 0)
-        sentences.append(
-            f"{place}: the lowest loss has {best.label} ({value_of(best.loss):.4f}); beyond chance better than "
-            f"{reference}: {better or 'none'}; worse: {worse or 'none'}."
-        )
-    return " ".join(sentences) or "No cell is done yet."
 
 
 def show_tables(comparison: Comparison, console: Console) -> None:
