@@ -23,11 +23,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "PedyraConfig": {"adjust_start": 2, "adjust_interval": 1, "adjust_end": 9, "adjust_size": 1},
 }
 every_method = pytest.mark.parametrize("name", sorted(CONFIGS))
+GROWING = {"IncreloraConfig": {"target_rank": 5, "grow_start": 4, "grow_interval": 1, "grow_matrices": 1}}
 
 
 def adapted(name: str, **options: Any) -> Any:
     torch.manual_seed(3)
-    return peft.get_peft_model(MLP(), getattr(dynalora, name)(r=3, target_modules=TARGETS, **CONFIGS[name], **options))
+    given = {**CONFIGS, **GROWING}[name]
+    return peft.get_peft_model(MLP(), getattr(dynalora, name)(r=3, target_modules=TARGETS, **given, **options))
 
 
 def loss_of(model: Any, seed: int) -> torch.Tensor:
@@ -93,7 +95,7 @@ def test_what_is_no_number_is_not_saved_in_silence(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("value", [1.0, float("inf"), float("nan")], ids=str)
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("name", ["DisloraConfig", "DiraConfig", "DiselConfig"])
+@pytest.mark.parametrize("name", ["DisloraConfig", "DiraConfig", "DiselConfig", "PedyraConfig", "IncreloraConfig"])
 def test_nothing_is_learned_from_a_step_that_a_scaler_skips(
     name: str, fused: bool, set_to_none: bool, value: float
 ) -> None:
@@ -122,3 +124,30 @@ def test_nothing_is_learned_from_a_step_that_a_scaler_skips(
     with_skip, without = run(True), run(False)
     assert with_skip.keys() == without.keys()
     assert all(torch.equal(with_skip[key], without[key]) for key in without)
+
+
+@pytest.mark.parametrize("name", ["PedyraConfig", "IncreloraConfig"])
+def test_nothing_is_learned_from_gradients_that_the_loop_throws_away(name: str) -> None:
+    """Two forward passes before one backward pass, micro-batches, clipping, and a backward pass on no scalar."""
+
+    def run(thrown: bool) -> dict[str, torch.Tensor]:
+        model = adapted(name)
+        optimizer = torch.optim.SGD(trained(model), lr=1e-2)
+        for step in range(4):
+            if thrown and step != 1:
+                (loss_of(model, 30) + loss_of(model, 31)).backward()
+                losses = torch.stack([loss_of(model, 32), loss_of(model, 33)])
+                losses.backward(torch.ones(2))
+                torch.nn.utils.clip_grad_norm_(trained(model), 1e-3)
+                optimizer.zero_grad(set_to_none=step != 2)
+            both = loss_of(model, step) + loss_of(model, step + 10)
+            both.backward()
+            torch.nn.utils.clip_grad_norm_(trained(model), 1e-3)
+            loss_of(model, step + 20).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return state_of(model)
+
+    with_them, without = run(True), run(False)
+    assert with_them.keys() == without.keys()
+    assert all(torch.equal(with_them[key], without[key]) for key in without)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,9 +17,11 @@ import pytest
 import torch
 
 import dynalora
+from dynalora.driver import driver
 from dynalora.errors import UnsupportedError
 from dynalora.methods.pedyra import layer as pedyra_layer
 from dynalora.methods.pedyra import method as pedyra_method
+from tests.driver.loops import weights
 from tests.toys import MLP
 
 TARGETS = ["first", "second"]
@@ -171,6 +175,91 @@ def test_an_adapter_made_before_its_processes_met_is_refused(monkeypatch: pytest
     with pytest.raises(UnsupportedError, match=r"before its 2 processes joined .*'first'.*max_rank"):
         steps(model, optimizer, range(1))
     steps(roomy, torch.optim.SGD([p for p in roomy.parameters() if p.requires_grad], lr=0.1), range(1))
+
+
+def test_weights_in_memory_that_processes_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that torch.multiprocessing hands over lie in shared memory, where every process would step them."""
+    model = pedyra(max_rank=8)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.share_memory_()
+    copied = copy.deepcopy(model)
+    monkeypatch.setattr(driver, "process_count", lambda: 2)
+    monkeypatch.setattr(driver, "grouped", lambda: True)
+    monkeypatch.setattr(driver.Driver, "_look", lambda *_: None)
+    with pytest.raises(UnsupportedError, match=r"memory that its 2 processes share.*copy\.deepcopy"):
+        steps(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1), range(1))
+    steps(copied, torch.optim.SGD([p for p in copied.parameters() if p.requires_grad], lr=0.1), range(1))
+
+
+SPAWNED: dict[str, tuple[str, dict[str, Any]]] = {
+    "dira": ("DiraConfig", {"penalty_weight": 1e-2, "total_steps": 8}),
+    "dira budget": ("DiraConfig", {"target_rank": 2, "penalty_mode": "gradient", "total_steps": 8}),
+    "dira compacting": ("DiraConfig", {"penalty_weight": 1e-2, "compact_every": 2, "total_steps": 8}),
+    "disel": ("DiselConfig", {}),
+    "dislora": ("DisloraConfig", {"tsd_count": 2, "total_steps": 8}),
+    "pedyra": ("PedyraConfig", {"adjust_start": 2, "adjust_interval": 2, "adjust_end": 6, "total_steps": 8}),
+    "increlora": ("IncreloraConfig", {"target_rank": 6, "grow_start": 2, "total_steps": 8}),
+    "triadaptlora": ("TriAdaptLoraConfig", {"target_rank": 6, "grow_start": 2, "total_steps": 8}),
+    "dylora": ("DyloraConfig", {}),
+    "milora": ("MiloraConfig", {}),
+    "sorsa": ("SorsaConfig", {}),
+    "loradash": ("LoraDashConfig", {"warmup_steps": 2, "tsd_count": 2}),
+    "rasa": ("RasaConfig", {}),
+}
+
+
+def spawnable(name: str) -> Any:
+    torch.manual_seed(0)
+    kind, options = SPAWNED[name]
+    return peft.get_peft_model(MLP(), getattr(dynalora, kind)(r=4, target_modules=TARGETS, **options))
+
+
+def spawned(rank: int, port: int, models: dict[str, Any], folder: str) -> None:
+    """What each process does with models that were made before there was a group."""
+    torch.set_num_threads(1)
+    where = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
+    results: dict[str, Any] = {}
+    for name, handed in models.items():
+        model = copy.deepcopy(handed).train()
+        called = torch.nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        try:
+            for step in range(8):
+                x = torch.randn(8, 12, generator=torch.Generator().manual_seed(step))[4 * rank :][:4]
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(called(x), torch.zeros(4, dtype=torch.long)).backward()
+                optimizer.step()
+            results[name] = weights(model)
+        except UnsupportedError as error:
+            results[name] = f"{step} {error}"
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_adapters_made_before_spawned_processes_met_train_or_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    models = {name: spawnable(name) for name in SPAWNED}
+    torch.multiprocessing.spawn(spawned, (port, models, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, found in first.items():
+        if name in ("dira compacting", "pedyra", "increlora", "triadaptlora"):
+            assert found == second[name]
+            assert re.match(r"0 adapter 'default' (was made before|trains on 2 processes)", found)
+            continue
+        alone = spawnable(name)
+        steps(alone, torch.optim.SGD([p for p in alone.parameters() if p.requires_grad], lr=0.1), range(8))
+        expected = weights(alone)
+        for key, tensor in found.items():
+            assert torch.equal(tensor, second[name][key])
+            if name != "dira budget":  # whose dead components alone are cut, and here are zeros
+                torch.testing.assert_close(tensor, expected[key], atol=1e-5, rtol=1e-4)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -389,7 +389,8 @@ def test_inputs_are_seen_once_under_gradient_checkpointing(reentrant: bool | Non
         layer.register_forward_pre_hook(lambda m, args: seen.setdefault(m.name, args[0].detach().clone()))
     optimizer = sgd(model)
     toy.loss(model).backward()
-    assert {int(layer.gathered["default"][-1]) for layer in layers} == {21}, "3 · 7 tokens, once"
+    counts = [layer.gathered["default"][-1] for layer in layers]
+    assert {int(count) for count in counts} == {21}, "3 · 7 tokens, once"
     optimizer.step()
     for layer in layers:
         expected = 0.15 * seen[layer.name].square().mean((0, 1))

@@ -416,6 +416,14 @@ class AdapterLayer(RankedStorage, BaseWeight):
         probe = self.probes.pop(adapter, None)
         return None if probe is None else probe.grad
 
+    def end_passes(self, adapter: str) -> None:
+        """Gradients were made of the forward passes so far."""
+
+    def forget_passes(self, adapter: str) -> None:
+        """Those gradients were thrown away without a step, and what was gathered with them goes with them."""
+        if adapter in self.probes:
+            self.probes[adapter].grad = None
+
     def _check_mixed_batch(self, x: torch.Tensor, adapter_names: Sequence[str]) -> None:
         if len(x) != len(adapter_names):
             raise ConfigError(

@@ -143,6 +143,9 @@ class Retain:
         ends_itself: Whether a trainer is at work, which ends the budget when the run ends.
     """
 
+    name = "retain"
+    sharding: tuple[str, ...] = ()
+
     def __init__(self) -> None:
         self.weight: torch.Tensor | float | None = None
         self.value: torch.Tensor | None = None
@@ -274,7 +277,8 @@ class Retain:
                 gradients = torch.autograd.grad(value, parameters, allow_unused=True)
         self.value = value.detach()
         self.outcome = None  # a run that goes on after its end has to be ended again
-        self.weight = config.retain if config.max_forgetting is None else self._controlled(moment, self.value)
+        fixed = config.max_forgetting is None or moment.skipped  # nothing is learned from a step that is not taken
+        self.weight = config.retain if fixed else self._controlled(moment, self.value)
         return {
             id(parameter): gradient
             for parameter, gradient in zip(parameters, gradients, strict=True)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from dynalora.adapter.layer import AdapterLayer
+from dynalora.errors import UnsupportedError
 
 # The first number between dots: that of the block.
 _BLOCK = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
@@ -45,8 +46,19 @@ class SharingLayer(AdapterLayer):
         return _BLOCK.sub("#", self.name, count=1), self.out_features, self.in_features
 
     def peer_parameters(self, role: str, adapter: str) -> list[torch.Tensor]:
-        """A parameter of all layers that an adapter shares with, this one included, in the order of their blocks."""
-        return [cast(torch.Tensor, container._parameters[adapter]) for container in self.peers[adapter][role]]
+        """A parameter of all layers that an adapter shares with, this one included, in the order of their blocks.
+
+        Raises:
+            UnsupportedError: Sharded training has those of the other layers in pieces just now.
+        """
+        peers = [cast(torch.Tensor, container._parameters[adapter]) for container in self.peers[adapter][role]]
+        if any(peer.ndim != 2 or hasattr(peer, "full_tensor") for peer in peers):
+            raise UnsupportedError(
+                f"{type(self.drivers[adapter].config).__name__} (adapter {adapter!r}) does not train under FSDP1 or "
+                f"FSDP2, which hold the factors of layers that do not compute now in pieces, and {self.name!r} uses "
+                "those of all layers of its kind; train it under DistributedDataParallel."
+            )
+        return peers
 
 
 def join(layers: Iterable[SharingLayer], adapter: str, roles: Sequence[str]) -> None:

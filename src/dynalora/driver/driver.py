@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynalora.common.private import in_backward, version
-from dynalora.common.processes import grouped
+from dynalora.common.processes import grouped, process_count
 from dynalora.driver.finite import first_bad, some_bad
+from dynalora.driver.losses import Passes
 from dynalora.driver.moment import DrivenLayer, DrivenMethod, DrivenPart, Moment
 from dynalora.errors import ScheduleError, TrainingError, UnsupportedError
 
@@ -61,6 +62,8 @@ class Driver:
     _loss: torch.Tensor | None = None
     # Whether the user said it; then nothing else counts.
     _loss_reported: bool = False
+    # The backward passes since the last step, where the layers gather something in them.
+    _passes: Passes | None = None
     # Whether the gradients of a step were no numbers, with its number, where the device has not been waited for yet.
     _unread: tuple[torch.Tensor, int] | None = None
     # Identity and version of the saved clock as this object last saw it, to notice a loaded checkpoint without
@@ -71,6 +74,11 @@ class Driver:
     def needs_task_loss(self) -> bool:
         """Whether the method acts on the value of the task loss."""
         return self.method.needs_task_loss(self.config)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the layers gather something in the passes of a step."""
+        return self.method.gathers(self.config)
 
     @property
     def clips_penalty(self) -> bool:
@@ -168,8 +176,11 @@ class Driver:
         self._require_whole_step()
         self._require_known_sharding(moment.layers)
         self._require_all_processes()
+        if not self.optimizer_steps:
+            self._require_memory_of_its_own(parameters)
         if moment.found_inf is None:  # else a scaler looks, and skips the step
             self._look(moment, parameters)
+        self._passes = None
         first = not self._done or not self._done.isdisjoint(awaiting)
         if first:
             self._done.clear()
@@ -200,12 +211,17 @@ class Driver:
         if down is None:
             return
         way = "FSDP1" if down.ndim != 2 else "FSDP2" if hasattr(down, "full_tensor") else None
-        if way is not None and way not in self.method.sharding:
-            known = " or ".join([*self.method.sharding, "DistributedDataParallel"])
+        everything: list[DrivenMethod | DrivenPart] = [self.method, *self.parts]
+        for acting in everything:
+            if way is None or way in acting.sharding:
+                continue
+            known = " or ".join([*(name for name in acting.sharding if "FSDP" in name), "DistributedDataParallel"])
             flat = "as pieces of flat vectors" if way == "FSDP1" else "in shards"
+            with_part = "" if acting is self.method else f" with {acting.name}"
             raise UnsupportedError(
-                f"{type(self.config).__name__} (adapter {self.adapter!r}) does not train under {way}, which keeps its "
-                f"factors {flat}, so that norms and products of whole factors cannot be taken; train it under {known}."
+                f"{type(self.config).__name__} (adapter {self.adapter!r}){with_part} does not train under {way}, which "
+                f"keeps its factors {flat}, so that norms and products of whole factors cannot be taken; train it "
+                f"under {known}."
             )
 
     def step_of_copies(self, groups_follow: bool) -> None:
@@ -240,6 +256,19 @@ class Driver:
                 f"{type(self.config).__name__} (adapter {self.adapter!r}) does not train within DDP's join(): at its "
                 "steps all processes exchange losses, scores or ranks, and one that has run out of batches takes no "
                 "part; give all processes equally many (drop_last=True, or Accelerate's and Trainer's even batches)."
+            )
+
+    def _require_memory_of_its_own(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Refuse weights that lie in one memory for all processes, each of which would step them once more.
+
+        Raises:
+            UnsupportedError: They do.
+        """
+        if process_count() > 1 and grouped() and any(p.device.type == "cpu" and p.is_shared() for p in parameters):
+            raise UnsupportedError(
+                f"adapter {self.adapter!r} lies in memory that its {process_count()} processes share, as "
+                "torch.multiprocessing hands models over, so that every process would step the same weights once more; "
+                "make the model in each process, or copy it there with copy.deepcopy(model)."
             )
 
     def _look(self, moment: Moment, parameters: Sequence[torch.Tensor]) -> None:
@@ -298,6 +327,20 @@ class Driver:
             return
         loss = loss.reshape(()).to(torch.promote_types(loss.dtype, torch.float32))
         self._loss = loss if anew or self._loss is None else self._loss + loss
+
+    def before_backward(self, layers: Sequence[DrivenLayer]) -> None:
+        """Have the layers forget what belongs to gradients that were thrown away without a step."""
+        if self._passes is not None and self._passes.dropped(layers, self.adapter):
+            for layer in layers:
+                layer.forget_passes(self.adapter)
+
+    def after_backward(self, layers: Sequence[DrivenLayer]) -> None:
+        """Have the layers count what they gathered as belonging to the gradients that are there now."""
+        if self._passes is None:
+            self._passes = Passes()
+        if self._passes.ended(layers, self.adapter):
+            for layer in layers:
+                layer.end_passes(self.adapter)
 
     def report_loss(self, loss: torch.Tensor | float) -> None:
         """Take the user's word for the task loss of the coming step, a scalar."""
@@ -437,6 +480,7 @@ class Driver:
             "_loss": None,
             "_loss_reported": False,
             "_unread": None,
+            "_passes": None,
         }
         return {**self.__dict__, **passing, "optimizer_steps": 0, "_warned": set(self._warned)}
 

@@ -4,7 +4,8 @@ A method may weigh its regulariser against the task loss, whose value an optimiz
 model in one trainer, by the trainer in another, by a line of the user's in a third; what they have in common is that
 they call `backward` on it. So that is where it is read: `torch.autograd.backward`, which every `loss.backward()`
 goes through, is wrapped the first time that an adapter needs the loss, and notes which adapters' gradients the call
-made. The micro-batches of one optimizer step add up, as their gradients do.
+made. The micro-batches of one optimizer step add up, as their gradients do. What layers gather in the passes of a step
+is told apart from that of a step that was never taken in the same place (`Passes`).
 
 Only values are read, and no device is waited for.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -43,13 +45,13 @@ def other_threads() -> set[int]:
         return _threads - {threading.get_ident()}
 
 
-def watch_backward(before: Callable[[], Any], after: Callable[[torch.Tensor, Any, bool], None]) -> None:
-    """Have functions called around every `backward` on a scalar; the first call counts, others do nothing.
+def watch_backward(before: Callable[[], Any], after: Callable[[torch.Tensor | None, Any, bool], None]) -> None:
+    """Have functions called around every `backward`; the first call counts, others do nothing.
 
     Args:
         before: Called before the gradients are made.
-        after: Called when they are there, with the scalar, with what `before` returned, and with whether no other
-            thread made gradients meanwhile.
+        after: Called when they are there, with the scalar that they are of (None where it is none), with what `before`
+            returned, and with whether no other thread made gradients meanwhile.
     """
     global _watching
     if _watching:
@@ -76,8 +78,8 @@ def watch_backward(before: Callable[[], Any], after: Callable[[torch.Tensor, Any
                 _calls.remove(call)
         tensors = args[0] if args else kwargs.get("tensors")
         loss = tensors if isinstance(tensors, torch.Tensor) else next(iter(tensors or ()), None)
-        if isinstance(loss, torch.Tensor) and loss.numel() == 1:
-            after(loss.detach(), noted, call.alone)
+        scalar = loss.detach() if isinstance(loss, torch.Tensor) and loss.numel() == 1 else None
+        after(scalar, noted, call.alone)
 
     torch.autograd.backward = and_tell
 
@@ -114,6 +116,45 @@ class Gradients:
         """Look, before a call, whether the gradients that there are were made zero."""
         local = [g.to_local() if hasattr(g, "to_local") else g for g in self._before if g is not None]
         self._all_zero = not any(bool(gradient.any()) for gradient in local)
+
+
+class Passes:
+    """Whether the gradients that an adapter's next backward pass adds to are still those of its last one.
+
+    If not, they were thrown away without a step: a gradient scaler, or the user's loop, has left the step out.
+
+    Only one gradient is looked at, which is enough to see that they were made zero or None; the driver forgets this at
+    every step. No model is kept alive.
+    """
+
+    def __init__(self) -> None:
+        self._watched: tuple[weakref.ref[nn.Parameter], torch.Tensor, int] | None = None
+
+    def ended(self, layers: Iterable[Any], adapter: str) -> bool:
+        """Note that a backward pass has ended; returns whether the adapter has any gradient now."""
+        for layer in layers:
+            for parameter in layer.adapter_parameters(adapter).values():
+                if (gradient := parameter.grad) is not None:
+                    self._watched = weakref.ref(parameter), gradient, version(gradient)
+                    return True
+        return False
+
+    def dropped(self, layers: Iterable[Any], adapter: str) -> bool:
+        """Whether the gradients of the last backward pass are gone; then they are forgotten here, too."""
+        if self._watched is None:
+            return False
+        (parameter, gradient, written), now = self._watched, None
+        if (live := parameter()) is not None:
+            now = live.grad
+        if now is gradient and version(now) == written:
+            return False
+        if now is not None:  # clipped or unscaled, or made zero
+            gradients = Gradients(layers, adapter)
+            gradients.note_zeros()
+            if not gradients.all_zero:
+                return False
+        self._watched = None
+        return True
 
 
 def _some_gradient(parameters: Iterable[nn.Parameter]) -> torch.Tensor | None:

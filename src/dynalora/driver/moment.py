@@ -145,12 +145,26 @@ class DrivenLayer(Protocol):
     def copy_adapter(self, source: str, target: str) -> None:
         """Give one adapter of the layer the ranks and the values of another."""
 
+    def end_passes(self, adapter: str) -> None:
+        """Gradients were made of the forward passes so far."""
+
+    def forget_passes(self, adapter: str) -> None:
+        """Those gradients were thrown away without a step, and what was gathered with them goes with them."""
+
     def progress(self, adapter: str) -> torch.Tensor | None:
         """Saved clock, int64 `[step, total_steps]`, on the one layer of the adapter that carries it."""
 
 
 class DrivenPart(Protocol):
     """What adapters of any method may have besides: it acts when all gradients are there, after the method."""
+
+    @property
+    def name(self) -> str:
+        """The setting that asks for it."""
+
+    @property
+    def sharding(self) -> tuple[str, ...]:
+        """As a method's."""
 
     def before_step(self, moment: Moment) -> None:
         """Add to the gradients of the parameters that are about to step (under `no_grad`)."""
@@ -186,6 +200,8 @@ class DrivenMethod(Protocol):
     def needs_whole_steps(self, config: Any) -> bool: ...
 
     def needs_task_loss(self, config: Any) -> bool: ...
+
+    def gathers(self, config: Any) -> bool: ...
 
     def exchanges(self, config: Any) -> bool: ...
 

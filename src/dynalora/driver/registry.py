@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ _generation = 0
 def track(layer: nn.Module) -> None:
     """Make an adapted layer, or a change of its adapters, known to the optimizer hooks (weakly)."""
     _layers.add(layer)
-    if any(driver.needs_task_loss for driver in cast(Any, layer).drivers.values()):
+    if any(driver.needs_task_loss or driver.gathers for driver in cast(Any, layer).drivers.values()):
         watch_backward(_note_gradients, _tell_drivers)
     if any(driver.clips_penalty for driver in cast(Any, layer).drivers.values()):
         clipping.watch()
@@ -63,28 +64,50 @@ def layers_of(driver: Driver) -> list[Any]:
     return next((layers for other, layers in all_drivers() if other is driver), [])
 
 
-def _note_gradients() -> list[tuple[Driver, Gradients]]:
-    drivers = [(driver, layers) for driver, layers in all_drivers() if driver.needs_task_loss]
+@dataclass(frozen=True)
+class _Noted:
+    """What was noted before a backward pass.
+
+    Attributes:
+        weighing: Drivers that need the task loss, with the gradients that were there.
+        gathering: Drivers whose layers gather something in the passes of a step, with those layers.
+    """
+
+    weighing: list[tuple[Driver, Gradients]]
+    gathering: list[tuple[Driver, list[Any]]]
+
+
+def _note_gradients() -> _Noted:
+    drivers = [(driver, layers) for driver, layers in all_drivers() if driver.needs_task_loss or driver.gathers]
     if any(driver.thread == threading.get_ident() for driver, _ in drivers):
         # What another thread trains is left alone: PyTorch does not expect gradients to be read while they are made.
         others = other_threads()
         drivers = [(driver, layers) for driver, layers in drivers if driver.thread not in others]
-    noted = [(driver, Gradients(layers, driver.adapter)) for driver, layers in drivers]
+    noted = [(driver, Gradients(layers, driver.adapter)) for driver, layers in drivers if driver.needs_task_loss]
     for driver, gradients in noted:
         # A loss that no step has taken: of a micro-batch before, or of a step that a gradient scaler skipped.
         if driver.has_loss and gradients.begun:
             gradients.note_zeros()
-    return noted
+    gathering = [(driver, layers) for driver, layers in drivers if driver.gathers]
+    for driver, layers in gathering:
+        driver.before_backward(layers)
+    return _Noted(noted, gathering)
 
 
-def _tell_drivers(loss: torch.Tensor, noted: list[tuple[Driver, Gradients]], alone: bool) -> None:
+def _tell_drivers(loss: torch.Tensor | None, noted: _Noted, alone: bool) -> None:
     """Tell the drivers whose adapters got gradients from this loss.
 
     Where other threads made gradients at the same time, the thread of an adapter's last forward pass tells whose
     they are.
     """
-    for driver, gradients in noted:
-        if not alone and driver.thread != threading.get_ident():
-            continue
-        if gradients.changed():
+
+    def concerned(driver: Driver) -> bool:
+        return alone or driver.thread == threading.get_ident()
+
+    for driver, layers in noted.gathering:
+        if concerned(driver):
+            driver.after_backward(layers)
+    for driver, gradients in noted.weighing if loss is not None else ():
+        if concerned(driver) and gradients.changed():
+            assert loss is not None
             driver.saw_loss(loss, anew=not gradients.begun or gradients.all_zero)

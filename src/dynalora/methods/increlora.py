@@ -221,6 +221,10 @@ class Increlora(GrowingMethod):
     layer_class = IncreloraLayer
     panels = growth_panels("increlora")
 
+    def gathers(self, config: IncreloraConfig) -> bool:
+        """The gradients of whole weights."""
+        return config.target > config.r
+
     def before_step(self, moment: Moment[Any]) -> None:
         """Learn from the task's gradients, then add the penalty's."""
         first = not moment.shared.taken
@@ -240,8 +244,11 @@ class Increlora(GrowingMethod):
         occasions = config.occasions(moment.total_steps, memory_of(max(config.beta1, config.beta2)))
         growing = missing_components(moment, layers) >= config.grow_rank
         for layer in layers:
+            if moment.skipped and adapter in layer.probes:
+                layer.want_weight_gradient(adapter)  # of the step that is made in the place of this one
+                continue
             score = layer.gradient_score(adapter, moment.loss_scale)
-            if not (growing and occasions.matters(step)) or moment.skipped:
+            if not (growing and occasions.matters(step)):
                 continue
             averages = layer.running("importance", adapter)
             if averages is None or not occasions.matters(step - 1):

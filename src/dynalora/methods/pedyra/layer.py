@@ -48,7 +48,9 @@ class PedyraLayer(DoraLayer):
         super().__init__(base_layer, quantization)
         # Plain attributes: as buffers, data parallelism would overwrite them with the first process's.
         self.gathering: dict[str, bool] = {}
+        # Sums of squares of forward passes whose gradients are there, and of those whose gradients are still to come.
         self.gathered: dict[str, torch.Tensor] = {}
+        self.coming: dict[str, torch.Tensor] = {}
 
     def start(self, config: PedyraConfig, r: int) -> dict[str, torch.Tensor]:
         """Orthonormal directions, or factors drawn from N(0, 0.02²), and e = 0; or LoRA's start with e = 1."""
@@ -102,7 +104,7 @@ class PedyraLayer(DoraLayer):
         """Delete an adapter from this layer."""
         super().delete_adapter(adapter_name)
         self.gathering.pop(adapter_name, None)
-        self.gathered.pop(adapter_name, None)
+        self.take_gathered(adapter_name)
 
     def present_shape(
         self, role: str, adapter: str, tensor: torch.Tensor, rank: int | None
@@ -166,8 +168,24 @@ class PedyraLayer(DoraLayer):
             return
         squares = _squares(x) if self.layer_kind is None else self.layer_kind.squares(self.get_base_layer(), x)
         # Out of place, since layers with the same input share the tensor.
-        sofar = self.gathered.get(adapter)
-        self.gathered[adapter] = squares if sofar is None else sofar + squares.to(sofar.device)
+        sofar = self.coming.get(adapter)
+        self.coming[adapter] = squares if sofar is None else sofar + squares.to(sofar.device)
+
+    def end_passes(self, adapter: str) -> None:
+        """Count the inputs so far as those of gradients that are there; see `AdapterLayer.end_passes`."""
+        coming, sofar = self.coming.pop(adapter, None), self.gathered.get(adapter)
+        if coming is not None:
+            self.gathered[adapter] = coming if sofar is None else sofar + coming.to(sofar.device)
+
+    def forget_passes(self, adapter: str) -> None:
+        """Forget the inputs of gradients that no step was made of; see `AdapterLayer.forget_passes`."""
+        super().forget_passes(adapter)
+        self.gathered.pop(adapter, None)
+
+    def take_gathered(self, adapter: str) -> torch.Tensor | None:
+        """The inputs' sums of squares since the last step, with the number of tokens, (in + 1), and no more of them."""
+        self.end_passes(adapter)
+        return self.gathered.pop(adapter, None)
 
 
 def _directions(count: int, features: int) -> torch.Tensor:

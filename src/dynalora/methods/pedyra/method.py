@@ -109,6 +109,10 @@ class Pedyra(Method):
         """Triples of all layers are compared, and parameters change their size."""
         return True
 
+    def gathers(self, config: PedyraConfig) -> bool:
+        """The inputs' squares."""
+        return config.uses_inputs
+
     def exchanges(self, config: PedyraConfig) -> bool:
         """All processes move the same ranks at the same step."""
         return True
@@ -154,7 +158,7 @@ class Pedyra(Method):
                 device = layers[0].parameter("e", moment.adapter).device
                 moment.shared.scores = shared_with_all(triple_scores(moment, layers, step), device)
         for layer in layers:
-            layer.gathered.pop(moment.adapter, None)
+            layer.take_gathered(moment.adapter)
             layer.gathering[moment.adapter] = config.uses_inputs and (plan.matters(step) or plan.matters(step + 1))
 
     def after_step(self, moment: Moment[StepScores]) -> None:

@@ -65,7 +65,7 @@ def _gathered(layers: list[PedyraLayer], adapter: str, means: list[torch.Tensor]
     """This step's mean squares of the inputs, over all processes; a layer without input keeps its average."""
     sums = []
     for layer, mean in zip(layers, means, strict=True):
-        squares = layer.gathered.get(adapter)
+        squares = layer.take_gathered(adapter)
         sums.append(mean.new_zeros(len(mean) + 1) if squares is None else squares.to(mean.device, mean.dtype))
     if process_count() > 1 and grouped():
         flat = torch.cat([total.to(means[0].device) for total in sums])
