@@ -214,6 +214,26 @@ def test_the_task_decides_what_stays() -> None:
     assert ranks(model) == [7, 1]
 
 
+def test_what_may_live_on_is_not_shrunk() -> None:
+    """At the first step at which the line leaves no room for all, the chosen are where a LoRA would have them."""
+    toy = TOYS["llama"]
+    start, _ = Line.steps(40)
+    runs = []
+    for options in ({"target_rank": 2}, {"penalty_weight": 0.0}):
+        model = adapted(toy, total_steps=40, **options)
+        train(model, toy, torch.optim.AdamW(trainable(model), lr=1e-2), range(start + 1))
+        runs.append(layers_of(model))
+    sizes, same = [], []
+    for layer, lora in zip(*runs, strict=True):
+        ends = [(one.used("down", "default"), one.used("up", "default")) for one in (layer, lora)]
+        assert layer.rank("default") == 8  # shrunk, and not dead yet
+        for i in range(8):
+            same.append(all(torch.equal(ends[0][k].select(k, i), ends[1][k].select(k, i)) for k in (0, 1)))
+            sizes.append(float(ends[1][0][i].norm() * ends[1][1][:, i].norm()))
+    assert 0 < same.count(False) < 6
+    assert max(size for size, equal in zip(sizes, same, strict=True) if not equal) <= sorted(sizes)[len(sizes) // 3]
+
+
 # --- zero stays zero -----------------------------------------------------------------------------------------
 
 

@@ -5,8 +5,10 @@ budget comes down on a straight line from what the adapter begins with, after a 
 six tenths; the rest of the run trains what is left, without a penalty. On the way, after every step:
 
 1. Components that may live on are chosen: the largest of every matrix, and then the largest p_i / c_l of all, as far as
-   the line allows, p_i being ‖up_i‖·‖down_i‖. They may shrink, to half at most in a step, but not die.
-2. All components are shrunk by η·λ·c_l / mean(c), where η is the learning rate; the others die when they reach zero.
+   the line allows, p_i being ‖up_i‖·‖down_i‖. They are left as they are: a penalty on them too would take most of what
+   they have learned (they, not those that die, hold nearly all of the norm), and decide nothing.
+2. The others are shrunk by η·λ·c_l / mean(c), where η is the learning rate, and die when they reach zero. One that
+   grows faster than it is shrunk can be among the chosen at a later step.
 3. With e the excess over the line, in units of a twentieth of all that is to go, less 1, the weight is updated:
    λ ← λ · exp(gain · clip(e, −1, 1)), within 1/1000 to 1000 of where it began. It begins where it would bring half of
    all components to zero by the end of the line, at the present rate.
@@ -202,7 +204,7 @@ def budgeted_step(moment: Moment) -> None:
     elif config.proximal:
         keep = chosen(line.allowed(done))
         smaller = shrunk(sizes, weight * rates(components, moment) * prices / prices.mean())
-        smaller = torch.where(keep, smaller.maximum(sizes / 2), smaller)
+        smaller = torch.where(keep, sizes, smaller)
         shrink(components, smaller, moment.adapter)
         dying = alive & ~keep & (smaller == 0)
     else:
