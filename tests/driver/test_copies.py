@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import dynalora
+from dynalora.adapter.layer import adapter_layers
 from dynalora.driver import drivers_of
 from dynalora.errors import UnsupportedError
 from tests.driver.test_long_runs import NAMES, config
@@ -104,8 +105,12 @@ def test_copies_are_refused_before_the_first_step_where_a_method_acts_at_steps(n
 
 
 def test_disel_trains_with_its_groups(tmp_path: Path) -> None:
+    """At the rates that the groups have; steps of copies cannot follow the gates from there."""
+
     def train(kind: str | None) -> tuple[Any, list[float]]:
         model = made("disel", "zero")
+        for layer in adapter_layers(model).values():
+            layer.matched.clear()
         groups = dynalora.param_groups(model, lr=1e-2, weight_decay=0.1)
         optimizer: Any = torch.optim.AdamW(groups) if kind is None else OfCopies(groups, kind)
         return model, losses(model, optimizer.step, model.zero_grad, torch.float32)

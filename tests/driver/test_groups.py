@@ -242,8 +242,8 @@ def test_weight_decay_takes_off_the_same_whatever_the_multiple_of_the_rate(confi
     """Steps are matched to LoRA's, and so is what decay takes off at each: learning rate times weight decay."""
     model = adapted(config)
     loop(model, adamw(model), batches(2))  # so that no factor is zero
-    fast = [p for group in dynalora.param_groups(model, lr=1.0) if group["lr"] > 1 for p in group["params"]]
-    assert any(parameter.ndim > 1 for parameter in fast)
+    apart = [p for group in dynalora.param_groups(model, lr=1.0) if group["lr"] != 1 for p in group["params"]]
+    assert any(parameter.ndim > 1 for parameter in apart)
     groups = dynalora.param_groups(model, lr=1e-2, weight_decay=0.5) if grouped else trainable(model)
     optimizer = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.5)
     decaying = [group for group in dynalora.param_groups(model, lr=1e-2, weight_decay=0.5) if group["weight_decay"]]

@@ -56,11 +56,11 @@ def test_the_update_is_gates_times_the_methods_own(config: type, options: dict[s
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_gates_on_dira_without_a_penalty_are_disel() -> None:
+@pytest.mark.parametrize("match", [True, False])
+def test_gates_on_dira_without_a_penalty_are_disel(match: bool) -> None:
     after = {}
-    # In the paper's form: DISeL's default matches the steps of `up` to LoRA's.
-    for config, options in ((DiselConfig, {"match_step": False}), (DiraConfig, {"gates": True, "penalty_weight": 0.0})):
-        model = adapted(config, **options)
+    for config, options in ((DiselConfig, {}), (DiraConfig, {"gates": True, "penalty_weight": 0.0})):
+        model = adapted(config, match_step=match, **options)
         optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.3)
         for seed in range(3):
             step(model, optimizer, seed)
@@ -71,8 +71,9 @@ def test_gates_on_dira_without_a_penalty_are_disel() -> None:
 
 def test_the_penalty_is_on_the_factors_and_not_on_the_gates() -> None:
     moved = {}
+    options = {"gates": True, "match_step": False, "init_weights": False, "penalty_schedule": "constant"}
     for weight in (0.0, 0.3):
-        model = adapted(DiraConfig, gates=True, init_weights=False, penalty_weight=weight, penalty_schedule="constant")
+        model = adapted(DiraConfig, penalty_weight=weight, **options)
         before = [
             {role: p.detach().clone() for role, p in layer.adapter_parameters("default").items()}
             for layer in layers_of(model)

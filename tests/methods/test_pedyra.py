@@ -321,6 +321,30 @@ def test_orthogonality_gradient_equals_autograd(reserve: int | None) -> None:
         torch.testing.assert_close(p.grad, one + other, atol=1e-12, rtol=1e-10)
 
 
+@pytest.mark.parametrize("reserve", [None, 6])
+def test_matched_steps_bound_the_penalty_by_a_share_of_the_tasks_gradient(reserve: int | None) -> None:
+    """Factor by factor, in its own direction; what is shorter stays as it is."""
+    lengths = []
+    for gamma in (0.3, 1e-6):
+        options = {"match_step": True, "init_weights": False, "adjust_start": 5, "adjust_end": 9}
+        model, layers = chain(ortho_weight=gamma, max_rank=reserve, **options)
+        factors = [layer.used(role, "default") for layer in layers for role in ("down", "up")]
+        parameters = [layer.parameter(role, "default") for layer in layers for role in ("down", "up")]
+        penalty = 0.0
+        for factor, rows in zip(factors, (True, False) * len(layers), strict=True):
+            gram = factor @ factor.T if rows else factor.T @ factor
+            penalty += (gram - torch.eye(3, dtype=torch.float64)).square().sum()
+        whole = torch.autograd.grad(gamma * penalty, parameters)
+        x, target = batch(0)
+        task = torch.autograd.grad((model(x) - target).square().mean(), parameters)
+        step(model, sgd(model, lr=0.0), 0)
+        for parameter, one, other in zip(parameters, whole, task, strict=True):
+            share = float(one.norm() / other.norm())
+            torch.testing.assert_close(parameter.grad, other + one * min(1.0, 0.3 / share), atol=1e-12, rtol=1e-10)
+            lengths.append(share)
+    assert max(lengths) > 0.3 > min(lengths)
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_gradient_scaling_changes_nothing(fused: bool) -> None:
     """Scores from unscaled gradients, γ's part with the scale; a skipped step teaches nothing."""

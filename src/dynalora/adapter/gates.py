@@ -7,10 +7,11 @@ with d the method's fixed diagonal. W_g meets the input in the same product as `
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
@@ -18,7 +19,10 @@ from torch import nn
 from dynalora.adapter.config import AdapterConfig, is_whole
 from dynalora.adapter.kernel import apart
 from dynalora.adapter.layer import AdapterLayer, Gates, kaiming
+from dynalora.adapter.matching import FASTEST, MOST, MatchedSteps
+from dynalora.adapter.matching import ROLE as MATCHED
 from dynalora.adapter.storage import Role
+from dynalora.common.private import in_backward, transforming
 from dynalora.driver import OptimizerOverride
 
 GateWeightInit = Literal["kaiming", "zeros"]
@@ -43,6 +47,11 @@ class GatedConfig(AdapterConfig):
         gate_normalize: Divide W_g·x by √in, for inputs with large norms. b_g is not divided.
         gate_bottleneck: Width of a narrow layer in the gates, W_g = gate_out·gate_in; None for a full W_g.
         gate_lr_multiplier: Learning rate of the gates as a multiple of the optimizer's.
+        match_step: Multiply `up`'s learning rate by what makes up for closed gates, from 1 / σ(`gate_bias_init`) on and
+            by 32 at most, so that a step moves the model's function about as far as it would without gates
+            ([`adapter.matching`][dynalora.adapter.matching]). False takes the optimizer's, as in the papers: then
+            choose it for this method. None is True with gates, but False for a configuration that was saved before
+            there was this setting.
     """
 
     gates: bool = field(default=False, metadata={"help": "Gates per token on every component."})
@@ -51,9 +60,19 @@ class GatedConfig(AdapterConfig):
     gate_normalize: bool = field(default=False, metadata={"help": "Divide the gates' logits by sqrt(in)."})
     gate_bottleneck: int | None = field(default=None, metadata={"help": "Width of a narrow layer in the gates."})
     gate_lr_multiplier: float = field(default=5.0, metadata={"help": "Gates' learning rate as a multiple."})
+    match_step: bool | None = field(
+        default=None,
+        metadata={"help": "Scale up's learning rate so that a step moves the function like LoRA's; None: true."},
+    )
+
+    before: ClassVar[Mapping[str, Any]] = {"match_step": False}
 
     def __post_init__(self) -> None:
+        saved = self.peft_version is not None  # which PEFT writes into every file and nobody gives
         super().__post_init__()
+        if self.match_step is None:
+            self.match_step = self.gates and not saved
+        self._require(isinstance(self.match_step, bool), "match_step", "True or False, or left out")
         self._require(isinstance(self.gates, bool), "gates", "True or False")
         finite = isinstance(self.gate_bias_init, (int, float)) and abs(self.gate_bias_init) < float("inf")
         self._require(finite, "gate_bias_init", "a finite number")
@@ -81,11 +100,22 @@ class GatedConfig(AdapterConfig):
         rule = OptimizerOverride(lr_multiplier=self.gate_lr_multiplier, weight_decay=0.0)
         return dict.fromkeys((role.name for role in GATE_ROLES), rule)
 
+    def matched_steps(self, scaling: float) -> MatchedSteps | None:
+        """How `up`'s steps are matched to those of a LoRA, in a layer of a new adapter; None: not at all.
+
+        Args:
+            scaling: The layer's factor `s`.
+        """
+        if not (self.gates and self.match_step):
+            return None
+        closed = math.exp(min(-self.gate_bias_init, 50.0))  # farther closed than FASTEST allows for, no overflow
+        return MatchedSteps(scale=1.0, unmeasured=min(1 + closed, FASTEST))
+
 
 class GatedLayer(AdapterLayer):
     """The shared form with gates, for the adapters whose configuration has them."""
 
-    roles = (*AdapterLayer.roles, *GATE_ROLES)
+    roles = (*AdapterLayer.roles, *GATE_ROLES, MATCHED)
 
     def __init__(self, base_layer: nn.Module, quantization: dict[str, Any] | None = None) -> None:
         super().__init__(base_layer, quantization)
@@ -93,6 +123,8 @@ class GatedLayer(AdapterLayer):
         self.gate_scale: dict[str, float] = {}
         #: Gates that are held where they are, (r) by adapter; then the update is static.
         self.held_gates: dict[str, torch.Tensor] = {}
+        #: How steps of `up` are matched to LoRA's, by adapter; only those that are.
+        self.matched: dict[str, MatchedSteps] = {}
 
     def start(self, config: Any, r: int) -> dict[str, torch.Tensor]:
         """LoRA's start, and almost closed gates; shapes by role as in `start_gates`."""
@@ -131,12 +163,34 @@ class GatedLayer(AdapterLayer):
         """Add an adapter; see `AdapterLayer.update_layer`."""
         super().update_layer(adapter, config, *args, **kwargs)
         self.gate_scale[adapter] = self.in_features**-0.5 if config.gate_normalize else 1.0
+        self.matched.pop(adapter, None)
+        if (steps := config.matched_steps(self.scaling[adapter])) is not None:
+            self.matched[adapter] = steps
+
+    def matched_rules(self, adapter: str) -> dict[str, OptimizerOverride]:
+        """The rule for `up`, where its steps are matched."""
+        steps = self.matched.get(adapter)
+        if steps is None:
+            return {}
+        steps.read(self.running(MATCHED.name, adapter))
+        return {"up": steps.rule}
+
+    def present_shape(
+        self, role: str, adapter: str, tensor: torch.Tensor, rank: int | None
+    ) -> tuple[Sequence[int], bool]:
+        """What a buffer must be where a file has it; see `RankedStorage.present_shape`."""
+        if role != MATCHED.name:
+            return super().present_shape(role, adapter, tensor, rank)
+        if tensor.numel() == 1 and not tensor.is_meta and not -MOST <= tensor.item() <= MOST:
+            raise self._refuse(f"has {role!r} {tensor.item()}", f"it must be from {-MOST} to {MOST}")
+        return (1,), False
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from this layer."""
         super().delete_adapter(adapter_name)
         self.gate_scale.pop(adapter_name, None)
         self.held_gates.pop(adapter_name, None)
+        self.matched.pop(adapter_name, None)
 
     def gated(self, adapter: str) -> bool:
         """Whether an adapter has gates."""
@@ -176,6 +230,30 @@ class GatedLayer(AdapterLayer):
             and apart(x, 2 * self.ranks[adapter])
             and self._frozen("frozen_down", adapter) is None
             and not torch.is_autocast_enabled(x.device.type)
+        )
+
+    def pass_on(self, h: torch.Tensor, d: torch.Tensor | None, adapter: str) -> torch.Tensor:
+        """`d ⊙ h`, (…, r + k); in training what the diagonal lets through is measured, where steps follow it."""
+        m = super().pass_on(h, d, adapter)
+        steps = self.matched.get(adapter)
+        measured = steps is not None and steps.measuring and adapter not in self.held_gates
+        if measured and d is not None and self.gathers(m, adapter):
+            with torch.no_grad():
+                r = self.rank(adapter)  # frozen components lie behind
+                self.matched[adapter].note(h[..., :r], m[..., :r])
+        return m
+
+    def gathers(self, x: torch.Tensor, adapter: str) -> bool:
+        """Whether a forward pass with this tensor in it is one of training, of which something may be summed up."""
+        # In eval() state, too: some train in it, to have no dropout.
+        if not (self.training or torch.is_grad_enabled()):
+            return False
+        return torch.compiler.is_compiling() or not (
+            x.is_inference()
+            or transforming()
+            or not self.parameter("up", adapter).requires_grad
+            # Gradient checkpointing runs the forward pass once more, within the backward pass.
+            or in_backward()
         )
 
     def fixed_diagonal(self, adapter: str) -> torch.Tensor | None:

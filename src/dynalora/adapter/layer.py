@@ -465,7 +465,10 @@ class AdapterLayer(RankedStorage, BaseWeight):
             projected, h = products.split([extra, products.shape[-1] - extra], dim=-1)
         else:
             projected, h = None, products
-        d = self.diagonal(adapter, "held" if projected is None else projected)
+        return self.pass_on(h, self.diagonal(adapter, "held" if projected is None else projected), adapter)
+
+    def pass_on(self, h: torch.Tensor, d: torch.Tensor | None, adapter: str) -> torch.Tensor:
+        """`d ⊙ h`, the narrow activations behind the diagonal, (…, r + k); None is all ones."""
         return h if d is None else h * d
 
     def _projected(self, x: torch.Tensor, adapter: str) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -10,7 +10,7 @@ The gradient is added right before the optimizer's step; only r × r matrices ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,14 +18,18 @@ import torch
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.ranks import fit, in_use
 from dynalora.common.private import foreach_add_
-from dynalora.common.processes import spread_as
+from dynalora.common.processes import spread_as, whole
 from dynalora.driver import Moment
 
 Reduction = Literal["sum", "mean_norm"]
 
 
 def add_orthogonality(
-    moment: Moment, weight: float, reduction: Reduction = "sum", roles: tuple[str, str] = ("down", "up")
+    moment: Moment,
+    weight: float,
+    reduction: Reduction = "sum",
+    roles: tuple[str, str] = ("down", "up"),
+    most: float | None = None,
 ) -> None:
     """Add a penalty's gradient, layers of equal shape together.
 
@@ -34,6 +38,7 @@ def add_orthogonality(
         weight: The penalty's weight.
         reduction: How the penalty adds up its terms.
         roles: The two parameters of a layer: one of rows (r, in), and one of columns (out, r).
+        most: The largest norm of what is added to a factor's gradient, as a share of that gradient's; None: no limit.
     """
     groups: dict[Any, list[AdapterLayer]] = {}
     for layer in moment.layers:
@@ -56,6 +61,8 @@ def add_orthogonality(
             deviation = deviation / torch.where(norms > 0, norms, 1.0)
             rate = weight * moment.grad_scale / len(moment.all_layers)
         addition = torch.bmm(deviation, rows) * rate
+        if most is not None:
+            addition *= _limits(addition, [layer.parameter(role, moment.adapter).grad for layer in layers], most)
         if dim == 1:
             addition = addition.mT
         _add(layers, role, dim, moment.adapter, addition, rank)
@@ -90,6 +97,15 @@ def _deviation(rows: torch.Tensor) -> torch.Tensor:
     gram = rows @ rows.mT
     gram.diagonal(dim1=-2, dim2=-1).sub_(1)
     return gram
+
+
+def _limits(additions: torch.Tensor, gradients: Sequence[torch.Tensor | None], most: float) -> torch.Tensor:
+    """Factors (L, 1, 1), 1 at most, that leave additions (L, …) no longer than a share of the gradients."""
+    zero = additions.new_zeros(())
+    lengths = [zero if g is None else whole(torch.linalg.vector_norm(g)).to(zero) for g in gradients]
+    norms = torch.linalg.vector_norm(additions, dim=(1, 2))
+    limits: torch.Tensor = most * torch.stack(lengths) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    return limits.clamp_max(1.0)[:, None, None]
 
 
 def _add(layers: Iterable[AdapterLayer], role: str, dim: int, adapter: str, additions: torch.Tensor, rank: int) -> None:

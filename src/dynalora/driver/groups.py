@@ -17,7 +17,8 @@ from torch.optim.optimizer import Optimizer
 from dynalora.driver.model import prepare_unloaded
 from dynalora.driver.moment import OptimizerOverride
 
-# A parameter group with this key already follows the adapter's rules (see `param_groups`), and is left as it is.
+# A parameter group with this key already follows the adapter's rules (see `param_groups`), and is left as it is. The
+# value is the multiple of the learning rate that it was made with, from which rules that change go on; True: none do.
 GROUP_MARK = "dynalora"
 
 Settings = dict[str, Any]
@@ -88,11 +89,11 @@ class StepGroups:
         plain = []
         for parameter in group["params"]:
             override = self.overrides.get(id(parameter))
-            multiple = 1.0 if override is None else override.lr_multiplier
+            multiple = 1.0 if override is None else override.lr_multiplier / group.get(GROUP_MARK, 1.0)
             if one_rate and multiple != 1.0 and parameter.grad is not None:
                 self.moved.append((parameter, parameter.detach().clone(), multiple))
             multiple = 1.0 if one_rate else multiple
-            decay = None if override is None else override.decay(group.get("weight_decay"))
+            decay = None if override is None else override.decay(group.get("weight_decay"), multiple)
             if (multiple, decay) == (1.0, None):
                 plain.append(parameter)
             else:
@@ -166,8 +167,8 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
         decay = weight_decay if parameter.ndim > 1 or id(parameter) in of_adapters else 0.0
         changed = rule.decay(decay)
         decay = decay if changed is None else changed
-        sorted_out.setdefault((lr * rule.lr_multiplier, decay), []).append(parameter)
+        sorted_out.setdefault((float(rule.lr_multiplier), decay), []).append(parameter)
     return [
-        {"params": params, "lr": rate, "weight_decay": decay, GROUP_MARK: True}
-        for (rate, decay), params in sorted_out.items()
+        {"params": params, "lr": lr * multiple, "weight_decay": decay, GROUP_MARK: multiple}
+        for (multiple, decay), params in sorted_out.items()
     ]

@@ -107,11 +107,11 @@ def _stamp(optimizer: Optimizer) -> object:
 
 def _make_plan(optimizer: Optimizer, stamp: object) -> _Plan:
     owned: dict[int, torch.Tensor] = {}
-    marked: set[int] = set()  # parameters of groups that already follow the adapter's rules
+    marked: dict[int, Any] = {}  # parameters of groups that already follow the adapter's rules, with the group's mark
     for group in optimizer.param_groups:
         owned.update((id(parameter), parameter) for parameter in group["params"])
         if GROUP_MARK in group:
-            marked.update(map(id, group["params"]))
+            marked.update(dict.fromkeys(map(id, group["params"]), group[GROUP_MARK]))
     drivers = all_drivers()
     others = dict(owned)
     for driver, layers in drivers:
@@ -134,7 +134,8 @@ def _make_plan(optimizer: Optimizer, stamp: object) -> _Plan:
             binding.parameters.extend(_refs(roles.values()))
             rules = driver.method.optimizer_overrides(driver.config, layer, driver.adapter)
             for role, override in rules.items():
-                if role in roles and id(roles[role]) not in marked:
+                mark = marked.get(id(roles[role])) if role in roles else True
+                if mark is None or (override.follows and mark is not True):
                     overrides[id(roles[role])] = override
         if binding.layers:
             bindings.append(binding)

@@ -24,19 +24,24 @@ class OptimizerOverride:
         lr_multiplier: Its learning rate as a multiple of the group's.
         weight_decay: Its weight decay; None keeps what the group's takes off at a step, learning rate times weight
             decay, whatever the multiple.
+        follows: Whether the multiple changes in the run. Groups that
+            [`param_groups`][dynalora.driver.groups.param_groups] made begin with the one of that time.
     """
 
     lr_multiplier: float = 1.0
     weight_decay: float | None = None
+    follows: bool = False
 
-    def decay(self, groups: float | None) -> float | None:
+    def decay(self, groups: float | None, multiple: float | None = None) -> float | None:
         """The weight decay beside one's own learning rate; None: the group's.
 
         Args:
             groups: The group's weight decay; None: it has none.
+            multiple: The learning rate as a multiple of the group's; None: `lr_multiplier`.
         """
-        if self.weight_decay is None and groups and self.lr_multiplier not in (0.0, 1.0):
-            return groups / self.lr_multiplier
+        multiple = self.lr_multiplier if multiple is None else multiple
+        if self.weight_decay is None and groups and multiple not in (0.0, 1.0):
+            return groups / multiple
         return self.weight_decay
 
 

@@ -11,6 +11,7 @@ import torch
 from dynalora.adapter.compaction import compact_layers, require_free_shapes
 from dynalora.adapter.gates import GatedLayer
 from dynalora.adapter.layer import AdapterLayer
+from dynalora.adapter.matching import match_steps, prepare_matching
 from dynalora.adapter.method import Method, Panel
 from dynalora.adapter.register import register
 from dynalora.adapter.storage import Role
@@ -62,11 +63,11 @@ class Dira(Method):
         if config.target_rank is not None:
             budget(list(layers.values()), adapter, config)
 
-    def optimizer_overrides(
-        self, config: DiraConfig, layer: AdapterLayer, adapter: str
+    def optimizer_overrides(  # type: ignore[override]
+        self, config: DiraConfig, layer: DiraLayer, adapter: str
     ) -> dict[str, OptimizerOverride]:
         """The gates' own rules, where there are any."""
-        return config.gate_overrides()
+        return {**config.gate_overrides(), **layer.matched_rules(adapter)}
 
     def needs_total_steps(self, config: DiraConfig) -> bool:
         """A decaying weight and a budget need the length of the run."""
@@ -96,6 +97,7 @@ class Dira(Method):
 
     def before_step(self, moment: Moment) -> None:
         """Add the penalty's gradient."""
+        match_steps(moment)
         config: DiraConfig = moment.config
         if self.needs_whole_steps(config):
             _require_whole_factors(moment)
@@ -112,6 +114,7 @@ class Dira(Method):
 
     def after_step(self, moment: Moment) -> None:
         """Shrink and let die what the penalty or the budget asks for, and remove the dead if it is time."""
+        prepare_matching(moment)
         config: DiraConfig = moment.config
         if config.target_rank is not None:
             budgeted_step(moment)

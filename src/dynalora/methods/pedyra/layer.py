@@ -11,8 +11,9 @@ from torch import nn
 
 from dynalora.adapter.gates import GATE_ROLES
 from dynalora.adapter.layer import kaiming
+from dynalora.adapter.matching import ROLE as MATCHED
 from dynalora.adapter.storage import FACTORS, Role
-from dynalora.common.private import in_backward, transforming, version
+from dynalora.common.private import version
 from dynalora.common.processes import process_count
 from dynalora.methods.pedyra.dora import DoraLayer
 from dynalora.methods.pedyra.settings import AdjustmentPlan, PedyraConfig
@@ -30,6 +31,7 @@ class PedyraLayer(DoraLayer):
         Role("e", rank_dim=0),
         Role("magnitude"),  # (out): the rows' norms, with use_dora only
         *GATE_ROLES,
+        MATCHED,
         # Ī and Ū of each parameter, in its shape without room, and m of the inputs, (in).
         *(
             Role(f"{kind}_{name}", trains=False, rank_dim=dim, saved="present")
@@ -151,21 +153,12 @@ class PedyraLayer(DoraLayer):
 
     def narrow(self, x: torch.Tensor, adapter: str, products: torch.Tensor | None = None) -> torch.Tensor:
         """The narrow activations, x (…, in) → (…, r); in training the inputs' squares are added up on the way."""
-        # In eval() state, too: some train in it, to have no dropout.
-        if self.gathering[adapter] and (self.training or torch.is_grad_enabled()):
+        if self.gathering[adapter] and self.gathers(x, adapter):
             self._gather(x, adapter)
         return super().narrow(x, adapter, products)
 
     @torch.no_grad()
     def _gather(self, x: torch.Tensor, adapter: str) -> None:
-        if not torch.compiler.is_compiling() and (
-            x.is_inference()
-            or transforming()
-            or not self.parameter("e", adapter).requires_grad
-            # Gradient checkpointing runs the forward pass once more, within the backward pass.
-            or in_backward()
-        ):
-            return
         squares = _squares(x) if self.layer_kind is None else self.layer_kind.squares(self.get_base_layer(), x)
         # Out of place, since layers with the same input share the tensor.
         sofar = self.coming.get(adapter)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dynalora.adapter.layer import AdapterLayer
+from dynalora.adapter.matching import match_steps, prepare_matching
 from dynalora.adapter.method import Method, Panel
 from dynalora.adapter.orthogonality import add_orthogonality
 from dynalora.adapter.register import register
@@ -22,11 +23,13 @@ from dynalora.methods.pedyra.diagnostics import diagnostics, note_gradients
 from dynalora.methods.pedyra.layer import PedyraLayer
 from dynalora.methods.pedyra.record import Adjustment, read_record
 from dynalora.methods.pedyra.scores import shared_with_all, triple_scores, update_averages
-from dynalora.methods.pedyra.settings import AdjustmentPlan, PedyraConfig
+from dynalora.methods.pedyra.settings import LORA_STEP, UP_RATE, AdjustmentPlan, PedyraConfig
 from dynalora.spectral.decomposition import decompose
 
-# With match_step: e's steps as a multiple of LoRA's, and up's learning rate at s = 1 (found in experiments/compare).
-_E_STEPS, _UP_RATE = 2.0, 8.0
+# With match_step: e's steps as a multiple of LoRA's (found in experiments/compare).
+_E_STEPS = 2.0
+# With match_step: the largest norm of the penalty's gradient of a factor, as a share of the task's.
+_PENALTY_SHARE = 0.3
 
 
 @dataclass
@@ -80,8 +83,8 @@ class Pedyra(Method):
         for layer, largest in zip(fresh, triplets, strict=True):
             layer.start_from(adapter, largest)
 
-    def optimizer_overrides(
-        self, config: PedyraConfig, layer: AdapterLayer, adapter: str
+    def optimizer_overrides(  # type: ignore[override]
+        self, config: PedyraConfig, layer: PedyraLayer, adapter: str
     ) -> dict[str, OptimizerOverride]:
         """Rates that match LoRA's steps, or hold e; no weight decay on DoRA's magnitudes, which start at the base's.
 
@@ -89,20 +92,21 @@ class Pedyra(Method):
         (alpha = 2r) then moves by 2·η·√out / √3 in a step, in any direction of the output. Here a triple with
         directions of length 1 moves by s·η through e, in one direction, and by s·|e|·η·√out through up, in all others.
         So e's rate is a multiple of 2·√out / (√3·s), since it has a single direction to make up for all of LoRA's,
-        and up's is such that its steps are as long as LoRA's once |e| is about an eighth. The two belong together: e
-        moves along directions that the task did not choose, up turns them to where it wants to go.
+        and up's is such that its steps are as long as LoRA's once |e| is about a seventh; with gates 2 / (√3·s·ρ),
+        with ρ the size of e times the gates, as it is measured. The two belong together: e moves along directions that
+        the task did not choose, up turns them to where it wants to go.
         """
-        rules = config.gate_overrides()
+        rules = {**config.gate_overrides(), **layer.matched_rules(adapter)}
         if config.use_dora:
             rules["magnitude"] = OptimizerOverride(weight_decay=0.0)
         if config.mode == "static":
             rules["e"] = OptimizerOverride(lr_multiplier=0.0, weight_decay=0.0)
         elif config.match_step:
-            scaling = layer.scaling[adapter]
-            lora = 2 / math.sqrt(3) * math.sqrt(layer.out_features)
+            multiple = _E_STEPS * LORA_STEP * math.sqrt(layer.out_features) / layer.scaling[adapter] / layer.length
             # Powers of two, so that matrices of like size step in one group.
-            for role, multiple in (("e", _E_STEPS * lora / scaling / layer.length), ("up", _UP_RATE / scaling)):
-                rules[role] = OptimizerOverride(lr_multiplier=2.0 ** round(math.log2(multiple)))
+            rules["e"] = OptimizerOverride(lr_multiplier=2.0 ** round(math.log2(multiple)))
+            of_up = 2.0 ** round(math.log2(UP_RATE / layer.scaling[adapter]))
+            rules.setdefault("up", OptimizerOverride(lr_multiplier=of_up))
         return rules
 
     def needs_whole_steps(self, config: PedyraConfig) -> bool:
@@ -133,6 +137,7 @@ class Pedyra(Method):
 
     def before_step(self, moment: Moment[StepScores]) -> None:
         """Learn from the task's gradients, score the triples if it is time, then add the orthogonality gradient."""
+        match_steps(moment)
         if not moment.shared.taken:
             # By the first of several optimizers, while all gradients are the task's.
             moment.shared.taken = True
@@ -140,7 +145,8 @@ class Pedyra(Method):
                 note_gradients(moment, moment.training_layers)
             self._score(moment)
         if moment.config.ortho_weight and moment.config.mode != "static":
-            add_orthogonality(moment, moment.config.ortho_weight, moment.config.ortho_reduction)
+            most = _PENALTY_SHARE if moment.config.match_step else None
+            add_orthogonality(moment, moment.config.ortho_weight, moment.config.ortho_reduction, most=most)
 
     def _score(self, moment: Moment[StepScores]) -> None:
         config: PedyraConfig = moment.config
@@ -163,6 +169,7 @@ class Pedyra(Method):
 
     def after_step(self, moment: Moment[StepScores]) -> None:
         """Adjust the ranks if it is time."""
+        prepare_matching(moment)
         if moment.shared.scores is None:
             return
         layers = moment.training_layers

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from dynalora.adapter.config import is_number, is_whole
 from dynalora.adapter.gates import GatedConfig
+from dynalora.adapter.matching import MatchedSteps
 from dynalora.driver.schedule import Occasions, in_steps, memory_of
+
+LORA_STEP = 2 / math.sqrt(3)
+"""How far a component of LoRA (alpha = 2r) moves in a step of Adam, in learning rates times √out."""
+UP_RATE = 8.0
+"""The multiple of `up`'s learning rate at s = 1 without gates: steps as long as LoRA's where |e| is about a seventh."""
 
 Mode = Literal["both", "prune", "expand", "static", "mask"]
 Importance = Literal["score", "random"]
@@ -47,9 +54,10 @@ class PedyraConfig(GatedConfig):
             term, and the norms of the gradients of `down`, `e` and `up`. Costs a spectrum per matrix at every logged
             step.
         seed: Seed of the new directions, and of random importance.
-        match_step: Multiply e's learning rate, matrix by matrix, so that a step moves the model's function about as far
-            as LoRA's (alpha = 2r) would with the optimizer's learning rate. False takes the optimizer's for all, as in
-            the paper, which needs many more steps.
+        match_step: Multiply the learning rates of `e` and `up`, matrix by matrix, so that a step moves the model's
+            function about as far as LoRA's (alpha = 2r) would with the optimizer's learning rate, and bound the
+            penalty's gradient by a share of the task's, so that an optimizer such as Adam steps for the task. False
+            takes the optimizer's rate for all and the penalty as it is, as in the paper, which needs many more steps.
         use_dora: Train the norms of the adapted weight's rows apart from their directions (DoRA, Liu et al., 2024).
             The penalty of `retain` leaves the norms out; `retain_mode="replay"` and `max_forgetting` see them.
         init_weights: All but False start as the base model: `"orthogonal"` with random orthonormal directions and
@@ -103,6 +111,7 @@ class PedyraConfig(GatedConfig):
     )
 
     method: ClassVar[str] = "pedyra"
+    before: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,6 +155,12 @@ class PedyraConfig(GatedConfig):
             self._require(
                 self.adjust_end >= self.adjust_start, "adjust_end", f"at least adjust_start={self.adjust_start}"
             )
+
+    def matched_steps(self, scaling: float) -> MatchedSteps | None:
+        """How `up`'s steps follow gates; see `GatedConfig.matched_steps`. Directions have length 1, LoRA's 1 / √3."""
+        if not (self.gates and self.match_step) or self.mode == "static":
+            return None
+        return MatchedSteps(scale=LORA_STEP / scaling, unmeasured=2.0 ** round(math.log2(UP_RATE / scaling)))
 
     @property
     def uses_gradients(self) -> bool:

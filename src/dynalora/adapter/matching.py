@@ -1,0 +1,152 @@
+"""Steps of `up` that stay as long as LoRA's, however far a diagonal is open: the part of gates in `match_step`.
+
+An optimizer such as Adam moves every entry of `up` by about the learning rate, and the model's function by that times
+what the diagonal lets through. What it lets through is measured in the training forward passes of a step, layer by
+layer, as the root mean square of the narrow activations h = down(x) behind the diagonal over that before it:
+
+    ρ = √( Σ (d ⊙ h)² / Σ h² )        over all tokens, components, micro-batches and processes of the step
+
+and `up` steps with 1 / ρ times the learning rate. Gates begin almost closed (ρ ≈ 0.05) and open in the run, so ρ is
+measured at the steps 1 to 8, and then four times from each power of two to the next. The rate of a step is that of its
+own forward passes where they are measured, and the last measured one elsewhere. Each measurement waits for the device
+once. The mean of the gates would not do in the place of ρ: gates open where h is large.
+
+1 / ρ is kept as a power of √2, a whole number per layer that is saved with the adapter. So a resumed run has exactly
+the rates of the uninterrupted one, casts of the model do not change them, and matrices of like openness step together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dynalora.adapter.storage import Role
+from dynalora.common.private import version
+from dynalora.common.processes import grouped
+from dynalora.driver import Moment, OptimizerOverride
+
+if TYPE_CHECKING:
+    from dynalora.adapter.gates import GatedLayer
+
+FASTEST = 32.0
+"""The largest multiple of the optimizer's learning rate, that of gates with a bias of −3.5.
+
+Gates that begin further closed open on the way, and steps matched while they were closed are then too long.
+"""
+ROLE = Role("up_step", trains=False, saved="present")
+"""The buffer of a layer that holds the power of √2, int64 (1)."""
+MOST = round(2 * math.log2(FASTEST))
+"""The largest such power, and with a minus the smallest."""
+_EVERY_STEP = 8  # up to which every step is measured
+
+
+def due(step: int) -> bool:
+    """Whether a step, counted from 1, is measured: 1 to 8, 10, 12, 14, 16, 20, 24, 28, 32, 40 and so on."""
+    return step <= _EVERY_STEP or step % (1 << (step.bit_length() - 3)) == 0
+
+
+def power(passed: float, whole: float) -> int | None:
+    """The power of √2 next to 1 / ρ, within the bounds; None where there is nothing to measure.
+
+    Args:
+        passed: Σ (d ⊙ h)².
+        whole: Σ h².
+    """
+    if not (0 <= passed < math.inf and 0 < whole < math.inf):
+        return None
+    if passed == 0:
+        return MOST
+    return max(-MOST, min(MOST, round(math.log2(whole / passed))))
+
+
+class MatchedSteps:
+    """What a layer knows of the matched steps of one adapter, besides the power that is saved.
+
+    Attributes:
+        measuring: Whether the forward passes of the coming step are to be measured.
+        rule: The rule for `up`, one object that optimizers' plans hold, so that a change has effect at once.
+        scale: The multiple of the learning rate where ρ = 1.
+        unmeasured: The multiple while nothing has been measured.
+        sums: Σ (d ⊙ h)² and Σ h² of the forward passes since the last step, (2); None before the first.
+    """
+
+    def __init__(self, scale: float, unmeasured: float) -> None:
+        self.measuring = True  # until the first step says which one it is
+        self.scale, self.unmeasured = scale, unmeasured
+        self.rule = OptimizerOverride(unmeasured, follows=True)
+        self.sums: torch.Tensor | None = None
+        self._seen: tuple[int, int] | None = None
+
+    def note(self, h: torch.Tensor, m: torch.Tensor) -> None:
+        """Add the narrow activations of a forward pass, (…, r), before and behind the diagonal."""
+        sums = torch.stack([_square(m.detach()), _square(h.detach())])
+        self.sums = sums if self.sums is None else self.sums + sums.to(self.sums.device)
+
+    def read(self, saved: torch.Tensor | None) -> None:
+        """Bring the rule up to date with the saved power, (1), which waits for the device only if it was changed."""
+        if saved is None:
+            self._seen, self.rule.lr_multiplier = None, self.unmeasured
+        elif not saved.is_meta and (id(saved), version(saved)) != self._seen:
+            self.take(int(saved), saved)
+
+    def take(self, value: int, saved: torch.Tensor) -> None:
+        """Follow a power that is known, and that `saved` holds."""
+        self.rule.lr_multiplier = self.scale * 2.0 ** (value / 2)
+        self._seen = (id(saved), version(saved))
+
+
+def match_steps(moment: Moment) -> None:
+    """Before an optimizer's step: measure ρ, if it is time, and let `up`'s rates follow it."""
+    adapter = moment.adapter
+    pairs = [(layer, steps) for layer in moment.all_layers if (steps := layer.matched.get(adapter)) is not None]
+    if not pairs:
+        return
+    if moment.skipped:
+        for _, steps in pairs:
+            steps.sums = None
+        return
+    for layer, steps in pairs:
+        steps.read(layer.running(ROLE.name, adapter))
+    first = pairs[0][1].measuring  # of several optimizers that share the step, and of the calls of a closure
+    sums = [steps.sums for _, steps in pairs]
+    for _, steps in pairs:
+        steps.measuring, steps.sums = False, None
+    began = not moment.step or any(layer.running(ROLE.name, adapter) is not None for layer, _ in pairs)
+    # Within DDP's join() a process may have run out of batches, and would be missed.
+    if not first or not due(moment.step + 1) or not began or moment.driver.joining:
+        return
+    for (layer, steps), (passed, whole) in zip(pairs, _totals(sums, pairs[0][0], adapter), strict=True):
+        value = power(passed, whole)
+        if value is not None:
+            place = layer.parameter("up", adapter).device
+            saved = torch.tensor([value], dtype=torch.int64, device=place)
+            layer.set_running(ROLE.name, adapter, saved)
+            steps.take(value, saved)
+
+
+def prepare_matching(moment: Moment) -> None:
+    """After an optimizer's step: measure the next one's forward passes, if it is time."""
+    for layer in moment.all_layers:
+        if (steps := layer.matched.get(moment.adapter)) is not None:
+            steps.measuring = due(moment.step + 2)
+
+
+def _totals(sums: Sequence[torch.Tensor | None], layer: GatedLayer, adapter: str) -> list[list[float]]:
+    """The sums of every layer, (2) each, over all processes; zeros where a layer was not called."""
+    place = layer.parameter("up", adapter).device
+    rows = [torch.zeros(2, device=place) if row is None else row.to(place, torch.float32) for row in sums]
+    together = torch.stack(rows)
+    if grouped() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(together)
+    totals: list[list[float]] = together.tolist()
+    return totals
+
+
+def _square(values: torch.Tensor) -> torch.Tensor:
+    """The sum of squares, at least in float32."""
+    dtype: Any = torch.promote_types(values.dtype, torch.float32)
+    norm: torch.Tensor = torch.linalg.vector_norm(values, dtype=dtype)
+    return norm.square()
