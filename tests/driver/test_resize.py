@@ -143,6 +143,189 @@ def test_state_that_cannot_follow_starts_anew_and_says_so() -> None:
     step(model, optimizer)
 
 
+@pytest.mark.parametrize(
+    ("make", "key", "value"),
+    [
+        (lambda p: torch.optim.Rprop(p, lr=0.02), "step_size", 0.02),
+        (lambda p: torch.optim.Adagrad(p, lr=0.02, initial_accumulator_value=0.3), "sum", 0.3),
+    ],
+    ids=["rprop", "adagrad"],
+)
+def test_new_components_begin_as_the_optimizer_begins(make: Any, key: str, value: float) -> None:
+    model, layer = adapted(init_weights=False)
+    optimizer = make(trainable(model))
+    step(model, optimizer)
+    layer.resize("default", KEEP, new_components(layer))
+    for role, dim in (("down", 0), ("up", 1)):
+        state = optimizer.state[layer.parameter(role, "default")][key]
+        torch.testing.assert_close(state.narrow(dim, 3, 2), torch.full_like(state.narrow(dim, 3, 2), value))
+
+
+class Remembering(torch.optim.SGD):
+    """Makes state of any form at its first step with a parameter."""
+
+    def __init__(self, parameters: Any, make: Callable[[Tensor], dict[str, Any]], within: bool = False) -> None:
+        self.make, self.within = make, within
+        super().__init__(parameters, lr=0.1)
+
+    def states(self) -> Any:
+        return self.param_groups[0].setdefault("state", {}) if self.within else self.state
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for parameter in [parameter for group in self.param_groups for parameter in group["params"]]:
+            state = self.states().setdefault(parameter, {})
+            if not state.keys() - {"seed"}:
+                state.update(self.make(parameter.detach()))
+
+
+class Projection:
+    def __init__(self, parameter: Tensor) -> None:
+        self.matrix = torch.eye(parameter.shape[0])
+
+
+@pytest.mark.parametrize("key", ["x0", "slow_params", "slow_buffer"])
+def test_other_copies_of_the_weights_know_new_components(key: str) -> None:
+    model, layer = adapted(init_weights=False)
+    optimizer = Remembering(trainable(model), lambda p: {key: p.clone()})
+    step(model, optimizer)
+    layer.resize("default", KEEP, new_components(layer))
+    for parameter in layer.adapter_parameters("default").values():
+        assert torch.equal(optimizer.state[parameter][key], parameter.detach())
+
+
+def test_a_copy_that_stands_for_zeros_knows_new_components() -> None:
+    """Prodigy keeps one number for a parameter that began with zeros, as LoRA's second factor does."""
+    model, layer = adapted()
+    optimizer = Remembering(trainable(model), lambda p: {"s": torch.zeros(p.numel()), "p0": torch.zeros(())})
+    step(model, optimizer)
+    up = layer.parameter("up", "default")
+    layer.resize("default", KEEP, {**new_components(layer), "up": torch.ones(layer.out_features, 2)})
+    kept, new = optimizer.state[up]["p0"].view(up.shape).split([3, 2], dim=1)
+    assert not kept.any()
+    assert (new == 1).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: {"exp_avg": torch.zeros_like(p), "projector": Projection(p)},
+        lambda p: {"exp_avg": torch.zeros_like(p), "Q": [torch.eye(size) for size in p.shape]},
+        lambda p: {"exp_avg": torch.zeros_like(p), "s": torch.zeros(1), "p0": torch.zeros(1)},
+        lambda p: {"exp_avg": torch.zeros(2, p.shape[1])},
+    ],
+    ids=["object", "list", "sample", "projected"],
+)
+@pytest.mark.parametrize("way", ["resize", "compact"])
+def test_state_in_another_form_starts_anew(make: Any, way: str) -> None:
+    model, layer = adapted(init_weights=False)
+    optimizer = Remembering(trainable(model), make)
+    for parameter in trainable(model):
+        optimizer.state[parameter]["seed"] = 7  # as a constructor puts it there, once
+    step(model, optimizer)
+    down = layer.parameter("down", "default")
+    down.data[1] = down.data[0]  # so that compacting rewrites the factors
+    change = {
+        "resize": lambda: layer.resize("default", KEEP, new_components(layer)),
+        "compact": lambda: dynalora.compact(model),
+    }
+    with pytest.warns(UserWarning, match="starts anew"):
+        change[way]()
+    assert optimizer.state[down] == {"seed": 7}
+    step(model, optimizer)
+    assert optimizer.state[down].keys() > {"seed"}
+
+
+def test_two_averages_in_one_array_follow() -> None:
+    model, layer = adapted(init_weights=False)
+    optimizer = Remembering(trainable(model), lambda p: {"state1": torch.stack([p, 2 * p])})
+    step(model, optimizer)
+    up = layer.parameter("up", "default")
+    before = optimizer.state[up]["state1"]
+    layer.resize("default", KEEP, new_components(layer))
+    after = optimizer.state[up]["state1"]
+    assert torch.equal(after[..., :3], before[..., KEEP])
+    assert not after[..., 3:].any()
+
+
+def test_state_that_is_kept_in_a_group_follows() -> None:
+    model, layer = adapted(init_weights=False)
+    optimizer = Remembering(trainable(model), lambda p: {"exp_avg": p.clone()}, within=True)
+    step(model, optimizer)
+    layer.resize("default", KEEP, new_components(layer))
+    for parameter in layer.adapter_parameters("default").values():
+        assert optimizer.states()[parameter]["exp_avg"].shape == parameter.shape
+
+
+def test_lbfgs_forgets_its_history() -> None:
+    model, layer = adapted(init_weights=False)
+    optimizer = torch.optim.LBFGS(trainable(model), lr=0.1, max_iter=3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = TOY.loss(model)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert optimizer.state
+    layer.resize("default", KEEP, new_components(layer, 3))
+    assert not optimizer.state
+    optimizer.step(closure)
+    assert layer.parameter("down", "default").shape[0] == 6
+
+
+def test_samples_of_a_vector_are_not_fitted_to_it() -> None:
+    """What is saved of Prodigy's every eleventh entry is shorter than the vector, of whatever rank."""
+    model = peft.get_peft_model(TOY.build(), dynalora.DiselConfig(r=4, target_modules=["first"]))
+    make = lambda p: {"exp_avg": torch.zeros_like(p), "s": torch.ones(p.flatten()[::11].shape)}  # noqa: E731
+    optimizer = Remembering(trainable(model), make)
+    step(model, optimizer)
+    other = Remembering(trainable(model), make)
+    other.load_state_dict(optimizer.state_dict())
+    step(model, other)
+    vectors = [p for p in trainable(model) if p.ndim == 1]
+    assert vectors
+    assert all(other.state[p]["s"].shape == (1,) for p in vectors)
+
+
+def test_fused_sgd_takes_parameters_whose_first_gradient_comes_later() -> None:
+    late, early = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    model, _ = adapted(init_weights=False)
+    optimizer = torch.optim.SGD([early, late, *trainable(model)], lr=0.1, momentum=0.5, fused=True)
+    early.grad = torch.ones(3)
+    step_without_zeroing(model, optimizer)
+    late.grad, early.grad = torch.ones(3), torch.ones(3)
+    step_without_zeroing(model, optimizer)
+    torch.testing.assert_close(late.detach(), torch.full((3,), 0.9))
+    torch.testing.assert_close(early.detach(), torch.full((3,), 0.75))
+
+
+def step_without_zeroing(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    TOY.loss(model).backward()
+    optimizer.step()
+
+
+def test_what_shrinks_shrinks_in_the_copies_that_optimizers_go_on_from() -> None:
+    """Otherwise a schedule-free optimizer would pull components up again that the penalty shrinks after its step."""
+    torch.manual_seed(0)
+    config = dynalora.DiraConfig(
+        penalty_weight=9.0, r=4, target_modules=["first"], penalty_mode="proximal", total_steps=9
+    )
+    model = peft.get_peft_model(TOY.build(), config)
+    layer = next(m for m in model.modules() if isinstance(m, AdapterLayer))
+    down, up = (layer.parameter(role, "default") for role in ("down", "up"))
+    with torch.no_grad():
+        up.fill_(0.3)
+    optimizer = Remembering(trainable(model), lambda p: {"z": p.clone(), "ax": p.clone()})
+    optimizer.param_groups[0]["lr"] = 1e-3
+    step(model, optimizer)
+    for parameter in (down, up):
+        state = optimizer.state[parameter]
+        assert torch.equal(state["z"], parameter.detach())
+        assert not torch.equal(state["ax"], parameter.detach())
+
+
 @pytest.mark.parametrize("kind", ["AdamW8bit", "Lion8bit", "PagedAdamW8bit"])
 def test_8bit_state_follows(kind: str) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")

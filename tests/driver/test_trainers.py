@@ -28,10 +28,13 @@ from tests.driver.loops import (
     dira,
     examples,
     loop,
+    pedyra,
     trainable,
     trainer_options,
     weights,
 )
+from tests.driver.optimizers import OPTIMIZERS, Tested
+from tests.driver.test_optimizers import require
 from tests.toys import TOYS
 
 every_config = pytest.mark.parametrize("name", CONFIGS)
@@ -124,10 +127,14 @@ def test_accumulation_of_four_equals_batches_of_four(name: str, tmp_path: Path) 
     assert_close_weights(weights(parts), weights(whole), 1e-5)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "sgd", "adafactor", "rmsprop", "adagrad"])
-@every_config
-def test_optimizers_of_trainer(name: str, optim: str, tmp_path: Path) -> None:
-    model = trained(tmp_path, CONFIGS[name](), optim=optim, max_steps=2)
+NAMED = [(tested, name) for tested in OPTIMIZERS for name in tested.trainer]
+
+
+@pytest.mark.parametrize(("tested", "optim"), NAMED, ids=[name for _, name in NAMED])
+def test_optimizers_of_trainer(tested: Tested, optim: str, tmp_path: Path) -> None:
+    """By their names; what they do with each method is in `test_optimizers.py`."""
+    require(tested)
+    model = trained(tmp_path, pedyra(), optim=optim, max_steps=2)
     assert clock(model) == (2, 2)
 
 

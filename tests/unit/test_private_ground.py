@@ -201,6 +201,41 @@ def test_steps_around_sees_the_optimizer_that_steps_another() -> None:
     assert seen == [[outer], []], "torch wraps Optimizer.step otherwise, so nested steps cannot be told apart"
 
 
+def test_lbfgs_keeps_its_history_where_it_is_forgotten() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.LBFGS([parameter], max_iter=2)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    private.forget_history(optimizer, nn.Parameter(torch.ones(2)))
+    assert optimizer.state
+    private.forget_history(optimizer, parameter)
+    parameter.data, parameter.grad = torch.ones(3), None
+    optimizer.step(closure)
+    assert parameter.grad is not None, "LBFGS keeps what it counted elsewhere"
+
+
+def test_states_are_watched_where_torchs_constructor_ran() -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    seen: list[str] = []
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            """As lookahead's wrappers do, without torch's."""
+
+    for optimizer in (torch.optim.SGD([parameter]), Wrapper()):
+        private.watch_states(optimizer, lambda _: seen.append("saving"), lambda _: seen.append("loaded"))
+    plain = torch.optim.SGD([parameter])
+    private.watch_states(plain, lambda _: seen.append("saving"), lambda _: seen.append("loaded"))
+    plain.load_state_dict(plain.state_dict())
+    assert seen == ["saving", "loaded"], "torch calls the hooks of an optimizer's state otherwise"
+
+
 def test_gradient_scale_is_that_of_the_scaler_that_steps() -> None:
     parameter = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([parameter], lr=0.1)

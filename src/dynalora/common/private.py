@@ -227,6 +227,37 @@ def steps_around() -> list[Optimizer]:
     return around
 
 
+def forget_history(optimizer: Optimizer, parameter: torch.Tensor) -> None:
+    """Let an optimizer forget its past steps if it keeps them as vectors of all parameters, of which one changes size.
+
+    That is LBFGS, which has them as the state of its first parameter, and counts the entries once.
+
+    Args:
+        optimizer: Any optimizer.
+        parameter: The parameter that changes.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS) and any(own is parameter for own in optimizer._params):
+        optimizer.state.clear()
+        optimizer._numel_cache = None
+
+
+def watch_states(
+    optimizer: Optimizer, saving: Callable[[Optimizer], None], loaded: Callable[[Optimizer], None]
+) -> None:
+    """Have functions called before an optimizer's state is read out, and after it was loaded.
+
+    Wrappers (lookahead) may lack what torch's own constructor makes, and have the state read from the optimizer within.
+
+    Args:
+        optimizer: The optimizer.
+        saving: Called before `state_dict()`.
+        loaded: Called after `load_state_dict()`.
+    """
+    if hasattr(optimizer, "_optimizer_state_dict_pre_hooks"):
+        optimizer.register_state_dict_pre_hook(saving)
+        optimizer.register_load_state_dict_post_hook(loaded)
+
+
 def pieces_of_zero(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor | None]:
     """What of flat vectors belongs to the parameters that DeepSpeed's ZeRO, stage 1 or 2, steps in copies.
 

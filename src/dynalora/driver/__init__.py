@@ -10,7 +10,7 @@ parameters a learning rate of their own during the step, `losses` reads the task
 transformers' `Trainer` is.
 """
 
-from dynalora.driver.carry import carry_state, mix_state
+from dynalora.driver.carry import carry_state, mix_state, scale_copies
 from dynalora.driver.driver import Driver
 from dynalora.driver.finite import first_bad
 from dynalora.driver.groups import param_groups
@@ -40,5 +40,6 @@ __all__ = [
     "prepare_unloaded",
     "report_task_loss",
     "restart_schedule",
+    "scale_copies",
     "track",
 ]

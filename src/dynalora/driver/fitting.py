@@ -17,8 +17,15 @@ from torch.optim import Optimizer
 
 from dynalora.driver.registry import all_drivers
 
-#: State of factored second moments, by the dimension of a matrix that it runs along.
-FACTORED = {"exp_avg_sq_row": 0, "row_var": 0, "exp_avg_sq_col": 1, "col_var": 1}
+#: State of factored second moments (Adafactor's, CAME's), by the dimension of a matrix that it runs along.
+FACTORED = {
+    "exp_avg_sq_row": 0,
+    "exp_avg_res_row": 0,
+    "row_var": 0,
+    "exp_avg_sq_col": 1,
+    "exp_avg_res_col": 1,
+    "col_var": 1,
+}
 
 
 def fit_states(optimizer: Optimizer) -> None:
@@ -36,8 +43,10 @@ def fit_states(optimizer: Optimizer) -> None:
 def _fit_state(optimizer: Optimizer, parameter: torch.Tensor, axes: tuple[int, ...]) -> None:
     state: MutableMapping[str, Any] = optimizer.state[parameter]
     shape = list(parameter.shape)
+    if any(isinstance(value, torch.Tensor) and value.shape == parameter.shape for value in state.values()):
+        return  # it fits; what has fewer entries is of another kind (Prodigy's samples of a vector)
     for key, value in list(state.items()):
-        if not isinstance(value, torch.Tensor) or value.is_sparse:
+        if type(value) is not torch.Tensor or value.is_sparse:
             continue
         if key in FACTORED and len(shape) == 2:
             if FACTORED[key] not in axes or value.ndim == 0:
@@ -65,6 +74,24 @@ def _fit_state(optimizer: Optimizer, parameter: torch.Tensor, axes: tuple[int, .
             return
         if any(value.shape[along] != size for along, size in sizes.items()):
             state[key] = _fitted(value, sizes)
+
+
+def begin_momentum(optimizer: Optimizer) -> None:
+    """Give parameters of torch's fused SGD the momentum of 0 that they lack, where others of their group have theirs.
+
+    It fails on parameters that get their first gradient later than others, as weights of directions do that are chosen
+    in the course of training.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        if not (group.get("fused") and group.get("momentum")):
+            continue
+        stepping = [parameter for parameter in group["params"] if parameter.grad is not None]
+        lacking = [p for p in stepping if optimizer.state[p].get("momentum_buffer") is None]
+        if len(lacking) < len(stepping):
+            for parameter in lacking:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _fitted(value: torch.Tensor, sizes: Mapping[int, int]) -> torch.Tensor:

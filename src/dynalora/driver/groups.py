@@ -7,6 +7,8 @@ learning rate. Optimizer state is kept by parameter, so it does not notice.
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -22,6 +24,8 @@ from dynalora.driver.moment import OptimizerOverride
 GROUP_MARK = "dynalora"
 
 Settings = dict[str, Any]
+
+_told: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 @dataclass
@@ -42,6 +46,9 @@ class StepGroups:
     def apply(self, optimizer: Optimizer) -> None:
         """Put the groups of the step in place."""
         if not self.overrides:
+            return
+        if isinstance(optimizer, torch.optim.LBFGS):
+            self._tell_of_one_group(optimizer)
             return
         self.replaced = []
         during: list[Settings] = []
@@ -80,6 +87,17 @@ class StepGroups:
                 del group[key]
         optimizer.param_groups[:] = [group for group, _, _ in self.replaced]
         self.replaced = None
+
+    def _tell_of_one_group(self, optimizer: Optimizer) -> None:
+        """Say, once for an optimizer, that it steps all parameters alike."""
+        if optimizer in _told or all(override.lr_multiplier == 1.0 for override in self.overrides.values()):
+            return
+        _told.add(optimizer)
+        warnings.warn(
+            f"{type(optimizer).__name__} steps all parameters as one vector and finds their scales itself, so learning "
+            "rates of some parameters' own (gate_lr_multiplier, match_step) have no effect with it.",
+            stacklevel=2,
+        )
 
     def _sorted(
         self, group: Settings, one_rate: bool

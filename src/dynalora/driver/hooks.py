@@ -21,11 +21,11 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from dynalora.common.private import gradient_scale, steps_around
+from dynalora.common.private import gradient_scale, steps_around, watch_states
 from dynalora.driver.clipping import redo, undo
 from dynalora.driver.copies import has_copies
 from dynalora.driver.driver import Driver
-from dynalora.driver.fitting import fit_states
+from dynalora.driver.fitting import begin_momentum, fit_states
 from dynalora.driver.groups import GROUP_MARK, StepGroups
 from dynalora.driver.moment import OptimizerOverride
 from dynalora.driver.registry import all_drivers, any_layers, generation
@@ -154,8 +154,7 @@ def _make_plan(optimizer: Optimizer, stamp: object) -> _Plan:
 def _plan_for(optimizer: Optimizer) -> _Plan:
     plan = _plans.get(optimizer)
     if plan is None:
-        optimizer.register_state_dict_pre_hook(_restore_groups)
-        optimizer.register_load_state_dict_post_hook(fit_states)
+        watch_states(optimizer, saving=_restore_groups, loaded=fit_states)
         fit_states(optimizer)  # loaded before its first step
     else:
         plan.groups.restore(optimizer)  # if the last step raised between the hooks
@@ -250,6 +249,7 @@ def _act_before(optimizer: Optimizer, plan: _Plan) -> None:
         binding.first = first or (binding in again and binding.first)
     with torch.no_grad():
         redo(undone)
+    begin_momentum(optimizer)
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

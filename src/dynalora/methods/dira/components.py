@@ -10,7 +10,7 @@ import torch
 
 from dynalora.adapter.compaction import require_free_shapes
 from dynalora.adapter.layer import AdapterLayer
-from dynalora.driver import Moment
+from dynalora.driver import Moment, scale_copies
 from dynalora.errors import UnsupportedError
 
 
@@ -89,6 +89,7 @@ def shrink(components: Components, sizes: torch.Tensor, adapter: str) -> None:
             factor = layer.used(role, adapter)
             by = part.pow(1 / len(moving)).to(factor.device, factor.dtype)
             factor.mul_(by[:, None] if role == "down" else by)
+            scale_copies(layer.parameter(role, adapter), layer.rank_dims[role], by)
 
 
 def remove(components: Components, dying: torch.Tensor, moment: Moment, *, cut: bool) -> None:
