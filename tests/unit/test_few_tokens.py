@@ -117,3 +117,70 @@ def test_the_update_without_a_graph(tokens: int, frozen: bool, dtype: torch.dtyp
     assert found.data_ptr() == result.data_ptr()
     tolerance = 1e-5 if dtype == torch.float32 else 0.06
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "dira": (dynalora.DiraConfig, {"total_steps": 2}),
+    "bottleneck": (dynalora.DiselConfig, {"gate_bottleneck": 3}),
+    "normalized": (dynalora.DiselConfig, {"gate_normalize": True}),
+    "dora": (dynalora.PedyraConfig, {"total_steps": 9, "use_dora": True}),
+    "pissa": (dynalora.PedyraConfig, {"total_steps": 9, "init_weights": "pissa"}),
+    "pedyra with gates": (dynalora.PedyraConfig, {"total_steps": 9, "gates": True}),
+    "dislora": (dynalora.DisloraConfig, {"total_steps": 9}),
+    "milora": (dynalora.MiloraConfig, {}),
+    "dylora": (dynalora.DyloraConfig, {}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_else_is_there_is_not_passed_over(name: str) -> None:
+    """Few tokens with and without gradients: the same whatever else stands around the layer."""
+    config, options = VARIANTS[name]
+    model, x = one_layer(config, **options), torch.randn(1, 3, 16)
+    layer: Any = next(module for module in model.modules() if hasattr(module, "base_layer"))
+
+    def same() -> torch.Tensor:
+        expected = model(x).detach()
+        with torch.no_grad():
+            found: torch.Tensor = model(x)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        return found
+
+    adapted = same()
+    assert not torch.allclose(adapted, layer.base_layer(x))
+    if layer.depends_on_input("default"):
+        with layer.holding("default", torch.full((4,), 0.25)):
+            assert not torch.allclose(same(), adapted)
+    with torch.no_grad(), model.disable_adapter():
+        torch.testing.assert_close(model(x), layer.base_layer(x), atol=0, rtol=0)
+    seen: list[torch.Tensor] = []
+    handle = layer.base_layer.register_forward_hook(lambda module, args, result: seen.append(result))
+    same()
+    handle.remove()
+    for result in seen:
+        if result.shape[:-1] == x.shape[:-1]:  # DoRA sends other rows through the base layer as well
+            torch.testing.assert_close(
+                result, layer.base_layer(x), atol=0, rtol=0
+            )  # without the update, as it was seen
+    handle = layer.base_layer.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    same()
+    handle.remove()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(same().float(), adapted, atol=0.1, rtol=0.1)
+    model.train()
+    same()
+
+
+def test_dropout_acts_on_few_tokens_too() -> None:
+    model, x = one_layer(dynalora.DiselConfig, dropout=0.5).train(), torch.randn(1, 3, 16)
+    with torch.no_grad():
+        assert not torch.allclose(model(x), model(x))
+        assert torch.equal(model.eval()(x), model(x))
+
+
+def test_products_one_by_one_for_frozen_components() -> None:
+    """DisLoRA: for its trained components and for the others each two products, and none of the diagonal's parts is
+    joined with another but those of the others."""
+    found = computed(one_layer(dynalora.DisloraConfig, total_steps=9), torch.randn(2, 1, 16))
+    base = computed(torch.nn.Linear(16, 12), torch.randn(2, 1, 16))
+    assert found - base == Counter({"mm": 2, "addmm_": 2, "mul_": 2, "neg": 1, "cat": 1})

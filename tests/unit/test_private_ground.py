@@ -333,8 +333,14 @@ def test_view_base_and_hooks() -> None:
     ):
         handle = register(lambda *_: None)
         assert private.is_observed(layer), register
+        assert private.has_forward_hooks(layer) == ("forward" in register.__name__), register
         handle.remove()
         assert not private.is_observed(layer)
+    for register in (layer.register_forward_pre_hook, every.register_module_forward_pre_hook):
+        handle = register(lambda *_: None)
+        assert private.has_forward_hooks(layer), register
+        handle.remove()
+        assert not private.has_forward_hooks(layer)
 
 
 def test_transforms_and_tracers_are_noticed() -> None:

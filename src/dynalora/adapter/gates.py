@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from dynalora.adapter.config import AdapterConfig, is_whole
-from dynalora.adapter.kernel import apart
 from dynalora.adapter.layer import AdapterLayer, Gates, kaiming
 from dynalora.adapter.matching import FASTEST, MOST, MatchedSteps
 from dynalora.adapter.matching import ROLE as MATCHED
@@ -119,7 +118,7 @@ class GatedLayer(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module, quantization: dict[str, Any] | None = None) -> None:
         super().__init__(base_layer, quantization)
-        #: Factor of the logits by adapter.
+        #: Factor of the logits by adapter that has gates.
         self.gate_scale: dict[str, float] = {}
         #: Gates that are held where they are, (r) by adapter; then the update is static.
         self.held_gates: dict[str, torch.Tensor] = {}
@@ -162,7 +161,8 @@ class GatedLayer(AdapterLayer):
     def update_layer(self, adapter: str, config: Any, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; see `AdapterLayer.update_layer`."""
         super().update_layer(adapter, config, *args, **kwargs)
-        self.gate_scale[adapter] = self.in_features**-0.5 if config.gate_normalize else 1.0
+        if config.gates:
+            self.gate_scale[adapter] = self.in_features**-0.5 if config.gate_normalize else 1.0
         self.matched.pop(adapter, None)
         if (steps := config.matched_steps(self.scaling[adapter])) is not None:
             self.matched[adapter] = steps
@@ -194,7 +194,7 @@ class GatedLayer(AdapterLayer):
 
     def gated(self, adapter: str) -> bool:
         """Whether an adapter has gates."""
-        return self.has_parameter("gate_bias", adapter)
+        return adapter in self.gate_scale
 
     def depends_on_input(self, adapter: str) -> bool:
         """Whether an adapter has gates that are not held."""
@@ -207,30 +207,28 @@ class GatedLayer(AdapterLayer):
         gate = "gate_in" if self.has_parameter("gate_in", adapter) else "gate_weight"
         return *super().projections(adapter), self.used(gate, adapter)
 
-    def narrow(self, x: torch.Tensor, adapter: str, products: torch.Tensor | None = None) -> torch.Tensor:
-        """`g(x) ⊙ d ⊙ down(x)`; see `AdapterLayer.narrow`."""
-        if torch.is_grad_enabled() or not self._short_form(x, adapter):
-            return super().narrow(x, adapter, products)
-        # Generation: for a few tokens what counts is the number of operations, here three.
-        down, weight = self.used("down", adapter), self.used("gate_weight", adapter)
-        if x.dtype != down.dtype:
-            x = self._cast_input_dtype(x, down.dtype)
-        gates = nn.functional.linear(x, weight, self.used("gate_bias", adapter)).sigmoid_()
+    def few(self, x: torch.Tensor, adapter: str) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """`g(x) ⊙ d ⊙ down(x)`, and `up`, with the gates' bias added in the product; see `AdapterLayer.few`."""
+        gated = adapter in self.gate_scale
+        if self.training and adapter in self.matched:  # what the gates let through may be measured
+            return None
+        if gated and (
+            adapter in self.held_gates
+            or self.gate_scale[adapter] != 1.0
+            or not self.has_parameter("gate_weight", adapter)
+        ):
+            return super().few(x, adapter)
+        if self._frozen("frozen_down", adapter) is not None:
+            return super().few(x, adapter)
+        down = self.used("down", adapter)
+        if x.dtype != down.dtype and self.__dict__.get("cast_input_dtype_enabled", True):
+            x = x.to(down.dtype)
+        m = nn.functional.linear(x, down)
+        if gated:
+            logits = nn.functional.linear(x, self.used("gate_weight", adapter), self.used("gate_bias", adapter))
+            m.mul_(logits.sigmoid_())
         fixed = self.fixed_diagonal(adapter)
-        return nn.functional.linear(x, down).mul_(gates if fixed is None else gates * fixed)
-
-    def _short_form(self, x: torch.Tensor, adapter: str) -> bool:
-        """Whether there are few tokens and nothing but `g(x) = σ(W_g·x + b_g)` and the method's fixed diagonal."""
-        return (
-            not self.training  # dropout
-            and self.layer_kind is None
-            and adapter not in self.held_gates
-            and self.has_parameter("gate_weight", adapter)
-            and self.gate_scale[adapter] == 1.0
-            and apart(x, 2 * self.ranks[adapter])
-            and self._frozen("frozen_down", adapter) is None
-            and not torch.is_autocast_enabled(x.device.type)
-        )
+        return [(m if fixed is None else m.mul_(fixed), self.used("up", adapter))]
 
     def pass_on(self, h: torch.Tensor, d: torch.Tensor | None, adapter: str) -> torch.Tensor:
         """`d ⊙ h`, (…, r + k); in training what the diagonal lets through is measured, where steps follow it."""

@@ -10,13 +10,14 @@ result, and only the gradient of the trained ones is ever computed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from dynalora.adapter.experts import ExpertMatrix
-from dynalora.common.private import is_observed, is_replaced, transforming, view_base
+from dynalora.common.private import has_forward_hooks, is_observed, is_replaced, transforming, view_base
 
 
 class _AddLowRankInPlace(torch.autograd.Function):
@@ -124,32 +125,57 @@ def _add_without_graph(
     result: torch.Tensor, m: torch.Tensor, up: torch.Tensor, scaling: float, frozen: torch.Tensor | None
 ) -> torch.Tensor:
     """What `_AddLowRankInPlace` does, where nothing is to be differentiated."""
-    width, components = up.shape
-    flat = result.view(-1, width)
+    flat = result.view(-1, up.shape[0])
     m = m.reshape(-1, m.shape[-1])
     if frozen is None and m.dtype == up.dtype == result.dtype:
         flat.addmm_(m, up.t(), alpha=scaling)
         return result
-    if len(flat) > components:
-        narrow, up = _cast_sides(m, up, frozen, result.dtype)
-        flat.addmm_(narrow, up.t(), alpha=scaling)
-        return result
-    # Fewer tokens than components, as in generation: a stacked or cast `up` would cost more than the product.
-    parts = [(m, up)] if frozen is None else [(m[:, : up.shape[1]], up), (m[:, up.shape[1] :], frozen)]
-    for narrow, matrix in parts:
-        if matrix.dtype == result.dtype:
-            flat.addmm_(narrow.to(result.dtype), matrix.t(), alpha=scaling)
-        else:
-            flat.add_(_product(narrow.to(matrix.dtype), matrix), alpha=scaling)
+    narrow, up = _cast_sides(m, up, frozen, result.dtype)
+    flat.addmm_(narrow, up.t(), alpha=scaling)
     return result
 
 
-def _product(narrow: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """`narrow @ matrix.T` in their own dtype, also under autocast (whose context takes longer than a small product)."""
-    if torch.is_autocast_enabled(narrow.device.type):
-        with torch.autocast(narrow.device.type, enabled=False):
-            return narrow @ matrix.t()
-    return narrow @ matrix.t()
+def few_tokens(x: torch.Tensor, rank: int, base_layer: nn.Module) -> bool:
+    """Whether there are so few tokens, and so little else, that `AdapterLayer.few` may do an adapter's part.
+
+    Without gradients and in code that is not compiled.
+
+    Args:
+        x: The input, (…, in).
+        rank: The adapter's rank.
+        base_layer: The base layer, whose result is to be overwritten.
+    """
+    return (
+        x.numel() <= 2 * rank * x.shape[-1]
+        and type(base_layer) in (nn.Linear, ExpertMatrix)
+        and not has_forward_hooks(base_layer)
+        and not torch.is_autocast_enabled(x.device.type)
+        and not transforming()
+    )
+
+
+def add_few(result: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], scaling: float) -> torch.Tensor:
+    """Add low-rank updates of few tokens to a result, without a cast or stacked copy of any matrix.
+
+    Args:
+        result: Result of the base layer, which may be overwritten, (…, out).
+        parts: Narrow activations (tokens, ·) and the columns (out, ·) that they meet, all of one dtype.
+        scaling: The factor `s`.
+
+    Returns:
+        (…, out), in `result`'s dtype.
+    """
+    (m, up), *more = parts
+    if up.dtype == result.dtype and type(result) is torch.Tensor and result.is_contiguous():
+        target = result.view(-1, result.shape[-1])
+        target.addmm_(m, up.t(), alpha=scaling)
+        for m, up in more:
+            target.addmm_(m, up.t(), alpha=scaling)
+        return result
+    update = nn.functional.linear(m, up)
+    for m, up in more:
+        update.addmm_(m, up.t())
+    return result.add_(update.view(result.shape), alpha=scaling)
 
 
 def apart(x: torch.Tensor, rows: int) -> bool:

@@ -24,8 +24,10 @@ from dynalora.adapter.base_weight import IN_PIECES, BaseWeight
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.curvature import Curvature
 from dynalora.adapter.kernel import (
+    add_few,
     add_low_rank,
     apart,
+    few_tokens,
     may_overwrite,
     observe_weight_gradient,
     only_multiplies,
@@ -249,6 +251,24 @@ class AdapterLayer(RankedStorage, BaseWeight):
         """
         return None
 
+    def diagonals(
+        self, adapter: str, projected: torch.Tensor | Gates, count: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The diagonal of the trained components and that of the frozen ones.
+
+        Args:
+            adapter: The adapter.
+            projected: As for `diagonal`.
+            count: The number of trained components.
+
+        Returns:
+            (…, count) and (…, k), or None for all ones.
+        """
+        d = self.diagonal(adapter, projected)
+        if d is None or d.shape[-1] == count:
+            return d, None
+        return d[..., :count], d[..., count:]
+
     def depends_on_input(self, adapter: str) -> bool:
         """Whether an adapter's diagonal depends on the input, so that it has no fixed ΔW."""
         return False
@@ -275,6 +295,10 @@ class AdapterLayer(RankedStorage, BaseWeight):
             ConfigError: `adapter_names` of another length than `x`, or while an adapter is merged.
             UnsupportedError: DeepSpeed has spread the adapter over processes.
         """
+        if adapter_names is None and not (args or kwargs or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            quick = self._quick(x)
+            if quick is not None:
+                return quick
         if self._disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -301,6 +325,34 @@ class AdapterLayer(RankedStorage, BaseWeight):
                 continue
             result = self._seen(self.add_update(result, x, adapter, in_place), adapter)
         return result
+
+    def _quick(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The result in as few steps as can be, for generation; None where there is more to do.
+
+        With few tokens the time goes into numbers of operations and of Python's own steps, whatever the sizes, the more
+        so as every layer's weights push the processor's caches clean of what the next layer needs of both.
+
+        Args:
+            x: The input, (…, in).
+        """
+        active, base_layer = self._active_adapter, self._modules["base_layer"]
+        if len(active) != 1 or self._disable_adapters or self.merged_adapters or self.unprepared:
+            return None
+        adapter = active[0]
+        scaling = self.scaling.get(adapter)
+        if scaling is None or base_layer is None or not few_tokens(x, self.ranks[adapter], base_layer):
+            return None
+        if self.training and self.adapter_dropout[adapter]:
+            return None
+        try:
+            parts = self.few(x.reshape(-1, x.shape[-1]), adapter)
+        except RuntimeError:
+            self._require_whole_factors()
+            raise
+        if parts is None:
+            return None
+        result = add_few(base_layer(x), parts, scaling)
+        return self._seen(result, adapter) if self.training else result
 
     def _require_whole_factors(self) -> None:
         for adapter in self.active_adapters:
@@ -471,6 +523,37 @@ class AdapterLayer(RankedStorage, BaseWeight):
         """`d ⊙ h`, the narrow activations behind the diagonal, (…, r + k); None is all ones."""
         return h if d is None else h * d
 
+    def few(self, x: torch.Tensor, adapter: str) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """What `narrow` and `columns` give, for a few tokens without gradients or dropout.
+
+        Nothing is stacked, and nothing is kept between calls that could go stale.
+
+        Args:
+            x: The input, (tokens, in).
+            adapter: The adapter.
+
+        Returns:
+            Narrow activations (tokens, ·) with the columns (out, ·) that they meet, of trained components and of frozen
+            ones; None where the update is more than that.
+        """
+        down, *rest = self.projections(adapter)
+        if x.dtype != down.dtype and self.__dict__.get("cast_input_dtype_enabled", True):
+            x = x.to(down.dtype)
+        linear = nn.functional.linear
+        m, up = linear(x, down), self.columns(adapter)
+        frozen_down = self._frozen("frozen_down", adapter)
+        parts = [linear(x, matrix) for matrix in rest]
+        projected = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1) if parts else None
+        d, frozen_d = self.diagonals(adapter, "held" if projected is None else projected, m.shape[-1])
+        if d is not None:
+            m.mul_(d)
+        if frozen_down is None:
+            return [(m, up)]
+        frozen = linear(x, frozen_down)
+        if frozen_d is not None:
+            frozen.mul_(frozen_d)
+        return [(m, up), (frozen, cast(torch.Tensor, self._frozen("frozen_up", adapter)))]
+
     def _projected(self, x: torch.Tensor, adapter: str) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The products of the input with all projections but the first, or None, and with the others."""
         down, *rest = self.projections(adapter)
@@ -510,7 +593,10 @@ class AdapterLayer(RankedStorage, BaseWeight):
     def _frozen(self, role: str, adapter: str) -> torch.Tensor | None:
         """The frozen components of one side, in the dtype of the trained ones, which a trainer may have cast."""
         frozen = self.running(role, adapter) if role in self.buffer_roles else None
-        return None if frozen is None else frozen.to(self.parameter(role.removeprefix("frozen_"), adapter).dtype)
+        if frozen is None:
+            return None
+        dtype = self.parameter(role.removeprefix("frozen_"), adapter).dtype
+        return frozen if frozen.dtype == dtype else frozen.to(dtype)
 
     # The update ------------------------------------------------------------------------------------------------
 

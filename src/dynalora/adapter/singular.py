@@ -55,10 +55,14 @@ class TwinLayer(AdapterLayer):
         ones = self.parameter("up", adapter).new_ones(self.rank(adapter))
         return ones, ones
 
-    def diagonal(self, adapter: str, projected: torch.Tensor | Gates) -> torch.Tensor:
-        """(d, −d₀), (2r)."""
+    def diagonals(self, adapter: str, projected: torch.Tensor | Gates, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """D and −d₀, (r) each."""
         trained, start = self.weights(adapter)
-        return torch.cat([trained, -start])
+        return trained, -start
+
+    def diagonal(self, adapter: str, projected: torch.Tensor | Gates) -> torch.Tensor:
+        """(d, −d₀), (2r), and what else `diagonals` has for frozen components."""
+        return torch.cat(self.diagonals(adapter, projected, self.rank(adapter)))
 
     def begin(self, adapter: str, triplets: Triplets) -> dict[str, torch.Tensor]:
         """What the parameters start at, by role: the singular vectors, r of them."""

@@ -120,8 +120,10 @@ class Storage(nn.Module):
         """
         parameter = self.parameter(role, adapter)
         axes = self.rank_axes.get(role)
-        # Asked first, so that compiled code does not depend on the rank.
-        if torch.compiler.is_compiling() or axes is None or parameter.shape[axes[0]] == self.ranks[adapter]:
+        # Compiled code asks nothing that changes with the rank.
+        if axes is None or not self.reserved[adapter] or torch.compiler.is_compiling():
+            return parameter
+        if parameter.shape[axes[0]] == self.ranks[adapter]:
             return parameter
         part: torch.Tensor = parameter
         for dim in axes:
@@ -144,7 +146,7 @@ class Storage(nn.Module):
     # Buffers ---------------------------------------------------------------------------------------------------
 
     def _buffers_of(self, role: str) -> BufferDict:
-        return cast(BufferDict, getattr(self, f"{self.method_name}_{role}"))
+        return cast(BufferDict, self._modules[f"{self.method_name}_{role}"])
 
     def buffer(self, role: str, adapter: str) -> torch.Tensor:
         """The buffer of a role of an adapter, of any shape."""
@@ -156,8 +158,7 @@ class Storage(nn.Module):
 
     def running(self, role: str, adapter: str) -> torch.Tensor | None:
         """A buffer of any shape that need not be there, or None."""
-        buffers = self._buffers_of(role)
-        return cast(torch.Tensor, buffers[adapter]) if adapter in buffers else None
+        return self._buffers_of(role)._buffers.get(adapter)
 
     def set_running(self, role: str, adapter: str, value: torch.Tensor | None) -> None:
         """Put a buffer that is saved where present in place, or take it away with None."""

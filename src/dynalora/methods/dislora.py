@@ -172,12 +172,12 @@ class DisloraLayer(DirectedLayer, SingularLayer):
         """The losses and weights of the last step, and moving averages with their count, (NOTES + 3)."""
         return {**super().start_lead(), "balance": torch.zeros(NOTES + 3, dtype=torch.float64)}
 
-    def diagonal(self, adapter: str, projected: torch.Tensor | Gates) -> torch.Tensor:
-        """(S, −S₀, α), (2r + tsd_count)."""
-        parts = [SingularLayer.diagonal(self, adapter, projected)]
+    def diagonals(self, adapter: str, projected: torch.Tensor | Gates, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """S, (r), and (−S₀, α), (r + tsd_count)."""
+        sigma, start = SingularLayer.diagonals(self, adapter, projected, count)
         if self.has_parameter("tsd_weight", adapter):
-            parts.append(self.parameter("tsd_weight", adapter))
-        return torch.cat(parts)
+            start = torch.cat([start, self.parameter("tsd_weight", adapter)])
+        return sigma, start
 
     def zero_update(self, adapter: str) -> None:
         """Make the update zero, to rounding: the triplets go back to their start, the directions' weights to 0."""

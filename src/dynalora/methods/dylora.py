@@ -90,6 +90,10 @@ class DyloraLayer(AdapterLayer):
             share = share.sqrt()
         return h * torch.where(torch.arange(rank, device=h.device) < prefix, share, 0.0)
 
+    def few(self, x: torch.Tensor, adapter: str) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """As other layers; None in training."""
+        return None if self.training else super().few(x, adapter)
+
 
 @register
 class Dylora(Method):

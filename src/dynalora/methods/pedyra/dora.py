@@ -84,6 +84,10 @@ class DoraLayer(GatedLayer):
                     f"together with others ({', '.join(self.active_adapters)}); activate one at a time."
                 )
 
+    def few(self, x: torch.Tensor, adapter: str) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """As without DoRA; None with it, since it acts on the result."""
+        return None if self.has_parameter("magnitude", adapter) else super().few(x, adapter)
+
     def add_update(
         self,
         result: torch.Tensor,

@@ -157,6 +157,10 @@ class PedyraLayer(DoraLayer):
             self._gather(x, adapter)
         return super().narrow(x, adapter, products)
 
+    def few(self, x: torch.Tensor, adapter: str) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """As other layers; None where squares are added up."""
+        return None if self.training and self.gathering[adapter] else super().few(x, adapter)
+
     @torch.no_grad()
     def _gather(self, x: torch.Tensor, adapter: str) -> None:
         squares = _squares(x) if self.layer_kind is None else self.layer_kind.squares(self.get_base_layer(), x)
