@@ -19,6 +19,7 @@ import dynalora
 from dynalora.errors import DataError, UnsupportedError
 from dynalora.evaluation.generation import generate
 from dynalora.export import check_serving
+from dynalora.forgetting.texts import own_text
 from dynalora.jobs.chat.run import Chat
 from dynalora.jobs.finetune.run import finetune
 from dynalora.jobs.finetune.settings import FinetuneSpec
@@ -30,6 +31,9 @@ from dynalora.lab.baselines import prepare_start
 from dynalora.lab.choices import method_names
 from dynalora.lab.configs import adapter_config
 from dynalora.lab.data.prompts import PromptFields, load_prompts
+from dynalora.lab.distance import continued, in_words
+from dynalora.lab.models import load_tokenizer
+from dynalora.lab.run_folder import read_metrics
 from tests.unit import tiny
 from tests.unit.program import Program, program
 
@@ -327,3 +331,33 @@ def test_a_run_shows_what_it_says_and_what_to_type_next(plain: bool, tmp_path: P
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     for command in ("chat", "evaluate", "serve-check"):
         assert f"dynalora {command} {tmp_path / 'run'}" in shown
+
+
+def test_the_report_says_what_the_distance_means(tmp_path: Path) -> None:
+    folder = tiny.saved_model(tmp_path / "model")
+    tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.rows(12))
+    spec = FinetuneSpec(
+        model=str(folder), data=str(tmp_path / "rows.jsonl"), output=str(tmp_path / "run"), steps=3, batch_size=4, r=2,
+        learning_rate=5e-2, eval_fraction=0.25,
+    )  # fmt: skip
+    result = finetune(spec)
+    metrics = list(read_metrics(tmp_path / "run"))
+    (shown,) = (record["continued"] for record in metrics if "continued" in record)
+    (measured,) = (record["retention"] for record in metrics if "retention" in record)
+    curve = {point["factor"]: point["kl"] for record in metrics for point in record.get("scaled", ())}
+    assert [each["name"] for each in shown[:2]] == ["base model", "as trained"]
+    assert [each["kl"] for each in shown] == [0.0, measured["kl"], *(kl for factor, kl in curve.items() if factor != 1)]
+    words = load_tokenizer(str(folder))
+    text = own_text(result.model, words)
+    assert shown[1]["said"] == continued(result.model, words, text)  # the update is whole again
+    assert shown[0]["said"] == continued(result.model, words, text, base=True)
+    page = html.unescape((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    assert in_words(measured["kl"]) in page
+    assert f"KL from the base model is {measured['kl']:.4f} ± {measured['kl_error']:.4f} nats per token" in page
+
+
+@pytest.mark.parametrize(
+    ("kl", "times"), [(0.0, "1.00 times"), (0.05, "2.72 times"), (0.2, "55 times"), (9.0, "over a million times")]
+)
+def test_a_distance_in_words(kl: float, times: str) -> None:
+    assert times in in_words(kl)

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from dynalora.errors import ConfigError, RunFolderError
+from dynalora.evaluation.scoring import answer_loss
+from dynalora.evaluation.tokens import tokenize
 from dynalora.jobs.demo import report
 from dynalora.jobs.demo import run as demo
 from dynalora.jobs.demo.run import run_demo
@@ -26,7 +28,7 @@ pytest.importorskip("reasoning_gym")
 
 SPEC = DemoSpec(
     methods=["disel", "lora"], task="spell_backward", steps=4, batch_size=2, held_out=6, r=4, retention_texts=3,
-    retention_tokens=5, learning_rate=1e-2,
+    retention_tokens=5, learning_rate=1e-2, shots=1,
 )  # fmt: skip
 
 
@@ -88,14 +90,11 @@ def test_the_run_folder_has_everything(ran: Any) -> None:
     assert "spell_backward" in page
     assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["finished"]
     measured = {record["run"]: record for record in read_metrics(folder) if "answer_loss" in record}
-    assert set(measured) == {"base", "disel", "lora"}
+    assert set(measured) == {"base", "base, 1 examples", "disel", "lora"}
     assert measured["lora"]["retention"]["kl"] == result.rows[1].kl
 
 
 def test_the_saved_adapters_give_the_measured_loss_again(ran: Any) -> None:
-    from dynalora.evaluation.scoring import answer_loss
-    from dynalora.evaluation.tokens import tokenize
-
     result, folder, _, model = ran
     words = tiny.tokenizer()
     rows = tokenize([item.conversation() for item in result.task.held_out], words).rows
@@ -107,20 +106,43 @@ def test_the_saved_adapters_give_the_measured_loss_again(ran: Any) -> None:
 
 def test_the_table_shows_base_and_methods(ran: Any) -> None:
     result, _, _, _ = ran
-    shown = report.summary_table(result.rows).text
-    assert [line[0] for line in shown] == ["base model", "disel, retain = 3000", "lora"]
-    assert shown[2][3].startswith(f"{result.rows[1].kl:.4f}")
+    shown = report.summary_table(result).text
+    solved = "base model, shown 1 solved question"
+    assert [line[0] for line in shown] == ["base model", solved, "disel, retain = 3000", "lora"]
+    assert shown[3][2].startswith(f"{result.rows[1].kl:.4f}")
+
+
+def test_the_base_model_is_also_asked_after_solved_questions(ran: Any) -> None:
+    result, folder, _, model = ran
+    words, task = tiny.tokenizer(), result.task
+    turns = [turn for item in task.train[:1] for turn in item.conversation()]
+    asked = [turns + item.conversation() for item in task.held_out]
+    rows = tokenize(asked, words, max_length=999).rows
+    answers = [item.answer for item in task.held_out]
+    for row, answer in zip(rows, answers, strict=True):  # of all answers only the last one counts
+        ends = len(words(answer)["input_ids"]) + 1
+        row["labels"] = [-100] * (len(row["labels"]) - ends) + row["input_ids"][-ends:]
+    again = answer_loss(model, rows)
+    assert result.shown is not None
+    assert result.shown.answer_tokens == again.tokens
+    assert result.shown.answer_loss == pytest.approx(again.mean, rel=1e-5)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "What a distance looks like" in page
+    assert "times less likely from the tuned one" in page
 
 
 def test_the_first_line_is_what_was_learned_and_what_was_forgotten(ran: Any) -> None:
     result, folder, _, _ = ran
     disel, lora = result.rows
     said = report.summary(result)
-    assert said.startswith("disel, retain = 3000: ")
+    assert said.startswith("disel, retain = 3000 forgets ")
+    shares = [f"{100 * row.accuracy_after.value:.1f} % ({100 * row.accuracy_after.low:.1f}–" for row in (disel, lora)]
+    first = said.partition(". The base model")[0]
+    assert first.index(shares[0]) < first.rindex(shares[1])
     for row in (disel, lora):
-        share = f"{100 * row.accuracy_after.value:.1f} % ({100 * row.accuracy_after.low:.1f}–"
-        assert f"{row.title}: {share}" in said
-        assert f"KL from the base model {row.kl:.3f} ± {row.kl_error:.3f}" in said
+        assert f"{row.kl:.3f} ({max(0.0, row.kl - 1.96 * row.kl_error):.3f}–" in first
+    assert "after 1 solved question" in said
+    assert said in html.unescape((folder / "report.html").read_text(encoding="utf-8"))
     assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["retain"] == 3000.0
 
 

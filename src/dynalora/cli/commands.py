@@ -52,7 +52,7 @@ COMMANDS = {
     "demo": Command(
         settings=DemoSpec,
         job="dynalora.jobs.demo.run:run_demo",
-        help="""Fine-tune a small real model with DISeL and LoRA; compare learning and forgetting.
+        help="""Fine-tune a small real model with DiRA and LoRA; compare what they learn and what they forget.
 
         Needs no GPU and no data: the model is fetched once and kept, the task is generated. A few minutes on two
         cores. The run folder gets both adapters, the metrics, plots and a report.""",

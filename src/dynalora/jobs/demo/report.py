@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from dynalora.common.statistics import Interval, mcnemar, paired_difference
+from dynalora.common.statistics import Estimate, Interval, mcnemar, paired_difference
 from dynalora.drawing.comparison import plot_bars
 from dynalora.drawing.training import plot_losses
 from dynalora.evaluation.scoring import Score
@@ -69,6 +68,7 @@ class DemoResult:
         task: What they were trained on.
         origin: Where the base model came from.
         seconds: Time of the whole demo.
+        shots: Number of solved questions that the base model was shown in its second measurement; 0: there is none.
         peak_memory: Most memory the process has held, in bytes; None where the system does not say.
     """
 
@@ -77,28 +77,38 @@ class DemoResult:
     task: Task
     origin: str
     seconds: float = 0.0
+    shots: int = 0
     peak_memory: int | None = None
 
+    @property
+    def shown(self) -> Score | None:
+        """The base model's score after solved questions; None where it was not measured."""
+        return self.scores.get(f"base, {self.shots} examples")
 
-def summary_table(rows: Sequence[DemoRow]) -> Table:
-    """The demo's one table: the base model's row first, then each method's."""
-    first = rows[0]
+
+def summary_table(result: DemoResult) -> Table:
+    """The demo's one table: the base model's rows first, then each method's."""
+    names = {"base model": result.scores["base"]}
+    if result.shown is not None:
+        names[f"base model, shown {_solved(result)}"] = result.shown
     cells: list[list[Cell]] = [
-        ["base model", _share(first.accuracy_before), f"{first.answer_loss_before:.3f}", "0", "0", None, None]
+        [name, _share(score.accuracy), "0", f"{score.answer_loss:.3f}", "0", None, None]
+        for name, score in names.items()
     ]
-    for row in rows:
+    for row in result.rows:
         cells.append(
             [
-                row.title, _share(row.accuracy_after), f"{row.answer_loss_after:.3f}",
-                f"{row.kl:.4f} ± {row.kl_error:.4f}", f"{row.loss_shift:+.4f}", row.trainable_parameters,
+                row.title, _share(row.accuracy_after), f"{row.kl:.4f} ± {row.kl_error:.4f}",
+                f"{row.answer_loss_after:.3f}", f"{row.loss_shift:+.4f}", row.trainable_parameters,
                 None if row.step_seconds is None else f"{row.step_seconds:.2f}",
             ]
         )  # fmt: skip
     return Table(
-        ["", "accuracy", "answer loss", "KL from base", "loss shift", "trainable parameters", "step (s)"],
+        ["", "accuracy", "KL from base", "answer loss", "loss shift", "trainable parameters", "step (s)"],
         cells,
         note=(
-            "Accuracy: held-out questions answered exactly right by greedy decoding, with Wilson's 95 % interval. "
+            "Accuracy: held-out questions answered exactly right by greedy decoding, with Wilson's 95 % interval; "
+            "solved questions are of the training set, and stand before each held-out one. "
             "Answer loss: nats per token of the right answers. KL(base ‖ tuned), with its standard error, and loss "
             "shift: nats per token of text that the base model itself wrote; 0 is an unchanged model. Step: median "
             "time of an optimizer step; `dynalora bench` compares step times precisely."
@@ -126,18 +136,50 @@ def _share(accuracy: Interval) -> str:
 
 
 def summary(result: DemoResult) -> str:
-    """What each method learned and what it forgot, with intervals, in a sentence each."""
-    before = f"{100 * result.rows[0].accuracy_before.value:.1f} %"
-    traded = " ".join(
-        f"{row.title}: {_share(row.accuracy_after)} of {len(result.task.held_out):,} held-out questions right, KL from "
-        f"the base model {row.kl:.3f} ± {row.kl_error:.3f}."
-        for row in result.rows
-    )
+    """The trade in its first sentence: what the first method forgets and learns beside the second, with intervals."""
+    first = result.rows[0]
+    sentences = [_traded(result, first, result.rows[1])] if len(result.rows) > 1 else []
+    sentences += [_alone(row, result) for row in (result.rows[2:] if sentences else result.rows)]
+    base = f"The base model answers {_share(result.scores['base'].accuracy)} right as it is asked"
+    if result.shown is not None:
+        base += f", and {_share(result.shown.accuracy)} after {_solved(result)} of the training set"
+    sentences.append(f"{base}; its KL is 0.")
     memory = f" and {result.peak_memory / 1e9:.1f} GB of memory" if result.peak_memory else ""
+    sentences.append(f"All of it took {result.seconds / 60:.1f} minutes{memory}, with one training run per method.")
+    return " ".join(sentences)
+
+
+def _traded(result: DemoResult, first: DemoRow, second: DemoRow) -> str:
+    """One method's forgetting and learning beside another's."""
+    less, more = sorted((first.kl, second.kl))
+    times = f"{more / less:.0f} times" if less > 0 and more / less >= 10 else f"{more / max(less, 1e-12):.1f} times"
+    forgets = f"forgets {times} {'less' if first.kl <= second.kl else 'more'} than {second.title}"
+    scores = [result.scores[row.method].correct for row in (first, second)]
+    apart = paired_difference(scores[1], scores[0])
+    chance = "may be chance" if apart.low <= 0 <= apart.high else "is beyond chance"
     return (
-        f"{traded} The base model answers {before} right, and its KL is 0. All of it took "
-        f"{result.seconds / 60:.1f} minutes{memory}."
+        f"{first.title} {forgets} (KL from the base model {_distance(first)} instead of {_distance(second)} nats per "
+        f"token), and answers {_share(first.accuracy_after)} instead of {_share(second.accuracy_after)} of "
+        f"{len(result.task.held_out):,} held-out questions right; the difference of "
+        f"{shown_interval(apart, 1, scale=100, sign='+')} points {chance}."
     )
+
+
+def _alone(row: DemoRow, result: DemoResult) -> str:
+    return (
+        f"{row.title} answers {_share(row.accuracy_after)} of {len(result.task.held_out):,} held-out questions right, "
+        f"at a KL from the base model of {_distance(row)} nats per token."
+    )
+
+
+def _solved(result: DemoResult) -> str:
+    return f"{result.shots} solved question{'' if result.shots == 1 else 's'}"
+
+
+def _distance(row: DemoRow) -> str:
+    """KL with its 95 % interval."""
+    interval = Estimate(row.kl, row.kl_error).interval
+    return f"{row.kl:.3f} ({max(0.0, interval.low):.3f}–{interval.high:.3f})"
 
 
 def description(spec: DemoSpec, result: DemoResult, system: str, *, retention_tokens: int) -> str:
@@ -152,7 +194,9 @@ def description(spec: DemoSpec, result: DemoResult, system: str, *, retention_to
         f"{task.seed}, none twice. Always giving the most frequent answer would be right on "
         f"{100 * task.majority:.1f} % of them. Training: AdamW, {spec.steps} steps of {batch} questions, learning rate "
         f"{spec.learning_rate:g} ({spec.schedule}), rank {spec.r}; every method sees the same batches in the same "
-        f"order. Retention is measured on {retention_tokens:,} tokens that the base model wrote."
+        f"order. Besides as it is asked, the base model is measured with {_solved(result)} of the training "
+        f"set before each held-out one, which show it the form of an answer. "
+        f"Retention is measured on {retention_tokens:,} tokens that the base model wrote."
     )
 
 

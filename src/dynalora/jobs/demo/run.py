@@ -28,6 +28,7 @@ from dynalora.errors import ConfigError
 from dynalora.evaluation.scoring import Score, evaluate
 from dynalora.evaluation.tasks import Task, load_task
 from dynalora.evaluation.tokens import TokenizedSet, Tokens, tokenize
+from dynalora.evaluation.windows import model_window
 from dynalora.forgetting.gate_recording import record_gates
 from dynalora.forgetting.retention import BasePredictions, Retention, base_predictions, retention
 from dynalora.forgetting.texts import OwnText, own_text
@@ -47,10 +48,11 @@ from dynalora.jobs.demo.settings import DemoSpec
 from dynalora.lab.choices import label_of, own_methods
 from dynalora.lab.configs import adapter_config, check_rank, check_targets
 from dynalora.lab.data.collator import batches_of
+from dynalora.lab.distance import Continued, continued, distance_table, in_words, openings
 from dynalora.lab.machine import peak
 from dynalora.lab.models import load_model, load_tokenizer
 from dynalora.lab.packaged_models import ModelSource, demo_model
-from dynalora.lab.report import Report, Section, listing, save_figures, say, write_report
+from dynalora.lab.report import Report, Section, Table, listing, save_figures, say, write_report
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.training.checkpoints import save_adapter
 from dynalora.lab.training.settings import train_settings
@@ -63,6 +65,7 @@ TASK_OPTIONS = {"min_num_statements": 3, "max_num_statements": 6}
 # Half as long as the one that SmolLM2's chat template adds by itself: on a CPU every prompt token costs time.
 SYSTEM = "Answer briefly."
 OUTPUT = "runs/demo"
+_ANY_LENGTH = 2**31
 
 
 def run_demo(
@@ -118,7 +121,7 @@ def run_demo(
             demo = _Demo(spec, task, system, origin, model, tokenizer, run, progress, console)
             result = demo.run(configs, began)
             run.finish()
-    say(console, summary_table(result.rows), f"Adapters: {run.adapter.parent}\nReport:   {run.report}")
+    say(console, summary(result), summary_table(result), f"Adapters: {run.adapter.parent}\nReport:   {run.report}")
     return result
 
 
@@ -159,12 +162,20 @@ class _Demo:
         )
         base = self._score(self.model, held_out, "base model")
         self.run_folder.log(_score_record("base", base))
+        scores = {"base": base}
+        shots, solved = self._with_examples()
+        if solved is not None:
+            name = f"base, {shots} examples"
+            scores[name] = self._score(self.model, solved, f"base model, {shots} examples")
+            self.run_folder.log(_score_record(name, scores[name]))
         text = own_text(
             self.model, self.tokenizer, texts=spec.retention_texts, tokens=spec.retention_tokens,
             progress=self.progress,
         )  # fmt: skip
         reference = base_predictions(self.model, text, progress=self.progress)
-        result = DemoResult([], {"base": base}, self.task, self.origin)
+        result = DemoResult([], scores, self.task, self.origin, shots=shots)
+        begun = openings(text, self.tokenizer)
+        said = [Continued("base model", 0.0, continued(self.model, self.tokenizer, text, progress=self.progress))]
         records: dict[str, list[dict[str, Any]]] = {}
         gates: Figure | None = None
         for name, config in configs.items():
@@ -180,6 +191,8 @@ class _Demo:
             score = self._score(trained.model, held_out, name)
             forgotten = retention(trained.model, text, base=reference, name=name, progress=self.progress)
             self._add(result, trained, score, forgotten)
+            goes_on = continued(trained.model, self.tokenizer, text, progress=self.progress)
+            said.append(Continued(result.rows[-1].title, forgotten.kl, goes_on))
             if getattr(trained.model.active_peft_config, "gated", False):
                 gates = self._gates(trained.model, held_out, text)
             # Gives the base model back; without the result nothing holds the adapter's weights any more.
@@ -187,8 +200,22 @@ class _Demo:
             del trained
             gc.collect()
         result = replace(result, seconds=time.perf_counter() - began, peak_memory=peak())
-        self._report(result, records, gates, reference)
+        self._report(result, records, gates, reference, distance_table(said, begun))
         return result
+
+    def _with_examples(self) -> tuple[int, TokenizedSet | None]:
+        """The held-out questions, each after as many solved ones as are asked for and fit, and how many these are."""
+        window = model_window(self.model, self.tokenizer)
+        for shots in range(self.spec.shots, 0, -1):
+            solved = [{**turn, "weight": 0} for item in self.task.train[:shots] for turn in item.conversation()]
+            conversations = []
+            for item in self.task.held_out:
+                *before, question, answer = item.conversation(self.system)
+                conversations.append([*before, *solved, question, answer])
+            rows = tokenize(conversations, self.tokenizer, max_length=_ANY_LENGTH)
+            if max(len(row["input_ids"]) for row in rows.rows) <= window:
+                return shots, rows
+        return 0, None
 
     def _score(self, model: Any, held_out: TokenizedSet, name: str) -> Score:
         return evaluate(
@@ -240,15 +267,17 @@ class _Demo:
         records: dict[str, list[dict[str, Any]]],
         gates: Figure | None,
         reference: BasePredictions,
+        distances: Table,
     ) -> None:
         spec = self.spec
         caption = "DISeL's gates on the task's answers and on the base model's own text, by depth."
         drawn = {**figures(result, records), "gates": (gates, caption)}
         paragraph = description(spec, result, self.system, retention_tokens=reference.text.tokens)
         sections = [
-            Section("Result", text=READING, tables=[summary_table(result.rows), comparison_table(result)]),
+            Section("Result", text=READING, tables=[summary_table(result), comparison_table(result)]),
             Section("Plots", figures=save_figures(self.run_folder.write, drawn, svg=False)),
             Section("What the models say", text=paragraph, tables=[samples_table(result)]),
+            Section("What the KL means", text=in_words(result.rows[-1].kl), tables=[distances]),
             Section("Settings", listing=listing(spec.settings())),
         ]
         title = f"Demo: {' and '.join(row.method for row in result.rows)} on {self.task.name}"

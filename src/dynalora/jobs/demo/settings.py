@@ -34,6 +34,9 @@ class DemoSpec(OptimizerSettings, panel=MODEL_AND_DATA):
         task_options: Options of the task's generator, which are given only together with a task.
         system: System message of every question; None: a short one for the demo's own model, none for others.
         held_out: Number of held-out questions.
+        shots: Number of solved training questions that the base model is shown before each held-out one, in a second
+            measurement of it that is fair to it; fewer where they do not fit into the model's window, and 0: no second
+            measurement.
         retention_texts: Number of texts that the base model writes for measuring retention.
         retention_tokens: Longest of these texts, in tokens.
         log_every: Number of optimizer steps between log lines; None: a hundredth of the run.
@@ -53,6 +56,7 @@ class DemoSpec(OptimizerSettings, panel=MODEL_AND_DATA):
     task_options: Annotated[dict[str, Any], Setting(metavar="NAME=VALUE", merge=True)] = field(default_factory=dict)
     system: str | None = None
     held_out: Annotated[int, Setting(least=1, panel=MEASURING)] = 200
+    shots: Annotated[int, Setting(least=0, panel=MEASURING)] = 3
     retention_texts: Annotated[int, Setting(least=1, panel=MEASURING)] = 32
     retention_tokens: Annotated[int, Setting(least=1, panel=MEASURING)] = 48
 

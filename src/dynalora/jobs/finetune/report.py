@@ -29,6 +29,7 @@ from dynalora.jobs.finetune.learning import learned_little
 from dynalora.jobs.finetune.prepare import Prepared
 from dynalora.lab.configs import method_name, title_of
 from dynalora.lab.data.collator import batches_of
+from dynalora.lab.distance import Continued, distance_table, in_words
 from dynalora.lab.report import Cell, Report, Section, Table, listing, save_figures, say, write_report
 from dynalora.lab.report import Figure as ReportFigure
 from dynalora.lab.run_folder import RunFolder
@@ -73,10 +74,7 @@ def summary_table(result: TrainResult, measured: Retention | None) -> Table:
         None if loss is None else f"{loss:.4f}" for loss in (result.held_out_before, result.held_out_after)
     )
     seconds = None if result.step_seconds is None else f"{result.step_seconds:.3f}"
-    cells: dict[str, Cell] = {
-        "method": result.label, "held-out loss before": before, "after": after,
-        "trainable parameters": result.trainable_parameters, "step (s)": seconds,
-    }  # fmt: skip
+    cells: dict[str, Cell] = {"method": result.label, "held-out loss before": before, "after": after}
     note = "Losses in nats per response token; step: median time of an optimizer step without the first "
     note += f"{UNTIMED_STEPS}."
     if measured is not None:
@@ -86,6 +84,7 @@ def summary_table(result: TrainResult, measured: Retention | None) -> Table:
             " KL(base ‖ tuned), with its standard error, and loss shift in nats per token of text that the base "
             "model wrote."
         )
+    cells |= {"trainable parameters": result.trainable_parameters, "step (s)": seconds}
     return Table(list(cells), [list(cells.values())], note=note)
 
 
@@ -98,6 +97,8 @@ def write_results(
     monitor: RetentionMonitor | None = None,
     curve: Sequence[TrimPoint] = (),
     samples: Sequence[Mapping[str, str | None]] = (),
+    begun: Sequence[str] = (),
+    distances: Sequence[Continued] = (),
 ) -> None:
     """Write the plots and the report, and show the closing table."""
     spec = ready.spec
@@ -112,6 +113,7 @@ def write_results(
     sections = [
         Section("Result", tables=[table]),
         *([_samples_section(samples)] if samples else []),
+        *([_distance_section(measured, begun, distances)] if measured is not None and distances else []),
         Section("Data", tables=[counts]),
         Section("Plots", figures=_figures(ready, result, run, monitor)),
         *([_scaled_section(run, curve)] if curve else []),
@@ -120,7 +122,8 @@ def write_results(
     title = f"{_short(spec.model)} fine-tuned with {title_of(result.label)} on {_short(spec.data)}"
     budget = _budget_report(monitor)
     little = learned_little(ready, result)
-    summary = " ".join(filter(None, (_training_report(ready, result), little, budget, ready.rate)))
+    parts = (_training_report(ready, result), _forgotten(measured), _taken_factor(curve), little, budget, ready.rate)
+    summary = " ".join(filter(None, parts))
     write_report(Report(title, summary, sections), run.report)
     less = [_advice(run, curve)] if curve else []
     say(console, table, *filter(None, (little, budget)), *less, f"Adapter: {run.adapter}\nReport:  {run.report}")
@@ -139,6 +142,11 @@ def _samples_section(samples: Sequence[Mapping[str, str | None]]) -> Section:
     rows: list[list[Cell]] = [[(sample[name] or "")[:_SHOWN] for name in kept] for sample in samples]
     note = f"The first held-out prompts; always the likeliest token; cut after {_SHOWN} characters."
     return Section("What it says", tables=[Table([names[name] for name in kept], rows, note=note)])
+
+
+def _distance_section(measured: Retention, begun: Sequence[str], distances: Sequence[Continued]) -> Section:
+    """What the distance from the base model means, in words and in samples."""
+    return Section("What the KL means", text=in_words(measured.kl), tables=[distance_table(distances, begun)])
 
 
 def _figures(
@@ -200,6 +208,27 @@ def _advice(run: RunFolder, curve: Sequence[TrimPoint]) -> str:
         f"With {taken.factor:g} of its update the adapter forgets {taken.kl:.4f} nats per token instead of "
         f"{trained.kl:.4f}, at a held-out loss of {taken.loss:.4f} instead of {trained.loss:.4f}: the smallest factor "
         f"within 1 % of the lowest loss. To take it: dynalora trim {run.path} OUTPUT --factor {taken.factor:g}"
+    )
+
+
+def _forgotten(measured: Retention | None) -> str:
+    """How far the run went from the base model, in a sentence; empty where it was not measured."""
+    if measured is None:
+        return ""
+    return (
+        f"The KL from the base model is {measured.kl:.4f} ± {measured.kl_error:.4f} nats per token of text that the "
+        "base model wrote (± one standard error)."
+    )
+
+
+def _taken_factor(curve: Sequence[TrimPoint]) -> str:
+    """What scaling the update down would bring, in a sentence; empty where it would bring nothing."""
+    if not curve or _taken(curve) is curve[0]:
+        return ""
+    taken, trained = _taken(curve), curve[0]
+    return (
+        f"Less of it may do: {taken.factor:g} of the update has a KL of {taken.kl:.4f} instead of {trained.kl:.4f}, at "
+        f"a held-out loss of {taken.loss:.4f} instead of {trained.loss:.4f} (see below)."
     )
 
 

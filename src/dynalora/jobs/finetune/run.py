@@ -19,7 +19,7 @@ from dynalora.errors import DataError, UnsupportedError
 from dynalora.forgetting.monitor import RetentionMonitor
 from dynalora.forgetting.retention import Retention, retention
 from dynalora.forgetting.texts import own_text
-from dynalora.forgetting.trim import TrimPoint, trim_curve
+from dynalora.forgetting.trim import TrimPoint, trim_curve, update_scaled
 from dynalora.jobs.finetune.dry_run import dry_run
 from dynalora.jobs.finetune.prepare import Prepared, prepare
 from dynalora.jobs.finetune.report import write_results
@@ -28,6 +28,7 @@ from dynalora.lab.answers import answers_to
 from dynalora.lab.baselines import edits_base
 from dynalora.lab.choices import label_of
 from dynalora.lab.configs import title_of
+from dynalora.lab.distance import Continued, continued, openings
 from dynalora.lab.models import load_model
 from dynalora.lab.report import say
 from dynalora.lab.run_folder import RETENTION, RunFolder
@@ -90,8 +91,9 @@ def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResu
         measured = _measured_retention(ready, result, run, console)
         curve = _scaled_down(ready, result, measured, run, console)
         samples = _samples(ready, result, run, console)
+        begun, distances = _continued(ready, result, measured, curve, run, console)
         if main:
-            write_results(ready, result, measured, run, console, monitor, curve, samples)
+            write_results(ready, result, measured, run, console, monitor, curve, samples, begun, distances)
             run.finish()
             # The adapter is saved; optimizer states are of no more use and larger than everything else.
             shutil.rmtree(run.checkpoints, ignore_errors=True)
@@ -172,3 +174,26 @@ def _scaled_down(
     curve = [TrimPoint(1.0, measured.kl, measured.kl_error, after), *points]
     run.log({"run": result.label, "step": result.steps, "scaled": [asdict(point) for point in curve]})
     return curve
+
+
+def _continued(
+    ready: Prepared,
+    result: TrainResult,
+    measured: Retention | None,
+    curve: list[TrimPoint],
+    run: RunFolder,
+    console: Console | None,
+) -> tuple[list[str], list[Continued]]:
+    """Openings, and how the base model and the adapter go on with them at every factor that was measured."""
+    if measured is None or not ready.samples:
+        return [], []
+    with rich_progress(console) as progress:
+        text = own_text(result.model, ready.tokenizer, progress=progress)
+        go_on = partial(continued, result.model, ready.tokenizer, text, progress=progress)
+        shown = [Continued("base model", 0.0, go_on(base=True)), Continued("as trained", measured.kl, go_on())]
+        for point in curve:
+            if point.factor != 1:
+                with update_scaled(result.model, point.factor):
+                    shown.append(Continued(f"{point.factor:g} of the update", point.kl, go_on()))
+    run.log({"run": result.label, "step": result.steps, "continued": [asdict(each) for each in shown]})
+    return openings(text, ready.tokenizer), shown

@@ -57,7 +57,7 @@ _CHECKPOINTING = (
     else "gradient_checkpointing"
 )
 
-MEASURED_AFTER = ("retention", "scaled", "samples")
+MEASURED_AFTER = ("retention", "scaled", "samples", "continued")
 """Keys of the records that jobs make of a model when its training has ended."""
 
 
