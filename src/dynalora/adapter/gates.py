@@ -210,7 +210,7 @@ class GatedLayer(AdapterLayer):
     def few(self, x: torch.Tensor, adapter: str) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
         """`g(x) ⊙ d ⊙ down(x)`, and `up`, with the gates' bias added in the product; see `AdapterLayer.few`."""
         gated = adapter in self.gate_scale
-        if self.training and adapter in self.matched:  # what the gates let through may be measured
+        if self.training and adapter in self.matched and self.matched[adapter].measuring:
             return None
         if gated and (
             adapter in self.held_gates
