@@ -73,7 +73,7 @@ class AdapterModel(BaseTuner):
         }
         if not layers:
             return
-        parts = [] if config.retain is None else [Retain()]
+        parts = [] if config.retain is None else [Retain(replays=config.retain_mode == "replay")]
         driver = Driver(self.method, config, adapter_name, parts)
         for layer in layers.values():
             layer.drive(adapter_name, driver)

@@ -26,11 +26,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from dynalora.adapter.budget import Meter, controlled_weight, due, measured, new_state
 from dynalora.adapter.curvature import Curvature
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.storage import BUDGET
+from dynalora.common.processes import spread_as, whole
 from dynalora.driver import Moment
 from dynalora.errors import TrainingError
 from dynalora.spectral.second_moment import SecondMoment, StackedMoments
@@ -132,10 +134,39 @@ def _without_dropout(layer: AdapterLayer, adapter: str) -> Iterator[None]:
         layer.adapter_dropout[adapter] = probability
 
 
+@contextmanager
+def _in_full(layers: Sequence[AdapterLayer], adapter: str) -> Iterator[list[torch.Tensor]]:
+    """Let the layers have whole parameters inside, where FSDP2 has spread them over processes, all of which must ask.
+
+    Yields:
+        The parameters that train, in the order of layers and roles, to differentiate in.
+    """
+    spread: list[tuple[nn.Module, nn.Parameter]] = []
+    parameters: list[torch.Tensor] = []
+    try:
+        for layer in layers:
+            for role, parameter in layer.adapter_parameters(adapter).items():
+                if hasattr(parameter, "full_tensor"):
+                    holder = layer.container(role)
+                    spread.append((holder, parameter))
+                    parameter = nn.Parameter(whole(parameter.detach()), requires_grad=parameter.requires_grad)
+                    holder._parameters[adapter] = parameter
+                if parameter.requires_grad:
+                    parameters.append(parameter)
+        yield parameters
+    finally:
+        for holder, parameter in spread:
+            holder._parameters[adapter] = parameter
+
+
 class Retain:
     """Adds the gradient of the penalty to an adapter's, at every step. One object per adapter; its driver holds it.
 
+    Args:
+        replays: Whether it is the gradient of the KL itself, which takes a backward pass of its own.
+
     Attributes:
+        sharding: As a method's.
         weight: Of the penalty at the last step.
         value: Σ P at the last step, without the weight; with `retain_mode="replay"` the KL on the step's texts.
         meter: Measures the model; None until text was read. It belongs to one model: copies have none.
@@ -144,9 +175,9 @@ class Retain:
     """
 
     name = "retain"
-    sharding: tuple[str, ...] = ()
 
-    def __init__(self) -> None:
+    def __init__(self, replays: bool = False) -> None:
+        self.sharding: tuple[str, ...] = () if replays else ("FSDP2",)
         self.weight: torch.Tensor | float | None = None
         self.value: torch.Tensor | None = None
         self.meter: Meter | None = None
@@ -270,11 +301,16 @@ class Retain:
             assert self.meter is not None
             value, gradients = self.meter.replay(moment.step, parameters)
         else:
-            with torch.enable_grad():
+            with torch.enable_grad(), _in_full(layers, adapter) as full:
                 if self._penalty is None or not self._penalty.serves(layers):
                     self._penalty = RetentionPenalty(layers, adapter)
                 value = self._penalty(layers, moment.step)
-                gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+                gradients = tuple(
+                    gradient if gradient is None else spread_as(parameter, gradient)
+                    for parameter, gradient in zip(
+                        parameters, torch.autograd.grad(value, full, allow_unused=True), strict=True
+                    )
+                )
         self.value = value.detach()
         self.outcome = None  # a run that goes on after its end has to be ended again
         fixed = config.max_forgetting is None or moment.skipped  # nothing is learned from a step that is not taken

@@ -112,6 +112,12 @@ class Storage(nn.Module):
         parameter = container._parameters.get(adapter)
         return cast(nn.Parameter, getattr(container, adapter) if parameter is None else parameter)
 
+    def container(self, role: str) -> nn.Module:
+        """What holds the parameters of a role, by adapter."""
+        container = self._modules[f"{self.method_name}_{role}"]
+        assert container is not None
+        return container
+
     def used(self, role: str, adapter: str) -> torch.Tensor:
         """The part of a parameter that its components fill: all of it, unless room is reserved.
 
