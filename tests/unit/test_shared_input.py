@@ -209,6 +209,17 @@ def test_keys_and_values_of_cross_attention_belong_together(calls: list[int]) ->
     assert calls == [1, 2]
 
 
+def test_what_is_asked_with_and_what_is_attended_to_may_differ_in_width(calls: list[int]) -> None:
+    """As in diffusers' models, whose cross-attention is called `attn2`."""
+    net = Net("attn2")
+    net.attn2.k_proj, net.attn2.v_proj = nn.Linear(6, 4), nn.Linear(6, 4)
+    config = dynalora.DiraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"], init_weights=False, total_steps=9)
+    model = peft.get_peft_model(net, config).train()
+    model(x_of(), other=x_of()[..., :6].contiguous()).backward()
+    assert calls == [1, 2]
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant: bool, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()

@@ -295,4 +295,6 @@ def join_companions(layers: dict[str, AdapterLayer]) -> None:
             row = row[1:]  # what is asked with comes from elsewhere
         after = row[row.index(last) + 1 :] if last in row else ()
         others = (layers.get(f"{owner}.{other}" if owner else other) for other in after)
-        layer.companions = Companions(other for other in others if other is not None)
+        # Keys of another width are of another input, as in the cross-attention of diffusers' models.
+        same = (other for other in others if other is not None and other.in_features == layer.in_features)
+        layer.companions = Companions(same)
