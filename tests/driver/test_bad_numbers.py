@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dynalora
+from dynalora.driver.finite import some_bad
 from dynalora.errors import TrainingError
 from dynalora.methods.pedyra import adjustments
 from tests.toys import MLP
@@ -151,3 +152,15 @@ def test_nothing_is_learned_from_gradients_that_the_loop_throws_away(name: str) 
     with_them, without = run(True), run(False)
     assert with_them.keys() == without.keys()
     assert all(torch.equal(with_them[key], without[key]) for key in without)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_largest_numbers_are_numbers(dtype: torch.dtype) -> None:
+    """Their sum of squares is infinite, and they are not."""
+    most = torch.full((3, 4), torch.finfo(dtype).max, dtype=dtype)
+    small = torch.ones(5, dtype=dtype)
+    assert not some_bad([most, small, -most])
+    for value in (float("nan"), float("inf"), -float("inf")):
+        bad = most.clone()
+        bad[1, 2] = value
+        assert some_bad([small, bad])

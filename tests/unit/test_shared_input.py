@@ -346,3 +346,36 @@ def test_what_is_left_of_an_earlier_pass_is_not_taken(calls: list[int], monkeypa
     assert calls == [3, 1]
     one_by_one(monkeypatch)
     assert_close(found, gradients(model, lambda: model(x, parts="v")), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "config", [dynalora.DiraConfig, dynalora.DiselConfig, dynalora.PedyraConfig, dynalora.MiloraConfig]
+)
+def test_together_under_autocast_where_it_casts_no_weight(
+    config: Any, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As trainers do with half-precision weights and `bf16=True`: the same products in the same data types."""
+    model, x = adapted(config).bfloat16(), x_of(dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+    def step() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        x.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x)
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return {"loss": loss.detach(), "x": x.grad, **gradients}
+
+    together = step()
+    assert calls == [3]
+    one_by_one(monkeypatch)
+    apart = step()
+    assert calls == [3]
+    assert together.keys() == apart.keys()
+    for name, value in apart.items():
+        assert together[name].dtype == value.dtype, name
+        scale = float(value.abs().max())
+        torch.testing.assert_close(together[name], value, atol=0.03 * scale, rtol=0)

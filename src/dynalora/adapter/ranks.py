@@ -312,6 +312,6 @@ class RankedStorage(Storage):
 def in_use(layer: RankedStorage, role: str, adapter: str, tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor of a parameter's shape that its components fill, in full where FSDP2 has spread it."""
     filled = whole(tensor)
-    for dim in layer.rank_axes.get(role, ()):
+    for dim in layer.rank_axes.get(role, ()) if layer.reserved[adapter] else ():
         filled = filled.narrow(dim, 0, layer.ranks[adapter])
     return filled

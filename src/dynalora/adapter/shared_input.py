@@ -92,15 +92,14 @@ class _Multiply(torch.autograd.Function):
     """Every base product of one input, and its products with the matrices, in one backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, counts: tuple[int, ...], *tensors: torch.Tensor) -> Any:
+    def forward(ctx: Any, x: torch.Tensor, counts: tuple[int, ...], dtype: torch.dtype, *tensors: torch.Tensor) -> Any:
         layers = len(counts)
         weights, matrices = tensors[:layers], tensors[layers:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *weights, *matrices)
         ctx.counts = counts
         results = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]  # filled when they are wanted
-        stacked = _stack(matrices)
-        narrow = nn.functional.linear(x.to(stacked.dtype), stacked)
+        narrow = nn.functional.linear(x.to(dtype), _stack(matrices).to(dtype))
         sizes, first = [], 0
         for count in counts:
             sizes.append(sum(matrix.shape[0] for matrix in matrices[first : first + count]))
@@ -121,9 +120,9 @@ class _Multiply(torch.autograd.Function):
                 grad_x = _add_product(grad_x, grad, weight)
             grad_x = _add_product(grad_x, narrow, _stack(matrices))
         used = [grad is not None for grad, count in zip(grads[layers:], ctx.counts, strict=True) for _ in range(count)]
-        wanted = [a and b for a, b in zip(used, ctx.needs_input_grad[2 + layers :], strict=True)]
+        wanted = [a and b for a, b in zip(used, ctx.needs_input_grad[3 + layers :], strict=True)]
         rows = _row_gradients(narrow, x, matrices, wanted)
-        return grad_x, None, *(None for _ in range(layers)), *rows
+        return grad_x, None, None, *(None for _ in range(layers)), *rows
 
 
 def _stack(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -146,7 +145,7 @@ def _add_product(total: torch.Tensor | None, left: torch.Tensor | None, right: t
     if left is None:
         return total
     if total is None:
-        return left @ right
+        return left @ right.to(left.dtype)
     left, right = left.to(total.dtype), right.to(total.dtype)
     return torch.addmm(total, left, right) if torch.is_grad_enabled() else total.addmm_(left, right)
 
@@ -180,7 +179,10 @@ def multiply(x: torch.Tensor, wanted: Sequence[Factors]) -> list[Products]:
     flat = x.reshape(-1, x.shape[-1])
     counts = tuple(len(factors.matrices) for factors in wanted)
     weights = (factors.weight for factors in wanted)
-    made: Any = _Multiply.apply(flat, counts, *weights, *matrices)  # type: ignore[no-untyped-call]
+    # What autocast would compute the products in, or the adapter's own data type.
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else matrices[0].dtype
+    made: Any = _Multiply.apply(flat, counts, dtype, *weights, *matrices)  # type: ignore[no-untyped-call]
     flat = flat.detach()
     return [Products(factors, flat, made[i], made[len(wanted) + i]) for i, factors in enumerate(wanted)]
 
@@ -271,7 +273,7 @@ def products_for(layer: AdapterLayer, x: torch.Tensor) -> Products | None:
     if products is not None:
         return products.fill()
     factors = layer.factors_of_input(x)
-    if factors is None or transforming() or torch.is_autocast_enabled(x.device.type):
+    if factors is None or transforming() or _casts(x):
         return None
     together = {layer: factors}
     companions = layer.companions
@@ -284,6 +286,12 @@ def products_for(layer: AdapterLayer, x: torch.Tensor) -> Products | None:
     if others:
         _waiting.keep(layer, x, dict(zip([*together][1:], others, strict=True)))
     return mine.fill()
+
+
+def _casts(x: torch.Tensor) -> bool:
+    """Whether autocast would cast an input, and with it the base weight, before they are multiplied."""
+    device = x.device.type
+    return torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device)
 
 
 def join_companions(layers: dict[str, AdapterLayer]) -> None:

@@ -44,6 +44,7 @@ from dynalora.adapter.method import Panel
 from dynalora.adapter.register import register
 from dynalora.adapter.singular import SingularLayer, TwinLayer, TwinMethod
 from dynalora.adapter.storage import Role
+from dynalora.common.private import foreach_add_
 from dynalora.common.processes import spread_as, whole
 from dynalora.driver import Moment, OptimizerOverride
 from dynalora.spectral.decomposition import Triplets
@@ -210,9 +211,11 @@ class StepWeights:
 
     Attributes:
         weights: Weights of the task loss and of the orthogonality loss; None before the first of them has asked.
+        deviations: UᵀU − I, (r, r), of the matrices whose penalty has not been added yet, by the matrix's id.
     """
 
     weights: tuple[torch.Tensor | float, torch.Tensor | float] | None = None
+    deviations: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @register
@@ -300,7 +303,8 @@ class Dislora(DirectedMethod, TwinMethod):
         for matrices in _by_shape([p for layer in moment.layers for p in _factors(layer, moment.adapter)], moment):
             columns = _stack(matrices)
             device_rate = rate.to(columns.device) if isinstance(rate, torch.Tensor) else rate
-            deviation = _deviation(columns)
+            known = moment.shared.deviations
+            deviation = torch.stack([known.pop(id(matrix)) for matrix, _ in matrices])
             if config.ortho_reduction == "mean_norm":  # 1/(2N) Σ ‖D‖_F has the gradient U·D / (N·‖D‖_F)
                 norms = torch.linalg.vector_norm(deviation, dim=(1, 2), keepdim=True)
                 # What rounding leaves of an orthonormal factor has no direction.
@@ -309,8 +313,7 @@ class Dislora(DirectedMethod, TwinMethod):
             else:
                 additions = 4 * (columns @ deviation)
             additions *= device_rate
-            for (matrix, transposed), addition in zip(matrices, additions.unbind(), strict=True):
-                _add(matrix, addition.t() if transposed else addition)
+            _add(matrices, additions)
 
     def _awaiting(self, layer: DisloraLayer, moment: Moment) -> list[torch.nn.Parameter]:
         return [p for p in layer.adapter_parameters(moment.adapter).values() if moment.awaits(p)]
@@ -318,7 +321,8 @@ class Dislora(DirectedMethod, TwinMethod):
     def _weigh(self, moment: Moment) -> tuple[torch.Tensor | float, torch.Tensor | float]:
         """Weights of the task loss and of the orthogonality loss in this step, noted for the log."""
         config: DisloraConfig = moment.config
-        ortho = ortho_loss(moment.all_layers, moment.adapter, config.ortho_reduction)
+        known = moment.shared.deviations
+        ortho = ortho_loss(moment.all_layers, moment.adapter, config.ortho_reduction, known)
         balance = _balance(moment)
         if balance is not None:
             balance[:NOTES] = 0
@@ -401,11 +405,25 @@ def weights_for_training(task: torch.Tensor, ortho: torch.Tensor) -> tuple[torch
     return k, task_weight, ortho_weight
 
 
-def ortho_loss(layers: Sequence[DisloraLayer], adapter: str, reduction: str = "squared") -> torch.Tensor:
-    """L_ortho of eq. 6, or the mean of the norms; a float64 scalar (float32 where a device has no wider type)."""
+def ortho_loss(
+    layers: Sequence[DisloraLayer],
+    adapter: str,
+    reduction: str = "squared",
+    deviations: dict[int, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """L_ortho of eq. 6, or the mean of the norms; a float64 scalar (float32 where a device has no wider type).
+
+    Args:
+        layers: All layers of the adapter.
+        adapter: Its name.
+        reduction: How the terms are added up.
+        deviations: Is given UᵀU − I of each matrix, (r, r), by its id.
+    """
     total: torch.Tensor | None = None
     for matrices in _by_shape([p for layer in layers for p in _factors(layer, adapter)]):
         deviation = _deviation(_stack(matrices))
+        if deviations is not None:
+            deviations.update((id(matrix), each) for (matrix, _), each in zip(matrices, deviation, strict=True))
         squares = deviation.square().sum((1, 2), dtype=None if deviation.device.type == "mps" else torch.float64)
         loss = squares.sum() if reduction == "squared" else squares.sqrt().sum() / 2
         total = loss if total is None else total + loss.to(total.device)
@@ -445,12 +463,20 @@ def _deviation(columns: torch.Tensor) -> torch.Tensor:
     return gram
 
 
-def _add(parameter: torch.nn.Parameter, addition: torch.Tensor) -> None:
-    addition = spread_as(parameter, addition)
-    if parameter.grad is None:
-        parameter.grad = addition.clone(memory_format=torch.contiguous_format)
-    else:
-        parameter.grad.add_(addition)
+def _add(matrices: Sequence[_Matrix], additions: torch.Tensor) -> None:
+    """Add (L, n, r) to the gradients of L matrices; one that had none gets one."""
+    gradients, shares = [], []
+    for (matrix, transposed), addition in zip(matrices, additions.unbind(), strict=True):
+        share = spread_as(matrix, addition.t() if transposed else addition)
+        if matrix.grad is None:
+            matrix.grad = share.clone(memory_format=torch.contiguous_format)
+        elif hasattr(share, "to_local"):
+            matrix.grad.add_(share)
+        else:
+            gradients.append(matrix.grad)
+            shares.append(share)
+    if gradients:
+        foreach_add_(gradients, shares)
 
 
 def _scale(gradients: Sequence[torch.Tensor], weight: torch.Tensor | float) -> None:
