@@ -60,4 +60,4 @@ def test_an_experiments_settings_can_be_run(path: Path) -> None:
     values = {"tasks": ["arc_easy"], "output": "runs/x", **read_yaml(path)}
     spec = settings_from(CompareSpec, values)
     for contestant in spec.contestants():
-        contestant.config("SEQ_CLS" if path.name == "minilm.yaml" else "CAUSAL_LM")
+        contestant.config("SEQ_CLS" if path.name in ("minilm.yaml", "ranks.yaml") else "CAUSAL_LM")

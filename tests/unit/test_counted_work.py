@@ -9,6 +9,7 @@ backward. That is 3 + 3 + 1 = 7 products forward, and 3 + 6 + 2 = 11 backward. P
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import peft
@@ -57,7 +58,7 @@ class Projections(nn.Module):
         return [getattr(self, name)(x) for name in OUTPUTS]
 
 
-def counted(config: type | None, dtype: torch.dtype = torch.float32, **options: Any) -> Work:
+def counted(config: type | None, dtype: torch.dtype = torch.float32, steps: int = 8, **options: Any) -> Work:
     torch.manual_seed(0)
     model: Any = Projections().to(dtype)
     for parameter in model.parameters():
@@ -68,11 +69,12 @@ def counted(config: type | None, dtype: torch.dtype = torch.float32, **options: 
         model = peft.get_peft_model(model, config(r=RANK, target_modules=list(OUTPUTS), **options)).train()
     x = torch.randn(1, TOKENS, INPUT, dtype=dtype).requires_grad_()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if trained:  # the driver watches what happens until the first step
-        sum(result.sum() for result in model(x)).backward()
+    if trained:  # the driver watches what happens until the first step, and gates are measured at each of the first 8
         optimizer = torch.optim.SGD(trained, lr=0.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for _ in range(steps):
+            sum(result.sum() for result in model(x)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
     x.grad = None
     return work(model, lambda: model(x), WIDE)
 
@@ -126,6 +128,14 @@ METHODS = {
 def test_a_step_in_float32(name: str) -> None:
     config, options, expected = METHODS[name]
     assert counted(config, **options) == expected
+
+
+def test_measuring_gates_reads_nothing_wide() -> None:
+    """Per layer two sums of squares of narrow activations; in few of all steps."""
+    config, options, usual = METHODS["disel"]
+    measured = counted(config, steps=1, **options)
+    assert measured == replace(usual, calls=(measured.calls[0], usual.calls[1]))
+    assert usual.calls[0] < measured.calls[0] <= usual.calls[0] + 3 * 7
 
 
 def test_the_rows_of_other_methods_are_one_product_too() -> None:
