@@ -75,7 +75,10 @@ class TestFinetune:
         return ask
 
     def test_unknown_method(self, asking: Any) -> None:
-        one_sentence(asking(method="qlora"), f"Unknown method 'qlora'; choose one of {', '.join(method_names())}.")
+        one_sentence(
+            asking(method="qlora"),
+            f"Unknown method 'qlora'; did you mean 'lora'? Known are {', '.join(sorted(method_names()))}.",
+        )
 
     def test_rank_0(self, asking: Any) -> None:
         one_sentence(asking(rank="0"), "--rank is 0; give at least 1 and at most 65536.")
@@ -123,7 +126,9 @@ class TestFinetune:
         one_sentence(asking(model="no/such-model"), "The model 'no/such-model' cannot be used (")
 
     def test_settings_left_out(self, program: Program) -> None:
-        one_sentence(program("finetune", "--method", "dira"), "Missing 'model' and 'data' and 'output' in the flags")
+        one_sentence(
+            program("finetune", "--method", "dira"), "--model and --data and --output must be given; see --help"
+        )
 
     def test_unknown_setting_in_the_file(self, program: Program, tmp_path: Path) -> None:
         (tmp_path / "job.yaml").write_text("modell: x\n")

@@ -56,7 +56,7 @@ def test_wrong_values_are_named(values: dict[str, Any], message: str) -> None:
     [
         ("a: [1\nb: 2\n", "line 2 is not valid YAML"),
         ("- 1\n", "holds a list; write lines of 'name: value'"),
-        ("just words\n", "holds a str"),
+        ("just words\n", "holds text"),
     ],
 )
 def test_broken_file_is_named(content: str, message: str, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_lists_are_made_of_what_the_field_says() -> None:
     assert coerce(["1e-4", 2], list[float], "rates") == [1e-4, 2.0]
     assert coerce(("a", 1), list[str], "names") == ["a", "1"]
     for wrong in (["x"], 0.1, [True]):
-        with pytest.raises(ConfigError, match="rates must be a list"):
+        with pytest.raises(ConfigError, match=r"rates (must be a list|holds 'x'; give numbers|holds True)"):
             coerce(wrong, list[float], "rates")
 
 

@@ -95,7 +95,7 @@ def test_what_cannot_be_done_is_said_and_nothing_is_overwritten(run: Path, tmp_p
     for flags, why in (
         (["--max-kl", "0"], "--max-kl"),
         (["--max-kl", "0.1", "--factors", "1,0"], "factors"),
-        ([], "max_kl"),
+        ([], "--max-kl"),
         (["--max-kl", "0.1", "--factor", "0.5"], "one of --max-kl"),
         (["--factor", "2"], "factor"),
         (["--max-kl", "0.1", "--text", "own text=x"], "uses a name twice"),

@@ -69,6 +69,10 @@ def settings_of(kind: type[Kind], config: Path | None, flags: Mapping[str, Any])
         if isinstance(value, list):
             value = _listed(item, value)
         values[name] = {**(values.get(name) or {}), **value} if item.setting.merge else value
+    missing = [item for name, item in describe(kind).items() if item.default is MISSING and values.get(name) is None]
+    if missing and config is None:
+        words = [next(iter(_spellings(item)), item.setting.metavar or item.name) for item in missing]
+        raise ConfigError(f"{' and '.join(words)} must be given; see --help.")
     return settings_from(kind, values, source=f"'{config}' and the flags" if config is not None else "the flags")
 
 
@@ -98,23 +102,27 @@ def _is_run_folder(folder: Path) -> bool:
 
 
 def in_flags(message: str, kind: type[Settings], typed: Sequence[str]) -> str:
-    """A message on settings in the words of the command line: fields whose flags were typed are named by these.
+    """A message on settings in the words of the command line: fields are named by their flags, as they were typed.
+
+    Where there is a settings file, fields whose flags were not typed keep their names, as they stand in it.
 
     Args:
         message: Names fields as settings files do, such as "learning_rate is 0.0; give more than 0."
         kind: The command's settings.
         typed: The program's arguments.
     """
+    in_file = any(_was_typed(flag, typed) for flag in ("--config", "-c"))
     for name, item in describe(kind).items():
-        used = next((flag for flag in _spellings(item) if _was_typed(flag, typed)), None)
-        if used is None:
+        spellings = _spellings(item)
+        used = next((flag for flag in spellings if _was_typed(flag, typed)), None)
+        if not spellings or (used is None and (in_file or "_" not in name)):
             continue
         # A name of one word may be a word of the sentence as well; as a name, it begins a clause.
         if "_" in name:
             pattern = rf"(?<![\w'./-]){name}(?![\w'/=-])"
         else:
-            pattern = rf"(?:\A|(?<= and )){name}(?= is | names | uses | must | would )"
-        message = re.sub(pattern, used, message)
+            pattern = rf"(?:\A|(?<= and )){name}(?= is | names | uses | must | would | holds )"
+        message = re.sub(pattern, used or spellings[0], message)
     return message
 
 

@@ -34,6 +34,10 @@ def is_path(source: str) -> bool:
     return bool(slash) and Path(first).is_dir()
 
 
+_LISTED = 30
+"""Most names that are listed where a brief answer is wanted."""
+
+
 def did_you_mean(name: str, names: Iterable[str], *, brief: bool = False) -> str:
     """A remedy for an unknown name: the closest known one, then all of them.
 
@@ -46,6 +50,8 @@ def did_you_mean(name: str, names: Iterable[str], *, brief: bool = False) -> str
     lowered = {entry.lower(): entry for entry in known}
     near = [lowered[entry] for entry in difflib.get_close_matches(name.lower(), lowered, n=3 if brief else 1)]
     listed = f"nown are {', '.join(known)}"
+    if not near and brief and len(known) > _LISTED:
+        return f"there are {len(known)}, such as {', '.join(known[:: len(known) // 5][:5])}"
     if not near:
         return f"k{listed}"
     return f"did you mean {' or '.join(map(repr, near))}? " + (

@@ -70,7 +70,8 @@ def _refuse_parts(path: Path, split: str, subset: str | None) -> None:
 
 def kind_of(value: Any) -> str:
     """What a JSON value is, in words."""
-    return {dict: "JSON object", list: "list", type(None): "null"}.get(type(value), type(value).__name__)
+    words = {dict: "a JSON object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return words.get(type(value), "a number")
 
 
 def _looks_like_a_path(source: str) -> bool:
@@ -262,7 +263,7 @@ def _json_lines(path: Path, file: Iterable[str]) -> Rows:
             raise DataError(f"'{path}', line {number}: JSON that cannot be read ({first_line(error)}).") from None
         if not isinstance(row, dict):
             raise DataError(
-                f"'{path}', line {number}: holds a {kind_of(row)}; each line must be one JSON object with named fields."
+                f"'{path}', line {number}: holds {kind_of(row)}; each line must be one JSON object with named fields."
             )
         if "\\u" in line:
             _refuse_halves(row, f"'{path}', line {number}")
@@ -300,10 +301,10 @@ def _json_rows(path: Path, file: IO[str]) -> Rows:
             return
         content = content_list
     if not isinstance(content, list):
-        raise DataError(f"'{path}' holds a {kind_of(content)}, not a list of JSON objects.")
+        raise DataError(f"'{path}' holds {kind_of(content)}, not a list of JSON objects.")
     for number, row in enumerate(content, start=1):
         if not isinstance(row, dict):
-            raise DataError(f"'{path}', row {number}: holds a {kind_of(row)}, not a JSON object with named fields.")
+            raise DataError(f"'{path}', row {number}: holds {kind_of(row)}, not a JSON object with named fields.")
         _refuse_halves(row, f"'{path}', row {number}")
         yield f"row {number}", row
 

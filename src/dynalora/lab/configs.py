@@ -108,7 +108,7 @@ def adapter_config(
             raise ConfigError(
                 f"Method '{method}' has no adapter and cannot be used here; choose one of {', '.join(method_names())}."
             )
-        raise ConfigError(f"Unknown method '{method}'; choose one of {', '.join(method_names())}.")
+        raise ConfigError(f"Unknown method '{method}'; {did_you_mean(method, method_names())}.")
     if r < 1:
         raise ConfigError(f"The rank r is {r}; give a whole number of at least 1.")
     if r > MOST_RANK:

@@ -29,8 +29,8 @@ class AdapterSettings(Settings, panel="Method"):
     """
 
     r: Annotated[int, Setting("-r", name="--rank", least=1, most=MOST_RANK)] = 16
-    alpha: float | None = None
-    dropout: float = 0.0
+    alpha: Annotated[float | None, Setting(above=0)] = None
+    dropout: Annotated[float, Setting(least=0, below=1)] = 0.0
     target_modules: Annotated[list[str] | str, Setting("-t")] = "all-linear"
 
 

@@ -142,6 +142,8 @@ class Settings:
         """
         for name, described in describe(type(self)).items():
             value = getattr(self, name)
+            if described.default is MISSING and isinstance(value, str) and not value.strip():
+                raise ConfigError(f"{name} is empty; give it a value.")
             if described.setting.place and isinstance(value, str):
                 object.__setattr__(self, name, whole_path(value))
             for single in value if isinstance(value, (list, tuple)) else [value]:
@@ -209,9 +211,11 @@ class Described:
     @property
     def summary(self) -> str:
         """The first sentence of the description, without what None stands for."""
-        return _NONE.sub("", _first_sentence(self.text)).replace("`", "").strip()
+        text = _LINK.sub(r"\1", _NONE.sub("", _first_sentence(self.text)))
+        return text.replace("`", "").strip()
 
 
+_LINK = re.compile(r"\[([^\[\]]+)\]\[[\w.]+\]")
 _NONE = re.compile(r";\s*None: ([^;]*?)(?=;|\.?$)")
 
 
@@ -298,7 +302,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"The settings file '{file}' holds a {type(content).__name__}; write lines of 'name: value'.")
+        raise ConfigError(f"The settings file '{file}' holds {_word_of(content)}; write lines of 'name: value'.")
     return {str(name): value for name, value in content.items()}
 
 
@@ -390,6 +394,12 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
         converted = _as(value, choice)
         if converted is not MISSING:
             return converted
+    for choice in choices:  # a list of which only some items are wrong: these are named
+        if get_origin(choice) is list and isinstance(value, (list, tuple)):
+            (each,) = get_args(choice) or (str,)
+            wrong = [item for item in value if _as(item, each) is MISSING]
+            if each in _WORDS and wrong:
+                raise ConfigError(f"{name} holds {wrong[0]!r}; give {_SEVERAL[each]}.")
     words = [_WORDS.get(get_origin(choice) or choice, str(choice)) for choice in choices if choice is not type(None)]
     raise ConfigError(f"{name} must be {' or '.join(words)}, got {value!r}.")
 
@@ -407,6 +417,14 @@ _WORDS: dict[Any, str] = {
     list: "a list",
     dict: "a mapping of names to values",
 }
+
+
+_SEVERAL: dict[Any, str] = {int: "whole numbers", float: "numbers", bool: "true or false", str: "texts"}
+
+
+def _word_of(content: Any) -> str:
+    """What a YAML file holds instead of settings, in words."""
+    return {str: "text", bool: "true or false"}.get(type(content)) or _WORDS.get(type(content), "something else")
 
 
 def _as(value: Any, kind: Any) -> Any:

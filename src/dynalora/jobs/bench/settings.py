@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
+from dynalora.common.names import did_you_mean
 from dynalora.errors import ConfigError
 from dynalora.lab.choices import MOST_RANK, method_names
 from dynalora.lab.settings import SEED, Setting, Settings
@@ -65,7 +66,7 @@ class BenchSpec(Settings):
             raise ConfigError("methods is empty; name at least one.")
         for name in self.methods:
             if name not in method_names():
-                raise ConfigError(f"Unknown method '{name}'; choose from {', '.join(method_names())}.")
+                raise ConfigError(f"Unknown method '{name}'; {did_you_mean(name, method_names())}.")
         if len(set(self.methods)) < len(self.methods):
             raise ConfigError("A method is named twice; --control measures the reference twice.")
         dtypes = ("float32", "bfloat16", "float16")

@@ -39,9 +39,9 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, BestSettings,
             same kind of model.
         output: Folder, new or with cells of the same comparison.
         methods: Methods to compare, with commas: names, PEFT's and full included, or files with PEFT configurations.
-        variants: A method with settings of its own, may be given again. Label → settings with `method` and any of `r`,
-            `alpha`, `dropout`, `target_modules`, `learning_rates`, `match` (whether its parameters are matched),
-            `quantization`, `weight_decay` and fields of the method's configuration.
+        variants: A method with settings of its own; give the flag again for more. Label → settings with `method` and
+            any of `r`, `alpha`, `dropout`, `target_modules`, `learning_rates`, `match` (whether its parameters are
+            matched), `quantization`, `weight_decay` and fields of the method's configuration.
         reference: Label that all others are compared with.
         r: Rank of the reference, and of all where parameters are not matched.
         quantization: Hold the base weights in fewer bits, with bitsandbytes (4bit is NF4) or torchao (int8);
@@ -67,11 +67,11 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, BestSettings,
             commas. Groups stand for their members. For classification `wikitext2_masked`: perplexity of the encoder
             under its original masked-LM head.
         retention_items: Number of items of each retention task, from the first; None: all.
-        retention_shots: Number of examples before each question of those of lm-evaluation-harness; None: each task's
-            own number.
+        retention_shots: Number of examples before each question, for retention tasks of lm-evaluation-harness; None:
+            each task's own number.
         retention_max_length: Longest input of lm-evaluation-harness's tasks, in tokens; None: what the model takes.
-        further_tasks: Benchmarks that are measured on all models as those are, but are no part of what was kept and of
-            its mean, with commas, such as `lm_eval:gsm8k`: the trained task, asked with examples. Each has its own
+        further_tasks: Benchmarks that are measured on all models besides the retention tasks, with commas, and that do
+            not count as what was kept, such as `lm_eval:gsm8k`: the trained task, asked with examples. Each has its own
             number of examples.
         over_time: Measure the held-out questions, the retention tasks and the further ones during training, too, every
             `measure_every` steps (under bf16 in bfloat16), for a plot over the steps.

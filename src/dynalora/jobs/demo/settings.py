@@ -48,7 +48,7 @@ class DemoSpec(OptimizerSettings, panel=MODEL_AND_DATA):
     model: Annotated[str | None, Setting("-m", place=True)] = None
     methods: Annotated[list[str], Setting(commas=True, panel=_METHOD)] = field(default_factory=lambda: ["dira", "lora"])
     r: Annotated[int, Setting("-r", name="--rank", least=1, most=MOST_RANK, panel=_METHOD)] = 16
-    alpha: Annotated[float | None, Setting(panel=_METHOD)] = None
+    alpha: Annotated[float | None, Setting(above=0, panel=_METHOD)] = None
     target_modules: Annotated[list[str] | str, Setting("-t", panel=_METHOD)] = "all-linear"
     retain: Annotated[float | None, Setting(panel=_METHOD)] = 3000.0
     gate_bias_init: Annotated[float, Setting(panel=_METHOD)] = -3.0
@@ -56,7 +56,7 @@ class DemoSpec(OptimizerSettings, panel=MODEL_AND_DATA):
     task_options: Annotated[dict[str, Any], Setting(metavar="NAME=VALUE", merge=True)] = field(default_factory=dict)
     system: str | None = None
     held_out: Annotated[int, Setting(least=1, panel=MEASURING)] = 200
-    shots: Annotated[int, Setting(least=0, panel=MEASURING)] = 3
+    shots: Annotated[int, Setting(least=0, panel=MEASURING)] = 2
     retention_texts: Annotated[int, Setting(least=1, panel=MEASURING)] = 32
     retention_tokens: Annotated[int, Setting(least=1, panel=MEASURING)] = 48
 

@@ -35,7 +35,8 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
         prompt_field: Field with the prompt; None: recognised by its usual names.
         response_field: Field with the response; None: recognised by its usual names.
         input_field: Optional field whose text follows the prompt; None: recognised by its usual names.
-        messages_field: Field with chat messages, instead of the three above; None: recognised by its usual names.
+        messages_field: Field with chat messages, instead of prompt, input and response; None: recognised by its
+            usual names.
         text_field: Field with plain text, all of which is learned; None: recognised where it is the only field.
         limit: Number of rows to use, from the first; None: all.
         eval_data: Held-out data from elsewhere, read like the training data.
@@ -54,12 +55,12 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
             the report. Where there are held-out data and retention is measured.
         samples: Number of held-out prompts that are answered before and after training, for the report; 0: none.
         monitor_every: Number of optimizer steps between measurements of retention; None: a tenth of the run; 0: only
-            when it is over.
+            when the run is over.
         monitor_text: Further text to measure retention on during training; give the flag again for more. See
             [`load_texts`][dynalora.lab.data.conversations.load_texts]. The first 32 texts count, up to 128 tokens of
             each.
-        max_forgetting: Stop the run when KL(base ‖ tuned) on one of these texts is above so many nats per token; None:
-            no limit.
+        max_forgetting: Stop the run when the KL from the base model, on its own text or a monitored one, is above so
+            many nats per token; None: no limit.
         keep_best: Keep the weights of the lowest held-out loss, of those that are measured every `eval_every` steps.
             With max_forgetting, instead of stopping, go to the end and keep the best within that limit, measured as
             often as retention is; without held-out data these are the latest.

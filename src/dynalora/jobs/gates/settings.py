@@ -65,8 +65,8 @@ class GatesSpec(Settings):
 
     Attributes:
         adapter: Run folder, adapter folder or Hub id of a DISeL adapter.
-        domains: Text of a domain, may be given again; the first, the domain of the fine-tuning, is compared with the
-            others. In a file, a name → a source, or → the fields of
+        domains: Text of a domain; give the flag again for more; the first, the domain of the fine-tuning, is
+            compared with the others. In a file, a name → a source, or → the fields of
             [`DomainSpec`][dynalora.jobs.gates.settings.DomainSpec].
         data: Text of a single domain, which then needs no name.
         model: Base model; None: the one the adapter names.

@@ -57,7 +57,7 @@ class ForgettingSpec(StagedSettings, panel=MODEL_AND_DATA):
         steps_recovered: Number of optimizer steps on Task A the second time; None: as many as the first time.
         tau: Threshold above which a singular value of s·ΔW counts.
         ablation: Also measure Task A after the first stage without the updates of the first and of the second half of
-            the layers (DiRA App. B.3).
+            the layers, as in DiRA's appendix B.3.
     """
 
     task_a: str
@@ -116,7 +116,7 @@ class RecoverSpec(Settings, like=LabSettings, absent="SOURCE's", panel=_RECOVERY
         initial: The adapter after Task A, for its landscape, where SOURCE is an adapter.
         task_a: Task to recover; None: SOURCE's. See [`dynalora.lab.tasks`][dynalora.lab.tasks].
         task_b: The other task; None: SOURCE's.
-        strategies: Ways to recover, with commas: rlgr, random and naive.
+        strategies: Ways to recover, with commas: rlgr (guided by the rank landscape), random and naive.
         examples: Number of examples of Task A. Every seed draws others.
         batch_size: Number of examples per optimizer step.
         epochs: Number of passes over the examples.

@@ -31,9 +31,11 @@ class TrimSpec(Settings):
     adapter: Annotated[str, Setting(positional=True, metavar="RUN")]
     output: Annotated[str, Setting(positional=True, metavar="OUTPUT", writes="folder")]
     max_kl: Annotated[float | None, Setting(above=0)] = None
-    factor: Annotated[float | None, Setting(above=0)] = None
+    factor: Annotated[float | None, Setting(above=0, most=1)] = None
     texts: Annotated[list[str], Setting(name="--text", metavar="NAME=SOURCE")] = field(default_factory=list)
-    factors: Annotated[list[float], Setting(commas=True)] = field(default_factory=lambda: list(TRIM_FACTORS))
+    factors: Annotated[list[float], Setting(commas=True, above=0, most=1)] = field(
+        default_factory=lambda: list(TRIM_FACTORS)
+    )
     model: Annotated[str | None, Setting("-m")] = None
     dtype: Annotated[str | None, Setting(choices=DTYPES)] = None
     quantization: Annotated[str | None, Setting(choices=tuple(QUANTIZATIONS))] = None
@@ -44,11 +46,6 @@ class TrimSpec(Settings):
         if (self.max_kl is None) == (self.factor is None):
             raise ConfigError(
                 "An update is scaled down to a bound or to a factor; give one of max_kl (such as 0.05) and factor."
-            )
-        if any(not 0 < factor <= 1 for factor in [*self.factors, self.factor or 1.0]):
-            raise ConfigError(
-                f"factors is {self.factors} and factor {self.factor}; give numbers above 0 (the base model) up to 1 "
-                "(as trained)."
             )
         names = [named_source(text, "texts")[0] for text in self.texts]
         if len({OWN_TEXT, *names}) < len(names) + 1:

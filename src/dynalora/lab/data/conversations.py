@@ -161,7 +161,7 @@ def text_in(value: Any, name: str, where: str) -> str:
         return value
     if isinstance(value, (bool, int, float)):
         return str(value)
-    raise DataError(f"{where}: field '{name}' holds a {kind_of(value)}, not text; name a field with text.")
+    raise DataError(f"{where}: field '{name}' holds {kind_of(value)}, not text; name a field with text.")
 
 
 def _is_missing(value: Any) -> bool:
@@ -196,7 +196,7 @@ def turns_in(value: Any, name: str, where: str) -> Conversation:
         except (ValueError, RecursionError):
             raise DataError(f"{where}: field '{name}' holds text, not a list of messages.") from None
     if not isinstance(value, Sequence) or not all(isinstance(turn, Mapping) for turn in value):
-        raise DataError(f"{where}: field '{name}' holds a {kind_of(value)}, not a list of messages.")
+        raise DataError(f"{where}: field '{name}' holds {kind_of(value)}, not a list of messages.")
     chat: Conversation = []
     for number, turn in enumerate(value, start=1):
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))

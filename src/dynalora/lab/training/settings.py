@@ -56,8 +56,8 @@ class BestSettings(Settings, panel="Training"):
             lowest loss or the highest accuracy on the training questions set aside (`validation`), or of the highest
             accuracy on the held-out ones, which then no longer judge alone; None: the last.
         validation: Number of training questions of each task that are set aside to choose on.
-        measure_every: Optimizer steps between those measurements, or below 1 the part of the run. There is one at the
-            end besides.
+        measure_every: Number of optimizer steps between the measurements that choose the best weights, or below 1 the
+            part of the run. There is one at the end besides.
     """
 
     keep_best: Annotated[str | None, Setting(choices=KEEP_BEST)] = None
