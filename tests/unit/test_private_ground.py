@@ -474,3 +474,15 @@ def test_a_trainers_autocast_can_be_taken_off() -> None:
     assert model.computed == [torch.bfloat16, torch.float32, torch.bfloat16, torch.float32], (
         "Accelerate puts a model under autocast in another way, so KL would be measured with bfloat16's rounding."
     )
+
+
+def test_accelerate_says_where_it_keeps_weights_that_it_loads_for_each_call() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    weight = model[0].weight.detach().clone()
+    assert private.offloading_hooks(model[0]) == []
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model[0].weight.is_meta
+    (hook,) = private.offloading_hooks(model[0])
+    assert torch.device(hook.execution_device) == torch.device("cpu")
+    assert hook.weights_map is not None
+    assert torch.equal(hook.weights_map["weight"], weight)

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dynalora.adapter.experts import ExpertMatrix
 from dynalora.adapter.layer_kinds import kind_of
+from dynalora.common.devices import offloaded_weights
 from dynalora.common.private import features, in_pieces_of_zero
 from dynalora.common.processes import whole
 from dynalora.errors import UnsupportedError
@@ -113,6 +114,8 @@ class BaseWeight(BaseTunerLayer):
         """
         base = self.get_base_layer()
         self.check_readable()
+        if self._is_offloaded():
+            return offloaded_weights(base)["weight"]
         state = getattr(getattr(base, "weight", None), "quant_state", None)
         if not getattr(state, "packing_format_for_cpu", False):
             return super().get_base_weight()
@@ -131,6 +134,18 @@ class BaseWeight(BaseTunerLayer):
                 f"be read, which {self.method_name} needs with these settings; load the base model with "
                 "bitsandbytes, torchao or without quantisation, or choose another method or start (init_weights)."
             )
+        if self.quantization_backend is not None and self._is_offloaded():
+            raise UnsupportedError(
+                f"{self.name or 'the layer'}: its quantised weight is offloaded, where it cannot be read, which "
+                f"{self.method_name} needs with these settings; load the base model without offloading, or without "
+                "quantisation, or choose another method or start (init_weights)."
+            )
+
+    def _is_offloaded(self) -> bool:
+        """Whether the weight is elsewhere just now; while PEFT merges, it is there."""
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        return weight is not None and weight.is_meta and "weight" in offloaded_weights(base)
 
     def base_matrix(self) -> torch.Tensor:
         """The base layer's weight as a matrix (out, in), dequantised if need be."""

@@ -37,6 +37,7 @@ from dynalora.adapter.layer_kinds import kind_of
 from dynalora.adapter.ranks import RankedStorage, fit
 from dynalora.adapter.shared_input import Companions, Factors, products_for
 from dynalora.adapter.storage import RANK
+from dynalora.common.devices import device_of_calls
 from dynalora.common.private import in_pieces_of_zero, inside_average, joins_uneven, transforming
 from dynalora.driver import Driver, invalidate, prepare_unloaded, track
 from dynalora.errors import ConfigError, UnsupportedError
@@ -135,6 +136,11 @@ class AdapterLayer(RankedStorage, BaseWeight):
         self.drivers.pop(adapter, None)  # that of an earlier adapter of this name
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Where the base weight is offloaded between calls, that is no place for weights that train.
+        device = device_of_calls(self.get_base_layer()) if device is None else device
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def drive(self, adapter: str, driver: Driver) -> None:
         """Give an adapter of this layer its driver."""

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
 from peft import PeftConfig, PeftModel
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -295,6 +296,15 @@ def gradient_scale(optimizer: Optimizer) -> torch.Tensor | float:
             return scaler.get_scale() if scale is None else cast(torch.Tensor, scale)
         frame = frame.f_back
     return 1.0
+
+
+def offloading_hooks(module: nn.Module) -> list[AlignDevicesHook]:
+    """Accelerate's hooks that load a module's weights for each call, from memory or disk, and let go of them again."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    return [
+        hook for hook in hooks if isinstance(hook, AlignDevicesHook) and hook.offload and hook.weights_map is not None
+    ]
 
 
 _clipping_watched = False

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from dynalora.common.devices import device_of
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError, check_least
 from dynalora.evaluation.causal import continued
@@ -84,7 +85,7 @@ def generate(
         if not prompt_ids:
             raise ConfigError(f"Prompt {index} is empty; every prompt needs at least one token.")
     padding = padding_id(model, tokenizer)
-    device = next(model.parameters()).device
+    device = device_of(model)
     stopping = {"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}
     side: Literal["left", "right"] = "right" if is_encoder_decoder(model) else "left"
     answers = [""] * len(ids)

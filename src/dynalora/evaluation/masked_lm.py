@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 
+from dynalora.common.devices import device_of
 from dynalora.common.progress import Progress, silent
 from dynalora.common.statistics import Estimate, Interval, ratio
 from dynalora.errors import ConfigError, DataError, check_least
@@ -222,7 +223,7 @@ def masked_lm_perplexity(
     """
     check_least(1, batch_size=batch_size)
     what = f"Masked-LM perplexity: {name}"
-    device = next(model.parameters()).device
+    device = device_of(model)
     padding = padding_id(model, None)
     sums = [0.0] * len(text.rows)
     with evaluating(model), torch.inference_mode():

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from dynalora.common.devices import device_of
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.common.progress import Progress, silent
 from dynalora.common.statistics import Estimate, Interval, ratio, wilson
@@ -258,7 +259,7 @@ def _shared(
     progress: Progress,
 ) -> list[tuple[float, ...]]:
     """Log-likelihoods with one sequence per question, whose cache the options then continue."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     sums: list[tuple[float, ...]] = [()] * len(prompts)
     lengths = [len(prompt) + max(map(len, listed)) for prompt, listed in zip(prompts, options, strict=True)]
     with evaluating(model), torch.inference_mode():

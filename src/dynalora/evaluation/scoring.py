@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from dynalora.common.devices import device_of
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.common.progress import Progress, silent
 from dynalora.common.statistics import Interval, wilson
@@ -176,7 +177,7 @@ def _answer_logits(
     model: torch.nn.Module, rows: Sequence[Mapping[str, Any]], padding: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (B, K, V) at the places of the labelled tokens, and those tokens (B, K), −100 where there is none."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     tokens, mask = padded([row["input_ids"] for row in rows], padding, "left")
     labels, _ = padded([row["labels"] for row in rows], IGNORED_LABEL, "left")
     # Padded on the left all answers end together, so only the last few positions need logits.

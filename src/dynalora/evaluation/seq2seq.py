@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 
+from dynalora.common.devices import device_of
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.evaluation.padding import padded
 
@@ -53,7 +54,7 @@ def taught_logits(
         Logits (B, K, V), and the right tokens (B, K), −100 where an answer is over.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    device = next(model.parameters()).device
+    device = device_of(model)
     batch = {name: tensor.to(device) for name, tensor in _padded(rows, padding).items()}
     targets = batch.pop("labels")
     begun = base.prepare_decoder_input_ids_from_labels(targets)

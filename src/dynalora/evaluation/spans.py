@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from dynalora.common.devices import device_of
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError
 from dynalora.evaluation.generation import batches_by_length, evaluating
@@ -180,7 +181,7 @@ def mark_answers(
     windows = list(read_windows(tokenizer, items, max_length))
     if tokenizer.pad_token_id is None and batch_size > 1:
         raise ConfigError("The tokenizer has no padding token, which batches need; set it, or take batch_size 1.")
-    device = next(model.parameters()).device
+    device = device_of(model)
     best = [(float("-inf"), "")] * len(items)
     silence = [float("inf")] * len(items)
     losses: list[list[float]] = [[] for _ in items]

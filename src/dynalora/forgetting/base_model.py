@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from dynalora.common.devices import offloaded_weights
 from dynalora.errors import UnsupportedError
 
 
@@ -77,6 +78,9 @@ def base_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, value in itertools.chain(inner.named_parameters(), inner.named_buffers()):
         if id(value) in adapters or _is_copy(name):
             continue
+        if value.is_meta:
+            module, _, leaf = name.rpartition(".")
+            value = offloaded_weights(inner.get_submodule(module)).get(leaf, value)
         yield name.replace(".base_layer.", ".").replace(".original_module.", "."), value
 
 

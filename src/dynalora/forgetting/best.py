@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from dynalora.common.devices import device_of
 from dynalora.common.files import file_beside
 from dynalora.errors import CheckpointError
 from dynalora.forgetting.base_model import adapter_tensors
@@ -65,7 +66,7 @@ class BestState:
 
     def put_back(self, model: nn.Module) -> None:
         """Put the state back into the model that it is of; adapters follow in ranks and buffers."""
-        device = next(model.parameters()).device
+        device = device_of(model)
         model.load_state_dict({name: value.to(device) for name, value in self.tensors.items()}, strict=False)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dynalora.adapter.layer import AdapterLayer
+from dynalora.common.devices import device_of
 from dynalora.common.names import plain_name
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError, DynaloraError
@@ -84,7 +85,7 @@ def narrow_moments(
         for name, (module, update) in layers.items()
     ]
     options = forward_options(model, [module for module, _ in layers.values()])
-    device, seen = next(model.parameters()).device, 0
+    device, seen = device_of(model), 0
     try:
         with evaluating(model):
             for batch, count, total in token_batches(texts, tokenizer, batch_size, max_length):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dynalora.adapter.gates import GatedLayer
+from dynalora.common.devices import device_of
 from dynalora.common.names import plain_name
 from dynalora.errors import ConfigError, DynaloraError
 from dynalora.evaluation.generation import evaluating
@@ -79,7 +80,7 @@ def record_gates(
         raise DynaloraError("the model has no adapter with gates (a DISeL adapter) to record.")
     recorder = _Recorder(layers)
     options = forward_options(model, [layer for layer, _ in layers.values()])
-    device, seen = next(model.parameters()).device, 0
+    device, seen = device_of(model), 0
     with evaluating(model):
         for batch, count, total in token_batches(texts, tokenizer, batch_size, max_length):
             batch = {k: v.to(device) for k, v in batch.items() if isinstance(v, torch.Tensor)}

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback
 
+from dynalora.common.devices import device_of
 from dynalora.common.processes import first_process, from_first
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError, UnsupportedError, check_least
@@ -265,7 +266,7 @@ class RetentionMonitor(TrainerCallback):
 
     def _measure(self, model: nn.Module) -> None:
         """Measure on all texts without touching the random state, write it down, and see whether it is too much."""
-        device = next(model.parameters()).device
+        device = device_of(model)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             measured: list[tuple[str, Retention, float]] = []
             for name, reference in self._references.items():

@@ -22,6 +22,7 @@ from transformers.training_args import TrainingArguments
 from dynalora.adapter.curvature import Curvature
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
 from dynalora.adapter.retain import BANK_ROWS, Retain
+from dynalora.common.devices import device_of
 from dynalora.common.processes import from_first
 from dynalora.common.progress import Progress, late_progress, silent
 from dynalora.driver import Driver, drivers_of
@@ -73,7 +74,7 @@ def prepare_retain(
             own = anchors = own or from_first(anchor_text(model, tokenizer, progress=progress))
         part.meter = TextMeter(model, anchors)
         if config.retain_mode != "replay":
-            with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(device_of(model).type, torch.bfloat16, enabled=bf16):
                 read_curvature(model, anchors, driver.adapter, progress=progress)
 
 
@@ -176,7 +177,7 @@ def read_curvature(
 
 def _read(model: nn.Module, text: MeasuredText, batch: list[int], reader: _Reader) -> None:
     """One forward and one backward pass."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     tokens, mask = padded([text.rows[index] for index in batch], 0, "left")
     length = tokens.shape[1]
     predicts = torch.zeros_like(mask, dtype=torch.bool)  # positions whose next token counts
@@ -307,7 +308,7 @@ def retain_cost(model: nn.Module, adapter: str = "default", *, rank: int = RANK,
     handles = [layer.register_forward_pre_hook(see) for layer in layers.values()]
     try:
         with adapters_off(model), evaluating(model), torch.no_grad():
-            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device))
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device_of(model)))
     finally:
         for handle in handles:
             handle.remove()

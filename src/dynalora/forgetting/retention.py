@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from dynalora.common.devices import device_of
 from dynalora.common.notebook import Shown
 from dynalora.common.private import outside_trainers_autocast
 from dynalora.common.progress import Progress, silent
@@ -238,7 +239,7 @@ def continuation_logits(
     model: torch.nn.Module, text: MeasuredText, batch: Sequence[int], *, off: bool
 ) -> list[torch.Tensor]:
     """For each text of a batch the logits (tokens written, V) that predict the tokens the model wrote."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     tokens, mask = padded([text.rows[index] for index in batch], 0, "left")
     counts = [len(text.rows[index]) - text.starts[index] for index in batch]
     with adapters_off(model) if off else nullcontext():

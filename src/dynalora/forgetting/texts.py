@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dynalora.common.devices import device_of
 from dynalora.common.files import cache_folder, write_file
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError, check_least
@@ -338,7 +339,7 @@ def sampled(
     """Continuations that the base model samples at temperature 1, each behind its prompt."""
     what = "The base model writes text"
     padding = padding_id(model, tokenizer)
-    device = next(model.parameters()).device
+    device = device_of(model)
     ends = end_ids(model, tokenizer)
     rows: list[tuple[int, ...]] = []
     progress(what, 0, len(prompts))

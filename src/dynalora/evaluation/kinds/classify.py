@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.nn.functional as F
 
+from dynalora.common.devices import device_of
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError
 from dynalora.evaluation.generation import batches_by_length, evaluating
@@ -106,7 +107,7 @@ def class_logits(
     cut = sum(length > room for length in lengths)
     if cut:
         logger.warning("%d of %d texts are longer than %d tokens and lose their end.", cut, len(items), room)
-    device = next(model.parameters()).device
+    device = device_of(model)
     rows: dict[int, torch.Tensor] = {}
     with evaluating(model), torch.inference_mode():
         for batch in batches_by_length(lengths, batch_size, what, progress):

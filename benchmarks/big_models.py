@@ -1,0 +1,106 @@
+"""What adapters take on big models: made without weights, and trained where that fits, beside what is computed.
+
+python benchmarks/big_models.py meta 7B 70B   # every method at r = 16 on all linear layers, on the meta device
+python benchmarks/big_models.py train 1B dira disel pedyra   # bytes counted in real steps, and those computed
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+from dynalora.lab.configs import adapter_config
+from dynalora.lab.costs import amount, cost_of
+from dynalora.lab.machine import forget_peak, peak, resident
+from dynalora.lab.report import Table, markdown_table
+from dynalora.methods import method_names
+
+# Shapes of Llama 2 and 3: width, MLP, layers, heads, key and value heads, vocabulary.
+SIZES = {
+    "tiny": (256, 1024, 4, 4, 4, 1024),
+    "1B": (2048, 8192, 16, 32, 8, 128256),
+    "7B": (4096, 11008, 32, 32, 32, 32000),
+    "70B": (8192, 28672, 80, 64, 8, 128256),
+}
+TOKENS = 32
+STEPS = 2
+
+
+def config_of(size: str) -> transformers.LlamaConfig:
+    """The shapes of a size."""
+    width, mlp, layers, heads, pairs, vocabulary = SIZES[size]
+    return transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=pairs, tie_word_embeddings=size in ("1B", "tiny"),
+    )  # fmt: skip
+
+
+def on_meta(size: str, methods: list[str]) -> Table:
+    """Seconds to make an adapter, and by how much this process has grown, model left out."""
+    rows: list[list[Any]] = []
+    for method in methods:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config_of(size))
+            gc.collect()
+            before, began = resident(), time.perf_counter()
+            adapted = peft.get_peft_model(model, adapter_config(method, r=16, options={"total_steps": 1000}))
+        seconds, grown = time.perf_counter() - began, resident() - before
+        assert all(parameter.is_meta for parameter in adapted.parameters())
+        rows.append([method, adapted.get_nb_trainable_parameters()[0], f"{seconds:.1f} s", amount(max(0, grown))])
+        del model, adapted
+    return Table([f"{size} on the meta device", "trained parameters", "time", "memory"], rows)
+
+
+def trained(size: str, method: str) -> list[Any]:
+    """Bytes of a model with random weights in bfloat16 in training, as counted and as computed."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config_of(size), dtype=torch.bfloat16)
+    config = adapter_config(method, r=16, options={} if method == "lora" else {"total_steps": 1000})
+    cost = cost_of(model, config, dtype=torch.bfloat16)
+    base = sum(parameter.nbytes for parameter in model.parameters())
+    others = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    forget_peak()
+    before = resident()
+    adapted = peft.get_peft_model(model, config).train()
+    start = (peak() or 0) - before
+    own = [tensor for tensor in (*adapted.parameters(), *adapted.buffers()) if id(tensor) not in others]
+    adapter = sum(tensor.nbytes for tensor in own)
+    weights = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-4)
+    forget_peak()
+    seconds = 0.0
+    for step in range(STEPS):
+        rows = torch.randint(3, 1000, (1, TOKENS), generator=torch.Generator().manual_seed(step))
+        began = time.perf_counter()
+        adapted(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        seconds = time.perf_counter() - began
+        gradients = sum(weight.grad.nbytes for weight in weights if weight.grad is not None)
+        optimizer.zero_grad()
+    state = sum(tensor.nbytes for entry in optimizer.state.values() for tensor in entry.values() if tensor.numel() > 1)
+    pairs = ((base, cost.base), (adapter, cost.adapter), (gradients, cost.gradients), (state, cost.optimizer))
+    cells = [f"{amount(counted)} / {amount(computed)}" for counted, computed in pairs]
+    return [method, *cells, amount(start), amount(peak() or 0), f"{seconds:.1f} s"]
+
+
+def main(what: str, *given: str) -> None:
+    """Print one table per size on the meta device, or one of a size in training."""
+    if what == "meta":
+        for size in given or ("7B", "70B"):
+            print(markdown_table(on_meta(size, method_names())), flush=True)
+        return
+    size, *methods = given
+    rows = [trained(size, method) for method in methods or ("lora", *method_names())]
+    parts = ["base weights", "adapter", "gradients", "AdamW's state"]
+    columns = [*parts, "most while it is made", "most in a step", "step"]
+    print(markdown_table(Table([f"{size}, counted / computed", *columns], rows)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
