@@ -211,6 +211,26 @@ def test_transformers_save_and_load_adapter(row: Row, toy: Toy, tmp_path: Path) 
     assert torch.equal(toy.logits(other), expected)
 
 
+@every_method
+def test_transformers_loads_what_training_goes_on_with(row: Row, tmp_path: Path) -> None:
+    """Averages and records that a fresh adapter does not have yet, and transformers gives no place."""
+    toy = TOYS["llama"]
+    model = toy.build()
+    model.add_adapter(row.configure(toy, task_type=None))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        toy.loss(model.train()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path)
+    other = toy.build()
+    other.load_adapter(str(tmp_path), is_trainable=True)
+    before, after = model.state_dict(), other.state_dict()
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert torch.equal(after[key], tensor), key
+
+
 # --- damaged or foreign folders ------------------------------------------------------------------------------
 
 

@@ -17,7 +17,8 @@ from accelerate.state import AcceleratorState
 from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.integrations.peft import PeftAdapterMixin
 from transformers.trainer import DEFAULT_CALLBACKS
 
 from dynalora.adapter.layer import AdapterLayer
@@ -180,6 +181,14 @@ def test_default_callbacks_reach_every_trainer() -> None:
     private.add_default_callback(Callback)
     assert DEFAULT_CALLBACKS.count(Callback) == 1  # type: ignore[arg-type]
     DEFAULT_CALLBACKS.remove(Callback)  # type: ignore[arg-type]
+
+
+def test_transformers_loads_adapters_by_one_function() -> None:
+    names = [*inspect.signature(PeftAdapterMixin.load_adapter).parameters][:3]
+    assert names == ["self", "peft_model_id", "adapter_name"], "transformers' load_adapter has other parameters now"
+    assert hasattr(PeftAdapterMixin.load_adapter, "extended_by_dynalora")
+    source = inspect.getsource(PreTrainedModel.from_pretrained)
+    assert "load_adapter(" in source, "from_pretrained loads adapters by another way"
 
 
 def test_steps_around_sees_the_optimizer_that_steps_another() -> None:

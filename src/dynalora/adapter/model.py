@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -32,7 +32,7 @@ from dynalora.adapter.saved import check_further_tensors, check_known, read_shap
 from dynalora.adapter.shared_input import join_companions
 from dynalora.adapter.targets import describe_linear_layers, is_target, leave_out_head, settle_targets
 from dynalora.common.names import plain_name
-from dynalora.common.private import after_failed_load, after_unread_method
+from dynalora.common.private import after_failed_load, after_load_by_transformers, after_unread_method
 from dynalora.driver import Driver, check_driven, first_bad, prepare_unloaded
 from dynalora.errors import CheckpointError, ConfigError, UnsupportedError, first_line
 
@@ -407,7 +407,28 @@ def _tell_of_unread_method(folder: str) -> None:
         check_known(folder)
 
 
+def _fill_in(model: nn.Module, adapter: str, read: Callable[[], dict[str, torch.Tensor]]) -> None:
+    """Take from an adapter's file what its layers had no place for when transformers loaded it: training's averages."""
+    layers = adapter_layers(model, adapter)
+    present = {role for layer in layers.values() for role, row in layer.buffer_roles.items() if row.saved == "present"}
+    if not present:
+        return
+    saved: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in read().items():
+        name, _, tensor_name = key.removeprefix("base_model.model.").rpartition(".")
+        saved.setdefault(name, {})[tensor_name] = tensor
+    for name, layer in layers.items():
+        tensors = saved.get(name, {})
+        layer.check(adapter, tensors)
+        device = layer.parameter("up", adapter).device
+        for role in present:
+            value = tensors.get(f"{layer.method_name}_{role}")
+            if value is not None and layer.running(role, adapter) is None:
+                layer.set_running(role, adapter, value.to(device))
+
+
 after_failed_load(_withdraw)
+after_load_by_transformers(_fill_in)
 after_unread_method(_tell_of_unread_method)
 
 

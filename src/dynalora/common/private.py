@@ -22,6 +22,7 @@ from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners._buffer_dict import BufferDict as BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
+from peft.utils import load_peft_weights
 from peft.utils.peft_types import PeftType
 from torch import nn
 from torch.autograd import forward_ad
@@ -29,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from transformers import trainer as transformers_trainer
+from transformers.integrations.peft import PeftAdapterMixin
 from transformers.trainer_callback import TrainerCallback
 
 # torch's operations on lists of tensors, which its own optimizers are made of: one launch instead of one per tensor.
@@ -187,6 +189,39 @@ def add_default_callback(callback: type[TrainerCallback]) -> None:
     defaults: list[type[TrainerCallback]] = transformers_trainer.DEFAULT_CALLBACKS  # type: ignore[assignment]
     if callback not in defaults:
         defaults.append(callback)
+
+
+def after_load_by_transformers(told: Callable[[nn.Module, str, Callable[[], dict[str, torch.Tensor]]], None]) -> None:
+    """Have a function called when a model of transformers has loaded an adapter (`from_pretrained` does so, too).
+
+    It gets the model, the adapter's name, and what reads the adapter's tensors. transformers gives values to tensors
+    that a model has, and leaves out all others. A second call changes nothing.
+    """
+    load: Any = PeftAdapterMixin.load_adapter
+    if hasattr(load, "extended_by_dynalora"):
+        return
+
+    @functools.wraps(load)
+    def load_adapter(self: Any, peft_model_id: Any = None, adapter_name: Any = None, *args: Any, **kwargs: Any) -> Any:
+        result = load(self, peft_model_id, adapter_name, *args, **kwargs)
+
+        def read() -> dict[str, torch.Tensor]:
+            given: dict[str, torch.Tensor] | None = kwargs.get("adapter_state_dict")
+            if given is not None:
+                return given
+            settings = kwargs.get("load_config")
+            place = peft_model_id or getattr(settings, "pretrained_model_name_or_path", None)
+            options = {**getattr(settings, "download_kwargs", {}), **(kwargs.get("adapter_kwargs") or {})}
+            taken = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
+            return load_peft_weights(
+                str(place), device="cpu", **{key: options[key] for key in taken if options.get(key) is not None}
+            )
+
+        told(self, adapter_name or "default", read)
+        return result
+
+    load_adapter.extended_by_dynalora = True  # type: ignore[attr-defined]
+    setattr(PeftAdapterMixin, "load_adapter", load_adapter)  # noqa: B010
 
 
 # torch -------------------------------------------------------------------------------------------------------------
