@@ -237,8 +237,8 @@ class GatedLayer(AdapterLayer):
         measured = steps is not None and steps.measuring and adapter not in self.held_gates
         if measured and d is not None and self.gathers(m, adapter):
             with torch.no_grad():
-                r = self.rank(adapter)  # frozen components lie behind
-                self.matched[adapter].note(h[..., :r], m[..., :r])
+                # Whole: with gates there are no frozen components, and where room is reserved the rest is zero.
+                self.matched[adapter].note(h, m)
         return m
 
     def gathers(self, x: torch.Tensor, adapter: str) -> bool:
