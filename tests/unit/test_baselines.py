@@ -359,6 +359,21 @@ def test_adaloras_update_is_measured(tmp_path: Path) -> None:
         assert torch.tensor(row.singular_values) == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-6)
 
 
+def test_adaloras_regulariser_is_not_recorded_as_training_loss(tmp_path: Path) -> None:
+    folder, rows = tiny.saved_model(tmp_path / "model"), tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.rows(20))
+    first = {}
+    for method in ("lora", "adalora"):
+        run = tmp_path / method
+        result = finetune(
+            spec(folder, rows, run, method=method, r=2, steps=10, log_every=1, retention=False, samples=0)
+        )
+        first[method] = next(record for record in result.records if "loss" in record)
+    # Both start at the base model, on the same batch.
+    assert first["adalora"]["loss"] == pytest.approx(first["lora"]["loss"], abs=1e-4)
+    assert first["adalora"]["regulariser"] > 0.1
+    assert "regulariser" not in first["lora"]
+
+
 def test_adaloras_own_schedule_is_kept() -> None:
     options = {"tinit": 3, "tfinal": 4, "deltaT": 2}
     model = trained(adapter_config("adalora", r=2, target_modules=["q_proj"], options=options), 12)

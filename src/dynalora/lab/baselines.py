@@ -362,17 +362,51 @@ def driver_of(model: nn.Module, total_steps: int) -> Callable[[int], None] | Non
     return cast("Callable[[int], None]", tuner.update_and_allocate)
 
 
+def regulariser_of(model: nn.Module) -> torch.Tensor | None:
+    """What a method of PEFT's adds to the loss that a model returns, as a scalar; None: nothing.
+
+    AdaLoRA adds `orth_reg_weight` times the mean distance of its factors from orthonormal ones.
+    """
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    if not isinstance(config, peft.AdaLoraConfig):
+        return None
+    distances = []
+    with torch.no_grad():
+        for name, factor in model.named_parameters():
+            if f".{model.active_adapter}" in name and ("lora_A" in name or "lora_B" in name):
+                products = factor @ factor.T if "lora_A" in name else factor.T @ factor
+                distances.append((products - torch.eye(len(products), device=products.device)).norm())
+    return config.orth_reg_weight * torch.stack(distances).mean() if distances else None
+
+
 class DriveBaseline(TrainerCallback):
-    """Calls what `driver_of` returns, under transformers' Trainer."""
+    """Calls what `driver_of` returns, under transformers' Trainer, and takes a regulariser out of the loss it logs.
+
+    The training loss that is recorded and drawn is then the task's, as for all other methods.
+    """
 
     def __init__(self) -> None:
         self._driver: Callable[[int], None] | None = None
+        self._added: list[torch.Tensor] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
         """The length of the run is known."""
         self._driver = driver_of(getattr(model, "module", model), state.max_steps)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
+        """The weights are those that the step's loss is of."""
+        added = None if self._driver is None else regulariser_of(getattr(model, "module", model))
+        if added is not None:
+            self._added.append(added)
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """The weights have moved, and the gradients are still there."""
         if self._driver is not None:
             self._driver(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **rest: Any) -> None:
+        """The loss that is logged is the mean over the steps since the last time."""
+        if logs is not None and "loss" in logs and self._added:
+            regulariser = float(torch.stack(self._added).mean())
+            logs |= {"loss": logs["loss"] - regulariser, "regulariser": regulariser}
+            self._added.clear()
