@@ -93,21 +93,23 @@ def test_it_computes_what_the_merged_model_does_and_its_gradients(row: Row, toy:
             torch.testing.assert_close(mine, other, msg=name)
 
 
-def test_ranks_move_between_experts_and_are_saved(tmp_path: Path) -> None:
-    config = dynalora.PedyraConfig(
-        r=2,
-        adjust_start=2,
-        adjust_interval=1,
-        adjust_end=3,
-        adjust_size=6,
-        target_modules=["gate_up_proj", "down_proj"],
-    )
+@pytest.mark.parametrize(
+    "config",
+    [
+        dynalora.PedyraConfig(r=2, adjust_start=2, adjust_interval=1, adjust_end=3, adjust_size=6),
+        dynalora.DiraConfig(r=3, target_rank=2, total_steps=3),
+    ],
+    ids=lambda config: config.method,
+)
+def test_ranks_move_between_experts_and_are_saved(config: Any, tmp_path: Path) -> None:
+    config.target_modules = {"gate_up_proj", "down_proj"}
     model = peft.get_peft_model(QWEN.build(), config)
     train(model, QWEN)
     ranks = {name: layer.rank("default") for name, layer in experts_of(model).items()}
     assert len(set(ranks.values())) > 1
     assert sum(ranks.values()) == 2 * len(ranks)
     assert "model.layers.0.mlp.experts.gate_up_proj.3" in dynalora.state_report(model)[0].ranks
+    assert [row.rank for row in dynalora.rank_landscape(model)] == list(ranks.values())
     trained = QWEN.logits(model)
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(QWEN.build(), tmp_path)

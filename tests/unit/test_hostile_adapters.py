@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import dynalora
+from dynalora.adapter import patterns
 from dynalora.adapter.layer import adapter_layers
 from dynalora.adapter.patterns import check_patterns
 from dynalora.errors import CheckpointError, ConfigError, DynaloraError
@@ -208,6 +209,20 @@ def test_a_pattern_whose_matching_never_ends_behind_the_name_of_a_block() -> Non
     config = dynalora.DiraConfig(r=2, rank_pattern={"(l+)+x": 3})
     with pytest.raises(ConfigError, match=r"rank_pattern.*takes too long"):
         check_patterns(config, ["model.block." + 40 * "l"])
+
+
+@pytest.mark.parametrize(
+    "fields", [{"layers_pattern": "(l+)+x", "layers_to_transform": [0]}, {"modules_to_save": ["head", "(l+)+x"]}]
+)
+def test_names_of_blocks_and_of_modules_are_patterns_too(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patterns, "_SECONDS", 1)
+    field = next(iter(fields))
+    with pytest.raises(ConfigError, match=f"{field}.*takes too long"):
+        check_patterns(dynalora.DiraConfig(r=2, **fields), ["model.block." + 40 * "l"])
+    with pytest.raises(ConfigError, match=rf"{field} must be a regular expression, got '\('"):
+        dynalora.DiraConfig(r=2, **{**fields, field: ["("]})
 
 
 def test_weights_of_the_base_model_that_were_saved_along_change_nothing(saved: Path, tmp_path: Path) -> None:

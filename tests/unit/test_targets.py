@@ -84,3 +84,26 @@ def test_layers_that_are_read_and_not_called_are_refused() -> None:
     with pytest.warns(UserWarning, match="leaves out 3 of 4"):
         model = peft.get_peft_model(mamba(), dynalora.DiselConfig(r=2, target_modules="all-linear"))
     assert names(model, "default") == {"in_proj"}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("target", ["linear1", "linear2"])
+def test_torchs_encoder_does_not_pass_over_an_adapter_in_evaluation(target: str, padded: bool) -> None:
+    """Without gradients it computes with the weights of its layers and calls none of them."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    config = dynalora.DiraConfig(r=2, target_modules=[target], init_weights=False)
+    model = peft.get_peft_model(nn.TransformerEncoder(layer, 2), config)
+    x = torch.randn(3, 4, 8)
+    lengths = torch.tensor([4, 2, 3])
+    mask = torch.arange(4) >= lengths[:, None] if padded else None
+    seen = ~mask if mask is not None else torch.ones(3, 4, dtype=torch.bool)
+    expected = model.train()(x, src_key_padding_mask=mask)[seen]
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, src_key_padding_mask=mask)[seen], expected, atol=1e-5, rtol=1e-5)
+        with model.disable_adapter():
+            base = model(x, src_key_padding_mask=mask)[seen]
+        assert not torch.allclose(base, expected, atol=1e-2)
+        model.merge_adapter()
+        torch.testing.assert_close(model(x, src_key_padding_mask=mask)[seen], expected, atol=1e-5, rtol=1e-5)

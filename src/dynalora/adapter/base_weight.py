@@ -32,6 +32,10 @@ IN_PIECES = (
 )
 
 
+class _TakingPart(torch.Tensor):
+    """A tensor that is asked before torch's functions compute with it."""
+
+
 class BaseWeight(BaseTunerLayer):
     """What a layer does with the weight of the layer it adapts.
 
@@ -40,6 +44,7 @@ class BaseWeight(BaseTunerLayer):
         layer_kind: What it is if it is no plain product with its weight: a convolution, an embedding; else None.
         in_features, out_features: The sizes of its matrix.
         name: The layer's name in the model.
+        read_by_owner: Whether the module that it is in may compute with its weight without calling it.
         quantization_backend: PEFT's way to read and write the weight; None if it is not quantised.
         merged_adapters: The adapters whose updates are in the weight now.
     """
@@ -57,10 +62,24 @@ class BaseWeight(BaseTunerLayer):
         """
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
+        self.read_by_owner = False
         base = self.get_base_layer()
         self.quantization_backend = quantization_of(base, quantization)
         self.layer_kind = kind_of(base)
         self.in_features, self.out_features = sizes(base)
+
+    @property
+    def weight(self) -> Any:
+        """The base layer's weight.
+
+        In evaluation, `nn.TransformerEncoderLayer` computes with the weights of its layers and calls none of them. It
+        does not where one is a tensor that takes part in torch's functions, so it gets one while an adapter acts.
+        """
+        weight = super().weight
+        merged = bool(self.merged_adapters) or self.disable_adapters
+        if not self.read_by_owner or merged or not any(map(self.has_adapter, self.active_adapters)):
+            return weight
+        return weight.as_subclass(_TakingPart)
 
     @staticmethod
     def multiplies(base_layer: nn.Module) -> bool:

@@ -211,8 +211,9 @@ class AdapterConfig(PeftConfig):
             value = getattr(self, name)
             named = isinstance(value, (list, tuple, set)) and all(isinstance(item, str) for item in value)
             self._require(value is None or isinstance(value, str) or named, name, "a name or a list of names")
-            if isinstance(value, str):
-                self._require(compiles(value), name, "a regular expression")
+            keys = value or () if name in ("layers_pattern", "modules_to_save") else ()  # PEFT matches each of these
+            for key in [value] if isinstance(value, str) else keys:
+                self._require(compiles(key), name, "a regular expression", key)
         blocks = self.layers_to_transform
         listed = list(blocks) if isinstance(blocks, (list, tuple, range)) else [blocks]
         whole = all(map(is_whole, listed))

@@ -131,6 +131,7 @@ class AdapterModel(BaseTuner):
             layer.set_adapter(self.active_adapters)
         assert isinstance(layer, AdapterLayer)
         layer.name = current_key
+        layer.read_by_owner = isinstance(parent, nn.TransformerEncoderLayer)
         layer.update_layer(
             adapter_name,
             config,

@@ -16,6 +16,8 @@ from typing import Any
 
 from dynalora.errors import ConfigError
 
+#: How PEFT matches a module's name with what names blocks, and modules that are trained in full.
+_AROUND = {"layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\..*", "modules_to_save": r"(^|.*\.){}($|\..*)"}
 _SECONDS = 3
 _PATIENCE = 60  # seconds of wall-clock time, on a busy machine
 _TRY = """
@@ -65,6 +67,10 @@ def check_patterns(config: Any, names: Iterable[str]) -> None:
             patterns.append((field, value))
     for field in ("rank_pattern", "alpha_pattern", "scaling_ranks"):
         patterns += [(field, as_matched(key)) for key in getattr(config, field) if _repeats(key)]
+    for field, around in _AROUND.items():
+        value = getattr(config, field)
+        keys = [value] if isinstance(value, str) else value or ()
+        patterns += [(field, around.format(key)) for key in keys if _repeats(key)]
     patterns = [(field, pattern) for field, pattern in patterns if _repeats(pattern, more_than=1)]
     if not patterns:
         return
