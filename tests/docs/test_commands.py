@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from dynalora.jobs.compare import run as compare_run
+from dynalora.jobs.compare.runner import InProcessRunner
 from dynalora.lab import packaged_models
 from dynalora.lab.choices import method_names
 from tests.unit import benchmark_files, tiny
@@ -134,7 +136,8 @@ def run(
     """Run a command line in a folder."""
     monkeypatch.setenv("DYNALORA_CACHE", str(workshop / "cache"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))  # of the processes of `compare`
+    # Cells in processes of their own, each of which imports torch, are run in tests/unit/test_compare.py.
+    monkeypatch.setattr(compare_run, "Runner", InProcessRunner)
     # Whether the Hub's own cache has the demo's model is no business of these tests.
     monkeypatch.setattr(packaged_models, "_hub_snapshot", lambda *_, **__: None)
     monkeypatch.setattr("sys.stdin", io.StringIO("Say 3.\n/base\nSay 3.\n"))  # what is typed in a chat
@@ -144,6 +147,8 @@ def run(
         words = shlex.split(line)
         assert words[0] == "dynalora"
         more = SHORTER[words[1]]
+        if "--methods" in words:  # lists of a flag that is given twice are joined
+            more = more.replace("--methods lora,dira ", "")
         if words[1] == "finetune" and "--epochs" not in line:
             more += " --steps 2"
         shown = program(*words[1:], *shlex.split(more))
