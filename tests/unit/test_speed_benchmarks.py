@@ -1,0 +1,74 @@
+"""benchmarks/scaling.py, driver_share.py and combinations.py on models of a few numbers."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import transformers
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_curves_over_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scaling = script("scaling")
+    assert scaling.exponent([1, 2, 4, 8], [9.0, 3.0, 3 * 2**1.5, 3 * 4**1.5]) == pytest.approx(1.5)
+    monkeypatch.setattr(scaling, "USUAL", {"rank": 2, "tokens": 8, "layers": 1, "adapters": 2})
+    monkeypatch.setattr(scaling, "VALUES", {"tokens": (8, 16, 32)})
+    given = ["scaling", "--output", str(tmp_path), "--methods", "lora,dira", "--varied", "tokens", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", given)
+    scaling.main()
+    found = json.loads((tmp_path / "tokens.json").read_text())
+    saved = [[found[str(tokens)][method][1] for tokens in (8, 16, 32)] for method in ("lora", "dira")]
+    for sizes in saved:
+        assert sizes[1:] == pytest.approx([2 * sizes[0], 4 * sizes[0]], rel=0.01)
+    assert saved[1][2] <= saved[0][2]
+    assert "exponent" in (tmp_path / "scaling.md").read_text()
+    assert (tmp_path / "scaling.png").exists()
+
+
+def test_a_driver_is_counted_by_what_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("driver_share")
+    width, inner = 16, 24
+
+    def model_of(layers: int) -> Any:
+        config = transformers.LlamaConfig(
+            vocab_size=32, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=2
+        )
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+    monkeypatch.setattr(module, "model_of", model_of)
+    args = argparse.Namespace(layers=1, tokens=6, steps=3, r=4)
+    multiplications = {name: module.share(name, args).multiplications for name in ("dira", "disel", "dislora")}
+    sides = 4 * 2 * width + 3 * (width + inner)
+    # DisLoRA's penalty takes the Gram matrix of each factor and one product with it; norms and gates take no product.
+    assert {name: found[1] for name, found in multiplications.items()} == {
+        "dira": 0, "disel": 0, "dislora": 2 * args.r**2 * sides
+    }  # fmt: skip
+    assert all(found[0] > 0 for found in multiplications.values())
+
+
+@pytest.mark.slow
+def test_a_combination_is_compared_with_the_method_without_it() -> None:
+    module = script("combinations")
+    plain = module.train("dira", {}, 3)
+    assert float(module.cell("gradient checkpointing", "dira", plain, 3)) > 0
+    assert module.cell("activation offloading", "dira", plain, 3) == "needs an accelerator"
+    worse = plain[0], [loss + 1 for loss in plain[1]], 0
+    assert "losses 1 apart" in module.cell("padding-free", "dira", worse, 3)
