@@ -15,7 +15,9 @@ import dynalora
 from dynalora.adapter import experts as expert_layers
 from dynalora.adapter.experts import AdaptedExperts
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
+from dynalora.drawing.landscape import rank_grid
 from dynalora.errors import ConfigError
+from dynalora.forgetting.effects import narrow_moments
 from dynalora.lab.configs import check_targets
 from tests.families import FAMILIES
 from tests.matrix.rows import Row, every_method, every_static_row
@@ -251,3 +253,35 @@ def test_jobs_know_the_names_of_experts() -> None:
     assert set(fused) < set(everything)
     with pytest.raises(ConfigError, match="'gate_down_proj' matches nothing"):
         check_targets(model, config("gate_down_proj"))
+
+
+def test_the_landscape_shows_every_expert() -> None:
+    """Each is of a kind of its own, and its effect is that on the tokens that were sent to it."""
+    config = dynalora.DiraConfig(r=2, target_modules=list(QWEN.targets), init_weights=False, penalty_weight=0.0)
+    model = peft.get_peft_model(QWEN.build(), config).eval()
+    ids = QWEN.batch(5)["input_ids"]
+    inputs: dict[str, list[torch.Tensor]] = {}
+    for name, layer in experts_of(model).items():
+        layer.register_forward_pre_hook(lambda _, given, name=name: inputs.setdefault(name, []).append(given[0]))
+    moments = narrow_moments(model, [{"input_ids": ids}])
+    rows = {row.module: row for row in dynalora.rank_landscape(model, effects=moments)}
+    kinds, layers, _ = rank_grid(list(rows.values()))
+    assert {f"gate_up_proj.{expert}" for expert in range(4)} | {f"down_proj.{expert}" for expert in range(4)} <= set(
+        kinds
+    )
+    assert len(layers) == 2
+    assert inputs
+    for name, given in inputs.items():
+        layer = experts_of(model)[name]
+        x = torch.cat(given).double()
+        root = torch.linalg.cholesky(x.T @ x / len(x) + 1e-14 * torch.eye(x.shape[1], dtype=torch.float64))
+        expected = torch.linalg.svdvals(layer.get_delta_weight("default").detach().double() @ root)[:2]
+        short = name.removeprefix("base_model.model.")
+        torch.testing.assert_close(
+            torch.tensor(rows[short].effect, dtype=torch.float64), expected, atol=1e-5, rtol=1e-4
+        )
+    only = dynalora.DiraConfig(r=2, target_modules=["down_proj"], init_weights=False, penalty_weight=0.0)
+    masked = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    masked["attention_mask"][0, 0] = 0
+    with pytest.raises(ConfigError, match="experts give texts without padding"):
+        narrow_moments(peft.get_peft_model(QWEN.build(), only), [masked])

@@ -48,6 +48,22 @@ def test_landscape_of_a_start_is_empty_of_rank() -> None:
     assert [(r.effective_rank, r.nuclear_norm, r.energy) for r in dynalora.rank_landscape(model)] == [(0, 0, 0)] * 2
 
 
+def test_the_landscape_of_several_active_adapters_is_that_of_their_sum() -> None:
+    toy = TOYS["mlp"]
+    model = peft.get_peft_model(toy.build(), DiraConfig(r=2, target_modules=["first"], init_weights=False))
+    model.add_adapter("other", DiraConfig(r=3, alpha=5, target_modules=["first", "second"], init_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    first, second = dynalora.rank_landscape(model)
+    layer = model.base_model.model.first
+    both = layer.get_delta_weight("default") + layer.get_delta_weight("other")
+    expected = torch.linalg.svdvals(both.detach().double())[:5]
+    torch.testing.assert_close(torch.tensor(first.singular_values, dtype=torch.float64), expected, atol=1e-6, rtol=1e-5)
+    assert (first.rank, second.rank) == (5, 3)
+    assert [row.rank for row in dynalora.rank_landscape(model, adapter_name="default")] == [2]
+    with pytest.raises(ConfigError, match=r"default \+ other are active"):
+        dynalora.rank_landscape(model, effects={"first": torch.eye(5)})
+
+
 def test_landscape_without_an_adapter_says_so() -> None:
     with pytest.raises(DynaloraError, match="no active adapter"):
         dynalora.rank_landscape(LLAMA.build())

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from dynalora.adapter.experts import ExpertMatrix
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.common.devices import device_of
 from dynalora.common.names import plain_name
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError, DynaloraError
 from dynalora.evaluation.generation import evaluating
-from dynalora.forgetting.landscape import low_rank_update
+from dynalora.forgetting.landscape import low_rank_update, require_one_adapter
 from dynalora.forgetting.passes import counted_tokens, forward_options, placed_inputs, token_batches
 
 
@@ -47,8 +48,8 @@ def narrow_moments(
         progress: Called with the number of texts that were read.
 
     Returns:
-        Module name → M, (k, k) float64, for `rank_landscape(model, effects=…)`. Matrices that see other rows than the
-        batch's tokens (experts) are left out.
+        Module name → M, (k, k) float64, for `rank_landscape(model, effects=…)`. Matrices whose inputs
+        cannot be told apart by tokens are left out: those of convolutions, and of experts unless every token counts.
 
     Raises:
         ConfigError: Texts without a tokenizer, or no text at all.
@@ -64,10 +65,10 @@ def narrow_moments(
             rows = torch.arange(len(counted), device=counted.device)
             row_of = rows.reshape(-1, *[1] * (counted.dim() - 1)).expand(counted.shape)
             placed = placed_inputs(module, inputs[0], counted, row_of, counted.reshape(len(counted), -1).any(1))
-            if placed is None:
+            if placed is None and not (_is_expert(module) and bool(counted.all())):
                 unplaced.add(name)
                 return
-            m = narrow(placed[0]).double()
+            m = narrow(inputs[0] if placed is None else placed[0]).double()
             sums[name] = sums.get(name, torch.zeros((), dtype=m.dtype, device=m.device)) + m.mT @ m
             counts[name] = counts.get(name, 0) + len(m)
 
@@ -80,6 +81,8 @@ def narrow_moments(
     }
     if not layers:
         raise DynaloraError("the model has no adapter with low-rank factors whose effect could be measured.")
+    for _, update in layers.values():
+        require_one_adapter(update)
     hooks = [
         module.register_forward_pre_hook(watch(name, _narrow(module, update.adapter, update.down)))
         for name, (module, update) in layers.items()
@@ -97,9 +100,20 @@ def narrow_moments(
     finally:
         for hook in hooks:
             hook.remove()
+    if unplaced and not counts:
+        raise ConfigError(
+            f"{len(unplaced)} layers get inputs that cannot be told apart by tokens, as those of experts and "
+            "convolutions, so their effect cannot be measured; for experts give texts without padding and without "
+            "masked tokens (batch_size=1, no labels)."
+        )
     if not any(counts.values()):
         raise ConfigError("no tokens to measure an effect on: the texts are empty, or all tokens are masked.")
     return {plain_name(name): (total / counts[name]).cpu() for name, total in sums.items() if name not in unplaced}
+
+
+def _is_expert(module: nn.Module) -> bool:
+    """Whether a layer is of one expert, which gets the tokens that are sent to it."""
+    return isinstance(module, AdapterLayer) and isinstance(module.get_base_layer(), ExpertMatrix)
 
 
 def _narrow(module: nn.Module, adapter: str, down: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

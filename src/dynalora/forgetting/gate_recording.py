@@ -30,7 +30,7 @@ from dynalora.forgetting.gates import (
     GateStatistics,
     depth_group,
 )
-from dynalora.forgetting.landscape import layer_index
+from dynalora.forgetting.landscape import layer_index, module_kind
 from dynalora.forgetting.passes import counted_tokens, forward_options, placed_inputs, token_batches
 
 logger = logging.getLogger(__name__)
@@ -212,6 +212,6 @@ class _Collector:
     def result(self, name: str) -> GateStatistics:
         n = max(self.tokens, 1)
         return GateStatistics(
-            name, layer_index(name), name.rpartition(".")[2], self.tokens, self.sum / n, self.sum_square / n,
+            name, layer_index(name), module_kind(name), self.tokens, self.sum / n, self.sum_square / n,
             self.rank_histogram, self.token_histogram,
         )  # fmt: skip

@@ -114,7 +114,7 @@ def rank_landscape(
         model: Model with an adapter of dynalora, or PEFT's LoRA or AdaLoRA. Gates that move count as open, which gives
             the most that the update can be, unless `gates` are given.
         tau: Threshold τ on singular values; the paper's 0.001 by default.
-        adapter_name: Which adapter; None takes the active one.
+        adapter_name: Which adapter; None takes the active one, or the sum of all that are active.
         gates: Of an adapter with gates, what `dynalora.record_gates` measured on some text: each component then counts
             with its mean gate there, s·up·diag(ḡ ⊙ d)·down.
         effects: What [`narrow_moments`][dynalora.forgetting.effects.narrow_moments] measured of this very adapter on
@@ -193,30 +193,46 @@ def low_rank_update(
 
     Args:
         module: Any module.
-        adapter_name: Which adapter; None takes the active one.
+        adapter_name: Which adapter; None takes the active one, or the sum of all that are active.
         means: Gates by module name at which moving gates count; None: open.
     """
-    active: Sequence[str] = getattr(module, "active_adapters", ()) if adapter_name is None else (adapter_name,)
-    if isinstance(module, AdapterLayer):
-        for adapter in active:
-            if module.has_adapter(adapter):
-                return LowRankUpdate(adapter, *_layer_factors(module, adapter, means), module.scaling[adapter])
+    if not (isinstance(module, AdapterLayer) or (hasattr(module, "lora_A") and hasattr(module, "lora_B"))):
         return None
+    active: Sequence[str] = getattr(module, "active_adapters", ()) if adapter_name is None else (adapter_name,)
+    updates = [update for adapter in active if (update := _update_of(module, adapter, means)) is not None]
+    if len(updates) < 2:
+        return updates[0] if updates else None
+    device = updates[0].up.device
+    ups = [update.scaling * update.up.float().to(device) for update in updates]
+    downs = [update.down.float().to(device) for update in updates]
+    return LowRankUpdate(" + ".join(update.adapter for update in updates), torch.cat(ups, 1), torch.cat(downs), 1.0)
+
+
+def require_one_adapter(update: LowRankUpdate) -> None:
+    """Refuse the sum of several adapters where one is measured."""
+    if " + " in update.adapter:
+        raise ConfigError(f"effects are measured of one adapter, but {update.adapter} are active; give adapter_name.")
+
+
+def _update_of(module: nn.Module, adapter: str, means: Mapping[str, torch.Tensor] | None) -> LowRankUpdate | None:
+    """The update that one adapter makes of a module; None if it makes none."""
+    if isinstance(module, AdapterLayer):
+        if not module.has_adapter(adapter):
+            return None
+        return LowRankUpdate(adapter, *_layer_factors(module, adapter, means), module.scaling[adapter])
     lora: Any = module
-    if hasattr(module, "lora_A") and hasattr(module, "lora_B"):
-        for adapter in active:
-            if adapter in getattr(module, "lora_E", ()):  # AdaLoRA's, as it weighs them
-                scaling = float(lora.scaling[adapter]) / (float(lora.ranknum[adapter]) + 1e-5)
-                down = lora.lora_A[adapter] * lora.lora_E[adapter]
-                return LowRankUpdate(adapter, lora.lora_B[adapter], down, scaling)
-            if adapter in lora.lora_A:
-                up, down = lora.lora_B[adapter].weight, lora.lora_A[adapter].weight  # of convolutions with kernels
-                return LowRankUpdate(adapter, up.flatten(1), down.flatten(1), float(lora.scaling[adapter]))
-    return None
+    if adapter in getattr(module, "lora_E", ()):  # AdaLoRA's, as it weighs them
+        scaling = float(lora.scaling[adapter]) / (float(lora.ranknum[adapter]) + 1e-5)
+        return LowRankUpdate(adapter, lora.lora_B[adapter], lora.lora_A[adapter] * lora.lora_E[adapter], scaling)
+    if adapter not in lora.lora_A:
+        return None
+    up, down = lora.lora_B[adapter].weight, lora.lora_A[adapter].weight  # of convolutions with kernels
+    return LowRankUpdate(adapter, up.flatten(1), down.flatten(1), float(lora.scaling[adapter]))
 
 
 def _effect(name: str, module: nn.Module, update: LowRankUpdate, moment: torch.Tensor) -> tuple[float, ...]:
     """Singular values of s·ΔW·C^½ from M = E[m mᵀ], (k, k), m the narrow activations."""
+    require_one_adapter(update)
     up = update.up
     if isinstance(module, AdapterLayer) and module.depends_on_input(update.adapter):
         up = module.sides(update.adapter)[0]  # whose diagonal is in m
@@ -238,13 +254,22 @@ def landscape_row(name: str, rank: int, sigma: torch.Tensor, tau: float) -> Land
     return LandscapeRow(
         module=name,
         layer=layer_index(name),
-        kind=name.rpartition(".")[2],
+        kind=module_kind(name),
         rank=rank,
         effective_rank=int(above.sum()),
         nuclear_norm=float(sigma.sum()),
         energy=float(energy[above].sum()) / total if total else 0.0,
         singular_values=tuple(sigma.tolist()),
     )
+
+
+def module_kind(module_name: str) -> str:
+    """What a module is called in its block: the last part of its name, with the one before where that is a number.
+
+    So every expert of a mixture (`gate_up_proj.3`) is of a kind of its own.
+    """
+    *before, last = module_name.split(".")
+    return f"{before[-1]}.{last}" if last.isdigit() and before else last
 
 
 def layer_index(module_name: str) -> int | None:

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from dynalora.adapter.experts import ExpertMatrix
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.errors import ConfigError, check_least
@@ -98,8 +99,11 @@ def placed_inputs(
         with_tokens: Which rows have tokens that count, (B).
 
     Returns:
-        The inputs as (n, in), ids as (n); None where they cannot be told apart by tokens, as a convolution's.
+        The inputs as (n, in), ids as (n); None where they cannot be told apart by tokens, as a convolution's
+        or an expert's.
     """
+    if isinstance(layer, AdapterLayer) and isinstance(layer.get_base_layer(), ExpertMatrix):
+        return None  # it gets the tokens that were sent to it, as many as it may be
     if isinstance(layer, AdapterLayer) and layer.layer_kind is not None:
         if not layer.layer_kind.integers:
             return None
