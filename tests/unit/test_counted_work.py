@@ -104,14 +104,8 @@ METHODS = {
     # What the diagonal has to do with: the product with it, and both its gradients; what is multiplied is kept.
     "pedyra": (dynalora.PedyraConfig, {}, Work((7, 11), PLAIN, (0, 0), (11, 25), X + 6 * N)),
     # The gates' rows meet the input together with `down`; sum, sigmoid and product per layer, and their gradients.
-    "disel": (dynalora.DiselConfig, {"match_step": False}, Work((7, 11), GATED, (0, 0), (17, 31), X + 12 * N)),
-    # In the steps in which it is measured what gates let through: two sums of squares per layer, narrow ones.
-    "disel, measured": (dynalora.DiselConfig, {}, Work((7, 11), GATED, (0, 0), (38, 31), X + 12 * N)),
-    "dira with gates": (
-        dynalora.DiraConfig,
-        {"gates": True, "match_step": False},
-        Work((7, 11), GATED, (0, 0), (17, 31), X + 12 * N),
-    ),
+    "disel": (dynalora.DiselConfig, {}, Work((7, 11), GATED, (0, 0), (17, 31), X + 12 * N)),
+    "dira with gates": (dynalora.DiraConfig, {"gates": True}, Work((7, 11), GATED, (0, 0), (17, 31), X + 12 * N)),
     # Frozen components take part in the products, but get no gradient.
     "milora": (dynalora.MiloraConfig, {}, Work((7, 11), FROZEN, (0, 0), (23, 23), X + 6 * N + 3 * 4 * 2 * RANK)),
     "dislora": (
