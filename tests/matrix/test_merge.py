@@ -9,7 +9,9 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
+import dynalora
 from dynalora.errors import UnsupportedError
 from tests.matrix.rows import Row, every_dynamic_row, every_static_row, every_toy
 from tests.matrix.test_behaviour import adapted_layers
@@ -155,3 +157,29 @@ def test_input_dependent_updates_refuse_to_merge(row: Row, toy: Toy) -> None:
     refuses(lambda: next(iter(adapted_layers(model).values())).factors("default"))
     assert_same_state(model, state)
     assert torch.equal(toy.logits(model), expected)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.spectral_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", amount=0.3),
+    ],
+    ids=["weight_norm", "spectral_norm", "prune"],
+)
+def test_a_weight_that_is_computed_at_every_call_is_not_merged_into(norm: Any) -> None:
+    """What is added to it would be lost at the next call, in silence."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        nn.ModuleDict({"fc": norm(nn.Linear(4, 4))}),
+        dynalora.DiraConfig(r=2, target_modules=["fc"], exclude_modules=r".*parametrizations.*", init_weights=False),
+    ).eval()
+    layer = model.base_model.model["fc"]
+    x = torch.randn(3, 4)
+    before = layer(x)
+    assert not torch.allclose(before, layer.base_layer(x))
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(UnsupportedError, match="cannot merge into fc, which computes its weight anew"):
+            merge()
+    torch.testing.assert_close(layer(x), before)

@@ -31,6 +31,9 @@ IN_PIECES = (
     "DistributedDataParallel."
 )
 
+#: Parameters that torch.nn.utils computes a weight from, before every call of a layer.
+_COMPUTED_FROM = frozenset({"weight_orig", "weight_g", "weight_v"})
+
 
 class _TakingPart(torch.Tensor):
     """A tensor that is asked before torch's functions compute with it."""
@@ -218,6 +221,13 @@ class BaseWeight(BaseTunerLayer):
             raise UnsupportedError(
                 f"cannot merge into a {backend.backend_name} layer, which cannot be quantised again; keep the "
                 f"adapter attached, or load the base model{with_config} or without quantisation to merge."
+            )
+        base = self.get_base_layer()
+        if nn.utils.parametrize.is_parametrized(base) or not _COMPUTED_FROM.isdisjoint(base._parameters):
+            raise UnsupportedError(
+                f"cannot merge into {self.name or 'the layer'}, which computes its weight anew at every call (weight "
+                "norm, spectral norm, pruning, another parametrization); keep the adapter attached, or make the weight "
+                "a plain one first (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove)."
             )
 
     @torch.no_grad()
