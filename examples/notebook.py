@@ -55,7 +55,8 @@ def page_of(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, bytes]]
     def picture(match: re.Match[str]) -> str:
         file = f"{name}-{len(pictures) + 1}.svg"
         pictures[file] = base64.b64decode(match[1])
-        return f'src="{file}"'
+        # In Markdown's own form, whose address mkdocs fits to the place of the page.
+        return f"\n\n![What the cell shows]({file})\n\n"
 
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
@@ -64,7 +65,7 @@ def page_of(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, bytes]]
             shown = output.get("data", {})
             if "text/html" in shown:
                 page = "".join(shown["text/html"])
-                parts.append(re.sub(r'src="data:image/svg\+xml;base64,([^"]+)"', picture, page))
+                parts.append(re.sub(r'<img src="data:image/svg\+xml;base64,([^"]+)"[^>]*>', picture, page).rstrip())
             else:
                 text = "".join(output.get("text") or shown["text/plain"])
                 parts.append(f"```text\n{text.rstrip()}\n```")

@@ -50,7 +50,9 @@ def test_the_notebook_runs_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.M
     assert sum("data:image/svg+xml" in page for page in pages) == 3
     text, pictures = runner().page_of(ran, "first_steps")
     assert len(pictures) == 3
-    assert all(f'src="{name}"' in text and content.startswith(b"<?xml") for name, content in pictures.items())
+    assert all(
+        f"![What the cell shows]({name})" in text and content.startswith(b"<?xml") for name, content in pictures.items()
+    )
 
 
 @pytest.mark.slow
@@ -63,6 +65,7 @@ def test_the_page_has_the_notebook_with_its_outputs_and_pictures() -> None:
     assert all(cell["outputs"] for cell in notebook["cells"] if "print(" in "".join(cell["source"]))
     text, pictures = runner().page_of(notebook, FILE.stem)
     assert PAGE.read_text(encoding="utf-8") == text
+    assert "<img" not in text
     assert len(pictures) == 3
     for name, content in pictures.items():
         assert (PAGE.parent / name).read_bytes() == content

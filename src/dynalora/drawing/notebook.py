@@ -75,12 +75,13 @@ def _(result: RetentionCurves) -> str:
 
 @html_of.register
 def _(result: TrimCurve) -> str:
-    rows = [
-        [f"{point.factor:g}", f"{point.kl:.4f} ± {point.kl_error:.4f}",
-         "–" if point.loss is None else f"{point.loss:.4f}"]
-        for point in result
-    ]  # fmt: skip
-    table = _table(["factor of the update", "KL from the base model", "held-out loss"], rows)
+    columns = {
+        "factor of the update": [f"{point.factor:g}" for point in result],
+        "KL from the base model": [f"{point.kl:.4f} ± {point.kl_error:.4f}" for point in result],
+    }
+    if any(point.loss is not None for point in result):
+        columns["held-out loss"] = ["–" if point.loss is None else f"{point.loss:.4f}" for point in result]
+    table = _table(list(columns), list(zip(*columns.values(), strict=True)))
     return table + _picture(lambda: plot_scaled_update({"": list(result)}))
 
 
@@ -145,7 +146,8 @@ def _picture(draw: Callable[[], Figure]) -> str:
         data = base64.b64encode(rendered(draw(), "svg")).decode("ascii")
     except DynaloraError:  # matplotlib is not installed, or there is nothing to draw
         return ""
-    return f'<img src="data:image/svg+xml;base64,{data}" alt="" style="max-width:100%;background:white">'
+    source = f"data:image/svg+xml;base64,{data}"
+    return f'<img src="{source}" alt="The same as a picture" style="max-width:100%;background:white">'
 
 
 def _mean(values: Sequence[float], decimals: int = 1) -> str:
