@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
-import socket
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -28,6 +23,7 @@ from dynalora.forgetting.budget import BudgetOutcome, TextMeter, hold_budget, re
 from dynalora.forgetting.retain import read_curvature, retain_cost
 from dynalora.forgetting.retention import retention
 from dynalora.forgetting.texts import MeasuredText, anchor_text, given_text
+from tests.processes import run_two
 
 from . import tiny
 
@@ -400,7 +396,7 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from tests.unit import test_budget as this
-rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+rank, folder, port = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE="2")
 torch.set_num_threads(1)
 distributed.init_process_group("gloo", rank=rank, world_size=2)
@@ -426,21 +422,8 @@ def on_processes(rows: slice, wrap: Any = lambda model: model) -> dict[str, torc
 
 
 def test_two_processes_train_as_one(tmp_path: Any) -> None:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        port = str(place.getsockname()[1])
-    root = Path(__file__).resolve().parents[2]
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(root / "src"), str(root)]))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), port, str(tmp_path)], stderr=subprocess.PIPE, env=environment
-        )
-        for rank in range(2)
-    ]
+    run_two(WORKER, str(tmp_path))
     alone = on_processes(slice(None))
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors.decode()[-3000:]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert any("budget" in name for name in alone)
     for name, value in alone.items():

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +23,7 @@ from dynalora.forgetting.retention import base_predictions, retention
 from dynalora.forgetting.texts import MeasuredText
 from dynalora.lab.configs import adapter_config
 from dynalora.methods import method_names
+from tests.processes import run_two
 from tests.unit import tiny
 
 METHODS = [*method_names(), "lora"]
@@ -547,7 +544,7 @@ from dynalora.forgetting.texts import OwnText
 from tests.unit import test_monitor as this
 from tests.unit import tiny
 
-rank, port, folder, budget = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), float(sys.argv[4])
+rank, folder, budget, port = int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE="2")
 torch.set_num_threads(1)
 distributed.init_process_group("gloo", rank=rank, world_size=2)
@@ -571,31 +568,16 @@ for number in range(this.STEPS):
     if monitor.step(model):
         break
 monitor.end(model)
-print(json.dumps([done, [point.retention.kl for point in monitor.points]]))
+told = [done, [point.retention.kl for point in monitor.points]]
+(folder / f"told-{rank}.json").write_text(json.dumps(told))
 distributed.destroy_process_group()
 """
 
 
 def test_all_processes_follow_the_first(words: Any, own: Any, tmp_path: Path) -> None:
     (tmp_path / "own.json").write_text(json.dumps(dataclasses.asdict(own)))
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    root = Path(__file__).resolve().parents[2]
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(root / "src"), str(root)]), OMP_NUM_THREADS="1")
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), port, str(tmp_path), str(BUDGET)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    told = []
-    for process in started:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err[-3000:]
-        told.append(json.loads(out.splitlines()[-1]))
+    run_two(WORKER, str(tmp_path), str(BUDGET))
+    told = [json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in range(2)]
     assert told[0] == told[1]
     steps, curve = told[0]
     assert 1 <= steps < STEPS

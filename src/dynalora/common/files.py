@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,15 @@ def write_file(path: str | os.PathLike[str], content: str | bytes, *, replace: b
     with file_beside(path, replace=replace) as beside:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
     return Path(path)
+
+
+def write_files(contents: Mapping[Path, str | bytes], *, replace: bool = True) -> list[Path]:
+    """Write several files, each as `write_file` does, and none where one cannot be written; returns the paths."""
+    with ExitStack() as open_files:
+        for path, content in contents.items():
+            beside = open_files.enter_context(file_beside(path, replace=replace))
+            beside.write_bytes(content.encode() if isinstance(content, str) else content)
+    return list(contents)
 
 
 @contextmanager

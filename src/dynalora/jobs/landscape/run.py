@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dynalora.common.files import records_csv, write_file
+from dynalora.common.files import records_csv, write_files
 from dynalora.common.progress import Progress, rich_progress
 from dynalora.drawing.landscape import plot_rank_landscape
 from dynalora.drawing.style import rendered
@@ -111,12 +111,13 @@ def _batches(spec: LandscapeSpec, source: str) -> list[dict[str, torch.Tensor]]:
 
 
 def _write(spec: LandscapeSpec, landscapes: Landscapes) -> list[Path]:
-    written = []
+    """Write what is wanted, all of it or nothing, so that the same command can be given again."""
+    contents: dict[Path, str | bytes] = {}
     if spec.csv is not None:
-        written.append(write_file(Path(spec.csv), records_csv(landscape_records(landscapes)), replace=False))
+        contents[Path(spec.csv)] = records_csv(landscape_records(landscapes))
     if spec.json is not None:
         lines = map(json.dumps, landscape_records(landscapes, spectra=True))
-        written.append(write_file(Path(spec.json), "[\n" + ",\n".join(lines) + "\n]\n", replace=False))
+        contents[Path(spec.json)] = "[\n" + ",\n".join(lines) + "\n]\n"
     if spec.plot is not None:
         shown = landscapes if len(landscapes) > 1 else next(iter(landscapes.values()))
         files = plot_files(spec.plot)
@@ -125,9 +126,8 @@ def _write(spec: LandscapeSpec, landscapes: Landscapes) -> list[Path]:
             if any(getattr(row, quantity) is None for row in rows):  # the effect, which takes data
                 continue
             figure = plot_rank_landscape(shown, quantity=quantity)
-            written.append(write_file(png, rendered(figure, "png"), replace=False))
-            written.append(write_file(svg, rendered(figure, "svg"), replace=False))
-    return written
+            contents[png], contents[svg] = rendered(figure, "png"), rendered(figure, "svg")
+    return write_files(contents, replace=False)
 
 
 def landscape_table(landscapes: Mapping[str, Sequence[LandscapeRow]], tau: float, gates: Mapping[str, str]) -> Table:
