@@ -138,7 +138,7 @@ def test_limit_stops_reading(tmp_path: Path) -> None:
         ("d.csv", "prompt,response\n", "is empty"),
         ("d.csv", "prompt,response\na,b,c\n", "line 2: more cells than the header .*quote cells that hold a ','"),
         ("d.csv", 'prompt,response\n"a,b\n', "not valid CSV"),
-        ("d.txt", "hello", r"is of no known kind \('.txt'\); known are .jsonl"),
+        ("d.docx", "hello", r"is of no known kind \('.docx'\); known are .jsonl"),
         ("d.jsonl.gz", "plain", "is not a complete gzip file"),
         ("d.parquet", "plain", "is not a readable Parquet file"),
     ],
@@ -396,3 +396,68 @@ def test_earlier_answers_are_learned_as_they_stand(caplog: pytest.LogCaptureFixt
     # A call without text has no place that could be found.
     assert learned("a", "", "b", "two", tool_calls=[{}]) == f"(thought)two{end}"
     assert "1 earlier answers carry no loss" in caplog.text
+
+
+def said(rows: list[dict[str, Any]]) -> list[list[tuple[str, str]]]:
+    numbered = [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
+    return [[(turn["role"], turn["content"]) for turn in chat] for chat in to_conversations(numbered)]
+
+
+def user(text: Any) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def test_prompts_and_responses_that_are_messages() -> None:
+    """As TRL has them: the loss is on the completion, also where the prompt has earlier answers."""
+    expected = [[("user", "a"), ("assistant", "b")]]
+    assert said([{"prompt": [user("a")], "completion": [assistant("b")]}]) == expected
+    assert said([{"prompt": [user("a")], "completion": "b"}]) == expected
+    assert said([{"prompt": "a", "completion": [assistant("b")]}]) == expected
+    row = {"prompt": [user("a"), assistant("before"), user("c")], "completion": [assistant("after")]}
+    words = tiny.tokenizer()
+    tokens = tokenize(to_conversations([("row 1", row)]), words).rows[0]
+    assert words.decode([i for i, label in zip(*tokens.values(), strict=True) if label != IGNORED_LABEL]).startswith(
+        "after"
+    )
+    assert said([row, {"prompt": [user("a")], "completion": []}]) == said([row])
+
+
+def test_content_in_parts_of_text_is_one_text_and_other_parts_are_told() -> None:
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": " you"}]
+    assert said([{"messages": [user(parts), assistant("b")]}]) == [[("user", "Hi you"), ("assistant", "b")]]
+    parts.append({"type": "image_url", "image_url": {"url": "x"}})  # type: ignore[dict-item]
+    with pytest.raises(DataError, match=r"row 1, message 1 in 'messages': 'content' has a part of type 'image_url'"):
+        said([{"messages": [user(parts), assistant("b")]}])
+
+
+def test_a_missing_chat_is_an_empty_row() -> None:
+    assert len(said([{"messages": [user("a"), assistant("b")]}, {"messages": None}, {"messages": float("nan")}])) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "remedy"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "DPOTrainer.*response_field=chosen"),
+        ({"chosen": [user("a"), assistant("b")], "rejected": []}, "DPOTrainer.*messages_field=chosen"),
+        ({"prompt": "a", "completion": "b", "label": False}, "KTOTrainer.*name prompt_field"),
+    ],
+)
+def test_judged_answers_are_not_learned_as_if_all_were_good(row: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(DataError, match=remedy):
+        said([row])
+    fields = Fields(prompt="prompt", response="chosen" if "chosen" in row else "completion")
+    if "prompt" in row:
+        assert to_conversations([("row 1", row)], fields=fields)[0][-1]["content"] == "b"
+
+
+def test_passages_of_a_text_file_are_learned_whole(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("One\ngoes on.\n\nTwo.\n")
+    assert [turn["content"] for (turn,) in load_conversations(path)] == ["One\ngoes on.", "Two."]
+    path.write_text("\n\n")
+    with pytest.raises(DataError, match="is empty"):
+        load_conversations(path)

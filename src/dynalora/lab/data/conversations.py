@@ -39,7 +39,8 @@ def load_conversations(
 
     Args:
         source: A file (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`; `.gz` may follow), a folder of such files or
-            one written by `Dataset.save_to_disk`, or the id of a data set on the Hugging Face Hub.
+            one written by `Dataset.save_to_disk`, or the id of a data set on the Hugging Face Hub; or plain text
+            (`.txt`), whose passages, parted by empty lines, are learned whole.
         fields: Which fields hold prompt and response, or the messages; None: found by their usual names.
         split: Which split of a Hub data set; in a folder, the files whose name begins with it, or all files
             if none does. A single file has no splits.
@@ -55,6 +56,10 @@ def load_conversations(
         DataError: The source does not exist, cannot be read (with the line number), is empty, lacks the fields,
             or has no row with a response.
     """
+    path = Path(source).expanduser()
+    if path.suffix == ".txt" and path.is_file():
+        numbered = ((f"passage {number}", {"text": text}) for number, text in enumerate(passages(path), start=1))
+        return to_conversations(numbered, fields=fields, source=f"'{source}'", limit=limit)
     rows, name = read_rows(source, split=split, subset=subset)
     return to_conversations(rows, fields=fields, source=name, limit=limit)
 
@@ -101,6 +106,11 @@ def to_conversations(
                 expected = replace(fields, input=None)  # an optional input may be absent from single rows
             by_names[names] = find_fields(names, expected, source=f"{source}, {where}" if by_names else source)
         row_fields = by_names[names]
+        if not (fields and fields.named) and row_fields.response == "completion" and isinstance(row.get("label"), bool):
+            raise DataError(
+                f"{source} has completions that 'label' judges as good or bad, which TRL's KTOTrainer learns from; to "
+                "learn all of them alike, name prompt_field and response_field."
+            )
         conversation = _conversation(row, row_fields, f"{source}, {where}")
         if conversation is None:
             empty += 1
@@ -129,12 +139,35 @@ def _conversation(row: Mapping[str, Any], fields: Fields, where: str) -> Convers
         return _chat(row[fields.messages], fields.messages, where, row.get("tools"))
     assert fields.prompt is not None  # Fields guarantees both
     assert fields.response is not None
+    if _is_chat(row[fields.prompt]) or _is_chat(row[fields.response]):
+        return _asked_and_answered(row, fields, where)
     prompt = text_in(row[fields.prompt], fields.prompt, where)
     response = text_in(row[fields.response], fields.response, where)
     extra = text_in(row.get(fields.input), fields.input, where) if fields.input else ""
     if not response.strip():
         return None
     return [question_of(prompt, extra), {"role": "assistant", "content": response}]
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(v, Mapping) for v in value)
+
+
+def _asked_and_answered(row: Mapping[str, Any], fields: Fields, where: str) -> Conversation | None:
+    """The chat of a row whose prompt, response or both are messages, as TRL has them; the prompt carries no loss."""
+
+    def turns(name: str | None, role: str) -> Conversation:
+        assert name is not None
+        if _is_chat(row[name]):
+            return turns_in(row[name], name, where)
+        text = text_in(row[name], name, where)
+        return [cast(Message, {"role": role, "content": text})] if text.strip() else []
+
+    asked = [
+        cast(Message, {**turn, "weight": 0}) if turn["role"] == "assistant" else turn
+        for turn in turns(fields.prompt, "user")
+    ]
+    return _ended([*asked, *turns(fields.response, "assistant")], row.get("tools"))
 
 
 def question_of(prompt: str, extra: str) -> Message:
@@ -213,9 +246,28 @@ def turns_in(value: Any, name: str, where: str) -> Conversation:
             raise DataError(
                 f"{where}: message {number} in '{name}' has the weight {extras['weight']!r}; give 0 (no loss) or 1."
             )
-        text = text_in(content, "content", f"{where}, message {number} in '{name}'")
+        place = f"{where}, message {number} in '{name}'"
+        text = text_in(_of_parts(content, place), "content", place)
         chat.append(cast(Message, {"role": role, "content": text, **extras}))
     return chat
+
+
+def _of_parts(content: Any, where: str) -> Any:
+    """The text of content that is a list of parts of text, as OpenAI's format has it; other content as it is.
+
+    Raises:
+        DataError: A part is an image, sound or the like.
+    """
+    if not _is_chat(content):
+        return content
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type", "text") != "text":
+            kind = part.get("type") if isinstance(part, Mapping) else kind_of(part)
+            raise DataError(
+                f"{where}: 'content' has a part of type {kind!r}, and only text is learned here; leave such rows out, "
+                "or train with the adapter under a trainer of your own (docs/integrations.md)."
+            )
+    return "".join(text_in(part.get("text"), "text", where) for part in content)
 
 
 def with_tools(chat: Conversation, tools: Any) -> Conversation:
@@ -226,7 +278,11 @@ def with_tools(chat: Conversation, tools: Any) -> Conversation:
 
 
 def _chat(value: Any, name: str, where: str, tools: Any = None) -> Conversation | None:
-    chat = turns_in(value, name, where)
+    return None if _is_missing(value) else _ended(turns_in(value, name, where), tools)
+
+
+def _ended(chat: Conversation, tools: Any) -> Conversation | None:
+    """A chat from the first question to the last answer that is learned; None if there is none."""
     # An answer to nothing cannot be learned as a response, and turns after the last answer teach nothing.
     while chat and chat[0]["role"] == "assistant":
         chat.pop(0)
