@@ -540,6 +540,7 @@ def test_the_table_of_cells_has_one_row_per_cell(done: Comparison) -> None:
     assert names >= {"colour/base", "colour/lora", "colour/dira"}
     for name in ("results.csv", "results.json", "results.md", "results.tex", "report.html", "config.yaml"):
         assert (folder / name).stat().st_size > 0
+    assert "A KL of 0.1 means that" in (folder / "results.md").read_text(encoding="utf-8")
     record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert {one["label"] for one in record["colour"]} >= {"base", "lora"}
     page = (folder / "report.html").read_text(encoding="utf-8")

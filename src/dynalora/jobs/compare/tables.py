@@ -12,9 +12,13 @@ from dynalora.jobs.compare.frontiers import Scaled
 from dynalora.jobs.compare.grid import Comparison
 from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.jobs.compare.summaries import MEAN, Summary, training_numbers
+from dynalora.lab.distance import in_words
 from dynalora.lab.report import Cell as TableCell
 from dynalora.lab.report import Table
 from dynalora.lab.scores import shown_interval
+
+_A_KL = 0.1
+"""The KL whose meaning is told."""
 
 
 def plan_table(contestants: Sequence[Contestant]) -> Table:
@@ -100,7 +104,7 @@ def _result_note(spec: CompareSpec, summaries: Sequence[Summary]) -> str:
         sentences.append(
             "KL(base ‖ tuned) in nats per token: what was forgotten. The column at a loss compares at equal "
             f"adaptation: KL where the method's curve over learning rates reaches {reference}'s loss; a dash where it "
-            "does not."
+            f"does not. {in_words(_A_KL)}"
         )
     if any(summary.norm for summary in summaries):
         sentences.append("‖ΔW‖_F: over all matrices, with gates counted as open.")
