@@ -97,9 +97,9 @@ def twin(parameters: list[torch.nn.Parameter]) -> tuple[list[torch.nn.Parameter]
 def share(method: str, args: argparse.Namespace) -> Share:
     """Train for a few steps and count the last."""
     torch.manual_seed(0)
-    options: dict[str, Any] = {} if method == "disel" else {"total_steps": args.steps}
+    options: dict[str, Any] = {} if method == "disel" else {"total_steps": 1000}
     if method == "dislora":
-        options["init_weights"] = False  # the start is no part of a step
+        options["init_weights"] = False  # neither the start nor the one choice of directions is part of a step
     if method == "pedyra":  # scores at every step, and ranks moved at every third
         options |= {"adjust_start": 2, "adjust_interval": 3, "adjust_end": args.steps, "adjust_size": 4}
     config = adapter_config(method, r=args.r, options=options)
@@ -160,6 +160,7 @@ def main() -> None:
         rows.append(
             [name, f"{found.seconds[0]:.2f}", f"{1000 * found.seconds[1]:.0f}", *(f"{100 * s:.2f} %" for s in shares)]
         )
+        print(rows[-1], flush=True)
     columns = [
         "method",
         "forward and backward (s)",

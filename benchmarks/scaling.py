@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import math
 import os
@@ -69,6 +70,7 @@ class Contestant:
         config.task_type = None  # blocks are no language model
         shared = {id(parameter): parameter for parameter in base.parameters()}
         inner = copy.deepcopy(base, shared)
+        gc.collect()  # or a collection falls into the time of one of them
         began = time.thread_time()
         self.model: Any = peft.get_peft_model(inner, config)
         self.start = time.thread_time() - began
@@ -147,15 +149,21 @@ def table(varied: str, measure_at: int, found: dict[int, dict[str, tuple[float, 
 
 def draw(results: dict[str, dict[int, dict[str, tuple[float, ...]]]], methods: list[str], path: Path) -> None:
     """Curves of all measures over all quantities, on logarithmic axes."""
+    from matplotlib.ticker import NullFormatter
+
+    known = dynalora.methods.METHODS
     shown = looks(methods)
     drawn, axes = panels(len(MEASURES) * len(results), columns=len(results))
     for column, (varied, found) in enumerate(results.items()):
         for row, name in enumerate(MEASURES):
             axis = axes[row * len(results) + column]
             for method in methods:
-                axis.loglog(
-                    list(found), [found[value][method][row] for value in found], **shown[method].line(), label=method
-                )
+                title = known[method].title if method in known else "LoRA"
+                numbers = [found[value][method][row] for value in found]
+                axis.loglog(list(found), numbers, **shown[method].line(), label=title)
+            axis.set_xticks(list(found), [str(value) for value in found], minor=False)
+            axis.set_xticks([], minor=True)
+            axis.yaxis.set_minor_formatter(NullFormatter())
             describe(axis, x=varied, y=name)
     legend(axes[0])
     save(drawn, path, overwrite=True)
