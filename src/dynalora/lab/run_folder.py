@@ -31,6 +31,7 @@ import filelock
 import yaml
 
 from dynalora.common.files import folder_beside, plain, why_no_place, write_file
+from dynalora.common.processes import process_count
 from dynalora.errors import RunFolderError
 
 CONFIG = "config.yaml"
@@ -175,7 +176,7 @@ class RunFolder:
             for name in _RECORDS:  # of a run that came to nothing
                 (self.path / name).unlink(missing_ok=True)
             # The status first: a configuration without one is somebody's, not that of a run killed here.
-            self._write_status({"started": _now(), "finished": None})
+            self._write_status({"started": _now(), "finished": None, "processes": process_count()})
             write_file(self.path / CONFIG, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
         else:
             status = self.status()

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 from rich.console import Console
 
+from dynalora.common.processes import process_count
 from dynalora.common.progress import rich_progress
-from dynalora.errors import DataError, UnsupportedError
+from dynalora.errors import ConfigError, DataError, UnsupportedError
 from dynalora.forgetting.monitor import RetentionMonitor
 from dynalora.forgetting.retention import Retention, retention
 from dynalora.forgetting.texts import own_text
@@ -80,8 +81,10 @@ def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResu
             ready.model, dtype=spec.dtype, quantization=spec.quantization, trust_remote_code=spec.trust_remote_code
         )  # fmt: skip
         monitor = _monitor(spec, ready, run)
+        training = _with_as_many_rows(spec, run, console)
         result = train_adapter(
-            model, ready.tokenizer, ready.config, ready.training, ready.held_out, settings=spec, run=run,
+            model, ready.tokenizer, ready.config, ready.training, ready.held_out, settings=training,
+            run=run,
             label=label_of(spec.method), console=console, monitor=monitor,
             best=KeepBest(by_held_out=True) if spec.keep_best and spec.max_forgetting is None else None,
         )  # fmt: skip
@@ -98,6 +101,29 @@ def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResu
             # The adapter is saved; optimizer states are of no more use and larger than everything else.
             shutil.rmtree(run.checkpoints, ignore_errors=True)
     return result
+
+
+def _with_as_many_rows(spec: FinetuneSpec, run: RunFolder, console: Console | None) -> FinetuneSpec:
+    """A resumed run's settings with which another number of processes makes the same steps of the same rows.
+
+    Raises:
+        ConfigError: That number of processes cannot.
+    """
+    now, before = process_count(), run.status().get("processes") if run.resumed else None
+    if not isinstance(before, int) or before == now:
+        return spec
+    micro = spec.gradient_accumulation * before
+    if micro % now:
+        raise ConfigError(
+            f"The run in '{run.path}' was begun by {before} processes, which took {micro} batches of {spec.batch_size} "
+            f"rows at a step; {now} cannot share them evenly, so resume it with a number that divides {micro}."
+        )
+    say(
+        console,
+        f"Begun by {before} processes, and now {now}: each takes {micro // now} batches of {spec.batch_size} rows at a "
+        "step, so that steps stay what they were.",
+    )
+    return replace(spec, gradient_accumulation=micro // now)
 
 
 def _monitor(spec: FinetuneSpec, ready: Prepared, run: RunFolder) -> RetentionMonitor | None:
