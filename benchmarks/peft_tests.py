@@ -172,12 +172,15 @@ class Table:
     def __str__(self) -> str:
         """A table in Markdown, and the failures."""
         files = sorted({file for file, _, _ in self.counts})
-        lines = ["| tests | " + " | ".join(self.names.values()) + " |", "|---|" + "---|" * len(self.names)]
+        lines = [
+            ", ".join(OUTCOMES) + ":",
+            "",
+            "| tests | " + " | ".join(self.names.values()) + " |",
+            "|---|" + "---|" * len(self.names),
+        ]
         for file in files:
             cells = [
-                ", ".join(
-                    f"{self.counts[file, name, outcome]} {outcome}" for outcome in ("passed", "skipped", "failed")
-                )
+                " / ".join(str(self.counts[file, name, outcome]) for outcome in OUTCOMES)
                 for name in self.names.values()
             ]
             lines.append(f"| {file} | " + " | ".join(cells) + " |")
