@@ -21,6 +21,8 @@ _OPENINGS = 2
 """Number of openings that are gone on with: one of plain text, and where the tokenizer has chats one of these."""
 _TOKENS = 24
 """Longest continuation."""
+_SHOWN = 60
+"""Characters of an opening that are shown."""
 _SENTENCE = 20
 """Number of tokens of which the words speak."""
 
@@ -42,7 +44,13 @@ class Continued:
 
 def openings(text: MeasuredText, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The openings that are gone on with, as text."""
-    return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in _openings(text)]
+    texts = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in _openings(text)]
+    return [_ending(text) for text in texts]
+
+
+def _ending(text: str) -> str:
+    """The end of a text, from the beginning of a word."""
+    return text if len(text) <= _SHOWN else f"… {text[-_SHOWN:].partition(' ')[2]}"
 
 
 def _openings(text: MeasuredText) -> list[list[int]]:
@@ -90,6 +98,6 @@ def distance_table(rows: Sequence[Continued], begun: Sequence[str]) -> Table:
         for row in sorted(rows, key=lambda row: row.kl)
     ]
     return Table(
-        ["", "KL from base", *(f"“{opening[-80:]} …”" for opening in begun)], cells, title="What a distance looks like",
+        ["", "KL from base", *(f"“{opening} …”" for opening in begun)], cells, title="What a distance looks like",
         note=f"How each goes on with the same openings, always with the likeliest token, cut after {_TOKENS} tokens.",
     )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from dynalora.common.processes import process_count
-from dynalora.common.progress import rich_progress
+from dynalora.common.progress import counted, rich_progress
 from dynalora.errors import ConfigError, DataError, UnsupportedError
 from dynalora.forgetting.monitor import RetentionMonitor
 from dynalora.forgetting.retention import Retention, retention
@@ -215,11 +215,11 @@ def _continued(
         return [], []
     with rich_progress(console) as progress:
         text = own_text(result.model, ready.tokenizer, progress=progress)
-        go_on = partial(continued, result.model, ready.tokenizer, text, progress=progress)
+        go_on = partial(continued, result.model, ready.tokenizer, text)
         shown = [Continued("base model", 0.0, go_on(base=True)), Continued("as trained", measured.kl, go_on())]
-        for point in curve:
-            if point.factor != 1:
-                with update_scaled(result.model, point.factor):
-                    shown.append(Continued(f"{point.factor:g} of the update", point.kl, go_on()))
+        factors = [point for point in curve if point.factor != 1]
+        for point in counted(factors, "Going on with openings", progress):
+            with update_scaled(result.model, point.factor):
+                shown.append(Continued(f"{point.factor:g} of the update", point.kl, go_on()))
     run.log({"run": result.label, "step": result.steps, "continued": [asdict(each) for each in shown]})
     return openings(text, ready.tokenizer), shown
