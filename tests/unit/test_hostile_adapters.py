@@ -321,3 +321,13 @@ def test_no_file_ends_in_a_traceback(saved: Path, data: st.DataObject, tmp_path:
         return
     with torch.no_grad():
         loaded(input_ids=INPUT)
+
+
+def test_a_models_own_load_is_all_or_nothing_too(saved: Path) -> None:
+    model = peft.PeftModel.from_pretrained(base(), str(saved))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {name: tensor + 1 if "_up" in name else tensor for name, tensor in before.items()}
+    state[[name for name in state if "_up." in name][-1]] *= float("nan")
+    with pytest.raises(CheckpointError, match=r"NaN|not finite|infinite"):
+        model.load_state_dict(state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

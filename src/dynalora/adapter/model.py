@@ -296,6 +296,13 @@ class AdapterModel(BaseTuner):
         config.follow(layers.values(), adapter_name)  # it is written next, if the state is to be saved
         return state
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Modules load one after the other, this one before its layers: so a refusal leaves none of them changed.
+        for name, module in self.named_modules():
+            for adapter in module.ranks if isinstance(module, AdapterLayer) else ():
+                module.check(adapter, module.saved_here(state_dict, f"{prefix}{name}.", adapter))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     @property
     def rank_pattern(self) -> dict[str, int]:
         """The rank of every adapted matrix by module name, of the active adapter."""

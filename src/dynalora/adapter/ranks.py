@@ -292,15 +292,20 @@ class RankedStorage(Storage):
                 place.copy_(tensor)
         self.scaling[target], self.scaling_ranks[target] = self.scaling[source], self.scaling_ranks[source]
 
+    def saved_here(self, state_dict: Mapping[str, Any], prefix: str, adapter: str) -> dict[str, torch.Tensor]:
+        """What a model's state dict has for an adapter of this layer, by the names that `check` takes."""
+        tail = f".{adapter}"
+        return {
+            key.removeprefix(prefix).removesuffix(tail): tensor
+            for key, tensor in state_dict.items()
+            if key.startswith(f"{prefix}{self.method_name}_") and key.endswith(tail)
+        }
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Every way to load weights comes by here, before the containers of the parameters load theirs.
         for adapter in self.ranks:
             tail = f".{adapter}"
-            saved = {
-                key.removeprefix(prefix).removesuffix(tail): tensor
-                for key, tensor in state_dict.items()
-                if key.startswith(f"{prefix}{self.method_name}_") and key.endswith(tail)
-            }
+            saved = self.saved_here(state_dict, prefix, adapter)
             self.check(adapter, saved)
             for name, tensor in self.expect(adapter, saved).items():
                 state_dict[f"{prefix}{name}{tail}"] = tensor
