@@ -110,8 +110,8 @@ class StepGroups:
             multiple = 1.0 if override is None else override.lr_multiplier / group.get(GROUP_MARK, 1.0)
             if one_rate and multiple != 1.0 and parameter.grad is not None:
                 self.moved.append((parameter, parameter.detach().clone(), multiple))
-            multiple = 1.0 if one_rate else multiple
             decay = None if override is None else override.decay(group.get("weight_decay"), multiple)
+            multiple = 1.0 if one_rate else multiple
             if (multiple, decay) == (1.0, None):
                 plain.append(parameter)
             else:
