@@ -108,7 +108,7 @@ OPTIMIZERS = (
     Tested(
         "LBFGS",
         "torch.optim",
-        plain("LBFGS", 0.1, max_iter=4),
+        plain("LBFGS", 0.03, max_iter=4),
         ANEW,
         closure=True,
         note="one vector of all parameters: a change of rank begins its history anew, without a warning; multiples of "

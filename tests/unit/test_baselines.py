@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -425,13 +426,17 @@ def test_retention_is_left_out_where_the_base_is_gone(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_lora_null_begins_in_the_directions_that_the_models_own_text_uses_least() -> None:
+def test_lora_null_begins_in_the_directions_that_the_models_own_text_uses_least(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few = partial(anchor_text, texts=16, tokens=12)
+    monkeypatch.setattr("dynalora.lab.null_space.anchor_text", few)
     words = tiny.tokenizer()
     words.pad_token = words.eos_token
     torch.manual_seed(0)
     model = peft.get_peft_model(tiny.model(len(words)), adapter_config("lora-null", r=2, target_modules="all-linear"))
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    text = anchor_text(model, words)
+    text = few(model, words)
     finish_start(model, words)
     inputs: dict[str, list[torch.Tensor]] = {}
     layers = {name: module for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}

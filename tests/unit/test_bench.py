@@ -96,7 +96,7 @@ def test_tokens_depend_on_seed_and_round_only(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"methods": ["qlora"]}, "Unknown method 'qlora'; choose from dira, disel, "),
+        ({"methods": ["qlora"]}, "Unknown method 'qlora'; did you mean 'lora'"),
         ({"methods": []}, "methods is empty"),
         ({"methods": ["lora", "lora"]}, "named twice"),
         ({"dtypes": ["int8"]}, "dtype is 'int8'; choose from float32"),

@@ -544,7 +544,10 @@ def test_the_table_of_cells_has_one_row_per_cell(done: Comparison) -> None:
     record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert {one["label"] for one in record["colour"]} >= {"base", "lora"}
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert not re.search(r"(src|href)=\"(?!data:|#)", page), "the page asks nothing of a server"
+    # plotly's own code names addresses that it can go to; the page's policy lets it go nowhere.
+    outside = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.search(r"(src|href)=\"(?!data:|#)", outside), "the page asks nothing of a server"
+    assert "default-src 'none'" in outside
 
 
 def test_kl_at_equal_loss_is_read_off_the_curve() -> None:

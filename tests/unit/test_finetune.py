@@ -176,7 +176,7 @@ def test_options_reach_the_configuration_as_numbers() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"method": "qlora"}, re.escape(f"Unknown method 'qlora'; choose one of {', '.join(method_names())}")),
+        ({"method": "qlora"}, "Unknown method 'qlora'; did you mean 'lora'"),
         ({"method": "disel", "r": 0}, "The rank r is 0; give a whole number of at least 1"),
         ({"method": "dira", "options": {"penalty_wieght": 1}}, "no option 'penalty_wieght'; did you mean"),
         ({"method": "lora", "options": {"penalty_weight": 1}}, "Method 'lora' has no option 'penalty_weight'"),
@@ -476,8 +476,10 @@ def test_whole_job(folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest
         assert text in html
         assert text in screen.getvalue()
     assert "\x1b" not in screen.getvalue()
-    images = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
-    assert base64.b64decode(images[0]) == (run / "plots" / "loss.png").read_bytes()
+    images = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', html)
+    assert [base64.b64decode(image)[:5] for image in images] == [b"<?xml"] * len(images)
+    assert images
+    assert (run / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
     # Its settings make the same job again.
     again = yaml.safe_load((run / "config.yaml").read_text())
     assert FinetuneSpec(**again).settings() == again

@@ -17,7 +17,7 @@ from peft import PeftModel
 from dynalora.common.statistics import Interval, mean_interval, t_quantile
 from dynalora.drawing.comparison import plot_bars, plot_transfer
 from dynalora.drawing.landscape import plot_stages
-from dynalora.drawing.style import rendered
+from dynalora.drawing.style import OVER_PICTURES, rendered
 from dynalora.errors import CheckpointError, ConfigError, RunFolderError
 from dynalora.forgetting.landscape import LandscapeRow
 from dynalora.jobs.stages.forgetting import STAGES, run_forgetting
@@ -565,7 +565,7 @@ def test_heat_maps_share_one_scale_and_darker_is_better() -> None:
         assert (shades[0] < shades[1]) == better
         # White on dark, black on light.
         colours = [text.get_color() for text in left.texts][:2]
-        assert colours == (["white", "black"] if better else ["black", "white"])
+        assert colours == [OVER_PICTURES[name] for name in (("white", "black") if better else ("black", "white"))]
         assert left.get_xlabel() == "measured on"
         assert drawn.axes[-1].get_ylabel() == "accuracy, %"
 

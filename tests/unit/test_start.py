@@ -49,7 +49,7 @@ def test_help_and_version_load_no_slow_library(arguments: list[str]) -> None:
         (["finetun"], "Did you mean 'finetune'"),
         (["finetune", "--modle", "x"], "--model"),
         (["finetune", "--model", "a", "--data", "b", "-o", "c", "--lr", "-1"], "--lr is -1"),
-        (["trim", "a", "b"], "max_kl"),
+        (["trim", "a", "b"], "--max-kl"),
         (["bench", "--methods", "lro"], "Unknown method 'lro'"),
         (["finetune", "--config", "nowhere.yaml"], "cannot be read"),
     ],
