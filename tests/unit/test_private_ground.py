@@ -36,6 +36,10 @@ TUNER = {
         "peft_config", "adapter_name", "target", "target_name", "parent", "current_key", "parameter_name",
     ],
     "_get_adapter_state_dict": None,
+    # Of torch's modules, which call it for each module, parents first.
+    "_load_from_state_dict": [
+        "state_dict", "prefix", "local_metadata", "strict", "missing_keys", "unexpected_keys", "error_msgs",
+    ],
     "_post_injection_hook": ["model", "config", "adapter_name"],
     "_prepare_adapter_config": ["peft_config", "model_config"],
     "_prepare_model": ["peft_config", "model"],

@@ -45,7 +45,7 @@ class TrimSpec(Settings):
         super()._check()
         if (self.max_kl is None) == (self.factor is None):
             raise ConfigError(
-                "An update is scaled down to a bound or to a factor; give max_kl (such as 0.05) or factor."
+                "An update is scaled down to a bound or to a factor; give one of max_kl (such as 0.05) and factor."
             )
         names = [named_source(text, "texts")[0] for text in self.texts]
         if len({OWN_TEXT, *names}) < len(names) + 1:
