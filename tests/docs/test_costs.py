@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dynalora.lab.report import markdown_table
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 
 
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("costs", ROOT / "benchmarks" / "costs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/costs.py")
 
 
 def test_a_row_of_the_smallest_model() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from dynalora.lab import packaged_models
+from tests.scripts import load_script
 from tests.unit import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -19,12 +19,7 @@ PAGE = ROOT / "docs" / "first-steps.md"
 
 
 def runner() -> Any:
-    spec = importlib.util.spec_from_file_location("notebook", ROOT / "examples" / "notebook.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("examples/notebook.py")
 
 
 def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

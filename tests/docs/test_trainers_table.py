@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 QUICK = [("loop", "disel"), ("loop", "pedyra"), ("trainer", "dira")]
@@ -16,13 +17,7 @@ QUICK = [("loop", "disel"), ("loop", "pedyra"), ("trainer", "dira")]
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("benchmark_of_trainers", ROOT / "benchmarks" / "trainers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their types up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/trainers.py")
 
 
 def printed() -> dict[tuple[str, str], str]:

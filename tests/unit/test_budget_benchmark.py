@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import importlib.util
 import io
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from rich.console import Console
 
 from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.lab.settings import read_yaml, settings_from
+from tests.scripts import load_script
 
 from . import benchmark_files, tiny
 
@@ -24,13 +23,7 @@ SETTINGS = sorted([*ROOT.glob("experiments/compare/*.yaml"), *ROOT.glob("experim
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("budget_benchmark", ROOT / "benchmarks" / "budget.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/budget.py")
 
 
 def test_a_run_becomes_smaller_and_is_compared(script: Any, tmp_path: Path) -> None:

@@ -269,8 +269,7 @@ class AdapterConfig(PeftConfig):
 
         Returns:
             Ranks and the ranks that the scaling refers to, if training has moved any; what layers are that are not
-            linear; and a start that needs no
-            decomposition of the base weights, since the weights are there.
+            linear; and a start that needs no decomposition of the base weights, since the weights are there.
         """
         layers = list(layers)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from dynalora.adapter.experts import ExpertMatrix
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.errors import ConfigError, check_least
+from dynalora.evaluation.generation import evaluating
+from dynalora.forgetting.base_model import adapters_off
 
 
 def token_batches(
@@ -57,6 +59,19 @@ def token_batches(
         encoded["labels"] = encoded["input_ids"].masked_fill(special.bool(), IGNORED_LABEL)
         if encoded["input_ids"].shape[1]:
             yield encoded, len(some), total
+
+
+def pass_rows(model: nn.Module, rows: Iterable[Sequence[int]]) -> None:
+    """Pass token ids through a language model, row by row, for whoever watches its layers; adapters are off.
+
+    Args:
+        model: The model, with or without adapters.
+        rows: Token ids of each text.
+    """
+    device = next(model.parameters()).device
+    with adapters_off(model), evaluating(model), torch.no_grad():
+        for row in rows:
+            model(input_ids=torch.tensor([row], device=device), use_cache=False)
 
 
 def counted_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from dynalora.adapter.targets import targeted_modules
 from dynalora.common.names import did_you_mean
 from dynalora.errors import ConfigError, ScheduleError
-from dynalora.evaluation.generation import evaluating
+from dynalora.forgetting.passes import pass_rows
 from dynalora.forgetting.texts import anchor_text
 from dynalora.lab.null_space import LoraNullConfig, start_in_null_space
 
@@ -235,15 +236,9 @@ def prepare_start(
     from peft.tuners.lora.corda import preprocess_corda  # loads attrs, which nothing else here needs
 
     anchors = anchor_text(model, tokenizer)
-
-    def run_model() -> None:
-        with evaluating(model), torch.no_grad():
-            for row in anchors.rows:
-                model(torch.tensor([row], device=next(model.parameters()).device))
-
     named = copy.copy(config)  # PEFT looks for each module's name among these, and does not know all-linear here
     named.target_modules = targeted_modules(model, config)
-    preprocess_corda(model, named, run_model=run_model)
+    preprocess_corda(model, named, run_model=partial(pass_rows, model, anchors.rows))
 
 
 def finish_start(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -17,8 +17,7 @@ import peft
 import torch
 from torch import nn
 
-from dynalora.evaluation.generation import evaluating
-from dynalora.forgetting.base_model import adapters_off
+from dynalora.forgetting.passes import pass_rows
 from dynalora.forgetting.texts import anchor_text
 
 if TYPE_CHECKING:
@@ -90,10 +89,7 @@ def input_moments(
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:
-        with adapters_off(model), evaluating(model), torch.no_grad():
-            for row in texts:
-                model(input_ids=torch.tensor([row], device=next(model.parameters()).device), use_cache=False)
-                last[:] = [None, ""]
+        pass_rows(model, texts)
     finally:
         for handle in handles:
             handle.remove()
