@@ -2,12 +2,13 @@
 
 python benchmarks/big_models.py meta 7B 70B   # every method at r = 16 on all linear layers, on the meta device
 python benchmarks/big_models.py train 1B dira disel pedyra   # bytes counted in real steps, and those computed
+python benchmarks/big_models.py train 7B --device cuda   # the same on a GPU, with what its allocator says it holds
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
-import sys
 import time
 from typing import Any
 
@@ -57,50 +58,84 @@ def on_meta(size: str, methods: list[str]) -> Table:
     return Table([f"{size} on the meta device", "trained parameters", "time", "memory"], rows)
 
 
-def trained(size: str, method: str) -> list[Any]:
+def trained(size: str, method: str, device: torch.device) -> list[Any]:
     """Bytes of a model with random weights in bfloat16 in training, as counted and as computed."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config_of(size), dtype=torch.bfloat16)
-    config = adapter_config(method, r=16, options={} if method == "lora" else {"total_steps": 1000})
+    with device:
+        model = transformers.AutoModelForCausalLM.from_config(config_of(size), dtype=torch.bfloat16)
+        config = adapter_config(method, r=16, options={} if method == "lora" else {"total_steps": 1000})
     cost = cost_of(model, config, dtype=torch.bfloat16)
     base = sum(parameter.nbytes for parameter in model.parameters())
     others = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    forget_peak()
-    before = resident()
+    forget_most(device)
+    before, began = held(device), time.perf_counter()
     adapted = peft.get_peft_model(model, config).train()
-    start = (peak() or 0) - before
+    start, making = most(device) - before, time.perf_counter() - began
     own = [tensor for tensor in (*adapted.parameters(), *adapted.buffers()) if id(tensor) not in others]
     adapter = sum(tensor.nbytes for tensor in own)
     weights = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4)
-    forget_peak()
-    seconds = 0.0
+    forget_most(device)
     for step in range(STEPS):
-        rows = torch.randint(3, 1000, (1, TOKENS), generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        rows = torch.randint(3, 1000, (1, TOKENS), generator=torch.Generator().manual_seed(step)).to(device)
         began = time.perf_counter()
         adapted(input_ids=rows, labels=rows).loss.backward()
         optimizer.step()
+        float(weights[0].detach().flatten()[0])  # waits for the device
         seconds = time.perf_counter() - began
-        gradients = sum(weight.grad.nbytes for weight in weights if weight.grad is not None)
-        optimizer.zero_grad()
+    gradients = sum(weight.grad.nbytes for weight in weights if weight.grad is not None)
     state = sum(tensor.nbytes for entry in optimizer.state.values() for tensor in entry.values() if tensor.numel() > 1)
-    pairs = ((base, cost.base), (adapter, cost.adapter), (gradients, cost.gradients), (state, cost.optimizer))
+    parts = ((base, cost.base), (adapter, cost.adapter), (gradients, cost.gradients), (state, cost.optimizer))
+    # A GPU's allocator knows what is held; a CPU's process holds the libraries, too, so the parts are added up there.
+    together = held(device) if device.type == "cuda" else sum(counted for counted, _ in parts)
+    pairs = (*parts, (together, cost.total))
     cells = [f"{amount(counted)} / {amount(computed)}" for counted, computed in pairs]
-    return [method, *cells, amount(start), amount(peak() or 0), f"{seconds:.1f} s"]
+    return [method, *cells, amount(start), f"{making:.1f} s", amount(most(device)), f"{seconds:.2f} s"]
 
 
-def main(what: str, *given: str) -> None:
-    """Print one table per size on the meta device, or one of a size in training."""
-    if what == "meta":
-        for size in given or ("7B", "70B"):
+def held(device: torch.device) -> int:
+    """Bytes that are in use now: those that the GPU's allocator gave out; on a CPU all of this process."""
+    gc.collect()
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else resident()
+
+
+def most(device: torch.device) -> int:
+    """The most of them since `forget_most`."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak() or 0
+
+
+def forget_most(device: torch.device) -> None:
+    """Begin anew with `most`."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        forget_peak()
+
+
+def main() -> None:
+    """Print one table per size on the meta device, or a size's rows in training, each as soon as it is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["meta", "train"])
+    parser.add_argument("words", nargs="*", help="sizes for meta; a size and methods for train")
+    parser.add_argument("--device", default="cpu", type=torch.device, help="where train has its weights: cpu or cuda")
+    given = parser.parse_args()
+    if given.what == "meta":
+        for size in given.words or ("7B", "70B"):
             print(markdown_table(on_meta(size, method_names())), flush=True)
         return
-    size, *methods = given
-    rows = [trained(size, method) for method in methods or ("lora", *method_names())]
-    parts = ["base weights", "adapter", "gradients", "AdamW's state"]
-    columns = [*parts, "most while it is made", "most in a step", "step"]
-    print(markdown_table(Table([f"{size}, counted / computed", *columns], rows)))
+    size, *methods = given.words or ["1B"]
+    if given.device.type == "cuda":
+        print(torch.cuda.get_device_name(given.device))
+        torch.ones(64, 64, device=given.device) @ torch.ones(64, 64, device=given.device)  # cuBLAS takes its work space
+    parts = ["base weights", "adapter", "gradients", "AdamW's state", "together"]
+    columns = [*parts, "most while it is made", "made in", "most in a step", "step"]
+    for index, method in enumerate(methods or ("lora", *method_names())):
+        table = markdown_table(Table([f"{size}, counted / computed", *columns], [trained(size, method, given.device)]))
+        print("\n".join(table.splitlines()[0 if index == 0 else 2 :]), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
