@@ -18,6 +18,7 @@ import dynalora
 from dynalora import DiraConfig, DiselConfig, PedyraConfig
 from dynalora.adapter.layer import adapter_layers
 from dynalora.adapter.matching import MOST, due, power
+from dynalora.adapter.method import Method
 from dynalora.errors import CheckpointError
 from tests.driver.loops import trainable
 from tests.toys import TOYS
@@ -135,6 +136,28 @@ def test_rates_fall_as_gates_open(method: str) -> None:
         for layer, old in zip(layers_of(model), before, strict=True):
             up = layer.parameter("up", "default")
             torch.testing.assert_close(up.detach(), old - 1e-3 * up.grad)
+
+
+@pytest.mark.parametrize("method", GATED)
+def test_a_method_need_not_know_of_its_gates(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does nothing around steps has gates with their own rates, and `up` follows them."""
+    model = adapted(method)
+    driver = layers_of(model)[0].drivers["default"]
+    for hook in ("before_step", "after_step", "optimizer_overrides"):
+        monkeypatch.setattr(type(driver.method), hook, getattr(Method, hook))
+    step(model, torch.optim.SGD(trainable(model), lr=1e-3), 0)
+    measured = multiples(model)
+    for layer, multiple in zip(layers_of(model), measured, strict=True):
+        assert layer.matched["default"].measuring
+        rules = driver.optimizer_overrides(layer)
+        assert rules["up"].lr_multiplier == multiple
+        assert (rules["gate_bias"].lr_multiplier, rules["gate_bias"].weight_decay) == (5.0, 0.0)
+
+
+def test_parts_act_gates_first() -> None:
+    """Keeping the base model runs the layers, which must not count as passes of the step."""
+    model = adapted("disel", retain=10.0)
+    assert [part.name for part in layers_of(model)[0].drivers["default"].parts] == ["gates", "retain"]
 
 
 def test_the_papers_rates_are_never_measured() -> None:

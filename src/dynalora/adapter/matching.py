@@ -1,4 +1,6 @@
-"""Steps of `up` that stay as long as LoRA's, however far a diagonal is open: the part of gates in `match_step`.
+"""Steps of gates, and of `up` behind them: a part of every adapter with gates, whatever its method.
+
+With `match_step` steps of `up` stay as long as LoRA's, however far the diagonal is open.
 
 An optimizer such as Adam moves every entry of `up` by about the learning rate, and the model's function by that times
 what the diagonal lets through. What it lets through is measured in the training forward passes of a step, layer by
@@ -26,7 +28,7 @@ import torch
 from dynalora.adapter.storage import Role
 from dynalora.common.private import version
 from dynalora.common.processes import grouped
-from dynalora.driver import Moment, OptimizerOverride
+from dynalora.driver import Moment, OptimizerOverride, Part
 
 if TYPE_CHECKING:
     from dynalora.adapter.gates import GatedLayer
@@ -98,8 +100,32 @@ class MatchedSteps:
         self._seen = (id(saved), version(saved))
 
 
-def match_steps(moment: Moment) -> None:
-    """Before an optimizer's step: measure ρ, if it is time, and let `up`'s rates follow it."""
+class GateRates(Part):
+    """The learning rates of gates, and those of `up` that follow them; no weight decay on gates."""
+
+    name = "gates"
+
+    @property
+    def sharding(self) -> tuple[str, ...]:
+        """All: nothing is added to gradients, and ρ comes from the layers' activations."""
+        return ("FSDP2", "FSDP1", "ZeRO")
+
+    def optimizer_overrides(self, config: Any, layer: GatedLayer, adapter: str) -> dict[str, OptimizerOverride]:
+        """The gates' own rules, and the one of `up` where its steps are matched."""
+        return {**config.gate_overrides(), **layer.matched_rules(adapter)}
+
+    def before_step(self, moment: Moment) -> None:
+        """Measure ρ, if it is time, and let `up`'s rates follow it."""
+        _match(moment)
+
+    def after_step(self, moment: Moment) -> None:
+        """Have the next step's forward passes measured, if it is time."""
+        for layer in moment.all_layers:
+            if (steps := layer.matched.get(moment.adapter)) is not None:
+                steps.measuring = due(moment.step + 2)
+
+
+def _match(moment: Moment) -> None:
     adapter = moment.adapter
     pairs = [(layer, steps) for layer in moment.all_layers if (steps := layer.matched.get(adapter)) is not None]
     if not pairs:
@@ -125,13 +151,6 @@ def match_steps(moment: Moment) -> None:
             saved = torch.tensor([value], dtype=torch.int64, device=place)
             layer.set_running(ROLE.name, adapter, saved)
             steps.take(value, saved)
-
-
-def prepare_matching(moment: Moment) -> None:
-    """After an optimizer's step: measure the next one's forward passes, if it is time."""
-    for layer in moment.all_layers:
-        if (steps := layer.matched.get(moment.adapter)) is not None:
-            steps.measuring = due(moment.step + 2)
 
 
 def _totals(sums: Sequence[torch.Tensor | None], layer: GatedLayer, adapter: str) -> list[list[float]]:

@@ -24,6 +24,7 @@ from torch import nn
 
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
+from dynalora.adapter.matching import GateRates
 from dynalora.adapter.method import Method
 from dynalora.adapter.patterns import check_patterns
 from dynalora.adapter.ranks import fit
@@ -33,7 +34,7 @@ from dynalora.adapter.shared_input import join_companions
 from dynalora.adapter.targets import describe_linear_layers, is_target, leave_out_head, settle_targets
 from dynalora.common.names import plain_name
 from dynalora.common.private import after_failed_load, after_load_by_transformers, after_unread_method
-from dynalora.driver import Driver, check_driven, first_bad, prepare_unloaded
+from dynalora.driver import Driver, Part, check_driven, first_bad, prepare_unloaded
 from dynalora.errors import CheckpointError, ConfigError, UnsupportedError, first_line
 
 
@@ -73,8 +74,7 @@ class AdapterModel(BaseTuner):
         }
         if not layers:
             return
-        parts = [] if config.retain is None else [Retain(replays=config.retain_mode == "replay")]
-        driver = Driver(self.method, config, adapter_name, parts)
+        driver = Driver(self.method, config, adapter_name, _parts(config))
         for layer in layers.values():
             layer.drive(adapter_name, driver)
         next(iter(layers.values())).become_lead(adapter_name)
@@ -433,6 +433,14 @@ def _fill_in(model: nn.Module, adapter: str, read: Callable[[], dict[str, torch.
             value = tensors.get(f"{layer.method_name}_{role}")
             if value is not None and layer.running(role, adapter) is None:
                 layer.set_running(role, adapter, value.to(device))
+
+
+def _parts(config: Any) -> list[Part]:
+    """What an adapter has besides its method: gates first, which read their measurements, as `retain` runs layers."""
+    parts: list[Part] = [GateRates()] if config.gated else []
+    if config.retain is not None:
+        parts.append(Retain(replays=config.retain_mode == "replay"))
+    return parts
 
 
 after_failed_load(_withdraw)

@@ -33,7 +33,7 @@ from dynalora.adapter.curvature import Curvature
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.storage import BUDGET
 from dynalora.common.processes import spread_as, whole
-from dynalora.driver import Moment
+from dynalora.driver import Moment, Part
 from dynalora.errors import TrainingError
 from dynalora.spectral.second_moment import SecondMoment, StackedMoments
 
@@ -159,14 +159,13 @@ def _in_full(layers: Sequence[AdapterLayer], adapter: str) -> Iterator[list[torc
             holder._parameters[adapter] = parameter
 
 
-class Retain:
+class Retain(Part):
     """Adds the gradient of the penalty to an adapter's, at every step. One object per adapter; its driver holds it.
 
     Args:
         replays: Whether it is the gradient of the KL itself, which takes a backward pass of its own.
 
     Attributes:
-        sharding: As a method's.
         weight: Of the penalty at the last step.
         value: Σ P at the last step, without the weight; with `retain_mode="replay"` the KL on the step's texts.
         meter: Measures the model; None until text was read. It belongs to one model: copies have none.
@@ -177,7 +176,7 @@ class Retain:
     name = "retain"
 
     def __init__(self, replays: bool = False) -> None:
-        self.sharding: tuple[str, ...] = () if replays else ("FSDP2",)
+        self.replays = replays
         self.weight: torch.Tensor | float | None = None
         self.value: torch.Tensor | None = None
         self.meter: Meter | None = None
@@ -191,6 +190,15 @@ class Retain:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "meter": None, "_gradients": {}, "_done": set(), "_penalty": None}
+
+    @property
+    def sharding(self) -> tuple[str, ...]:
+        """Layers spread over processes can be had in full for the penalty, not for a pass of the model."""
+        return () if self.replays else ("FSDP2",)
+
+    def needs_whole_steps(self, config: Any) -> bool:
+        """The gradients of all layers are had together, at the weights of the step's start."""
+        return True
 
     def ready(self, config: Any, layers: Iterable[AdapterLayer], adapter: str) -> bool:
         """Whether the text that a configuration needs has been read."""

@@ -18,7 +18,8 @@ from dynalora.common.private import in_backward, version
 from dynalora.common.processes import grouped, process_count
 from dynalora.driver.finite import first_bad, some_bad
 from dynalora.driver.losses import Passes
-from dynalora.driver.moment import DrivenLayer, DrivenMethod, DrivenPart, Moment
+from dynalora.driver.moment import DrivenLayer, DrivenMethod, Moment, OptimizerOverride
+from dynalora.driver.part import Part
 from dynalora.errors import ScheduleError, TrainingError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Driver:
     method: DrivenMethod
     config: PeftConfig
     adapter: str
-    parts: Sequence[DrivenPart] = ()
+    parts: Sequence[Part] = ()
     thread: int | None = None
     joining: bool = False
     optimizer_steps: int = 0
@@ -69,6 +70,11 @@ class Driver:
     # Identity and version of the saved clock as this object last saw it, to notice a loaded checkpoint without
     # reading the tensor (which would stall an accelerator at every step).
     _seen: tuple[int, int] | None = None
+
+    @property
+    def acting(self) -> tuple[DrivenMethod | Part, ...]:
+        """What acts at every step, in this order: the method, and then the parts."""
+        return (self.method, *self.parts)
 
     @property
     def needs_task_loss(self) -> bool:
@@ -192,14 +198,26 @@ class Driver:
         moment.step = self._current  # the clock has moved on if the first optimizer has stepped
         moment.shared, moment.awaiting, moment.task_loss = self._shared, awaiting, self._task_loss
         moment.others = [p for p in moment.others if p.grad is not None and not _is_marked(p.grad)]
-        self.method.before_step(moment)
-        for part in self.parts:
-            part.before_step(moment)
+        for acting in self.acting:
+            acting.before_step(moment)
         self._done |= awaiting
         for parameter in (*parameters, *moment.others):
             if parameter.grad is not None:
                 _mark(parameter.grad)
         return first
+
+    def finish(self, moment: Moment) -> None:
+        """Let the method and the parts act after a training step that was taken, and count it."""
+        for acting in self.acting:
+            acting.after_step(moment)
+        self.advance(moment.lead)
+
+    def optimizer_overrides(self, layer: DrivenLayer) -> dict[str, OptimizerOverride]:
+        """How the optimizer must treat the layer's parameters, by role; a part's rule goes before the method's."""
+        rules: dict[str, OptimizerOverride] = {}
+        for acting in self.acting:
+            rules |= acting.optimizer_overrides(self.config, layer, self.adapter)
+        return rules
 
     def _require_known_sharding(self, layers: Sequence[Any]) -> None:
         """Refuse weights that are spread over processes in a way that the method's rules do not know.
@@ -211,8 +229,7 @@ class Driver:
         if down is None:
             return
         way = "FSDP1" if down.ndim != 2 else "FSDP2" if hasattr(down, "full_tensor") else None
-        everything: list[DrivenMethod | DrivenPart] = [self.method, *self.parts]
-        for acting in everything:
+        for acting in self.acting:
             if way is None or way in acting.sharding:
                 continue
             known = " or ".join([*(name for name in acting.sharding if "FSDP" in name), "DistributedDataParallel"])
@@ -233,9 +250,9 @@ class Driver:
         Raises:
             UnsupportedError: The method acts on gradients and weights at its steps, which are not those of the copies.
         """
-        needed = self.parts or self.method.needs_driving(self.config)
+        needed = [acting for acting in self.acting if acting.needs_driving(self.config)]
         if needed and not self.accepted_undriven:
-            by_groups = "ZeRO" in self.method.sharding and not self.parts
+            by_groups = all("ZeRO" in acting.sharding for acting in needed)
             if not (by_groups and groups_follow):
                 remedy = (
                     "give it the groups of dynalora.param_groups(model, lr)"
@@ -367,7 +384,7 @@ class Driver:
 
     def _require_whole_step(self) -> None:
         """Refuse a step within a backward pass, where the method or a part needs the gradients of all layers."""
-        if in_backward() and (self.parts or self.method.needs_whole_steps(self.config)):
+        if in_backward() and any(acting.needs_whole_steps(self.config) for acting in self.acting):
             raise TrainingError(
                 f"an optimizer steps within backward(), before the gradients of all layers are there, while "
                 f"{type(self.config).__name__} (adapter {self.adapter!r}) acts on a training step as a whole; step "
@@ -457,7 +474,7 @@ class Driver:
             part.check_finished(self.config, self.adapter, when)
         if self.optimizer_steps or self.accepted_undriven or not self._gradients_seen:
             return
-        if not (self.parts or self.method.needs_driving(self.config)):
+        if not any(acting.needs_driving(self.config) for acting in self.acting):
             return
         if all(_fingerprint(layer, self.adapter) == self._baselines.get(layer.order) for layer in layers):
             return

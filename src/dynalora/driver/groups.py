@@ -172,7 +172,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
             continue
         layer = cast(Any, module)
         for adapter, driver in layer.drivers.items():
-            overrides = driver.method.optimizer_overrides(driver.config, layer, adapter)
+            overrides = driver.optimizer_overrides(layer)
             for role, parameter in layer.adapter_parameters(adapter).items():
                 of_adapters.add(id(parameter))
                 if role in overrides:

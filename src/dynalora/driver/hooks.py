@@ -132,8 +132,7 @@ def _make_plan(optimizer: Optimizer, stamp: object) -> _Plan:
                 continue
             binding.layers.append(weakref.ref(layer))
             binding.parameters.extend(_refs(roles.values()))
-            rules = driver.method.optimizer_overrides(driver.config, layer, driver.adapter)
-            for role, override in rules.items():
+            for role, override in driver.optimizer_overrides(layer).items():
                 mark = marked.get(id(roles[role])) if role in roles else True
                 if mark is None or (override.follows and mark is not True):
                     overrides[id(roles[role])] = override
@@ -266,8 +265,7 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
             continue
         moment = binding.moment(optimizer=optimizer)
         with torch.no_grad():
-            binding.driver.method.after_step(moment)
-        binding.driver.advance(moment.lead)
+            binding.driver.finish(moment)
 
 
 def known_optimizers() -> list[Optimizer]:

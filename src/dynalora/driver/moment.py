@@ -160,30 +160,6 @@ class DrivenLayer(Protocol):
         """Saved clock, int64 `[step, total_steps]`, on the one layer of the adapter that carries it."""
 
 
-class DrivenPart(Protocol):
-    """What adapters of any method may have besides: it acts when all gradients are there, after the method."""
-
-    @property
-    def name(self) -> str:
-        """The setting that asks for it."""
-
-    @property
-    def sharding(self) -> tuple[str, ...]:
-        """As a method's."""
-
-    def before_step(self, moment: Moment) -> None:
-        """Add to the gradients of the parameters that are about to step (under `no_grad`)."""
-
-    def metrics(self, moment: Moment) -> dict[str, float]:
-        """Numbers for the trainer's log; must be cheap."""
-
-    def report(self, moment: Moment) -> dict[str, Any]:
-        """What it is doing now, for `dynalora.state_report`."""
-
-    def check_finished(self, config: Any, adapter: str, when: str) -> None:
-        """Warn of what a run has left to do, where the adapter is about to be used (saved, merged)."""
-
-
 class DrivenMethod(Protocol):
     """What a method may do around optimizer steps. See `dynalora.adapter.method.Method`."""
 

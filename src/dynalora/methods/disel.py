@@ -23,10 +23,9 @@ from typing import Any, ClassVar
 import torch
 
 from dynalora.adapter.gates import GatedConfig, GatedLayer
-from dynalora.adapter.matching import match_steps, prepare_matching
 from dynalora.adapter.method import Method
 from dynalora.adapter.register import register
-from dynalora.driver import Moment, OptimizerOverride
+from dynalora.driver import Moment
 
 
 @dataclass
@@ -57,27 +56,13 @@ class DiselLayer(GatedLayer):
 
 @register
 class Disel(Method):
-    """DISeL's part in training: learning rates of the gates and of `up`, and no weight decay on gates."""
+    """DISeL has nothing but its gates, which drive themselves ([`GateRates`][dynalora.adapter.matching.GateRates])."""
 
     name = "disel"
     title = "DISeL"
     config_class = DiselConfig
     layer_class = DiselLayer
     sharding = ("FSDP2", "FSDP1", "ZeRO")  # nothing is added to its gradients
-
-    def optimizer_overrides(  # type: ignore[override]
-        self, config: DiselConfig, layer: DiselLayer, adapter: str
-    ) -> dict[str, OptimizerOverride]:
-        """Gates step with their multiple of the learning rate and without weight decay; and `up` as LoRA's would."""
-        return {**config.gate_overrides(), **layer.matched_rules(adapter)}
-
-    def before_step(self, moment: Moment) -> None:
-        """Let `up`'s steps follow what the gates let through."""
-        match_steps(moment)
-
-    def after_step(self, moment: Moment) -> None:
-        """Make ready for measuring the next step."""
-        prepare_matching(moment)
 
     def report(self, moment: Moment) -> dict[str, Any]:
         """How far the gates' biases have moved: the mean of σ(b_g), the openness for an input of zero."""

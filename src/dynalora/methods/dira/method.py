@@ -11,12 +11,11 @@ import torch
 from dynalora.adapter.compaction import compact_layers, require_free_shapes
 from dynalora.adapter.gates import GatedLayer
 from dynalora.adapter.layer import AdapterLayer
-from dynalora.adapter.matching import match_steps, prepare_matching
 from dynalora.adapter.method import Method, Panel
 from dynalora.adapter.register import register
 from dynalora.adapter.storage import Role
 from dynalora.common.processes import process_count
-from dynalora.driver import Moment, OptimizerOverride
+from dynalora.driver import Moment
 from dynalora.driver.schedule import scheduled
 from dynalora.errors import UnsupportedError
 from dynalora.methods.dira.budget import DUAL, budget, budgeted_step, weight_now
@@ -63,12 +62,6 @@ class Dira(Method):
         if config.target_rank is not None:
             budget(list(layers.values()), adapter, config)
 
-    def optimizer_overrides(  # type: ignore[override]
-        self, config: DiraConfig, layer: DiraLayer, adapter: str
-    ) -> dict[str, OptimizerOverride]:
-        """The gates' own rules, where there are any."""
-        return {**config.gate_overrides(), **layer.matched_rules(adapter)}
-
     def needs_total_steps(self, config: DiraConfig) -> bool:
         """A decaying weight and a budget need the length of the run."""
         decays = config.penalty_weight > 0 and config.penalty_schedule != "constant"
@@ -97,7 +90,6 @@ class Dira(Method):
 
     def before_step(self, moment: Moment) -> None:
         """Add the penalty's gradient."""
-        match_steps(moment)
         config: DiraConfig = moment.config
         if self.needs_whole_steps(config):
             _require_whole_factors(moment)
@@ -114,7 +106,6 @@ class Dira(Method):
 
     def after_step(self, moment: Moment) -> None:
         """Shrink and let die what the penalty or the budget asks for, and remove the dead if it is time."""
-        prepare_matching(moment)
         config: DiraConfig = moment.config
         if config.target_rank is not None:
             budgeted_step(moment)

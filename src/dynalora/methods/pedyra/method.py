@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from dynalora.adapter.layer import AdapterLayer
-from dynalora.adapter.matching import match_steps, prepare_matching
 from dynalora.adapter.method import Method, Panel
 from dynalora.adapter.orthogonality import add_orthogonality
 from dynalora.adapter.register import register
@@ -96,7 +95,7 @@ class Pedyra(Method):
         with ρ the size of e times the gates, as it is measured. The two belong together: e moves along directions that
         the task did not choose, up turns them to where it wants to go.
         """
-        rules = {**config.gate_overrides(), **layer.matched_rules(adapter)}
+        rules: dict[str, OptimizerOverride] = {}
         if config.use_dora:
             rules["magnitude"] = OptimizerOverride(weight_decay=0.0)
         if config.mode == "static":
@@ -106,7 +105,7 @@ class Pedyra(Method):
             # Powers of two, so that matrices of like size step in one group.
             rules["e"] = OptimizerOverride(lr_multiplier=2.0 ** round(math.log2(multiple)))
             of_up = 2.0 ** round(math.log2(UP_RATE / layer.scaling[adapter]))
-            rules.setdefault("up", OptimizerOverride(lr_multiplier=of_up))
+            rules["up"] = OptimizerOverride(lr_multiplier=of_up)  # that of gates goes before it
         return rules
 
     def needs_whole_steps(self, config: PedyraConfig) -> bool:
@@ -137,7 +136,6 @@ class Pedyra(Method):
 
     def before_step(self, moment: Moment[StepScores]) -> None:
         """Learn from the task's gradients, score the triples if it is time, then add the orthogonality gradient."""
-        match_steps(moment)
         if not moment.shared.taken:
             # By the first of several optimizers, while all gradients are the task's.
             moment.shared.taken = True
@@ -169,7 +167,6 @@ class Pedyra(Method):
 
     def after_step(self, moment: Moment[StepScores]) -> None:
         """Adjust the ranks if it is time."""
-        prepare_matching(moment)
         if moment.shared.scores is None:
             return
         layers = moment.training_layers

@@ -1,0 +1,52 @@
+"""What adapters of any method may have besides their method, and the driver runs: the contract of a part."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from dynalora.driver.moment import Moment, OptimizerOverride
+
+
+class Part:
+    """Acts around optimizer steps, after the method and in the order of the driver's parts.
+
+    Every hook has a default that does nothing, so a part states only what it is for. They mean what they mean in
+    `dynalora.adapter.method.Method`.
+    """
+
+    #: The setting that asks for the part.
+    name: ClassVar[str]
+
+    @property
+    def sharding(self) -> tuple[str, ...]:
+        """The ways to spread weights over processes that its rules know, as a method's."""
+        return ()
+
+    def needs_driving(self, config: Any) -> bool:
+        """Whether training without the driver would silently be something else."""
+        return True
+
+    def needs_whole_steps(self, config: Any) -> bool:
+        """Whether it acts on all gradients of a step together, which an optimizer within `backward` does not have."""
+        return False
+
+    def optimizer_overrides(self, config: Any, layer: Any, adapter: str) -> dict[str, OptimizerOverride]:
+        """Parameter roles of a layer that the optimizer must treat differently; these go before the method's."""
+        return {}
+
+    def before_step(self, moment: Moment) -> None:
+        """Act when all gradients are there and the optimizer is about to step (under `no_grad`)."""
+
+    def after_step(self, moment: Moment) -> None:
+        """Act right after a step that was taken (under `no_grad`)."""
+
+    def metrics(self, moment: Moment) -> dict[str, float]:
+        """Numbers for the trainer's log; must be cheap."""
+        return {}
+
+    def report(self, moment: Moment) -> dict[str, Any]:
+        """What it is doing now, for `dynalora.state_report`."""
+        return {}
+
+    def check_finished(self, config: Any, adapter: str, when: str) -> None:
+        """Warn of what a run has left to do, where the adapter is about to be used (saved, merged)."""
