@@ -137,15 +137,17 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--part", default="1/1", help="2/4: only the second, sixth, … of the runs, to share them out")
     parser.add_argument("--json", type=Path, help="where every run's numbers go")
     options = parser.parse_args()
+    part, parts = (int(number) for number in options.part.split("/"))
     if options.json is not None and options.json.exists():
         parser.error(f"{options.json} exists; name another file, or remove it")
     bench = Bench(options.task, options.data, options.steps, Console(stderr=True))
     columns = ("method", "rate", "r", "start", "budget", "seed", "loss", "trained", "factor", "end", "unseen", "held")
     print(_LINE.format(*columns, "KL / penalty"), flush=True)
     records = []
-    for run in plan(options.runs, options.seed):
+    for run in plan(options.runs, options.seed)[part - 1 :: parts]:
         record = bench.run(run)
         records.append(record)
         names = ("method", "rate", "r", "retain", "budget", "seed")
