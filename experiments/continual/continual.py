@@ -199,17 +199,21 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the results")
     parser.add_argument("--arms", type=lambda names: names.split(","), default=list(ARMS), help="with commas")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--part", default="1/1", help="2/3: only the second, fifth, … of the seeds, to share them out")
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps on each task")
     parser.add_argument("--held-out", type=int, default=100, help="questions of each task that are measured on")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
     if unknown := sorted({*options.arms} - {*ARMS}):
         parser.error(f"no arm is called {', '.join(unknown)}; known are {', '.join(ARMS)}")
+    part, parts = (int(number) for number in options.part.split("/"))
     if not options.table:
         options.out.mkdir(parents=True, exist_ok=True)
         experiment = Continual(options)
-        for seed in range(options.seeds):
+        for seed in range(options.seeds)[part - 1 :: parts]:
             experiment.run(seed)
+    if parts > 1:
+        return  # the others' files may be missing yet; --table makes the table
     print("\n".join(table(options.out, options.arms, options.seeds)))
 
 
