@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dynalora
 from dynalora import LoraDashConfig, MiloraConfig, SorsaConfig
 from dynalora.adapter.layer import AdapterLayer
-from dynalora.errors import ConfigError
+from dynalora.errors import ConfigError, DynaloraError
 from tests.reference import starts as reference
 
 shape = st.tuples(st.integers(2, 9), st.integers(2, 9))
@@ -165,3 +165,16 @@ def test_bad_settings_are_named() -> None:
         LoraDashConfig(warmup_steps=0)
     with pytest.raises(ConfigError, match="tsd_count"):
         LoraDashConfig(tsd_count=0)
+
+
+@pytest.mark.parametrize("config", [SorsaConfig, dynalora.DisloraConfig])
+def test_a_start_that_fails_leaves_no_adapter_behind(config: type) -> None:
+    base = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 6))
+    model: Any = peft.get_peft_model(base, config(r=2, total_steps=9, target_modules=["0"]))
+    with torch.no_grad():
+        base[1].weight[0, 0] = float("nan")
+    names = list(model.state_dict())
+    with pytest.raises(DynaloraError, match="not finite"):  # the first layer has begun by then
+        model.add_adapter("other", config(r=2, total_steps=9, target_modules=["0", "1"]))
+    assert list(model.state_dict()) == names
+    assert list(model.peft_config) == ["default"]

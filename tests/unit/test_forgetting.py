@@ -248,9 +248,25 @@ def test_a_stage_that_was_killed_before_its_scores_were_written_is_run_again(
     stage = Path(spec.output) / "seed-42" / "interference"
     assert (stage / "adapter").is_dir()
     assert not (stage / "result.json").exists()
-    results, _ = ran
+
+    def dying_later(self: Any, unit: Any, result: Any) -> Any:
+        write(self, unit, result)
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(UnitStore, "write", dying_later)
+        with pytest.raises(Killed):
+            run_forgetting(replace(spec, resume=True))
+    with open(Path(spec.output) / "metrics.jsonl", "a", encoding="utf-8") as metrics:
+        metrics.write('{"run": "seed-42/interf')  # the kill was in the middle of its record
+    results, output = ran
     resumed = run_forgetting(replace(spec, resume=True))
     assert [result["scores"] for result in resumed] == [result["scores"] for result in results]
+
+    def recorded(folder: Path) -> list[dict[str, Any]]:
+        return [{key: row[key] for key in row if "seconds" not in key} for row in read_metrics(folder)]
+
+    assert recorded(Path(spec.output)) == recorded(output)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from dynalora.adapter.storage import Role
 from dynalora.common.processes import spread_as, whole
 from dynalora.common.progress import late_progress
 from dynalora.driver import Moment
-from dynalora.spectral.decomposition import Triplets, decompose, smallest_triplets
+from dynalora.spectral.decomposition import Triplets, decompose_each, smallest_triplets
 from dynalora.spectral.spectrum import factor_spectrum
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ def choose_directions(
             up, down = (whole(factor) for factor in layer.moved(adapter, config))
             count, sides = layer.parameter("tsd_weight", adapter).shape[0], min(weight.shape)
             size, floor = float(factor_spectrum(up, down)[0]), _floor(weight)
-            pairs = smallest_pairs([layer], adapter)[0] if largest else smallest_triplets(weight, sides)
+            pairs = next(smallest_pairs([layer], adapter))[1] if largest else smallest_triplets(weight, sides)
             chosen, enough = _best(pairs, up, down, count, sides, size, floor, largest)
             while not enough:
                 pairs = smallest_triplets(weight, min(4 * pairs.values.shape[0], sides))
@@ -237,13 +237,14 @@ def _floor(weight: torch.Tensor) -> float:
     return max(1e-7 * float(norm), torch.finfo(torch.float32).tiny)
 
 
-def smallest_pairs(layers: Sequence[AdapterLayer], adapter: str) -> list[Triplets]:
+def smallest_pairs(layers: Sequence[AdapterLayer], adapter: str) -> Iterator[tuple[int, Triplets]]:
     """The smallest singular triplets of each base weight: as many as a start and mostly the directions need.
 
+    Each comes with the place of its layer.
     The same number in both places, so that the second finds what the first has left on the disk.
     """
     ranks = [
         min(layer.rank(adapter) + layer.buffer("frozen_down", adapter).shape[0], layer.in_features, layer.out_features)
         for layer in layers
     ]
-    return decompose([layer.base_matrix for layer in layers], ranks, describe="Decomposing the base weights")
+    return decompose_each([layer.base_matrix for layer in layers], ranks, describe="Decomposing the base weights")

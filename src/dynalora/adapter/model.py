@@ -58,13 +58,13 @@ class AdapterModel(BaseTuner):
         check_patterns(self.peft_config[adapter_name], [name for name, _ in model.named_modules()])
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            # PEFT calls the hook itself for the adapter that a tuner is made with, but not for those added later.
+            self._post_injection_hook(model, self.peft_config[adapter_name], adapter_name)
         except NoMatchingPeftModuleError as error:
             raise NoMatchingPeftModuleError(f"{error} {describe_linear_layers(model)}") from None
         except Exception:
             _take_back(model, adapter_name)
             raise
-        # PEFT calls the hook itself for the adapter that a tuner is made with, but not for those added later.
-        self._post_injection_hook(model, self.peft_config[adapter_name], adapter_name)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         layers = {

@@ -8,7 +8,7 @@ whatever s is, and W0 is never edited.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -19,7 +19,7 @@ from dynalora.adapter.method import Method
 from dynalora.adapter.storage import Role
 from dynalora.driver import Moment, OptimizerOverride
 from dynalora.errors import ConfigError
-from dynalora.spectral.decomposition import Triplets, decompose
+from dynalora.spectral.decomposition import Triplets, decompose_each
 from dynalora.spectral.triplets import Which
 
 #: Without a rank's dimension, since each trained component stands beside the frozen one that it started from.
@@ -141,12 +141,12 @@ class TwinMethod(Method):
         if not config.init_weights:
             return
         fresh = [cast(TwinLayer, layer) for layer in layers.values() if not layer.parameter("up", adapter).is_meta]
-        for layer, triplets in zip(fresh, self.triplets(fresh, adapter), strict=True):
-            layer.begin_at(adapter, triplets)
+        for index, triplets in self.triplets(fresh, adapter):
+            fresh[index].begin_at(adapter, triplets)
 
-    def triplets(self, layers: Sequence[TwinLayer], adapter: str) -> list[Triplets]:
-        """The triplets that each layer starts at, as many as its rank."""
-        return decompose(
+    def triplets(self, layers: Sequence[TwinLayer], adapter: str) -> Iterator[tuple[int, Triplets]]:
+        """The triplets that each layer starts at, as many as its rank, with the layer's place among all."""
+        return decompose_each(
             [layer.base_matrix for layer in layers],
             [layer.rank(adapter) for layer in layers],
             which=self.which,

@@ -20,7 +20,7 @@ import os
 import platform
 import socket
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
@@ -256,7 +256,7 @@ class RunFolder:
         if not self.writable:
             return
         if self._metrics_file is None:
-            self._metrics_file = open(self.path / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+            self._metrics_file = _continued(self.path / METRICS)
         self._metrics_file.write(json.dumps(plain(record, finite=True), allow_nan=False) + "\n")
         self._metrics_file.flush()
 
@@ -271,17 +271,27 @@ class RunFolder:
             step: Records of later optimizer steps are dropped.
             again: And those that have one of these keys, whatever their step: measured when training has ended.
         """
-        if not self.writable:
-            return
-        if self._metrics_file is not None:
-            self._metrics_file.close()
-            self._metrics_file = None
-        records = [
+        self._rewrite_metrics(
             record
             for record in self.metrics()
             if int(record.get("step") or 0) <= step and record.keys().isdisjoint(again)
-        ]
-        write_file(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in records))
+        )
+
+    def forget_metrics_behind(self, key: str) -> None:
+        """Drop the records behind the last one that has a key: of a piece of work that was killed before its result."""
+        records = self.metrics()
+        while records and key not in records[-1]:
+            records.pop()
+        self._rewrite_metrics(records)
+
+    def _rewrite_metrics(self, records: Iterable[Mapping[str, Any]]) -> None:
+        if not self.writable:
+            return
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        if self._metrics_file is not None:
+            self._metrics_file.close()
+            self._metrics_file = None
+        write_file(self.path / METRICS, text)
 
     # --- files ---------------------------------------------------------------------------------------------
 
@@ -327,6 +337,14 @@ def read_records(file: Path) -> Iterator[dict[str, Any]]:
                 continue  # the one line that a kill may have cut short
             if isinstance(record, dict):
                 yield record
+
+
+def _continued(file: Path) -> Any:
+    """A file of records, open to append; a record that a kill cut short gets a line of its own."""
+    with open(file, "ab+") as opened:
+        if opened.tell() and (opened.seek(-1, os.SEEK_END), opened.read())[1] != b"\n":
+            opened.write(b"\n")
+    return open(file, "a", encoding="utf-8")
 
 
 def _lock_of(folder: Path) -> filelock.BaseFileLock:

@@ -31,7 +31,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
@@ -236,13 +236,11 @@ class Dislora(DirectedMethod, TwinMethod):
         Panel("weighted total", ("dislora_total_loss",)),
     )
 
-    def triplets(self, layers: Sequence[TwinLayer], adapter: str) -> list[Triplets]:
+    def triplets(self, layers: Sequence[TwinLayer], adapter: str) -> Iterator[tuple[int, Triplets]]:
         """The r smallest, of as many as choosing the directions will begin with."""
-        starts = []
-        for layer, pairs in zip(layers, smallest_pairs(layers, adapter), strict=True):
-            r = layer.rank(adapter)
-            starts.append(Triplets(pairs.up[:, -r:], pairs.values[-r:], pairs.down[-r:]))
-        return starts
+        for index, pairs in smallest_pairs(layers, adapter):
+            r = layers[index].rank(adapter)
+            yield index, Triplets(pairs.up[:, -r:], pairs.values[-r:], pairs.down[-r:])
 
     def needs_total_steps(self, config: DisloraConfig) -> bool:
         """A warm-up that is a fraction of the run needs its length."""

@@ -1,13 +1,13 @@
 """Singular triplets of weights, kept on disk: the smallest or the largest of each, and no more than are asked for.
 
-`smallest_triplets` and `largest_triplets` take a weight, `decompose` takes many and looks in the cache first. How they
-are computed stands in `dynalora.spectral.triplets`.
+`smallest_triplets` and `largest_triplets` take a weight, `decompose` and `decompose_each` take many and look in the
+cache first. How they are computed stands in `dynalora.spectral.triplets`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -90,10 +90,7 @@ def decompose(
     cache: bool = True,
     describe: str = "Decomposing weights",
 ) -> list[Triplets]:
-    """Singular triplets of many weights, kept on disk so that the next run with the same weights has them at once.
-
-    Weights are made one after the other and let go when done. Small ones of equal shape and rank are stacked
-    on an accelerator. A job of more than two seconds shows a progress bar on standard error.
+    """What `decompose_each` gives, once all of it is there.
 
     Args:
         weights: For each weight a function that returns it, (out, in).
@@ -106,6 +103,38 @@ def decompose(
         One for each weight, in order, on the weight's device.
 
     Raises:
+        DecompositionError: As `decompose_each`.
+        ConfigError: As `decompose_each`.
+    """
+    each = decompose_each(weights, ranks, which=which, cache=cache, describe=describe)
+    return [triplets for _, triplets in sorted(each, key=lambda pair: pair[0])]
+
+
+def decompose_each(
+    weights: Sequence[Callable[[], Tensor]],
+    ranks: Sequence[int],
+    *,
+    which: Which = "smallest",
+    cache: bool = True,
+    describe: str = "Decomposing weights",
+) -> Iterator[tuple[int, Triplets]]:
+    """Singular triplets of many weights, kept on disk so that the next run with the same weights has them at once.
+
+    Weights are made one after the other and let go when done, and so are their triplets, unless the caller keeps them.
+    Small weights of equal shape and rank are stacked on an accelerator. A job of more than two seconds shows a progress
+    bar on standard error.
+
+    Args:
+        weights: For each weight a function that returns it, (out, in).
+        ranks: For each weight how many triplets.
+        which: The `"smallest"` or the `"largest"` singular values.
+        cache: Whether to look in dynalora's cache folder and keep results there.
+        describe: What the progress bar says.
+
+    Yields:
+        The place of a weight among `weights`, and its triplets on its device. Stacked ones come later than their turn.
+
+    Raises:
         DecompositionError: A weight is not a finite matrix, its rank is out of range, or there are not as many ranks
             as weights.
         ConfigError: The environment sets a size of the disk cache that is no number.
@@ -115,14 +144,18 @@ def decompose(
     if which not in get_args(Which):
         raise DecompositionError(f"which must be 'smallest' or 'largest', got {which!r}")
     store = open_cache() if cache else None
-    results: list[Triplets | None] = [None] * len(weights)
+    done = 0
     waiting: dict[_Kind, list[_Job]] = {}
     with late_progress() as progress:
 
-        def finish(jobs: list[_Job], triplets: list[Triplets]) -> None:
-            for job, result in zip(jobs, triplets, strict=True):
-                results[job.index] = result
-            progress(describe, sum(result is not None for result in results), len(weights))
+        def finished(jobs: list[_Job], triplets: list[Triplets]) -> Iterator[tuple[int, Triplets]]:
+            nonlocal done
+            done += len(jobs)
+            progress(describe, done, len(weights))
+            indices = [job.index for job in jobs]
+            jobs.clear()  # with their weights
+            while triplets:
+                yield indices.pop(), triplets.pop()
 
         for index, (make, k) in enumerate(zip(weights, ranks, strict=True)):
             weight = make().detach()
@@ -130,19 +163,18 @@ def decompose(
             job = _Job(index, weight, _cache_key(weight, k, which) if store is not None else "")
             cached = None if store is None else _read(store, job.key, weight, k)
             if cached is not None:
-                finish([job], [cached])
+                yield from finished([job], [cached])
             elif weight.device.type == "cpu" or max(weight.shape) > _STACK_SIDE:
-                finish([job], _compute([job], k, which, store))
+                yield from finished([job], _compute([job], k, which, store))
             else:
                 waiting.setdefault((weight.shape, k, weight.dtype, weight.device), []).append(job)
                 sizes = {kind: sum(job.weight.numel() for job in jobs) for kind, jobs in waiting.items()}
                 if sum(sizes.values()) >= _STACK_NUMEL:  # the largest group makes the most room
                     largest = max(sizes, key=lambda kind: sizes[kind])
                     jobs = waiting.pop(largest)
-                    finish(jobs, _compute(jobs, largest[1], which, store))
+                    yield from finished(jobs, _compute(jobs, largest[1], which, store))
         for kind, jobs in waiting.items():
-            finish(jobs, _compute(jobs, kind[1], which, store))
-    return [triplets for triplets in results if triplets is not None]
+            yield from finished(jobs, _compute(jobs, kind[1], which, store))
 
 
 @dataclass(frozen=True)

@@ -98,9 +98,13 @@ class Experiment(ABC, Generic[U]):
     def complete(self, unit: U) -> dict[str, Any]:
         """A unit's result: read if it is there, and else worked for, logged and shown."""
         fresh = not self.store.file(unit).exists()
-        result = self.store.complete(unit, partial(self.work, unit))
         if fresh:
+            self.folder.forget_metrics_behind("scores")
+        result = self.store.complete(unit, partial(self.work, unit))
+        # A run may have been killed between a unit's file and its record.
+        if not any(record.get("run") == unit.name and "scores" in record for record in self.folder.metrics()):
             self.folder.log({**result, "run": unit.name})
+        if fresh:
             scores = [score_line(name, result["scores"][which]) for which, name in self.names.items()]
             self.workbench.say(f"{self.title(result)}: {'; '.join(scores)}")
         else:

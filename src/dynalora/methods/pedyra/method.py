@@ -23,7 +23,7 @@ from dynalora.methods.pedyra.layer import PedyraLayer
 from dynalora.methods.pedyra.record import Adjustment, read_record
 from dynalora.methods.pedyra.scores import shared_with_all, triple_scores, update_averages
 from dynalora.methods.pedyra.settings import LORA_STEP, UP_RATE, AdjustmentPlan, PedyraConfig
-from dynalora.spectral.decomposition import decompose
+from dynalora.spectral.decomposition import decompose_each
 
 # With match_step: e's steps as a multiple of LoRA's (found in experiments/compare).
 _E_STEPS = 2.0
@@ -73,14 +73,14 @@ class Pedyra(Method):
                     f"{(layer.out_features, layer.in_features)} with init_weights='pissa', got {rank}."
                 )
         fresh = [layer for layer in layers.values() if not layer.parameter("up", adapter).is_meta]
-        triplets = decompose(
+        triplets = decompose_each(
             [layer.base_matrix for layer in fresh],
             [layer.rank(adapter) for layer in fresh],
             which="largest",
             describe="Decomposing the base weights",
         )
-        for layer, largest in zip(fresh, triplets, strict=True):
-            layer.start_from(adapter, largest)
+        for index, largest in triplets:
+            fresh[index].start_from(adapter, largest)
 
     def optimizer_overrides(  # type: ignore[override]
         self, config: PedyraConfig, layer: PedyraLayer, adapter: str
