@@ -109,7 +109,10 @@ def proximal(A: Tensor, B: Tensor, threshold: float, floor: float = 0.0) -> tupl
 
 
 def survivors(sizes: list[list[float]], prices: list[float], limit: float) -> list[set[int]]:
-    """By matrix, the components that a limit leaves: its largest, then greedily the largest size per price of all."""
+    """By matrix, the components that a limit leaves: its largest, then greedily the largest size per price of all.
+
+    At last one more, the next that costs less than twice of what is left.
+    """
     best = [max(range(len(row)), key=lambda i: (row[i], -i)) for row in sizes]
     kept = [{i} for i in best]
     spent = sum(prices)
@@ -118,6 +121,13 @@ def survivors(sizes: list[list[float]], prices: list[float], limit: float) -> li
         if spent + prices[-m] <= limit * (1 + 1e-12):
             kept[-m].add(-i)
             spent += prices[-m]
+    further = [
+        (m, i)
+        for _, m, i in sorted(rest, reverse=True)
+        if -i not in kept[-m] and prices[-m] < 2 * (limit - spent) * (1 - 1e-12)
+    ]
+    for m, i in further[:1]:
+        kept[-m].add(-i)
     return kept
 
 

@@ -110,6 +110,14 @@ class Method:
     def after_step(self, moment: Moment) -> None:
         """Act right after a step that was taken (under `no_grad`)."""
 
+    def check_finished(self, moment: Moment, when: str) -> None:
+        """Warn, once, of what a run has left to do, where it has ended or the adapter is saved.
+
+        Args:
+            moment: The present moment.
+            when: What the user is doing, for the message.
+        """
+
     def keeps_components(self, moment: Moment, trains: bool) -> str:
         """Why components may not be removed from an adapter now, as the end of a sentence; empty if they may.
 

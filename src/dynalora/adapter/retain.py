@@ -261,14 +261,14 @@ class Retain(Part):
                 report["budget"] = str(self.outcome)
         return report
 
-    def check_finished(self, config: Any, adapter: str, when: str) -> None:
+    def check_finished(self, moment: Moment, when: str) -> None:
         """Warn, once, of an adapter whose budget nobody ended.
 
         Args:
-            config: The adapter's configuration.
-            adapter: The adapter's name.
+            moment: The present moment.
             when: What the user is doing, for the message.
         """
+        config, adapter = moment.config, moment.adapter
         steps_made = self.weight is not None
         if config.max_forgetting is None or not steps_made or self.outcome is not None or self.ends_itself:
             return

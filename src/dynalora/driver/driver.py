@@ -37,6 +37,7 @@ class Driver:
         parts: What acts at every step besides the method, for adapters of any method.
         thread: The thread in which the last training forward pass ran.
         joining: Whether that pass belonged to processes of which some may have fewer batches (DDP's `join()`).
+        in_trainer: Whether a trainer is at work, which says when the run has ended.
         optimizer_steps: Calls of `optimizer.step()` seen in this process, skipped ones included.
     """
 
@@ -46,6 +47,7 @@ class Driver:
     parts: Sequence[Part] = ()
     thread: int | None = None
     joining: bool = False
+    in_trainer: bool = False
     optimizer_steps: int = 0
     accepted_undriven: bool = False
     _step: int = 0
@@ -470,8 +472,9 @@ class Driver:
             ScheduleError: Gradients flowed and the weights moved, but no optimizer that torch's step hooks can see
                 stepped this adapter, although the method acts around optimizer steps.
         """
-        for part in self.parts:
-            part.check_finished(self.config, self.adapter, when)
+        if not self.in_trainer and self.optimizer_steps:
+            for acting in self.acting:
+                acting.check_finished(self.moment(layers), when)
         if self.optimizer_steps or self.accepted_undriven or not self._gradients_seen:
             return
         if not any(acting.needs_driving(self.config) for acting in self.acting):
@@ -498,6 +501,7 @@ class Driver:
             "_loss_reported": False,
             "_unread": None,
             "_passes": None,
+            "in_trainer": False,
         }
         return {**self.__dict__, **passing, "optimizer_steps": 0, "_warned": set(self._warned)}
 

@@ -48,5 +48,5 @@ class Part:
         """What it is doing now, for `dynalora.state_report`."""
         return {}
 
-    def check_finished(self, config: Any, adapter: str, when: str) -> None:
-        """Warn of what a run has left to do, where the adapter is about to be used (saved, merged)."""
+    def check_finished(self, moment: Moment, when: str) -> None:
+        """Warn of what a run has left to do, where it has ended or the adapter is saved."""

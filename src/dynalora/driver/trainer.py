@@ -42,6 +42,7 @@ class DriverCallback(TrainerCallback):
             # A resumed run goes on where the loaded clock stands; any other run starts its schedule anew.
             if any(p.requires_grad for layer in layers for p in layer.adapter_parameters(driver.adapter).values()):
                 driver.begin_run(layers[0], state.max_steps, fresh=state.global_step == 0)
+                driver.in_trainer = True
 
     def on_step_end(
         self,
@@ -62,8 +63,11 @@ class DriverCallback(TrainerCallback):
         model: nn.Module | None = None,
         **_: Any,
     ) -> None:
-        if model is not None:
-            check_driven(model, "at the end of training")
+        if model is None:
+            return
+        for driver, _layers in drivers_of(model):
+            driver.in_trainer = False
+        check_driven(model, "at the end of training")
 
     def on_log(
         self,

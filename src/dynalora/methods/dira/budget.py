@@ -5,8 +5,9 @@ budget comes down on a straight line from what the adapter begins with, after a 
 six tenths; the rest of the run trains what is left, without a penalty. On the way, after every step:
 
 1. Components that may live on are chosen: the largest of every matrix, and then the largest p_i / c_l of all, as far as
-   the line allows, p_i being ‖up_i‖·‖down_i‖. They are left as they are: a penalty on them too would take most of what
-   they have learned (they, not those that die, hold nearly all of the norm), and decide nothing.
+   the line allows (or one more, if that is nearer to it), p_i being ‖up_i‖·‖down_i‖. They are left as they are: a
+   penalty on them too would take most of what they have learned (they, not those that die, hold nearly all of the
+   norm), and decide nothing.
 2. The others are shrunk by η·λ·c_l / mean(c), where η is the learning rate, and die when they reach zero. One that
    grows faster than it is shrunk can be among the chosen at a later step.
 3. With e the excess over the line, in units of a twentieth of all that is to go, less 1, the weight is updated:
@@ -128,6 +129,8 @@ def budget(layers: Sequence[AdapterLayer], adapter: str, config: DiraConfig) -> 
 def select(scores: Sequence[float], owners: Sequence[int], prices: Sequence[float], limit: float) -> list[bool]:
     """Which components may live on: the best of every owner, then the best of all that fit into the limit.
 
+    One more than fits may, where this comes nearer to the limit: with few components a single one is much of a budget.
+
     Args:
         scores: What a component is worth for its price, (n); negative for one that is dead.
         owners: The number of its matrix, (n).
@@ -145,6 +148,11 @@ def select(scores: Sequence[float], owners: Sequence[int], prices: Sequence[floa
     for i in order:
         if not keep[i] and scores[i] >= 0 and spent + prices[i] <= limit * (1 + 1e-12):
             keep[i], spent = True, spent + prices[i]
+    room = limit - spent
+    for i in order:
+        if not keep[i] and scores[i] >= 0 and prices[i] - room < room * (1 - 1e-12):
+            keep[i] = True
+            break
     return keep
 
 

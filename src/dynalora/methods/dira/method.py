@@ -18,7 +18,7 @@ from dynalora.common.processes import process_count
 from dynalora.driver import Moment
 from dynalora.driver.schedule import scheduled
 from dynalora.errors import UnsupportedError
-from dynalora.methods.dira.budget import DUAL, budget, budgeted_step, weight_now
+from dynalora.methods.dira.budget import DUAL, Line, budget, budgeted_step, weight_now
 from dynalora.methods.dira.components import Components, component_norms, remove
 from dynalora.methods.dira.proximal import proximal_step
 from dynalora.methods.dira.settings import DiraConfig
@@ -120,6 +120,23 @@ class Dira(Method):
         else:
             components = Components.of(moment)
             remove(components, ~components.alive, moment, cut=True)
+
+    def check_finished(self, moment: Moment, when: str) -> None:
+        """Warn, once, of a run that ended before its budget was met."""
+        total, config = moment.total_steps, moment.config
+        if config.target_rank is None or total is None:
+            return
+        _, end = Line.steps(total)
+        if moment.step < end:
+            ranks = [layer.rank(moment.adapter) for layer in moment.all_layers]
+            moment.driver.tell(
+                "budget",
+                f"{when}: adapter {moment.adapter!r} is above its budget, target_rank={config.target_rank:g}, with an "
+                f"average rank of {sum(ranks) / len(ranks):.3g}: the budget is met at step {end} of a run of {total} "
+                f"optimizer steps, and this is step {moment.step}. Train it on to there, or with a total_steps that "
+                "counts optimizer steps (not batches), and let early stopping and the choice of a best checkpoint "
+                "begin after it. Checkpoints on the way are as they should be.",
+            )
 
     def metrics(self, moment: Moment) -> dict[str, float]:
         """λ and the mean rank, for the trainer's log."""
