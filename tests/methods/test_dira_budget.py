@@ -164,7 +164,7 @@ def test_a_run_ends_at_its_share_of_the_parameters(share: float, options: dict[s
 
 
 @pytest.mark.parametrize("share", [0.2, 0.3, 0.45, 0.7])
-@pytest.mark.parametrize("toy", [TOYS["mlp"], TOYS["bert"]], ids=lambda toy: toy.name)
+@pytest.mark.parametrize("toy", TOYS.values(), ids=lambda toy: toy.name)
 def test_a_share_is_met_as_nearly_as_few_components_allow(toy: Toy, share: float) -> None:
     """A component of these is up to 7 % of the whole; half of one is the most that a budget is missed by."""
     model = adapted(toy, target_rank=share, total_steps=30)

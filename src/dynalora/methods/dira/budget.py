@@ -210,7 +210,11 @@ def budgeted_step(moment: Moment) -> None:
         dying = alive & ~keep
         state[_WEIGHT] = 0.0
     elif config.proximal:
-        keep = chosen(line.allowed(done))
+        allowed = line.allowed(done)
+        keep = chosen(allowed)
+        if allowed - target < 2 * float(prices.max()):
+            # What fills the line's last room best need not contain what fills the target's.
+            keep |= chosen(target)
         smaller = shrunk(sizes, weight * rates(components, moment) * prices / prices.mean())
         smaller = torch.where(keep, sizes, smaller)
         shrink(components, smaller, moment.adapter)
