@@ -19,7 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 import dynalora
 from dynalora.adapter.layer import adapter_layers
 from dynalora.adapter.ranks import in_use
+from dynalora.driver import drivers_of
 from dynalora.errors import UnsupportedError
+from dynalora.forgetting.budget import TextMeter, retain_part
+from dynalora.forgetting.texts import MeasuredText
 from tests.driver.loops import adapted, assert_close_weights, trainable
 from tests.methods.test_pedyra_processes import fully_sharded, gathered
 from tests.processes import run_two
@@ -57,6 +60,9 @@ CONFIGS: dict[str, Any] = {
     "dira gates retain": lambda: dynalora.DiraConfig(
         **SHARED, penalty_weight=0.02, gates=True, retain=1e-3, total_steps=STEPS
     ),
+    "dira forgetting little": lambda: dynalora.DiraConfig(
+        **SHARED, penalty_weight=0.02, retain=1e-3, max_forgetting=1e-3, total_steps=STEPS
+    ),
     "disel": lambda: dynalora.DiselConfig(**SHARED, gate_bias_init=0.0),
     "dislora": lambda: dynalora.DisloraConfig(**SHARED, warmup_steps=3, tsd_count=2, total_steps=STEPS),
     "dislora smoothed": lambda: dynalora.DisloraConfig(**SHARED, loss_smoothing=0.5, tsd_count=0),
@@ -87,6 +93,11 @@ def made(name: str) -> Any:
     if CONFIGS[name]().retain is not None:
         for layer in adapter_layers(model).values():
             layer.curvatures["default"] = curvature_of(layer)
+    if CONFIGS[name]().max_forgetting is not None:
+        (driver, _), *_ = drivers_of(model)
+        part = retain_part(driver)
+        assert part is not None
+        part.meter = TextMeter(model, MeasuredText(tuple(map(tuple, tokens(6, 9, seed=3).tolist())), (4,) * 6))
     return model
 
 
@@ -279,7 +290,14 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(name: str, result
 
 
 EXCHANGING = (
-    *("dira budget", "dira gradient budget", "dira compacting", "dislora", "dislora smoothed"),
+    *(
+        "dira budget",
+        "dira gradient budget",
+        "dira compacting",
+        "dira forgetting little",
+        "dislora",
+        "dislora smoothed",
+    ),
     *("pedyra", "pedyra retain", "increlora", "triadaptlora"),
 )
 

@@ -196,6 +196,10 @@ class Retain(Part):
         """Layers spread over processes can be had in full for the penalty, not for a pass of the model."""
         return () if self.replays else ("FSDP2",)
 
+    def exchanges(self, config: Any) -> bool:
+        """What is measured for a budget must be the same number in all processes."""
+        return config.max_forgetting is not None
+
     def needs_whole_steps(self, config: Any) -> bool:
         """The gradients of all layers are had together, at the weights of the step's start."""
         return True

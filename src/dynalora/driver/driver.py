@@ -270,11 +270,12 @@ class Driver:
 
     def _require_all_processes(self) -> None:
         """Refuse DDP's `join()` where a process without batches would be missed at the others' steps."""
-        if self.joining and self.method.exchanges(self.config):
+        if self.joining and any(actor.exchanges(self.config) for actor in self.acting):
             raise UnsupportedError(
                 f"{type(self.config).__name__} (adapter {self.adapter!r}) does not train within DDP's join(): at its "
-                "steps all processes exchange losses, scores or ranks, and one that has run out of batches takes no "
-                "part; give all processes equally many (drop_last=True, or Accelerate's and Trainer's even batches)."
+                "steps all processes exchange losses, scores, ranks or what was forgotten, and one that has run out of "
+                "batches takes no part; give all processes equally many (drop_last=True, or Accelerate's and Trainer's "
+                "even batches)."
             )
 
     def _require_memory_of_its_own(self, parameters: Sequence[torch.Tensor]) -> None:

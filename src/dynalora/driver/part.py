@@ -30,6 +30,10 @@ class Part:
         """Whether it acts on all gradients of a step together, which an optimizer within `backward` does not have."""
         return False
 
+    def exchanges(self, config: Any) -> bool:
+        """Whether processes that train together must all take part in its steps."""
+        return False
+
     def optimizer_overrides(self, config: Any, layer: Any, adapter: str) -> dict[str, OptimizerOverride]:
         """Parameter roles of a layer that the optimizer must treat differently; these go before the method's."""
         return {}
