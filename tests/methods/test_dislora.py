@@ -511,7 +511,7 @@ def test_every_way_of_loading_decomposes_nothing(how: str, tmp_path: Path, monke
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("decomposed")
 
-    monkeypatch.setattr(directions, "decompose", refuse)
+    monkeypatch.setattr(directions, "decompose_each", refuse)
     if how == "from_pretrained":
         loaded: Any = peft.PeftModel.from_pretrained(toy.build(), tmp_path)
     elif how == "load_adapter":
@@ -559,7 +559,7 @@ def test_loading_decomposes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("decomposed")
 
-    monkeypatch.setattr(directions, "decompose", refuse)
+    monkeypatch.setattr(directions, "decompose_each", refuse)
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(7, 6)).double()
     loaded = peft.PeftModel.from_pretrained(base, tmp_path)

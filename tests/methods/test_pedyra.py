@@ -809,7 +809,7 @@ def test_pissa_starts_at_the_base_from_its_largest_triplets(name: str, use_dora:
 
     model.save_pretrained(tmp_path / "own")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pedyra_method, "decompose", None)  # loading decomposes nothing
+        patch.setattr(pedyra_method, "decompose_each", None)  # loading decomposes nothing
         loaded = peft.PeftModel.from_pretrained(toy.build(), tmp_path / "own")
     assert torch.equal(toy.logits(loaded), trained)
     assert loaded.rank_pattern == model.rank_pattern

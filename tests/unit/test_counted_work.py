@@ -9,6 +9,7 @@ backward. That is 3 + 3 + 1 = 7 products forward, and 3 + 6 + 2 = 11 backward. P
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +17,11 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dynalora
 from dynalora.adapter.config import AdapterConfig
+from dynalora.driver import Driver
 from tests.counting import Operations, Work, work
 
 TOKENS, INPUT, RANK = 50, 62, 4
@@ -159,3 +162,34 @@ def test_generation_computes_less_than_peft_lora() -> None:
             model(x)
         counts[name] = len(operations.names)
     assert counts == {"lora": 15, "dira": 9, "disel": 18}
+
+
+class Reads(TorchDispatchMode):
+    """Counts numbers that Python reads from tensors, and tensors that it makes of numbers: on a device both wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ in ("_local_scalar_dense", "lift_fresh", "nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["dira", "disel", "dislora", "pedyra"])
+def test_a_usual_step_reads_no_number(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the look at gradients, which on a device is read a step later; see the tests on one."""
+    monkeypatch.setattr(Driver, "_look", lambda *args: None)
+    config: Any = getattr(dynalora, f"{name.title()}Config")
+    options: dict[str, Any] = {"disel": {}, "dislora": {"warmup_steps": 90}}.get(name, {})
+    model: Any = peft.get_peft_model(
+        Projections(), config(r=RANK, target_modules=list(OUTPUTS), total_steps=900, **options)
+    )
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)  # reads none itself
+    reads = Reads()
+    for step in range(11):  # gates are measured at the first eight steps, and at the tenth
+        sum(result.square().mean() for result in model(torch.randn(1, 2, INPUT))).backward()
+        with reads if step == 10 else nullcontext():
+            optimizer.step()
+        optimizer.zero_grad()
+    assert reads.count == 0

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method
 from dynalora.adapter.storage import Role
+from dynalora.common.private import version
 from dynalora.common.processes import spread_as, whole
 from dynalora.common.progress import late_progress
 from dynalora.driver import Moment
@@ -58,6 +60,11 @@ class DirectedLayer(AdapterLayer):
     A method's layer has `DIRECTION_ROLES` among its roles, and `tsd_weight` at the end of its diagonal.
     """
 
+    def __init__(self, base_layer: nn.Module, quantization: dict[str, Any] | None = None) -> None:
+        super().__init__(base_layer, quantization)
+        # By adapter: the buffer `tsd_index` as it was read last, its version then, and whether directions were chosen.
+        self._read: dict[str, tuple[torch.Tensor, int, bool]] = {}
+
     def start(self, config: Any, r: int) -> dict[str, torch.Tensor]:
         """What the method's layer starts with, and `config.tsd_count` components and weights that are zero."""
         tensors = super().start(config, r)
@@ -90,7 +97,15 @@ class DirectedLayer(AdapterLayer):
 
     def has_directions(self, adapter: str) -> bool:
         """Whether the directions have been chosen."""
-        return self.has_buffer("tsd_index", adapter) and bool((self.buffer("tsd_index", adapter) >= 0).any())
+        if not self.has_buffer("tsd_index", adapter):
+            return False
+        index = self.buffer("tsd_index", adapter)
+        read, written, chosen = self._read.get(adapter, (None, 0, False))
+        if read is not index or written != version(index):
+            # Only where it has changed, since reading waits for the device.
+            chosen = bool((index >= 0).any())
+            self._read[adapter] = index, version(index), chosen
+        return chosen
 
     def point(self, adapter: str, directions: Directions, weights: torch.Tensor) -> None:
         """Switch the directions on, with weights (count)."""

@@ -148,7 +148,7 @@ def _match(moment: Moment) -> None:
         value = power(passed, whole)
         if value is not None:
             place = layer.parameter("up", adapter).device
-            saved = torch.tensor([value], dtype=torch.int64, device=place)
+            saved = torch.full((1,), value, dtype=torch.int64, device=place)
             layer.set_running(ROLE.name, adapter, saved)
             steps.take(value, saved)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dynalora.adapter.storage import BUDGET, CLOCK, RANK, Storage
+from dynalora.common.devices import sent
 from dynalora.common.processes import whole
 from dynalora.driver import carry_state
 from dynalora.errors import CheckpointError
@@ -142,7 +143,7 @@ class RankedStorage(Storage):
         for role, row in self.buffer_roles.items():
             buffer = self.running(role, adapter) if row.rank_axes else None
             if buffer is not None:
-                index = torch.tensor(list(keep), dtype=torch.int64, device=buffer.device)
+                index = sent(torch.tensor(list(keep), dtype=torch.int64), buffer.device)
                 for dim in row.rank_axes:
                     buffer = fit(buffer.index_select(dim, index), dim, rank)
                 self.set_running(role, adapter, buffer)

@@ -1,4 +1,4 @@
-"""Where a model computes, and weights that Accelerate loads from memory or disk for each call only."""
+"""Where a model computes, weights that Accelerate loads for each call only, and transfers that nobody waits for."""
 
 from __future__ import annotations
 
@@ -31,3 +31,32 @@ def device_of_calls(module: nn.Module) -> torch.device | None:
     for hook in offloading_hooks(module):
         return torch.device(hook.execution_device)
     return None
+
+
+class Reading:
+    """A tensor on its way to the processor, which goes on meanwhile.
+
+    Reading a number from a CUDA device in the usual way waits for everything that the device has been given until then.
+    This waits for what it had been given when the reading began.
+    """
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._value, self._event = value, None
+        if value.device.type == "cuda":
+            self._value = value.to("cpu", non_blocking=True)  # to memory that torch pins for it
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(value.device))
+
+    def get(self) -> torch.Tensor:
+        """The tensor, once it is there."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        return self._value
+
+
+def sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device, for which no CUDA device is waited."""
+    if device.type != "cuda" or values.device.type != "cpu":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dynalora.common.devices import sent
 from dynalora.common.private import forget_history
 from dynalora.common.processes import spread_as, whole
 from dynalora.driver.fitting import FACTORED
@@ -64,14 +65,15 @@ def carry_state(
         count: How many new slices there are.
         size: Size of the dimension afterwards, at least `len(keep) + count`; what is left over is zero.
     """
+    kept = torch.tensor(list(keep), dtype=torch.int64)
 
     def resized(tensor: torch.Tensor, dim: int = dim, values: torch.Tensor | None = None) -> torch.Tensor:
         if hasattr(tensor, "full_tensor"):  # sharded by FSDP2
             return spread_as(tensor, resized(tensor.full_tensor(), dim, values))
-        parts = [tensor.index_select(dim, torch.tensor(list(keep), dtype=torch.int64, device=tensor.device))]
+        parts = [tensor.index_select(dim, sent(kept, tensor.device))]
         left = size - len(keep)
         if values is not None:
-            parts.append(whole(values).to(tensor.device, tensor.dtype))
+            parts.append(sent(whole(values).to(tensor.dtype), tensor.device))
             left -= count
         if left:
             shape = list(tensor.shape)

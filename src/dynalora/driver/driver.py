@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dynalora.common.devices import Reading
 from dynalora.common.private import in_backward, version
 from dynalora.common.processes import grouped, process_count
 from dynalora.driver.finite import first_bad, some_bad
@@ -68,7 +69,7 @@ class Driver:
     # The backward passes since the last step, where the layers gather something in them.
     _passes: Passes | None = None
     # Whether the gradients of a step were no numbers, with its number, where the device has not been waited for yet.
-    _unread: tuple[torch.Tensor, int] | None = None
+    _unread: tuple[Reading, int] | None = None
     # Identity and version of the saved clock as this object last saw it, to notice a loaded checkpoint without
     # reading the tensor (which would stall an accelerator at every step).
     _seen: tuple[int, int] | None = None
@@ -114,7 +115,9 @@ class Driver:
         if saved is None:
             return
         with torch.no_grad():
-            saved.copy_(torch.tensor([self._step, self._total_steps]))
+            # One by one, since copying a tensor to a device waits for the device.
+            for place, value in enumerate((self._step, self._total_steps)):
+                saved.select(0, place).fill_(value)
         self._seen = (id(saved), version(saved))
 
     @property
@@ -307,7 +310,7 @@ class Driver:
             if bool(bad):
                 self._raise_not_finite(first_bad(moment.layers, self.adapter, gradients=True), self._step + 1)
         else:
-            self._unread = bad, self._step + 1
+            self._unread = Reading(bad), self._step + 1
 
     def require_finite(self, layers: Sequence[Any]) -> None:
         """Make sure that the last gradients were numbers, before anything is decided from them.
@@ -321,7 +324,7 @@ class Driver:
         if self._unread is None:
             return
         (bad, step), self._unread = self._unread, None
-        if bool(bad):
+        if bool(bad.get()):
             found = first_bad(layers, self.adapter, gradients=True) or first_bad(layers, self.adapter, gradients=False)
             self._raise_not_finite(found, step)
 

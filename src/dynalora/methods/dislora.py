@@ -323,7 +323,7 @@ class Dislora(DirectedMethod, TwinMethod):
         ortho = ortho_loss(moment.all_layers, moment.adapter, config.ortho_reduction, known)
         balance = _balance(moment)
         if balance is not None:
-            balance[:NOTES] = 0
+            balance[:NOTES].zero_()
             balance[1] = ortho
         if not config.adaptive:
             fixed = float(config.ortho_weight)

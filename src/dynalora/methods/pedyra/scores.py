@@ -92,8 +92,10 @@ def triple_scores(moment: Moment, layers: list[PedyraLayer], step: int) -> list[
         parts.append((1 - config.score_mix, [_input_scores(layer, moment.adapter) for layer in layers]))
     total = [torch.zeros(layer.rank(moment.adapter), dtype=torch.float64) for layer in layers]
     for share, scores in parts:
-        on_cpu = [score.to("cpu", torch.float64) for score in scores]
-        mean = float(torch.cat(on_cpu).mean()) if config.normalize_scores else 1.0
+        # In one piece: every transfer waits for the device.
+        together = torch.cat([score.to(scores[0].device) for score in scores]).to("cpu", torch.float64)
+        on_cpu = together.split([len(score) for score in scores])
+        mean = float(together.mean()) if config.normalize_scores else 1.0
         for sum_so_far, score in zip(total, on_cpu, strict=True):
             sum_so_far.add_(score, alpha=share / mean if mean > 0 else 0.0)
     return total
