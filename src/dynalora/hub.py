@@ -114,7 +114,7 @@ def _how_to_load(model: PeftModel, config: AdapterConfig) -> str:
 
 
 def draw_rank_map(model: nn.Module, folder: str) -> bool:
-    """Draw the effective rank of every adapted matrix into `rank_map.png` in a folder, several adapters together.
+    """Draw the rank of the energy of every adapted matrix into `rank_map.png` in a folder, several adapters together.
 
     Says whether it was drawn. It is not where weights are sharded over processes or not there (on the meta device), nor
     without matplotlib.
@@ -134,7 +134,7 @@ def draw_rank_map(model: nn.Module, folder: str) -> bool:
         name: rank_landscape(model, adapter_name=name) for name in adapters
     }
     figure = plot_rank_landscape(landscapes if len(adapters) > 1 else landscapes[adapters[0]])
-    figure.suptitle("Effective rank of every adapted matrix (dotted: rank it has)", fontsize=9)
+    figure.suptitle("Rank that holds 99 % of the energy of every adapted matrix (dotted: rank it has)", fontsize=9)
     with file_beside(os.path.join(folder, PICTURE)) as beside:
         figure.savefig(beside, format="png", dpi=120)
     return True

@@ -122,6 +122,7 @@ def test_a_resumed_run_without_a_rate_goes_on_with_its_own(folder: Path, rows: P
             {"steps": 2, "warmup": 0.9, "learning_rate": 2e-3},
             r"Train for more steps \(--steps, --epochs\), or .* 0.002",
         ),
+        ({"steps": 2, "warmup": 0.9, "learning_rate": 4e-3}, "learning rate was 0.004; take 0.001, which was tested"),
     ],
 )
 def test_a_run_that_learned_next_to_nothing_says_what_to_change(
@@ -132,6 +133,8 @@ def test_a_run_that_learned_next_to_nothing_says_what_to_change(
     html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     for text in (screen.getvalue(), html):
         assert (re.search(expected, text) is not None) if expected else ("The run has learned" not in text)
+    # Of what has hardly been learned there is nothing to leave out.
+    assert expected is None or "of its update the adapter forgets" not in screen.getvalue()
 
 
 def test_the_error_of_a_fall_is_that_of_its_conversations(folder: Path, rows: Path, tmp_path: Path) -> None:

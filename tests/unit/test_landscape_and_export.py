@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +306,10 @@ def test_every_quantity_is_drawn_with_runs_told_apart(quantity: str, tmp_path: P
         assert ceilings == ([3] if quantity.endswith("_rank") else [])
         assert axis.get_ylim()[0] == (-0.5 if quantity.endswith("_rank") else 0)
     assert {text.get_text() for text in figure.axes[0].get_legend().get_texts()} == set(runs)
+    plain = {name: [replace(row, effect=None) for row in rows] for name, rows in runs.items()}
+    half = {**runs, "run 1": plain["run 1"]}
+    for drawn, deciding in ((runs, "99 % of the effect"), (plain, "99 % of the energy"), (half, "99 % of the energy")):
+        assert deciding in dynalora.plot_rank_landscape(drawn).get_suptitle()
     with pytest.raises(ConfigError, match="quantity is 'rank'; choose one of effective_rank"):
         dynalora.plot_rank_landscape(runs, quantity="rank")
     with pytest.raises(ConfigError, match="no matrices to draw"):

@@ -216,8 +216,9 @@ def test_bars_retention_and_landscape_are_drawn() -> None:
         for layer in (0, 1, None)
         if layer is not None
     ]
-    small = plot_rank_heatmap(rows)
-    large = plot_rank_heatmap([{**row, "layer": row["layer"] + 40 * n} for n in range(2) for row in rows])
+    small = plot_rank_heatmap(rows, "effective_rank")
+    wide = [{**row, "layer": row["layer"] + 40 * n} for n in range(2) for row in rows]
+    large = plot_rank_heatmap(wide, "effective_rank")
     assert pixels(small).shape[0] > 100
     assert pixels(large).ndim == 3
 

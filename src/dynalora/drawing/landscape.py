@@ -11,7 +11,7 @@ import numpy as np
 from dynalora.drawing.style import describe, figure, heat_map, legend, look, looks, over_layers, save
 from dynalora.errors import ConfigError
 from dynalora.forgetting.defaults import QUANTITIES, Quantity
-from dynalora.forgetting.landscape import LandscapeRow, layer_index
+from dynalora.forgetting.landscape import LandscapeRow, deciding_rank, layer_index
 from dynalora.forgetting.trajectory import RankTrajectory
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _LARGEST_CEILING = 512  # ranks of whole weights would press the curves onto the axis
 
-_LABELS: dict[Quantity, str] = {
+RANK_LABELS: dict[Quantity, str] = {
     "effective_rank": "effective rank",
     "nuclear_norm": "nuclear norm",
     "energy": "energy above τ",
@@ -36,7 +36,7 @@ _RANKS: tuple[Quantity, ...] = ("effective_rank", "entropy_rank", "stable_rank",
 def plot_rank_landscape(
     landscape: Sequence[LandscapeRow] | Mapping[str, Sequence[LandscapeRow]],
     path: str | os.PathLike[str] | None = None,
-    quantity: Quantity = "effective_rank",
+    quantity: Quantity | None = None,
     title: str = "",
     *,
     overwrite: bool = False,
@@ -48,7 +48,8 @@ def plot_rank_landscape(
         path: PNG file to write, and beside it the SVG; None only returns the figure.
         quantity: What to draw, a field or property of [`LandscapeRow`][dynalora.forgetting.landscape.LandscapeRow]:
             `effective_rank`, `nuclear_norm`, `energy`, `entropy_rank`, `stable_rank`, `energy_rank`, or `effect_rank`
-            where it was measured. A dotted line in plots of ranks is the rank that the adapters have.
+            where it was measured. None draws the one that decides: `effect_rank` where every matrix has it, and
+            `energy_rank` otherwise. A dotted line in plots of ranks is the rank that the adapters have.
         title: Of the figure; by default it says what is drawn.
         overwrite: Whether files that are there are replaced.
 
@@ -56,10 +57,11 @@ def plot_rank_landscape(
         ConfigError: The quantity is unknown or was not measured, there is nothing to draw, there is such a file and
             `overwrite` is false, or the place cannot be written.
     """
-    if quantity not in QUANTITIES:
-        raise ConfigError(f"quantity is {quantity!r}; choose one of {', '.join(QUANTITIES)}.")
+    if quantity is not None and quantity not in QUANTITIES:
+        raise ConfigError(f"quantity is {quantity!r}; choose one of {', '.join(QUANTITIES)}, or leave it out.")
     runs = landscape if isinstance(landscape, Mapping) else {"": landscape}
     rows = [row for run in runs.values() for row in run]
+    quantity = deciding_rank(rows) if quantity is None else quantity
     if not rows:
         raise ConfigError("There are no matrices to draw; take a landscape first.")
     if any(getattr(row, quantity) is None for row in rows):
@@ -68,8 +70,8 @@ def plot_rank_landscape(
     drawn, axes = _curves(
         {name: [run] for name, run in runs.items()},
         quantity,
-        label=_LABELS[quantity],
-        title=title or f"{_LABELS[quantity].capitalize()} of the weight updates, by layer",
+        label=RANK_LABELS[quantity],
+        title=title or f"{RANK_LABELS[quantity].capitalize()} of the weight updates, by layer",
         share_y=quantity != "nuclear_norm",
     )
     for kind, axis in axes.items():
@@ -121,7 +123,7 @@ def _curves(
     return drawn, dict(zip(kinds, axes, strict=True))
 
 
-def plot_rank_heatmap(rows: Sequence[Any], quantity: Quantity = "effective_rank") -> Figure:
+def plot_rank_heatmap(rows: Sequence[Any], quantity: Quantity) -> Figure:
     """A rank of every adapted matrix: one row per kind of module, one column per layer.
 
     Rows are those of [`rank_landscape`][dynalora.rank_landscape], as objects or as mappings, which must have the
@@ -131,7 +133,7 @@ def plot_rank_heatmap(rows: Sequence[Any], quantity: Quantity = "effective_rank"
     drawn, (axis,) = figure(max(4.5, 0.24 * len(layers) + 2.2), max(2.2, 0.34 * len(kinds) + 1.4))
     image = heat_map(axis, grid, rows=kinds, columns=layers, cmap="cividis", vmin=0)
     describe(axis, x="layer")
-    drawn.colorbar(image, ax=axis, label=_LABELS[quantity])
+    drawn.colorbar(image, ax=axis, label=RANK_LABELS[quantity])
     return drawn
 
 

@@ -9,12 +9,12 @@ from functools import singledispatch
 from typing import TYPE_CHECKING, Any
 
 from dynalora.adapter.state import StateReport, StateReports
-from dynalora.drawing.landscape import plot_rank_heatmap
+from dynalora.drawing.landscape import RANK_LABELS, plot_rank_heatmap
 from dynalora.drawing.retention import plot_retention_curves, plot_scaled_update
 from dynalora.drawing.style import rendered
 from dynalora.errors import DynaloraError
 from dynalora.forgetting.curves import RetentionCurves, RetentionPoint, RetentionPoints
-from dynalora.forgetting.landscape import Landscape
+from dynalora.forgetting.landscape import Landscape, deciding_rank
 from dynalora.forgetting.retention import Retention
 from dynalora.forgetting.trim import TrimCurve
 
@@ -45,16 +45,20 @@ def _(result: Landscape) -> str:
     kinds: dict[str, list[Any]] = {}
     for row in result:
         kinds.setdefault(row.kind, []).append(row)
+    deciding = deciding_rank(result)
     rows = [
         [
             kind, len(of_kind), _mean([row.rank for row in of_kind]), _mean([row.effective_rank for row in of_kind]),
-            _mean([row.entropy_rank for row in of_kind]), _mean([row.nuclear_norm for row in of_kind], 3),
+            _mean([row.entropy_rank for row in of_kind]), _mean([getattr(row, deciding) for row in of_kind]),
+            _mean([row.nuclear_norm for row in of_kind], 3),
         ]
         for kind, of_kind in kinds.items()
     ]  # fmt: skip
-    table = _table(["module", "matrices", "rank", "effective rank", "by entropy", "nuclear norm"], rows)
+    table = _table(
+        ["module", "matrices", "rank", "effective rank", "by entropy", RANK_LABELS[deciding], "nuclear norm"], rows
+    )
     return f"{table}<p>Means over the layers; effective rank: singular values above the threshold.</p>" + _picture(
-        lambda: plot_rank_heatmap(result)
+        lambda: plot_rank_heatmap(result, deciding)
     )
 
 

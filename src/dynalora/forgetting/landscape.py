@@ -100,6 +100,14 @@ def _holding(values: Sequence[float]) -> int:
     return next((count for count, held in enumerate(sums) if held >= _ENERGY * total), len(energies))
 
 
+def deciding_rank(rows: Sequence[LandscapeRow]) -> Quantity:
+    """The measure of rank that says most of these matrices: of the effect, where all have it, else of the energy.
+
+    The number of singular values above a threshold is not: a little-trained update has few of them whatever its shape.
+    """
+    return "effect_rank" if rows and all(row.effect is not None for row in rows) else "energy_rank"
+
+
 @torch.no_grad()
 def rank_landscape(
     model: nn.Module,

@@ -79,7 +79,7 @@ def _remedy(ready: Prepared, result: TrainResult, *, rose: bool) -> str:
     tested = rate_for(ready.method, result.steps)
     if rate < tested.rate / 1.5 and not rose:
         return f"Its learning rate was {rate:g}; take {tested.rate:g}, {tested.why} (--learning-rate)."
-    if rose and rate > 1.5 * tested.rate:
+    if rate > (1.5 if rose else 3) * tested.rate:
         return f"Its learning rate was {rate:g}; take {tested.rate:g}, {tested.why} (--learning-rate)."
     if rose:
         return (

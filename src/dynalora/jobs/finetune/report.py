@@ -21,7 +21,7 @@ from dynalora.errors import DynaloraError
 from dynalora.evaluation.tokens import TokenizedSet
 from dynalora.forgetting.effects import narrow_moments
 from dynalora.forgetting.gate_recording import record_gates
-from dynalora.forgetting.landscape import rank_landscape
+from dynalora.forgetting.landscape import deciding_rank, rank_landscape
 from dynalora.forgetting.monitor import OWN_TEXT, RetentionMonitor
 from dynalora.forgetting.retention import Retention
 from dynalora.forgetting.trim import TrimPoint, smallest_near_best
@@ -48,7 +48,7 @@ def decisions(
     """File name, figure and caption of what the adapter decided; None if there is nothing to see.
 
     These are the gates of an adapter that has any, on held-out responses, and the rank landscape of any other: the rank
-    of what the update does on held-out responses, or without any its effective rank.
+    of what the update does on held-out responses, or without any that of its energy.
     """
     try:
         batches = batches_of(held_out.rows[:128], tokenizer.pad_token_id) if len(held_out) else []
@@ -58,14 +58,13 @@ def decisions(
             gates = plot_gates({"held-out responses": record_gates(model, batches)})
             return "gates", gates, "How far the gates open on the tokens of held-out responses, by depth."
         rows = rank_landscape(model, effects=narrow_moments(model, batches) if batches else None)
-        if all(row.effect_rank is not None for row in rows):
-            figure = plot_rank_heatmap(rows, "effect_rank")
-            caption = "How many directions hold 99 % of what every adapted matrix's update does on held-out responses."
-            return "rank_landscape", figure, caption
-        figure = plot_rank_heatmap(rows)
     except DynaloraError:
         return None
-    return "rank_landscape", figure, "Singular values above 0.001 of every adapted matrix's update."
+    deciding = deciding_rank(rows)
+    caption = "How many singular values hold 99 % of the energy of every adapted matrix's update."
+    if deciding == "effect_rank":
+        caption = "How many directions hold 99 % of what every adapted matrix's update does on held-out responses."
+    return "rank_landscape", plot_rank_heatmap(rows, deciding), caption
 
 
 def summary_table(result: TrainResult, measured: Retention | None) -> Table:
@@ -122,10 +121,12 @@ def write_results(
     title = f"{_short(spec.model)} fine-tuned with {title_of(result.label)} on {_short(spec.data)}"
     budget = _budget_report(monitor)
     little = learned_little(ready, result)
-    parts = (_training_report(ready, result), _forgotten(measured), _taken_factor(curve), little, budget, ready.rate)
+    # Of what has hardly been learned there is nothing to leave out.
+    factor = "" if little else _taken_factor(curve)
+    parts = (_training_report(ready, result), _forgotten(measured), factor, little, budget, ready.rate)
     summary = " ".join(filter(None, parts))
     write_report(Report(title, summary, sections), run.report)
-    less = [_advice(run, curve)] if curve else []
+    less = [_advice(run, curve)] if curve and not little else []
     say(console, table, *filter(None, (little, budget)), *less, f"Adapter: {run.adapter}\nReport:  {run.report}")
     say(
         console,
