@@ -326,13 +326,23 @@ def test_dead_components_can_be_taken_out_at_times_of_ones_own() -> None:
     assert sum(ranks(model)) == sum(live(model)) == 18
 
 
+def test_a_run_ends_without_the_dead_however_seldom_they_are_taken_out() -> None:
+    toy = TOYS["llama"]
+    model = adapted(toy, target_rank=3, compact_every=15, total_steps=25)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    train(model, toy, optimizer, range(24))
+    assert sum(live(model)) == 18
+    train(model, toy, optimizer, range(24, 25))
+    assert sum(ranks(model)) == sum(live(model)) == 18
+
+
 def test_taking_them_out_changes_nothing_but_the_size() -> None:
     toy = TOYS["llama"]
     updates, states = [], []
     for every in (None, 100):
         model = adapted(toy, target_rank=3, compact_every=every)
         optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-        train(model, toy, optimizer, range(20))
+        train(model, toy, optimizer, range(19))  # after the last step both are small
         updates.append([layer.get_delta_weight("default").detach() for layer in layers_of(model)])
         states.append(sum(s.numel() for state in optimizer.state.values() for s in state.values()))
     for small, whole in zip(*updates, strict=True):

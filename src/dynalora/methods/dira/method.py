@@ -111,8 +111,10 @@ class Dira(Method):
             budgeted_step(moment)
         elif config.proximal and (weight := self.penalty_weight(moment)):
             proximal_step(moment, weight)
-        every = config.compact_every
-        if not every or (moment.step + 1) % every:
+        every, done = config.compact_every, moment.step + 1
+        # A run with a budget ends without what has died.
+        last = config.target_rank is not None and done == moment.total_steps
+        if not every or (done % every and not last):
             return
         if config.target_rank is None:
             moment.driver.require_finite(moment.all_layers)

@@ -36,7 +36,7 @@ class DiraConfig(GatedConfig):
         penalty_schedule: How λ decays to 0 over the run: `"linear"` (the paper's), `"cosine"` or `"constant"`.
         compact_every: Remove dead components after every so many optimizer steps, so that later steps are faster. None
             removes them at once with `target_rank`, and otherwise leaves them where they are (see `dynalora.compact`).
-            Without `target_rank` on one process only.
+            With `target_rank` they are removed at the run's last step, too. Without it on one process only.
         compact_threshold: What is removed then: components of at most this share of the adapter's largest singular
             value, in [0, 1). With `target_rank` only what is exactly zero is removed.
     """
