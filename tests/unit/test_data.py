@@ -152,7 +152,7 @@ def test_broken_data_is_named(name: str, content: str, message: str, tmp_path: P
 
 def test_binary_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="is not UTF-8 text"):
+    with pytest.raises(DataError, match="not UTF-8 text"):
         load_conversations(tmp_path / "d.jsonl")
 
 
@@ -314,9 +314,9 @@ def test_texts_are_paragraphs_or_the_field_text(tmp_path: Path) -> None:
     assert load_texts(tmp_path / "a.txt") == ["One\nof two lines.", "Another."]
     assert load_texts(str(tmp_path / "a.txt"), limit=1) == ["One\nof two lines."]
     rows = tmp_path / "a.jsonl"
-    rows.write_text('{"text": ""}\n{"text": " b "}\n{"text": "c"}\n{"txt": "d"}\n', encoding="utf-8")
+    rows.write_text('{"text": ""}\n{"text": NaN}\n{"text": " b "}\n{"text": "c"}\n{"txt": "d"}\n', encoding="utf-8")
     assert load_texts(rows, limit=2) == ["b", "c"]
-    with pytest.raises(DataError, match="line 4: there is no text in the field 'text'; its fields are 'txt'"):
+    with pytest.raises(DataError, match="line 5: there is no text in the field 'text'; its fields are 'txt'"):
         load_texts(rows)
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(DataError, match="holds no text"):
@@ -337,6 +337,24 @@ def test_missing_cells_are_missing() -> None:
         [{"role": "user", "content": "one"}, {"role": "assistant", "content": "1"}],
         [{"role": "user", "content": "three"}, {"role": "assistant", "content": "3.0"}],
     ]
+
+
+def test_half_a_character_within_json_text_is_told(tmp_path: Path) -> None:
+    half = json.dumps([{"name": "\ud83d"}])
+    chat = json.dumps([{**PAIR[0], "name": "\ud83d"}, PAIR[1]])
+    for row in ({"messages": PAIR, "tools": half}, {"messages": chat}):
+        with pytest.raises(DataError, match=r"line 1: field '(tools|messages)' holds half of a character"):
+            load_conversations(tiny.write_jsonl(tmp_path / "d.jsonl", [row]))
+
+
+@pytest.mark.parametrize("name", ["d.txt", "d.jsonl", "d.csv", "d.jsonl.gz"])
+def test_half_a_character_in_bytes_is_told_with_its_line(name: str, tmp_path: Path) -> None:
+    lines = [b"a,b" if "csv" in name else b'{"prompt": "a", "response": "b"}'] * 3000
+    lines[2500] += "😀".encode()[:2]
+    content = b"\n".join(lines)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(DataError, match=rf"{name}', line 2501: not UTF-8 text"):
+        load_conversations(tmp_path / name, fields=Fields(prompt="a", response="b") if "csv" in name else None)
 
 
 def test_half_a_character_is_told_with_its_place(tmp_path: Path) -> None:
@@ -363,8 +381,105 @@ def test_what_else_a_chat_says_is_kept() -> None:
         {"role": "tool", "content": "noon", "tool_call_id": "7"},
         {"role": "assistant", "content": "Noon.", "reasoning_content": "The clock says so.", "weight": 1},
     ]
-    with pytest.raises(DataError, match="weight 2"):
-        to_conversations([("row 1", {"messages": [{"role": "assistant", "content": "x", "weight": 2}]})])
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"training": False}, {"loss": 0.0}])
+def test_answers_that_are_marked_carry_no_loss_whatever_the_mark_is_called(mark: dict[str, Any]) -> None:
+    words = tiny.tokenizer()
+    chat = [user("a"), assistant("ONE") | mark, user("b"), assistant("TWO") | {"train": True, "loss": None}]
+    [tokens] = tokenize(to_conversations([("row 1", {"messages": chat})]), words).rows
+    assert learned(tokens, words) == "TWO<|im_end|>"
+    assert "ONE" in words.decode(tokens["input_ids"])
+
+
+def test_marks_that_cannot_be_followed_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    def read(turn: dict[str, Any]) -> None:
+        to_conversations([("row 1", {"messages": [user("a"), turn, assistant("b")]})])
+
+    for name in ("weight", "loss_weight"):
+        with pytest.raises(DataError, match=f"row 1: message 2 in 'messages' has the {name} 0.5; give 0 or false"):
+            read(assistant("x") | {name: 0.5})
+    with pytest.raises(DataError, match="'train_detail', which marks parts of it"):
+        read(assistant("x") | {"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]})
+    read(user("x") | {"train": False})
+    assert not caplog.records
+    read(user("x") | {"train": True})
+    assert "1 messages that are no answers are marked to be learned, and carry no loss" in caplog.text
+
+
+CLOCK = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
+
+
+@pytest.mark.parametrize(
+    "calling",
+    [
+        [{"role": "assistant", "content": None, "tool_calls": [CLOCK]}],
+        [{"role": "assistant", "tool_calls": json.dumps([CLOCK])}],
+        [{"role": "assistant", "function_call": {"name": "clock", "arguments": '{"zone": "UTC"}'}}],
+        [{"from": "function_call", "value": '{"name": "clock", "arguments": {"zone": "UTC"}}'}],
+        [{"role": "tool_call", "content": '{"name": "clock", "arguments": "{\\"zone\\": \\"UTC\\"}"}'}],
+    ],
+)
+def test_calls_of_tools_have_one_form_however_they_are_written(calling: list[dict[str, Any]]) -> None:
+    expected = [{"role": "assistant", "content": "", "tool_calls": [CLOCK]}, {"role": "tool", "content": "noon"}]
+    for role in ("tool", "function", "observation", "tool_response"):
+        chat = [user("When?"), *calling, {"role": role, "content": "noon"}, assistant("Noon.")]
+        [made] = to_conversations([("row 1", {"messages": chat})])
+        assert made[1:3] == expected
+
+
+def test_calls_at_once_and_calls_that_cannot_be_read() -> None:
+    call = {"role": "tool_call", "content": '{"name": "clock", "arguments": {"zone": "UTC"}}'}
+    [made] = to_conversations([("row 1", {"messages": [user("When?"), call, call, assistant("Noon.")]})])
+    assert [turn.get("tool_calls") for turn in made] == [None, [CLOCK, CLOCK], None]
+    for wrong in ("now", ["clock"], {"arguments": {}}):
+        with pytest.raises(DataError, match=r"row 1: message 2 in 'messages' (calls tools by|has a call without)"):
+            to_conversations([("row 1", {"messages": [user("a"), {"role": "assistant", "tool_calls": wrong}]})])
+
+
+def test_arguments_are_text_for_templates_that_join_them_with_text() -> None:
+    words = tiny.tokenizer()
+    words.chat_template = (
+        "{%- for m in messages -%}{{- '[' + m['role'] + ']' -}}{%- for call in m['tool_calls'] or [] -%}"
+        "{{- call['function']['name'] + ':' + call['function']['arguments'] -}}{%- endfor -%}"
+        "{{- m['content'] + eos_token -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '[assistant]' -}}{%- endif -%}"
+    )
+    chat = [user("When?"), {"role": "assistant", "tool_calls": [CLOCK]}]
+    [tokens] = tokenize(to_conversations([("row 1", {"messages": chat})]), words).rows
+    assert learned(tokens, words) == 'clock:{"zone": "UTC"}<|im_end|>'
+
+
+def test_what_a_row_says_beside_its_chat_is_kept() -> None:
+    clock = {"name": "clock", "parameters": {}}
+    wrapped = [{"type": "function", "function": clock}]
+    row = {"messages": PAIR, "system": "Be brief.", "functions": [clock]}
+    expected = [{"role": "system", "content": "Be brief.", "tools": wrapped}, *PAIR]
+    assert to_conversations([("row 1", row)]) == [expected]
+    assert to_conversations([("row 1", {**row, "functions": None, "tools": json.dumps(wrapped)})]) == [expected]
+    assert to_conversations([("row 1", {"messages": expected, "system": "Never."})])[0][0]["content"] == "Be brief."
+    pair = {"instruction": "2 + 2?", "output": "4", "system": float("nan"), "history": [["1 + 1?", "2"]]}
+    asked = [user("1 + 1?"), assistant("2"), *PAIR]
+    assert to_conversations([("row 1", pair)]) == [asked]
+    assert to_conversations([("row 1", {**pair, "history": None})]) == [PAIR]
+    named = Fields(prompt="system", response="output")
+    assert to_conversations([("row 1", {"system": "2 + 2?", "output": "4"})], fields=named) == [PAIR]
+    for wrong in ({"tools": "clock"}, {"tools": [1]}, {"history": ["x"]}):
+        with pytest.raises(DataError, match=r"row 1: field '(tools|history)' holds"):
+            to_conversations([("row 1", {**pair, **wrong})])
+
+
+def test_nulls_that_parquet_puts_into_objects_are_left_out(tmp_path: Path) -> None:
+    def call(**arguments: str) -> dict[str, Any]:
+        return {
+            "role": "assistant",
+            "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": arguments}}],
+        }
+
+    rows = [{"messages": [user("a"), call(x="1")]}, {"messages": [user("b"), call(y="2")]}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
+    chats = load_conversations(tmp_path / "d.parquet")
+    assert [chat[1]["tool_calls"][0]["function"]["arguments"] for chat in chats] == [{"x": "1"}, {"y": "2"}]
 
 
 REWRITING = (
@@ -393,8 +508,14 @@ def test_earlier_answers_are_learned_as_they_stand(caplog: pytest.LogCaptureFixt
     assert learned("a", "a", "a", "a", "a", "a") == f"a{end}a{end}(thought)a{end}"
     assert learned("a", "one", "b", "two", weight=0) == f"(thought)two{end}"
     assert not caplog.records
-    # A call without text has no place that could be found.
-    assert learned("a", "", "b", "two", tool_calls=[{}]) == f"(thought)two{end}"
+    assert learned("a", "", "b", "two", tool_calls=[{}]) == f"CALL{end}(thought)two{end}"
+    assert learned("a", "one", "b", "two", tool_calls=[{}]) == f"CALLone{end}(thought)two{end}"
+    assert not caplog.records
+    # What is written twice has no place of its own.
+    tokenizer.chat_template = REWRITING.replace(
+        "m['content'] | trim", "m['content'] * (2 if m['role'] == 'assistant' and not loop.last else 1)"
+    )
+    assert learned("a", "one", "b", "two") == f"(thought)two{end}"
     assert "1 earlier answers carry no loss" in caplog.text
 
 
@@ -435,7 +556,8 @@ def test_content_in_parts_of_text_is_one_text_and_other_parts_are_told() -> None
 
 
 def test_a_missing_chat_is_an_empty_row() -> None:
-    assert len(said([{"messages": [user("a"), assistant("b")]}, {"messages": None}, {"messages": float("nan")}])) == 1
+    chats = [[user("a"), assistant("b")], None, float("nan"), ""]
+    assert len(said([{"messages": chat} for chat in chats])) == 1
 
 
 @pytest.mark.parametrize(
@@ -444,6 +566,7 @@ def test_a_missing_chat_is_an_empty_row() -> None:
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "DPOTrainer.*response_field=chosen"),
         ({"chosen": [user("a"), assistant("b")], "rejected": []}, "DPOTrainer.*messages_field=chosen"),
         ({"prompt": "a", "completion": "b", "label": False}, "KTOTrainer.*name prompt_field"),
+        ({"prompt": "a", "completion": "b", "label": "True"}, "KTOTrainer.*name prompt_field"),
     ],
 )
 def test_judged_answers_are_not_learned_as_if_all_were_good(row: dict[str, Any], remedy: str) -> None:

@@ -530,13 +530,23 @@ def test_forgetting_is_followed_and_kept_within_its_budget(
     assert record["retention"]["kl"] <= budget
 
 
-def test_prompts_are_learned_where_that_is_asked_for(folder: Path, rows: Path, tmp_path: Path) -> None:
+def test_prompts_are_learned_where_that_is_asked_for(
+    folder: Path, rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     answers = prepare(spec(folder, rows, tmp_path / "a"))
     both = prepare(spec(folder, rows, tmp_path / "b", loss_on_prompts=True))
     assert [row["input_ids"] for row in both.training.rows] == [row["input_ids"] for row in answers.training.rows]
     assert all(row["labels"] == row["input_ids"] for row in both.training.rows)
     assert both.training.response_tokens > answers.training.response_tokens
     assert both.held_out.rows == answers.held_out.rows  # measured is what it was
+    assert not caplog.records
+    turn = {"role": "assistant", "content": "no", "weight": 0}
+    chats = [{"messages": [{"role": "user", "content": f"{n}"}, turn] * 2} for n in range(4)]
+    for chat in chats:
+        chat["messages"][-1] = {**turn, "weight": 1}
+    unlearned = tiny.write_jsonl(tmp_path / "unlearned.jsonl", chats)
+    prepare(spec(folder, unlearned, tmp_path / "c", loss_on_prompts=True, eval_fraction=0))
+    assert "loss_on_prompts learns all tokens, those of 4 messages of weight 0 included" in caplog.text
     first = [
         next(
             r["loss"]

@@ -49,7 +49,7 @@ def test_rows_are_conversations_if_they_can_be_and_else_text(tmp_path: Path) -> 
         ("a.txt", "x", {"text_field": "body"}, "is plain text and has no fields"),
         ("a.jsonl", "{}", {"text_field": "a", "messages_field": "b"}, "Give either a text field"),
         ("a.txt", "x", {"limit": 0}, "limit is 0"),
-        ("a.bin", "\udcff", {}, "is not UTF-8 text"),
+        ("a.bin", "\udcff", {}, "not UTF-8 text"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said(name: str, content: str, options: dict[str, object], words: str, tmp_path: Path) -> None:

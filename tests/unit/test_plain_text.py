@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dynalora.errors import DataError
 from dynalora.evaluation.tokens import PLAIN, tokenize
+from dynalora.jobs.finetune.prepare import prepare
+from dynalora.jobs.finetune.settings import FinetuneSpec
 from dynalora.lab.configs import method_names, method_options
 from dynalora.lab.data.conversations import load_conversations, split
 from dynalora.lab.data.fields import Fields
@@ -35,6 +38,37 @@ def test_longer_text_loses_its_end() -> None:
     words = tiny.tokenizer()
     cut = tokenize([[{"role": PLAIN, "content": "abcdef"}]], words, max_length=3)
     assert (cut.rows[0]["input_ids"], cut.truncated) == (words("abc")["input_ids"], 1)
+
+
+def test_packed_texts_lose_nothing() -> None:
+    words = tiny.tokenizer()
+    texts = ["abcdef", "gh", "ijklm"]
+    rows = tokenize([[{"role": PLAIN, "content": text}] for text in texts], words)
+    stream = [token for text in texts for token in (*words(text)["input_ids"], words.eos_token_id)]
+    packed = rows.packed(4)
+    assert [row["input_ids"] for row in packed.rows] == [stream[at : at + 4] for at in range(0, 16, 4)]
+    assert all(row["labels"] == row["input_ids"] for row in packed.rows)
+    assert len(rows.packed(5).rows[-1]["input_ids"]) == 5  # a last token alone has nothing to predict
+    assert [len(row["input_ids"]) for row in rows.packed(100).rows] == [16]
+
+
+def test_packing_is_for_plain_text(tmp_path: Path) -> None:
+    model = tiny.saved_model(tmp_path / "model")
+    file = tmp_path / "book.txt"
+    file.write_text("\n\n".join("x" * (7 * number + 1) for number in range(8)))
+
+    def prepared(data: Path, **settings: Any) -> Any:
+        return prepare(
+            FinetuneSpec(model=str(model), data=str(data), output=str(tmp_path / "run"), max_length=16, **settings)
+        )
+
+    plain, packed = prepared(file), prepared(file, packing=True)
+    assert plain.training.truncated
+    assert (packed.training.truncated, packed.training.dropped) == (0, 0)
+    assert {len(row["input_ids"]) for row in packed.training.rows[:-1]} == {16}
+    assert packed.training.response_tokens + packed.held_out.response_tokens >= sum(7 * n + 2 for n in range(8)) - 2
+    with pytest.raises(DataError, match="packing puts plain texts one behind the other, and the data are chats"):
+        prepared(tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.rows(8)), packing=True)
 
 
 def test_text_beside_other_fields_must_be_named(tmp_path: Path) -> None:

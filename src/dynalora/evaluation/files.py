@@ -170,7 +170,7 @@ def text_field_of(names: Iterable[str]) -> str | None:
 
 
 def texts_of(rows: Rows, name: str | None, source: str) -> Iterator[str]:
-    """The texts in a field of rows; a field that is null is an empty text.
+    """The texts in a field of rows; a field that is null or NaN is an empty text.
 
     Args:
         rows: Where each row lies, and the row.
@@ -183,10 +183,11 @@ def texts_of(rows: Rows, name: str | None, source: str) -> Iterator[str]:
     for where, row in rows:
         if name is None:
             name = text_field_of(row) or TEXT_FIELDS[0]
-        if name not in row or not isinstance(row[name], (str, type(None))):
+        missing = name in row and row[name] != row[name]  # NaN, as pandas writes it
+        if name not in row or not (missing or isinstance(row[name], (str, type(None)))):
             has = ", ".join(f"'{key}'" for key in row)
             raise DataError(f"{source}, {where}: there is no text in the field '{name}'; its fields are {has}.")
-        yield (row[name] or "").strip()
+        yield "" if missing else (row[name] or "").strip()
 
 
 def some_texts(texts: Iterable[str], limit: int | None, source: str) -> list[str]:
@@ -218,14 +219,28 @@ def _reading(path: Path) -> Iterator[IO[str]]:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"'{path}' is not a complete gzip file ({error}); fetch it again.") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"'{path}' is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from error
+        raise DataError(
+            f"'{path}', line {_undecodable_line(path, packed)}: not UTF-8 text ({error.reason}); convert the file to "
+            "UTF-8, or take out what is half of a character."
+        ) from error
     except OSError as error:
         raise DataError(
             f"'{path}' cannot be read ({error.strerror or error}); give a file that is there and may be read."
         ) from error
 
 
-def _refuse_halves(value: Any, where: str, name: str = "") -> None:
+def _undecodable_line(path: Path, packed: bool) -> int:
+    """The first line that is no UTF-8, since the error counts bytes from somewhere within the file."""
+    with gzip.open(path) if packed else open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return number
+
+
+def refuse_halves(value: Any, where: str, name: str = "") -> None:
     """Refuse text with half of a character, which JSON can hold and UTF-8 cannot.
 
     Raises:
@@ -241,11 +256,11 @@ def _refuse_halves(value: Any, where: str, name: str = "") -> None:
             ) from None
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            _refuse_halves(key, where, name or "of a name")
-            _refuse_halves(item, where, name or key)
+            refuse_halves(key, where, name or "of a name")
+            refuse_halves(item, where, name or key)
     elif isinstance(value, list):
         for item in value:
-            _refuse_halves(item, where, name)
+            refuse_halves(item, where, name)
 
 
 def _json_lines(path: Path, file: Iterable[str]) -> Rows:
@@ -266,7 +281,7 @@ def _json_lines(path: Path, file: Iterable[str]) -> Rows:
                 f"'{path}', line {number}: holds {kind_of(row)}; each line must be one JSON object with named fields."
             )
         if "\\u" in line:
-            _refuse_halves(row, f"'{path}', line {number}")
+            refuse_halves(row, f"'{path}', line {number}")
         yield f"line {number}", row
 
 
@@ -305,7 +320,7 @@ def _json_rows(path: Path, file: IO[str]) -> Rows:
     for number, row in enumerate(content, start=1):
         if not isinstance(row, dict):
             raise DataError(f"'{path}', row {number}: holds {kind_of(row)}, not a JSON object with named fields.")
-        _refuse_halves(row, f"'{path}', row {number}")
+        refuse_halves(row, f"'{path}', row {number}")
         yield f"row {number}", row
 
 
@@ -338,6 +353,17 @@ def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
     yield from rest
 
 
+def _as_written(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row of a table without the nulls that Arrow puts into nested objects, where other rows have further keys."""
+
+    def cleared(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cleared(item) for key, item in value.items() if item is not None}
+        return [cleared(item) for item in value] if isinstance(value, list) else value
+
+    return {name: cleared(value) for name, value in row.items()}
+
+
 def _parquet_rows(path: Path) -> Rows:
     import datasets
 
@@ -346,7 +372,7 @@ def _parquet_rows(path: Path) -> Rows:
     except Exception as error:  # pyarrow's errors share no base class with datasets'
         raise DataError(f"'{path}' is not a readable Parquet file ({first_line(error)}).") from error
     for number, row in enumerate(table, start=1):
-        yield f"row {number}", row
+        yield f"row {number}", _as_written(row)
 
 
 def _folder_rows(folder: Path, split: str) -> Rows:
@@ -362,7 +388,7 @@ def _folder_rows(folder: Path, split: str) -> Rows:
                 raise DataError(f"'{folder}' has no split '{split}'; its splits are {', '.join(loaded)}.")
             loaded = loaded[split]
         for number, row in enumerate(loaded, start=1):
-            yield f"row {number}", row
+            yield f"row {number}", _as_written(row)
         return
     files = sorted(entry for entry in folder.iterdir() if entry.is_file() and _file_kind(entry) in FILE_KINDS)
     if not files:
@@ -412,4 +438,4 @@ def hub_rows(
             f"The data set {label}, split '{split}', cannot be loaded ({first_line(error)}); {remedy}."
         ) from error
     for number, row in enumerate(loaded, start=1):
-        yield f"row {number}", row
+        yield f"row {number}", _as_written(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -93,6 +94,17 @@ class TokenizedSet:
         """The same conversations with a loss on every token, prompts included."""
         rows: list[Tokens] = [{**row, "labels": list(row["input_ids"])} for row in self.rows]
         return replace(self, rows=rows)
+
+    def packed(self, length: int) -> TokenizedSet:
+        """The same tokens in pieces of a length, one text behind the other, so that none loses its end."""
+        ids = [token for row in self.rows for token in row["input_ids"]]
+        labels = [label for row in self.rows for label in row["labels"]]
+        # A piece of one token has nothing to predict.
+        starts = range(0, max(len(ids) - 1, 1), length)
+        pieces: list[Tokens] = [
+            {"input_ids": ids[start : start + length], "labels": labels[start : start + length]} for start in starts
+        ]
+        return replace(self, rows=pieces if self.rows else [])
 
     @property
     def response_tokens(self) -> int:
@@ -308,17 +320,17 @@ def _place(
 ) -> tuple[int, int] | None:
     """Where an answer stands in a conversation whose template writes it otherwise than at the end, or None.
 
-    Another answer is put in its place: what is alike around the two is not the answer. Its end-of-turn token counts to
-    it.
+    Another answer is put in its place: what is alike around the two is not the answer, and what is not is, its calls of
+    tools included. Its end-of-turn token counts to it.
     """
-    content = conversation[index]["content"].strip()
     mark = "ANSWER" + "X" * len(whole)  # occurs nowhere in it
     marked: Message = {**conversation[index], "content": mark}
+    marked.pop("tool_calls", None)  # they belong to the answer, and stand where the mark is
     other = _render(tokenizer, [*conversation[:index], marked, *conversation[index + 1 :]], False)
     head, found, tail = other.partition(mark)
-    if not found or not content or head + content + tail != whole:
+    start, stop = len(head), len(whole) - len(tail)
+    if not found or start >= stop or not (whole.startswith(head) and whole.endswith(tail)):
         return None
-    start, stop = len(head), len(head) + len(content)
     ends = [token for token in tokenizer.all_special_tokens if token and tail.startswith(token)]
     return start, stop + max(map(len, ends), default=0)
 
@@ -335,16 +347,32 @@ def _render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, add_
         return ""
     ours = ("weight", "tools")
     turns: list[Any] = [{key: value for key, value in turn.items() if key not in ours} for turn in conversation]
-    try:
-        text = tokenizer.apply_chat_template(
-            turns,
-            tools=cast(Any, conversation[0].get("tools")),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
+
+    def rendered(turns: list[Any]) -> str:
+        tools = cast(Any, conversation[0].get("tools"))
+        return str(
+            tokenizer.apply_chat_template(
+                turns, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         )
+
+    try:
+        try:
+            return rendered(turns)
+        except TypeError:  # some templates join text and the arguments of a call, which have to be text then
+            return rendered([_with_arguments_as_text(turn) for turn in turns])
     except Exception as error:  # templates raise jinja2's errors with the template author's words
         roles = " → ".join(message["role"] for message in conversation)
         raise DataError(
             f"The model's chat template rejects a conversation with the roles {roles} ({first_line(error)})."
         ) from error
-    return str(text)
+
+
+def _with_arguments_as_text(turn: dict[str, Any]) -> dict[str, Any]:
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(arguments, ensure_ascii=False)}}
+        if isinstance(arguments := call.get("function", {}).get("arguments"), dict)
+        else call
+        for call in turn.get("tool_calls", ())
+    ]
+    return {**turn, "tool_calls": calls} if calls else turn

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import sys
 from dataclasses import dataclass, field, replace
 
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
 from dynalora.adapter.config import is_number
-from dynalora.errors import ConfigError
-from dynalora.evaluation.tokens import Conversation, TokenizedSet, tokenize
+from dynalora.errors import ConfigError, DataError
+from dynalora.evaluation.tokens import PLAIN, Conversation, TokenizedSet, tokenize
 from dynalora.evaluation.windows import within_window
 from dynalora.forgetting.texts import MeasuredText
 from dynalora.jobs.finetune.settings import FinetuneSpec
@@ -26,6 +28,8 @@ from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.settings import defaults_of
 from dynalora.lab.training.rates import rate_for
 from dynalora.lab.training.reporting import check_trackers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,19 +109,36 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
     check_rank(empty, config, modules)
     tokenizer = load_tokenizer(name, trust_remote_code=spec.trust_remote_code, template=spec.template)
     max_length = within_window(spec.max_length, empty, tokenizer)
-    learned = tokenize(training, tokenizer, max_length=max_length)
+    learned = tokens_of(training, tokenizer, spec, max_length)
+    if spec.loss_on_prompts and (unlearned := sum(turn.get("weight") == 0 for chat in training for turn in chat)):
+        logger.warning("loss_on_prompts learns all tokens, those of %d messages of weight 0 included.", unlearned)
     prepared = Prepared(
         spec=spec,
         model=name,
         config=config,
         tokenizer=tokenizer,
         training=learned.with_prompts() if spec.loss_on_prompts else learned,
-        held_out=tokenize(held_out, tokenizer, max_length=max_length),
+        held_out=tokens_of(held_out, tokenizer, spec, max_length),
         modules=len(modules),
         texts={label: measured_text(content, tokenizer) for label, content in texts.items()},
         samples=[prompt_of(conversation) for conversation in held_out[: spec.samples]],
     )
     return prepared if spec.learning_rate is not None else _with_rate(prepared)
+
+
+def tokens_of(
+    conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, spec: FinetuneSpec, max_length: int
+) -> TokenizedSet:
+    """Conversations as tokens; with `packing`, one text behind the other in pieces of `max_length`.
+
+    Raises:
+        DataError: `packing` is asked for where there are chats, whose answers would read those of others.
+    """
+    if not spec.packing:
+        return tokenize(conversations, tokenizer, max_length=max_length)
+    if any(chat[0]["role"] != PLAIN for chat in conversations):
+        raise DataError("packing puts plain texts one behind the other, and the data are chats; leave packing out.")
+    return tokenize(conversations, tokenizer, max_length=sys.maxsize).packed(max_length)
 
 
 def _with_rate(prepared: Prepared) -> Prepared:

@@ -46,6 +46,8 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
         template: Format of the prompts: the model's own (chat), or a paper's. See
             [`prompts`][dynalora.evaluation.prompts].
         max_length: Longest sequence in tokens. Longer ones lose their end.
+        packing: Learn plain texts one behind the other, in pieces of `max_length`, so that none loses its end and
+            nothing is padded. For plain text only.
         dtype: Data type of the base model's weights; auto is bfloat16 on GPUs that have it, else float32. The
             adapter's weights are float32.
         quantization: Hold the base weights in fewer bits, with bitsandbytes (4bit is NF4) or torchao (int8);
@@ -91,6 +93,7 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
     eval_fraction: Annotated[float, Setting(least=0, below=1, panel=_DATA)] = 0.05
     template: Annotated[str, Setting(suggested=PROMPTS, panel=_DATA)] = "chat"
     max_length: Annotated[int, Setting(least=2, panel=_TRAINING)] = 512
+    packing: Annotated[bool, Setting(panel=_DATA)] = False
     dtype: Annotated[str, Setting(choices=DTYPES, panel=_TRAINING)] = "auto"
     quantization: Annotated[str | None, Setting(choices=tuple(QUANTIZATIONS), panel=_TRAINING)] = None
     retention: Annotated[bool, Setting(panel=RUN)] = True

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -15,16 +13,14 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from dynalora.errors import DataError
-from dynalora.evaluation.files import is_text, kind_of, passages, read_rows, some_texts, texts_of
+from dynalora.evaluation.files import is_text, passages, read_rows, some_texts, texts_of
 from dynalora.evaluation.tokens import PLAIN, Conversation, Message, is_learned
 from dynalora.forgetting.texts import MeasuredText, given_text
 from dynalora.lab.data.fields import Fields, find_fields
+from dynalora.lab.data.messages import is_chat, is_missing, text_in, turns_in, with_row
 from dynalora.lab.settings import named_source
 
 logger = logging.getLogger(__name__)
-
-
-ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
 def load_conversations(
@@ -96,7 +92,7 @@ def to_conversations(
     """
     by_names: dict[tuple[str, ...], Fields] = {}  # rows of JSON lines need not all have the same fields
     conversations: list[Conversation] = []
-    empty = 0
+    empty = unheard = 0
     first_empty = ""
     for where, row in rows:
         names = tuple(row)
@@ -106,7 +102,8 @@ def to_conversations(
                 expected = replace(fields, input=None)  # an optional input may be absent from single rows
             by_names[names] = find_fields(names, expected, source=f"{source}, {where}" if by_names else source)
         row_fields = by_names[names]
-        if not (fields and fields.named) and row_fields.response == "completion" and isinstance(row.get("label"), bool):
+        judged = str(row.get("label")).lower() in ("true", "false")
+        if judged and row_fields.response == "completion" and not (fields and fields.named):
             raise DataError(
                 f"{source} has completions that 'label' judges as good or bad, which TRL's KTOTrainer learns from; to "
                 "learn all of them alike, name prompt_field and response_field."
@@ -116,6 +113,7 @@ def to_conversations(
             empty += 1
             first_empty = first_empty or where
             continue
+        unheard += sum(turn["role"] not in ("assistant", PLAIN) and turn.get("weight") == 1 for turn in conversation)
         conversations.append(conversation)
         if len(conversations) == limit:
             break
@@ -128,6 +126,11 @@ def to_conversations(
             "%s: %d of %d rows have an empty response and are left out (the first: %s).",
             source, empty, empty + len(conversations), first_empty,
         )  # fmt: skip
+    if unheard:
+        logger.warning(
+            "%s: %d messages that are no answers are marked to be learned, and carry no loss: only answers do.",
+            source, unheard,
+        )  # fmt: skip
     return conversations
 
 
@@ -136,21 +139,35 @@ def _conversation(row: Mapping[str, Any], fields: Fields, where: str) -> Convers
         text = text_in(row[fields.text], fields.text, where)
         return [{"role": PLAIN, "content": text}] if text.strip() else None
     if fields.messages:
-        return _chat(row[fields.messages], fields.messages, where, row.get("tools"))
+        value = row[fields.messages]
+        if is_missing(value) or value == "":  # as CSV has a missing cell
+            return None
+        return _ended(turns_in(value, fields.messages, where), row, fields, where)
     assert fields.prompt is not None  # Fields guarantees both
     assert fields.response is not None
-    if _is_chat(row[fields.prompt]) or _is_chat(row[fields.response]):
+    if is_chat(row[fields.prompt]) or is_chat(row[fields.response]):
         return _asked_and_answered(row, fields, where)
     prompt = text_in(row[fields.prompt], fields.prompt, where)
     response = text_in(row[fields.response], fields.response, where)
     extra = text_in(row.get(fields.input), fields.input, where) if fields.input else ""
     if not response.strip():
         return None
-    return [question_of(prompt, extra), {"role": "assistant", "content": response}]
+    chat = [*_history(row, fields, where), question_of(prompt, extra), Message(role="assistant", content=response)]
+    return with_row(chat, row, where, fields.named)
 
 
-def _is_chat(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(v, Mapping) for v in value)
+def _history(row: Mapping[str, Any], fields: Fields, where: str) -> Conversation:
+    """Earlier questions and their answers, which Alpaca's format keeps as pairs; empty if there are none."""
+    pairs = None if "history" in fields.named else row.get("history")
+    if not isinstance(pairs, Sequence) or isinstance(pairs, str):
+        return []
+    chat: Conversation = []
+    for pair in pairs:
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise DataError(f"{where}: field 'history' holds something else than pairs of a question and its answer.")
+        question, answer = (text_in(text, "history", where) for text in pair)
+        chat += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return chat
 
 
 def _asked_and_answered(row: Mapping[str, Any], fields: Fields, where: str) -> Conversation | None:
@@ -158,7 +175,7 @@ def _asked_and_answered(row: Mapping[str, Any], fields: Fields, where: str) -> C
 
     def turns(name: str | None, role: str) -> Conversation:
         assert name is not None
-        if _is_chat(row[name]):
+        if is_chat(row[name]):
             return turns_in(row[name], name, where)
         text = text_in(row[name], name, where)
         return [cast(Message, {"role": role, "content": text})] if text.strip() else []
@@ -167,7 +184,7 @@ def _asked_and_answered(row: Mapping[str, Any], fields: Fields, where: str) -> C
         cast(Message, {**turn, "weight": 0}) if turn["role"] == "assistant" else turn
         for turn in turns(fields.prompt, "user")
     ]
-    return _ended([*asked, *turns(fields.response, "assistant")], row.get("tools"))
+    return _ended([*asked, *turns(fields.response, "assistant")], row, fields, where)
 
 
 def question_of(prompt: str, extra: str) -> Message:
@@ -177,118 +194,14 @@ def question_of(prompt: str, extra: str) -> Message:
     return {"role": "user", "content": f"{prompt}\n\n{extra}", "instruction": prompt, "input": extra}
 
 
-def text_in(value: Any, name: str, where: str) -> str:
-    """The text of a cell; empty if it is missing.
-
-    Raises:
-        DataError: It holds something else, or half of a character.
-    """
-    if _is_missing(value):
-        return ""
-    if isinstance(value, str):
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise DataError(
-                f"{where}: field '{name}' holds half of a character (a lone surrogate, as of an emoji that was cut in "
-                "two), which no tokenizer can read; write the file anew, or take the character out."
-            )
-        return value
-    if isinstance(value, (bool, int, float)):
-        return str(value)
-    raise DataError(f"{where}: field '{name}' holds {kind_of(value)}, not text; name a field with text.")
-
-
-def _is_missing(value: Any) -> bool:
-    """Whether a cell is empty: null, or NaN, as pandas writes it."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-# What a chat's message may have besides role and content, and templates read.
-_EXTRAS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking", "weight")
-
-# ShareGPT's names beside the usual ones.
-_ROLE_ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-
-
-def _json(value: Any) -> Any:
-    """A value that a cell of CSV or Parquet may hold as JSON text."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(value)
-    return value
-
-
-def turns_in(value: Any, name: str, where: str) -> Conversation:
-    """All messages of a cell that holds a chat; may be empty.
-
-    Raises:
-        DataError: It holds something else, or a message lacks something.
-    """
-    if isinstance(value, str):
-        try:  # CSV has no lists: a chat in a CSV cell is JSON text
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise DataError(f"{where}: field '{name}' holds text, not a list of messages.") from None
-    if not isinstance(value, Sequence) or not all(isinstance(turn, Mapping) for turn in value):
-        raise DataError(f"{where}: field '{name}' holds {kind_of(value)}, not a list of messages.")
-    chat: Conversation = []
-    for number, turn in enumerate(value, start=1):
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        extras = {key: turn[key] for key in _EXTRAS if not _is_missing(turn.get(key))}
-        if role is None or (_is_missing(content) and not {"tool_calls", "reasoning_content"} & extras.keys()):
-            has = ", ".join(f"'{key}'" for key in turn) or "none"
-            raise DataError(f"{where}: message {number} in '{name}' needs 'role' and 'content'; its fields are {has}.")
-        role = _ROLE_ALIASES.get(str(role), str(role))
-        if role not in ROLES:
-            raise DataError(
-                f"{where}: message {number} in '{name}' has the role '{role}'; known roles are {', '.join(ROLES)}."
-            )
-        if extras.get("weight", 1) not in (0, 1):
-            raise DataError(
-                f"{where}: message {number} in '{name}' has the weight {extras['weight']!r}; give 0 (no loss) or 1."
-            )
-        place = f"{where}, message {number} in '{name}'"
-        text = text_in(_of_parts(content, place), "content", place)
-        chat.append(cast(Message, {"role": role, "content": text, **extras}))
-    return chat
-
-
-def _of_parts(content: Any, where: str) -> Any:
-    """The text of content that is a list of parts of text, as OpenAI's format has it; other content as it is.
-
-    Raises:
-        DataError: A part is an image, sound or the like.
-    """
-    if not _is_chat(content):
-        return content
-    for part in content:
-        if not isinstance(part, Mapping) or part.get("type", "text") != "text":
-            kind = part.get("type") if isinstance(part, Mapping) else kind_of(part)
-            raise DataError(
-                f"{where}: 'content' has a part of type {kind!r}, and only text is learned here; leave such rows out, "
-                "or train with the adapter under a trainer of your own (docs/integrations.md)."
-            )
-    return "".join(text_in(part.get("text"), "text", where) for part in content)
-
-
-def with_tools(chat: Conversation, tools: Any) -> Conversation:
-    """A chat whose first message carries the tools that its row offers; they may be JSON text, or missing."""
-    if chat and not _is_missing(tools := _json(tools)):
-        chat[0]["tools"] = tools
-    return chat
-
-
-def _chat(value: Any, name: str, where: str, tools: Any = None) -> Conversation | None:
-    return None if _is_missing(value) else _ended(turns_in(value, name, where), tools)
-
-
-def _ended(chat: Conversation, tools: Any) -> Conversation | None:
+def _ended(chat: Conversation, row: Mapping[str, Any], fields: Fields, where: str) -> Conversation | None:
     """A chat from the first question to the last answer that is learned; None if there is none."""
     # An answer to nothing cannot be learned as a response, and turns after the last answer teach nothing.
     while chat and chat[0]["role"] == "assistant":
         chat.pop(0)
     while chat and not is_learned(chat[-1]):
         chat.pop()
-    return with_tools(chat, tools) or None
+    return with_row(chat, row, where, fields.named) or None
 
 
 MONITORED_TEXTS = 32

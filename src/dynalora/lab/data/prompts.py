@@ -10,8 +10,9 @@ from typing import Any
 from dynalora.errors import DataError
 from dynalora.evaluation.files import TEXT_FIELDS, is_text, passages, read_rows
 from dynalora.evaluation.tokens import PLAIN, Conversation
-from dynalora.lab.data.conversations import question_of, text_in, turns_in, with_tools
+from dynalora.lab.data.conversations import question_of
 from dynalora.lab.data.fields import USUAL_FIELDS
+from dynalora.lab.data.messages import text_in, turns_in, with_row
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def load_prompts(
 def _prompt(row: Mapping[str, Any], fields: PromptFields, where: str) -> Prompt:
     fields = _found(row, fields, where)
     if fields.messages:
-        turns = with_tools(turns_in(row[fields.messages], fields.messages, where), row.get("tools"))
+        turns = with_row(turns_in(row[fields.messages], fields.messages, where), row, where, fields.named)
         answered = bool(turns) and turns[-1]["role"] == "assistant"
         response = turns.pop()["content"] if answered else None
         if not turns:
@@ -106,7 +107,8 @@ def _prompt(row: Mapping[str, Any], fields: PromptFields, where: str) -> Prompt:
         return Prompt([{"role": PLAIN, "content": text}])
     extra = text_in(row.get(fields.input), fields.input, where) if fields.input else ""
     response = text_in(row.get(fields.response), fields.response, where) if fields.response else ""
-    return Prompt([question_of(text, extra)], response if response.strip() else None)
+    asked_for = with_row([question_of(text, extra)], row, where, fields.named)
+    return Prompt(asked_for, response if response.strip() else None)
 
 
 def _found(row: Mapping[str, Any], fields: PromptFields, where: str) -> PromptFields:
