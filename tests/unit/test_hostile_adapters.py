@@ -251,6 +251,82 @@ def test_new_words_are_taken_and_old_ones_are_not(saved: Path, tmp_path: Path) -
         peft.PeftModel.from_pretrained(base(), changed(saved, tmp_path / "y", with_words))
 
 
+def test_new_words_are_those_behind_the_checkpoints_vocabulary(tmp_path: Path) -> None:
+    base().save_pretrained(tmp_path / "base")
+
+    def resized(words: int) -> Any:
+        model = type(base()).from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(words, mean_resizing=False)
+        return model
+
+    source = resized(66)
+    config = dynalora.DiraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(source, config).save_pretrained(tmp_path / "good", save_embedding_layers=True)
+    loaded = peft.PeftModel.from_pretrained(resized(66), tmp_path / "good").get_base_model()
+    assert torch.equal(loaded.lm_head.weight, source.lm_head.weight)
+
+    def last_old_word(state: Tensors) -> Tensors:
+        state["base_model.model.lm_head.weight"][63] = 3.0
+        return state
+
+    with pytest.raises(CheckpointError, match="would change the base model"):
+        peft.PeftModel.from_pretrained(resized(66), changed(tmp_path / "good", tmp_path / "x", last_old_word))
+
+
+def rows_of(state: Tensors) -> str:
+    return next(name for name in state if "trainable_tokens" in name or "lm_head" in name)
+
+
+BESIDES: list[tuple[dict[str, Any], dict[str, Any], Callable[[torch.Tensor], torch.Tensor]]] = [
+    # What was trained besides the adapter, fields that are changed, and what is done to its tensor.
+    ({"trainable_token_indices": [1, 5]}, {}, lambda rows: rows * float("nan")),
+    ({"trainable_token_indices": [1, 5]}, {}, lambda rows: rows[:-1]),
+    ({"trainable_token_indices": [1, 5]}, {}, lambda rows: rows.int()),
+    ({"trainable_token_indices": [1, 5]}, {"trainable_token_indices": None}, lambda rows: rows),
+    ({"trainable_token_indices": [1, 5]}, {"trainable_token_indices": [1]}, lambda rows: rows),
+    ({"trainable_token_indices": [1, 5]}, {"trainable_token_indices": [1, 64]}, lambda rows: rows),
+    ({"trainable_token_indices": [1, 5]}, {"trainable_token_indices": [5, 5]}, lambda rows: rows),
+    ({"trainable_token_indices": [1, 5]}, {"trainable_token_indices": {"q_proj": [1, 5]}}, lambda rows: rows),
+    ({"trainable_token_indices": [1, 5]}, {"trainable_token_indices": {"lm_head": [1, 5]}}, lambda rows: rows),
+    ({"modules_to_save": ["lm_head"]}, {}, lambda head: head * float("inf")),
+    ({"modules_to_save": ["lm_head"]}, {}, lambda head: head[:, :-1]),
+    ({"modules_to_save": ["lm_head"]}, {}, lambda head: head.int()),
+    ({"modules_to_save": ["lm_head"]}, {"modules_to_save": None}, lambda head: head + 1),
+    ({"modules_to_save": ["lm_head"]}, {"modules_to_save": ["lm_head", "norm"]}, lambda head: head),
+    ({"modules_to_save": ["lm_head"]}, {"modules_to_save": ["lm_head", "q_proj"]}, lambda head: head),
+    ({"modules_to_save": ["lm_head"]}, {"target_modules": ["nothing"]}, lambda head: head),
+]
+
+
+@pytest.mark.parametrize(("besides", "fields", "change"), BESIDES)
+def test_what_is_trained_besides_is_all_or_nothing_too(
+    besides: dict[str, Any], fields: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path
+) -> None:
+    def config(**more: Any) -> Any:
+        return dynalora.DiraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **more)
+
+    peft.get_peft_model(base(), config(**besides, init_weights=False)).save_pretrained(tmp_path / "good")
+    kept: Any = peft.PeftModel.from_pretrained(base(), tmp_path / "good")
+    assert len(kept.peft_config) == 1
+
+    def damaged(state: Tensors) -> Tensors:
+        return {name: change(tensor) if name == rows_of(state) else tensor for name, tensor in state.items()}
+
+    bad = changed(tmp_path / "good", tmp_path / "bad", damaged, **fields)
+    fresh: Any = base()
+    running: Any = peft.get_peft_model(base(), config())
+    before = [{name: t.clone() for name, t in model.state_dict().items()} for model in (fresh, running)]
+    for load in (lambda: peft.PeftModel.from_pretrained(fresh, bad), lambda: running.load_adapter(bad, "other")):
+        with pytest.raises(DynaloraError) as caught:
+            load()
+        assert "\n" not in str(caught.value)
+    for model, old in zip((fresh, running), before, strict=True):
+        state = model.state_dict()
+        assert list(state) == list(old)
+        assert all(torch.equal(state[name], old[name]) for name in old)
+    assert list(running.peft_config) == ["default"]
+
+
 @pytest.mark.parametrize(
     "text", [b"[" + b" " * (1 << 24) + b"]", b"[[" * 5000, b'[{"step": 1}]', b"nothing", b'{"a": 1}']
 )

@@ -162,7 +162,7 @@ class AdapterConfig(PeftConfig):
         self._require(
             _are_tokens(self.trainable_token_indices),
             "trainable_token_indices",
-            "a list of token numbers, or such lists by the names of embeddings",
+            "a list of different token numbers, or such lists by the names of embeddings",
         )
         for name in ("use_rslora", "inference_mode", "clip_penalty"):
             self._require(isinstance(getattr(self, name), bool), name, "True or False")
@@ -354,7 +354,9 @@ def _is_count(value: Any) -> bool:
 def _are_tokens(value: Any) -> bool:
     lists = list(value.values()) if isinstance(value, dict) else [] if value is None else [value]
     numbered = all(
-        isinstance(tokens, (list, tuple)) and all(is_whole(token) and 0 <= token < 2**31 for token in tokens)
+        isinstance(tokens, (list, tuple))
+        and all(is_whole(token) and 0 <= token < 2**31 for token in tokens)
+        and len(set(tokens)) == len(tokens)
         for tokens in lists
     )
     return numbered and all(isinstance(name, str) for name in (value if isinstance(value, dict) else ()))

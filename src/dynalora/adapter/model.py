@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from typing import Any, ClassVar, cast
 
 import torch
@@ -31,7 +32,14 @@ from dynalora.adapter.ranks import fit
 from dynalora.adapter.retain import Retain
 from dynalora.adapter.saved import check_further_tensors, check_known, read_shapes
 from dynalora.adapter.shared_input import join_companions
-from dynalora.adapter.targets import describe_linear_layers, is_target, leave_out_head, settle_targets
+from dynalora.adapter.targets import (
+    NothingToAdaptError,
+    check_trained_besides,
+    describe_linear_layers,
+    is_target,
+    leave_out_head,
+    settle_targets,
+)
 from dynalora.common.names import plain_name
 from dynalora.common.private import after_failed_load, after_load_by_transformers, after_unread_method
 from dynalora.driver import Driver, Part, check_driven, first_bad, prepare_unloaded
@@ -51,19 +59,27 @@ class AdapterModel(BaseTuner):
         """Wrap the target modules of an adapter and give it its clock. Parameters as PEFT's.
 
         Raises:
-            NoMatchingPeftModuleError: No module matches; the message names the linear layers that exist.
+            NothingToAdaptError: No module matches; the message names the linear layers that exist.
             UnsupportedError: A target is no linear layer.
-            ConfigError: Matching the names of the modules does not come to an end.
+            ConfigError: Matching the names of the modules does not come to an end, or what is to be trained besides
+                cannot be.
         """
         check_patterns(self.peft_config[adapter_name], [name for name, _ in model.named_modules()])
+        check_trained_besides(model, self.peft_config[adapter_name])
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             # PEFT calls the hook itself for the adapter that a tuner is made with, but not for those added later.
             self._post_injection_hook(model, self.peft_config[adapter_name], adapter_name)
         except NoMatchingPeftModuleError as error:
-            raise NoMatchingPeftModuleError(f"{error} {describe_linear_layers(model)}") from None
-        except Exception:
+            raise NothingToAdaptError(f"{error} {describe_linear_layers(model)}") from None
+        except Exception as error:
             _take_back(model, adapter_name)
+            if isinstance(error, TypeError) and "cannot be applied to modules" in str(error):  # PEFT's
+                kind = type(self.peft_config[adapter_name]).__name__
+                raise ConfigError(
+                    f"{kind}: {first_line(error)}; train such a module in one way only, and in full or in some of its "
+                    "tokens only what has weights of its own."
+                ) from None
             raise
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
@@ -393,6 +409,7 @@ def _withdraw(model: PeftModel, adapter: str, error: Exception) -> Exception:
     if layers and all(adapter in layer.unprepared for layer in layers):
         if len(model.peft_config) > 1:
             model.delete_adapter(adapter)
+            _unwrap_unused(model)
         else:
             tuner: Any = model.base_model
             base = tuner.unload()
@@ -401,6 +418,16 @@ def _withdraw(model: PeftModel, adapter: str, error: Exception) -> Exception:
     if isinstance(error, KeyError):  # PEFT's, of a module that was trained in full
         return CheckpointError(f"the saved adapter lacks the tensor {first_line(error)!r}; use another copy of it.")
     return error
+
+
+def _unwrap_unused(model: nn.Module) -> None:
+    """Take away what PEFT puts around modules that are trained besides, where no adapter uses it any more."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper) and not any(
+            len(attrgetter(trained)(module)) for trained in module.adapter_layer_names
+        ):
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, module.original_module)
 
 
 def _tell_of_unread_method(folder: str) -> None:

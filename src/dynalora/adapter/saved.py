@@ -111,7 +111,8 @@ def check_further_tensors(
 
     A file may hold, besides the method's own tensors, modules that were trained in full, which are copies beside the
     base model's, and biases, if the configuration says so. PEFT also writes the embeddings of some models: unchanged,
-    or with new words at the end, after the vocabulary was resized; new words are taken by a model's only adapter.
+    or with new words at the end, after the vocabulary was resized. New words are taken by a model's only adapter. They
+    are those behind the vocabulary of the checkpoint that the model is from; where there is none, the second half.
 
     Args:
         model: The model with the adapter.
@@ -148,13 +149,23 @@ def check_further_tensors(
                     f"the saved adapter has {name!r} of shape {tuple(tensor.shape)}, where the model's is "
                     f"{tuple(place.shape)}; load it onto the base model it was trained on."
                 )
+            if place is not None and place.is_floating_point() != tensor.is_floating_point():
+                raise CheckpointError(
+                    f"the saved adapter has {name!r} in {tensor.dtype}, where the model's is {place.dtype}; use "
+                    "another copy of it."
+                )
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(
                     f"the saved adapter has NaN or infinite values in {name!r}; use another copy of it."
                 )
+        elif place is None and last == "trainable_tokens_delta":
+            raise CheckpointError(
+                f"the saved adapter holds {name!r}, rows of tokens that its configuration does not list in "
+                "trainable_token_indices; the two files belong to different adapters."
+            )
         elif place is None or _same_weight(place, tensor):  # such as a classifier's head, where there is another head
             del state[name]
-        elif alone and key in vocabularies and _same_but_for_new_words(place, tensor):
+        elif alone and key in vocabularies and _same_but_for_new_words(place, tensor, _words_before(model)):
             continue
         else:
             raise CheckpointError(
@@ -178,11 +189,25 @@ def _embeddings_of(model: Any) -> list[nn.Module]:
     return [module for module in found if module is not None]
 
 
-def _same_but_for_new_words(place: torch.Tensor, tensor: torch.Tensor) -> bool:
-    """Whether two embeddings, (words, width), differ at the end only, and in less than half of the words."""
-    half = (len(place) + 1) // 2
+def _words_before(model: Any) -> int | None:
+    """How many words the checkpoint has that a model was loaded from, before its vocabulary was resized."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(base, "config", None)
+    place = getattr(config, "_name_or_path", None) or getattr(base, "name_or_path", None)
+    if not isinstance(place, str) or not place:
+        return None
+    try:
+        before = type(config).from_pretrained(place, local_files_only=True)  # type: ignore[union-attr]
+        return int(before.get_text_config().vocab_size)
+    except Exception:  # whatever is wrong with what the model's name leads to, it says nothing
+        return None
+
+
+def _same_but_for_new_words(place: torch.Tensor, tensor: torch.Tensor, words: int | None) -> bool:
+    """Whether two embeddings, (words, width), differ at the end only: behind so many, or in less than half of them."""
+    old = (len(place) + 1) // 2 if words is None else words
     finite = bool(torch.isfinite(tensor).all())
-    return finite and place.shape == tensor.shape and place.ndim == 2 and _same_weight(place[:half], tensor[:half])
+    return finite and place.shape == tensor.shape and place.ndim == 2 and _same_weight(place[:old], tensor[:old])
 
 
 def _same_weight(place: torch.Tensor, tensor: torch.Tensor) -> bool:

@@ -10,6 +10,8 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from dynalora.adapter.base_weight import BaseWeight
@@ -31,6 +33,61 @@ from dynalora.errors import ConfigError, UnsupportedError
 _EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 Check = Callable[[nn.Module, str], None]
+
+
+class NothingToAdaptError(ConfigError, NoMatchingPeftModuleError):
+    """A configuration's targets match no module of the model."""
+
+
+def check_trained_besides(model: nn.Module, config: Any) -> None:
+    """Refuse modules and tokens to train besides the adapter that cannot be.
+
+    Args:
+        model: The base model, which may have other adapters.
+        config: The adapter's configuration.
+
+    Raises:
+        ConfigError: A module in `modules_to_save` has an adapter, or `trainable_token_indices` names a module that is
+            no embedding or a token that it does not have.
+    """
+    kind = type(config).__name__
+    modules = dict(model.named_modules())
+    for name in config.modules_to_save or ():
+        adapted = next((key for key, each in modules.items() if key.endswith(name) and _is_layer(each)), None)
+        if adapted is not None:
+            raise ConfigError(
+                f"{kind}: modules_to_save has {name!r}, but {adapted!r} has an adapter; train it in one way only."
+            )
+    tokens = config.trainable_token_indices or {}
+    by_name = tokens.items() if isinstance(tokens, dict) else [("", tokens)]
+    for name, ids in by_name:
+        for key, module in modules.items() if name else [("the input embeddings", _input_embeddings(model))]:
+            if name and not key.endswith(name):
+                continue
+            while isinstance(module, AuxiliaryTrainingWrapper):
+                module = module.original_module
+            if _is_layer(module) or not isinstance(module, (nn.Embedding, nn.Linear)):
+                raise ConfigError(
+                    f"{kind}: trainable_token_indices needs an embedding without an adapter, and {key!r} is a "
+                    f"{type(module).__name__}; name another module, or leave it out of target_modules."
+                )
+            count = module.num_embeddings if isinstance(module, nn.Embedding) else module.out_features
+            if ids and max(ids) >= count:
+                raise ConfigError(
+                    f"{kind}: trainable_token_indices has {max(ids)}, but {key!r} has {count} tokens, from 0; resize "
+                    "the model's vocabulary first (model.resize_token_embeddings)."
+                )
+
+
+def _is_layer(module: nn.Module | None) -> bool:
+    return isinstance(module, BaseTunerLayer)
+
+
+def _input_embeddings(model: Any) -> Any:
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return next((each for key, each in model.named_modules() if key.endswith("embed_tokens")), None)
 
 
 def wants_all_linear(config: Any) -> bool:
