@@ -196,6 +196,14 @@ OPTIMIZERS = (
     ),
     Tested("CAME", "pytorch_optimizer", plain("CAME", 1e-3)),
     Tested("MADGRAD", "pytorch_optimizer", plain("MADGRAD", 1e-3)),
+    Tested(
+        "SPAM",
+        "pytorch_optimizer",
+        plain("SPAM"),
+        ANEW,
+        note="with `density` below 1, parameters whose rank has moved are stepped whole",
+    ),
+    Tested("StableSPAM", "pytorch_optimizer", plain("StableSPAM")),
     Tested("SOAP", "pytorch_optimizer", plain("SOAP"), ANEW),
     Tested("Kron (PSGD)", "pytorch_optimizer", plain("Kron", 1e-3), ANEW),
 )

@@ -107,3 +107,29 @@ def test_torchs_encoder_does_not_pass_over_an_adapter_in_evaluation(target: str,
         assert not torch.allclose(base, expected, atol=1e-2)
         model.merge_adapter()
         torch.testing.assert_close(model(x, src_key_padding_mask=mask)[seen], expected, atol=1e-5, rtol=1e-5)
+
+
+class ToyRouter(nn.Linear):
+    """A router as Llama 4 has it: a linear layer that gives scores beside its product."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        logits = super().forward(x)
+        return logits.softmax(-1), logits
+
+
+@pytest.mark.parametrize("config", [dynalora.DiraConfig, dynalora.DiselConfig])
+def test_routers_that_give_more_than_a_product_are_left_alone(config: Any) -> None:
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.expert = ToyRouter(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.router(x)[0] * self.expert(x)
+
+    with pytest.raises(UnsupportedError, match="'router'"):
+        peft.get_peft_model(Mixture(), config(r=2, target_modules=["router"], total_steps=4))
+    with pytest.warns(UserWarning, match=r"leaves out 1 of 2 linear layers \('router'\)"):
+        model = peft.get_peft_model(Mixture(), config(r=2, target_modules="all-linear", total_steps=4))
+    assert [*adapter_layers(model)] == ["base_model.model.expert"]
+    assert model(torch.ones(1, 4)).isfinite().all()

@@ -89,6 +89,8 @@ class BaseWeight(BaseTunerLayer):
         """Whether a module is a linear layer that can be adapted: linear, GPT-2's `Conv1D`, or quantised."""
         if isinstance(base_layer, NonDynamicallyQuantizableLinear):
             return False  # nn.MultiheadAttention reads its weight and never calls it
+        if "router" in type(base_layer).__name__.lower() and type(base_layer).forward is not nn.Linear.forward:
+            return False  # a mixture's, which gives scores beside its product (Llama 4, PhiMoE)
         if isinstance(base_layer, (nn.Linear, Conv1D, ExpertMatrix)):
             return True
         backend = quantization_of(base_layer)

@@ -239,6 +239,8 @@ def _carry(
             if FACTORED[key] == new.dim:
                 # Either the factor alone, or with a dimension of size 1 for the other.
                 state[key] = resized(value, new.dim if value.ndim == 2 else 0)
+        elif value.dtype == torch.bool and value.shape == shape:  # SPAM's mask of what is stepped: new slices are
+            state[key] = ~resized(~value)
         elif value.shape == shape:
             number = key.removeprefix("state")
             if value.dtype == torch.uint8 and f"absmax{number}" in state:
