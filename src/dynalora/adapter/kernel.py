@@ -281,12 +281,16 @@ def only_multiplies(base_layer: nn.Module, x: torch.Tensor) -> bool:
         return False
     if type(x) is not torch.Tensor:
         return False
-    for tensor in (base_layer.weight, base_layer.bias):
+    parameters, dtype, device = base_layer._parameters, x.dtype, x.device
+    weight = parameters.get("weight")
+    if weight is None or "bias" not in parameters:  # made anew at each call
+        return False
+    for tensor in (weight, parameters["bias"]):
         if tensor is not None and (
             type(tensor) not in (torch.Tensor, nn.Parameter)
             or tensor.requires_grad
-            or tensor.dtype != x.dtype
-            or tensor.device != x.device
+            or tensor.dtype != dtype
+            or tensor.device != device
         ):
             return False
-    return base_layer.weight.shape == (base_layer.out_features, base_layer.in_features)
+    return weight.shape == (base_layer.out_features, base_layer.in_features)

@@ -385,23 +385,26 @@ class AdapterLayer(RankedStorage, BaseWeight):
             None for base layers other than plain linear ones, with hooks, or with weights that train or are elsewhere;
             where an adapter is merged, several act or none; and with dropout.
         """
-        acting = [adapter for adapter in self.active_adapters if adapter in self.scaling]
+        # Attributes of modules are looked up past nn.Module's own way, of which a step of many layers would notice.
+        acting = [adapter for adapter in self._active_adapter if adapter in self.scaling]
         if len(acting) != 1 or self._disable_adapters or self.merged_adapters or self.unprepared:
             return None
-        (adapter,) = acting
-        if (self.training and self.adapter_dropout[adapter]) or not only_multiplies(self.base_layer, x):
+        adapter, base = acting[0], cast(nn.Module, self._modules["base_layer"])
+        if (self.training and self.adapter_dropout[adapter]) or not only_multiplies(base, x):
             return None
         down, *rest = self.projections(adapter)
         frozen = self._frozen("frozen_down", adapter)
         matrices = (*rest, down) if frozen is None else (*rest, down, frozen)
-        if down.dtype != x.dtype and not getattr(self, "cast_input_dtype_enabled", True):
+        dtype, device = down.dtype, x.device
+        if dtype != x.dtype and not self.__dict__.get("cast_input_dtype_enabled", True):
             return None
-        if any(type(matrix) not in (torch.Tensor, nn.Parameter) for matrix in matrices):
-            return None
-        if any(matrix.dtype != down.dtype or matrix.device != x.device or matrix.ndim != 2 for matrix in matrices):
-            return None
-        base: Any = self.base_layer
-        return Factors(adapter, base.weight, base.bias, matrices)
+        for matrix in matrices:
+            if type(matrix) not in (torch.Tensor, nn.Parameter) or matrix.ndim != 2:
+                return None
+            if matrix.dtype != dtype or matrix.device != device:
+                return None
+        weights = base._parameters
+        return Factors(adapter, cast(torch.Tensor, weights["weight"]), weights["bias"], matrices)
 
     def add_update(
         self,
