@@ -254,7 +254,7 @@ def layers_of(model: Any) -> dict[str, AdapterLayer]:
         ("a second adapter", [2]),
         ("dropout", []),
         ("switched off", []),
-        ("autocast", []),
+        ("autocast", [3]),
         ("without gradients", []),
     ],
 )
@@ -351,11 +351,13 @@ def test_what_is_left_of_an_earlier_pass_is_not_taken(calls: list[int], monkeypa
 @pytest.mark.parametrize(
     "config", [dynalora.DiraConfig, dynalora.DiselConfig, dynalora.PedyraConfig, dynalora.MiloraConfig]
 )
-def test_together_under_autocast_where_it_casts_no_weight(
-    config: Any, calls: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=str)
+def test_together_under_autocast(
+    config: Any, weights: torch.dtype, given: torch.dtype, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As trainers do with half-precision weights and `bf16=True`: the same products in the same data types."""
-    model, x = adapted(config).bfloat16(), x_of(dtype=torch.bfloat16)
+    """As trainers do with `bf16=True`, and weights and inputs of either precision: the same data types come out."""
+    model, x = adapted(config).to(weights), x_of(dtype=given)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -379,3 +381,26 @@ def test_together_under_autocast_where_it_casts_no_weight(
         assert together[name].dtype == value.dtype, name
         scale = float(value.abs().max())
         torch.testing.assert_close(together[name], value, atol=0.03 * scale, rtol=0)
+
+
+def test_autocast_keeps_no_cast_copy_of_a_weight() -> None:
+    torch.manual_seed(0)
+    model, x = adapted(), x_of()
+    kept: list[torch.Tensor] = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        model(x)
+    weights = [layer.base_layer.weight for layer in layers_of(model).values()]
+    assert len(weights) == 3
+    for weight in weights:
+        copies = [tensor for tensor in kept if tensor.shape == weight.shape and tensor.dtype == torch.bfloat16]
+        assert not any(torch.equal(copy, weight.bfloat16()) for copy in copies)
+
+
+def test_autocast_leaves_double_precision_to_the_layer(calls: list[int]) -> None:
+    model, x = adapted().double(), x_of(dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x).backward()
+    assert calls == []

@@ -19,6 +19,9 @@ from torch import nn
 from dynalora.adapter.experts import ExpertMatrix
 from dynalora.common.private import has_forward_hooks, is_observed, is_replaced, transforming, view_base
 
+#: Data types that autocast casts.
+CAST = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class _AddLowRankInPlace(torch.autograd.Function):
     """`result += scaling · m @ [up, frozen].T`, written into `result`."""
@@ -281,7 +284,11 @@ def only_multiplies(base_layer: nn.Module, x: torch.Tensor) -> bool:
         return False
     if type(x) is not torch.Tensor:
         return False
-    parameters, dtype, device = base_layer._parameters, x.dtype, x.device
+    parameters, device = base_layer._parameters, x.device
+    # Autocast brings them to one data type, whatever they have, but for float64.
+    dtypes = CAST if torch.is_autocast_enabled(device.type) else (x.dtype,)
+    if x.dtype not in dtypes:
+        return False
     weight = parameters.get("weight")
     if weight is None or "bias" not in parameters:  # made anew at each call
         return False
@@ -289,7 +296,7 @@ def only_multiplies(base_layer: nn.Module, x: torch.Tensor) -> bool:
         if tensor is not None and (
             type(tensor) not in (torch.Tensor, nn.Parameter)
             or tensor.requires_grad
-            or tensor.dtype != dtype
+            or tensor.dtype not in dtypes
             or tensor.device != device
         ):
             return False

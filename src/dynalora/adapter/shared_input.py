@@ -64,7 +64,7 @@ class Products(NamedTuple):
 
     Attributes:
         factors: What was multiplied with.
-        x: The input, (tokens, in).
+        x: The input, (tokens, in), in the data type of the base product.
         result: The place of the base layer's result, (tokens, out); see `fill`.
         narrow: The products with the adapter's matrices, (tokens, ·).
     """
@@ -81,10 +81,12 @@ class Products(NamedTuple):
         Earlier, another layer's result would push it out of the processor's cache.
         """
         _, weight, bias, _ = self.factors
+        dtype = self.x.dtype  # under autocast the weight may have another
+        weight = weight.to(dtype)
         if bias is None:
             torch.mm(self.x, weight.t(), out=self.result)
         else:
-            torch.addmm(bias, self.x, weight.t(), out=self.result)
+            torch.addmm(bias.to(dtype), self.x, weight.t(), out=self.result)
         return self
 
 
@@ -176,12 +178,13 @@ def multiply(x: torch.Tensor, wanted: Sequence[Factors]) -> list[Products]:
         wanted: What each layer wants, with matrices of one dtype.
     """
     matrices = [matrix for factors in wanted for matrix in factors.matrices]
-    flat = x.reshape(-1, x.shape[-1])
+    flat, dtype, device = x.reshape(-1, x.shape[-1]), matrices[0].dtype, x.device.type
     counts = tuple(len(factors.matrices) for factors in wanted)
     weights = (factors.weight for factors in wanted)
-    # What autocast would compute the products in, or the adapter's own data type.
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else matrices[0].dtype
+    if torch.is_autocast_enabled(device):
+        # Base weights are cast for each product anew, as autocast does where they do not train, and not kept so.
+        dtype = torch.get_autocast_dtype(device)
+        flat = flat.to(dtype)
     made: Any = _Multiply.apply(flat, counts, dtype, *weights, *matrices)  # type: ignore[no-untyped-call]
     flat = flat.detach()
     return [Products(factors, flat, made[i], made[len(wanted) + i]) for i, factors in enumerate(wanted)]
@@ -273,7 +276,7 @@ def products_for(layer: AdapterLayer, x: torch.Tensor) -> Products | None:
     if products is not None:
         return products.fill()
     factors = layer.factors_of_input(x)
-    if factors is None or transforming() or _casts(x):
+    if factors is None or transforming():
         return None
     together = {layer: factors}
     companions = layer.companions
@@ -286,12 +289,6 @@ def products_for(layer: AdapterLayer, x: torch.Tensor) -> Products | None:
     if others:
         _waiting.keep(layer, x, dict(zip([*together][1:], others, strict=True)))
     return mine.fill()
-
-
-def _casts(x: torch.Tensor) -> bool:
-    """Whether autocast would cast an input, and with it the base weight, before they are multiplied."""
-    device = x.device.type
-    return torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device)
 
 
 def join_companions(layers: dict[str, AdapterLayer]) -> None:
