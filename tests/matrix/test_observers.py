@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, vmap
 
-from tests.matrix.rows import Row, every_row
+from tests.matrix.rows import Row, every_method, every_row
 from tests.toys import TOYS
 
 MLP = TOYS["mlp"]
@@ -103,6 +103,18 @@ def test_a_trace_computes_the_same(row: Row) -> None:
         expected = model(x=other)
     traced = torch.jit.trace(model.base_model.model, (x,), check_trace=False)
     torch.testing.assert_close(traced(other), expected, rtol=1e-5, atol=1e-6)
+
+
+@every_method
+def test_an_exported_program_computes_the_same(row: Row) -> None:
+    """`torch.export`, which ONNX's exporter begins with."""
+    if row.config.method not in ("dira", "disel", "dislora", "pedyra"):
+        pytest.skip("the others add the same way, and an export takes a second")
+    model = adapted(row)
+    x, other = MLP.batch(4)["x"], MLP.batch(5)["x"]
+    with torch.no_grad():
+        program = torch.export.export(model.base_model.model, (x,), strict=False)
+        torch.testing.assert_close(program.module()(other), model(x=other), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
