@@ -229,6 +229,8 @@ def results(output: Path) -> dict[str, Any]:
         name = str(file.relative_to(output))
         if not file.is_file() or file.name == STATUS or any(part.startswith(".") for part in file.parts):
             continue
+        if name.startswith("checkpoints"):  # a run that had finished was killed before it removed them
+            continue
         if file.suffix == ".safetensors":
             found[name] = {key: (str(t.dtype), t.tolist()) for key, t in load_file(file).items()}
         elif file.suffix in (".json", ".jsonl"):
