@@ -93,7 +93,7 @@ class TestFinetune:
 
     def test_data_file_without_usual_fields(self, asking: Any, tmp_path: Path) -> None:
         file = tiny.write_jsonl(tmp_path / "x.jsonl", [{"text": "a", "label": 0}])
-        one_sentence(asking(data=str(file)), "its fields are 'text', 'label'.", "prompt_field and response_field")
+        one_sentence(asking(data=str(file)), "its fields are 'text', 'label'.", "--prompt-field and --response-field")
 
     def test_broken_line(self, asking: Any, tmp_path: Path) -> None:
         file = tmp_path / "x.jsonl"
@@ -157,8 +157,8 @@ class TestFinetune:
             (["-r", "33", "--method", "lora"], "33, but no update of the adapted matrices"),
             (["-r", "33", "--method", "adalora"], "33, but no update of the adapted matrices"),
             (["-r", "33", "--method", "miss"], "33, but no update of the adapted matrices"),
-            (["--steps", "5", "--epochs", "2"], "--epochs is 2.0 and --steps is 5, which exclude each other"),
-            (["--steps", "5", "--epochs", "1"], "--epochs is 1.0 and --steps is 5, which exclude each other"),
+            (["--steps", "5", "--epochs", "2"], "--epochs is 2 and --steps is 5, which exclude each other"),
+            (["--steps", "5", "--epochs", "1"], "--epochs is 1 and --steps is 5, which exclude each other"),
             (["--split", "validation"], "is a single file, which has no split 'validation'"),
             (["--eval-split", "validation"], "is a single file, which has no split 'validation'"),
             (["--subset", "main"], "has no subset 'main'"),

@@ -1019,7 +1019,7 @@ def test_tables_in_markdown_and_latex() -> None:
     ("more", "message"),
     [
         ({"tasks": []}, "tasks is empty"),
-        ({"methods": ["lora", "lora"]}, "methods names one twice"),
+        ({"methods": ["lora", "lora"]}, "methods names lora twice"),
         ({"methods": ["lora", "doora"]}, "Unknown method 'doora'"),
         ({"reference": "dora"}, "The reference 'dora' is not among what is compared"),
         ({"variants": {"x": {"gate_bias_init": 1}}}, "The variant 'x' does not say its method"),

@@ -134,8 +134,10 @@ class Same(Settings, like=Walk, absent="as before"):
 def test_a_field_says_all_there_is_to_say() -> None:
     steps = describe(Walk)["steps"]
     assert (steps.text, steps.summary, steps.absent) == (
-        "How far to go; None: to the end; 0: nowhere. Said in two lines.", "How far to go; 0: nowhere.", "to the end",
-    )  # fmt: skip
+        "How far to go; None: to the end; 0: nowhere. Said in two lines.",
+        "How far to go; 0: nowhere. Said in two lines.",
+        "to the end",
+    )
     assert (steps.setting.alias, steps.panel, steps.default) == ("-s", "Way", None)
     assert describe(Walk)["rate"].panel == "Speed"
     assert describe(Walk)["pace"].default == ["slow"]
@@ -149,13 +151,17 @@ def test_a_subclass_may_change_the_default_alone() -> None:
         "-s",
         "Way",
     )
-    assert described["steps"].summary == "How far to go; 0: nowhere."
+    assert described["steps"].summary == "How far to go; 0: nowhere. Said in two lines."
     assert (described["goal"].default, described["goal"].panel) == (MISSING, None)
 
 
 def test_descriptions_of_another_class_hold_for_equal_names() -> None:
     steps, goal = (describe(Same)[name] for name in ("steps", "goal"))
-    assert (steps.summary, steps.absent, steps.setting.alias) == ("How far to go; 0: nowhere.", "as before", "-s")
+    assert (steps.summary, steps.absent, steps.setting.alias) == (
+        "How far to go; 0: nowhere. Said in two lines.",
+        "as before",
+        "-s",
+    )
     assert goal.absent is None
 
 

@@ -73,59 +73,101 @@ class AdapterConfig(PeftConfig):
         ConfigError: A value that cannot work; the message names the field, the value and the remedy.
     """
 
-    r: int = field(default=8, metadata={"help": "Rank of the adapter."})
+    r: int = field(default=8, metadata={"help": "Give the adapter this rank."})
     alpha: float | None = field(
-        default=None, metadata={"help": "Scaling numerator, s = alpha / r; None: the method's default multiple of r."}
+        default=None, metadata={"help": "Multiply the update by alpha / r; None: the method's default multiple of r."}
     )
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input during training."})
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r)."})
+    dropout: float = field(
+        default=0.0, metadata={"help": "Set this part of the adapter's inputs to 0 during training."}
+    )
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Multiply the update by alpha / sqrt(r) instead of alpha / r."}
+    )
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Linear layers to adapt: names, a regular expression or 'all-linear'."}
+        default=None, metadata={"help": "Adapt these layers: names, a regular expression or 'all-linear'."}
     )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Leave these modules out: names, or a regular expression."}
+    )
     rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Ranks that differ from r, by module name or regular expression."}
+        default_factory=dict,
+        metadata={"help": "Give some modules another rank than r, by their names or regular expressions."},
     )
     alpha_pattern: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "Alphas that differ, by module name or regular expression."}
+        default_factory=dict,
+        metadata={"help": "Give some modules another alpha, by their names or regular expressions."},
     )
     scaling_ranks: dict[str, int] = field(
         default_factory=dict,
-        metadata={"help": "Written by training that moved ranks: ranks that the scaling refers to."},
+        metadata={
+            "help": "Leave this to training, which writes here the ranks that the scaling refers to after ranks have "
+            "moved."
+        },
     )
     layer_kinds: dict[str, dict[str, Any]] = field(
-        default_factory=dict, metadata={"help": "Written by saving: what adapted convolutions and embeddings are."}
+        default_factory=dict,
+        metadata={"help": "Leave this to saving, which writes here what adapted convolutions and embeddings are."},
     )
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of blocks to adapt."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Adapt only the blocks with these indices; None: all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Say what the model calls its list of blocks, which `layers_to_transform` counts."},
+    )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train in full and save with the adapter."}
+        default=None, metadata={"help": "Train these further modules in full, and save them with the adapter."}
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Ids of tokens whose embeddings train, or ids by the embedding's name."}
+        default=None,
+        metadata={
+            "help": "Train the embeddings of the tokens with these ids, or with these ids by the embedding's name."
+        },
     )
-    bias: str = field(default="none", metadata={"help": "Base biases to train: none, all or <method>_only."})
+    bias: str = field(
+        default="none",
+        metadata={
+            "help": "Train biases of the base model, too: none, all, or those of adapted layers (<method>_only)."
+        },
+    )
     init_weights: bool = field(
-        default=True, metadata={"help": "True starts as the base model; False with a random update, for tests."}
+        default=True,
+        metadata={"help": "Start as the base model (True), or with a random update, which is for tests (False)."},
     )
     total_steps: int | None = field(
-        default=None, metadata={"help": "Optimizer steps of the run; found by itself under transformers' Trainer."}
+        default=None,
+        metadata={
+            "help": "Say how many optimizer steps the run has. Under transformers' Trainer it is found by itself."
+        },
     )
     clip_penalty: bool = field(
-        default=False, metadata={"help": "Clip gradients with the method's penalty, as if it were part of the loss."}
+        default=False,
+        metadata={"help": "Clip gradients together with the method's penalty, as if it were part of the loss."},
     )
     retain: float | None = field(
-        default=None, metadata={"help": "Weight of the penalty on changes of the base model's own text."}
+        default=None,
+        metadata={
+            "help": "Weigh the penalty on forgetting, which keeps what the base model says on its own text, with "
+            "this number."
+        },
     )
     max_forgetting: float | None = field(
         default=None,
-        metadata={"help": "KL in nats per token at which the run is to end; the weight of retain follows it."},
+        metadata={
+            "help": "End the run at this KL from the base model, in nats per token; the weight of `retain` follows it."
+        },
     )
     retain_mode: RetainMode = field(
-        default="quadratic", metadata={"help": "quadratic: a closed form; replay: the KL itself at every step."}
+        default="quadratic",
+        metadata={
+            "help": "Keep the base model by a closed form (quadratic), or by the KL itself at every step (replay)."
+        },
     )
     retain_on: list[str] | str | None = field(
-        default=None, metadata={"help": "Text to keep: a .txt or .jsonl file, or texts; None: the base model's own."}
+        default=None,
+        metadata={
+            "help": "Keep what the base model says on this text, a .txt or .jsonl file or texts; None: on its own text."
+        },
     )
 
     #: Name of the method, set by each method's configuration.
@@ -164,8 +206,9 @@ class AdapterConfig(PeftConfig):
             "trainable_token_indices",
             "a list of different token numbers, or such lists by the names of embeddings",
         )
-        for name in ("use_rslora", "inference_mode", "clip_penalty"):
-            self._require(isinstance(getattr(self, name), bool), name, "True or False")
+        for item in fields(self):
+            if item.type in ("bool", bool):
+                self._require(isinstance(getattr(self, item.name), bool), item.name, "True or False")
         biases = ("none", "all", f"{self.method}_only")
         self._require(self.bias in biases, "bias", f"one of {', '.join(map(repr, biases))}")
         if self.total_steps is not None:

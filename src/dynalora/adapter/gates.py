@@ -53,15 +53,35 @@ class GatedConfig(AdapterConfig):
             there was this setting.
     """
 
-    gates: bool = field(default=False, metadata={"help": "Gates per token on every component."})
-    gate_bias_init: float = field(default=-3.0, metadata={"help": "Start of the gates' bias."})
-    gate_weight_init: GateWeightInit = field(default="kaiming", metadata={"help": "kaiming or zeros."})
-    gate_normalize: bool = field(default=False, metadata={"help": "Divide the gates' logits by sqrt(in)."})
-    gate_bottleneck: int | None = field(default=None, metadata={"help": "Width of a narrow layer in the gates."})
-    gate_lr_multiplier: float = field(default=5.0, metadata={"help": "Gates' learning rate as a multiple."})
+    gates: bool = field(
+        default=False, metadata={"help": "Give every component a gate, which opens and closes from token to token."}
+    )
+    gate_bias_init: float = field(
+        default=-3.0,
+        metadata={
+            "help": "Start the gates at this bias. The lower it is, the less the adapter acts before it has learned "
+            "where to."
+        },
+    )
+    gate_weight_init: GateWeightInit = field(
+        default="kaiming", metadata={"help": "Start the gates' weights as linear layers start (kaiming), or at zeros."}
+    )
+    gate_normalize: bool = field(
+        default=False, metadata={"help": "Divide the gates' logits by the square root of the number of inputs."}
+    )
+    gate_bottleneck: int | None = field(
+        default=None,
+        metadata={"help": "Put a layer of this width into the gates, which saves parameters; None: there is none."},
+    )
+    gate_lr_multiplier: float = field(
+        default=5.0, metadata={"help": "Multiply the learning rate by this number for the gates."}
+    )
     match_step: bool | None = field(
         default=None,
-        metadata={"help": "Scale up's learning rate so that a step moves the function like LoRA's; None: true."},
+        metadata={
+            "help": "Scale the learning rate of up so that a step changes the model as much as LoRA's would; None: "
+            "true."
+        },
     )
 
     before: ClassVar[Mapping[str, Any]] = {"match_step": False}

@@ -41,14 +41,24 @@ class GrowthConfig(AdapterConfig):
         seed: Seed of the new components.
     """
 
-    target_rank: int | None = field(default=None, metadata={"help": "Mean rank that growth ends at; None: 2 r."})
-    grow_start: float = field(default=0.1, metadata={"help": "First growth: steps, or a fraction of the run below 1."})
-    grow_interval: float = field(
-        default=0.05, metadata={"help": "Between growths: steps, or a fraction of the run below 1."}
+    target_rank: int | None = field(
+        default=None, metadata={"help": "Let ranks grow until their mean is this; None: 2 r."}
     )
-    grow_rank: int = field(default=1, metadata={"help": "Components that a chosen matrix gets at once."})
-    max_rank: int | None = field(default=None, metadata={"help": "Largest rank that a matrix can reach."})
-    seed: int = field(default=0, metadata={"help": "Seed of the new components."})
+    grow_start: float = field(
+        default=0.1,
+        metadata={
+            "help": "Let ranks grow for the first time after this many steps; below 1 it is a fraction of the run."
+        },
+    )
+    grow_interval: float = field(
+        default=0.05,
+        metadata={"help": "Let ranks grow again every so many steps; below 1 it is a fraction of the run."},
+    )
+    grow_rank: int = field(default=1, metadata={"help": "Give a chosen matrix this many components at once."})
+    max_rank: int | None = field(
+        default=None, metadata={"help": "Let no matrix get a higher rank than this; None: the smaller of its sides."}
+    )
+    seed: int = field(default=0, metadata={"help": "Draw new components from this seed."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -111,18 +111,23 @@ def in_flags(message: str, kind: type[Settings], typed: Sequence[str]) -> str:
         kind: The command's settings.
         typed: The program's arguments.
     """
+    if message.startswith("Unknown setting "):  # of a file, whose names these are
+        return message
     in_file = any(_was_typed(flag, typed) for flag in ("--config", "-c"))
     for name, item in describe(kind).items():
         spellings = _spellings(item)
         used = next((flag for flag in spellings if _was_typed(flag, typed)), None)
-        if not spellings or (used is None and (in_file or "_" not in name)):
+        if used is None and in_file:
             continue
-        # A name of one word may be a word of the sentence as well; as a name, it begins a clause.
+        called = used or (spellings[0] if spellings else item.setting.metavar or name.upper())
+        # A name of one word may be a word of the sentence as well; as a name, it is marked or begins a clause.
+        patterns = [f"`{name}`"]
         if "_" in name:
-            pattern = rf"(?<![\w'./-]){name}(?![\w'/=-])"
-        else:
-            pattern = rf"(?:\A|(?<= and )){name}(?= is | names | uses | must | would | holds )"
-        message = re.sub(pattern, used or spellings[0], message)
+            patterns.append(rf"(?<![\w'./-]){name}(?![\w'/=-])")
+        elif used is not None or not spellings:
+            patterns.append(rf"(?:\A|(?<= and )){name}(?= (?:is|names|uses|must|would|holds|needs|goes) )")
+        for pattern in patterns:
+            message = re.sub(pattern, called, message)
     return message
 
 
@@ -141,7 +146,8 @@ def _was_typed(flag: str, typed: Sequence[str]) -> bool:
 def _parameter(item: Described) -> inspect.Parameter:
     setting = item.setting
     kind = _kind(item)
-    metavar = setting.metavar or ("A,B,…" if setting.commas else "TEXT" if kind == list[str] else None)
+    number = next((f"<{plain.__name__}>" for plain in (int, float) if kind is str and plain in item.types), None)
+    metavar = setting.metavar or ("A,B,…" if setting.commas else "TEXT" if kind == list[str] else number)
     more: dict[str, Any] = {"help": _help(item), "show_default": False, "metavar": metavar}
     if setting.positional:
         info = typer.Argument(**more)
@@ -155,10 +161,9 @@ def _parameter(item: Described) -> inspect.Parameter:
 
 
 def _kind(item: Described) -> Any:
-    """The type that typer converts to; what is more than one value comes as texts."""
-    plain = [kind for kind in (bool, int, float) if kind in item.types]
-    if plain:
-        return plain[0]
+    """The type that typer converts to. Numbers come as text, which the settings read as they read that of a file."""
+    if bool in item.types:
+        return bool
     several = any(get_origin(kind) in (list, dict) for kind in item.types)
     return list[str] if several and (str not in item.types or item.setting.positional) else str
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from dynalora.cli.machine import MachineError, of_the_machine
 from dynalora.cli.method_help import CommandWithMethods
 from dynalora.cli.screen import after_imports, complain, console, quiet
 from dynalora.common.version import __version__
-from dynalora.errors import ConfigError, DynaloraError
+from dynalora.errors import DynaloraError
 from dynalora.lab.settings import describe
 
 app = typer.Typer(
@@ -37,8 +38,8 @@ def _callback(name: str, command: Command) -> Callable[..., None]:
     def call(config: Path | None = None, **flags: Any) -> None:
         try:
             start(config, flags)
-        except ConfigError as error:
-            raise ConfigError(in_flags(str(error), command.settings, sys.argv[2:])) from error
+        except DynaloraError as error:
+            raise DynaloraError(in_flags(str(error), command.settings, sys.argv[2:])) from error
 
     def start(config: Path | None, flags: dict[str, Any]) -> None:
         spec = settings_of(command.settings, config, flags)
@@ -64,7 +65,7 @@ def _callback(name: str, command: Command) -> Callable[..., None]:
     def how_to_continue(spec: Any) -> str:
         """What to type to go on with a run that ended early; empty where it cannot be continued."""
         file = Path(getattr(spec, "output", None) or "") / "config.yaml"
-        if command.resume is None or not file.exists():
+        if command.resume is None or not os.path.exists(file):
             return ""
         return f"continue with: dynalora {name} --config {file}{command.resume}"
 
@@ -107,7 +108,27 @@ def run() -> None:
     """Run the program; an error the user can repair becomes one sentence on standard error and exit code 2."""
     quiet()
     try:
-        app()
+        code = app(standalone_mode=False)
     except DynaloraError as error:
         complain(f"Error: {error}")
-        sys.exit(2)
+        code = 2
+    except _USAGE_ERROR as error:
+        _complain_of_usage(error)
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+"""Click's `UsageError`, which typer brings itself since 0.26 and does not export."""
+
+
+def _complain_of_usage(error: Any) -> None:
+    """One sentence on flags and arguments that the command line does not have, or that lack a value."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # a command alone shows its help
+        error.show()
+        return
+    message = error.format_message()
+    if meant := getattr(error, "possibilities", None):
+        message = f"{message.partition(' (')[0].partition(' Did you mean')[0].rstrip('. ')} (did you mean {meant[0]}?)"
+    place = error.ctx.command_path if error.ctx is not None else "dynalora"
+    complain(f"Error: {message.rstrip('.')}; see {place} --help.")

@@ -27,6 +27,8 @@ def why_not_written(path: str | os.PathLike[str], *, folder: bool = False) -> st
         A clause that follows the path in a sentence, such as "exists already".
     """
     target = Path(path)
+    if (reason := _why_no_name(target)) is not None:
+        return reason
     try:
         if folder and target.is_dir():
             if any(target.iterdir()):
@@ -46,6 +48,8 @@ def why_no_place(folder: str | os.PathLike[str]) -> str | None:
     Returns:
         A clause that follows the path in a sentence.
     """
+    if (reason := _why_no_name(Path(folder))) is not None:
+        return reason
     place = next(place for place in (Path(folder), *Path(folder).absolute().parents) if os.path.lexists(place))
     if not place.is_dir():
         return f"cannot be made because '{place}' is a file"
@@ -55,6 +59,19 @@ def why_no_place(folder: str | os.PathLike[str]) -> str | None:
             return None
     except OSError as error:
         return f"cannot be written ({error.strerror or error})"
+
+
+def _why_no_name(path: Path) -> str | None:
+    """Why nothing can be called so, whether or not it is there."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:  # a null character
+        return "cannot be the name of a file"
+    except OSError as error:
+        return f"cannot be written ({error.strerror or error})"
+    return None
 
 
 @contextmanager

@@ -48,6 +48,10 @@ def read_rows(source: str | Path, *, split: str = "train", subset: str | None = 
     if path.is_dir():
         _refuse_parts(path, split, subset)
         return _folder_rows(path, split), f"'{path}'"
+    if path.exists():
+        raise DataError(
+            f"'{source}' is neither a file nor a folder; give a file, a folder or a data set id of the Hub."
+        )
     if isinstance(source, Path) or _looks_like_a_path(str(source)):
         raise DataError(f"There is no file or folder '{source}'; give a file, a folder or a data set id of the Hub.")
     return hub_rows(str(source), split, subset), f"'{source}'"
@@ -76,7 +80,7 @@ def kind_of(value: Any) -> str:
 
 def _looks_like_a_path(source: str) -> bool:
     stem = source[:-3] if source.endswith(".gz") else source
-    return stem.lower().endswith(FILE_KINDS) or is_path(source)
+    return stem.lower().endswith((*FILE_KINDS, ".txt", ".md", ".text")) or is_path(source)
 
 
 def _file_kind(path: Path) -> str:

@@ -62,7 +62,9 @@ class LoraPlusConfig(peft.LoraConfig):
         ConfigError: The multiple is below 1.
     """
 
-    loraplus_lr_ratio: float = field(default=16.0, metadata={"help": "Learning rate of up-projections as a multiple."})
+    loraplus_lr_ratio: float = field(
+        default=16.0, metadata={"help": "Multiply the learning rate by this number for up-projections."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]

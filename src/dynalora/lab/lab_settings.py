@@ -22,10 +22,11 @@ class AdapterSettings(Settings, panel="Method"):
     """What adapters of all methods have.
 
     Attributes:
-        r: Rank of the adapter; for `p-tuning` the number of virtual tokens.
-        alpha: Numerator of the scale alpha / rank of the update; None: the method's default.
-        dropout: Dropout on the adapter's input, from 0 up to, but without, 1.
-        target_modules: Modules to adapt: names with commas, a regular expression, or all-linear.
+        r: Give the adapter this rank; for `p-tuning` it is the number of virtual tokens. A higher rank can learn more,
+            and takes more memory.
+        alpha: Multiply the update by alpha / rank; None: the method's default.
+        dropout: Set this part of the adapter's inputs to 0 while training, from 0 up to, but without, 1.
+        target_modules: Adapt these modules: names with commas, a regular expression, or all-linear.
     """
 
     r: Annotated[int, Setting("-r", name="--rank", least=1, most=MOST_RANK)] = 16
@@ -39,9 +40,9 @@ class TrainedSettings(Settings):
     """Which trained adapter to use, and how to load its base model.
 
     Attributes:
-        adapter: Run folder, adapter folder or Hub id of an adapter.
-        model: Base model; None: the one the adapter names.
-        dtype: Data type of the base model's weights; None: as the run had them, else auto.
+        adapter: Use this adapter: a run folder, an adapter folder, or an id on the Hugging Face Hub.
+        model: Use this base model; None: the one the adapter names.
+        dtype: Load the base model's weights with this data type; None: as the run had them, else auto.
         quantization: Hold the base weights in fewer bits; None: as the run had them.
     """
 
@@ -56,25 +57,26 @@ class LabSettings(Settings, panel=MODEL_AND_DATA):
     """Model, data and measuring.
 
     Attributes:
-        model: Id of a causal language model on the Hugging Face Hub, a folder that holds one, or smollm2, the demo's.
-        data: Folder with the files of benchmarks, as for `dynalora evaluate`; None: the Hub.
-        held_out: Number of held-out questions per task. A file that has fewer gives all of its.
-        train_limit: Number of training questions per task; None: all of a file, 1000 of a generated task.
-        generated: Number of questions per task that are answered by generation where that must be, which is slow; 0:
-            none.
-        generated_tokens: Longest generated answer, in tokens.
-        beams: Number of beams that answers are searched with, 4 in LLM-Adapters; 1: the likeliest token each time.
-        max_length: Number of tokens, with the answer, above which training questions are left out.
-        eval_batch_size: Number of questions per forward pass when measuring.
-        system: System message of every question; None: what the model's chat template adds by itself.
-        template: Format of the prompts: the model's own (chat), or a paper's. See
+        model: Train this causal language model: its id on the Hugging Face Hub, a folder that holds one, or smollm2,
+            the demo's.
+        data: Read the benchmarks' files from this folder, as `dynalora evaluate` does; None: the Hub.
+        held_out: Measure on this many held-out questions per task. A file that has fewer gives all of its.
+        train_limit: Train on at most this many questions per task; None: all of a file, 1000 of a generated task.
+        generated: Answer at most this many questions per task by generation, which is slow, where the task has to be
+            measured so; 0: none.
+        generated_tokens: Break a generated answer off after this many tokens.
+        beams: Search answers with this many beams (LLM-Adapters takes 4); 1: the likeliest token each time.
+        max_length: Leave out training questions that, with their answer, have more tokens than this.
+        eval_batch_size: Process this many questions at once when measuring.
+        system: Begin every question with this system message; None: what the model's chat template adds by itself.
+        template: Write prompts in this format: the model's own (chat), or a paper's. See
             [`prompts`][dynalora.evaluation.prompts].
         by_generation: Learn and answer multiple choice in words, scored by keywords as LLM-Adapters does, instead of
             comparing the options' likelihoods.
         run_code: Execute the code that the model writes (HumanEval, MBPP), in a sandbox.
-        data_seed: Seed of generated questions, which does not change with the seeds of the runs.
-        dtype: Data type of the base model's weights.
-        threads: Number of threads that torch computes with; None: torch's choice.
+        data_seed: Draw generated questions from this seed, which does not change with the seeds of the runs.
+        dtype: Load the base model's weights with this data type.
+        threads: Compute with this many threads of torch; None: torch's choice.
     """
 
     model: Annotated[str, Setting("-m", place=True)] = "smollm2"

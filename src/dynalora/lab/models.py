@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -100,7 +101,7 @@ def empty_model(
                 config, trust_remote_code=trust_remote_code
             )
     except (OSError, ValueError, KeyError) as error:
-        raise _unusable(name, error, head) from error
+        raise _unusable(name, error, head.description) from error
     return model
 
 
@@ -110,11 +111,7 @@ def _configured(name: str, heads: Sequence[Head], trust_remote_code: bool) -> tu
     Raises:
         ConfigError: There is no such model, or it is of another kind.
     """
-    _check_place(name, heads[0].description)
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise _unusable(name, error, heads[0]) from error
+    config = model_config(name, trust_remote_code=trust_remote_code, what=heads[0].description)
     head = head_of(config, heads)
     if head is None:
         raise ConfigError(
@@ -122,6 +119,24 @@ def _configured(name: str, heads: Sequence[Head], trust_remote_code: bool) -> tu
             "here; encoder-decoders can be trained with `dynalora compare` and with a Trainer of your own."
         )
     return config, head
+
+
+def model_config(name: str, *, trust_remote_code: bool = False, what: str = "a causal language model") -> Any:
+    """A model's configuration.
+
+    Args:
+        name: Hub id or folder.
+        trust_remote_code: Run code that comes with the model.
+        what: What is needed, for the error.
+
+    Raises:
+        ConfigError: There is no such model, or its files cannot be understood.
+    """
+    _check_place(name, what)
+    try:
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a stranger's file can hold anything, and each kind of model fails in its own way
+        raise _unusable(name, error, what) from error
 
 
 def _check_place(name: str, what: str) -> None:
@@ -136,9 +151,9 @@ def _check_place(name: str, what: str) -> None:
         )
 
 
-def _unusable(name: str, error: Exception, head: Head) -> ConfigError:
+def _unusable(name: str, error: Exception, what: str) -> ConfigError:
     return ConfigError(
-        f"The model '{name}' cannot be used ({first_line(error)}); give the Hub id or the folder of {head.description}."
+        f"The model '{name}' cannot be used ({first_line(error)}); give the Hub id or the folder of {what}."
     )
 
 
@@ -161,8 +176,10 @@ def load_tokenizer(
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"The tokenizer of '{name}' cannot be loaded ({first_line(error)}).") from error
+    except Exception as error:  # a stranger's file can hold anything
+        raise ConfigError(
+            f"The tokenizer of '{name}' cannot be loaded ({first_line(error)}); copy or download the model again."
+        ) from error
     if template is not None:
         use_template(tokenizer, template)
         ensure_chat_template(tokenizer)
@@ -215,8 +232,10 @@ def load_model(
         )
     except ImportError as error:
         raise not_installed(quantization or "", error) from error
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"The weights of '{name}' cannot be loaded ({first_line(error)}).") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(
+            f"The weights of '{name}' cannot be loaded ({first_line(error)}); copy or download the model again."
+        ) from error
     if head is MASKED_LM:
         fresh = sorted(key for key in loading["missing_keys"] if not key.startswith(f"{model.base_model_prefix}."))
         if fresh:

@@ -82,7 +82,7 @@ class RunFolder:
             RunFolderError: As [`create`][dynalora.lab.run_folder.RunFolder.create].
         """
         folder = Path(path)
-        if folder.exists() and not folder.is_dir():
+        if os.path.exists(folder) and not folder.is_dir():
             raise RunFolderError(f"The run folder '{folder}' is a file; choose another output folder.")
         reason = why_no_place(folder)
         if reason is not None:

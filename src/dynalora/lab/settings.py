@@ -12,6 +12,7 @@ import functools
 import inspect
 import math
 import operator
+import os
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,6 +53,7 @@ class Setting:
         instead_of: Another setting of which this one is the alternative: not both can be given.
         writes: Whether it is where a command writes: `file` or `folder`, or for a file that is written together with
             others a function that names them all. What is there already is never overwritten.
+        endings: Of a file that is written, the endings its name may have; a name without one gets the first.
         of_folder: Whether, where it is given without a settings file, the settings are those of the run folder that the
             output names.
         choices: The values allowed, or a function that names them.
@@ -75,6 +77,7 @@ class Setting:
     place: bool = False
     instead_of: str | None = None
     writes: str | Callable[[str], Sequence[Path]] | None = None
+    endings: Sequence[str] = ()
     of_folder: bool = False
     choices: Sequence[str] | Callable[[], Sequence[str]] = ()
     suggested: Sequence[str] | Callable[[], Sequence[str]] = ()
@@ -90,10 +93,19 @@ class Setting:
             ("more than", self.above, operator.gt),
             ("less than", self.below, operator.lt),
         )
-        limits = [(words, limit, allows) for words, limit, allows in bounds if limit is not None]
-        if not limits or (math.isfinite(value) and all(allows(value, limit) for _, limit, allows in limits)):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
             return None
-        return f"{name} is {value}; give {' and '.join(f'{words} {_number(limit)}' for words, limit, _ in limits)}."
+        limits = [(words, limit, allows) for words, limit, allows in bounds if limit is not None]
+        if isinstance(value, int) and value > MOST_WHOLE and self.most is None and self.below is None:
+            limits.append(("at most", MOST_WHOLE, operator.le))  # what counters of all libraries can hold
+        if math.isfinite(value) and all(allows(value, limit) for _, limit, allows in limits):
+            return None
+        wanted = [f"{words} {_number(limit)}" for words, limit, _ in limits] or ["a finite number"]
+        return f"{name} is {value}; give {' and '.join(wanted)}."
+
+
+MOST_WHOLE = 2**31 - 1
+"""The largest whole number that a setting without a limit of its own can be."""
 
 
 def _number(value: float) -> str:
@@ -103,6 +115,10 @@ def _number(value: float) -> str:
 
 SEED = Setting(least=0, most=2**32 - 1)
 """A seed, as NumPy takes it."""
+
+
+PICTURES = (".png", ".svg")
+"""Endings of pictures, of which both kinds are written."""
 
 
 def named(values: Sequence[str] | Callable[[], Sequence[str]]) -> Sequence[str]:
@@ -146,7 +162,10 @@ class Settings:
                 raise ConfigError(f"{name} is empty; give it a value.")
             if described.setting.place and isinstance(value, str):
                 object.__setattr__(self, name, whole_path(value))
-            for single in value if isinstance(value, (list, tuple)) else [value]:
+            several = value if isinstance(value, (list, tuple)) else [value]
+            for place, single in enumerate(several):
+                if described.setting.commas and single in several[:place]:
+                    raise ConfigError(f"{name} names {single} twice; name it once.")
                 if single is None or isinstance(single, Mapping):
                     continue
                 refusal = described.setting.refusal(name, single)
@@ -161,6 +180,9 @@ class Settings:
             writes, value = described.setting.writes, getattr(self, name)
             if writes is None or value is None:
                 continue
+            ending, allowed = Path(value).suffix.lower(), described.setting.endings
+            if allowed and ending not in ("", *allowed):
+                raise ConfigError(f"{name} is '{value}', whose ending is unknown; give one of {', '.join(allowed)}.")
             for path in writes(value) if callable(writes) else [Path(value)]:
                 reason = why_not_written(path, folder=writes == "folder")
                 if reason:
@@ -177,8 +199,11 @@ class Settings:
 
 def whole_path(source: str) -> str:
     """A file or folder that is there with its whole path; anything else, such as an id on the Hub, as it is."""
-    path = Path(source).expanduser()
-    return str(path.absolute()) if source.strip() and path.exists() else source
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError:  # the home of somebody who is not there
+        return source
+    return str(path.absolute()) if source.strip() and os.path.exists(path) else source
 
 
 @dataclass(frozen=True)
@@ -206,16 +231,18 @@ class Described:
     @property
     def types(self) -> tuple[Any, ...]:
         """The types that a value may have, without None."""
-        return tuple(kind for kind in _alternatives(self.hint) if kind is not type(None))
+        return tuple(kind for kind in alternatives(self.hint) if kind is not type(None))
 
     @property
     def summary(self) -> str:
-        """The first sentence of the description, without what None stands for."""
-        text = _LINK.sub(r"\1", _NONE.sub("", _first_sentence(self.text)))
-        return text.replace("`", "").strip()
+        """The description, without what None stands for, and without sentences that only link elsewhere."""
+        first = _first_sentence(self.text)
+        text = _NONE.sub("", first) + self.text.removeprefix(first)
+        return _LINK.sub(r"\1", _SEE.sub("", text)).replace("`", "").strip()
 
 
 _LINK = re.compile(r"\[([^\[\]]+)\]\[[\w.]+\]")
+_SEE = re.compile(r"\s*See \[[^\[\]]+\]\[[\w.]+\]\.")
 _NONE = re.compile(r";\s*None: ([^;]*?)(?=;|\.?$)")
 
 
@@ -281,6 +308,19 @@ def _first_sentence(text: str) -> str:
     return re.split(r"(?<=\.)\s+(?=[A-Z`])", text, maxsplit=1)[0]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's plain values, where a name that stands twice is an error: YAML itself takes the last, in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key, _ in node.value if names.count(key.value) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(
+                problem=f"it names '{twice.value}' twice", problem_mark=twice.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
@@ -289,7 +329,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigError(f"The settings file '{file}' cannot be read ({error.strerror or error}).") from error
     except UnicodeDecodeError as error:
@@ -387,7 +427,7 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
     Raises:
         ConfigError: It cannot be that.
     """
-    choices = _alternatives(hint)
+    choices = alternatives(hint)
     if value is None and type(None) in choices:
         return None
     for choice in choices:
@@ -404,7 +444,7 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
     raise ConfigError(f"{name} must be {' or '.join(words)}, got {value!r}.")
 
 
-def _alternatives(hint: Any) -> tuple[Any, ...]:
+def alternatives(hint: Any) -> tuple[Any, ...]:
     """The types that a union names; of another type, itself."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 

@@ -38,7 +38,7 @@ class DiselConfig(GatedConfig):
         gates: Always True: without gates DISeL is a plain LoRA.
     """
 
-    gates: bool = field(default=True, metadata={"help": "Always true."})
+    gates: bool = field(default=True, metadata={"help": "Have gates, which DISeL always does."})
 
     method: ClassVar[str] = "disel"
     default_alpha_per_rank: ClassVar[float] = 2.0

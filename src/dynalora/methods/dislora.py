@@ -94,30 +94,52 @@ class DisloraConfig(AdapterConfig):
     """
 
     warmup_steps: int | None = field(
-        default=None, metadata={"help": "Optimizer steps before the directions are chosen; None: a fraction."}
+        default=None,
+        metadata={
+            "help": "Train for this many optimizer steps before the directions are chosen; None: a fraction of the run."
+        },
     )
     warmup_fraction: float = field(
-        default=1 / 3, metadata={"help": "Fraction of the run before the directions are chosen."}
+        default=1 / 3, metadata={"help": "Train for this fraction of the run before the directions are chosen."}
     )
-    tsd_count: int = field(default=8, metadata={"help": "Task-specific directions per matrix; 0 for none."})
-    tsd_score: TsdScore = field(default="residual", metadata={"help": "residual or update."})
+    tsd_count: int = field(
+        default=8, metadata={"help": "Choose this many task-specific directions per matrix; 0: none."}
+    )
+    tsd_score: TsdScore = field(
+        default="residual",
+        metadata={"help": "Judge directions by all that is trained (residual), or by its change alone (update)."},
+    )
     tsd_choice: Literal["largest", "smallest"] = field(
-        default="largest", metadata={"help": "Which rates of change are chosen: largest or smallest."}
+        default="largest",
+        metadata={"help": "Choose the directions with the largest rates of change, or those with the smallest."},
     )
-    tsd_init: TsdInit = field(default="zero", metadata={"help": "zero or sigma."})
+    tsd_init: TsdInit = field(
+        default="zero", metadata={"help": "Start the weights of directions at zero, or at the singular values (sigma)."}
+    )
     ortho_weight: float | str = field(
-        default="adaptive", metadata={"help": "adaptive, or a fixed weight of the orthogonality loss."}
+        default="adaptive",
+        metadata={
+            "help": "Weigh the orthogonality loss so that it follows the task's (adaptive), or with a fixed number."
+        },
     )
     ortho_reduction: Literal["squared", "mean_norm"] = field(
-        default="squared", metadata={"help": "squared: eq. 6; mean_norm: norms that are not squared."}
+        default="squared",
+        metadata={
+            "help": "Square the norms of the orthogonality loss as equation 6 does (squared), or not (mean_norm)."
+        },
     )
-    decay_factors: bool = field(default=False, metadata={"help": "Let weight decay act on U, S and V."})
+    decay_factors: bool = field(default=False, metadata={"help": "Let weight decay act on U, S and V, too."})
     match_step: bool = field(
         default=True,
-        metadata={"help": "Scale U's and V's learning rates so that a step moves the function like LoRA's."},
+        metadata={
+            "help": "Scale the learning rates of U and V so that a step changes the model as much as LoRA's would."
+        },
     )
     loss_smoothing: float = field(
-        default=0.0, metadata={"help": "Moving-average factor of the losses that the weights follow."}
+        default=0.0,
+        metadata={
+            "help": "Average the losses that the adaptive weight follows over steps with this factor; 0: not at all."
+        },
     )
 
     method: ClassVar[str] = "dislora"

@@ -41,11 +41,15 @@ class DyloraConfig(AdapterConfig):
         seed: Seed of the prefixes.
     """
 
-    min_rank: int = field(default=1, metadata={"help": "The smallest prefix that is trained."})
+    min_rank: int = field(default=1, metadata={"help": "Train no fewer components than this in any step."})
     variant: Literal["full", "frozen"] = field(
-        default="full", metadata={"help": "full: the whole prefix trains; frozen: its last component."}
+        default="full",
+        metadata={
+            "help": "Train the whole prefix of components that a step draws (full), or its last component alone "
+            "(frozen)."
+        },
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the prefixes."})
+    seed: int = field(default=0, metadata={"help": "Draw the number of components of each step from this seed."})
 
     method: ClassVar[str] = "dylora"
 

@@ -55,12 +55,24 @@ class IncreloraConfig(GrowthConfig):
     """
 
     grow_matrices: int | None = field(
-        default=None, metadata={"help": "Matrices that grow at once; None: the budget is reached in ten growths."}
+        default=None,
+        metadata={
+            "help": "Let this many matrices grow at once; None: so many that the budget is reached in ten growths."
+        },
     )
-    advance_learning: bool = field(default=True, metadata={"help": "Train the directions of components to come ahead."})
-    ortho_weight: float = field(default=0.1, metadata={"help": "Weight of the orthogonality penalty."})
-    beta1: float = field(default=0.85, metadata={"help": "Decay of the scores' moving averages."})
-    beta2: float = field(default=0.85, metadata={"help": "Decay of the moving averages of their uncertainty."})
+    advance_learning: bool = field(
+        default=True, metadata={"help": "Train the directions of components ahead of the time at which they come."}
+    )
+    ortho_weight: float = field(
+        default=0.1, metadata={"help": "Weigh the penalty that keeps directions orthogonal with this number."}
+    )
+    beta1: float = field(
+        default=0.85,
+        metadata={
+            "help": "Average scores over steps with this decay: the nearer to 1, the longer they are remembered."
+        },
+    )
+    beta2: float = field(default=0.85, metadata={"help": "Average the scores' uncertainty over steps with this decay."})
 
     method: ClassVar[str] = "increlora"
 

@@ -35,8 +35,10 @@ class LoraDashConfig(AdapterConfig):
         tsd_count: Number of task-specific directions per matrix.
     """
 
-    warmup_steps: int = field(default=100, metadata={"help": "Optimizer steps before the directions are chosen."})
-    tsd_count: int = field(default=8, metadata={"help": "Task-specific directions per matrix."})
+    warmup_steps: int = field(
+        default=100, metadata={"help": "Train for this many optimizer steps before the directions are chosen."}
+    )
+    tsd_count: int = field(default=8, metadata={"help": "Choose this many task-specific directions per matrix."})
 
     method: ClassVar[str] = "loradash"
     default_alpha_per_rank: ClassVar[float] = 2.0

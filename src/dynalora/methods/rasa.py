@@ -42,7 +42,10 @@ class RasaConfig(AdapterConfig):
     """
 
     shared_rank: int | None = field(
-        default=None, metadata={"help": "Components that a layer gives to the pool of its kind; None: r / 8."}
+        default=None,
+        metadata={
+            "help": "Take this many components of each layer into the pool that its kind of layer shares; None: r / 8."
+        },
     )
 
     method: ClassVar[str] = "rasa"

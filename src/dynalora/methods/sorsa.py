@@ -34,7 +34,9 @@ class SorsaConfig(AdapterConfig):
         ortho_weight: γ, weight of the regulariser; 0 leaves it out.
     """
 
-    ortho_weight: float = field(default=4e-4, metadata={"help": "Weight of the orthonormal regulariser."})
+    ortho_weight: float = field(
+        default=4e-4, metadata={"help": "Weigh the penalty that keeps directions orthonormal with this number."}
+    )
 
     method: ClassVar[str] = "sorsa"
 

@@ -41,7 +41,8 @@ class TriAdaptLoraConfig(GrowthConfig):
     """
 
     growth: Literal["linear", "exponential"] = field(
-        default="linear", metadata={"help": "How many matrices grow as the run goes on: linear or exponential."}
+        default="linear",
+        metadata={"help": "Let the number of matrices that grow change linearly or exponentially as the run goes on."},
     )
 
     method: ClassVar[str] = "triadaptlora"

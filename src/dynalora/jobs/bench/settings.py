@@ -21,30 +21,33 @@ class BenchSpec(Settings):
     """What to time.
 
     Attributes:
-        model: Id of a causal language model on the Hugging Face Hub, a folder that holds one, or smollm2, the demo's.
-        methods: Methods to compare, with commas. The ratios are to lora if it is among them, else to the first.
-        dtypes: Data types of the base weights, with commas. Each is measured apart; adapter weights are float32 in
-            all of them.
-        r: Rank of all adapters.
-        target_modules: Modules to adapt: names with commas, a regular expression, or all-linear.
-        batch_size: Number of sequences per step.
-        length: Number of tokens per sequence, or per prompt with --generate.
-        rounds: Number of measured steps per method.
-        warmup: Number of steps per method before measuring.
-        seed: Seed of the tokens, which are random and the same for all methods.
-        threads: Number of CPU threads; None: torch's choice.
-        device: Where to run.
+        model: Measure with this causal language model: its id on the Hugging Face Hub, a folder that holds one, or
+            smollm2, the demo's.
+        methods: Time these methods. The ratios are to lora if it is among them, else to the first.
+        dtypes: Load the base weights with these data types. Each is measured apart; adapter weights are float32 in all
+            of them.
+        r: Give all adapters this rank.
+        target_modules: Adapt these modules: names with commas, a regular expression, or all-linear.
+        batch_size: Process this many sequences per step.
+        length: Give every sequence this many tokens, or every prompt with `--generate`.
+        rounds: Measure this many steps per method.
+        warmup: Run this many steps per method before measuring.
+        seed: Draw the tokens, which are random and the same for all methods, from this seed.
+        threads: Compute with this many CPU threads; None: torch's choice.
+        device: Run on this device.
         control: Run the reference twice, as if it were two methods: their ratio shows the noise of the measurement.
-        memory: Measure memory of training steps too.
+        memory: Measure the memory of training steps, too.
         generate: Time greedy generation instead of training steps.
-        new_tokens: Number of tokens generated per sequence and round with --generate, of which the first comes with
+        new_tokens: Generate this many tokens per sequence and round with `--generate`, of which the first comes with
             the prompt.
-        json: File for everything measured.
+        json: Write everything that was measured into this file, which must not exist.
     """
 
     model: Annotated[str, Setting("-m")] = "smollm2"
     methods: Annotated[list[str], Setting(commas=True)] = field(default_factory=lambda: ["lora", "dira", "disel"])
-    dtypes: Annotated[list[str], Setting(commas=True)] = field(default_factory=lambda: ["float32", "bfloat16"])
+    dtypes: Annotated[list[str], Setting(commas=True, choices=("float32", "bfloat16", "float16"))] = field(
+        default_factory=lambda: ["float32", "bfloat16"]
+    )
     r: Annotated[int, Setting("-r", name="--rank", least=1, most=MOST_RANK)] = 16
     target_modules: Annotated[list[str] | str, Setting("-t")] = "all-linear"
     batch_size: Annotated[int, Setting("-b", least=1)] = 4
@@ -67,12 +70,8 @@ class BenchSpec(Settings):
         for name in self.methods:
             if name not in method_names():
                 raise ConfigError(f"Unknown method '{name}'; {did_you_mean(name, method_names())}.")
-        if len(set(self.methods)) < len(self.methods):
-            raise ConfigError("A method is named twice; --control measures the reference twice.")
-        dtypes = ("float32", "bfloat16", "float16")
-        for name in self.dtypes:
-            if name not in dtypes:
-                raise ConfigError(f"dtype is '{name}'; choose from {', '.join(dtypes)}.")
+        if not self.dtypes:
+            raise ConfigError("dtypes is empty; name at least one.")
         if self.device == "cuda" and self.torch_device.type != "cuda":
             raise ConfigError("device is 'cuda', but torch finds no CUDA device; choose cpu.")
 

@@ -14,10 +14,11 @@ class ChatSpec(TrainedSettings):
     """Whom to talk to, and how it answers.
 
     Attributes:
-        system: System message at the start of the conversation; None: what the model's chat template adds by itself.
-        max_new_tokens: Number of tokens after which an answer is broken off.
-        temperature: How freely words are drawn; 0 always takes the likeliest.
-        seed: Seed with which words are drawn.
+        system: Begin the conversation with this system message; None: what the model's chat template adds by itself.
+        max_new_tokens: Break an answer off after this many tokens.
+        temperature: Choose how freely words are drawn: 0 always takes the likeliest word, 1 draws as the model's
+            probabilities say.
+        seed: Draw words from this seed. The same seed gives the same answers.
         plain: Go on with what is typed as plain text, without the chat format. A model without one does so anyway.
     """
 

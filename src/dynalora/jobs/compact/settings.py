@@ -13,13 +13,13 @@ class CompactSpec(Settings):
     """Which adapter to make smaller, and where to write the smaller one.
 
     Attributes:
-        adapter: Run folder, adapter folder or Hub id of an adapter.
-        output: Folder to write, new or empty.
-        threshold: Components of at most this share of the largest singular value are dead.
+        adapter: Use this adapter: a run folder, an adapter folder, or an id on the Hugging Face Hub.
+        output: Write the smaller adapter into this folder, which must be new or empty.
+        threshold: Call components dead that have at most this share of the largest singular value.
         rewrite: Rewrite factors to singular components where that removes more.
     """
 
     adapter: Annotated[str, Setting(positional=True, metavar="ADAPTER")]
     output: Annotated[str, Setting(positional=True, metavar="OUTPUT", writes="folder")]
-    threshold: float = 1e-4
+    threshold: Annotated[float, Setting(least=0, below=1)] = 1e-4
     rewrite: bool = True

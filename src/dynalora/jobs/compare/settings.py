@@ -35,51 +35,54 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, BestSettings,
     """What is compared, how it is trained, and what is measured.
 
     Attributes:
-        tasks: Tasks to train on and to measure, with commas. See [`tasks`][dynalora.lab.tasks]. All of them take the
-            same kind of model.
-        output: Folder, new or with cells of the same comparison.
-        methods: Methods to compare, with commas: names, PEFT's and full included, or files with PEFT configurations.
-        variants: A method with settings of its own; give the flag again for more. Label → settings with `method` and
-            any of `r`, `alpha`, `dropout`, `target_modules`, `learning_rates`, `match` (whether its parameters are
-            matched), `quantization`, `weight_decay` and fields of the method's configuration.
-        reference: Label that all others are compared with.
+        tasks: Train and measure on these tasks, with commas. All of them take the same kind of model. See
+            [`tasks`][dynalora.lab.tasks].
+        output: Write the comparison into this folder, which is new or holds cells of the same comparison.
+        methods: Compare these methods: names, PEFT's and full included, or files with PEFT configurations.
+        variants: Compare a method with settings of its own, too; give the flag again for more. Label → settings with
+            `method` and any of `r`, `alpha`, `dropout`, `target_modules`, `learning_rates`, `match` (whether its
+            parameters are matched), `quantization`, `weight_decay` and fields of the method's configuration.
+        reference: Compare all others with the method or variant of this label.
         r: Rank of the reference, and of all where parameters are not matched.
-        quantization: Hold the base weights in fewer bits, with bitsandbytes (4bit is NF4) or torchao (int8);
-            None: as they are. What was forgotten is measured against a base model with these weights, also of variants
-            with others.
+        quantization: Hold the base weights in fewer bits, with bitsandbytes (4bit is NF4) or torchao (int8); None: as
+            they are. What was forgotten is measured against a base model with these weights, also of variants with
+            others.
         match_parameters: Choose each method's rank so that it trains as many parameters as the reference does.
-        learning_rates: Learning rates to choose from, with commas; empty: --learning-rate alone.
-        epochs: Number of passes over the training data where steps is null, which a settings file can say.
-        seeds: Number of runs per method, with the seeds `seed`, `seed` + 1 and so on.
+        learning_rates: Try each of these learning rates, and choose the best for every method and task; empty:
+            `--learning-rate` alone.
+        epochs: Go through the training data this many times, where steps is null, which a settings file can say.
+        seeds: Run every method with this many seeds: `seed`, `seed` + 1 and so on.
         all_rates: Run every seed at every learning rate, and not only at the chosen one.
-        validation: Number of training questions that the learning rate, and with keep_best the weights, are chosen on.
+        validation: Set this many training questions aside, on which the learning rate, and with keep_best the weights,
+            are chosen.
         keep_best: End with the best of the weights that are measured during training, instead of the last: those of the
             lowest loss or the highest accuracy on the training questions set aside (`validation`), of the highest
             accuracy on the held-out ones, or of the best number on the first of further_tasks; the last two then no
             longer judge alone. None: the last.
-        factors: Factors of each run's update at which loss and KL are measured besides, with commas; empty: only as
+        factors: Measure loss and KL of each run with its update multiplied by these factors, too; empty: only as
             trained. For causal models with retention.
-        choose: What a learning rate is chosen by: the loss as-trained, or at the best-factor, the lowest loss over the
-            factors; both on the questions set aside.
+        choose: Choose a learning rate by the loss as-trained, or by the lowest loss over the factors, at the
+            best-factor; both are measured on the questions set aside.
         retention: Measure what was forgotten, on text that the base model writes itself. Causal models only.
-        texts: Further text to measure what was forgotten on; give the flag again for more.
-        retention_tasks: Benchmarks that no model is trained for, measured on all models to see what was kept, with
-            commas. Groups stand for their members. For classification `wikitext2_masked`: perplexity of the encoder
+        texts: Measure what was forgotten on this text, too; give the flag again for more.
+        retention_tasks: Measure all models on these benchmarks, too, which no model is trained for, to see what was
+            kept. Groups stand for their members. For classification `wikitext2_masked` is the perplexity of the encoder
             under its original masked-LM head.
-        retention_items: Number of items of each retention task, from the first; None: all.
-        retention_shots: Number of examples before each question, for retention tasks of lm-evaluation-harness; None:
-            each task's own number.
-        retention_max_length: Longest input of lm-evaluation-harness's tasks, in tokens; None: what the model takes.
-        further_tasks: Benchmarks that are measured on all models besides the retention tasks, with commas, and that do
-            not count as what was kept, such as `lm_eval:gsm8k`: the trained task, asked with examples. Each has its own
-            number of examples.
+        retention_items: Use only this many items of each retention task, from the first; None: all.
+        retention_shots: Show this many examples before each question, for retention tasks of lm-evaluation-harness;
+            None: each task's own number.
+        retention_max_length: Cut the input of lm-evaluation-harness's tasks to this many tokens; None: what the model
+            takes.
+        further_tasks: Measure all models on these benchmarks besides the retention tasks; they do not count as what was
+            kept. An example is `lm_eval:gsm8k`, the trained task asked with examples. Each has its own number of
+            examples.
         over_time: Measure the held-out questions, the retention tasks and the further ones during training, too, every
             `measure_every` steps (under bf16 in bfloat16), for a plot over the steps.
         mask_layers: Measure the held-out questions also with the ranks of one layer masked to zero, layer by layer
             (PE-DyRA, Figure 1b).
-        jobs: Number of cells at the same time; None: one per GPU, or one.
-        report: Run nothing, and write tables, plots and the report of the cells that are there; with --output alone the
-            settings are those in the folder. Neither data nor model are needed.
+        jobs: Run this many cells at the same time; None: one per GPU, or one.
+        report: Run nothing, and write tables, plots and the report of the cells that are there; with `--output` alone
+            the settings are those in the folder. Neither data nor model are needed.
     """
 
     unused: ClassVar[Mapping[str, Any]] = {"eval_every": None, "save_every": None, "log_every": None}
@@ -129,8 +132,6 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, BestSettings,
             listed = getattr(self, name)
             if not listed and not (name == "methods" and self.variants):
                 raise ConfigError(f"{name} is empty; name at least one.")
-            if len(set(listed)) < len(listed):
-                raise ConfigError(f"{name} names one twice: {', '.join(listed)}.")
         if self.validation < 1 and self.chooses:
             raise ConfigError(
                 f"validation is {self.validation}, and there are several learning rates to choose from; set some "

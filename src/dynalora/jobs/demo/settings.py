@@ -20,26 +20,28 @@ class DemoSpec(OptimizerSettings, panel=MODEL_AND_DATA):
     """What the demo does. Every setting has a default, and the defaults take a few minutes on two cores.
 
     Attributes:
-        output: Run folder, new or empty; None: runs/demo, or the first of runs/demo-2, runs/demo-3 … that is free.
-        model: Id of another causal language model on the Hugging Face Hub, or a folder that holds one; None:
-            SmolLM2-135M-Instruct.
-        methods: Methods to compare, in this order, with commas; lora is PEFT's LoRA.
-        r: Rank of every adapter.
-        alpha: Numerator of the scale alpha / rank of every update; None: each method's default.
-        target_modules: Modules to adapt: names, a regular expression, or all-linear.
-        retain: Weight of keeping what the base model says, for dynalora's own methods. Write null in a settings file to
-            switch it off.
-        gate_bias_init: Start of DISeL's gate biases.
-        task: Another task of reasoning-gym; None: the demo's own.
-        task_options: Options of the task's generator, which are given only together with a task.
-        system: System message of every question; None: a short one for the demo's own model, none for others.
-        held_out: Number of held-out questions.
-        shots: Number of solved training questions that the base model is shown before each held-out one, in a second
-            measurement of it that is fair to it; fewer where they do not fit into the model's window, and 0: no second
-            measurement.
-        retention_texts: Number of texts that the base model writes for measuring retention.
-        retention_tokens: Longest of these texts, in tokens.
-        log_every: Number of optimizer steps between log lines; None: a hundredth of the run.
+        output: Write the run into this folder, which must be new or empty; None: runs/demo, or the first of
+            runs/demo-2, runs/demo-3 … that is free.
+        model: Fine-tune another causal language model: its id on the Hugging Face Hub, or a folder that holds one;
+            None: SmolLM2-135M-Instruct.
+        methods: Train an adapter with each of these methods, in this order; lora is PEFT's LoRA.
+        r: Give every adapter this rank. A higher rank can learn more, and takes more memory.
+        alpha: Multiply every update by alpha / rank; None: each method's default.
+        target_modules: Adapt these modules: names with commas, a regular expression, or all-linear.
+        retain: Weigh the penalty on forgetting, which keeps what the base model says, with this number; PEFT's methods
+            have none. Write null in a settings file to switch it off.
+        gate_bias_init: Start DISeL's gates at this bias. The lower it is, the less an adapter acts before it has
+            learned where to.
+        task: Train on another task of reasoning-gym; None: the demo's own.
+        task_options: Change an option of the task's generator, which needs `--task`; give the flag again for more.
+        system: Begin every question with this system message; None: a short one for the demo's own model, none for
+            others.
+        held_out: Measure accuracy and loss on this many questions that are not trained on.
+        shots: Show the base model this many solved training questions before each held-out one, in a second measurement
+            that is fair to it; 0: no second measurement. It is shown fewer where they do not fit into its window.
+        retention_texts: Measure forgetting on this many texts, which the base model writes itself.
+        retention_tokens: End these texts after so many tokens.
+        log_every: Log the loss every so many optimizer steps; None: a hundredth of the run.
     """
 
     unused: ClassVar[Mapping[str, Any]] = {"epochs": 1.0, "eval_every": 0, "save_every": 0}
@@ -71,8 +73,5 @@ class DemoSpec(OptimizerSettings, panel=MODEL_AND_DATA):
             raise ConfigError("steps is missing; give the number of optimizer steps.")
         if not self.methods:
             raise ConfigError("methods is empty; name at least one.")
-        twice = {name for name in self.methods if self.methods.count(name) > 1}
-        if twice:
-            raise ConfigError(f"methods lists {', '.join(sorted(twice))} more than once; name each at most once.")
         if self.task is None and self.task_options:
             raise ConfigError("task_options are given without a task; name the task they belong to.")

@@ -14,31 +14,33 @@ class EvaluateSpec(Settings):
     """What to measure, and on what.
 
     Attributes:
-        source: A model or an adapter: a run folder, a folder, a Hub id, or smollm2, the demo's model.
-        task: Names of tasks or groups of tasks, with commas or given again. See
+        source: Measure this model or adapter: a run folder, a folder, an id on the Hugging Face Hub, or smollm2, the
+            demo's model.
+        task: Measure on these tasks or groups of tasks, with commas or given again. See
             [`benchmarks`][dynalora.evaluation.benchmarks].
-        data: Folder with the files of benchmarks; None: the Hub. See [`sources`][dynalora.evaluation.sources].
-        split: Split of the tasks: train, dev or test; None: test, or dev where there is no test.
-        limit: Number of items of each task, from the first; None: all.
-        model: Base model of an adapter; None: the one the adapter names.
-        template: Format of the prompts: the model's own (chat), or a paper's. See
+        data: Read the benchmarks' files from this folder; None: the Hub. See [`sources`][dynalora.evaluation.sources].
+        split: Take this split of the tasks: train, dev or test; None: test, or dev where there is no test.
+        limit: Use only this many items of each task, from the first; None: all.
+        model: Use this base model of an adapter; None: the one the adapter names.
+        template: Write prompts in this format: the model's own (chat), or a paper's. See
             [`prompts`][dynalora.evaluation.prompts].
-        likelihood: For multiple choice, take the likeliest option instead of generating an answer.
-        metric: Metrics to compute, with commas or given again; None: all of each task's.
-        batch_size: Number of items per batch.
-        max_new_tokens: Longest answer, in tokens; None: each task's.
-        beams: Number of beams that answers are searched with; 1: the likeliest token each time.
-        window: Number of tokens per window of text, for perplexity.
-        seed: Seed of generated tasks.
+        likelihood: Take the likeliest option of multiple choice, instead of generating an answer.
+        metric: Compute these metrics, with commas or given again; None: all of each task's.
+        batch_size: Process this many items at once. A smaller number takes less memory.
+        max_new_tokens: Break an answer off after this many tokens; None: each task's.
+        beams: Search answers with this many beams; 1: the likeliest token each time.
+        window: Cut text into windows of this many tokens, for perplexity.
+        seed: Draw generated tasks from this seed.
         run_code: Execute the code that the model writes (HumanEval, MBPP), in a sandbox.
         weak_sandbox: Execute generated code even on a system that cannot contain it in a sandbox.
-        code_seconds: Time limit of each generated program, in seconds.
-        shots: Number of examples before each question of lm-evaluation-harness's tasks; None: each task's own number.
-        max_length: Longest input of lm-evaluation-harness's tasks, in tokens; None: what the model takes.
-        dtype: Data type of the model's weights.
-        quantization: Hold the weights (of an adapter's base model) in fewer bits: 4bit (NF4) or 8bit with
-            bitsandbytes, int8 with torchao; None: as they are.
-        json: File for everything measured, which must not exist.
+        code_seconds: Stop each generated program after so many seconds.
+        shots: Show this many examples before each question of lm-evaluation-harness's tasks; None: each task's own
+            number.
+        max_length: Cut the input of lm-evaluation-harness's tasks to this many tokens; None: what the model takes.
+        dtype: Load the model's weights with this data type.
+        quantization: Hold the weights (of an adapter's base model) in fewer bits: 4bit (NF4) or 8bit with bitsandbytes,
+            int8 with torchao; None: as they are.
+        json: Write everything that was measured into this file, which must not exist.
 
     """
 

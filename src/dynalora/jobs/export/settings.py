@@ -15,34 +15,35 @@ class ExportSpec(Settings):
     """Which adapter to export, how, and where to.
 
     Attributes:
-        adapter: Run folder, adapter folder or Hub id of an adapter.
-        output: Folder to write, new or empty.
-        dtype: Data type of the written factors, float32, bfloat16 or float16; None: as they are.
+        adapter: Export this adapter: a run folder, an adapter folder, or an id on the Hugging Face Hub.
+        output: Write the plain LoRA into this folder, which must be new or empty.
+        dtype: Write factors with this data type, float32, bfloat16 or float16; None: as they are.
         max_rank: Cut every update to at most this rank; None: keep all.
         tolerance: Cut each update to the rank that loses at most this share of it, from 0 to 1; None: keep all.
-        uniform_rank: Fill all matrices up to this rank with zeros, 0 takes the largest; None: each has its own rank.
+        uniform_rank: Fill all matrices up to this rank with zeros, where 0 takes the largest; None: each has its own
+            rank.
         ranks_only: Write a JSON file with the ranks alone, as LoraConfig(**...) takes them for a fresh run.
         calibrate: Hold a DISeL adapter's gates at their means over these conversations.
-        measure: Measure what holding the gates costs on these conversations; empty: every other row of --calibrate.
-        model: Base model; None: the one the adapter names.
-        split: Split of the data that is read.
-        limit: Number of rows of the data that are used, from the first.
-        max_length: Longest sequence in tokens; longer ones lose their end.
+        measure: Measure what holding the gates costs on these conversations; empty: every other row of `--calibrate`.
+        model: Use this base model; None: the one the adapter names.
+        split: Read this split of the data.
+        limit: Use only this many rows of the data, from the first.
+        max_length: Cut sequences after this many tokens.
     """
 
     adapter: Annotated[str, Setting(positional=True, metavar="ADAPTER")]
     output: Annotated[str, Setting(positional=True, metavar="OUTPUT")]
     dtype: Annotated[str | None, Setting(choices=("float32", "bfloat16", "float16"))] = None
-    max_rank: int | None = None
-    tolerance: float | None = None
-    uniform_rank: int | None = None
+    max_rank: Annotated[int | None, Setting(least=1)] = None
+    tolerance: Annotated[float | None, Setting(least=0, below=1)] = None
+    uniform_rank: Annotated[int | None, Setting(least=0)] = None
     ranks_only: bool = False
     calibrate: Annotated[str | None, Setting(metavar="DATA")] = None
     measure: Annotated[list[str], Setting(metavar="DATA")] = field(default_factory=list)
     model: Annotated[str | None, Setting("-m")] = None
     split: str = "train"
-    limit: int = 128
-    max_length: int = 512
+    limit: Annotated[int, Setting(least=1)] = 128
+    max_length: Annotated[int, Setting(least=2)] = 512
 
     def _check(self) -> None:
         super()._check()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from dynalora.errors import ConfigError
-from dynalora.lab.settings import Setting, Settings, settings_from
+from dynalora.lab.settings import PICTURES, Setting, Settings, settings_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,18 +64,20 @@ class GatesSpec(Settings):
     """Of which adapter the gates are recorded, and over which text.
 
     Attributes:
-        adapter: Run folder, adapter folder or Hub id of a DISeL adapter.
-        domains: Text of a domain; give the flag again for more; the first, the domain of the fine-tuning, is
-            compared with the others. In a file, a name → a source, or → the fields of
+        adapter: Show the gates of this DISeL adapter: a run folder, an adapter folder, or an id on the Hugging Face
+            Hub.
+        domains: Measure gates on this text of a domain, and give the flag again for more; the first, the domain of the
+            fine-tuning, is compared with the others. In a file, a name → a source, or → the fields of
             [`DomainSpec`][dynalora.jobs.gates.settings.DomainSpec].
-        data: Text of a single domain, which then needs no name.
-        model: Base model; None: the one the adapter names.
-        output: Folder for tables, plots and a report, new or empty; None: only the tables are shown.
-        split: Split of the data, where a domain does not say.
-        limit: Number of rows or passages per domain, from the first, where a domain does not say.
-        max_length: Longest document in tokens; longer ones lose their end.
-        batch_size: Number of documents per forward pass.
-        plot: PNG file for histograms by depth.
+        data: Measure gates on this text of a single domain, which then needs no name.
+        model: Use this base model; None: the one the adapter names.
+        output: Write tables, plots and a report into this folder, which must be new or empty; None: only the tables are
+            shown.
+        split: Read this split of the data, where a domain does not say.
+        limit: Use only this many rows or passages per domain, from the first, where a domain does not say.
+        max_length: Cut documents after this many tokens.
+        batch_size: Process this many documents at once. A smaller number takes less memory.
+        plot: Draw histograms by depth into this PNG file, and beside it an SVG.
     """
 
     adapter: Annotated[str, Setting(positional=True, metavar="ADAPTER")]
@@ -89,7 +91,7 @@ class GatesSpec(Settings):
     limit: Annotated[int, Setting(least=1)] = 64
     max_length: Annotated[int, Setting(least=2)] = 512
     batch_size: Annotated[int, Setting("-b", least=1)] = 8
-    plot: Annotated[str | None, Setting(metavar="FILE.png", recorded=False, writes="file")] = None
+    plot: Annotated[str | None, Setting(metavar="FILE.png", recorded=False, writes="file", endings=PICTURES)] = None
 
     def _check(self) -> None:
         super()._check()

@@ -16,21 +16,23 @@ class GenerateSpec(TrainedSettings):
     """Which adapter answers which prompts, and where the answers go.
 
     Attributes:
-        data: Prompts: rows in the formats that `dynalora finetune` reads, whose responses may be missing, or a text
-            file whose passages are continued.
-        output: File to write, a JSON object per line; it must not exist.
+        data: Answer these prompts: rows in the formats that `dynalora finetune` reads, whose responses may be missing,
+            or a text file whose passages are continued.
+        output: Write the answers into this file, a JSON object per line; it must not exist.
         base: Write what the base model answers, too.
-        split: Split of the data that is read.
-        subset: Configuration of a data set on the Hub.
-        limit: Number of rows to use, from the first; None: all.
-        prompt_field: Field with the prompt; None: recognised by its usual names.
-        response_field: Field with a response to copy beside the answer; None: recognised by its usual names.
-        input_field: Optional field whose text follows the prompt; None: recognised by its usual names.
-        messages_field: Field with chat messages, instead of the three above; None: recognised by its usual names.
-        text_field: Field with plain text to go on with; None: recognised by its usual names.
-        system: System message before every prompt; None: what the model's chat template adds by itself.
-        max_new_tokens: Number of tokens after which an answer is broken off.
-        batch_size: Number of prompts that are answered at once.
+        split: Read this split of the data.
+        subset: Take this subset (configuration) of a data set on the Hub that has several.
+        limit: Use only this many rows, from the first; None: all.
+        prompt_field: Read prompts from this field of every row; None: recognised by its usual names.
+        response_field: Copy responses from this field beside the answers; None: recognised by its usual names.
+        input_field: Read text that follows the prompt from this field, where there is one; None: recognised by its
+            usual names.
+        messages_field: Read chat messages from this field, instead of prompt, input and response; None: recognised by
+            its usual names.
+        text_field: Read plain text, which is continued, from this field; None: recognised by its usual names.
+        system: Begin every prompt with this system message; None: what the model's chat template adds by itself.
+        max_new_tokens: Break an answer off after this many tokens.
+        batch_size: Answer this many prompts at once. A smaller number takes less memory.
         plain: Go on with the prompts as plain text, without the chat format. A model without one does so anyway.
     """
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from dynalora.errors import ConfigError
 from dynalora.forgetting.defaults import QUANTITIES
-from dynalora.lab.settings import Setting, Settings
+from dynalora.lab.settings import PICTURES, Setting, Settings
 
 
 def plot_files(plot: str) -> list[Path]:
@@ -23,20 +23,20 @@ class LandscapeSpec(Settings):
     """Which adapters or models to look at, and what to make of them.
 
     Attributes:
-        adapter: Run folders, adapter folders or Hub ids, or full models with --against.
-        model: Base model; None: the one the adapter names.
+        adapter: Show these adapters: run folders, adapter folders or Hub ids. With `--against` they are full models.
+        model: Use this base model; None: the one the adapter names.
         against: Compare full models with this one, by the difference of their weights.
-        modules: Regular expression for the names of the matrices to take of full models; None: all.
-        data: Conversations on whose responses the effect of the updates is measured, and over which the gates of gated
-            adapters are averaged; None: the adapters' factors alone count, and all gates as open.
-        split: Split of the data that is read.
-        limit: Number of rows of the data that are used, from the first.
-        max_length: Longest sequence in tokens; longer ones lose their end.
-        tau: Threshold above which a singular value of s·ΔW counts.
-        taus: Thresholds of the energy table; empty: 0.01, 0.005, 0.001, 0.0005, 0.0001.
-        plot: File for a plot, layer by layer.
-        csv: File for a table with a line per matrix.
-        json: File for the same table with all singular values.
+        modules: Take only the matrices of full models whose names match this regular expression; None: all.
+        data: Measure the effect of the updates, and average the gates of gated adapters, on the responses of these
+            conversations; None: the adapters' factors alone count, and all gates as open.
+        split: Read this split of the data.
+        limit: Use only this many rows of the data, from the first.
+        max_length: Cut sequences after this many tokens.
+        tau: Count singular values of s·ΔW above this threshold as effective rank.
+        taus: Show the table of energy at these thresholds; empty: 0.01, 0.005, 0.001, 0.0005, 0.0001.
+        plot: Draw a plot, layer by layer, into this file, and beside it an SVG.
+        csv: Write a table with a line per matrix into this file.
+        json: Write the same table with all singular values into this file.
     """
 
     adapter: Annotated[list[str] | str, Setting(positional=True, metavar="ADAPTER...")]
@@ -45,11 +45,11 @@ class LandscapeSpec(Settings):
     modules: Annotated[str | None, Setting(metavar="REGEX")] = None
     data: Annotated[str | None, Setting("-d")] = None
     split: str = "train"
-    limit: int = 64
-    max_length: int = 512
-    tau: float = 1e-3
+    limit: Annotated[int, Setting(least=1)] = 64
+    max_length: Annotated[int, Setting(least=2)] = 512
+    tau: Annotated[float, Setting(least=0)] = 1e-3
     taus: Annotated[list[str], Setting(commas=True)] = field(default_factory=list)
-    plot: Annotated[str | None, Setting(metavar="FILE.png", writes=plot_files)] = None
+    plot: Annotated[str | None, Setting(metavar="FILE.png", writes=plot_files, endings=PICTURES)] = None
     csv: Annotated[str | None, Setting(metavar="FILE", writes="file")] = None
     json: Annotated[str | None, Setting(metavar="FILE", writes="file")] = None
 

@@ -17,18 +17,19 @@ class LinearModelSpec(Settings):
     """Populations and training. The defaults take a few minutes on one core.
 
     Attributes:
-        output: Run folder, new or empty; None: runs/linear-model.
-        in_features: Length of the inputs.
-        out_features: Length of the targets.
-        task_rank: Rank of the update that is needed, ΔW*.
-        r: Rank of LoRA and DISeL.
-        separation: Distance of each population's mean from 0, in standard deviations.
-        steps: Number of optimizer steps per method, each on new samples.
-        batch_size: Number of samples per step, from both populations.
-        learning_rate: Peak learning rate of AdamW. The schedule is a cosine with 2 % warm-up, without weight decay.
-        gate_bias_init: Start of DISeL's gate biases, as in [`DiselConfig`][dynalora.DiselConfig].
-        samples: Number of samples on which the final losses are measured.
-        seed: Seed of the maps, of the adapters' start and of the samples.
+        output: Write the run into this folder, which must be new or empty; None: runs/linear-model.
+        in_features: Give inputs this many numbers.
+        out_features: Give targets this many numbers.
+        task_rank: Make the update that is needed, ΔW*, of this rank.
+        r: Give LoRA and DISeL this rank.
+        separation: Put the mean of each population this far from 0, in standard deviations.
+        steps: Train each method for this many optimizer steps, each on new samples.
+        batch_size: Draw this many samples per step, from both populations.
+        learning_rate: Let the learning rate of AdamW rise to this value. The schedule is a cosine with 2 % warm-up,
+            without weight decay.
+        gate_bias_init: Start DISeL's gates at this bias, as in [`DiselConfig`][dynalora.DiselConfig].
+        samples: Measure the final losses on this many samples.
+        seed: Draw the maps, the adapters' start and the samples from this seed.
     """
 
     output: Annotated[str | None, Setting("-o", recorded=False)] = None

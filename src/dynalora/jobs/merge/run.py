@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import AutoConfig
 
 from dynalora.common.files import folder_beside
 from dynalora.errors import DynaloraError, UnsupportedError, first_line
@@ -18,7 +17,7 @@ from dynalora.jobs.merge.settings import MergeSpec
 from dynalora.lab.adapters import load_adapter, read_config
 from dynalora.lab.baselines import prompt_only
 from dynalora.lab.choices import DTYPES
-from dynalora.lab.models import local_model_name
+from dynalora.lab.models import local_model_name, model_config
 from dynalora.lab.report import say
 
 
@@ -112,7 +111,7 @@ def merge(source: str, output: str, *, model: str | None = None, dtype: str | No
 
 def checkpoint_dtype(name: str) -> str:
     """The data type of a model's files, as far as it is one to merge in; else float32."""
-    stored = str(getattr(AutoConfig.from_pretrained(name), "dtype", None)).removeprefix("torch.")
+    stored = str(getattr(model_config(name), "dtype", None)).removeprefix("torch.")
     return stored if stored in DTYPES else "float32"
 
 

@@ -14,10 +14,10 @@ class MergeSpec(Settings):
     """Which adapter to merge into its base model, and where the whole model goes.
 
     Attributes:
-        adapter: Run folder, adapter folder or Hub id of an adapter.
-        output: Folder to write, new or empty.
-        model: Base model; None: the one the adapter names.
-        dtype: Data type of the written weights; None: as in the base model's files.
+        adapter: Merge this adapter: a run folder, an adapter folder, or an id on the Hugging Face Hub.
+        output: Write the merged model into this folder, which must be new or empty.
+        model: Use this base model; None: the one the adapter names.
+        dtype: Write weights with this data type; None: as in the base model's files.
     """
 
     adapter: Annotated[str, Setting(positional=True, metavar="RUN")]

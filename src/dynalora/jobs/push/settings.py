@@ -13,12 +13,12 @@ class PushSpec(Settings):
     """Which adapter to upload, and where to.
 
     Attributes:
-        adapter: Run folder or adapter folder.
-        repo: Repository on the Hugging Face Hub, as NAME or OWNER/NAME; it is made if need be.
+        adapter: Upload this adapter: a run folder or an adapter folder.
+        repo: Upload into this repository on the Hugging Face Hub, NAME or OWNER/NAME; it is made if need be.
         public: Let everyone see the repository that is made. Otherwise only its owner can.
-        base_model: Hub id of the base model, to be written where the adapter names a folder of this machine.
+        base_model: Write this Hub id of the base model into the card, where the adapter names a folder of this machine.
         update: Upload into a repository that holds something, as a new commit.
-        message: First line of the commit.
+        message: Give the commit this first line.
     """
 
     adapter: Annotated[str, Setting(positional=True, metavar="RUN")]

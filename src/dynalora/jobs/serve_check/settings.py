@@ -13,7 +13,7 @@ class ServeCheckSpec(Settings):
     """Which adapter is to be served.
 
     Attributes:
-        adapter: Run folder, adapter folder or Hub id of an adapter.
+        adapter: Check this adapter: a run folder, an adapter folder, or an id on the Hugging Face Hub.
     """
 
     adapter: Annotated[str, Setting(positional=True, metavar="RUN")]

@@ -49,14 +49,14 @@ class ForgettingSpec(StagedSettings, panel=MODEL_AND_DATA):
     """The two tasks of `dynalora forgetting`, and how its three stages are trained and measured.
 
     Attributes:
-        task_a: Task that is learned, forgotten and learned again. See [`dynalora.lab.tasks`][dynalora.lab.tasks].
-        task_b: Task that is learned in between, which makes Task A forgotten.
-        method: Name of a method.
-        method_options: Further fields of the method's configuration, by name.
-        steps_b: Number of optimizer steps on Task B; None: as many as on Task A.
-        steps_recovered: Number of optimizer steps on Task A the second time; None: as many as the first time.
-        tau: Threshold above which a singular value of s·ΔW counts.
-        ablation: Also measure Task A after the first stage without the updates of the first and of the second half of
+        task_a: Learn this task, forget it, and learn it again. See [`dynalora.lab.tasks`][dynalora.lab.tasks].
+        task_b: Learn this task in between, which makes Task A forgotten.
+        method: Train an adapter of this method.
+        method_options: Set a further field of the method's configuration; give the flag again for more.
+        steps_b: Train on Task B for this many optimizer steps; None: as many as on Task A.
+        steps_recovered: Train on Task A the second time for this many optimizer steps; None: as many as the first time.
+        tau: Count singular values of s·ΔW above this threshold as effective rank.
+        ablation: Measure Task A after the first stage also without the updates of the first and of the second half of
             the layers, as in DiRA's appendix B.3.
     """
 
@@ -111,22 +111,23 @@ class RecoverSpec(Settings, like=LabSettings, absent="SOURCE's", panel=_RECOVERY
     taken from the source run.
 
     Attributes:
-        source: Run folder of dynalora forgetting, or an adapter that was trained on Task A and then on Task B.
-        output: Run folder, new or empty.
-        initial: The adapter after Task A, for its landscape, where SOURCE is an adapter.
-        task_a: Task to recover; None: SOURCE's. See [`dynalora.lab.tasks`][dynalora.lab.tasks].
-        task_b: The other task; None: SOURCE's.
-        strategies: Ways to recover, with commas: rlgr (guided by the rank landscape), random and naive.
-        examples: Number of examples of Task A. Every seed draws others.
-        batch_size: Number of examples per optimizer step.
-        epochs: Number of passes over the examples.
-        learning_rate: Learning rate of AdamW, which is constant.
-        weight_decay: Weight decay of AdamW, which never applies to gates.
-        max_grad_norm: Norm to which larger gradients are scaled down; 0: never.
-        tau: Threshold: a matrix has low rank if at most one singular value of s·ΔW after Task A is above it.
-        seed: Seed of the first recovery.
-        seeds: Number of recoveries per strategy and checkpoint, with the seeds `seed`, `seed` + 1 and so on.
-        checkpoints: Number of seeds of the source run to use, from the first; None: all that have finished Task B.
+        source: Recover from this run folder of `dynalora forgetting`, or from an adapter that was trained on Task A and
+            then on Task B.
+        output: Write the run into this folder, which must be new or empty.
+        initial: Take the rank landscape from this adapter, saved after Task A, where SOURCE is an adapter.
+        task_a: Recover this task; None: SOURCE's. See [`dynalora.lab.tasks`][dynalora.lab.tasks].
+        task_b: Measure this other task, too; None: SOURCE's.
+        strategies: Recover in these ways: rlgr (guided by the rank landscape), random and naive.
+        examples: Train on this many examples of Task A. Every seed draws others.
+        batch_size: Process this many examples per optimizer step.
+        epochs: Go through the examples this many times.
+        learning_rate: Train with this learning rate of AdamW, which is constant.
+        weight_decay: Pull weights towards 0 with this weight decay of AdamW, which never applies to gates.
+        max_grad_norm: Scale gradients down whose norm is above this value; 0: never.
+        tau: Say that a matrix has low rank if at most one singular value of s·ΔW after Task A is above this threshold.
+        seed: Draw the examples of the first recovery from this seed.
+        seeds: Repeat every strategy with this many seeds on each checkpoint: `seed`, `seed` + 1 and so on.
+        checkpoints: Use this many seeds of the source run, from the first; None: all that have finished Task B.
         resume: Continue the killed run in the run folder.
     """
 
@@ -182,9 +183,11 @@ class TransferSpec(StagedSettings, panel=MODEL_AND_DATA):
     """The tasks and methods of `dynalora transfer`.
 
     Attributes:
-        tasks: Tasks to train on and to measure, at least two. See [`dynalora.lab.tasks`][dynalora.lab.tasks].
-        methods: Methods to compare, with commas; lora is PEFT's LoRA.
-        method_options: Further fields of a method's configuration, by method and name, such as dira.penalty_weight.
+        tasks: Train on each of these tasks, and measure on all of them; give at least two. See
+            [`dynalora.lab.tasks`][dynalora.lab.tasks].
+        methods: Compare these methods; lora is PEFT's LoRA.
+        method_options: Set a further field of a method's configuration, by method and name, such as
+            dira.penalty_weight.
     """
 
     tasks: Annotated[list[str], Setting(name="--task")]

@@ -17,11 +17,11 @@ class TrimSpec(Settings):
 
     Attributes:
         adapter: Run folder, adapter folder or Hub id of an adapter.
-        output: Folder to write, new or empty.
-        max_kl: The most that may be forgotten: KL(base ‖ tuned) in nats per token, on each text. Give this or factor.
-        factor: Factor to take, instead of the largest within a bound.
-        texts: Text to keep within the bound besides the base model's own; give the flag again for more.
-        factors: Factors of the curve, with commas.
+        output: Write the new adapter into this folder, which must be new or empty.
+        max_kl: Allow at most so much forgetting on each text: KL(base ‖ tuned) in nats per token. Give this or factor.
+        factor: Multiply the update by this factor, instead of taking the largest within a bound.
+        texts: Keep this text within the bound, too, besides the base model's own; give the flag again for more.
+        factors: Measure the curve at these factors.
         model: Base model; None: the one the adapter names.
         dtype: Data type of the base model's weights; None: as the run had them, else auto.
         quantization: Hold the base weights in fewer bits; None: as the run had them.
@@ -45,7 +45,7 @@ class TrimSpec(Settings):
         super()._check()
         if (self.max_kl is None) == (self.factor is None):
             raise ConfigError(
-                "An update is scaled down to a bound or to a factor; give one of max_kl (such as 0.05) and factor."
+                "An update is scaled down to a bound or to a factor; give one of max_kl (such as 0.05) and `factor`."
             )
         names = [named_source(text, "texts")[0] for text in self.texts]
         if len({OWN_TEXT, *names}) < len(names) + 1:

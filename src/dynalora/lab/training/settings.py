@@ -18,16 +18,21 @@ class OptimizerSettings(Settings, panel="Training"):
     """Settings that every training has. The optimizer is AdamW (0.9, 0.999, 1e-8).
 
     Attributes:
-        steps: Number of optimizer steps; None: as many as the epochs need.
-        learning_rate: Peak learning rate of AdamW.
-        schedule: Shape of the learning rate after warm-up; cosine and linear end at 0.
-        warmup: Part of the steps over which the learning rate rises from 0.
-        weight_decay: Weight decay of AdamW, which never applies to biases, norms and gates.
-        batch_size: Number of sequences per device and forward pass.
-        gradient_accumulation: Number of forward passes per optimizer step.
-        max_grad_norm: Norm to which larger gradients are scaled down; 0: never.
-        seed: Seed of the adapter's start, of the order of the data and of dropout.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        steps: Train for this many optimizer steps; None: as many as the epochs need.
+        learning_rate: Let the learning rate of AdamW rise to this value, from which the schedule lowers it.
+        schedule: Choose how the learning rate goes on after warm-up: cosine and linear end at 0, constant_with_warmup
+            stays.
+        warmup: Raise the learning rate from 0 during this part of the steps, such as 0.03 for 3 % of them.
+        weight_decay: Pull weights towards 0 with this weight decay of AdamW, which never applies to biases, norms and
+            gates.
+        batch_size: Process this many sequences at once on each device. A smaller number takes less memory.
+        gradient_accumulation: Add up the gradients of this many batches before each optimizer step, which trains like a
+            larger batch without its memory.
+        max_grad_norm: Scale gradients down whose norm is above this value; 0: never.
+        seed: Draw the adapter's start, the order of the data and dropout from this seed. The same seed gives the same
+            run.
+        gradient_checkpointing: Recompute activations in the backward pass, which takes less memory and about a third
+            more time.
         bf16: Compute in bfloat16 where that is safe (autocast) while training. The weights keep their data type.
         loss_on_prompts: Train on the prompts' tokens, too, as LLM-Adapters does, and not on the answers alone. For
             causal models only. The loss that is measured stays that of the answers.
@@ -55,9 +60,9 @@ class BestSettings(Settings, panel="Training"):
         keep_best: End with the best of the weights that are measured during training, instead of the last: those of the
             lowest loss or the highest accuracy on the training questions set aside (`validation`), or of the highest
             accuracy on the held-out ones, which then no longer judge alone; None: the last.
-        validation: Number of training questions of each task that are set aside to choose on.
-        measure_every: Number of optimizer steps between the measurements that choose the best weights, or below 1 the
-            part of the run. There is one at the end besides.
+        validation: Set this many training questions of each task aside, to choose on.
+        measure_every: Make the measurements that choose the best weights every so many optimizer steps; below 1 this is
+            a part of the run. There is one at the end besides.
     """
 
     keep_best: Annotated[str | None, Setting(choices=KEEP_BEST)] = None
@@ -81,16 +86,16 @@ class TrainSettings(OptimizerSettings, panel="Run"):
     """How to train one adapter, with what is measured and saved on the way.
 
     Attributes:
-        epochs: Number of passes over the training data where no steps are given.
-        log_every: Number of optimizer steps between log lines; None: a hundredth of the run.
-        eval_every: Number of optimizer steps between measurements of the held-out loss; None: a fifth of the run; 0:
-            only before and after.
+        epochs: Go through the training data this many times, where no steps are given.
+        log_every: Log the loss every so many optimizer steps; None: a hundredth of the run.
+        eval_every: Measure the held-out loss every so many optimizer steps; None: a fifth of the run; 0: only before
+            and after.
         early_stopping: Stop the run when so many measurements of the held-out loss in a row brought no new lowest one;
             None: never.
-        save_every: Number of optimizer steps between checkpoints, from which a killed run is resumed; None: a tenth
+        save_every: Save a checkpoint, from which a killed run is resumed, every so many optimizer steps; None: a tenth
             of the run; 0: none.
-        report_to: Experiment trackers that get the losses while training, with commas: wandb, trackio, mlflow,
-            tensorboard. They are set up by their own environment variables; tensorboard writes into the run folder.
+        report_to: Send the losses to these experiment trackers while training. They are set up by their own environment
+            variables; tensorboard writes into the run folder.
     """
 
     epochs: Annotated[float, Setting(above=0, panel="Training", instead_of="steps")] = 1.0

@@ -42,20 +42,37 @@ class DiraConfig(GatedConfig):
     """
 
     target_rank: float | None = field(
-        default=None, metadata={"help": "Average rank that the run ends with; below 1: share of the parameters."}
+        default=None,
+        metadata={
+            "help": "End the run with this average rank; below 1 it is the share of the parameters that are left."
+        },
     )
-    penalty: Penalty = field(default="product", metadata={"help": "Form of the penalty: product or variational."})
+    penalty: Penalty = field(
+        default="product", metadata={"help": "Write the penalty on rank in this form: product or variational."}
+    )
     penalty_mode: PenaltyMode | None = field(
-        default=None, metadata={"help": "gradient (the paper's), or proximal: shrink after the step, to exactly zero."}
+        default=None,
+        metadata={
+            "help": "Add the penalty to the gradient, as the paper does (gradient), or shrink components after each "
+            "step, to exactly zero (proximal)."
+        },
     )
-    penalty_weight: float = field(default=1e-4, metadata={"help": "Weight of the penalty at the first step."})
-    penalty_schedule: Schedule = field(default="linear", metadata={"help": "linear, cosine or constant."})
+    penalty_weight: float = field(
+        default=1e-4,
+        metadata={"help": "Weigh the penalty with this number at the first step. More leaves fewer components."},
+    )
+    penalty_schedule: Schedule = field(
+        default="linear",
+        metadata={"help": "Let the penalty's weight fall to 0 as a line (linear) or a cosine, or keep it (constant)."},
+    )
 
     compact_every: int | None = field(
-        default=None, metadata={"help": "Remove dead components after every so many steps."}
+        default=None,
+        metadata={"help": "Remove dead components every so many optimizer steps; None: never during the run."},
     )
     compact_threshold: float = field(
-        default=THRESHOLD, metadata={"help": "Components of at most this share of the largest singular value are dead."}
+        default=THRESHOLD,
+        metadata={"help": "Call components dead that have at most this share of the largest singular value."},
     )
 
     method: ClassVar[str] = "dira"

@@ -67,37 +67,71 @@ class PedyraConfig(GatedConfig):
     """
 
     adjust_start: float = field(
-        default=0.1, metadata={"help": "First adjustment: steps, or a fraction of the run below 1."}
+        default=0.1,
+        metadata={
+            "help": "Adjust ranks for the first time after this many steps; below 1 it is a fraction of the run."
+        },
     )
     adjust_interval: float = field(
-        default=0.05, metadata={"help": "Between adjustments: steps, or a fraction of the run below 1."}
+        default=0.05, metadata={"help": "Adjust ranks again every so many steps; below 1 it is a fraction of the run."}
     )
     adjust_end: float = field(
-        default=0.6, metadata={"help": "Last adjustment: steps, or a fraction of the run below 1."}
+        default=0.6,
+        metadata={"help": "Adjust ranks for the last time after this many steps; below 1 it is a fraction of the run."},
     )
-    adjust_size: int = field(default=12, metadata={"help": "Triples that move at each adjustment."})
-    score_mix: float = field(default=0.5, metadata={"help": "Share of the gradients in the score."})
-    beta1: float = field(default=0.85, metadata={"help": "Decay of the sensitivities' moving averages."})
-    beta2: float = field(default=0.85, metadata={"help": "Decay of the uncertainties' moving averages."})
-    ortho_weight: float = field(default=0.1, metadata={"help": "Weight of the orthogonality penalty."})
+    adjust_size: int = field(
+        default=12, metadata={"help": "Move this many components from one matrix to another at each adjustment."}
+    )
+    score_mix: float = field(
+        default=0.5,
+        metadata={"help": "Give the gradients this share of a component's score; its inputs have the rest."},
+    )
+    beta1: float = field(
+        default=0.85,
+        metadata={
+            "help": "Average sensitivities over steps with this decay: the nearer to 1, the longer they are remembered."
+        },
+    )
+    beta2: float = field(
+        default=0.85, metadata={"help": "Average the sensitivities' uncertainty over steps with this decay."}
+    )
+    ortho_weight: float = field(
+        default=0.1, metadata={"help": "Weigh the penalty that keeps directions orthogonal with this number."}
+    )
     ortho_reduction: Literal["sum", "mean_norm"] = field(
-        default="sum", metadata={"help": "sum: squared norms as printed; mean_norm: AdaLoRA's form."}
+        default="sum",
+        metadata={
+            "help": "Write the penalty as a sum of squared norms, as printed (sum), or as AdaLoRA's code does "
+            "(mean_norm)."
+        },
     )
-    mode: Mode = field(default="both", metadata={"help": "both, prune, expand, static (LoRA, scores only) or mask."})
-    importance: Importance = field(default="score", metadata={"help": "score or random."})
+    mode: Mode = field(
+        default="both",
+        metadata={
+            "help": "Choose what an adjustment does: both, prune, expand, mask, or static, which only measures scores."
+        },
+    )
+    importance: Importance = field(
+        default="score",
+        metadata={"help": "Choose components to prune and matrices to expand by their score, or at random."},
+    )
     gradient_weighting: bool = field(
-        default=True, metadata={"help": "Weigh the parts of a triple's score by their gradients' norms."}
+        default=True, metadata={"help": "Weigh the parts of a component's score by the norms of their gradients."}
     )
     normalize_scores: bool = field(
-        default=True, metadata={"help": "Divide both scores by their means before mixing them."}
+        default=True, metadata={"help": "Divide both scores by their means before they are mixed."}
     )
-    max_rank: int | None = field(default=None, metadata={"help": "Largest rank that a matrix can reach."})
+    max_rank: int | None = field(
+        default=None, metadata={"help": "Let no matrix get a higher rank than this; None: no limit."}
+    )
     diagnostics: bool = field(
-        default=False, metadata={"help": "Log effective rank, utilisation, orthogonality and gradient norms."}
+        default=False,
+        metadata={"help": "Log effective rank, utilisation, orthogonality and gradient norms, which takes time."},
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the new directions."})
+    seed: int = field(default=0, metadata={"help": "Draw new directions from this seed."})
     match_step: bool = field(
-        default=True, metadata={"help": "Scale e's learning rate so that a step moves the function like LoRA's."}
+        default=True,
+        metadata={"help": "Scale the learning rate of e so that a step changes the model as much as LoRA's would."},
     )
     use_dora: bool = field(
         default=False, metadata={"help": "Train the norms of the weight's rows apart from their directions."}
@@ -106,7 +140,8 @@ class PedyraConfig(GatedConfig):
     init_weights: bool | Literal["orthogonal", "pissa"] = field(  # type: ignore[assignment]
         default="orthogonal",
         metadata={
-            "help": "orthogonal, True (the paper's small factors), pissa (singular triplets), or False for tests."
+            "help": "Start from orthogonal factors, from the paper's small ones (True), or from singular triplets "
+            "(pissa); False is for tests."
         },
     )
 
