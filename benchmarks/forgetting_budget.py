@@ -2,12 +2,16 @@
 
     python benchmarks/forgetting_budget.py TASK
     python benchmarks/forgetting_budget.py ARC-Easy --data DATA --runs 20 --json runs.json
+    python benchmarks/forgetting_budget.py ARC-Easy --data DATA --runs 1 --fix method=dira,rate=5e-3,r=8,budget=0.05
 
-Each run trains under transformers' Trainer with `max_forgetting`; its end is measured on all of the text that `retain`
-keeps, as [`hold_budget`][dynalora.forgetting.budget.hold_budget] does, and on text of the base model from openings that
-training never saw. Held is a run that ends within a tenth of its budget. The last column is the ratio of the KL at the
-end to the penalty's value there, which leaves out how layers add up: how far it differs between runs says how well one
-number could correct the penalty.
+Each run is made in three ways, called arms, under transformers' Trainer: `budget` has `max_forgetting`, `retain` keeps
+the first weight of its penalty, and `plain` has no penalty. The latter two are scaled down to the budget afterwards, as
+[`trim`][dynalora.forgetting.trim.trim] does: a budget is worth having where its held-out loss is below theirs. The end
+is measured on all of the text that `retain` keeps, as [`hold_budget`][dynalora.forgetting.budget.hold_budget] does, and
+on text of the base model from openings that training never saw; the held-out loss is that of questions which were not
+trained on. Held is a run that ends within a tenth of its budget. The last column is the ratio of the KL at the end to
+the penalty's value there, which leaves out how layers add up: how far it differs between runs says how well one number
+could correct the penalty.
 """
 
 from __future__ import annotations
@@ -26,11 +30,13 @@ from rich.console import Console
 import dynalora
 from dynalora.adapter.layer import adapter_layers
 from dynalora.adapter.retain import RetentionPenalty
+from dynalora.common.progress import silent
 from dynalora.driver import drivers_of
 from dynalora.forgetting.budget import TextMeter, retain_part
 from dynalora.forgetting.retain import prepare_retain
 from dynalora.forgetting.retention import retention
 from dynalora.forgetting.texts import anchor_text, own_text
+from dynalora.forgetting.trim import trim
 from dynalora.lab.lab_settings import LabSettings
 from dynalora.lab.training.settings import TrainSettings
 from dynalora.lab.training.train import train_adapter
@@ -49,11 +55,13 @@ TEXTS = 64  # that the base model writes and retain keeps
 START_WEIGHTS = (300.0, 1000.0, 3000.0)
 
 
-_LINE = "{:8} {:>6} {:>3} {:>6} {:>7} {:>5} {:>7} {:>8} {:>7} {:>6} {:>7} {:>5} {:>13}"
+ARMS = ("budget", "retain", "plain")
+
+_LINE = "{:8} {:>6} {:>3} {:>6} {:>7} {:>5} {:7} {:>7} {:>8} {:>8} {:>7} {:>6} {:>7} {:>5} {:>13}"
 
 
-def plan(runs: int, seed: int) -> list[dict[str, Any]]:
-    """Settings of every run: methods and budgets in turns, the rest drawn."""
+def plan(runs: int, seed: int, fixed: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Settings of every run: methods and budgets in turns, the rest drawn, but for those that are given."""
     draw = random.Random(seed)
     return [
         {
@@ -63,6 +71,7 @@ def plan(runs: int, seed: int) -> list[dict[str, Any]]:
             "r": draw.choice(RANKS),
             "retain": draw.choice(START_WEIGHTS),
             "seed": draw.randrange(1000),
+            **(fixed or {}),
         }
         for index in range(runs)
     ]
@@ -71,8 +80,10 @@ def plan(runs: int, seed: int) -> list[dict[str, Any]]:
 class Bench:
     """The base model, its texts and what the layers read of them, which all runs share."""
 
-    def __init__(self, task: str, data: str | None, steps: int, console: Console) -> None:
-        settings = LabSettings(data=data, system="Answer.", max_length=80, dtype="float32", held_out=1)
+    def __init__(self, task: str, data: str | None, steps: int, questions: int, console: Console) -> None:
+        settings = LabSettings(
+            data=data, system="Answer.", max_length=80, dtype="float32", held_out=questions, generated=0
+        )
         self.bench, self.task, self.steps = Workbench(settings, [task], console), task, steps
         model, tokenizer = self.bench.model, self.bench.tokenizer
         self.anchors, self.unseen = anchor_text(model, tokenizer, texts=TEXTS), own_text(model, tokenizer)
@@ -84,49 +95,68 @@ class Bench:
         self.curvatures = {name: layer.curvatures["default"] for name, layer in adapter_layers(reader).items()}
         self.bench.take_off(reader)
 
-    def run(self, run: dict[str, Any]) -> dict[str, Any]:
-        """One run's result."""
+    def run(self, run: dict[str, Any], arm: str) -> dict[str, Any]:
+        """One run's result, made in one of the three ways."""
+        penalty = {} if arm == "plain" else {"retain": run["retain"]}
+        budget = {"max_forgetting": run["budget"]} if arm == "budget" else {}
         config = METHODS[run["method"]](
-            r=run["r"], target_modules="all-linear", retain=run["retain"], max_forgetting=run["budget"],
-            total_steps=self.steps,
-        )  # fmt: skip
+            r=run["r"], target_modules="all-linear", total_steps=self.steps, **penalty, **budget
+        )
         adapted = peft.get_peft_model(self.bench.model, config)
         for name, layer in adapter_layers(adapted).items():
             layer.curvatures["default"] = self.curvatures[name]
         (driver, _), *_ = drivers_of(adapted)
         part = retain_part(driver)
-        assert part is not None
-        part.meter = TextMeter(adapted, self.anchors)
+        if part is not None:
+            part.meter = TextMeter(adapted, self.anchors)
         how = TrainSettings(
             steps=self.steps, learning_rate=run["rate"], seed=run["seed"], schedule="linear", warmup=0.1, eval_every=0,
             save_every=0, bf16=True,
         )  # fmt: skip
-        result = train_adapter(
-            adapted,
-            self.bench.tokenizer,
-            None,
-            self.bench.training(self.task),
-            settings=how,
-            console=self.bench.console,
-        )
-        outcome = part.outcome
-        assert outcome is not None
+        rows = self.bench.training(self.task)
+        result = train_adapter(adapted, self.bench.tokenizer, None, rows, settings=how, console=self.bench.console)
+        if arm == "budget":
+            assert part is not None
+            ended = part.outcome
+            assert ended is not None
+            trained, factor, end, held, says = ended.trained_kl, ended.factor, ended.kl, ended.held, str(ended)
+        else:
+            cut = trim(result.model, self.anchors, max_kl=run["budget"], factors=(1.0,))
+            trained, factor, end = cut.points[0].kl, cut.factor, cut.taken.kl
+            held = 0.9 * run["budget"] <= end <= 1.1 * run["budget"]
+            says = f"it forgets {end:.4g} of {run['budget']:.4g} nats per token"
         layers = list(adapter_layers(result.model).values())
         with torch.no_grad():
-            penalty = float(RetentionPenalty(layers, "default")(layers))
+            value = float(RetentionPenalty(layers, "default")(layers))
         record = {
             **run,
+            "arm": arm,
             "loss": statistics.mean(row["loss"] for row in result.records[-5:] if "loss" in row),
-            "trained": outcome.trained_kl / run["budget"],
-            "factor": outcome.factor,
-            "end": outcome.kl / run["budget"],
+            "held_out": self.bench.measure_on(self.task, result.model, arm, silent).loss.value,
+            "trained": trained / run["budget"],
+            "factor": factor,
+            "end": end / run["budget"],
             "unseen": retention(result.model, self.unseen).kl / run["budget"],
-            "held": outcome.held,
-            "says": str(outcome),
-            "ratio": outcome.kl / penalty,
+            "held": held,
+            "says": says,
+            "ratio": end / value,
         }
         self.bench.take_off(result.model)
         return record
+
+
+def fixed_settings(text: str) -> dict[str, Any]:
+    """`method=dira,rate=5e-3`: what is not to be drawn."""
+    kinds: dict[str, Any] = {
+        "method": str, "budget": float, "rate": float, "r": int, "retain": float, "seed": int,
+    }  # fmt: skip
+    settings = {}
+    for pair in text.split(","):
+        name, _, value = pair.partition("=")
+        if name not in kinds or (name == "method" and value not in METHODS):
+            raise argparse.ArgumentTypeError(f"{pair!r}: give NAME=VALUE with {', '.join(kinds)}")
+        settings[name] = kinds[name](value)
+    return settings
 
 
 def main() -> None:
@@ -136,6 +166,9 @@ def main() -> None:
     parser.add_argument("--data", help="folder with the files of benchmarks")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--questions", type=int, default=120, help="held-out questions that are measured")
+    parser.add_argument("--arms", type=lambda names: names.split(","), default=list(ARMS), help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--fix", type=fixed_settings, help="settings that are not drawn: method=dira,rate=5e-3,r=8")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     parser.add_argument("--part", default="1/1", help="2/4: only the second, sixth, … of the runs, to share them out")
     parser.add_argument("--json", type=Path, help="where every run's numbers go")
@@ -143,24 +176,35 @@ def main() -> None:
     part, parts = (int(number) for number in options.part.split("/"))
     if options.json is not None and options.json.exists():
         parser.error(f"{options.json} exists; name another file, or remove it")
-    bench = Bench(options.task, options.data, options.steps, Console(stderr=True))
-    columns = ("method", "rate", "r", "start", "budget", "seed", "loss", "trained", "factor", "end", "unseen", "held")
-    print(_LINE.format(*columns, "KL / penalty"), flush=True)
+    if unknown := sorted({*options.arms} - {*ARMS}):
+        parser.error(f"no arm is called {', '.join(unknown)}; known are {', '.join(ARMS)}")
+    bench = Bench(options.task, options.data, options.steps, options.questions, Console(stderr=True))
+    columns = ("method", "rate", "r", "start", "budget", "seed", "arm", "loss", "held-out", "trained", "factor", "end")
+    print(_LINE.format(*columns, "unseen", "held", "KL / penalty"), flush=True)
     records = []
-    for run in plan(options.runs, options.seed)[part - 1 :: parts]:
-        record = bench.run(run)
-        records.append(record)
-        names = ("method", "rate", "r", "retain", "budget", "seed")
-        numbers = [f"{record[name]:.3f}" for name in ("loss", "trained", "factor", "end", "unseen")]
-        held = "yes" if record["held"] else "no"
-        print(_LINE.format(*(record[name] for name in names), *numbers, held, f"{record['ratio']:.1f}"), flush=True)
-        if not record["held"]:
-            print(f"    {record['says']}", flush=True)
-        if options.json is not None:
-            options.json.write_text(json.dumps(records, indent=1))
-    ratios = sorted(record["ratio"] for record in records)
-    print(f"held: {sum(record['held'] for record in records)} of {len(records)}; KL / penalty from {ratios[0]:.1f} to "
-          f"{ratios[-1]:.1f}, median {statistics.median(ratios):.1f}")  # fmt: skip
+    for run in plan(options.runs, options.seed, options.fix)[part - 1 :: parts]:
+        for arm in options.arms:
+            record = bench.run(run, arm)
+            records.append(record)
+            names = ("method", "rate", "r", "retain", "budget", "seed", "arm")
+            numbers = [
+                f"{record[name]:.3f}" for name in ("loss", "held_out", "trained", "factor", "end", "unseen")
+            ]  # fmt: skip
+            held = "yes" if record["held"] else "no"
+            print(_LINE.format(*(record[name] for name in names), *numbers, held, f"{record['ratio']:.1f}"), flush=True)
+            if not record["held"]:
+                print(f"    {record['says']}", flush=True)
+            if options.json is not None:
+                options.json.write_text(json.dumps(records, indent=1))
+    for arm in options.arms:
+        of_arm = [record for record in records if record["arm"] == arm]
+        losses = statistics.mean(record["held_out"] for record in of_arm)
+        ratios = sorted(record["ratio"] for record in of_arm)
+        held = sum(record["held"] for record in of_arm)
+        print(
+            f"{arm}: held {held} of {len(of_arm)}; mean held-out loss {losses:.3f}; "
+            f"KL / penalty from {ratios[0]:.1f} to {ratios[-1]:.1f}, median {statistics.median(ratios):.1f}"
+        )
 
 
 if __name__ == "__main__":

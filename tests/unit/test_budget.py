@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
+import math
 import warnings
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dynalora
-from dynalora.adapter.budget import AIM, controlled_weight, due, measured, new_state
+from dynalora.adapter.budget import AIM, aim, controlled_weight, due, measured, new_state
 from dynalora.adapter.layer import adapter_layers
 from dynalora.driver import drivers_of
 from dynalora.errors import ConfigError, TrainingError
@@ -57,24 +59,43 @@ def part_of(model: Any) -> Any:
 
 
 @settings(max_examples=50, deadline=None)
-@given(kl=st.floats(1e-4, 10), ratio=st.floats(0.1, 100), log=st.floats(-6, 6), retain=st.floats(1, 1e4))
-def test_the_weight_is_its_definition(kl: float, ratio: float, log: float, retain: float) -> None:
+@given(
+    kl=st.floats(1e-4, 10), ratio=st.floats(0.1, 100), log=st.floats(-6, 6), retain=st.floats(1, 1e4),
+    step=st.integers(0, 60), total=st.none() | st.integers(30, 300),
+)  # fmt: skip
+def test_the_weight_is_its_definition(
+    kl: float, ratio: float, log: float, retain: float, step: int, total: int | None
+) -> None:
     state = new_state()
     state[0] = log
-    value = torch.tensor(kl / ratio)
-    weight = controlled_weight(state, value, retain, 0.2, kl, 7)
-    e = torch.tensor(kl / (AIM * 0.2)).log().item()
-    u = min(max(log + 0.25 * min(max(e, -1.5), 1.0), -torch.tensor(1000.0).log()), torch.tensor(1000.0).log())
-    span = torch.tensor(30.0).log().item()
-    expected = retain * torch.tensor(u + 3 * min(max(e, -span), span)).exp().item()
-    assert float(weight) == pytest.approx(expected, rel=1e-4)
-    assert measured(state) == (pytest.approx(kl), 7)
+    weight = controlled_weight(state, torch.tensor(kl / ratio), retain, 0.2, kl, step, total)
+    left = 0.0 if total is None else max(0.0, 1 - step / total)
+    e = math.log(kl / (AIM * 0.2 * 30**left))
+    u = min(max(log + 15 / (total or 60) * min(max(e, -1.5), 1.0), -math.log(1000)), math.log(1000))
+    expected = retain * math.exp(u + 3 * min(max(e, -math.log(3)), math.log(3)))
+    assert float(weight) == pytest.approx(expected, rel=1e-3)
+    assert measured(state) == (pytest.approx(kl), step)
+
+
+def test_the_aim_comes_down_to_the_budget() -> None:
+    aims = [aim(0.1, step, 50) for step in range(61)]
+    assert aims[0] == pytest.approx(30 * AIM * 0.1)
+    assert aims[50] == aims[60] == pytest.approx(AIM * 0.1)
+    assert all(after <= before for before, after in itertools.pairwise(aims))
+
+
+def test_the_weight_stays_until_a_change_was_measured() -> None:
+    """Weights move before anything is measured, and the first measurement may find none yet."""
+    state = new_state()
+    for step, kl in enumerate((None, 0.0, None)):
+        assert float(controlled_weight(state, torch.tensor(1e-9), 700.0, 0.1, kl, step, 30)) == pytest.approx(700.0)
+    assert float(controlled_weight(state, torch.tensor(1e-3), 700.0, 0.1, 1e-3, 3, 30)) < 700.0
 
 
 def test_between_measurements_the_ratio_stays() -> None:
     state = new_state()
-    first = controlled_weight(state, torch.tensor(0.01), 1.0, 0.1, 0.1, 5)
-    again = controlled_weight(state, torch.tensor(0.02), 1.0, 0.1, None, 6)
+    first = controlled_weight(state, torch.tensor(0.01), 1.0, 0.1, 0.1, 5, None)
+    again = controlled_weight(state, torch.tensor(0.02), 1.0, 0.1, None, 6, None)
     e = torch.tensor(2 / AIM).log()
     assert float(again / first) == pytest.approx(float((0.25 * e + 3 * torch.tensor(2.0).log()).exp()), rel=1e-4)
     assert measured(state) == (pytest.approx(0.1), 5)
@@ -82,10 +103,11 @@ def test_between_measurements_the_ratio_stays() -> None:
 
 def test_a_penalty_that_is_no_number_leaves_no_trace() -> None:
     state = new_state()
-    for value in (float("nan"), 0.0, float("inf")):
-        weight = controlled_weight(state, torch.tensor(value), 10.0, 0.1, 0.0, 1)
-        assert torch.isfinite(weight)
-        assert torch.isfinite(state).all()
+    for kl in (0.0, 0.1):
+        for value in (float("nan"), 0.0, float("inf")):
+            weight = controlled_weight(state, torch.tensor(value), 10.0, 0.1, kl, 1, 30)
+            assert torch.isfinite(weight)
+            assert torch.isfinite(state).all()
 
 
 @pytest.mark.parametrize(("total", "most"), [(30, 9), (1000, 25), (None, 25)])

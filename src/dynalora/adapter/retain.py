@@ -344,4 +344,6 @@ class Retain(Part):
         if due(moment.step, moment.total_steps):
             assert self.meter is not None
             kl = self.meter.kl()
-        return controlled_weight(state, value, config.retain, config.max_forgetting, kl, moment.step)
+        return controlled_weight(
+            state, value, config.retain, config.max_forgetting, kl, moment.step, moment.total_steps
+        )
