@@ -103,6 +103,35 @@ class TestFinetune:
     def test_missing_data_file(self, asking: Any) -> None:
         one_sentence(asking(data="nowhere.jsonl"), "There is no file or folder 'nowhere.jsonl'")
 
+    @pytest.mark.parametrize(
+        ("more", "says"),
+        [
+            (["--lr", "inf"], "--lr is inf; give more than 0."),
+            (["--steps", str(10**12)], f"--steps is {10**12}; give at least 1 and at most 2147483647."),
+            (["--monitor-text", "x.txt", "--no-retention"], "--monitor-text names text to measure retention on"),
+            (["--bf-16"], "No such option: --bf-16"),
+            (["--lr"], "Option '--lr' requires an argument"),
+        ],
+    )  # fmt: skip
+    def test_values_that_no_run_could_have(self, more: list[str], says: str, asking: Any) -> None:
+        one_sentence(asking(more), says)
+
+    def test_a_missing_text_file_is_not_looked_for_elsewhere(self, asking: Any) -> None:
+        one_sentence(asking(data="notes.txt"), "There is no file or folder 'notes.txt'")
+
+    def test_a_folder_with_the_name_of_a_method(
+        self, asking: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is the method that is meant."""
+        (tmp_path / "dira").mkdir()
+        monkeypatch.chdir(tmp_path)
+        one_sentence(asking(method="dira", rank="0"), "--rank is 0")
+
+    def test_a_settings_file_that_says_one_thing_twice(self, program: Program, tmp_path: Path) -> None:
+        file = tmp_path / "run.yaml"
+        file.write_text("rank: 4\nmethod: dira\nrank: 8\n")
+        one_sentence(program("finetune", "--config", str(file)), f"'{file}'", "it names 'rank' twice")
+
     def test_run_folder_in_use(self, asking: Any, tmp_path: Path) -> None:
         with RunFolder.create(tmp_path / "run", {"method": "dira"}):
             one_sentence(asking(), f"'{tmp_path}/run' is in use by process {os.getpid()} on")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib
 import inspect
 import json
@@ -26,6 +27,8 @@ from dynalora.cli.program import app
 from dynalora.jobs.demo import run as demo
 from dynalora.jobs.finetune import run as finetune
 from dynalora.lab.configs import adapter_config, method_names
+from dynalora.lab.settings import describe
+from dynalora.methods import METHODS
 from tests.unit import tiny
 from tests.unit.program import Program
 
@@ -93,6 +96,30 @@ def test_help_of_a_command_teaches_with_an_example(name: str, program: Program) 
     assert f"dynalora {name} " in shown.out.split("Example", 1)[1]
     assert "--config" in shown.out
     assert "\x1b" not in shown.out
+
+
+EXPLAINED = [
+    *(
+        pytest.param(item.summary, id=f"{name} {item.name}")
+        for name, command in TABLE.items()
+        for item in describe(command.settings).values()
+    ),
+    *(
+        pytest.param(field.metadata["help"], id=f"{name} {field.name}")
+        for name, method in METHODS.items()
+        for field in dataclasses.fields(method.config_class)
+        if field.name in vars(method.config_class).get("__annotations__", {}) and "help" in field.metadata
+    ),
+]
+
+
+@pytest.mark.parametrize("text", EXPLAINED)
+def test_a_setting_is_explained_in_whole_sentences(text: str) -> None:
+    """A sentence that says what to do; not a noun, such as "Number of steps." or "Of the start."."""
+    assert text[0].isupper()
+    assert text.endswith(".")
+    assert len(text.split()) >= 4, text
+    assert text.split()[0] not in {"A", "An", "Data", "The", "Of", "Number", "Name", "Rank", "Seed", "Whether", "How"}
 
 
 def test_help_of_finetune_names_every_method(program: Program) -> None:

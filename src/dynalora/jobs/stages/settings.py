@@ -25,8 +25,8 @@ class StagedSettings(AdapterSettings, LabSettings, OptimizerSettings, BestSettin
 
     Attributes:
         output: Run folder, new or empty.
-        seeds: Number of runs, with the seeds `seed`, `seed` + 1 and so on.
-        log_every: Number of optimizer steps between log lines; None: a hundredth of the run.
+        seeds: Repeat everything this many times, with the seeds `seed`, `seed` + 1 and so on.
+        log_every: Write a log line every so many optimizer steps; None: a hundredth of the run.
         resume: Continue the killed run in the run folder.
     """
 
@@ -115,7 +115,7 @@ class RecoverSpec(Settings, like=LabSettings, absent="SOURCE's", panel=_RECOVERY
             then on Task B.
         output: Write the run into this folder, which must be new or empty.
         initial: Take the rank landscape from this adapter, saved after Task A, where SOURCE is an adapter.
-        task_a: Recover this task; None: SOURCE's. See [`dynalora.lab.tasks`][dynalora.lab.tasks].
+        task_a: Recover what was learned of this task; None: SOURCE's. See [`dynalora.lab.tasks`][dynalora.lab.tasks].
         task_b: Measure this other task, too; None: SOURCE's.
         strategies: Recover in these ways: rlgr (guided by the rank landscape), random and naive.
         examples: Train on this many examples of Task A. Every seed draws others.

@@ -22,8 +22,8 @@ class TrimSpec(Settings):
         factor: Multiply the update by this factor, instead of taking the largest within a bound.
         texts: Keep this text within the bound, too, besides the base model's own; give the flag again for more.
         factors: Measure the curve at these factors.
-        model: Base model; None: the one the adapter names.
-        dtype: Data type of the base model's weights; None: as the run had them, else auto.
+        model: Load this base model; None: the one the adapter names.
+        dtype: Load the base model's weights with this data type; None: as the run had them, else auto.
         quantization: Hold the base weights in fewer bits; None: as the run had them.
         loss: Measure the held-out loss along the curve, of a run of `dynalora finetune`.
     """
