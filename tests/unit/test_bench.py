@@ -98,8 +98,8 @@ def test_tokens_depend_on_seed_and_round_only(folder: Path) -> None:
     [
         ({"methods": ["qlora"]}, "Unknown method 'qlora'; did you mean 'lora'"),
         ({"methods": []}, "methods is empty"),
-        ({"methods": ["lora", "lora"]}, "named twice"),
-        ({"dtypes": ["int8"]}, "dtype is 'int8'; choose from float32"),
+        ({"methods": ["lora", "lora"]}, "methods names lora twice"),
+        ({"dtypes": ["int8"]}, "dtypes is 'int8'; choose one of float32"),
         ({"rounds": 0}, "rounds is 0"),
         ({"r": 0}, "r is 0"),
         ({"length": 1}, "length is 1"),

@@ -124,7 +124,7 @@ def test_a_malformed_row_is_named_with_file_row_and_remedy(tmp_path: Path, bad: 
         (b"\n\n", "holds no row"),
         (b'{"instruction": ', r"line 1: not valid JSON .* must be one JSON object"),
         (b"[1, 2]\n", r"line 1: holds a list; each line must be one JSON object"),
-        (b"\xff\xfe", r"not UTF-8 text \(byte 0\)"),
+        (b"\xff\xfe", r"line 1: not UTF-8 text .* convert the file to UTF-8"),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes, message: str) -> None:

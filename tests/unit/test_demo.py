@@ -150,7 +150,7 @@ def test_the_first_line_is_what_was_learned_and_what_was_forgotten(ran: Any) -> 
     ("changes", "message"),
     [
         ({"methods": ["disel", "nope"]}, "nope"),
-        ({"methods": ["lora", "lora"]}, "methods lists lora more than once"),
+        ({"methods": ["lora", "lora"]}, "methods names lora twice"),
         ({"methods": []}, "methods is empty"),
         ({"r": 0}, "r is 0; give at least 1"),
         ({"held_out": 0}, "held_out is 0"),

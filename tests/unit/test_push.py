@@ -147,4 +147,4 @@ def test_the_real_client_says_that_it_is_offline(adapter: Path, program: Program
     shown = program("push", str(adapter), "my adapter!", "--base-model", "org/base")
     assert shown.code == 2
     assert "--repo" not in shown.err
-    assert "repo is 'my adapter!', which the Hub does not take" in shown.err
+    assert "REPO is 'my adapter!', which the Hub does not take" in shown.err
