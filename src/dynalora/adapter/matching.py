@@ -104,11 +104,7 @@ class GateRates(Part):
     """The learning rates of gates, and those of `up` that follow them; no weight decay on gates."""
 
     name = "gates"
-
-    @property
-    def sharding(self) -> tuple[str, ...]:
-        """All: nothing is added to gradients, and ρ comes from the layers' activations."""
-        return ("FSDP2", "FSDP1", "ZeRO")
+    sharding = ("FSDP2", "FSDP1", "ZeRO")  # nothing is added to gradients, and ρ comes from the layers' activations
 
     def optimizer_overrides(self, config: Any, layer: GatedLayer, adapter: str) -> dict[str, OptimizerOverride]:
         """The gates' own rules, and the one of `up` where its steps are matched."""

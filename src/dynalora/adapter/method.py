@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dynalora.driver import Moment, OptimizerOverride
+from dynalora.driver import Moment, OptimizerOverride, Part
 
 if TYPE_CHECKING:
     from dynalora.adapter.config import AdapterConfig
@@ -28,11 +28,12 @@ class Panel:
     log: bool = False
 
 
-class Method:
+class Method(Part):
     """A method: its configuration, its layer, and what it does around optimizer steps.
 
     Stateless: whatever changes during training lives in the layers (as parameters and buffers, so that it is saved)
-    or in the driver's clock. Every hook has a default that does nothing, so a method states only its own part.
+    or in the driver's clock. Around optimizer steps it does what any [`Part`][dynalora.driver.part.Part] may do. Every
+    hook has a default that does nothing, so a method states only what is its own.
     """
 
     #: Lower-case name; PEFT knows the method by its upper-case form, parameters carry it as a prefix.
@@ -46,9 +47,7 @@ class Method:
     #: What lives for one training step (`Moment.shared`): made anew, without arguments, at the start of each.
     shared_class: ClassVar[type[Any]] = object
 
-    #: The ways to spread weights over processes that its rules know: `"FSDP1"` (flat vectors), `"FSDP2"` (shards),
-    #: `"ZeRO"` (an optimizer of copies, with the groups of [`param_groups`][dynalora.driver.groups.param_groups]).
-    sharding: ClassVar[tuple[str, ...]] = ("FSDP2",)
+    sharding: tuple[str, ...] = ("FSDP2",)
 
     #: How the metrics are drawn, in reading order; empty: not at all.
     panels: ClassVar[tuple[Panel, ...]] = ()
@@ -80,14 +79,6 @@ class Method:
         """Whether the method cannot run without knowing how many optimizer steps there will be."""
         return False
 
-    def needs_driving(self, config: Any) -> bool:
-        """Whether training without the driver would silently be something else than this method."""
-        return True
-
-    def needs_whole_steps(self, config: Any) -> bool:
-        """Whether it acts on all gradients of a step together, which an optimizer within `backward` does not have."""
-        return False
-
     def needs_task_loss(self, config: Any) -> bool:
         """Whether the method acts on the value of the task loss (`Moment.task_loss`)."""
         return False
@@ -104,20 +95,6 @@ class Method:
         """Parameter roles (`"gate_weight"`, …) of a layer that the optimizer must treat differently."""
         return {}
 
-    def before_step(self, moment: Moment) -> None:
-        """Act when all gradients are there and the optimizer is about to step (under `no_grad`)."""
-
-    def after_step(self, moment: Moment) -> None:
-        """Act right after a step that was taken (under `no_grad`)."""
-
-    def check_finished(self, moment: Moment, when: str) -> None:
-        """Warn, once, of what a run has left to do, where it has ended or the adapter is saved.
-
-        Args:
-            moment: The present moment.
-            when: What the user is doing, for the message.
-        """
-
     def keeps_components(self, moment: Moment, trains: bool) -> str:
         """Why components may not be removed from an adapter now, as the end of a sentence; empty if they may.
 
@@ -126,14 +103,6 @@ class Method:
             trains: Whether the adapter has parameters that train.
         """
         return ""
-
-    def metrics(self, moment: Moment) -> dict[str, float]:
-        """Numbers for the trainer's log; must be cheap."""
-        return {}
-
-    def report(self, moment: Moment) -> dict[str, Any]:
-        """What the adapter is doing now, for `dynalora.state_report`; may be slow."""
-        return {}
 
     def decided(self, layers: Mapping[str, AdapterLayer], adapter: str) -> list[dict[str, Any]]:
         """What the adapter decided, as rows of a table with names; empty where the ranks say it all.

@@ -176,7 +176,8 @@ class Retain(Part):
     name = "retain"
 
     def __init__(self, replays: bool = False) -> None:
-        self.replays = replays
+        # Layers spread over processes can be had in full for the penalty, not for a pass of the model.
+        self.sharding = () if replays else ("FSDP2",)
         self.weight: torch.Tensor | float | None = None
         self.value: torch.Tensor | None = None
         self.meter: Meter | None = None
@@ -190,11 +191,6 @@ class Retain(Part):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "meter": None, "_gradients": {}, "_done": set(), "_penalty": None}
-
-    @property
-    def sharding(self) -> tuple[str, ...]:
-        """Layers spread over processes can be had in full for the penalty, not for a pass of the model."""
-        return () if self.replays else ("FSDP2",)
 
     def exchanges(self, config: Any) -> bool:
         """What is measured for a budget must be the same number in all processes."""

@@ -1,4 +1,4 @@
-"""What adapters of any method may have besides their method, and the driver runs: the contract of a part."""
+"""What acts around optimizer steps, and the driver runs: methods, and what adapters of any method may have besides."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from dynalora.driver.moment import Moment, OptimizerOverride
 
 
 class Part:
-    """Acts around optimizer steps, after the method and in the order of the driver's parts.
+    """Acts around optimizer steps: the method first, then the other parts in the driver's order.
 
-    Every hook has a default that does nothing, so a part states only what it is for. They mean what they mean in
-    `dynalora.adapter.method.Method`.
+    Every hook has a default that does nothing, so a part states only what it is for.
     """
 
-    #: The setting that asks for the part.
+    #: The setting that asks for the part, or the method.
     name: ClassVar[str]
 
-    @property
-    def sharding(self) -> tuple[str, ...]:
-        """The ways to spread weights over processes that its rules know, as a method's."""
-        return ()
+    #: The ways to spread weights over processes that its rules know: `"FSDP1"` (flat vectors), `"FSDP2"` (shards),
+    #: `"ZeRO"` (an optimizer of copies, with the groups of [`param_groups`][dynalora.driver.groups.param_groups]).
+    sharding: tuple[str, ...] = ()
 
     def needs_driving(self, config: Any) -> bool:
         """Whether training without the driver would silently be something else."""
@@ -31,7 +29,7 @@ class Part:
         return False
 
     def exchanges(self, config: Any) -> bool:
-        """Whether processes that train together must all take part in its steps."""
+        """Whether processes that train together must all take part in its steps: they exchange numbers or ranks."""
         return False
 
     def optimizer_overrides(self, config: Any, layer: Any, adapter: str) -> dict[str, OptimizerOverride]:
@@ -49,8 +47,13 @@ class Part:
         return {}
 
     def report(self, moment: Moment) -> dict[str, Any]:
-        """What it is doing now, for `dynalora.state_report`."""
+        """What it is doing now, for `dynalora.state_report`; may be slow."""
         return {}
 
     def check_finished(self, moment: Moment, when: str) -> None:
-        """Warn of what a run has left to do, where it has ended or the adapter is saved."""
+        """Warn, once, of what a run has left to do, where it has ended or the adapter is saved.
+
+        Args:
+            moment: The present moment.
+            when: What the user is doing, for the message.
+        """
