@@ -1,6 +1,6 @@
 """Singular triplets of weights, kept on disk: the smallest or the largest of each, and no more than are asked for.
 
-`smallest_triplets` and `largest_triplets` take a weight, `decompose` and `decompose_each` take many and look in the
+`smallest_triplets` and `largest_triplets` take a weight, `decompose_each` takes many and looks in the
 cache first. How they are computed stands in `dynalora.spectral.triplets`.
 """
 
@@ -80,34 +80,6 @@ def largest_triplets(weight: Tensor, k: int) -> Triplets:
         DecompositionError: The weight is not such a matrix or not finite, or k is out of range.
     """
     return _triplets(weight, k, "largest")
-
-
-def decompose(
-    weights: Sequence[Callable[[], Tensor]],
-    ranks: Sequence[int],
-    *,
-    which: Which = "smallest",
-    cache: bool = True,
-    describe: str = "Decomposing weights",
-) -> list[Triplets]:
-    """What `decompose_each` gives, once all of it is there.
-
-    Args:
-        weights: For each weight a function that returns it, (out, in).
-        ranks: For each weight how many triplets.
-        which: The `"smallest"` or the `"largest"` singular values.
-        cache: Whether to look in dynalora's cache folder and keep results there.
-        describe: What the progress bar says.
-
-    Returns:
-        One for each weight, in order, on the weight's device.
-
-    Raises:
-        DecompositionError: As `decompose_each`.
-        ConfigError: As `decompose_each`.
-    """
-    each = decompose_each(weights, ranks, which=which, cache=cache, describe=describe)
-    return [triplets for _, triplets in sorted(each, key=lambda pair: pair[0])]
 
 
 def decompose_each(
