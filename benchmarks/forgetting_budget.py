@@ -153,7 +153,7 @@ def fixed_settings(text: str) -> dict[str, Any]:
     settings = {}
     for pair in text.split(","):
         name, _, value = pair.partition("=")
-        if name not in kinds or (name == "method" and value not in METHODS):
+        if not value or name not in kinds or (name == "method" and value not in METHODS):
             raise argparse.ArgumentTypeError(f"{pair!r}: give NAME=VALUE with {', '.join(kinds)}")
         settings[name] = kinds[name](value)
     return settings
@@ -170,10 +170,9 @@ def main() -> None:
     parser.add_argument("--arms", type=lambda names: names.split(","), default=list(ARMS), help=f"of {', '.join(ARMS)}")
     parser.add_argument("--fix", type=fixed_settings, help="settings that are not drawn: method=dira,rate=5e-3,r=8")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
-    parser.add_argument("--part", default="1/1", help="2/4: only the second, sixth, … of the runs, to share them out")
+    parser.add_argument("--first", type=int, default=0, help="runs to leave out, which other processes make")
     parser.add_argument("--json", type=Path, help="where every run's numbers go")
     options = parser.parse_args()
-    part, parts = (int(number) for number in options.part.split("/"))
     if options.json is not None and options.json.exists():
         parser.error(f"{options.json} exists; name another file, or remove it")
     if unknown := sorted({*options.arms} - {*ARMS}):
@@ -182,7 +181,7 @@ def main() -> None:
     columns = ("method", "rate", "r", "start", "budget", "seed", "arm", "loss", "held-out", "trained", "factor", "end")
     print(_LINE.format(*columns, "unseen", "held", "KL / penalty"), flush=True)
     records = []
-    for run in plan(options.runs, options.seed, options.fix)[part - 1 :: parts]:
+    for run in plan(options.first + options.runs, options.seed, options.fix)[options.first :]:
         for arm in options.arms:
             record = bench.run(run, arm)
             records.append(record)

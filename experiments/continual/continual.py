@@ -164,15 +164,15 @@ def file_of(out: Path, arm: str, seed: int) -> Path:
     return out / f"{arm}_seed{seed}.json"
 
 
-def table(out: Path, arms: Sequence[str], seeds: int) -> list[str]:
+def table(out: Path, arms: Sequence[str], seeds: Sequence[int]) -> list[str]:
     """One line for each arm and factor, means over the seeds with half of a 95 % interval."""
     lines = [
         "| | factor | loss, ARC-Easy | − before, paired | loss, GSM8K | KL, base's own text |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    starts = [json.loads(file_of(out, START, seed).read_text())[0] for seed in range(seeds)]
+    starts = [json.loads(file_of(out, START, seed).read_text())[0] for seed in seeds]
     for arm in (START, *arms):
-        runs = [json.loads(file_of(out, arm, seed).read_text()) for seed in range(seeds)]
+        runs = [json.loads(file_of(out, arm, seed).read_text()) for seed in seeds]
         for place, point in enumerate(runs[0]):
             points = [run[place] for run in runs]
             lost = [point["loss_a"] - start["loss_a"] for point, start in zip(points, starts, strict=True)]
@@ -198,23 +198,21 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with commonsense/ and math/")
     parser.add_argument("out", type=Path, help="folder for the results")
     parser.add_argument("--arms", type=lambda names: names.split(","), default=list(ARMS), help="with commas")
+    parser.add_argument("--seed", type=int, default=0, help="the first; others can be run by other processes")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--part", default="1/1", help="2/3: only the second, fifth, … of the seeds, to share them out")
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps on each task")
     parser.add_argument("--held-out", type=int, default=100, help="questions of each task that are measured on")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
     if unknown := sorted({*options.arms} - {*ARMS}):
         parser.error(f"no arm is called {', '.join(unknown)}; known are {', '.join(ARMS)}")
-    part, parts = (int(number) for number in options.part.split("/"))
+    seeds = range(options.seed, options.seed + options.seeds)
     if not options.table:
         options.out.mkdir(parents=True, exist_ok=True)
         experiment = Continual(options)
-        for seed in range(options.seeds)[part - 1 :: parts]:
+        for seed in seeds:
             experiment.run(seed)
-    if parts > 1:
-        return  # the others' files may be missing yet; --table makes the table
-    print("\n".join(table(options.out, options.arms, options.seeds)))
+    print("\n".join(table(options.out, options.arms, seeds)))
 
 
 if __name__ == "__main__":

@@ -54,3 +54,16 @@ def test_an_experiments_settings_can_be_run(path: Path) -> None:
     spec = settings_from(CompareSpec, values)
     for contestant in spec.contestants():
         contestant.config("SEQ_CLS" if path.name in ("minilm.yaml", "ranks.yaml") else "CAUSAL_LM")
+
+
+def test_runs_with_a_budget_of_forgetting_can_be_shared_out_and_fixed() -> None:
+    script = load_script("benchmarks/forgetting_budget.py")
+    runs = script.plan(6, 0)
+    assert runs[:4] == script.plan(4, 0)  # so that another process can go on behind the first four
+    assert [run["method"] for run in runs[:4]] == list(script.METHODS)
+    fixed = script.fixed_settings("method=dira,rate=5e-3,r=8")
+    assert fixed == {"method": "dira", "rate": 5e-3, "r": 8}
+    assert all(run | fixed == run for run in script.plan(3, 0, fixed))
+    for wrong in ("method=qlora", "rank=8", "r"):
+        with pytest.raises(argparse.ArgumentTypeError, match="give NAME=VALUE with method, budget"):
+            script.fixed_settings(wrong)
