@@ -12,7 +12,8 @@ import torch
 
 import dynalora
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
-from dynalora.spectral.decomposition import decompose, largest_triplets, smallest_triplets
+from dynalora.spectral.decomposition import largest_triplets, smallest_triplets
+from tests.decompositions import decompose
 from tests.matrix.rows import ROWS, Row
 from tests.toys import MLP, TOYS, tokens
 

@@ -5,7 +5,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
@@ -18,22 +18,12 @@ from dynalora.common import progress
 from dynalora.errors import ConfigError, DynaloraError
 from dynalora.spectral import cache as decomposition_cache
 from dynalora.spectral import decomposition, lanczos, triplets
-from dynalora.spectral.decomposition import (
-    DecompositionError,
-    Triplets,
-    decompose_each,
-    largest_triplets,
-    smallest_triplets,
-)
+from dynalora.spectral.decomposition import DecompositionError, Triplets, largest_triplets, smallest_triplets
+from tests.decompositions import decompose
 
 Which = Literal["smallest", "largest"]
 TRIPLETS: dict[str, Callable[[Tensor, int], Triplets]] = {"smallest": smallest_triplets, "largest": largest_triplets}
 both = pytest.mark.parametrize("which", list(TRIPLETS))
-
-
-def decompose(weights: list[Callable[[], Tensor]], ranks: list[int], **how: Any) -> list[Triplets]:
-    """All triplets, in the order of the weights."""
-    return [each for _, each in sorted(decompose_each(weights, ranks, **how), key=lambda pair: pair[0])]
 
 
 @pytest.fixture(autouse=True)

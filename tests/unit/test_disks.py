@@ -20,7 +20,7 @@ from dynalora.cli.machine import of_the_machine
 from dynalora.common.files import write_files
 from dynalora.errors import DynaloraError
 from dynalora.lab.run_folder import CONFIG, RunFolder
-from dynalora.spectral.decomposition import decompose
+from tests.decompositions import decompose
 from tests.unit import test_forgetting, test_kills, tiny
 from tests.unit.program import Program
 
