@@ -109,7 +109,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     packaged_models._seal(kept)
     tiny.write_jsonl(folder / "train.jsonl", [{"text": f"The number {number} is here."} for number in range(24)])
     (folder / "train.csv").write_text("prompt,response\n" + "".join(f"Say {n}.,It is {n}.\n" for n in range(16)))
-    for name in ("held-out", "math", "math-test", "code"):
+    for name in ("held-out", "math", "math-test", "code", "tickets"):
         tiny.write_jsonl(folder / f"{name}.jsonl", tiny.rows(8))
     for name in ("wiki.txt", "contracts.txt"):
         (folder / name).write_text("A passage.\n\nAnother passage.\n")

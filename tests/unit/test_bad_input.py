@@ -177,8 +177,8 @@ class TestFinetune:
         [
             (["--seed", "-1"], "--seed is -1; give at least 0"),
             (["--seed", str(2**32)], "--seed is 4294967296; give at least 0 and at most 4294967295"),
-            (["--lr", "0"], "--lr is 0.0; give more than 0"),
-            (["--learning-rate=-1"], "--learning-rate is -1.0; give more than 0"),
+            (["--lr", "0"], "--lr is 0; give more than 0"),
+            (["--learning-rate=-1"], "--learning-rate is -1; give more than 0"),
             (["-b", "0"], "-b is 0; give at least 1"),
             (["--max-forgetting", "1", "--monitor-every", "0"], "--max-forgetting needs measurements during training"),
             (["-r", "1000000000"], "-r is 1000000000; give at least 1 and at most 65536"),

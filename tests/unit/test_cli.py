@@ -437,7 +437,7 @@ def test_landscape_of_two_full_models(folder: Path, tmp_path: Path, program: Pro
     [
         (["--modules", "q_proj"], "--modules chooses matrices of full models"),
         (["--against", "base", "--data", "rows.jsonl"], "--data and --model belong to adapters"),
-        (["--tau", "-1"], "--tau is -1.0; give at least 0."),
+        (["--tau", "-1"], "--tau is -1; give at least 0."),
         (["--taus", "0.1,x"], "taus must be numbers"),
         (["--against", "./nowhere"], "There is no model './nowhere'"),
     ],

@@ -152,8 +152,47 @@ def test_a_benchmark_is_scored_by_its_own_metric(tmp_path: Path, monkeypatch: py
 def test_rows_of_another_kind_are_refused(tmp_path: Path) -> None:
     for split in ("train", "dev"):
         tiny.write_jsonl(tmp_path / f"odd.{split}.jsonl", [{"text": "x", "label": 1}])
-    with pytest.raises(DataError, match="fields 'text', 'label'; give multiple choice"):
+    with pytest.raises(DataError, match="fields 'text', 'label'; give prompts and responses"):
         load_experiment_task(str(tmp_path / "odd"))
+
+
+def test_prompts_with_responses_are_a_task_and_no_question_is_on_both_sides(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Say {n}.", "output": f"<{n}>"} for n in range(10)]
+    (tmp_path / "own").mkdir()
+    tiny.write_jsonl(tmp_path / "own" / "train.jsonl", rows[:7])
+    tiny.write_jsonl(tmp_path / "own" / "test.jsonl", [{**rows[6], "instruction": "say  6."}, *rows[7:]])
+    task = load_experiment_task(str(tmp_path / "own"), held_out=3)
+    assert isinstance(task, AnswerTask)
+    assert [item.question for item in task.items] == [f"Say {n}." for n in range(6)]
+    assert [(item.question, item.answer) for item in task.held_out][1:] == [("Say 7.", "<7>"), ("Say 8.", "<8>")]
+    words = tiny.tokenizer()
+    score = task.measure(tiny.model(len(words)), words)
+    assert score.loss.value > 0
+    assert len(score.losses) == 3
+
+
+def test_a_single_file_holds_a_fifth_of_its_own_rows_out(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Say {n}.", "response": f"<{n}>"} for n in range(20)]
+    tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    task, again, other = (load_experiment_task(str(tmp_path / "rows.jsonl"), seed=seed) for seed in (0, 0, 1))
+    assert isinstance(task, AnswerTask)
+    assert task.name == "rows"
+    assert (len(task.items), len(task.held_out)) == (16, 4)
+    assert {item.answer for item in (*task.items, *task.held_out)} == {f"<{n}>" for n in range(20)}
+    assert task == again
+    assert task != other
+    tiny.write_jsonl(tmp_path / "one.jsonl", rows[:1])
+    with pytest.raises(DataError, match="Every training question of one is also held out"):
+        load_experiment_task(str(tmp_path / "one.jsonl"))
+
+
+def test_prompts_with_responses_can_be_measured_after_training_on_others(tmp_path: Path) -> None:
+    tiny.write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"Say {n}.", "response": f"<{n}>"} for n in range(5)])
+    tiny.write_jsonl(tmp_path / "b.jsonl", [{"prompt": f"Say {n}.", "response": f"<{n}>"} for n in range(3, 6)])
+    task = load_experiment_task(f"own = {tmp_path / 'a.jsonl'} -> {tmp_path / 'b.jsonl'}")
+    assert isinstance(task, MixedTask)
+    assert [item.answer for item in task.items] == ["<0>", "<1>", "<2>"]
+    assert [item.answer for item in task.measured[0].held_out] == ["<3>", "<4>", "<5>"]  # type: ignore[attr-defined]
 
 
 def test_training_leaves_out_what_is_too_long(files: Path) -> None:

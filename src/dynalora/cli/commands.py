@@ -166,9 +166,9 @@ COMMANDS = {
         help="""Train on Task A, on Task B, on Task A again; see what is forgotten.
 
         A task is one of reasoning-gym (NAME or NAME:option=value,…), or files: data/ARC-Easy for
-        data/ARC-Easy.train.jsonl and data/ARC-Easy.dev.jsonl (multiple choice as in LLM-Adapters, or word problems as
-        in GSM8K). After each stage the run folder gets the adapter, its rank landscape and the scores on both tasks; a
-        finished stage is never run again.""",
+        data/ARC-Easy.train.jsonl and data/ARC-Easy.dev.jsonl (multiple choice as in LLM-Adapters, word problems as in
+        GSM8K, or prompts and responses as for dynalora finetune). After each stage the run folder gets the adapter, its
+        rank landscape and the scores on both tasks; a finished stage is never run again.""",
         examples=(
             "dynalora forgetting --task-a data/ARC-Easy --task-b data/gsm8k -o runs/forgetting --seeds 3",
             "dynalora forgetting --config runs/forgetting/config.yaml --resume",

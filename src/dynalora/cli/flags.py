@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
@@ -102,7 +103,8 @@ def _is_run_folder(folder: Path) -> bool:
 
 
 def in_flags(message: str, kind: type[Settings], typed: Sequence[str]) -> str:
-    """A message on settings in the words of the command line: fields are named by their flags, as they were typed.
+    """A message on settings in the words of the command line: fields are named by their flags, as they were typed, and
+    so are the numbers that they were given.
 
     Where there is a settings file, fields whose flags were not typed keep their names, as they stand in it.
 
@@ -128,7 +130,24 @@ def in_flags(message: str, kind: type[Settings], typed: Sequence[str]) -> str:
             patterns.append(rf"(?:\A|(?<= and )){name}(?= (?:is|names|uses|must|would|holds|needs|goes) )")
         for pattern in patterns:
             message = re.sub(pattern, called, message)
+        for number, text in _numbers_typed(used, typed):
+            message = re.sub(rf"(?<={re.escape(called)} is ){re.escape(number)}(?![\d.])", text, message)
     return message
+
+
+def _numbers_typed(flag: str | None, typed: Sequence[str]) -> list[tuple[str, str]]:
+    """The numbers behind a flag: as Python writes them (-1.0) and as they were typed (-1)."""
+    if flag is None:
+        return []
+    words = [word for before, word in itertools.pairwise(typed) if before == flag]
+    words += [word.partition("=")[2] for word in typed if word.startswith(f"{flag}=")]
+    numbers = []
+    for text in (part.strip() for word in words for part in word.split(",")):
+        try:
+            numbers.append((str(float(text)), text))
+        except ValueError:
+            continue
+    return numbers
 
 
 def _spellings(item: Described) -> list[str]:

@@ -35,8 +35,8 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, BestSettings,
     """What is compared, how it is trained, and what is measured.
 
     Attributes:
-        tasks: Train and measure on these tasks, with commas. All of them take the same kind of model. See
-            [`tasks`][dynalora.lab.tasks].
+        tasks: Train and measure on these tasks, with commas: benchmarks by name, or files of prompts and responses,
+            such as rows.jsonl. All of them take the same kind of model. See [`tasks`][dynalora.lab.tasks].
         output: Write the comparison into this folder, which is new or holds cells of the same comparison.
         methods: Compare these methods: names, PEFT's and full included, or files with PEFT configurations.
         variants: Compare a method with settings of its own, too; give the flag again for more. Label → settings with

@@ -9,7 +9,8 @@ A task is named in one of four ways:
 - files: `data/ARC-Easy` for `data/ARC-Easy.train.jsonl.gz` and `data/ARC-Easy.dev.jsonl.gz`, or a folder with
   `train.jsonl` and `test.jsonl`. Held out is the first there is of `dev` (or `validation`, `valid`) and `test`. Rows
   with `instruction` and `answer` are multiple choice as in LLM-Adapters; rows with `question` and an `answer` that ends
-  in `#### 72` are word problems as in GSM8K;
+  in `#### 72` are word problems as in GSM8K; all others are prompts with responses, chats or plain text, as
+  `dynalora finetune` reads them. Of a single file (`rows.jsonl`) a fifth is held out;
 - trained on one thing and measured on others, as papers do: `TRAIN -> MEASURED + MEASURED`, with a name for tables and
   files in front if wanted: `commonsense = commonsense_union -> boolq + piqa`. TRAIN is any of the above, of which the
   training rows are taken; a group of benchmarks or `commonsense_union`; or whatever `dynalora finetune --data` reads (a
@@ -26,6 +27,7 @@ A task is named in one of four ways:
 | code | the solution | the generated program passes the tests | of the solution |
 | classification | the class | the likeliest class is the right one | of the right class, per text |
 | marking | the answer's place in the passage | none; exact match and F1 instead | of start and end, per question |
+| prompts with responses | the response | the whole response is the model's most likely one | of the response |
 | others | the solution's text | the solution is right by the benchmark's metric, if that says so | of the solution |
 
 Losses are negative log-likelihoods of the right answers in nats per token. They tell models apart long before their

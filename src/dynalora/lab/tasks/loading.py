@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dynalora.errors import ConfigError, DataError
@@ -44,7 +45,8 @@ def load_experiment_task(
     Raises:
         ConfigError: The name is empty or unknown, a number is out of range, the generator rejects the options, there is
             nothing to learn or nothing to score, or generated code is not to be executed.
-        DataError: A file or split is missing, or its rows are neither multiple choice nor word problems.
+        DataError: A file or split is missing, or its rows are neither prompts with responses, nor multiple choice, nor
+            word problems.
         UnsupportedError: Reasoning-gym or what a metric needs is not installed, or code cannot be contained.
     """
     if held_out < 1:
@@ -79,8 +81,17 @@ def load_experiment_task(
 def _from_files(path: Path, request: Request) -> ExperimentTask:
     train_file, train = reading.file_split(path, "train")
     held_file, held_out = reading.file_split(path, *reading.HELD_OUT_SPLITS)
-    task = reading.file_benchmark(train_file, train, path.resolve().name)
-    return _task(task, (f"'{train_file.name}'", f"'{held_file.name}'"), train, held_out, request)
+    if path.is_file():
+        train, held_out = reading.parted(train, request)
+    places, name = (f"'{train_file.name}'", f"'{held_file.name}'"), reading.file_name(path)
+    similar = reading.similar_benchmark(held_out[0][1])
+    if similar is not None:
+        return _task(replace(similar, name=name, title=name), places, train, held_out, request)
+    aside = reading.chats(held_file, held_out)[: request.held_out]
+    keys = {reading.chat_key(chat) for chat in aside}
+    kept = [chat for chat in (reading.chats(train_file, train) if train else ()) if reading.chat_key(chat) not in keys]
+    kept = kept[: request.train_limit]
+    return AnswerTask(name, _about(name, places, kept, aside), tuple(kept), tuple(aside))
 
 
 def _from_benchmark(task: Benchmark, request: Request) -> ExperimentTask:
@@ -98,7 +109,15 @@ def _task(
     keys = {reading.question_key(example) for example in aside}
     examples = [example for example in reading.examples_of(task, train) if reading.question_key(example) not in keys]
     examples = examples[: request.train_limit]
-    if not examples:
-        raise DataError(f"Every training question of {task.name} is also held out; give other files.")
-    about = f"{task.name}: {len(examples):,} training questions of {places[0]}, {len(aside):,} held out of {places[1]}"
-    return reading.benchmark_task(about, task, examples, aside, request)
+    return reading.benchmark_task(_about(task.name, places, examples, aside), task, examples, aside, request)
+
+
+def _about(name: str, places: tuple[str, str], train: Sequence[object], aside: Sequence[object]) -> str:
+    """What a task is and where from, in words.
+
+    Raises:
+        DataError: There is nothing to train on.
+    """
+    if not train:
+        raise DataError(f"Every training question of {name} is also held out; give other files.")
+    return f"{name}: {len(train):,} training questions of {places[0]}, {len(aside):,} held out of {places[1]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dynalora.errors import ConfigError, DataError
@@ -98,7 +98,13 @@ def _measured(source: str, request: Request) -> tuple[ExperimentTask, set[str]]:
     if reading.is_place(source):
         path = Path(source).expanduser()
         file, rows = reading.file_split(path, *reading.HELD_OUT_SPLITS)
-        task, place = reading.file_benchmark(file, rows, path.resolve().name), f"'{file.name}'"
+        name, place = reading.file_name(path), f"'{file.name}'"
+        similar = reading.similar_benchmark(rows[0][1])
+        if similar is None:
+            asked = reading.chats(file, rows)[: request.held_out]
+            about = f"{name}: {len(asked):,} of {place}"
+            return AnswerTask(name, about, (), tuple(asked)), {reading.chat_key(chat) for chat in asked}
+        task = replace(similar, name=name, title=name)
     elif entry is not None:
         reading.check_measured(entry, request)
         split, rows = entry.source.rows(folder=request.data, limit=request.held_out)
@@ -117,7 +123,7 @@ def _measured(source: str, request: Request) -> tuple[ExperimentTask, set[str]]:
 def _lessons(source: str, request: Request) -> list[_Lesson]:
     """The training rows of a source, all of them."""
     path = Path(source).expanduser()
-    if not reading.is_place(source) and not path.is_file():
+    if not reading.is_place(source):
         return _named_lessons(source, request)
     if "train" in split_files(path):
         file, rows = reading.file_split(path, "train")
@@ -125,12 +131,12 @@ def _lessons(source: str, request: Request) -> list[_Lesson]:
         if similar is not None:
             return [_lesson(example, GENERATE, request) for example in reading.examples_of(similar, rows)]
         source = source if path.is_dir() else str(file)
-    return [
-        _Lesson(
-            Chat.of(messages), frozenset(reading.plain(turn["content"]) for turn in messages if turn["role"] == "user")
-        )
-        for messages in load_conversations(source)
-    ]
+    return [_chat_lesson(Chat.of(messages)) for messages in load_conversations(source)]
+
+
+def _chat_lesson(chat: Chat) -> _Lesson:
+    asked = (reading.plain(turn["content"]) for turn in chat.messages if turn["role"] == "user")
+    return _Lesson(chat, frozenset([*asked, reading.chat_key(chat)]))
 
 
 def _named_lessons(source: str, request: Request) -> list[_Lesson]:

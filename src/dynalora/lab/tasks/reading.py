@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +19,10 @@ from dynalora.evaluation.numbers import MARK
 from dynalora.evaluation.run import check_scoring
 from dynalora.evaluation.sources import Row
 from dynalora.evaluation.tasks import Task, load_task, task_names
+from dynalora.lab.data.conversations import to_conversations
+from dynalora.lab.data.fields import find_fields
 from dynalora.lab.settings import named_values
-from dynalora.lab.tasks.task import BenchmarkTask
+from dynalora.lab.tasks.task import BenchmarkTask, Chat
 
 HELD_OUT_SPLITS = ("dev", "test")
 """Splits of files whose questions are held out, the first that there is."""
@@ -49,7 +52,7 @@ class Request:
 def is_place(source: str) -> bool:
     """Whether a source names files, and not a benchmark or a generator."""
     path = Path(source).expanduser()
-    return path.is_dir() or "/" in source or "\\" in source or "train" in split_files(path)
+    return path.exists() or "/" in source or "\\" in source or "train" in split_files(path)
 
 
 def group_members(source: str) -> tuple[str, ...] | None:
@@ -80,23 +83,31 @@ def generated(source: str, request: Request, train_size: int) -> Task:
 
 
 def file_split(path: Path, *names: str) -> tuple[Path, list[Row]]:
-    """The first file of these splits that there is, and its rows.
+    """The first file of these splits that there is, and its rows; a single file is all splits at once.
 
     Raises:
         DataError: There is none, it cannot be read, or it holds no row.
     """
     files = split_files(path)
-    file = next((files[name] for name in names if name in files), None)
+    file = path if path.is_file() else next((files[name] for name in names if name in files), None)
     if file is None:
         place = f"'{path}/{{}}.jsonl'" if path.is_dir() else f"'{path}.{{}}.jsonl'"
         raise DataError(
             f"The task '{path}' has no file {place.format(' or '.join(names))} (or of another kind, or with .gz); "
-            "give a folder or the beginning of the names of its files."
+            "give a file, a folder, or the beginning of the names of its files."
         )
     rows: list[Row] = [(f"'{file}', {where}", row) for where, row in file_rows(file)]
     if not rows:
         raise DataError(f"'{file}' holds no row; give a file with at least one.")
     return file, rows
+
+
+def parted(rows: Sequence[Row], request: Request) -> tuple[list[Row], list[Row]]:
+    """The rows of a single file as rows to train on and held-out ones: at most a fifth, drawn by the request's seed."""
+    count = min(request.held_out, max(1, len(rows) // 5))
+    aside = set(random.Random(request.seed).sample(range(len(rows)), count))
+    held_out = [rows[index] for index in sorted(aside)]
+    return [row for index, row in enumerate(rows) if index not in aside], held_out
 
 
 def similar_benchmark(row: Mapping[str, Any]) -> Benchmark | None:
@@ -108,21 +119,36 @@ def similar_benchmark(row: Mapping[str, Any]) -> Benchmark | None:
     return None
 
 
-def file_benchmark(file: Path, rows: Sequence[Row], name: str) -> Benchmark:
-    """The benchmark that a file's rows are read as, under the name of the file's task.
+def file_name(path: Path) -> str:
+    """The name of a task out of files: the folder's, or the beginning of the file's."""
+    path = path.resolve()
+    return path.name.partition(".")[0] if path.is_file() else path.name
+
+
+def chats(file: Path, rows: Sequence[Row]) -> list[Chat]:
+    """The rows of a file that is no benchmark's as conversations: prompts with responses, chats or plain text.
 
     Raises:
-        DataError: They are written like those of none.
+        DataError: They are none of these either, or no row has a response.
     """
-    first = rows[0][1]
-    similar = similar_benchmark(first)
-    if similar is None:
-        fields = ", ".join(f"'{key}'" for key in first)
+    fields = ", ".join(f"'{key}'" for key in rows[0][1])
+    try:
+        find_fields(rows[0][1])
+    except DataError:
         raise DataError(
-            f"'{file}' has rows with the fields {fields}; give multiple choice (instruction, answer) or word problems "
-            f"(question, and an answer that ends in '{MARK} 72'), or name a benchmark."
-        )
-    return replace(similar, name=name, title=name)
+            f"'{file}' has rows with the fields {fields}; give prompts and responses (such as prompt and response, or "
+            "messages), multiple choice (instruction, answer) or word problems (question, and an answer that ends in "
+            f"'{MARK} 72'), or name a benchmark."
+        ) from None
+    source = f"'{file}'"
+    placed = [(where.removeprefix(f"{source}, "), row) for where, row in rows]
+    return [Chat.of(messages) for messages in to_conversations(placed, source=source)]
+
+
+def chat_key(chat: Chat) -> str:
+    """What tells a conversation from others: all that is asked in it, or the text itself where nothing is asked."""
+    asked = [turn["content"] for turn in chat.messages if turn["role"] == "user"]
+    return plain(" ".join(asked) if asked else chat.answer)
 
 
 def origin(task: Benchmark, request: Request) -> str:
