@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 import math
 import warnings
@@ -17,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dynalora
-from dynalora.adapter.budget import AIM, aim, controlled_weight, due, measured, new_state
+from dynalora.adapter.budget import controlled_weight, due, measured, new_state
 from dynalora.adapter.layer import adapter_layers
 from dynalora.driver import drivers_of
 from dynalora.errors import ConfigError, TrainingError
@@ -60,7 +59,7 @@ def part_of(model: Any) -> Any:
 
 @settings(max_examples=50, deadline=None)
 @given(
-    kl=st.floats(1e-4, 10), ratio=st.floats(0.1, 100), log=st.floats(-6, 6), retain=st.floats(1, 1e4),
+    kl=st.floats(1e-4, 10), ratio=st.floats(0.1, 100), log=st.floats(-6, 0), retain=st.floats(1, 1e4),
     step=st.integers(0, 60), total=st.none() | st.integers(30, 300),
 )  # fmt: skip
 def test_the_weight_is_its_definition(
@@ -69,43 +68,57 @@ def test_the_weight_is_its_definition(
     state = new_state()
     state[0] = log
     weight = controlled_weight(state, torch.tensor(kl / ratio), retain, 0.2, kl, step, total)
-    left = 0.0 if total is None else max(0.0, 1 - step / total)
-    e = math.log(kl / (AIM * 0.2 * 30**left))
-    u = min(max(log + 15 / (total or 60) * min(max(e, -1.5), 1.0), -math.log(1000)), math.log(1000))
-    expected = retain * math.exp(u + 3 * min(max(e, -math.log(3)), math.log(3)))
-    assert float(weight) == pytest.approx(expected, rel=1e-3)
+    u = log
+    if step >= (5 if total is None else 0.15 * total):
+        if kl < 1.1 * 0.2:
+            u += 15 / (total or 30) * max(math.log(kl / (1.1 * 0.2)), -1.0)
+        elif kl > 2 * 0.2:
+            u += 15 / (total or 30) * min(math.log(kl / (2 * 0.2)), 1.0)
+        u = min(max(u, -math.log(1000)), 0.0)
+    assert float(weight) == pytest.approx(retain * math.exp(u), rel=1e-3)
     assert measured(state) == (pytest.approx(kl), step)
 
 
-def test_the_aim_comes_down_to_the_budget() -> None:
-    aims = [aim(0.1, step, 50) for step in range(61)]
-    assert aims[0] == pytest.approx(30 * AIM * 0.1)
-    assert aims[50] == aims[60] == pytest.approx(AIM * 0.1)
-    assert all(after <= before for before, after in itertools.pairwise(aims))
+@pytest.mark.parametrize("kl", [1e-4, 0.15, 30.0])
+def test_the_weight_is_retain_at_most_and_a_thousandth_at_least(kl: float) -> None:
+    state = new_state()
+    weights = [float(controlled_weight(state, torch.tensor(kl), 700.0, 0.1, kl, step, 30)) for step in range(31)]
+    assert max(weights) == pytest.approx(700.0)
+    assert weights[4] == pytest.approx(700.0)  # at first nothing follows from how little has changed
+    assert weights[30] == pytest.approx(0.7 if kl == 1e-4 else 700.0)
+
+
+def test_the_weight_rises_again_where_too_much_is_forgotten() -> None:
+    state = new_state()
+    state[0] = -5.0
+    low = float(controlled_weight(state, torch.tensor(1.0), 700.0, 0.1, 1.0, 10, 30))
+    high = float(controlled_weight(state, torch.tensor(1.0), 700.0, 0.1, 1.0, 11, 30))
+    assert low < high <= 700.0
 
 
 def test_the_weight_stays_until_a_change_was_measured() -> None:
     """Weights move before anything is measured, and the first measurement may find none yet."""
     state = new_state()
-    for step, kl in enumerate((None, 0.0, None)):
+    for step, kl in enumerate((None, 0.0, None), start=10):
         assert float(controlled_weight(state, torch.tensor(1e-9), 700.0, 0.1, kl, step, 30)) == pytest.approx(700.0)
-    assert float(controlled_weight(state, torch.tensor(1e-3), 700.0, 0.1, 1e-3, 3, 30)) < 700.0
+    assert float(controlled_weight(state, torch.tensor(1e-3), 700.0, 0.1, 1e-3, 13, 30)) < 700.0
 
 
 def test_between_measurements_the_ratio_stays() -> None:
     state = new_state()
-    first = controlled_weight(state, torch.tensor(0.01), 1.0, 0.1, 0.1, 5, None)
-    again = controlled_weight(state, torch.tensor(0.02), 1.0, 0.1, None, 6, None)
-    e = torch.tensor(2 / AIM).log()
-    assert float(again / first) == pytest.approx(float((0.25 * e + 3 * torch.tensor(2.0).log()).exp()), rel=1e-4)
-    assert measured(state) == (pytest.approx(0.1), 5)
+    state[0] = -3.0
+    first = controlled_weight(state, torch.tensor(0.01), 1.0, 0.1, 0.15, 15, None)
+    again = controlled_weight(state, torch.tensor(0.02), 1.0, 0.1, None, 16, None)
+    assert float(first) == pytest.approx(math.exp(-3.0))  # 1.5 times the budget is left alone
+    assert float(again / first) == pytest.approx(1.5**0.5, rel=1e-4)  # and 3 times is not: 15/30 · log(3 / 2)
+    assert measured(state) == (pytest.approx(0.15), 15)
 
 
 def test_a_penalty_that_is_no_number_leaves_no_trace() -> None:
     state = new_state()
     for kl in (0.0, 0.1):
         for value in (float("nan"), 0.0, float("inf")):
-            weight = controlled_weight(state, torch.tensor(value), 10.0, 0.1, kl, 1, 30)
+            weight = controlled_weight(state, torch.tensor(value), 10.0, 0.1, kl, 20, 30)
             assert torch.isfinite(weight)
             assert torch.isfinite(state).all()
 
@@ -209,7 +222,7 @@ def test_a_loop_that_forgets_to_end_its_budget_hears_of_it_when_it_saves(words: 
 
 
 def test_a_run_that_does_not_need_its_budget_says_so(words: Any, caplog: pytest.LogCaptureFixture) -> None:
-    model = adapted(words, max_forgetting=5.0)
+    model = adapted(words, max_forgetting=5.0, total_steps=10)
     dynalora.prepare_retain(model, words, anchor_text(model, words, texts=8, tokens=6, cache=False))
     loop(words, model, 10, rate=1e-4)
     with caplog.at_level(logging.INFO, logger="dynalora"):
@@ -218,7 +231,7 @@ def test_a_run_that_does_not_need_its_budget_says_so(words: Any, caplog: pytest.
     assert not outcome.held
     assert "the run did not need the budget" in caplog.text
     late = BudgetOutcome("default", 0.1, 0.05, 0.05, 1.0, weight=50.0, retain=100.0)
-    assert "still falling" in str(late)
+    assert "had not fallen far enough" in str(late)
 
 
 def test_weights_that_are_no_numbers_are_no_success(words: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,20 +1,22 @@
-"""A budget of forgetting: the weight of `retain` as a dual variable of KL(base ‖ tuned) ≤ `max_forgetting`.
+"""A budget of forgetting: KL(base ‖ tuned) ≤ `max_forgetting` when a run ends, with `retain` as the largest weight.
 
 The penalty P of [`adapter.retain`][dynalora.adapter.retain] is known at every step, the KL of the whole model only
 where it is measured, on a part of the text. P leaves out how the changes of several layers add up, so a measurement
-sets the ratio of the two, and in between the KL is taken to be ratio · P. Before the first measurement that finds
-a change the weight is `retain`. Then, with e = log(ratio · P / aim) and T steps in all, it is
+sets the ratio of the two, and in between the KL is taken to be ratio · P.
 
-    w = retain · exp(u) · exp(3 · clip(e, −log 3, log 3)),      u ← u + 15/T · clip(e, −1.5, 1) at every step
+What is above the budget after the last step is scaled down to it
+([`hold_budget`][dynalora.forgetting.budget.hold_budget]). That costs little learning, while a weight that is too large
+costs much: under Adam, which divides by the size of past gradients, a step whose gradient is the penalty's by orders of
+magnitude makes the model stand still for hundreds of steps, and gates that are pushed shut do not open again. So the
+weight begins at `retain` and is never larger. It falls where less is forgotten than the budget allows, and rises again
+where more is. With T steps in all it is
 
-The second factor opposes a change at once, the first removes what remains of e over the steps, within 1/1000 to 1000.
-Both are bounded so that no step's gradient is the penalty's alone by orders of magnitude: Adam, which divides by the
-size of past gradients, would stand still for hundreds of steps, and gates that are pushed shut do not open again.
+    w = retain · exp(u),      u ← clip(u + 15/T · e, −log 1000, 0) at every step but for the first 15 %,
 
-The budget is about the end of the run, so the aim comes down to it: aim = 1.3 · budget · 30^(1 − step/T). Within a
-small budget Adam's steps at a large rate leave nothing but their noise. What is above the budget after the last step is
-scaled down to it ([`hold_budget`][dynalora.forgetting.budget.hold_budget]), which costs less learning than to fall
-short. Where T is unknown the aim is 1.3 · budget throughout, and u moves as if T were 60.
+    e = clip(log(ratio · P / (1.1 · budget)), −1, 0) + clip(log(ratio · P / (2 · budget)), 0, 1)
+
+At first, while rates rise and the KL is yet to come, the weight is `retain`. Where T is unknown, u moves as
+if T were 30, from the fifth step on.
 """
 
 from __future__ import annotations
@@ -24,15 +26,13 @@ from typing import Protocol
 
 import torch
 
-AIM = 1.3
-"""What the weight aims at when the run ends, as a multiple of the budget."""
-_FROM = 30.0  # what it aims at when the run begins, as a multiple of that
+_LOW, _HIGH = 1.1, 2.0
+"""Between these multiples of the budget the weight stays as it is."""
 _GAIN = 15.0  # of u, over all steps of a run
-_UNKNOWN = 60  # steps of a run of unknown length, for the gain
-_POWER = 3.0  # of the KL in the weight
-_LEAST, _MOST = -1.5, 1.0  # e as u sees it
-_RANGE = math.log(1000.0)  # of u, both ways
-_SPAN = math.log(3.0)  # of e in the weight's second factor, both ways
+_UNKNOWN = 30  # steps of a run of unknown length, for the gain
+_BEGIN = 0.15  # share of the steps after which the weight may move
+_BEGIN_UNKNOWN = 5  # steps, where the length is unknown
+_RANGE = math.log(1000.0)  # how far the weight may fall
 _FIRST = (1, 2, 4, 8)  # steps after which there is a measurement in any case
 _MEASUREMENTS = 20  # in a run of known length
 _EVERY = 50  # steps between measurements, where the length is unknown
@@ -71,11 +71,6 @@ def measured(state: torch.Tensor) -> tuple[float, int] | None:
     return (kl, int(step)) if step >= 0 else None
 
 
-def aim(budget: float, step: int, total_steps: int | None) -> float:
-    """The KL that the weight aims at when `step` steps are done, nats per token."""
-    return AIM * budget * (_FROM ** max(0.0, 1 - step / total_steps) if total_steps else 1.0)
-
-
 def controlled_weight(
     state: torch.Tensor,
     value: torch.Tensor,
@@ -90,7 +85,7 @@ def controlled_weight(
     Args:
         state: From [`new_state`][dynalora.adapter.budget.new_state], (4).
         value: P at the present weights, a scalar.
-        weight: `retain`.
+        weight: `retain`, the largest that the weight can be.
         budget: `max_forgetting`.
         kl: The KL, if it has just been measured at the present weights.
         step: Steps that are done.
@@ -101,7 +96,10 @@ def controlled_weight(
         state[_KL], state[_STEP] = kl, step
         if kl > _SMALL:
             state[_RATIO] = torch.where(value > 0, kl / value, state[_RATIO])
-    error = (state[_RATIO] * value / aim(budget, step, total_steps)).log().nan_to_num(nan=0.0)
-    error = torch.where(state[_KL] > _SMALL, error, torch.zeros_like(error))  # nothing has been seen to change yet
-    state[_LOG] = (state[_LOG] + _GAIN / (total_steps or _UNKNOWN) * error.clamp(_LEAST, _MOST)).clamp(-_RANGE, _RANGE)
-    return weight * (state[_LOG] + _POWER * error.clamp(-_SPAN, _SPAN)).exp()
+    if step >= (_BEGIN * total_steps if total_steps else _BEGIN_UNKNOWN):
+        share = state[_RATIO] * value / budget
+        error = (share / _LOW).log().clamp(-1.0, 0.0) + (share / _HIGH).log().clamp(0.0, 1.0)
+        # Nothing is to be learned from what is no number, nor while nothing has been seen to change.
+        error = torch.where((state[_KL] > _SMALL) & error.isfinite(), error, torch.zeros_like(error))
+        state[_LOG] = (state[_LOG] + _GAIN / (total_steps or _UNKNOWN) * error).clamp(-_RANGE, 0.0)
+    return weight * state[_LOG].exp()

@@ -62,8 +62,8 @@ class AdapterConfig(PeftConfig):
         clip_penalty: Clip gradients with what the method, or `retain`, adds to them, as if it were part of the loss.
             False adds penalties after a loop or a trainer has clipped the task's gradients.
         max_forgetting: KL(base ‖ tuned) in nats per token, on the text that `retain` keeps, at which the run is to end.
-            The weight of the penalty then follows measurements of the KL and starts at `retain`
-            ([`adapter.budget`][dynalora.adapter.budget]). None keeps the weight as it is.
+            The weight of the penalty is then `retain` at most and falls where measurements find less forgotten; what is
+            above at the end is scaled down ([`adapter.budget`][dynalora.adapter.budget]). None keeps the weight.
         retain_mode: `"quadratic"`, the penalty in closed form; or `"replay"`, the KL itself on four of the texts at
             every step, which costs a forward and a backward pass over them.
         retain_on: What to keep instead of text that the base model writes: a `.txt` file (texts between blank lines),
@@ -154,7 +154,8 @@ class AdapterConfig(PeftConfig):
     max_forgetting: float | None = field(
         default=None,
         metadata={
-            "help": "End the run at this KL from the base model, in nats per token; the weight of `retain` follows it."
+            "help": "End the run at this KL from the base model, in nats per token. The weight of `retain` is then the "
+            "largest, and falls where less is forgotten."
         },
     )
     retain_mode: RetainMode = field(

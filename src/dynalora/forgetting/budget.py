@@ -148,8 +148,8 @@ class BudgetOutcome:
                 "train longer or with a larger learning rate or rank to use it."
             )
         return (
-            f"{text}: the weight of retain, {self.weight:.3g} at the end, was still falling; begin with a smaller one "
-            f"than {self.retain:.3g}, or train longer."
+            f"{text}: the weight of retain, {self.weight:.3g} at the end, had not fallen far enough; begin with a "
+            f"smaller one than {self.retain:.3g}, or train longer."
         )
 
 
