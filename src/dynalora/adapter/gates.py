@@ -21,6 +21,7 @@ from dynalora.adapter.layer import AdapterLayer, Gates, kaiming
 from dynalora.adapter.matching import FASTEST, MOST, MatchedSteps
 from dynalora.adapter.matching import ROLE as MATCHED
 from dynalora.adapter.storage import Role
+from dynalora.adapter.update import Update
 from dynalora.common.private import in_backward, transforming
 from dynalora.driver import OptimizerOverride
 
@@ -260,6 +261,23 @@ class GatedLayer(AdapterLayer):
                 # Whole: with gates there are no frozen components, and where room is reserved the rest is zero.
                 self.matched[adapter].note(h, m)
         return m
+
+    def plain_update(self, adapter: str) -> Update | None:
+        """The update with its gates; None with a bottleneck, and where it is measured what the gates let through."""
+        if not self.depends_on_input(adapter):
+            return super().plain_update(adapter)
+        measuring = adapter in self.matched and self.matched[adapter].measuring
+        if measuring or adapter in self.probes or self.has_parameter("gate_out", adapter):
+            return None
+        if self._frozen("frozen_up", adapter) is not None:
+            return None
+        return Update(
+            self.scaling[adapter],
+            self.columns(adapter),
+            diagonal=self.fixed_diagonal(adapter),
+            gate_bias=self.used("gate_bias", adapter),
+            gate_scale=self.gate_scale[adapter],
+        )
 
     def gathers(self, x: torch.Tensor, adapter: str) -> bool:
         """Whether a forward pass with this tensor in it is one of training, of which something may be summed up."""

@@ -30,7 +30,7 @@ class _AddLowRankInPlace(torch.autograd.Function):
     def forward(
         ctx: Any, result: torch.Tensor, m: torch.Tensor, up: torch.Tensor, frozen: torch.Tensor | None, scaling: float
     ) -> torch.Tensor:
-        narrow, up_cast = _cast_sides(m, up, frozen, result.dtype)
+        narrow, up_cast = cast_sides(m, up, frozen, result.dtype)
         result.view(-1, up.shape[0]).addmm_(narrow, up_cast.t(), alpha=scaling)
         ctx.mark_dirty(result)
         # Cast and joined once more in the backward pass: next to the products that costs nothing, and is not kept.
@@ -42,26 +42,26 @@ class _AddLowRankInPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         m, up, frozen = ctx.saved_tensors
-        narrow, up = _cast_sides(m, up, frozen, grad.dtype)
+        narrow, up = cast_sides(m, up, frozen, grad.dtype)
         flat = grad.reshape(-1, up.shape[0])
         grad_m = grad_up = None
         if ctx.needs_input_grad[1]:
-            grad_m = _scaled_product(flat, up, ctx.scaling).to(ctx.m_dtype).view(ctx.m_shape)
+            grad_m = scaled_product(flat, up, ctx.scaling).to(ctx.m_dtype).view(ctx.m_shape)
         if ctx.needs_input_grad[2]:
             # In this order the product runs along the rows of the wide matrix: half the time on a CPU.
-            rows = _scaled_product(narrow[:, : ctx.trained].t(), flat, ctx.scaling)
+            rows = scaled_product(narrow[:, : ctx.trained].t(), flat, ctx.scaling)
             grad_up = rows.t().to(ctx.up_dtype, memory_format=torch.contiguous_format)
         return grad, grad_m, grad_up, None, None
 
 
-def _scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
+def scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
     """`scaling · left @ right`, scaled within the product."""
     if torch.is_grad_enabled():
         return left @ right * scaling
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)  # what is times 0 is not read
 
 
-def _cast_sides(
+def cast_sides(
     m: torch.Tensor, up: torch.Tensor, frozen: torch.Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`m` as a matrix, and `[up, frozen]`, in the result's dtype: the wide side has no copy in another."""
@@ -133,7 +133,7 @@ def _add_without_graph(
     if frozen is None and m.dtype == up.dtype == result.dtype:
         flat.addmm_(m, up.t(), alpha=scaling)
         return result
-    narrow, up = _cast_sides(m, up, frozen, result.dtype)
+    narrow, up = cast_sides(m, up, frozen, result.dtype)
     flat.addmm_(narrow, up.t(), alpha=scaling)
     return result
 

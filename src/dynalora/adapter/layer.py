@@ -37,6 +37,7 @@ from dynalora.adapter.layer_kinds import kind_of
 from dynalora.adapter.ranks import RankedStorage, fit
 from dynalora.adapter.shared_input import Companions, Factors, products_for
 from dynalora.adapter.storage import RANK
+from dynalora.adapter.update import Update
 from dynalora.common.devices import device_of_calls
 from dynalora.common.private import in_pieces_of_zero, inside_average, joins_uneven, transforming
 from dynalora.driver import Driver, invalidate, prepare_unloaded, track
@@ -311,15 +312,19 @@ class AdapterLayer(RankedStorage, BaseWeight):
             return cast(torch.Tensor, self.base_layer(x, *args, **kwargs))
         if self.unprepared:
             prepare_unloaded(self)
+        if adapter_names is None and not (args or kwargs) and (products := products_for(self, x)) is not None:
+            adapter = products.factors.adapter
+            updated = products.result
+            if products.factors.update is None:
+                updated = self.add_update(updated, x, adapter, True, products.narrow)
+            else:
+                self.note_input(x, adapter)
+            return self._seen(updated.view(*x.shape[:-1], self.out_features), adapter)
         if not torch.compiler.is_compiling():
             self._require_whole_factors()
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
         base_layer = self.base_layer
-        if adapter_names is None and not (args or kwargs) and (products := products_for(self, x)) is not None:
-            adapter = products.factors.adapter
-            updated = self.add_update(products.result, x, adapter, True, products.narrow)
-            return self._seen(updated.view(*x.shape[:-1], self.out_features), adapter)
         result: torch.Tensor = base_layer(x, *args, **kwargs)
         if self.merged_adapters:
             return result
@@ -404,7 +409,23 @@ class AdapterLayer(RankedStorage, BaseWeight):
             if matrix.dtype != dtype or matrix.device != device:
                 return None
         weights = base._parameters
-        return Factors(adapter, cast(torch.Tensor, weights["weight"]), weights["bias"], matrices)
+        update = self.plain_update(adapter)
+        if update is not None and any(tensor.dtype != dtype for tensor in update.tensors):
+            update = None
+        return Factors(adapter, cast(torch.Tensor, weights["weight"]), weights["bias"], matrices, update)
+
+    def plain_update(self, adapter: str) -> Update | None:
+        """How the products with the input become the update, if that is no more than the plain form.
+
+        A layer that does more in `narrow` or `add_update` has None.
+        """
+        if adapter in self.probes or self.depends_on_input(adapter):
+            return None
+        up, frozen, d = self.columns(adapter), self._frozen("frozen_up", adapter), self.diagonal(adapter, "held")
+        return Update(self.scaling[adapter], up, frozen, d)
+
+    def note_input(self, x: torch.Tensor, adapter: str) -> None:
+        """A forward pass is about to use an input, (…, in)."""
 
     def add_update(
         self,
@@ -517,6 +538,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
         Returns:
             (…, r + k).
         """
+        self.note_input(x, adapter)
         if products is None and self.layer_kind is not None:
             products = self._products_of_kind(x, adapter)
         if products is None:

@@ -4,7 +4,8 @@ Query, key and value projections get the same tensor, and so do the two first pr
 would save the input for its backward pass, read it twice for its adapter, and give autograd two gradients of it (the
 base weight's and the adapter's) to add up. Together they save it once; the adapters' matrices are one product in the
 forward pass and two in the backward pass; and all gradients of the input are added up inside the products that
-compute them, which takes no pass of its own.
+compute them, which takes no pass of its own. Where the update is the plain form it is added there as well, so that a
+group of layers takes one call of Python in the backward pass: on an accelerator such calls are what a step waits for.
 
 Which layers belong together is guessed from their names when an adapter is made (`COMPANIONS`). In the forward pass the
 first of them computes for the others, too, and they take their part if they are called with the very same tensor, one
@@ -15,12 +16,14 @@ model's own code knows nothing of it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
+from dynalora.adapter.kernel import cast_sides
+from dynalora.adapter.update import Update, update_gradients
 from dynalora.common.private import in_backward, transforming, version
 
 if TYPE_CHECKING:
@@ -51,12 +54,14 @@ class Factors(NamedTuple):
         weight: The base weight, (out, in).
         bias: The base bias, (out), or None.
         matrices: The adapter's matrices, (·, in) each.
+        update: What becomes of the products with them; None where the layer has more to do than that.
     """
 
     adapter: str
     weight: torch.Tensor
     bias: torch.Tensor | None
     matrices: tuple[torch.Tensor, ...]
+    update: Update | None
 
 
 class Products(NamedTuple):
@@ -65,66 +70,132 @@ class Products(NamedTuple):
     Attributes:
         factors: What was multiplied with.
         x: The input, (tokens, in), in the data type of the base product.
-        result: The place of the base layer's result, (tokens, out); see `fill`.
+        result: The place of the layer's result, (tokens, out); see `fill`.
         narrow: The products with the adapter's matrices, (tokens, ·).
+        m: What of them meets the columns of `up`, (tokens, r + k); None where the layer makes the update itself.
     """
 
     factors: Factors
     x: torch.Tensor
     result: torch.Tensor
     narrow: torch.Tensor
+    m: torch.Tensor | None
 
     @torch.no_grad()
     def fill(self) -> Products:
-        """Compute the base layer's result: when its layer is called, and so right before the update is added into it.
+        """Compute the base layer's result when its layer is called, and add the update into it if it is known how.
 
         Earlier, another layer's result would push it out of the processor's cache.
         """
-        _, weight, bias, _ = self.factors
+        _, weight, bias, _, update = self.factors
         dtype = self.x.dtype  # under autocast the weight may have another
         weight = weight.to(dtype)
         if bias is None:
             torch.mm(self.x, weight.t(), out=self.result)
         else:
             torch.addmm(bias.to(dtype), self.x, weight.t(), out=self.result)
+        if update is not None and self.m is not None:
+            m, up = cast_sides(self.m, update.up, update.frozen, dtype)
+            self.result.addmm_(m, up.t(), alpha=update.scaling)
         return self
 
 
+class _Layout(NamedTuple):
+    """Which of the tensors that `_Multiply` is given belong to a layer.
+
+    Attributes:
+        matrices: How many matrices meet the input.
+        present: Which tensors of its update there are, in `Update`'s order; none where the update is not made here.
+        scaling: The factor of the update.
+        gate_scale: That of the gates' products.
+    """
+
+    matrices: int
+    present: tuple[bool, ...] = ()
+    scaling: float = 1.0
+    gate_scale: float = 1.0
+
+    @classmethod
+    def of(cls, factors: Factors) -> _Layout:
+        """That of a layer."""
+        count, update = len(factors.matrices), factors.update
+        if update is None:
+            return cls(count)
+        return cls(count, update.present, update.scaling, update.gate_scale)
+
+    def update(self, tensors: Iterator[torch.Tensor]) -> Update:
+        """The update of tensors that come one after the other."""
+        up, frozen, diagonal, bias = (next(tensors) if there else None for there in self.present)
+        return Update(self.scaling, cast(torch.Tensor, up), frozen, diagonal, bias, self.gate_scale)
+
+
 class _Multiply(torch.autograd.Function):
-    """Every base product of one input, and its products with the matrices, in one backward pass."""
+    """Every base product of one input, its products with matrices, and updates made of those, in one backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, counts: tuple[int, ...], dtype: torch.dtype, *tensors: torch.Tensor) -> Any:
-        layers = len(counts)
-        weights, matrices = tensors[:layers], tensors[layers:]
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        layouts: tuple[_Layout, ...],
+        dtype: torch.dtype,
+        middles: list[torch.Tensor | None],
+        *tensors: torch.Tensor,
+    ) -> Any:
+        layers, count = len(layouts), sum(layout.matrices for layout in layouts)
+        weights, matrices = tensors[:layers], tensors[layers : layers + count]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *weights, *matrices)
-        ctx.counts = counts
         results = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]  # filled when they are wanted
         narrow = nn.functional.linear(x.to(dtype), _stack(matrices).to(dtype))
         sizes, first = [], 0
-        for count in counts:
-            sizes.append(sum(matrix.shape[0] for matrix in matrices[first : first + count]))
-            first += count
-        ctx.sizes = sizes
-        return *results, *(narrow.split(sizes, dim=1) if layers > 1 else (narrow,))
+        for layout in layouts:
+            sizes.append(sum(matrix.shape[0] for matrix in matrices[first : first + layout.matrices]))
+            first += layout.matrices
+        narrows = narrow.split(sizes, dim=1) if layers > 1 else (narrow,)
+        parts, kept = iter(tensors[layers + count :]), []
+        for products, layout in zip(narrows, layouts, strict=True):
+            if not layout.present:
+                middles.append(None)
+                continue
+            update = layout.update(parts)
+            h, gates = update.split(products)
+            m = update.pass_on(h, gates)
+            middles.append(m)
+            kept += [products, m, gates]
+        ctx.save_for_backward(x, *tensors, *kept)
+        ctx.layouts, ctx.sizes = layouts, sizes
+        return *results, *narrows
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
         ctx.done = True
-        layers = len(ctx.counts)
-        weights, matrices = tensors[:layers], tensors[layers:]
-        wide, narrow = grads[:layers], _joined(grads[layers:], ctx.sizes)
-        grad_x = None
+        layouts, needed = ctx.layouts, ctx.needs_input_grad[4:]
+        layers, count = len(layouts), sum(layout.matrices for layout in layouts)
+        weights, matrices, tensors = tensors[:layers], tensors[layers : layers + count], tensors[layers + count :]
+        place, of_parts = layers + count, []
+        parts, kept = iter(tensors[: len(needed) - place]), iter(tensors[len(needed) - place :])
+        wide, narrows = grads[:layers], list(grads[layers:])
+        for index, layout in enumerate(layouts):
+            if layout.present:
+                end = place + sum(layout.present)
+                products, middle = next(kept), (next(kept), next(kept))
+                of_products, *of_update = update_gradients(
+                    wide[index], products, middle, layout.update(parts), needed[place:end]
+                )
+                # Nobody else has seen these products, unless the gradient itself is differentiated.
+                known = narrows[index]
+                narrows[index] = of_products if known is None else known if of_products is None else known + of_products
+                of_parts += of_update
+                place = end
+        narrow, grad_x = _joined(narrows, ctx.sizes), None
         if ctx.needs_input_grad[0]:
             for grad, weight in zip(wide, weights, strict=True):
                 grad_x = _add_product(grad_x, grad, weight)
             grad_x = _add_product(grad_x, narrow, _stack(matrices))
-        used = [grad is not None for grad, count in zip(grads[layers:], ctx.counts, strict=True) for _ in range(count)]
-        wanted = [a and b for a, b in zip(used, ctx.needs_input_grad[3 + layers :], strict=True)]
+        seen = [grad is not None for grad, layout in zip(narrows, layouts, strict=True) for _ in range(layout.matrices)]
+        wanted = [a and b for a, b in zip(seen, needed[layers : layers + count], strict=True)]
         rows = _row_gradients(narrow, x, matrices, wanted)
-        return grad_x, None, None, *(None for _ in range(layers)), *rows
+        return grad_x, None, None, None, *(None for _ in range(layers)), *rows, *of_parts
 
 
 def _stack(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -179,15 +250,17 @@ def multiply(x: torch.Tensor, wanted: Sequence[Factors]) -> list[Products]:
     """
     matrices = [matrix for factors in wanted for matrix in factors.matrices]
     flat, dtype, device = x.reshape(-1, x.shape[-1]), matrices[0].dtype, x.device.type
-    counts = tuple(len(factors.matrices) for factors in wanted)
+    layouts = tuple(_Layout.of(factors) for factors in wanted)
     weights = (factors.weight for factors in wanted)
+    parts = (tensor for factors in wanted if factors.update is not None for tensor in factors.update.tensors)
     if torch.is_autocast_enabled(device):
         # Base weights are cast for each product anew, as autocast does where they do not train, and not kept so.
         dtype = torch.get_autocast_dtype(device)
         flat = flat.to(dtype)
-    made: Any = _Multiply.apply(flat, counts, dtype, *weights, *matrices)  # type: ignore[no-untyped-call]
+    middles: list[torch.Tensor | None] = []
+    made: Any = _Multiply.apply(flat, layouts, dtype, middles, *weights, *matrices, *parts)  # type: ignore[no-untyped-call]
     flat = flat.detach()
-    return [Products(factors, flat, made[i], made[len(wanted) + i]) for i, factors in enumerate(wanted)]
+    return [Products(factors, flat, made[i], made[len(wanted) + i], middles[i]) for i, factors in enumerate(wanted)]
 
 
 class _Waiting(threading.local):

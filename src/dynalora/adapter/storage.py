@@ -143,11 +143,16 @@ class Storage(nn.Module):
 
     def adapter_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """All parameters of an adapter by role; empty if it does not adapt this layer."""
-        return {
-            role: cast(nn.Parameter, getattr(self, f"{self.method_name}_{role}")[adapter])
-            for role in self.parameter_roles
-            if self.has_parameter(role, adapter)
-        }
+        parameters = {}
+        for role, name in zip(self.parameter_roles, self.adapter_layer_names, strict=True):
+            # Past the ways of nn.Module, which every step would notice that asks all layers.
+            container = cast(nn.ParameterDict, self._modules[name])
+            parameter = container._parameters.get(adapter)
+            if parameter is not None:
+                parameters[role] = parameter
+            elif adapter in container:
+                parameters[role] = getattr(container, adapter)
+        return parameters
 
     # Buffers ---------------------------------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ from dynalora.adapter.method import Panel
 from dynalora.adapter.register import register
 from dynalora.adapter.singular import SingularLayer, TwinLayer, TwinMethod
 from dynalora.adapter.storage import Role
-from dynalora.common.private import foreach_add_
+from dynalora.common.private import foreach_add_, foreach_mul_
 from dynalora.common.processes import spread_as, whole
 from dynalora.driver import Moment, OptimizerOverride
 from dynalora.spectral.decomposition import Triplets
@@ -343,7 +343,7 @@ class Dislora(DirectedMethod, TwinMethod):
         config: DisloraConfig = moment.config
         known = moment.shared.deviations
         ortho = ortho_loss(moment.all_layers, moment.adapter, config.ortho_reduction, known)
-        balance = _balance(moment)
+        balance = _balance(moment, ortho.device)
         if balance is not None:
             balance[:NOTES].zero_()
             balance[1] = ortho
@@ -500,13 +500,22 @@ def _add(matrices: Sequence[_Matrix], additions: torch.Tensor) -> None:
 
 
 def _scale(gradients: Sequence[torch.Tensor], weight: torch.Tensor | float) -> None:
+    by_kind: dict[Any, list[torch.Tensor]] = {}
     for gradient in (g.to_local() if hasattr(g, "to_local") else g for g in gradients):
-        gradient.mul_(weight.to(gradient) if isinstance(weight, torch.Tensor) else weight)
+        by_kind.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+    for group in by_kind.values():
+        foreach_mul_(group, weight.to(group[0]) if isinstance(weight, torch.Tensor) else weight)
 
 
-def _balance(moment: Moment) -> torch.Tensor | None:
-    """The lead's note of the losses and their weights."""
-    return None if moment.lead is None else moment.lead.running("balance", moment.adapter)
+def _balance(moment: Moment, device: torch.device | None = None) -> torch.Tensor | None:
+    """The lead's note of the losses and their weights; on their device, so that writing them down waits for nothing."""
+    if moment.lead is None:
+        return None
+    note: torch.Tensor | None = moment.lead.running("balance", moment.adapter)
+    if note is not None and device is not None and note.device != device and device.type != "mps":
+        note = note.to(device)
+        moment.lead.set_running("balance", moment.adapter, note)
+    return note
 
 
 def _smooth(

@@ -26,6 +26,7 @@ from dynalora.adapter.layer import AdapterLayer, adapter_layers
 from dynalora.adapter.method import Method
 from dynalora.adapter.register import register
 from dynalora.adapter.storage import FACTORS, Role
+from dynalora.adapter.update import Update
 from dynalora.common.processes import spread_as
 from dynalora.driver import Moment
 from dynalora.errors import ConfigError
@@ -93,6 +94,10 @@ class DyloraLayer(AdapterLayer):
         if self.drivers[adapter].config.use_rslora:  # type: ignore[attr-defined]
             share = share.sqrt()
         return h * torch.where(torch.arange(rank, device=h.device) < prefix, share, 0.0)
+
+    def plain_update(self, adapter: str) -> Update | None:
+        """As other layers; None in training."""
+        return None if self.training else super().plain_update(adapter)
 
     def few(self, x: torch.Tensor, adapter: str) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
         """As other layers; None in training."""

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dynalora.adapter.gates import GatedLayer
+from dynalora.adapter.update import Update
 from dynalora.errors import UnsupportedError
 
 
@@ -87,6 +88,10 @@ class DoraLayer(GatedLayer):
     def few(self, x: torch.Tensor, adapter: str) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
         """As without DoRA; None with it, since it acts on the result."""
         return None if self.has_parameter("magnitude", adapter) else super().few(x, adapter)
+
+    def plain_update(self, adapter: str) -> Update | None:
+        """As without DoRA; None with it, since it acts on the result."""
+        return None if self.has_parameter("magnitude", adapter) else super().plain_update(adapter)
 
     def add_update(
         self,

@@ -151,11 +151,10 @@ class PedyraLayer(DoraLayer):
         e, frozen = self.used("e", adapter), self.running("frozen_up", adapter)
         return e if frozen is None else torch.cat([e, e.new_ones(frozen.shape[1])])
 
-    def narrow(self, x: torch.Tensor, adapter: str, products: torch.Tensor | None = None) -> torch.Tensor:
-        """The narrow activations, x (…, in) → (…, r); in training the inputs' squares are added up on the way."""
+    def note_input(self, x: torch.Tensor, adapter: str) -> None:
+        """In training the inputs' squares are added up on the way; x (…, in)."""
         if self.gathering[adapter] and self.gathers(x, adapter):
             self._gather(x, adapter)
-        return super().narrow(x, adapter, products)
 
     def few(self, x: torch.Tensor, adapter: str) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
         """As other layers; None where squares are added up."""
