@@ -70,10 +70,10 @@ def test_the_weight_is_its_definition(
     weight = controlled_weight(state, torch.tensor(kl / ratio), retain, 0.2, kl, step, total)
     u = log
     if step >= (5 if total is None else 0.15 * total):
-        if kl < 1.1 * 0.2:
-            u += 15 / (total or 30) * max(math.log(kl / (1.1 * 0.2)), -1.0)
-        elif kl > 2 * 0.2:
-            u += 15 / (total or 30) * min(math.log(kl / (2 * 0.2)), 1.0)
+        if kl < 1.3 * 0.2:
+            u += 15 / (total or 30) * max(math.log(kl / (1.3 * 0.2)), -1.0)
+        elif kl > 2.5 * 0.2:
+            u += 15 / (total or 30) * min(math.log(kl / (2.5 * 0.2)), 1.0)
         u = min(max(u, -math.log(1000)), 0.0)
     assert float(weight) == pytest.approx(retain * math.exp(u), rel=1e-3)
     assert measured(state) == (pytest.approx(kl), step)
@@ -107,11 +107,11 @@ def test_the_weight_stays_until_a_change_was_measured() -> None:
 def test_between_measurements_the_ratio_stays() -> None:
     state = new_state()
     state[0] = -3.0
-    first = controlled_weight(state, torch.tensor(0.01), 1.0, 0.1, 0.15, 15, None)
+    first = controlled_weight(state, torch.tensor(0.01), 1.0, 0.1, 0.2, 15, None)
     again = controlled_weight(state, torch.tensor(0.02), 1.0, 0.1, None, 16, None)
-    assert float(first) == pytest.approx(math.exp(-3.0))  # 1.5 times the budget is left alone
-    assert float(again / first) == pytest.approx(1.5**0.5, rel=1e-4)  # and 3 times is not: 15/30 · log(3 / 2)
-    assert measured(state) == (pytest.approx(0.15), 15)
+    assert float(first) == pytest.approx(math.exp(-3.0))  # twice the budget is left alone
+    assert float(again / first) == pytest.approx(1.6**0.5, rel=1e-4)  # and 4 times is not: 15/30 · log(4 / 2.5)
+    assert measured(state) == (pytest.approx(0.2), 15)
 
 
 def test_a_penalty_that_is_no_number_leaves_no_trace() -> None:

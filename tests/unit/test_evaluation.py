@@ -395,3 +395,15 @@ def test_progress_in_a_terminal_is_live_only_while_a_job_runs() -> None:
         assert live()
     assert not live(), "an unfinished job's display outlives its context"
     assert "3/3" in said.getvalue()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_kernel_that_is_wrong_for_padding_is_left_out_while_a_model_is_measured(before: bool) -> None:
+    usual = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before)
+    try:
+        with generation.evaluating(torch.nn.Linear(1, 1)):
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.cudnn_sdp_enabled() is before
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(usual)

@@ -13,7 +13,7 @@ where more is. With T steps in all it is
 
     w = retain · exp(u),      u ← clip(u + 15/T · e, −log 1000, 0) at every step but for the first 15 %,
 
-    e = clip(log(ratio · P / (1.1 · budget)), −1, 0) + clip(log(ratio · P / (2 · budget)), 0, 1)
+    e = clip(log(ratio · P / (1.3 · budget)), −1, 0) + clip(log(ratio · P / (2.5 · budget)), 0, 1)
 
 At first, while rates rise and the KL is yet to come, the weight is `retain`. Where T is unknown, u moves as
 if T were 30, from the fifth step on.
@@ -26,7 +26,7 @@ from typing import Protocol
 
 import torch
 
-_LOW, _HIGH = 1.1, 2.0
+_LOW, _HIGH = 1.3, 2.5
 """Between these multiples of the budget the weight stays as it is."""
 _GAIN = 15.0  # of u, over all steps of a run
 _UNKNOWN = 30  # steps of a run of unknown length, for the gain

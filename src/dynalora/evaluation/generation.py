@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from dynalora.common.attention import attention_over_padding
 from dynalora.common.devices import device_of
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError, check_least
@@ -139,7 +140,7 @@ def padding_id(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model in eval mode (no dropout) with its key-value cache on; afterwards every module is as it was."""
+    """The model in eval mode (no dropout), its key-value cache on, ready for padded batches; afterwards as it was."""
     modes = [(module, module.training) for module in model.modules()]
     config = getattr(model, "config", None)
     cache = getattr(config, "use_cache", None)
@@ -151,7 +152,8 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     if cache is False:
         config.use_cache = True  # type: ignore[union-attr]  # trainers turn it off
     try:
-        yield
+        with attention_over_padding():
+            yield
     finally:
         for module, mode in modes:
             module.training = mode

@@ -25,7 +25,9 @@ from dynalora.spectral.lanczos import largest_edge, smallest_edge
 
 Which = Literal["smallest", "largest"]
 
-_DENSE_SIDE = 640  # short sides up to here: all eigenvectors of G, which takes less time than iterating
+# Short sides up to here: all eigenvectors of G, which takes less time than iterating.
+_DENSE_SIDE = 640
+_DENSE_SIDE_ON_DEVICES = 2048
 _TINY = 1e-8  # relative size of singular values that leave A·v without direction
 
 
@@ -86,7 +88,8 @@ def _fast(tall: Tensor, k: int, which: Which) -> tuple[Tensor, Tensor, Tensor, T
     """Triplets in float64 with right vectors as columns, and for each matrix whether they passed the checks."""
     *batch, m, n = tall.shape
     block = k + max(8, k // 4)
-    if tall.dtype == torch.float64 or k == n or (n > _DENSE_SIDE and 8 * block > n):
+    dense_side = _DENSE_SIDE if tall.device.type == "cpu" else _DENSE_SIDE_ON_DEVICES
+    if tall.dtype == torch.float64 or k == n or (n > dense_side and 8 * block > n):
         # Float64 asks for more digits than G has; and most of the spectrum is the full decomposition's job.
         return _nothing(tall, k)
     if m <= ROWS:
@@ -101,7 +104,7 @@ def _fast(tall: Tensor, k: int, which: Which) -> tuple[Tensor, Tensor, Tensor, T
             torch.eye(n, k, dtype=gram.dtype, device=gram.device).expand(*batch, n, k),
             ~nonzero,
         )
-    if n <= _DENSE_SIDE:
+    if n <= dense_side:
         right = torch.linalg.eigh(gram).eigenvectors
         right = right[..., :k] if which == "smallest" else right[..., -k:]
         left, values, right = _rayleigh_ritz(tall, right, k, which)

@@ -32,6 +32,7 @@ from transformers import (
     set_seed,
 )
 
+from dynalora.common.attention import attention_over_padding
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.common.private import take_off_trainers_autocast
 from dynalora.errors import ConfigError, DataError, TrainingError
@@ -227,7 +228,8 @@ def train_adapter(
         before = recorder.loss_before()
         began = time.perf_counter()
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+            with attention_over_padding():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
         except TrainingError as error:
             # The adapter's driver stops at gradients that are no numbers, before the loss that they are of is logged.
             loss = float(trainer.last_loss)
