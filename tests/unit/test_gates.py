@@ -487,7 +487,7 @@ def test_attention_and_mlp_are_added_up(record: GateRecord) -> None:
     assert (rows["attention"], rows["MLP"]) == (rows["q_proj"], rows["down_proj"])  # one kind each here
     both = record.mean(lambda row: True)
     assert both is not None
-    assert rows["all"][-1] == f"{both.value:.4f}"
+    assert rows["all"][0] == f"{both.value:.4f}"
 
 
 def test_means_and_separations_are_drawn_over_depth(record: GateRecord) -> None:

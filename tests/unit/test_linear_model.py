@@ -282,7 +282,7 @@ def test_from_the_command_line(tmp_path: Path, program: Program) -> None:
     )  # fmt: skip
     assert shown.code == 0, shown.err
     assert "Bayes-optimal correction" in shown.out
-    assert "DISeL ends" in shown.out
+    assert "DISeL's gate ends at" in shown.out
     assert "train longer" in shown.out  # twenty steps do not reach it, and the program says so
     run = tmp_path / "run"
     for name in ("losses", "training", "gates"):

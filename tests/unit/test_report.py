@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import inspect
 import io
+import itertools
 import json
 import pkgutil
 import re
@@ -26,7 +27,7 @@ from dynalora.adapter.method import Panel
 from dynalora.common.statistics import Interval
 from dynalora.drawing.comparison import plot_bars, plot_transfer
 from dynalora.drawing.landscape import plot_rank_heatmap
-from dynalora.drawing.style import PALETTE, for_pages, look, looks, rendered, save
+from dynalora.drawing.style import PALETTE, for_pages, heat_map, look, looks, panels, rendered, save
 from dynalora.drawing.training import plot_losses, plot_metrics
 from dynalora.errors import ConfigError
 from dynalora.lab.baselines import BASELINES
@@ -278,6 +279,40 @@ def test_metric_panels_draw_the_panels_that_have_numbers() -> None:
     assert three[0] == one[0]
     assert plot_metrics(records, panels[2:3]) is None
     assert plot_metrics([], panels) is None
+
+
+def test_what_never_changes_is_not_drawn() -> None:
+    records = [{"step": step, "weight": 0.5, "ratio": step / 10} for step in range(1, 9)]
+    assert plot_metrics(records, [Panel("weight", ("weight",))]) is None
+    drawn = plot_metrics(records, [Panel("weight", ("weight",)), Panel("both", ("weight", "ratio"))])
+    assert drawn is not None
+    (axis,) = drawn.axes
+    assert axis.get_title() == "both"
+    assert len(axis.lines) == 1
+
+
+def test_all_colours_can_be_seen_on_light_and_on_dark_pages() -> None:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return sum(share * part for share, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    for colour in PALETTE:
+        for page in ("#ffffff", "#15181c"):
+            low, high = sorted((luminance(colour), luminance(page)))
+            # Black becomes light where the page is dark.
+            assert (high + 0.05) / (low + 0.05) > 2 or (colour, page) == ("#000000", "#15181c")
+
+
+def test_steps_are_counted_in_whole_numbers_and_names_of_columns_do_not_overlap() -> None:
+    axis = plot_losses({"lora": [{"step": step, "loss": 1.0 / step} for step in range(1, 4)]}).axes[0]
+    assert all(float(tick).is_integer() for tick in axis.get_xticks())
+    drawn, axes = panels(4)
+    heat_map(axes[0], np.zeros((4, 30)), columns=[str(layer) for layer in range(30)])
+    drawn.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axes[0].get_xticklabels()]
+    assert len(boxes) > 4
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_a_method_has_one_look_everywhere() -> None:

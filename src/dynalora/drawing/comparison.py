@@ -9,7 +9,7 @@ import numpy as np
 
 from dynalora.common.statistics import Interval
 from dynalora.drawing.landscape import rank_grid
-from dynalora.drawing.style import LINES, OVER_PICTURES, Look, describe, figure, heat_map, legend, looks, panels
+from dynalora.drawing.style import LINES, OVER_PICTURES, STEPS, Look, describe, figure, heat_map, legend, looks, panels
 from dynalora.drawing.training import running_mean
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def plot_learning_curves(curves: Mapping[str, Sequence[tuple[int, float]]], *, t
         if points:
             steps, losses = zip(*points, strict=True)
             axis.plot(steps, running_mean(losses), label=label, **chosen[label].line(marker=False))
-    describe(axis, title=title, x="optimizer step", y="training loss (running mean)")
+    describe(axis, title=title, x=STEPS, y="training loss (running mean)")
     legend(axis)
     return drawn
 
@@ -172,7 +172,7 @@ def plot_over_steps(
                 axis.plot(steps, values, **(chosen[label].line() | {"label": label}))
         if number in base:
             axis.axhline(base[number], color="black", linestyle=":", linewidth=1, label="base model")
-        describe(axis, x="optimizer step", y=number)
+        describe(axis, x=STEPS, y=number)
     legend(axes[0])
     return drawn
 

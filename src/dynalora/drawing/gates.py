@@ -147,7 +147,7 @@ def plot_gate_heatmap(statistics: Sequence[GateStatistics], title: str = "Mean g
         for column, row in enumerate(chosen):
             grid[: len(row.mean), column] = row.mean
         layers = ["–" if row.layer is None else str(row.layer) for row in chosen]
-        image = heat_map(axis, grid.numpy(), columns=layers, cmap="gray_r", vmin=0, vmax=largest)
+        image = heat_map(axis, grid.numpy(), columns=layers, cmap="cividis", vmin=0, vmax=largest)
         describe(axis, title=kind, x="layer", y="rank component")
     drawn.colorbar(image, ax=axes, label="mean gate")
     return drawn

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dynalora.drawing.style import describe, figure, heat_map, legend, look, looks, over_layers, save
+from dynalora.drawing.style import STEPS, describe, figure, heat_map, legend, look, looks, over_layers, save
 from dynalora.errors import ConfigError
 from dynalora.forgetting.defaults import QUANTITIES, Quantity
 from dynalora.forgetting.landscape import LandscapeRow, deciding_rank, layer_index
@@ -188,7 +188,7 @@ def plot_rank_trajectory(
     mean = float(np.mean(list(trajectory.utilisation.values())))
     describe(used, title=f"effective rank, utilisation {mean:.0%}", x="module", y="rank")
     pareto.plot(trajectory.steps, trajectory.pareto_variance, marker="o", markersize=3)
-    describe(pareto, title="log of the variance of G^(2/3) / r", x="optimizer step", y="log variance")
+    describe(pareto, title="log of the variance of G^(2/3) / r", x=STEPS, y="log variance")
     save(drawn, path, overwrite=overwrite)
     return drawn
 
@@ -207,8 +207,8 @@ def _over_time(ranks: Axes, ranking: Axes, trajectory: RankTrajectory, kinds: li
         ranking.plot(trajectory.steps, places, marker=".", markersize=3, **line)
     legend(ranks)
     ranking.invert_yaxis()
-    describe(ranks, title="rank", x="optimizer step", y="rank")
-    describe(ranking, title="importance ranking (1: highest score)", x="optimizer step", y="place")
+    describe(ranks, title="rank", x=STEPS, y="rank")
+    describe(ranking, title="importance ranking (1: highest score)", x=STEPS, y="place")
 
 
 def _final_ranks(drawn: Figure, axis: Axes, trajectory: RankTrajectory, kinds: list[str]) -> None:

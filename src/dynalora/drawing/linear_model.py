@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dynalora.drawing.style import LINES, describe, figure, legend, look, looks
+from dynalora.drawing.style import LINES, STEPS, describe, figure, legend, look, looks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +55,7 @@ def plot_mixture_losses(curves: Mapping[str, Sequence[tuple[int, float]]], close
     describe(
         axis,
         title="Only the gated update gets below the best fixed correction",
-        x="optimizer step",
+        x=STEPS,
         y="expected squared error, mixture",
     )
     legend(axis)

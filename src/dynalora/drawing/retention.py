@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from dynalora.drawing.style import describe, legend, looks, panels, save
+from dynalora.drawing.style import STEPS, describe, legend, looks, panels, save
 from dynalora.errors import ConfigError
 from dynalora.forgetting.curves import RetentionPoint
 from dynalora.forgetting.trim import TrimPoint
@@ -62,8 +62,8 @@ def plot_retention_curves(
             kl.axhline(max_forgetting, color="black", linestyle=":", linewidth=1, label="budget")
         shift.axhline(0, color="0.5", linewidth=0.8)
         kl.set_ylim(bottom=0)
-        describe(kl, title=text, x="optimizer step", y="KL(base ‖ tuned) (nats per token)")
-        describe(shift, title=text, x="optimizer step", y="loss shift (nats per token)")
+        describe(kl, title=text, x=STEPS, y="KL(base ‖ tuned) (nats per token)")
+        describe(shift, title=text, x=STEPS, y="loss shift (nats per token)")
     legend(axes[0])
     save(drawn, path, overwrite=overwrite)
     return drawn

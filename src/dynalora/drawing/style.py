@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-# Okabe and Ito, "Color Universal Design" (2008), ordered so that the first few differ in lightness too.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+# Okabe and Ito, "Color Universal Design" (2008), ordered so that the first few differ in lightness too; a brown stands
+# for their yellow, which can hardly be seen on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 2)))
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++")
@@ -116,7 +117,7 @@ def figure(
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(True, alpha=0.25, linewidth=0.6)
         axis.set_axisbelow(True)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(labelsize=8, which="both")
     return drawn, axes
 
 
@@ -149,8 +150,16 @@ def over_layers(kinds: Sequence[str], label: str, **more: Any) -> tuple[Figure, 
     return drawn, axes
 
 
+STEPS = "optimizer step"
+"""What an axis is called that counts optimizer steps, of which there are no halves."""
+
+
 def describe(axis: Axes, *, title: str = "", x: str = "", y: str = "") -> None:
     """Write a plot's heading and what its axes mean; what is empty is left out."""
+    if x == STEPS:
+        from matplotlib.ticker import MaxNLocator
+
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     if title:
         axis.set_title(title, fontsize=9)
     if x:
@@ -176,8 +185,8 @@ def heat_map(
 ) -> AxesImage:
     """Numbers (rows, columns) as shades; what is not a number stays empty.
 
-    Of the names of rows and of columns, which are turned by so many degrees, at most 16 are written; None numbers them.
-    `options` are those of matplotlib's `imshow`, such as `cmap`, `vmin` and `vmax`.
+    Of the names of rows and of columns, which are turned by so many degrees, as many are written as there is room for,
+    and at most 16; None numbers them. `options` are those of matplotlib's `imshow`, such as `cmap`, `vmin` and `vmax`.
     """
     image = axis.imshow(grid, aspect="auto", interpolation="nearest", **options)
     axis.grid(False)
@@ -185,7 +194,13 @@ def heat_map(
         if names is None:
             axle.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # a MaxNLocator
         else:
-            every = max(1, -(-len(names) // 16))
+            size = axis.get_window_extent()
+            # In pixels of the figure; names at a right angle to their axis take the height of a line.
+            line = 0.16 * axis.figure.dpi
+            flat = axle is axis.xaxis and not turned
+            room = size.width if axle is axis.xaxis else size.height
+            each = line * (0.3 + 0.5 * max(map(len, names), default=1)) if flat else line
+            every = max(1, -(-len(names) // max(2, min(16, int(room / each)))))
             axle.set_ticks(range(0, len(names), every), list(names[::every]))
     if turned:
         for text in axis.get_xticklabels():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dynalora.adapter.method import Panel
-from dynalora.drawing.style import describe, figure, legend, look, looks, panels
+from dynalora.drawing.style import STEPS, describe, figure, legend, look, looks, panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,21 +35,21 @@ def plot_losses(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
                 steps, losses, color=color, marker=marker, markersize=5, linewidth=1.2, linestyle="--",
                 label=f"{name}, held out",
             )  # fmt: skip
-    describe(axis, x="optimizer step", y="loss (nats per token)")
+    describe(axis, x=STEPS, y="loss (nats per token)")
     axis.set_ylim(bottom=0)
     legend(axis)
     return drawn
 
 
 def plot_metrics(records: Sequence[Mapping[str, Any]], shown: Sequence[Panel]) -> Figure | None:
-    """A method's own metrics against the optimizer step, one plot for each panel that has any number; None if none has.
+    """A method's own metrics against the optimizer step, a plot for each panel in which any changes; None if none does.
 
-    `records` are those of a run, with `step` and the metrics.
+    What never changes is not drawn. `records` are those of a run, with `step` and the metrics.
     """
     filled = []
     for panel in shown:
         curves = {name: _series(records, name) for name in panel.metrics}
-        curves = {name: curve for name, curve in curves.items() if len(curve[0])}
+        curves = {name: (steps, values) for name, (steps, values) in curves.items() if len(np.unique(values)) > 1}
         if curves:
             filled.append((panel, curves))
     if not filled:
@@ -60,7 +60,7 @@ def plot_metrics(records: Sequence[Mapping[str, Any]], shown: Sequence[Panel]) -
             axis.plot(steps, values, label=name, **look(index).line(marker=False))
         if panel.log and any((values > 0).any() for _, values in curves.values()):
             axis.set_yscale("log", nonpositive="mask")
-        describe(axis, title=panel.title, x="optimizer step")
+        describe(axis, title=panel.title, x=STEPS)
         if len(curves) > 1:
             legend(axis)
     return drawn

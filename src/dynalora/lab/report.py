@@ -101,6 +101,11 @@ class Figure:
         return rendered(self.drawn, "svg")
 
     @property
+    def width(self) -> float:
+        """Its width on a page, in units of the text's size, so that what is written in it can be read."""
+        return round(6 * float(self.drawn.get_figwidth()), 2)
+
+    @property
     def data_uri(self) -> str:
         """The picture as text that goes into the page itself, light or dark as the page is."""
         return "data:image/svg+xml;base64," + base64.b64encode(for_pages(self.svg)).decode("ascii")

@@ -138,7 +138,7 @@ def write_results(
 
 def _samples_section(samples: Sequence[Mapping[str, str | None]]) -> Section:
     """What the model said before and after training to the first held-out prompts."""
-    names = {"prompt": "prompt", "response": "in the data", "before": "before training", "after": "after"}
+    names = {"prompt": "prompt", "before": "before training", "after": "after", "response": "in the data"}
     kept = [name for name in names if name in samples[0]]
     rows: list[list[Cell]] = [[(sample[name] or "")[:_SHOWN] for name in kept] for sample in samples]
     note = f"The first held-out prompts; always the likeliest token; cut after {_SHOWN} characters."

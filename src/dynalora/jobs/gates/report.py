@@ -38,7 +38,7 @@ def kinds_table(record: GateRecord, title: str = "Mean gate, 0 closed to 1 open"
     rows: list[list[Cell]] = []
     for name in (*kinds, *parts, "all"):
         cells: list[Cell] = [name]
-        for group in (*DEPTHS, None):
+        for group in (None, *DEPTHS):
             mean = record.mean(
                 lambda row, name=name, group=group: (  # type: ignore[misc]
                     name in (row.kind, part_of(row.module), "all") and group in (None, record.depth(row))
@@ -47,7 +47,7 @@ def kinds_table(record: GateRecord, title: str = "Mean gate, 0 closed to 1 open"
             cells.append(None if mean is None else f"{mean.value:.4f}")
         rows.append(cells)
     return Table(
-        ["module", *DEPTHS, "all layers"], rows, title=title,
+        ["module", "all layers", *DEPTHS], rows, title=title,
         note=note or f"Over {record.tokens:,} tokens; early, middle and late are thirds of the layers.",
     )  # fmt: skip
 
@@ -58,10 +58,10 @@ def domains_table(result: GatesResult) -> Table:
     for name, record in result.records.items():
         means = [record.mean(lambda row, group=group: record.depth(row) == group) for group in DEPTHS]  # type: ignore[misc]  # noqa: B023
         rows.append(
-            [name, *map(_interval, [*means, record.mean()]), record.documents, record.tokens, result.counted[name]]
+            [name, *map(_interval, [record.mean(), *means]), record.documents, record.tokens, result.counted[name]]
         )
     return Table(
-        ["domain", *DEPTHS, "all layers", "documents", "tokens", "counted"], rows,
+        ["domain", "all layers", *DEPTHS, "documents", "tokens", "counted"], rows,
         title="Mean gate, 0 closed to 1 open",
         note="With 95 % intervals over documents; early, middle and late are thirds of the layers.",
     )  # fmt: skip
@@ -76,14 +76,14 @@ def separation_table(result: GatesResult) -> Table:
         rows.append(
             [
                 pair,
-                *(_interval(by_depth.get(group)) for group in (*DEPTHS, ALL)),
+                *(_interval(by_depth.get(group)) for group in (ALL, *DEPTHS)),
                 f"{most.auc:.3f} {most.name}",
                 f"{least.auc:.3f} {least.name}",
             ]
         )
     error = max(item.bin_error for pair in result.separations for item in _areas(result, pair))
     return Table(
-        ["pair", *DEPTHS, "all layers", "most in a layer", "least in a layer"], rows,
+        ["pair", "all layers", *DEPTHS, "most in a layer", "least in a layer"], rows,
         title="Separation: area under the ROC curve of a token's mean gate",
         note="The probability that a token of the first domain opens the gates further than one of the second; 0.5 is "
         f"no difference. 95 % intervals over documents; exact within ±{error:.1g}.",
@@ -126,10 +126,19 @@ def write_gates(result: GatesResult, run: RunFolder) -> None:
 
 
 def summary(result: GatesResult) -> str:
-    """What was found, in a sentence per pair of domains."""
+    """What was found: of one domain how far gates open and where most, of several a sentence per pair."""
     if not result.depth_separations:
         (name, record), *_ = result.records.items()
-        return f"On {name}, the mean gate is {_interval(record.mean())}."
+        places: dict[str, GateMean] = {}
+        for kind, depth in dict.fromkeys((row.kind, record.depth(row)) for row in record):
+            mean = record.mean(lambda row, at=(kind, depth): (row.kind, record.depth(row)) == at)  # type: ignore[misc]
+            if mean is not None:
+                places[kind if depth not in DEPTHS else f"{kind} of the {depth} layers"] = mean
+        most, least = (choose(places, key=lambda place: places[place].value) for choose in (max, min))
+        text = f"On {name} the gates are open by {_interval(record.mean())} on average, where 0 is closed and 1 is open"
+        if most != least:
+            text += f": most in {most} ({places[most].value:.4f}), least in {least} ({places[least].value:.4f})"
+        return f"{text}."
     return " ".join(
         f"A token of {pair.replace(' / ', ' opens the gates further than a token of ', 1)} with probability "
         f"{_interval(by_depth[ALL])}."

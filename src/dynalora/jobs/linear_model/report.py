@@ -14,13 +14,7 @@ from dynalora.common.progress import rich_progress
 from dynalora.drawing.linear_model import plot_gate_curve, plot_mixture_losses, plot_population_losses
 from dynalora.jobs.linear_model.populations import PopulationLosses
 from dynalora.jobs.linear_model.settings import LinearModelSpec
-from dynalora.jobs.linear_model.training import (
-    BAYES_TOLERANCE,
-    DISEL,
-    NAMES,
-    LinearModelResult,
-    compare_on_linear_model,
-)
+from dynalora.jobs.linear_model.training import DISEL, NAMES, LinearModelResult, compare_on_linear_model
 from dynalora.lab.report import Cell, Report, Section, Table, save_figures, say, write_report
 from dynalora.lab.run_folder import RunFolder
 
@@ -104,13 +98,21 @@ def _reading(result: LinearModelResult) -> str:
 
 
 def _verdict(result: LinearModelResult) -> str:
-    parts = [
-        f"{NAMES[row.method]} ends {100 * row.excess:+.2f} % from "
-        f"{'Bayes' if row.tolerance == BAYES_TOLERANCE else 'the best fixed correction'}"
-        + ("" if row.reached else f" (not within {100 * row.tolerance:.0f} %: train longer)")
-        for row in result.rows
-    ]
-    return "; ".join(parts) + "."
+    """What a fixed update and what a gated one got to, beside the least that each can."""
+    ends = {NAMES[row.method]: f"{row.losses.mixture:.4g}" for row in result.rows}
+    gated = ends.pop(NAMES[DISEL])
+    text = (
+        f"No fixed update can have an error below {result.fixed.mixture:.4g} on the mixture: "
+        + " and ".join(f"{name} ends at {error}" for name, error in ends.items())
+        + f". {NAMES[DISEL]}'s gate ends at {gated}, where {result.bayes.mixture:.4g} is the least that is possible."
+    )
+    short = [row for row in result.rows if not row.reached]
+    for row in short:
+        text += (
+            f" {NAMES[row.method]} is {100 * row.excess:+.2f} % from its optimum, not within "
+            f"{100 * row.tolerance:.0f} %: train longer."
+        )
+    return text
 
 
 def _plain(result: LinearModelResult) -> dict[str, Any]:
