@@ -18,6 +18,7 @@ from dynalora.common.files import file_beside, why_not_written, write_file
 from dynalora.errors import ConfigError, DynaloraError
 from dynalora.jobs.landscape.settings import LandscapeSpec
 from dynalora.lab.run_folder import RunFolder
+from dynalora.lab.settings import read_yaml
 from tests.unit import tiny
 from tests.unit.program import Program
 
@@ -81,6 +82,17 @@ class TestFiles:
         assert why_not_written(tmp_path / "file", folder=True) == "exists already"
         assert "is a file" in str(why_not_written(tmp_path / "file" / "x" / "y"))
         assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+    def test_names_that_are_no_text(self, tmp_path: Path) -> None:
+        name = os.path.join(tmp_path, os.fsdecode(b"caf\xe9"))
+        assert "not UTF-8" in str(why_not_written(name))
+        assert "not UTF-8" in str(why_not_written(os.path.join(name, "deep"), folder=True))
+
+    @pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs a device without end")
+    def test_settings_without_end(self) -> None:
+        with pytest.raises(ConfigError, match="more than 1000000 characters"):
+            read_yaml("/dev/zero")
 
     @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place that root cannot write either")
     def test_a_place_where_nobody_can_write(self) -> None:
@@ -161,6 +173,7 @@ class TestTheMachine:
             assert of_the_machine(error) is None
         assert of_the_machine(DynaloraError("There is no room left on the disk (os error 28)")) is None
         assert "permission" in str(of_the_machine(PermissionError(13, "Permission denied", "/x")))
+        assert "ulimit" in str(of_the_machine(OSError(24, "Too many open files", "/x")))
         assert "memory" in str(of_the_machine(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")))
         wrapped = ValueError("could not save")
         wrapped.__cause__ = OSError(28, "No space left on device", "/x")

@@ -4,11 +4,13 @@ import csv
 import dataclasses
 import importlib
 import inspect
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -535,3 +537,62 @@ def test_snapshot_of_gates_from_the_command_line(folder: Path, rows: Path, tmp_p
     assert "needs calibrate" in alone.err
     static = str(saved_adapter("dira", folder, tmp_path / "static"))
     assert "no adapter with gates" in program("export", static, "x", "--calibrate", str(rows)).err
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run the program with other standard streams than it has; the exit code."""
+
+    def run(*arguments: str, **given: Any) -> int:
+        for name, stream in given.items():
+            monkeypatch.setattr(sys, name, stream)
+        monkeypatch.setattr(sys, "argv", ["dynalora", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main.main()
+        return int(end.value.code or 0)
+
+    return run
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])
+def test_letters_that_an_encoding_lacks_are_written_as_numbers(
+    encoding: str, streams: Callable[..., int], program: Program
+) -> None:
+    screen, complaints = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    assert streams("finetune", "--help", stdout=screen) == 0
+    assert streams("export", "nothing \u2026 here", "out", stderr=complaints) == 2
+    screen.flush()
+    complaints.flush()
+    assert b"--method" in screen.buffer.getvalue()  # type: ignore[attr-defined]
+    assert b"nothing \\u2026 here" in complaints.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_without_standard_error_the_program_ends_as_with_it(streams: Callable[..., int], program: Program) -> None:
+    assert streams("finetune", "--nothing-of-this-name", stderr=None) == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_help_page_for_a_full_disk(streams: Callable[..., int], program: Program) -> None:
+    with open("/dev/full", "w", encoding="utf-8", buffering=1) as full:
+        complaints = io.StringIO()
+        assert streams("--help", stdout=full, stderr=complaints) == 2
+        assert complaints.getvalue().startswith("Error: There is no room left")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+
+
+def test_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: Program) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    shown = program("export", "adapter", "out")
+    assert (shown.code, shown.err) == (
+        2,
+        "Error: The current folder does not exist any more; change to one that does.\n",
+    )
+    assert program("--version").code == 0
+
+
+def test_the_program_can_be_imported_from_where_it_starts() -> None:
+    assert main.app is app
+    with pytest.raises(AttributeError, match="nothing"):
+        main.nothing  # noqa: B018

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from dynalora.adapter import patterns
 from dynalora.adapter.layer import adapter_layers
 from dynalora.adapter.patterns import check_patterns
 from dynalora.errors import CheckpointError, ConfigError, DynaloraError
+from dynalora.lab.adapters import read_config
 from dynalora.methods.pedyra import adjustments
 from tests.unit import tiny
 
@@ -57,6 +59,12 @@ def changed(source: Path, target: Path, tensors: Callable[[Tensors], Tensors] | 
     state = tensors(dict(state)) if tensors else state
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, target / "adapter_model.safetensors")
     return target
+
+
+def stored(folder: Path) -> Path:
+    """A sound adapter."""
+    peft.get_peft_model(base(), dynalora.DiraConfig(r=3, target_modules=["q_proj"])).save_pretrained(folder)
+    return folder
 
 
 def last(state: Tensors, end: str) -> str:
@@ -190,6 +198,44 @@ def test_a_configuration_that_is_none(saved: Path, tmp_path: Path, text: bytes) 
             load()
         assert "\n" not in str(caught.value)
     assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/null"), reason="needs a device")
+@pytest.mark.parametrize("kind", ["device", "folder"])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_files_that_are_none_are_not_read(kind: str, name: str, tmp_path: Path) -> None:
+    """A pipe in their place would be waited for, and a device without end would fill the memory."""
+    stored(tmp_path / "x")
+    (tmp_path / "x" / name).unlink()
+    if kind == "device":
+        (tmp_path / "x" / name).symlink_to("/dev/null")
+    else:
+        (tmp_path / "x" / name).mkdir()
+    with pytest.raises(CheckpointError, match=f"{name} is no file but"):
+        peft.PeftModel.from_pretrained(base(), tmp_path / "x")
+    with pytest.raises(CheckpointError, match=f"{name} is no file but"):
+        read_config(tmp_path / "x")
+
+
+@pytest.mark.parametrize("gone", ["weights", "link"])
+def test_an_adapter_without_its_weights(gone: str, tmp_path: Path) -> None:
+    stored(tmp_path / "x")
+    (tmp_path / "x" / "adapter_model.safetensors").unlink()
+    if gone == "link":
+        (tmp_path / "x" / "adapter_model.safetensors").symlink_to("nowhere")
+    model = base()
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors"):
+        peft.PeftModel.from_pretrained(model, tmp_path / "x")
+    assert not adapter_layers(model)
+
+
+def test_a_configuration_that_is_none_beside_weights_that_are_none(tmp_path: Path) -> None:
+    stored(tmp_path / "x")
+    (tmp_path / "x" / "adapter_model.safetensors").write_bytes(b"PK")
+    with (tmp_path / "x" / "adapter_config.json").open("a") as file:
+        file.write(',"r": 3}')
+    with pytest.raises(CheckpointError, match="not readable as JSON"):
+        peft.PeftModel.from_pretrained(base(), tmp_path / "x")
 
 
 def test_settings_of_a_newer_version_are_named(saved: Path, tmp_path: Path) -> None:

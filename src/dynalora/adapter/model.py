@@ -15,6 +15,7 @@ from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
+    CONFIG_NAME,
     SAFETENSORS_WEIGHTS_NAME,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
@@ -399,7 +400,7 @@ def _take_back(model: nn.Module, adapter: str) -> None:
             setattr(model.get_submodule(owner), last, layer.base_layer)
 
 
-def _withdraw(model: PeftModel, adapter: str, error: Exception) -> Exception:
+def _withdraw(model: PeftModel, adapter: str, folder: str, error: Exception) -> Exception:
     """After a load that failed, take away the adapter that was made for it; returns the error to raise."""
     config = model.peft_config.get(adapter)
     if not isinstance(config, AdapterConfig):
@@ -415,6 +416,8 @@ def _withdraw(model: PeftModel, adapter: str, error: Exception) -> Exception:
             base = tuner.unload()
             for trace in ("peft_config", "_hf_peft_config_loaded"):
                 base.__dict__.pop(trace, None)
+    if os.path.isdir(folder) and not os.path.exists(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)):
+        return CheckpointError(f"the adapter in {folder} has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter again.")
     if isinstance(error, KeyError):  # PEFT's, of a module that was trained in full
         return CheckpointError(f"the saved adapter lacks the tensor {first_line(error)!r}; use another copy of it.")
     return error
@@ -431,14 +434,21 @@ def _unwrap_unused(model: nn.Module) -> None:
 
 
 def _tell_of_unread_method(folder: str) -> None:
-    """Say what is wrong with the configuration of an adapter whose weights are of one of our methods."""
+    """Say what is wrong with the configuration of an adapter if its weights, or it, name one of our methods."""
     weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
     kinds = [kind.method for kind in PEFT_TYPE_TO_CONFIG_MAPPING.values() if issubclass(kind, AdapterConfig)]
+    config = os.path.join(folder, CONFIG_NAME)
+    text = b""
+    if os.path.isfile(config):
+        with open(config, "rb") as opened:
+            text = opened.read(1 << 20)
     try:
         names = list(read_shapes(weights))
     except CheckpointError:
-        return
-    if any(f".{kind}_" in name for name in names for kind in kinds):
+        names = []
+    if any(f".{kind}_" in name for name in names for kind in kinds) or any(
+        f'"{kind.upper()}"'.encode() in text for kind in kinds
+    ):
         check_known(folder)
 
 

@@ -93,6 +93,7 @@ def read_shapes(weights: str) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: The file is truncated or damaged.
     """
+    _check_regular(weights)
     try:
         with safe_open(weights, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -218,9 +219,18 @@ def _same_weight(place: torch.Tensor, tensor: torch.Tensor) -> bool:
     return place.is_meta or torch.equal(place.to(dtype), tensor.to(place.device, dtype))
 
 
+def _check_regular(file: str) -> None:
+    """Refuse what has no end, or nobody writes to: reading a device or a pipe would take all memory, or for ever."""
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise CheckpointError(
+            f"{file} is no file but a folder, a pipe or a device; restore it from another copy of the adapter."
+        )
+
+
 def _read_config(file: str) -> dict[str, Any] | None:
     if not os.path.lexists(file):
         return None
+    _check_regular(file)
     try:
         with open(file, encoding="utf-8") as opened:
             content = json.load(opened)

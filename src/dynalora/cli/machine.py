@@ -46,7 +46,9 @@ def _reason(error: BaseException) -> str | None:
         return f"There is no room left on the disk to write {place}; make room"
     if isinstance(error, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{place} cannot be read or written ({error.strerror}); give another place, or the permission"
-    if isinstance(error, OSError) and number in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE):
+    if isinstance(error, OSError) and number in (errno.EMFILE, errno.ENFILE):
+        return f"{place} cannot be opened ({error.strerror}); allow more open files (ulimit -n), or close some"
+    if isinstance(error, OSError) and number in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP):
         return f"{place} cannot be opened ({error.strerror}); give another place"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from typing import Any
 
 from dynalora.common.extras import require
 from dynalora.errors import UnsupportedError
@@ -24,6 +25,15 @@ def main() -> None:
     from dynalora.cli.program import run  # needs those packages
 
     run()
+
+
+def __getattr__(name: str) -> Any:
+    """`app`, the program as typer has it, for who runs commands from Python; made when it is asked for."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dynalora.cli.program import app
+
+    return app
 
 
 if __name__ == "__main__":

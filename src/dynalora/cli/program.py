@@ -42,6 +42,10 @@ def _callback(name: str, command: Command) -> Callable[..., None]:
             raise DynaloraError(in_flags(str(error), command.settings, sys.argv[2:])) from error
 
     def start(config: Path | None, flags: dict[str, Any]) -> None:
+        try:
+            os.getcwd()
+        except OSError as error:
+            raise MachineError("The current folder does not exist any more; change to one that does.") from error
         spec = settings_of(command.settings, config, flags)
         importlib.import_module("dynalora").register_methods()  # the package has left it to this program
         module, _, function = command.job.partition(":")
@@ -114,6 +118,11 @@ def run() -> None:
         code = 2
     except _USAGE_ERROR as error:
         _complain_of_usage(error)
+        code = 2
+    except OSError as error:  # such as of a help page that goes to a full disk
+        if (reason := of_the_machine(error)) is None:
+            raise
+        complain(f"Error: {reason}.")
         code = 2
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -28,8 +29,14 @@ def complain(message: str, *, style: str = "bold red") -> None:
 def quiet() -> None:
     """Show the user dynalora's own warnings, one line each, and no one else's chatter.
 
-    Progress bars of other libraries are left on in a terminal and switched off in a pipe, where they are garbage.
+    Letters that a stream's encoding lacks are written as their numbers, as Python does on standard error. Progress
+    bars of other libraries are left on in a terminal and switched off in a pipe, where they are garbage.
     """
+    if sys.stderr is None:  # closed by who started the program; libraries write there without asking
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category, module=rf"({'|'.join(_OTHERS)})(\.|$)")
     warnings.showwarning = _one_line

@@ -64,9 +64,12 @@ def why_no_place(folder: str | os.PathLike[str]) -> str | None:
 def _why_no_name(path: Path) -> str | None:
     """Why nothing can be called so, whether or not it is there."""
     try:
+        str(path).encode()
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except UnicodeEncodeError:  # libraries that write files there take nothing else
+        return "has bytes in its name that are not UTF-8"
     except ValueError:  # a null character
         return "cannot be the name of a file"
     except OSError as error:

@@ -22,7 +22,7 @@ from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners._buffer_dict import BufferDict as BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
-from peft.utils import load_peft_weights
+from peft.utils import CONFIG_NAME, load_peft_weights
 from peft.utils.peft_types import PeftType
 from torch import nn
 from torch.autograd import forward_ad
@@ -130,11 +130,12 @@ def extend_model_cards(written: Callable[[PeftModel, str], None], uploading: Cal
     setattr(PeftModel, "_upload_modified_files", upload_modified_files)  # noqa: B010
 
 
-def after_failed_load(told: Callable[[PeftModel, str, Exception], Exception]) -> None:
+def after_failed_load(told: Callable[[PeftModel, str, str, Exception], Exception]) -> None:
     """Have a function called when `PeftModel.load_adapter` fails, which `from_pretrained` goes through, too.
 
-    It gets the model, the adapter's name and the error, and returns the error to raise. PEFT makes the adapter before
-    it reads the weights, and has no hook for taking it away again. A second call changes nothing.
+    It gets the model, the adapter's name, the folder that it was to come from and the error, and returns the error to
+    raise. PEFT makes the adapter before it reads the weights, and has no hook for taking it away again. A second call
+    changes nothing.
     """
     load: Any = PeftModel.load_adapter
     if hasattr(load, "extended_by_dynalora"):
@@ -145,7 +146,8 @@ def after_failed_load(told: Callable[[PeftModel, str, Exception], Exception]) ->
         try:
             return load(self, model_id, adapter_name, *args, **kwargs)
         except Exception as error:
-            raised = told(self, adapter_name, error)
+            folder = os.path.join(model_id, kwargs.get("subfolder") or "")
+            raised = told(self, adapter_name, folder, error)
             if raised is error:
                 raise
             raise raised from error
@@ -167,6 +169,9 @@ def after_unread_method(told: Callable[[str], None]) -> None:
     @functools.wraps(read)
     def _get_peft_type(cls: Any, model_id: str, **kwargs: Any) -> Any:
         folder = os.path.join(model_id, kwargs.get("subfolder") or "")
+        config = os.path.join(folder, CONFIG_NAME)
+        if os.path.exists(config) and not os.path.isfile(config):
+            told(folder)  # PEFT would wait for a pipe, or read a device without end
         try:
             kind = read(cls, model_id, **kwargs)
             known = kind in PEFT_TYPE_TO_CONFIG_MAPPING

@@ -308,6 +308,10 @@ def _first_sentence(text: str) -> str:
     return re.split(r"(?<=\.)\s+(?=[A-Z`])", text, maxsplit=1)[0]
 
 
+_LONGEST = 10**6
+"""Characters of a settings file; it may be a device that has no end."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's plain values, where a name that stands twice is an error: YAML itself takes the last, in silence."""
 
@@ -329,7 +333,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path)
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+        with open(file, encoding="utf-8") as opened:
+            text = opened.read(_LONGEST + 1)
+        content = yaml.load(text, Loader=_Loader) if len(text) <= _LONGEST else None
     except OSError as error:
         raise ConfigError(f"The settings file '{file}' cannot be read ({error.strerror or error}).") from error
     except UnicodeDecodeError as error:
@@ -339,6 +345,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         where = f", line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or "it cannot be parsed"
         raise ConfigError(f"The settings file '{file}'{where} is not valid YAML ({problem}).") from None
+    if len(text) > _LONGEST:
+        raise ConfigError(f"The settings file '{file}' has more than {_LONGEST} characters; give a file of settings.")
     if content is None:
         return {}
     if not isinstance(content, dict):
