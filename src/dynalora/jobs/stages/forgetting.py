@@ -162,8 +162,9 @@ class _Forgetting(Experiment[Stage]):
         return f"Forgetting with {self.spec.method.lower()}: {names}"
 
     def summary(self) -> str:
-        parts = [f"{mean_line(_records(self.results, stage, 'a'))} after {TITLES[stage]}" for stage in STAGES]
-        return f"{self.names['a']}: {'; '.join(parts)}."
+        first, then, again = (mean_line(_records(self.results, stage, "a")) for stage in STAGES)
+        a, b = self.names["a"], self.names["b"]
+        return f"{a} once it was learned: {first}. After learning {b}: {then}. After learning {a} again: {again}."
 
     def closing_tables(self) -> list[Table]:
         return [stage_table(self.results, self.spec)]
