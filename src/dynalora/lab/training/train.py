@@ -32,10 +32,11 @@ from transformers import (
     set_seed,
 )
 
+from dynalora.adapter.config import AdapterConfig
 from dynalora.common.attention import attention_over_padding
 from dynalora.common.names import IGNORED_LABEL
 from dynalora.common.private import take_off_trainers_autocast
-from dynalora.errors import ConfigError, DataError, TrainingError
+from dynalora.errors import ConfigError, DataError, DynaloraError, TrainingError
 from dynalora.evaluation.generation import padding_id
 from dynalora.evaluation.scoring import answer_loss
 from dynalora.evaluation.seq2seq import Seq2SeqCollator, is_encoder_decoder
@@ -133,6 +134,19 @@ def takes_last_logits(model: nn.Module) -> bool:
     return further and {"logits_to_keep", "position_ids"} <= set(accepted)
 
 
+def _adapted(model: Any, config: peft.PeftConfig) -> Any:
+    """The model with an adapter; what PEFT says of settings of its own methods is said in a sentence."""
+    try:
+        return peft.get_peft_model(model, config)
+    except DynaloraError:
+        raise
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        if isinstance(config, AdapterConfig):
+            raise
+        said = " ".join(str(error).split())
+        raise ConfigError(f"PEFT does not take these settings of {type(config).__name__}: {said}") from error
+
+
 def train_adapter(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -192,7 +206,7 @@ def train_adapter(
     set_seed(settings.seed)
     caching = getattr(model.config, "use_cache", None)
     prepare_start(model, config, tokenizer)
-    adapted: Any = model if config is None else peft.get_peft_model(model, config)
+    adapted: Any = model if config is None else _adapted(model, config)
     if config is not None:
         finish_start(adapted, tokenizer)
     if not isinstance(adapted, peft.PeftModel):
