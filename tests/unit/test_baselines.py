@@ -472,6 +472,6 @@ def test_other_loras_begin_as_peft_lets_them() -> None:
 @pytest.mark.parametrize("option", [{"init_lora_weights": "foo"}, {"rank_pattern": 3}], ids=str)
 def test_settings_that_peft_does_not_take_are_told_in_a_sentence(option: Any) -> None:
     tokenizer, rows = tokenized()
-    config = adapter_config("lora", r=2, target_modules=["q_proj"], **option)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **option)
     with pytest.raises(ConfigError, match="PEFT does not take these settings of LoraConfig: "):
         train_adapter(tiny.model(len(tokenizer)), tokenizer, config, rows)
