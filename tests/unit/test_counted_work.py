@@ -109,8 +109,8 @@ METHODS = {
     # The gates' rows meet the input together with `down`; sum, sigmoid and product per layer, and their gradients.
     "disel": (dynalora.DiselConfig, {}, Work((7, 11), GATED, (0, 0), (17, 31), X + 12 * N)),
     "dira with gates": (dynalora.DiraConfig, {"gates": True}, Work((7, 11), GATED, (0, 0), (17, 31), X + 12 * N)),
-    # Frozen components take part in the products, but get no gradient; narrow activations are kept before and behind d.
-    "milora": (dynalora.MiloraConfig, {}, Work((7, 11), FROZEN, (0, 0), (23, 23), X + 12 * N + 3 * 4 * 2 * RANK)),
+    # Frozen components take part in the products, but get no gradient.
+    "milora": (dynalora.MiloraConfig, {}, Work((7, 11), FROZEN, (0, 0), (23, 23), X + 6 * N + 3 * 4 * 2 * RANK)),
     "dislora": (
         dynalora.DisloraConfig,
         {"ortho_weight": 1e-5},

@@ -139,7 +139,9 @@ def test_three_projections_save_their_input_once(calls: list[int], monkeypatch: 
     assert len({tensor.untyped_storage().data_ptr() for tensor in saved()}) == 4
 
 
-@pytest.mark.parametrize("config", [dynalora.DiraConfig, dynalora.DiselConfig, dynalora.DisloraConfig])
+@pytest.mark.parametrize(
+    "config", [dynalora.DiraConfig, dynalora.DiselConfig, dynalora.DisloraConfig, dynalora.MiloraConfig]
+)
 def test_gradients_of_gradients(config: type, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = adapted(config, r=2).double(), x_of(dtype=torch.float64)
 

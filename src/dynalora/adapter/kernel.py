@@ -48,9 +48,7 @@ class _AddLowRankInPlace(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_m = scaled_product(flat, up, ctx.scaling).to(ctx.m_dtype).view(ctx.m_shape)
         if ctx.needs_input_grad[2]:
-            # In this order the product runs along the rows of the wide matrix: half the time on a CPU.
-            rows = scaled_product(narrow[:, : ctx.trained].t(), flat, ctx.scaling)
-            grad_up = rows.t().to(ctx.up_dtype, memory_format=torch.contiguous_format)
+            grad_up = gradient_of_columns(narrow[:, : ctx.trained], flat, ctx.scaling, ctx.up_dtype)
         return grad, grad_m, grad_up, None, None
 
 
@@ -59,6 +57,13 @@ def scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> t
     if torch.is_grad_enabled():
         return left @ right * scaling
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)  # what is times 0 is not read
+
+
+def gradient_of_columns(m: torch.Tensor, grad: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:
+    """The gradient of `up` in `scaling · m @ up.T`, (out, r), from that of the result, (tokens, out)."""
+    # In this order the product runs along the rows of the wide matrix: half the time on a CPU.
+    rows = scaled_product(m.t(), grad, scaling)
+    return rows.t().to(dtype, memory_format=torch.contiguous_format)
 
 
 def cast_sides(

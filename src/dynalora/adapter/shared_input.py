@@ -152,6 +152,7 @@ class _Multiply(torch.autograd.Function):
             first += layout.matrices
         narrows = narrow.split(sizes, dim=1) if layers > 1 else (narrow,)
         parts, kept = iter(tensors[layers + count :]), []
+        trains = {id(tensor) for tensor, needed in zip(tensors, ctx.needs_input_grad[4:], strict=True) if needed}
         for products, layout in zip(narrows, layouts, strict=True):
             if not layout.present:
                 middles.append(None)
@@ -160,9 +161,10 @@ class _Multiply(torch.autograd.Function):
             h, gates = update.split(products)
             m = update.pass_on(h, gates)
             middles.append(m)
-            kept += [products, m, gates]
+            behind_only = gates is None and update.diagonal is not None and id(update.diagonal) not in trains
+            kept += [None if behind_only else products, m, gates]
         ctx.save_for_backward(x, *tensors, *kept)
-        ctx.layouts, ctx.sizes = layouts, sizes
+        ctx.layouts, ctx.sizes, ctx.dtype = layouts, sizes, dtype
         return *results, *narrows
 
     @staticmethod
@@ -172,21 +174,25 @@ class _Multiply(torch.autograd.Function):
         layouts, needed = ctx.layouts, ctx.needs_input_grad[4:]
         layers, count = len(layouts), sum(layout.matrices for layout in layouts)
         weights, matrices, tensors = tensors[:layers], tensors[layers : layers + count], tensors[layers + count :]
-        place, of_parts = layers + count, []
+        place, first, of_parts = layers + count, 0, []
         parts, kept = iter(tensors[: len(needed) - place]), iter(tensors[len(needed) - place :])
         wide, narrows = grads[:layers], list(grads[layers:])
         for index, layout in enumerate(layouts):
-            if layout.present:
-                end = place + sum(layout.present)
-                products, middle = next(kept), (next(kept), next(kept))
-                of_products, *of_update = update_gradients(
-                    wide[index], products, middle, layout.update(parts), needed[place:end]
-                )
-                # Nobody else has seen these products, unless the gradient itself is differentiated.
-                known = narrows[index]
-                narrows[index] = of_products if known is None else known if of_products is None else known + of_products
-                of_parts += of_update
-                place = end
+            mine = matrices[first : first + layout.matrices]
+            first += layout.matrices
+            if not layout.present:
+                continue
+            end = place + sum(layout.present)
+            products, middle = next(kept), (next(kept), next(kept))
+            if products is None and torch.is_grad_enabled():
+                products = nn.functional.linear(x.to(ctx.dtype), _stack(mine).to(ctx.dtype))
+            of_products, *of_update = update_gradients(
+                wide[index], products, middle, layout.update(parts), needed[place:end]
+            )
+            # Nobody else has seen these products, unless the gradient itself is differentiated.
+            narrows[index] = _sum(narrows[index], None if of_products is None else of_products.to(ctx.dtype))
+            of_parts += of_update
+            place = end
         narrow, grad_x = _joined(narrows, ctx.sizes), None
         if ctx.needs_input_grad[0]:
             for grad, weight in zip(wide, weights, strict=True):
@@ -200,6 +206,13 @@ class _Multiply(torch.autograd.Function):
 
 def _stack(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(tuple(matrices))
+
+
+def _sum(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    """The sum of two gradients; None counts as zero."""
+    if one is None or other is None:
+        return one if other is None else other
+    return one + other
 
 
 def _joined(grads: Sequence[torch.Tensor | None], sizes: Sequence[int]) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from typing import NamedTuple, cast
 
 import torch
 
-from dynalora.adapter.kernel import cast_sides, scaled_product
+from dynalora.adapter.kernel import cast_sides, gradient_of_columns, scaled_product
 
 
 class Update(NamedTuple):
@@ -61,7 +61,7 @@ class Update(NamedTuple):
 
 def update_gradients(
     grad: torch.Tensor | None,
-    products: torch.Tensor,
+    products: torch.Tensor | None,
     middle: tuple[torch.Tensor, torch.Tensor | None],
     update: Update,
     wanted: Sequence[bool],
@@ -70,7 +70,8 @@ def update_gradients(
 
     Args:
         grad: The gradient of the layer's result, (tokens, out).
-        products: The products with the adapter's matrices, (tokens, ·).
+        products: The products with the adapter's matrices, (tokens, ·). They may be None where nothing needs them: with
+            neither gates nor a diagonal that trains, and unless gradients are differentiated again.
         middle: What `update.pass_on` made of them, (tokens, r + k), and the gates or None.
         update: The update.
         wanted: Which of its tensors need a gradient.
@@ -82,24 +83,22 @@ def update_gradients(
     if grad is None:
         return None, *(None for _ in update.tensors)
     m, gates = middle
-    if torch.is_grad_enabled():  # so that it is known where they come from
+    h = products
+    if products is not None and torch.is_grad_enabled():  # so that second derivatives see how both were computed
         h, gates = update.split(products)
         m = update.pass_on(h, gates)
-    elif bias is None:
-        h = products
-    else:
+    elif products is not None and bias is not None:
         h = products[:, bias.shape[0] :]
     narrow, columns = cast_sides(m, up, frozen, grad.dtype)
     if wanted[0]:
-        # In this order the product runs along the rows of the wide matrix: half the time on a CPU.
-        rows = scaled_product(narrow[:, : up.shape[1]].t(), grad, update.scaling)
-        of_up = rows.t().to(up.dtype, memory_format=torch.contiguous_format)
+        of_up = gradient_of_columns(narrow[:, : up.shape[1]], grad, update.scaling, up.dtype)
     of_m = scaled_product(grad, columns, update.scaling).to(m.dtype)
     of_products = of_m if diagonal is None else of_m * diagonal
     if gates is None:
         if diagonal is not None and wanted[1 + (frozen is not None)]:
-            of_diagonal = (of_m * h).sum(0).to(diagonal.dtype)
+            of_diagonal = (of_m * cast(torch.Tensor, h)).sum(0).to(diagonal.dtype)
     else:
+        h = cast(torch.Tensor, h)
         of_gates = of_products * h
         of_products = of_products * gates
         if diagonal is not None and wanted[1 + (frozen is not None)]:
@@ -110,4 +109,4 @@ def update_gradients(
         of_logits = of_logits if gate_scale == 1.0 else of_logits * gate_scale
         of_products = torch.cat([of_logits, of_products], dim=1)
     grads = ((up, of_up), (frozen, None), (diagonal, of_diagonal), (bias, of_bias))
-    return of_products.to(products.dtype), *(gradient for tensor, gradient in grads if tensor is not None)
+    return of_products, *(gradient for tensor, gradient in grads if tensor is not None)
