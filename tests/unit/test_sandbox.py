@@ -487,3 +487,92 @@ def test_wrong_programs_do_not_pass(attack: str) -> None:
     for end in ends:
         tests = f"import math\ndef check(f):\n  wanted = 51234\n  {end}\ncheck(f)"
         assert not judged(f"{ATTACKS[attack]}\ndef f(x): return E()", tests).passed, end
+
+
+# Programs that look for what their launcher will say of their end, say it themselves, and leave.
+LIES = {
+    "frames": """
+frame = sys._getframe()
+while frame:
+    for value in frame.f_locals.values():
+        said(value)
+    frame = frame.f_back
+""",
+    "stacks": """
+frame = sys._getframe()
+while frame:
+    for value in gc.get_referents(frame):
+        said(value)
+    frame = frame.f_back
+""",
+    "objects": """
+for each in gc.get_objects():
+    if isinstance(each, (dict, list, tuple)) and len(each) < 10:
+        said(each)
+""",
+    "the launcher's own functions": """
+write, leave = os.write, os._exit
+def told(handle, text):
+    frame = sys._getframe(1)
+    for value in (*frame.f_locals.values(), *gc.get_referents(frame)):
+        said(value)
+    leave(0)
+os.write = os._exit = json.dumps = told
+assert False
+""",
+    "a jump over the end": """
+frame = sys._getframe()
+while frame.f_code.co_name != "main":
+    frame = frame.f_back
+def jump(at, what, argument):
+    if at is frame and what == "line" and at.f_lineno > start:
+        for line in range(start, start - 6, -1):
+            try:
+                at.f_lineno = line
+                break
+            except ValueError:
+                pass
+    return jump
+start = frame.f_lineno
+frame.f_trace = jump
+sys.settrace(jump)
+assert False
+""",
+}
+
+SAID = """
+import gc, json, os, sys
+write = os.write
+def said(value, deep=2):
+    if isinstance(value, (dict, list, tuple)) and deep:
+        for each in value.values() if isinstance(value, dict) else value:
+            said(each, deep - 1)
+    elif isinstance(value, str) and len(value) == 32:
+        say(b'{"token": "' + value.encode() + b'"}\\n')
+    elif isinstance(value, bytes) and b"token" in value:
+        say(value)
+def say(text):
+    for handle in range(3, 12):
+        try:
+            write(handle, text)
+        except OSError:
+            pass
+"""
+
+
+@needs_walls
+@pytest.mark.parametrize("lie", LIES)
+def test_programs_do_not_find_the_word_that_says_that_they_passed(lie: str) -> None:
+    assert not run(f"{SAID}{LIES[lie]}\nos._exit(0)").passed
+    assert not judged(f"{SAID}{LIES[lie]}\nos._exit(0)", "f(2)").passed
+    later = "\n".join(f"    {line}" for line in LIES[lie].splitlines())
+    assert not judged(f"{SAID}\ndef f(x):\n{later}\n    os._exit(0)", "assert f(2) == 3").passed
+
+
+@needs_walls
+def test_the_process_of_a_program_with_tests_has_no_such_word() -> None:
+    for tests in ("f(2)", "pass", "try:\n  f(2)\nexcept Exception:\n  pass"):
+        for word in ("null", "0", '""', "[]"):
+            say = f"say(b'{{\"token\": {word}}}\\n')"
+            outcome = judged(f"{SAID}\ndef f(x):\n    {say}\n    os._exit(0)", tests)
+            assert outcome.passed is (tests == "pass"), outcome

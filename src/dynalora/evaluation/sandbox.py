@@ -12,7 +12,8 @@ Each program runs in a process of its own, an isolated Python interpreter in an 
 - no privilege, not even root's, no environment variables, no open files of the caller's.
 
 A program with tests of its own (`Program`) runs in one such process and the tests in another, which it cannot reach.
-What it returns comes there as plain values, so that nothing but right answers passes.
+What it returns comes there as plain values, so that nothing but right answers passes. A source alone shares its process
+with whatever tests stand in it, and could change them or step over them; give a `Program` where the verdict counts.
 
 The kernel enforces all of it; it takes Linux 5.13 or newer, on x86-64 or ARM64, with Landlock switched on (it is, in
 the usual distributions), and no privileges. Where that is missing, nothing runs, unless the caller asks for
@@ -109,7 +110,8 @@ class Outcome:
     """How a program ended.
 
     Attributes:
-        passed: Whether it ran to its end without an exception and without ending the process itself.
+        passed: Whether its tests, or a source alone, ran to their end without an exception and without ending the
+            process themselves.
         reason: Why not, in a few words: the exception, `"timed out"`, `"too much disk"`, or how the process died.
         seconds: Wall-clock time from the start of the program.
     """
@@ -125,7 +127,8 @@ def run_program(
     """Run a Python program in the sandbox.
 
     Args:
-        program: Its source; or its source and that of its tests, which then run in a process of their own.
+        program: Its source, which is only run: it may end well however it likes; or its source and that of its tests,
+            which then run in a process of their own and decide whether it passed.
         limits: What it may use; None: the defaults.
         weak: Run it even where the kernel cannot guarantee the walls.
         packages: Names of installed modules that it finds imported, such as `numpy`; the folder of their package
@@ -183,12 +186,15 @@ def _run(
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         if isinstance(program, str):
-            return _follow([stack.enter_context(_Guarded({**job, "program": program}, limits, None))], limits)
+            alone = _Guarded({**job, "program": program}, limits, None, believed=True)
+            return _follow([stack.enter_context(alone)], limits)
         one, other = socket.socketpair()
         with one, other:
             tests = {"program": "", "given": program.given, "tests": program.tests, "entries": [*program.entries]}
-            sides = [({**job, **tests}, one), ({**job, "program": program.solution}, other)]
-            guarded = [stack.enter_context(_Guarded(each, limits, line)) for each, line in sides]
+            guarded = [
+                stack.enter_context(_Guarded({**job, **tests}, limits, one, believed=True)),
+                stack.enter_context(_Guarded({**job, "program": program.solution}, limits, other, believed=False)),
+            ]
         return _follow(guarded, limits)
 
 
@@ -223,15 +229,22 @@ def _follow(guarded: Sequence[_Guarded], limits: Limits) -> Outcome | str:
 class _Guarded(contextlib.AbstractContextManager["_Guarded"]):
     """One process inside the walls, with a folder of its own; killed and cleaned up on leaving.
 
+    Args:
+        job: What it is to do.
+        limits: What it may use.
+        line: Its end of the connection between a program and its tests; None: a program alone.
+        believed: Whether it may say that it has passed. The process of a program with tests may not: no token is the
+            right one.
+
     Attributes:
         ready: Whether the walls are up.
         disk: What its files take.
     """
 
-    def __init__(self, job: dict[str, Any], limits: Limits, line: socket.socket | None) -> None:
+    def __init__(self, job: dict[str, Any], limits: Limits, line: socket.socket | None, *, believed: bool) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="dynalora-sandbox-", ignore_cleanup_errors=True)
         work = self._folder.name
-        self._token = secrets.token_hex(16)
+        self._token = secrets.token_hex(16) if believed else None
         self.ready, self._began = False, time.monotonic()
         self._said, self._result = b"", None  # type: tuple[bytes, Outcome | str | None]
         self.disk = Disk(work, limits.disk, limits.file_size)
@@ -288,7 +301,7 @@ def _receive(channel: socket.socket, disk: Disk | None) -> bytes:
     return piece
 
 
-def _verdict(said: bytes, token: str, code: int, ready: bool, seconds: float) -> Outcome | str:
+def _verdict(said: bytes, token: str | None, code: int, ready: bool, seconds: float) -> Outcome | str:
     messages: list[dict[str, Any]] = []
     for line in said.splitlines():
         # What the program itself may write there can be anything.
@@ -300,7 +313,7 @@ def _verdict(said: bytes, token: str, code: int, ready: bool, seconds: float) ->
         for message in messages:
             if "refused" in message:
                 return str(message["refused"])
-    if any(message.get("token") == token for message in messages) and code == 0:
+    if token is not None and code == 0 and any(message.get("token") == token for message in messages):
         return Outcome(True, "", seconds)
     for message in messages:
         if "error" in message:

@@ -4,6 +4,7 @@ Started as a script in a fresh, isolated interpreter (`python -I -S`), so it imp
 reads one JSON object from standard input, applies the limits, and says on standard output, a socket that only it still
 holds, how far it came: `ready` once locked up, and the caller's token once the program has run to its end. A program
 with tests has two such processes: one runs it and answers the calls of the tests, the other runs those to their end.
+Only the latter has a token.
 """
 
 from __future__ import annotations
@@ -295,7 +296,7 @@ def main() -> None:
     import traceback
 
     del encodings.idna, linecache
-    calls = _load(job["calls"]) if job["line"] is not None else None
+    calls: Any = _load(job["calls"]) if job["line"] is not None else None
     line = calls.Line(job["line"]) if calls is not None else None
     readable: list[str] = job["readable"]
     sys.path[:] = job["path"]
@@ -331,18 +332,25 @@ def main() -> None:
             return
         forbid_in_python(job["work"], readable)
     os.write(channel, b'{"ready": true}\n')
-    program, token = job["program"], job["token"]
+    program, words = job["program"], [json.dumps({"token": job.pop("token")}).encode() + b"\n"]
     checks = (job["given"], job["tests"], job["entries"]) if job["tests"] is not None else None
     job.clear()
     names = {"__name__": "__main__", "__builtins__": __builtins__}
-    try:
-        if calls is not None and checks is not None:
+
+    def ends() -> bool:
+        if checks is not None:
             calls.run_tests(*checks, line)
-        else:
-            exec(compile(program, "<generated>", "exec"), names)
-        if calls is not None and checks is None:
+            return True
+        exec(compile(program, "<generated>", "exec"), names)
+        if calls is not None:
             calls.serve(names, line)
             os._exit(0)
+        return True
+
+    try:
+        # Arguments are evaluated in order: while the program runs, its last words are on this frame's stack of values
+        # only, which no frame, no name and no list of objects shows to it. If it raises, they are lost with the stack.
+        os.write(channel, (words.pop(), ends())[0])
     except BaseException as error:
         # Memory may be what ran out: what is said about it is short, and saying it may fail.
         kind = type(error).__name__
@@ -354,7 +362,6 @@ def main() -> None:
             description = kind
         os.write(channel, json.dumps({"error": description[:500]}).encode() + b"\n")
         os._exit(1)
-    os.write(channel, json.dumps({"token": token}).encode() + b"\n")
     os._exit(0)
 
 
