@@ -421,6 +421,10 @@ def test_layers_pattern(row: Row) -> None:
     assert all(".h.0." in name for name in adapted_layers(model))
 
 
+class OwnAttention(nn.MultiheadAttention):
+    """Something of someone's, that may compute otherwise."""
+
+
 @every_method
 @pytest.mark.parametrize(
     ("build", "target"),
@@ -428,12 +432,13 @@ def test_layers_pattern(row: Row) -> None:
         (lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3)), "0"),
         (lambda: nn.Sequential(nn.EmbeddingBag(5, 4)), "0"),
         (lambda: nn.MultiheadAttention(8, 2), "out_proj"),
-        (lambda: nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}), "attention"),
+        (lambda: nn.ModuleDict({"attention": OwnAttention(8, 2)}), "attention"),
+        (lambda: nn.ModuleDict({"attention": OwnAttention(8, 2)}), "out_proj"),
     ],
-    ids=["transposed-convolution", "embedding-bag", "out_proj", "multihead-attention"],
+    ids=["transposed-convolution", "embedding-bag", "root", "own-attention", "its-out_proj"],
 )
 def test_what_cannot_be_adapted_is_named(row: Row, build: Any, target: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"'{target}'") as caught:
+    with pytest.raises(UnsupportedError, match=f"{target}'") as caught:
         peft.get_peft_model(build(), row.configure(MLP, target_modules=[target]))
     assert "exclude_modules" in one_sentence(caught.value)
 

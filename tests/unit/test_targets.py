@@ -33,11 +33,15 @@ def test_all_linear_for_a_second_adapter(row: Row) -> None:
     assert names(model, "third") == expected - {"q_proj"}
 
 
+class OwnAttention(nn.MultiheadAttention):
+    """Something of someone's, that may compute otherwise than torch's own, which is adapted."""
+
+
 class WithAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(8, 8)
-        self.attention = nn.MultiheadAttention(8, 2)
+        self.attention = OwnAttention(8, 2)
         self.gate = nn.Linear(8, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

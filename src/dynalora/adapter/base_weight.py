@@ -18,8 +18,9 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from dynalora.adapter.experts import ExpertMatrix
+from dynalora.adapter.attention import TakingPart
 from dynalora.adapter.layer_kinds import kind_of
+from dynalora.adapter.parts import PartMatrix
 from dynalora.common.devices import offloaded_weights
 from dynalora.common.private import features, in_pieces_of_zero
 from dynalora.common.processes import whole
@@ -33,10 +34,6 @@ IN_PIECES = (
 
 #: Parameters that torch.nn.utils computes a weight from, before every call of a layer.
 _COMPUTED_FROM = frozenset({"weight_orig", "weight_g", "weight_v"})
-
-
-class _TakingPart(torch.Tensor):
-    """A tensor that is asked before torch's functions compute with it."""
 
 
 class BaseWeight(BaseTunerLayer):
@@ -75,23 +72,22 @@ class BaseWeight(BaseTunerLayer):
     def weight(self) -> Any:
         """The base layer's weight.
 
-        In evaluation, `nn.TransformerEncoderLayer` computes with the weights of its layers and calls none of them. It
-        does not where one is a tensor that takes part in torch's functions, so it gets one while an adapter acts.
+        `nn.TransformerEncoderLayer` gets one that it does not compute with while an adapter acts; see `TakingPart`.
         """
         weight = super().weight
         merged = bool(self.merged_adapters) or self.disable_adapters
         if not self.read_by_owner or merged or not any(map(self.has_adapter, self.active_adapters)):
             return weight
-        return weight.as_subclass(_TakingPart)
+        return weight.as_subclass(TakingPart)
 
     @staticmethod
     def multiplies(base_layer: nn.Module) -> bool:
         """Whether a module is a linear layer that can be adapted: linear, GPT-2's `Conv1D`, or quantised."""
         if isinstance(base_layer, NonDynamicallyQuantizableLinear):
-            return False  # nn.MultiheadAttention reads its weight and never calls it
+            return False  # its owner, a kind of nn.MultiheadAttention, reads its weight and never calls it
         if "router" in type(base_layer).__name__.lower() and type(base_layer).forward is not nn.Linear.forward:
             return False  # a mixture's, which gives scores beside its product (Llama 4, PhiMoE)
-        if isinstance(base_layer, (nn.Linear, Conv1D, ExpertMatrix)):
+        if isinstance(base_layer, (nn.Linear, Conv1D, PartMatrix)):
             return True
         backend = quantization_of(base_layer)
         return backend is not None and backend.layer_type == "linear"

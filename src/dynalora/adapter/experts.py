@@ -13,11 +13,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
+from dynalora.adapter.parts import Parted, PartMatrix, acts
 from dynalora.common.processes import process_count
 from dynalora.errors import UnsupportedError
 
@@ -29,8 +30,8 @@ _LAYERS = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj"
 FUSED = tuple(_LAYERS)
 
 
-class ExpertMatrix(nn.Module):
-    """One expert's matrix in a fused parameter, as a linear layer.
+class ExpertMatrix(PartMatrix):
+    """One expert's matrix in a fused parameter, as a linear layer, without its bias.
 
     Attributes:
         parameter_name: The parameter.
@@ -38,35 +39,17 @@ class ExpertMatrix(nn.Module):
     """
 
     def __init__(self, experts: nn.Module, parameter_name: str, index: int) -> None:
-        super().__init__()
-        self._owner = (experts,)  # in a tuple, so that it is no submodule
+        super().__init__(experts)
         self.parameter_name = parameter_name
         self.index = index
 
     @property
     def weight(self) -> torch.Tensor:
         """The expert's part of the parameter, (out, in): a view."""
-        experts = self._owner[0]
         # Not by its name, under which the experts' code may find the lists of layers just now.
-        parameter = experts._parameters[self.parameter_name]
-        assert parameter is not None
-        matrix = parameter[self.index]
-        return matrix.t() if getattr(experts, "is_transposed", False) else matrix
-
-    # As PEFT reads the sizes of layers of other libraries.
-    @property
-    def input_size(self) -> int:
-        """Numbers of an input."""
-        return self.weight.shape[1]
-
-    @property
-    def output_size(self) -> int:
-        """Numbers of an output."""
-        return self.weight.shape[0]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The expert's product, without its bias: x (…, in) → (…, out)."""
-        return nn.functional.linear(x, self.weight)
+        parameter = self.owner._parameters[self.parameter_name]
+        matrix: torch.Tensor = parameter[self.index]
+        return matrix.t() if getattr(self.owner, "is_transposed", False) else matrix
 
     def extra_repr(self) -> str:
         """Parameter and expert, for `print(model)`."""
@@ -77,16 +60,8 @@ class ExpertList(nn.ModuleList):
     """The matrices of a fused parameter, one for each expert, adapted or not."""
 
 
-class AdaptedExperts(nn.Module):
-    """A module of experts, of which some parameters are adapted; the lists are called what the parameters are.
-
-    Attributes:
-        base_layer: The module of experts, left as it is.
-    """
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+class AdaptedExperts(Parted):
+    """A module of experts, of which some parameters are adapted; the lists are called what the parameters are."""
 
     def adapt(self, parameter_name: str) -> None:
         """Make the layers of a fused parameter, for adapters to wrap."""
@@ -99,15 +74,14 @@ class AdaptedExperts(nn.Module):
         """The lists of layers by parameter."""
         return {name: module for name, module in self._modules.items() if isinstance(module, ExpertList)}
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)  # what else is asked of the experts
+    def parts(self) -> Iterator[nn.Module]:
+        """The layers of all experts."""
+        for layers in self.lists().values():
+            yield from layers
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the experts compute, with the adapters of each; arguments and result are the experts' own."""
-        acting = {name: layers for name, layers in self.lists().items() if any(map(_acts, layers))}
+        acting = {name: layers for name, layers in self.lists().items() if any(map(acts, layers))}
         if not acting:
             return self.base_layer(*args, **kwargs)
         result = self._one_by_one(acting, *args, **kwargs)
@@ -123,23 +97,6 @@ class AdaptedExperts(nn.Module):
         forward: Callable[..., Any] = inspect.unwrap(type(self.base_layer).forward)
         with _in_place_of_parameters(self.base_layer, acting):
             return forward(self.base_layer, *args, **kwargs)
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """The module of experts alone, with its adapters merged if wanted; as PEFT's layers have it."""
-        for layers in self.lists().values() if merge else ():
-            for layer in layers:
-                if not isinstance(layer, ExpertMatrix):
-                    cast(Any, layer).merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        return self.base_layer
-
-
-def _acts(layer: Any) -> bool:
-    """Whether a layer computes something else than its base layer."""
-    if isinstance(layer, ExpertMatrix):
-        return False
-    return bool(not layer.disable_adapters and not layer.merged and any(map(layer.has_adapter, layer.active_adapters)))
 
 
 @contextmanager

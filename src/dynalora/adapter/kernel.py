@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynalora.adapter.experts import ExpertMatrix
+from dynalora.adapter.parts import PartMatrix
 from dynalora.common.private import has_forward_hooks, is_observed, is_replaced, transforming, view_base
 
 #: Data types that autocast casts.
@@ -155,7 +155,7 @@ def few_tokens(x: torch.Tensor, rank: int, base_layer: nn.Module) -> bool:
     """
     return (
         x.numel() <= 2 * rank * x.shape[-1]
-        and type(base_layer) in (nn.Linear, ExpertMatrix)
+        and (type(base_layer) is nn.Linear or isinstance(base_layer, PartMatrix))
         and not has_forward_hooks(base_layer)
         and not torch.is_autocast_enabled(x.device.type)
         and not transforming()
@@ -268,12 +268,12 @@ def add_low_rank(
 def may_overwrite(base_layer: nn.Module) -> bool:
     """Whether nobody but the adapter sees this layer's result, so that it may be updated in place.
 
-    True for a plain `nn.Linear`, or an expert's matrix, without hooks: its backward does not need its result. Other
-    layers may keep theirs, forward hooks may have stored it, and full backward hooks see the gradient of what the layer
-    returned. Code that is compiled, traced or transformed is given functional operations.
+    True for a plain `nn.Linear`, or a matrix out of a parameter (`PartMatrix`), without hooks: its backward does not
+    need its result. Other layers may keep theirs, forward hooks may have stored it, and full backward hooks see the
+    gradient of what the layer returned. Code that is compiled, traced or transformed is given functional operations.
     """
     return (
-        type(base_layer) in (nn.Linear, ExpertMatrix)
+        (type(base_layer) is nn.Linear or isinstance(base_layer, PartMatrix))
         and not is_observed(base_layer)
         and not torch.compiler.is_compiling()
         and not transforming()

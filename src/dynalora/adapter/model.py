@@ -28,6 +28,7 @@ from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
 from dynalora.adapter.matching import GateRates
 from dynalora.adapter.method import Method
+from dynalora.adapter.parts import Parted, PartMatrix
 from dynalora.adapter.patterns import check_patterns
 from dynalora.adapter.ranks import fit
 from dynalora.adapter.retain import Retain
@@ -233,7 +234,9 @@ class AdapterModel(BaseTuner):
         tied = []
         for name, layer in adapter_layers(self.model).items():
             if any(map(layer.has_adapter, adapter_names or layer.active_adapters)):
-                sharing = owners.get(id(getattr(layer.get_base_layer(), "weight", None)), [])
+                base = layer.get_base_layer()
+                weight = None if isinstance(base, PartMatrix) else getattr(base, "weight", None)  # its owner has it
+                sharing = owners.get(id(weight), [])
                 others = [owner for owner in sharing if owner != f"{name}.base_layer"]
                 if others:
                     tied.append((layer, others))
@@ -398,6 +401,10 @@ def _take_back(model: nn.Module, adapter: str) -> None:
         if not layer.scaling:
             owner, _, last = name.rpartition(".")
             setattr(model.get_submodule(owner), last, layer.base_layer)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Parted) and not module.is_used():
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, module.base_layer)
 
 
 def _withdraw(model: PeftModel, adapter: str, folder: str, error: Exception) -> Exception:

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -14,6 +14,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
+from dynalora.adapter.attention import PROJECTIONS, AdaptedAttention, AttentionMatrix, is_attention
 from dynalora.adapter.base_weight import BaseWeight
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.experts import (
@@ -25,7 +26,9 @@ from dynalora.adapter.experts import (
     layer_names,
     meant_parameters,
 )
+from dynalora.adapter.parts import Parted
 from dynalora.adapter.saved import HEADS
+from dynalora.common.devices import offloaded_weights
 from dynalora.common.private import resolve_all_linear
 from dynalora.errors import ConfigError, UnsupportedError
 
@@ -33,6 +36,7 @@ from dynalora.errors import ConfigError, UnsupportedError
 _EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 Check = Callable[[nn.Module, str], None]
+_P = TypeVar("_P", bound=Parted)
 
 
 class NothingToAdaptError(ConfigError, NoMatchingPeftModuleError):
@@ -139,7 +143,8 @@ def settle_targets(model: nn.Module, config: Any, check: Check) -> None:
         UnsupportedError: A module that is named cannot be adapted, or one that is meant is spread over processes.
         ConfigError: A module that is named cannot be adapted with these settings.
     """
-    experts = settle_experts(model, config, check)
+    experts = meant_experts(model, config, check)
+    attention = meant_attention(model, config, check)
     uncalled = uncalled_layers(model)
 
     def checked(name: str, module: nn.Module) -> None:
@@ -156,10 +161,12 @@ def settle_targets(model: nn.Module, config: Any, check: Check) -> None:
             if name and not name.startswith(inside) and is_target(model, config, name):
                 BaseWeight.check_whole(_base(module), name)
                 checked(name, module)
+        _place(model, experts, attention)
         return
     modules = dict(model.named_modules())
     resolved: Any = resolve_all_linear(config, model)
-    names = set(resolved.target_modules or ()) | _adapted(model)
+    apart = tuple(f"{name}." for name, module in modules.items() if is_attention(module))
+    names = {name for name in {*(resolved.target_modules or ()), *_adapted(model)} if not name.startswith(apart)}
     refused: dict[str, Exception] = {}
     for name in sorted(names):
         config.target_modules = {name}
@@ -170,7 +177,8 @@ def settle_targets(model: nn.Module, config: Any, check: Check) -> None:
             checked(name, modules[name])
         except (UnsupportedError, ConfigError) as error:
             refused[name] = error
-    config.target_modules = (names - refused.keys()) | experts
+    parameters = {f"{name}.{key}" for name, keys in experts.items() for key in keys}
+    config.target_modules = {*(names - refused.keys()), *parameters, *attention}
     if refused:
         some = ", ".join(map(repr, [*refused][:3])) + (", …" if len(refused) > 3 else "")
         warnings.warn(
@@ -178,6 +186,7 @@ def settle_targets(model: nn.Module, config: Any, check: Check) -> None:
             f"{next(iter(refused.values()))}",
             stacklevel=2,
         )
+    _place(model, experts, attention)
 
 
 def _base(module: nn.Module) -> nn.Module:
@@ -200,8 +209,8 @@ def _adapted(model: nn.Module) -> set[str]:
     }
 
 
-def settle_experts(model: nn.Module, config: Any, check: Check) -> set[str]:
-    """Put layers in the place of the fused parameters of experts that are meant, for adapters to wrap.
+def meant_experts(model: nn.Module, config: Any, check: Check) -> dict[str, list[str]]:
+    """The fused parameters of experts that are meant, checked, by the name of their module.
 
     Where experts are meant that cannot be adapted, a warning says so, since only their neighbours would train.
 
@@ -210,8 +219,6 @@ def settle_experts(model: nn.Module, config: Any, check: Check) -> set[str]:
         config: The configuration of the adapter to come; with `all-linear` it means all experts.
         check: As in `settle_targets`.
 
-    Returns:
-        The parameters that are meant, with the names of their modules.
     """
     adaptable = fused_experts(model)
     wanted: dict[str, list[str]] = {}
@@ -233,9 +240,9 @@ def settle_experts(model: nn.Module, config: Any, check: Check) -> set[str]:
                       f"the parameters {', '.join(fused)}, in a form that is not known; only the other layers that "
                       "match train")  # fmt: skip
                 break
-    for name, parameters in wanted.items():  # all are checked before anything is replaced
+    for name, parameters in wanted.items():
         for key in tuple(parameters):
-            expert = ExpertMatrix(_experts(model, name), key, 0)
+            expert = ExpertMatrix(_unparted(model, name), key, 0)
             BaseWeight.check_whole(expert, f"{name}.{key}")
             try:
                 check(expert, f"{name}.{key}.0")
@@ -244,32 +251,102 @@ def settle_experts(model: nn.Module, config: Any, check: Check) -> set[str]:
                     raise
                 parameters.remove(key)
                 _warn(f"target_modules='all-linear' leaves out {name}.{key}: {error}")
-    for name, parameters in wanted.items():
-        if not parameters:
+    return {name: parameters for name, parameters in wanted.items() if parameters}
+
+
+def meant_attention(model: nn.Module, config: Any, check: Check) -> list[str]:
+    """The modules of `nn.MultiheadAttention` of which projections are meant, checked.
+
+    Args:
+        model: The model.
+        config: The configuration of the adapter to come; with `all-linear` it means all of them.
+        check: As in `settle_targets`.
+    """
+    meant = []
+    for name, module in model.named_modules():
+        if not name or name.endswith(".base_layer") or not is_attention(module):
             continue
-        owner, _, last = name.rpartition(".")
-        adapted = model.get_submodule(name)
-        if not isinstance(adapted, AdaptedExperts):
-            adapted = AdaptedExperts(adapted)
-            setattr(model.get_submodule(owner), last, adapted)
+        attention = _unparted(model, name)
+        try:
+            for projection in _meant_projections(config, name):
+                matrix, place = AttentionMatrix(attention, projection), f"{name}.projections.{projection}"
+                BaseWeight.check_whole(matrix, place)
+                if offloaded_weights(attention):
+                    raise UnsupportedError(
+                        f"module {name!r} is an nn.MultiheadAttention whose weights are offloaded, where they cannot "
+                        "be read; load the base model without offloading, or leave it out with exclude_modules."
+                    )
+                if config.bias != "none":
+                    raise ConfigError(
+                        f"{type(config).__name__}: bias={config.bias!r} cannot train the biases of {name!r}, an "
+                        "nn.MultiheadAttention, which lie in one parameter; set bias='none', or leave it out with "
+                        "exclude_modules."
+                    )
+                check(matrix, place)
+        except (UnsupportedError, ConfigError) as error:
+            if not wants_all_linear(config):
+                raise
+            _warn(f"target_modules='all-linear' leaves out {name}: {error}")
+        else:
+            meant += [name] if _meant_projections(config, name) else []
+    return meant
+
+
+def _meant_projections(config: Any, name: str) -> tuple[str, ...]:
+    """The projections of an attention that are meant: all by the module's name, that of the output by its own."""
+    meant: tuple[str, ...]
+    if wants_all_linear(config):
+        meant = () if _excluded(config, name) else PROJECTIONS
+    elif check_target_module_exists(config, name):
+        meant = PROJECTIONS
+    else:
+        meant = ("out",) if _matches(config, name, "out_proj") else ()
+    left_out = {each for each in meant if _excluded(config, f"{name}.projections.{each}")}
+    left_out |= {"out"} if _excluded(config, f"{name}.out_proj") else set()
+    return tuple(each for each in meant if each not in left_out)
+
+
+def _place(model: nn.Module, experts: dict[str, list[str]], attention: list[str]) -> None:
+    """Put layers in the place of matrices that lie in parameters, for adapters to wrap."""
+    for name, parameters in experts.items():
+        adapted = _stand_around(model, name, AdaptedExperts)
         for key in parameters:
             adapted.adapt(key)
-    return {f"{name}.{key}" for name, parameters in wanted.items() for key in parameters}
+    for name in attention:
+        _stand_around(model, name, AdaptedAttention)
 
 
-def _experts(model: nn.Module, name: str) -> nn.Module:
+def _stand_around(model: nn.Module, name: str, kind: type[_P]) -> _P:
+    """What stands around a module, put there if need be."""
     module = model.get_submodule(name)
-    return module.base_layer if isinstance(module, AdaptedExperts) else module
+    if not isinstance(module, kind):
+        owner, _, last = name.rpartition(".")
+        module = kind(module)
+        setattr(model.get_submodule(owner), last, module)
+    return module
+
+
+def _unparted(model: nn.Module, name: str) -> nn.Module:
+    module = model.get_submodule(name)
+    return module.base_layer if isinstance(module, Parted) else module
 
 
 def is_target(model: nn.Module, config: Any, name: str) -> Any:
-    """Whether a module is meant, as PEFT's `check_target_module_exists` has it; experts are by their parameter."""
+    """Whether a module is meant, as PEFT's `check_target_module_exists` has it; experts are by their parameter.
+
+    An attention is not adapted as a whole, but the layers that stand for its projections are.
+    """
     owner, _, last = name.rpartition(".")
     lists, _, parameter = owner.rpartition(".")
-    if not last.isdigit() or not isinstance(experts := _submodule(model, lists), AdaptedExperts):
-        return not isinstance(_submodule(model, name), ExpertList) and check_target_module_exists(config, name)
-    fused = [parameter]
-    return bool(meant_parameters(fused, partial(_matches, config, lists))) and parameter in experts.lists()
+    parted, module = _submodule(model, lists), _submodule(model, name)
+    if isinstance(parted, AdaptedAttention) and parameter == "projections":
+        return last in _meant_projections(config, lists)
+    if last.isdigit() and isinstance(parted, AdaptedExperts):
+        fused = [parameter]
+        return bool(meant_parameters(fused, partial(_matches, config, lists))) and parameter in parted.lists()
+    if is_attention(module) or (owner and is_attention(_submodule(model, owner))):
+        return False
+    return not isinstance(module, ExpertList) and check_target_module_exists(config, name)
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
@@ -326,7 +403,8 @@ def describe_linear_layers(model: nn.Module) -> str:
     kinds: dict[str, int] = {}
     for name, module in model.named_modules():
         adapted = isinstance(module, BaseWeight) and module.layer_kind is None
-        if name and not name.endswith(".base_layer") and (adapted or BaseWeight.multiplies(module)):
+        linear = adapted or BaseWeight.multiplies(module) or is_attention(module)
+        if name and not name.endswith(".base_layer") and linear:
             kind = name.rpartition(".")[2]
             kinds[kind] = kinds.get(kind, 0) + 1
     if not kinds:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dynalora.adapter.attention import PROJECTIONS
 from dynalora.adapter.experts import FUSED, layer_names
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.ranks import fit
@@ -17,6 +18,7 @@ from dynalora.errors import UnsupportedError
 #: up (out, r), down (r, in) and the scaling.
 Factors = tuple[torch.Tensor, torch.Tensor, float]
 _EXPERT = re.compile(r"(.*\bexperts)\.(\w+)\.(\d+)")
+_ATTENTION = re.compile(rf"(.*)\.projections\.({'|'.join(PROJECTIONS)})")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,12 @@ def targets_of(
         if match := _EXPERT.fullmatch(key):
             owner, fused, index = match.groups()
             experts.setdefault(owner, {}).setdefault(fused, {})[int(index)] = factors[key]
+        elif match := _ATTENTION.fullmatch(key):
+            raise UnsupportedError(
+                f"cannot export {match[1]!r} as a plain LoRA: of an nn.MultiheadAttention, PEFT's LoRA adapts all "
+                "projections at once and adds the update of the output's twice, so it computes something else; keep "
+                "the adapter, or merge it with merge_and_unload()."
+            )
         elif layer.layer_kind is not None:
             tensors = layer.layer_kind.plain(key, down, up)
             targets[key] = Target(len(down), scaling, {f"{key}.{end}": part for end, part in tensors.items()})

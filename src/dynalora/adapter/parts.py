@@ -1,0 +1,93 @@
+"""Matrices that lie in the parameters of a module that never calls them as layers.
+
+A `PartMatrix` is a linear layer that reads its matrix out of such a parameter, so that adapters wrap it as they wrap
+any linear layer. `Parted` stands around the module, holds those layers, and computes with them what the module would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+
+class PartMatrix(nn.Module):
+    """A linear layer whose matrix is a part of another module's parameter; it has none of its own."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__()
+        self._owner = (owner,)  # in a tuple, so that it is no submodule
+
+    @property
+    def owner(self) -> Any:
+        """The module that has the parameter."""
+        return self._owner[0]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The matrix, (out, in): a view of the parameter."""
+        raise NotImplementedError
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """What is added to the product, (out), or None."""
+        return None
+
+    # As PEFT reads the sizes of layers of other libraries.
+    @property
+    def input_size(self) -> int:
+        """Numbers of an input."""
+        return self.weight.shape[1]
+
+    @property
+    def output_size(self) -> int:
+        """Numbers of an output."""
+        return self.weight.shape[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The product: x (…, in) → (…, out)."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class Parted(nn.Module):
+    """Stands around a module whose parameters hold matrices that are adapted.
+
+    Attributes:
+        base_layer: The module, left as it is.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)  # what else is asked of the module
+
+    def parts(self) -> Iterator[nn.Module]:
+        """The layers that stand for the matrices, adapted or not."""
+        raise NotImplementedError
+
+    def is_used(self) -> bool:
+        """Whether any part has an adapter."""
+        return not all(isinstance(layer, PartMatrix) for layer in self.parts())
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The module alone, with its adapters merged if wanted; as PEFT's layers have it."""
+        for layer in self.parts() if merge else ():
+            if not isinstance(layer, PartMatrix):
+                cast(Any, layer).merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.base_layer
+
+
+def acts(layer: Any) -> bool:
+    """Whether a part computes something else than its matrix alone."""
+    if isinstance(layer, PartMatrix):
+        return False
+    return bool(not layer.disable_adapters and not layer.merged and any(map(layer.has_adapter, layer.active_adapters)))
