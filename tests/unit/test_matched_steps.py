@@ -1,4 +1,4 @@
-"""Steps of `up` that follow what gates let through: what is measured, when, and that it is part of the adapter."""
+"""Steps of `up` that follow what a diagonal lets through: what is measured, when, and that the adapter keeps it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,14 @@ GATED = {
     "pedyra": (PedyraConfig, {"gates": True, "adjust_start": 2, "adjust_interval": 3, "adjust_end": 9}),
 }
 
+FOLLOWING = {
+    **GATED,
+    "pedyra without gates": (PedyraConfig, {"adjust_start": 2, "adjust_interval": 3, "adjust_end": 9}),
+}
+
 
 def adapted(method: str = "disel", *, seed: int = 0, **options: Any) -> Any:
-    config, usual = GATED[method]
+    config, usual = FOLLOWING[method]
     torch.manual_seed(seed)
     settings = {"r": 3, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM", "total_steps": 12}
     return peft.get_peft_model(LLAMA.build(), config(**{**settings, **usual, **options}))
@@ -154,14 +159,72 @@ def test_a_method_need_not_know_of_its_gates(method: str, monkeypatch: pytest.Mo
         assert (rules["gate_bias"].lr_multiplier, rules["gate_bias"].weight_decay) == (5.0, 0.0)
 
 
-def test_parts_act_gates_first() -> None:
+def test_without_gates_rates_are_those_of_the_diagonal_that_trains() -> None:
+    """2 / (√3·s·ρ) with ρ the root mean square of e at the step's forward passes, from 8 / s up."""
+    model = adapted("pedyra without gates", r=4, alpha=8, adjust_start=100, adjust_end=100, total_steps=200)
+    optimizer = torch.optim.Adam(trainable(model), lr=1e-3)
+    for number in range(1, 13):
+        before = [layer.parameter("e", "default").detach().double() for layer in layers_of(model)]
+        step(model, optimizer, number)
+        if due(number):
+            sizes = [float(e.square().mean().sqrt()) for e in before]
+        for size, multiple in zip(sizes, multiples(model), strict=True):
+            wanted = max(8 / 2, 2 / math.sqrt(3) / 2 * min(1 / size if size else math.inf, 32.0))
+            assert wanted / 2**0.251 < multiple < wanted * 2**0.251
+    with torch.no_grad():
+        for layer in layers_of(model):
+            layer.parameter("e", "default").fill_(3.0)
+    step(model, optimizer, 0)
+    step(model, optimizer, 1)
+    assert multiples(model) == [4.0] * 4
+
+
+def test_components_in_reserve_and_frozen_ones_do_not_count() -> None:
+    """Room for ranks to come is zero, and PiSSA's start stands beside with ones."""
+    for options in ({"max_rank": 6}, {"init_weights": "pissa"}):
+        model = adapted("pedyra without gates", **options)
+        with torch.no_grad():
+            for layer in layers_of(model):
+                layer.used("e", "default").fill_(0.05)
+                passed, whole = layer.let_through("default").tolist()
+                assert (passed, whole) == (pytest.approx(3 * 0.05**2), 3)
+
+
+def test_a_step_of_the_directions_is_as_long_as_loras() -> None:
+    """The change of ΔW by the first step that can turn `up`, in both with Adam at one rate."""
+    moved = []
+    for config in (peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"]), None):
+        torch.manual_seed(0)
+        model: Any = adapted("pedyra without gates") if config is None else peft.get_peft_model(LLAMA.build(), config)
+        if config is None:
+            for layer in layers_of(model):
+                layer.parameter("e", "default").data.fill_(0.04)
+        kinds = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+        before = [module.get_delta_weight("default").detach() for module in kinds.values()]
+        held = {
+            name: p.detach().clone()
+            for name, p in model.named_parameters()
+            if not any(u in name for u in ("_up", "lora_B"))
+        }
+        step(model, torch.optim.Adam(trainable(model), lr=1e-4), 0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in held:
+                    parameter.copy_(held[name])
+        changes = [m.get_delta_weight("default") - old for m, old in zip(kinds.values(), before, strict=True)]
+        moved.append([float(change.detach().norm()) for change in changes])
+    for lora, ours in zip(*moved, strict=True):
+        assert 0.7 < ours / lora < 1.4  # rates are powers of √2, and LoRA's rows are of length 1 / √3 on average
+
+
+def test_parts_act_rates_first() -> None:
     """Keeping the base model runs the layers, which must not count as passes of the step."""
     model = adapted("disel", retain=10.0)
-    assert [part.name for part in layers_of(model)[0].drivers["default"].parts] == ["gates", "retain"]
+    assert [part.name for part in layers_of(model)[0].drivers["default"].parts] == ["rates", "retain"]
 
 
 def test_the_papers_rates_are_never_measured() -> None:
-    for method in GATED:
+    for method in FOLLOWING:
         model = adapted(method, match_step=False)
         step(model, torch.optim.SGD(trainable(model), lr=1e-3), 0)
         assert not any("up_step" in name for name in model.state_dict())
@@ -171,22 +234,23 @@ def test_the_papers_rates_are_never_measured() -> None:
 # --- part of the adapter -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", GATED)
+@pytest.mark.parametrize("method", FOLLOWING)
 @pytest.mark.parametrize("cut", [1, 5, 9])
 def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path: Path, method: str, cut: int) -> None:
+    rate = 1e-3 if method == "pedyra without gates" else 2e-2  # at which they still change
     whole = adapted(method)
-    optimizer = torch.optim.AdamW(trainable(whole), lr=2e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(trainable(whole), lr=rate, weight_decay=0.1)
     for seed in range(12):
         step(whole, optimizer, seed)
     first = adapted(method)
-    optimizer = torch.optim.AdamW(trainable(first), lr=2e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(trainable(first), lr=rate, weight_decay=0.1)
     for seed in range(cut):
         step(first, optimizer, seed)
     first.save_pretrained(tmp_path)
     state = optimizer.state_dict()
     second = peft.PeftModel.from_pretrained(LLAMA.build(), tmp_path, is_trainable=True)
     assert multiples(second) == multiples(first)
-    optimizer = torch.optim.AdamW(trainable(second), lr=2e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(trainable(second), lr=rate, weight_decay=0.1)
     optimizer.load_state_dict(state)
     for seed in range(cut, 12):
         step(second, optimizer, seed)

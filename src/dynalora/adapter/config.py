@@ -296,6 +296,11 @@ class AdapterConfig(PeftConfig):
         """Whether the adapter has gates per token, so that its update depends on the input."""
         return False
 
+    @property
+    def own_rates(self) -> bool:
+        """Whether gates, or steps of `up` that follow the diagonal, have learning rates of their own."""
+        return False
+
     def at_largest(self) -> AdapterConfig:
         """The configuration whose adapter begins as large as this one's may become, by which sizes are matched."""
         return self

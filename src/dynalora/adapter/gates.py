@@ -18,11 +18,12 @@ from torch import nn
 
 from dynalora.adapter.config import AdapterConfig, is_whole
 from dynalora.adapter.layer import AdapterLayer, Gates, kaiming
-from dynalora.adapter.matching import FASTEST, MOST, MatchedSteps
+from dynalora.adapter.matching import FASTEST, MOST, MatchedSteps, square
 from dynalora.adapter.matching import ROLE as MATCHED
 from dynalora.adapter.storage import Role
 from dynalora.adapter.update import Update
 from dynalora.common.private import in_backward, transforming
+from dynalora.common.processes import whole
 from dynalora.driver import OptimizerOverride
 
 GateWeightInit = Literal["kaiming", "zeros"]
@@ -112,6 +113,11 @@ class GatedConfig(AdapterConfig):
     def gated(self) -> bool:
         """Whether the adapter has gates."""
         return self.gates
+
+    @property
+    def own_rates(self) -> bool:
+        """Whether gates, or steps of `up` that follow the diagonal, have learning rates of their own."""
+        return self.gates or self.matched_steps(1.0) is not None
 
     def gate_overrides(self) -> dict[str, OptimizerOverride]:
         """Gates step with their multiple of the learning rate and without weight decay."""
@@ -231,7 +237,7 @@ class GatedLayer(AdapterLayer):
     def few(self, x: torch.Tensor, adapter: str) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
         """`g(x) ⊙ d ⊙ down(x)`, and `up`, with the gates' bias added in the product; see `AdapterLayer.few`."""
         gated = adapter in self.gate_scale
-        if self.training and adapter in self.matched and self.matched[adapter].measuring:
+        if gated and self.training and adapter in self.matched and self.matched[adapter].measuring:
             return None
         if gated and (
             adapter in self.held_gates
@@ -255,7 +261,7 @@ class GatedLayer(AdapterLayer):
         """`d ⊙ h`, (…, r + k); in training what the diagonal lets through is measured, where steps follow it."""
         m = super().pass_on(h, d, adapter)
         steps = self.matched.get(adapter)
-        measured = steps is not None and steps.measuring and adapter not in self.held_gates
+        measured = steps is not None and steps.measuring and self.depends_on_input(adapter)
         if measured and d is not None and self.gathers(m, adapter):
             with torch.no_grad():
                 # Whole: with gates there are no frozen components, and where room is reserved the rest is zero.
@@ -278,6 +284,15 @@ class GatedLayer(AdapterLayer):
             gate_bias=self.used("gate_bias", adapter),
             gate_scale=self.gate_scale[adapter],
         )
+
+    @torch.no_grad()
+    def let_through(self, adapter: str) -> torch.Tensor | None:
+        """What ρ is made of: sums over the passes since the last step, (2), or those of the diagonal without gates."""
+        d = None if self.gated(adapter) else self.fixed_diagonal(adapter)
+        if d is None:
+            return self.matched[adapter].sums
+        passed = square(whole(d)[: self.rank(adapter)])  # of those that train: frozen ones come last
+        return torch.stack([passed, passed.new_full((), self.rank(adapter))])
 
     def gathers(self, x: torch.Tensor, adapter: str) -> bool:
         """Whether a forward pass with this tensor in it is one of training, of which something may be summed up."""

@@ -1,4 +1,4 @@
-"""Steps of gates, and of `up` behind them: a part of every adapter with gates, whatever its method.
+"""Steps of gates, and of `up` behind a diagonal that changes: a part of every adapter with one, whatever its method.
 
 With `match_step` steps of `up` stay as long as LoRA's, however far the diagonal is open.
 
@@ -12,6 +12,9 @@ and `up` steps with 1 / ρ times the learning rate. Gates begin almost closed (�
 measured at the steps 1 to 8, and then four times from each power of two to the next. The rate of a step is that of its
 own forward passes where they are measured, and the last measured one elsewhere. Each measurement waits for the device
 once. The mean of the gates would not do in the place of ρ: gates open where h is large.
+
+A diagonal without gates is the same for all tokens, and its own root mean square stands for ρ, as if all components
+had activations of one size: nothing is measured in forward passes.
 
 1 / ρ is kept as a power of √2, a whole number per layer that is saved with the adapter. So a resumed run has exactly
 the rates of the uninterrupted one, casts of the model do not change them, and matrices of like openness step together.
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
     from dynalora.adapter.gates import GatedLayer
 
 FASTEST = 32.0
-"""The largest multiple of the optimizer's learning rate, that of gates with a bias of −3.5.
+"""The largest 1 / ρ, that of gates with a bias of −3.5.
 
 Gates that begin further closed open on the way, and steps matched while they were closed are then too long.
 """
@@ -72,19 +75,20 @@ class MatchedSteps:
         rule: The rule for `up`, one object that optimizers' plans hold, so that a change has effect at once.
         scale: The multiple of the learning rate where ρ = 1.
         unmeasured: The multiple while nothing has been measured.
+        least: The smallest multiple.
         sums: Σ (d ⊙ h)² and Σ h² of the forward passes since the last step, (2); None before the first.
     """
 
-    def __init__(self, scale: float, unmeasured: float) -> None:
+    def __init__(self, scale: float, unmeasured: float, least: float = 0.0) -> None:
         self.measuring = True  # until the first step says which one it is
-        self.scale, self.unmeasured = scale, unmeasured
+        self.scale, self.unmeasured, self.least = scale, unmeasured, least
         self.rule = OptimizerOverride(unmeasured, follows=True)
         self.sums: torch.Tensor | None = None
         self._seen: tuple[int, int] | None = None
 
     def note(self, h: torch.Tensor, m: torch.Tensor) -> None:
         """Add the narrow activations of a forward pass, (…, r), before and behind the diagonal."""
-        sums = torch.stack([_square(m.detach()), _square(h.detach())])
+        sums = torch.stack([square(m.detach()), square(h.detach())])
         self.sums = sums if self.sums is None else self.sums + sums.to(self.sums.device)
 
     def read(self, saved: torch.Tensor | None) -> None:
@@ -96,15 +100,15 @@ class MatchedSteps:
 
     def take(self, value: int, saved: torch.Tensor) -> None:
         """Follow a power that is known, and that `saved` holds."""
-        self.rule.lr_multiplier = self.scale * 2.0 ** (value / 2)
+        self.rule.lr_multiplier = max(self.least, self.scale * 2.0 ** (value / 2))
         self._seen = (id(saved), version(saved))
 
 
-class GateRates(Part):
-    """The learning rates of gates, and those of `up` that follow them; no weight decay on gates."""
+class MatchedRates(Part):
+    """The learning rates of gates, and those of `up` that follow the diagonal; no weight decay on gates."""
 
-    name = "gates"
-    sharding = ("FSDP2", "FSDP1", "ZeRO")  # nothing is added to gradients, and ρ comes from the layers' activations
+    name = "rates"
+    sharding = ("FSDP2", "FSDP1", "ZeRO")  # nothing is added to gradients, and ρ comes from what is whole in a layer
 
     def optimizer_overrides(self, config: Any, layer: GatedLayer, adapter: str) -> dict[str, OptimizerOverride]:
         """The gates' own rules, and the one of `up` where its steps are matched."""
@@ -133,12 +137,13 @@ def _match(moment: Moment) -> None:
     for layer, steps in pairs:
         steps.read(layer.running(ROLE.name, adapter))
     first = pairs[0][1].measuring  # of several optimizers that share the step, and of the calls of a closure
-    sums = [steps.sums for _, steps in pairs]
-    for _, steps in pairs:
-        steps.measuring, steps.sums = False, None
     began = not moment.step or any(layer.running(ROLE.name, adapter) is not None for layer, _ in pairs)
     # Within DDP's join() a process may have run out of batches, and would be missed.
-    if not first or not due(moment.step + 1) or not began or moment.driver.joining:
+    measured = first and due(moment.step + 1) and began and not moment.driver.joining
+    sums = [layer.let_through(adapter) for layer, _ in pairs] if measured else []
+    for _, steps in pairs:
+        steps.measuring, steps.sums = False, None
+    if not measured:
         return
     for (layer, steps), (passed, whole) in zip(pairs, _totals(sums, pairs[0][0], adapter), strict=True):
         value = power(passed, whole)
@@ -160,7 +165,7 @@ def _totals(sums: Sequence[torch.Tensor | None], layer: GatedLayer, adapter: str
     return totals
 
 
-def _square(values: torch.Tensor) -> torch.Tensor:
+def square(values: torch.Tensor) -> torch.Tensor:
     """The sum of squares, at least in float32."""
     dtype: Any = torch.promote_types(values.dtype, torch.float32)
     norm: torch.Tensor = torch.linalg.vector_norm(values, dtype=dtype)

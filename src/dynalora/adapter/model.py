@@ -26,7 +26,7 @@ from torch import nn
 
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
-from dynalora.adapter.matching import GateRates
+from dynalora.adapter.matching import MatchedRates
 from dynalora.adapter.method import Method
 from dynalora.adapter.parts import Parted, PartMatrix
 from dynalora.adapter.patterns import check_patterns
@@ -480,8 +480,8 @@ def _fill_in(model: nn.Module, adapter: str, read: Callable[[], dict[str, torch.
 
 
 def _parts(config: Any) -> list[Part]:
-    """What an adapter has besides its method: gates first, which read their measurements, as `retain` runs layers."""
-    parts: list[Part] = [GateRates()] if config.gated else []
+    """What an adapter has besides its method: rates first, which read their measurements, as `retain` runs layers."""
+    parts: list[Part] = [MatchedRates()] if config.own_rates else []
     if config.retain is not None:
         parts.append(Retain(replays=config.retain_mode == "replay"))
     return parts

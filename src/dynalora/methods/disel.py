@@ -56,7 +56,7 @@ class DiselLayer(GatedLayer):
 
 @register
 class Disel(Method):
-    """DISeL has nothing but its gates, which drive themselves ([`GateRates`][dynalora.adapter.matching.GateRates])."""
+    """DISeL has nothing but its gates ([`MatchedRates`][dynalora.adapter.matching.MatchedRates] are their rates)."""
 
     name = "disel"
     title = "DISeL"

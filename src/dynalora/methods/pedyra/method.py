@@ -22,7 +22,7 @@ from dynalora.methods.pedyra.diagnostics import diagnostics, note_gradients
 from dynalora.methods.pedyra.layer import PedyraLayer
 from dynalora.methods.pedyra.record import Adjustment, read_record
 from dynalora.methods.pedyra.scores import shared_with_all, triple_scores, update_averages
-from dynalora.methods.pedyra.settings import LORA_STEP, UP_RATE, AdjustmentPlan, PedyraConfig
+from dynalora.methods.pedyra.settings import LORA_STEP, AdjustmentPlan, PedyraConfig
 from dynalora.spectral.decomposition import decompose_each
 
 # With match_step: e's steps as a multiple of LoRA's (found in experiments/compare).
@@ -91,9 +91,9 @@ class Pedyra(Method):
         (alpha = 2r) then moves by 2·η·√out / √3 in a step, in any direction of the output. Here a triple with
         directions of length 1 moves by s·η through e, in one direction, and by s·|e|·η·√out through up, in all others.
         So e's rate is a multiple of 2·√out / (√3·s), since it has a single direction to make up for all of LoRA's,
-        and up's is such that its steps are as long as LoRA's once |e| is about a seventh; with gates 2 / (√3·s·ρ),
-        with ρ the size of e times the gates, as it is measured. The two belong together: e moves along directions that
-        the task did not choose, up turns them to where it wants to go.
+        and up's is 2 / (√3·s·ρ), with ρ the size of e, times the gates if there are any, as it is measured in the run
+        (`PedyraConfig.matched_steps`). The two belong together: e moves along directions that the task did not choose,
+        up turns them to where it wants to go.
         """
         rules: dict[str, OptimizerOverride] = {}
         if config.use_dora:
@@ -104,8 +104,6 @@ class Pedyra(Method):
             multiple = _E_STEPS * LORA_STEP * math.sqrt(layer.out_features) / layer.scaling[adapter] / layer.length
             # Powers of two, so that matrices of like size step in one group.
             rules["e"] = OptimizerOverride(lr_multiplier=2.0 ** round(math.log2(multiple)))
-            of_up = 2.0 ** round(math.log2(UP_RATE / layer.scaling[adapter]))
-            rules["up"] = OptimizerOverride(lr_multiplier=of_up)  # that of gates goes before it
         return rules
 
     def needs_whole_steps(self, config: PedyraConfig) -> bool:

@@ -192,10 +192,14 @@ class PedyraConfig(GatedConfig):
             )
 
     def matched_steps(self, scaling: float) -> MatchedSteps | None:
-        """How `up`'s steps follow gates; see `GatedConfig.matched_steps`. Directions have length 1, LoRA's 1 / √3."""
-        if not (self.gates and self.match_step) or self.mode == "static":
+        """How `up` follows e and gates; see `GatedConfig.matched_steps`. Directions have length 1, LoRA's 1 / √3.
+
+        Without gates they are never slower than they would be at |e| of a seventh, however large e becomes.
+        """
+        if not self.match_step or self.mode == "static":
             return None
-        return MatchedSteps(scale=LORA_STEP / scaling, unmeasured=2.0 ** round(math.log2(UP_RATE / scaling)))
+        usual = 2.0 ** round(math.log2(UP_RATE / scaling))
+        return MatchedSteps(LORA_STEP / scaling, unmeasured=usual, least=0.0 if self.gates else usual)
 
     @property
     def uses_gradients(self) -> bool:
