@@ -2,6 +2,7 @@
 
 python benchmarks/big_models.py meta 7B 70B   # every method at r = 16 on all linear layers, on the meta device
 python benchmarks/big_models.py train 1B dira disel pedyra   # bytes counted in real steps, and those computed
+python benchmarks/big_models.py start 1B 1 4   # work space of starts from the weights, with so many of its blocks
 python benchmarks/big_models.py train 7B --device cuda   # the same on a GPU, with what its allocator says it holds
 """
 
@@ -29,6 +30,8 @@ SIZES = {
     "7B": (4096, 11008, 32, 32, 32, 32000),
     "70B": (8192, 28672, 80, 64, 8, 128256),
 }
+# Starts that read the weights: the smallest singular triplets, and the largest.
+STARTS: dict[str, dict[str, Any]] = {"dislora": {}, "milora": {}, "sorsa": {}, "pedyra": {"init_weights": "pissa"}}
 TOKENS = 32
 STEPS = 2
 
@@ -56,6 +59,25 @@ def on_meta(size: str, methods: list[str]) -> Table:
         rows.append([method, adapted.get_nb_trainable_parameters()[0], f"{seconds:.1f} s", amount(max(0, grown))])
         del model, adapted
     return Table([f"{size} on the meta device", "trained parameters", "time", "memory"], rows)
+
+
+def started(size: str, blocks: int, method: str) -> list[Any]:
+    """By how much this process grew at most while an adapter was made, and what of it is left."""
+    torch.manual_seed(0)
+    config = config_of(size)
+    config.num_hidden_layers = blocks
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    gc.collect()
+    forget_peak()
+    before, began = resident(), time.perf_counter()
+    adapted = peft.get_peft_model(
+        model, adapter_config(method, r=16, options={"total_steps": 1000, **STARTS.get(method, {})})
+    )
+    seconds, most_held = time.perf_counter() - began, (peak() or 0) - before
+    gc.collect()
+    left = resident() - before
+    own = sum(tensor.nbytes for name, tensor in adapted.state_dict().items() if f"{method}_" in name)
+    return [blocks, method, amount(most_held), amount(max(0, left)), amount(own), f"{seconds:.0f} s"]
 
 
 def trained(size: str, method: str, device: torch.device) -> list[Any]:
@@ -118,13 +140,21 @@ def forget_most(device: torch.device) -> None:
 def main() -> None:
     """Print one table per size on the meta device, or a size's rows in training, each as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["meta", "train"])
-    parser.add_argument("words", nargs="*", help="sizes for meta; a size and methods for train")
+    parser.add_argument("what", choices=["meta", "start", "train"])
+    parser.add_argument(
+        "words", nargs="*", help="sizes for meta; a size and numbers of blocks for start; a size and methods for train"
+    )
     parser.add_argument("--device", default="cpu", type=torch.device, help="where train has its weights: cpu or cuda")
     given = parser.parse_args()
     if given.what == "meta":
         for size in given.words or ("7B", "70B"):
             print(markdown_table(on_meta(size, method_names())), flush=True)
+        return
+    if given.what == "start":
+        size, *blocks = given.words or ["1B", "1", "4"]
+        columns = [f"blocks of {size}", "start of", "most while it is made", "left of it", "adapter's tensors", "time"]
+        rows = [started(size, int(number), method) for method in STARTS for number in blocks]
+        print(markdown_table(Table(columns, rows)))
         return
     size, *methods = given.words or ["1B"]
     if given.device.type == "cuda":

@@ -31,10 +31,11 @@ from dynalora.lab.run_folder import RunFolder, read_metrics
 from dynalora.lab.settings import named_values, read_yaml, settings_from
 from dynalora.lab.units import read_result
 from dynalora.methods.pedyra.record import _decoded
+from tests.conftest import FUZZ
 from tests.unit.benchmark_files import ROWS
 
 fuzzed = settings(
-    max_examples=100,
+    max_examples=100 * max(1, FUZZ),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )

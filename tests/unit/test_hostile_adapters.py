@@ -14,15 +14,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 import dynalora
 from dynalora.adapter import patterns
 from dynalora.adapter.layer import adapter_layers
-from dynalora.adapter.patterns import check_patterns
+from dynalora.adapter.patterns import check_patterns, of_module
 from dynalora.errors import CheckpointError, ConfigError, DynaloraError
 from dynalora.lab.adapters import read_config
 from dynalora.methods.pedyra import adjustments
+from tests.conftest import FUZZ
 from tests.unit import tiny
 
 CONFIGS: dict[str, Callable[..., Any]] = {
@@ -156,6 +158,15 @@ def test_a_load_is_all_or_nothing(saved: Path, tmp_path: Path, damage: Callable[
             assert torch.equal(model(input_ids=INPUT).logits, output)
 
 
+def test_further_modules_of_an_adapter_that_is_refused_are_as_they_were(saved: Path, tmp_path: Path) -> None:
+    model = peft.PeftModel.from_pretrained(base(), str(saved))
+    before = {name: type(module) for name, module in model.named_modules()}
+    bad = changed(saved, tmp_path / "bad", target_modules=["q_proj", "v_proj", "lm_head"])
+    with pytest.raises(CheckpointError, match="lm_head"):
+        model.load_adapter(str(bad), adapter_name="other")
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
 def test_a_base_model_is_as_it_was_after_an_adapter_that_cannot_be_loaded(saved: Path, tmp_path: Path) -> None:
     model = base()
     names = list(model.state_dict())
@@ -251,6 +262,33 @@ def test_patterns_that_never_end(field: str, saved: Path, tmp_path: Path) -> Non
         peft.PeftModel.from_pretrained(base(), changed(saved, tmp_path / "x", **{field: value}))
 
 
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "layers_pattern", "modules_to_save"])
+def test_a_pattern_that_takes_long_to_compile_is_refused(field: str, saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="of 100,000 characters at most, got 'aaa") as refused:
+        peft.PeftModel.from_pretrained(base(), changed(saved, tmp_path / "x", **{field: "a" * 10**6}))
+    assert len(str(refused.value)) < 500
+
+
+NAMES_AND_PARTS = st.sampled_from(["q_proj", "v_proj", "layers.0", "layers.1", "layers", "1.q_proj", "x", "layers/0"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    keys=st.lists(st.one_of(NAMES_AND_PARTS, st.sampled_from([".*", r"^layers\.0", "(q|v)_proj", r".*\.1\..*"]))),
+    parts=st.lists(NAMES_AND_PARTS, max_size=3),
+)
+def test_a_pattern_means_what_it_means_to_peft(keys: list[str], parts: list[str]) -> None:
+    pattern, name = {key: rank for rank, key in enumerate(keys)}, ".".join(parts)
+    assert of_module(pattern, name, -1) == pattern.get(get_pattern_key(list(pattern), name), -1)
+
+
+def test_the_expressions_of_a_pattern_are_compiled_once() -> None:
+    pattern = dict.fromkeys((f"layers.{at}.q_proj" for at in range(600)), 3)  # more than Python's own memory holds
+    patterns._expressions.cache_clear()
+    assert all(of_module(pattern, f"model.{name}", 8) == 3 for name in pattern)
+    assert patterns._expressions.cache_info().misses == 1
+
+
 def test_a_pattern_whose_matching_never_ends_behind_the_name_of_a_block() -> None:
     config = dynalora.DiraConfig(r=2, rank_pattern={"(l+)+x": 3})
     with pytest.raises(ConfigError, match=r"rank_pattern.*takes too long"):
@@ -267,7 +305,9 @@ def test_names_of_blocks_and_of_modules_are_patterns_too(
     field = next(iter(fields))
     with pytest.raises(ConfigError, match=f"{field}.*takes too long"):
         check_patterns(dynalora.DiraConfig(r=2, **fields), ["model.block." + 40 * "l"])
-    with pytest.raises(ConfigError, match=rf"{field} must be a regular expression, got '\('"):
+    with pytest.raises(
+        ConfigError, match=rf"{field} must be a regular expression of 100,000 characters at most, got '\('"
+    ):
         dynalora.DiraConfig(r=2, **{**fields, field: ["("]})
 
 
@@ -402,7 +442,7 @@ PIECES = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=500 * max(1, FUZZ), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_setting_ends_in_a_traceback(data: st.DataObject, tmp_path: Path) -> None:
     kind = CONFIGS[data.draw(st.sampled_from(sorted(CONFIGS)))]
@@ -415,7 +455,7 @@ def test_no_setting_ends_in_a_traceback(data: st.DataObject, tmp_path: Path) -> 
         assert "\n" not in str(error)  # noqa: PT017
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60 * max(1, FUZZ), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_file_ends_in_a_traceback(saved: Path, data: st.DataObject, tmp_path: Path) -> None:
     state = load_file(saved / "adapter_model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import decimal
 import fractions
 import json
@@ -13,6 +14,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -172,3 +174,20 @@ def test_removed_files_count_until_nobody_holds_them(tmp_path: Path) -> None:
         assert disk._removed() == 0
     finally:
         disk.close()
+
+
+def test_a_program_is_not_asked_for_protocols_of_libraries() -> None:
+    """NumPy would read the memory at an address that the program gives it."""
+    asked: list[str] = []
+
+    def ask(what: str, number: int, *args: Any, **kwargs: Any) -> Any:
+        asked.append(str(args[0]) if args else what)
+        if what == "getattr" and args[0] == "__array_interface__":
+            return {"version": 3, "shape": (1,), "typestr": "<i8", "data": (0, False)}
+        return {"len": 2, "iter": [7, 7], "getattr": "f"}.get(what, 7)
+
+    made = Remote(ask, 0)
+    assert numpy.asarray(made).tolist() == [7, 7]
+    assert copy.deepcopy(made) is not None
+    assert [name for name in asked if name.startswith("__")] == []
+    assert made.__name__ == made.size == "f"

@@ -245,7 +245,12 @@ class AdapterConfig(PeftConfig):
                 setattr(self, name, pattern)
             self._require(isinstance(pattern, dict), name, "a mapping from names or regular expressions")
             for key, value in pattern.items():
-                self._require(isinstance(key, str) and compiles(key), name, "keyed by regular expressions", key)
+                self._require(
+                    isinstance(key, str) and compiles(key),
+                    name,
+                    "keyed by regular expressions of 100,000 characters at most",
+                    key,
+                )
                 self._require(valid(value), f"{name}[{key!r}]", expected, value)
         described: Any = self.layer_kinds or {}
         mapped = isinstance(described, dict) and all(isinstance(layer, dict) for layer in described.values())
@@ -257,7 +262,7 @@ class AdapterConfig(PeftConfig):
             self._require(value is None or isinstance(value, str) or named, name, "a name or a list of names")
             keys = value or () if name in ("layers_pattern", "modules_to_save") else ()  # PEFT matches each of these
             for key in [value] if isinstance(value, str) else keys:
-                self._require(compiles(key), name, "a regular expression", key)
+                self._require(compiles(key), name, "a regular expression of 100,000 characters at most", key)
         blocks = self.layers_to_transform
         listed = list(blocks) if isinstance(blocks, (list, tuple, range)) else [blocks]
         whole = all(map(is_whole, listed))
@@ -289,7 +294,9 @@ class AdapterConfig(PeftConfig):
         """Raise a `ConfigError` that names field, value and remedy unless `holds`."""
         if not holds:
             actual = getattr(self, name) if value is MISSING else value
-            raise ConfigError(f"{type(self).__name__}: {name} must be {expected}, got {actual!r}.")
+            shown = repr(actual)
+            shown = shown if len(shown) <= 200 else f"{shown[:200]} …"
+            raise ConfigError(f"{type(self).__name__}: {name} must be {expected}, got {shown}.")
 
     @property
     def gated(self) -> bool:

@@ -21,7 +21,7 @@ from peft.utils import (
     get_quantization_kwargs,
 )
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from dynalora.adapter.config import AdapterConfig
@@ -29,7 +29,7 @@ from dynalora.adapter.layer import AdapterLayer, adapter_layers
 from dynalora.adapter.matching import MatchedRates
 from dynalora.adapter.method import Method
 from dynalora.adapter.parts import Parted, PartMatrix
-from dynalora.adapter.patterns import check_patterns
+from dynalora.adapter.patterns import check_patterns, of_module
 from dynalora.adapter.ranks import fit
 from dynalora.adapter.retain import Retain
 from dynalora.adapter.saved import check_further_tensors, check_known, read_shapes
@@ -124,7 +124,7 @@ class AdapterModel(BaseTuner):
 
     @staticmethod
     def _rank(config: AdapterConfig, name: str) -> int:
-        return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+        return of_module(config.rank_pattern, name, config.r)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         return is_target(self.model, peft_config, key)
@@ -142,7 +142,7 @@ class AdapterModel(BaseTuner):
         config = cast(AdapterConfig, peft_config)
         assert config.alpha is not None
         r = self._rank(config, current_key)
-        alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), current_key), config.alpha)
+        alpha = of_module(config.alpha_pattern, current_key, config.alpha)
         layer = target
         if not isinstance(target, self.method.layer_class):
             layer = self.method.layer_class(target, get_quantization_kwargs(self.model))
@@ -156,7 +156,7 @@ class AdapterModel(BaseTuner):
             r,
             alpha,
             inference_mode=bool(config.inference_mode),
-            scaling_rank=config.scaling_ranks.get(get_pattern_key(list(config.scaling_ranks), current_key)),
+            scaling_rank=of_module(config.scaling_ranks, current_key, None),
         )
         if adapter_name not in self.active_adapters:  # adding one does not make it train
             for parameter in layer.adapter_parameters(adapter_name).values():
@@ -396,8 +396,15 @@ class AdapterModel(BaseTuner):
 
 def _take_back(model: nn.Module, adapter: str) -> None:
     """Take an adapter that could not be made off the layers that have it already."""
-    for name, layer in adapter_layers(model, adapter).items():
+    layers = adapter_layers(model, adapter)
+    for layer in layers.values():
         layer.delete_adapter(adapter)
+    _unwrap(model, layers)
+
+
+def _unwrap(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
+    """Put the base layers back where layers have no adapter left."""
+    for name, layer in layers.items():
         if not layer.scaling:
             owner, _, last = name.rpartition(".")
             setattr(model.get_submodule(owner), last, layer.base_layer)
@@ -412,11 +419,12 @@ def _withdraw(model: PeftModel, adapter: str, folder: str, error: Exception) -> 
     config = model.peft_config.get(adapter)
     if not isinstance(config, AdapterConfig):
         return error
-    layers = adapter_layers(model, adapter).values()
+    layers = adapter_layers(model, adapter)
     # One that was there before has weights.
-    if layers and all(adapter in layer.unprepared for layer in layers):
+    if layers and all(adapter in layer.unprepared for layer in layers.values()):
         if len(model.peft_config) > 1:
             model.delete_adapter(adapter)
+            _unwrap(model, layers)
             _unwrap_unused(model)
         else:
             tuner: Any = model.base_model

@@ -32,6 +32,7 @@ _DONE: dict[str, Callable[..., Any]] = {
     "getattr": getattr, "setattr": setattr, "getitem": operator.getitem, "setitem": operator.setitem,
     "len": len, "iter": iter, "str": str, "bool": bool,
 }  # fmt: skip
+_TOLD = ("__name__", "__qualname__", "__annotations__")  # the names with two underscores that a program is asked for
 _PLAIN = (list, tuple, set, frozenset, collections.deque)
 _VIEWS: dict[str, tuple[type, Callable[[list[Any]], Any]]] = {
     "keys": (type({}.keys()), lambda items: dict.fromkeys(items).keys()),
@@ -215,6 +216,9 @@ class Remote:
         return self._do("call", *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        # Libraries ask objects for protocols. NumPy takes `__array_interface__` to say where in memory an array lies.
+        if name.startswith("__") and name.endswith("__") and name not in _TOLD:
+            raise AttributeError(name)
         return self._do("getattr", name)
 
     def __setattr__(self, name: str, value: Any) -> None:

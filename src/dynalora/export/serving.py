@@ -24,9 +24,9 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
+from dynalora.adapter.patterns import of_module
 from dynalora.common.names import PREFIX
 
 #: Values that vLLM's --max-lora-rank takes.
@@ -159,13 +159,13 @@ def _for_llama_cpp(
 
 def _rank(config: Any, module: str) -> int:
     """The rank of a matrix as PEFT reads the configuration."""
-    return int(config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module), config.r))
+    return int(of_module(config.rank_pattern, module, config.r))
 
 
 def _scaling(config: Any, module: str) -> float:
     """The scaling of a matrix as PEFT reads the configuration."""
     rank = _rank(config, module)
-    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), module), config.lora_alpha)
+    alpha = of_module(config.alpha_pattern, module, config.lora_alpha)
     return float(alpha / (rank**0.5 if config.use_rslora else rank))
 
 
