@@ -580,7 +580,7 @@ def test_a_matched_step_moves_the_function_like_loras(weight_size: float) -> Non
     model = peft.get_peft_model(base, config)
     layer = next(module for module in model.modules() if isinstance(module, AdapterLayer))
     start = tensors(layer)
-    lora = rate * 2 / math.sqrt(3) * math.sqrt(out * r)
+    lora = dislora.LENGTH * rate * 2 / math.sqrt(3) * math.sqrt(out * r)
     sigma = float(start["sigma"].square().mean().sqrt())
     parameters = [p for p in model.parameters() if p.requires_grad]
     for role in ("up", "down"):
