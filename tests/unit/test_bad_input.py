@@ -106,7 +106,7 @@ class TestFinetune:
     @pytest.mark.parametrize(
         ("more", "says"),
         [
-            (["--lr", "inf"], "--lr is inf; give more than 0."),
+            (["--lr", "inf"], "--lr is inf; give a finite number and more than 0."),
             (["--steps", str(10**12)], f"--steps is {10**12}; give at least 1 and at most 2147483647."),
             (["--monitor-text", "x.txt", "--no-retention"], "--monitor-text names text to measure retention on"),
             (["--bf-16"], "No such option: --bf-16"),
@@ -164,6 +164,10 @@ class TestFinetune:
         one_sentence(
             program("finetune", "-c", str(tmp_path / "job.yaml")), "Unknown setting 'modell'", "did you mean 'model'?"
         )
+
+    def test_options_of_a_method_keep_their_names(self, asking: Any) -> None:
+        one_sentence(asking(option="max_forgeting=1"), "has no option 'max_forgeting'; did you mean 'max_forgetting'?")
+        one_sentence(asking(option="r=4"), "'r' is a setting of its own; give it as --rank ")
 
     def test_unknown_option_of_a_method(self, asking: Any) -> None:
         one_sentence(

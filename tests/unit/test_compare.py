@@ -528,6 +528,8 @@ def test_a_plot_over_sizes_is_left_out_where_they_are_one(done: Comparison) -> N
     assert not plots.differ_in_size([lora, dira])
     assert plots.differ_in_size([lora, replace(dira, parameters=2 * (dira.parameters or 0))])
     assert not plots.differ_in_size([lora])
+    full = replace(dira, parameters=50 * (dira.parameters or 0))
+    assert not plots.differ_in_size([lora, dira, lora, dira, full]), "one beside all others on a line"
     assert not (done.grid.store.folder / "plots" / "parameters-colour.png").exists()
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 import dynalora
+from dynalora.jobs.finetune import run
 from dynalora.jobs.finetune.dry_run import STEPS, dry_run
 from dynalora.jobs.finetune.run import finetune
 from dynalora.jobs.finetune.settings import FinetuneSpec
@@ -21,6 +25,7 @@ from dynalora.lab.configs import adapter_config
 from dynalora.lab.costs import amount, cost_of, cost_table
 from dynalora.lab.models import empty_model
 from dynalora.lab.training import reporting
+from dynalora.lab.training.recorder import Display, duration
 from tests.unit import tiny
 from tests.unit.program import Program, program
 
@@ -145,3 +150,29 @@ def test_tensorboard_gets_both_losses_in_the_run_folder(place: Path, tmp_path: P
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
     assert [event.step for event in events.Scalars("eval/loss")] == [2, 4]
     assert "report_to" not in (tmp_path / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(7, "about 7 s"), (119, "about 119 s"), (120, "about 2 min"), (7200, "about 2.0 h"), (1e6, "about 12 days"),
+     (5e8, "about 16 years")],
+)  # fmt: skip
+def test_times_in_words(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_a_run_says_how_long_it_takes_and_how_to_make_one_shorter_that_takes_days() -> None:
+    told = io.StringIO()
+    display = Display("disel", Console(file=told, width=40))
+    display.pace(0.5, 100)
+    assert told.getvalue() == "disel: a step takes 0.5 s, and the 100 that are left about 50 s.\n"
+    display.pace(0.5, 10**9)
+    assert "the 1,000,000,000 that are left about 16 years. Ctrl-C ends" in told.getvalue()
+
+
+def test_passes_are_told_where_they_are_many(place: Path, tmp_path: Path) -> None:
+    told = {}
+    for steps in (2, 10**9):
+        spec = spec_of(place, tmp_path / "run", steps=steps, epochs=1.0, learning_rate=1e-3)
+        told[steps] = run._passes(spec, SimpleNamespace(training=range(18)))  # type: ignore[arg-type]
+    assert told == {2: "", 10**9: ", 222,222,222 times in 1,000,000,000 steps"}

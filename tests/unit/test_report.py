@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import importlib
 import inspect
@@ -25,7 +26,7 @@ from rich.console import Console
 from dynalora import drawing
 from dynalora.adapter.method import Panel
 from dynalora.common.statistics import Interval
-from dynalora.drawing.comparison import plot_bars, plot_transfer
+from dynalora.drawing.comparison import differing, plot_bars, plot_transfer
 from dynalora.drawing.landscape import plot_rank_heatmap
 from dynalora.drawing.style import PALETTE, for_pages, heat_map, look, looks, panels, rendered, save
 from dynalora.drawing.training import plot_losses, plot_metrics
@@ -91,15 +92,20 @@ def policy(html: str) -> str:
 
 
 def test_no_script_runs_but_those_that_the_page_names(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = SimpleNamespace(get_plotlyjs=lambda: 'window.Plotly = "</script>";')
+    source = 'window.Plotly = "</script>";'
+    library = SimpleNamespace(get_plotlyjs=lambda: source)
     monkeypatch.setitem(sys.modules, "plotly", SimpleNamespace(offline=library))
     monkeypatch.setitem(sys.modules, "plotly.offline", library)
     explorer = Explorer([Line("lora", [Point({"a": 1.0, "b": 2.0}, EVIL)])], {"a": EVIL, "b": "B"}, "a", "b")
     html = render_html(replace(report, sections=[replace(report.sections[0], explorer=explorer)]))
     scripts = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
-    assert len(scripts) == 3
+    assert len(scripts) == 2
+    (packed,) = re.findall(r'<script type="application/gzip" id="plotly">(.*?)</script>', html)
+    assert gzip.decompress(base64.b64decode(packed)).decode() == source
     named = re.findall(r"'sha256-([^']+)'", policy(html))
-    assert named == [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    assert named == [
+        base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in (*scripts, source)
+    ]
     assert "unsafe-inline" not in policy(html).partition("script-src")[2]
     (data,) = re.findall(r'<script type="application/json">(.*?)</script>', html)
     assert EVIL not in data
@@ -343,3 +349,8 @@ def test_every_plot_returns_a_figure() -> None:
                 returned = inspect.signature(function).return_annotation
                 assert returned in ("Figure", "Figure | None"), f"{name} returns {returned}"
     assert {"plot_gates", "plot_bars", "plot_rank_landscape", "plot_transfer"} <= set(plots)
+
+
+def test_pictures_of_numbers_that_are_all_alike_are_left_out() -> None:
+    assert not differing([Interval(0, 0, 0.1), 0.0, None])
+    assert differing([Interval(0, 0, 0.1), 0.5])

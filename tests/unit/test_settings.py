@@ -176,7 +176,7 @@ def test_settings_of_a_run_leave_out_what_changes_no_result() -> None:
     [
         ({"steps": -1}, "steps is -1; give at least 0."),
         ({"rate": 0.0}, "rate is 0.0; give more than 0 and less than 1."),
-        ({"rate": float("nan")}, "rate is nan; give more than 0 and less than 1."),
+        ({"rate": float("nan")}, "rate is nan; give a finite number and more than 0 and less than 1."),
         ({"pace": ["fast", "none"]}, "pace is 'none'; choose one of slow, fast."),
     ],
 )

@@ -113,7 +113,7 @@ def in_flags(message: str, kind: type[Settings], typed: Sequence[str]) -> str:
         kind: The command's settings.
         typed: The program's arguments.
     """
-    if message.startswith("Unknown setting "):  # of a file, whose names these are
+    if re.match(r"Unknown setting |Method '[^']*' has no option ", message):  # names of a file, or of a method
         return message
     in_file = any(_was_typed(flag, typed) for flag in ("--config", "-c"))
     for name, item in describe(kind).items():

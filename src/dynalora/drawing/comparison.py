@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 Points = Mapping[str, Sequence[tuple[float, float, float]]]
 """Label → (learning rate, x, y), in the order of the rates; labels without points only reserve their look."""
+
+
+def differing(values: Iterable[Interval | float | None]) -> bool:
+    """Whether a picture of these numbers says anything: not where they are all alike, such as all zero."""
+    return len({value.value if isinstance(value, Interval) else value for value in values if value is not None}) > 1
 
 
 def plot_learning_rates(

@@ -274,7 +274,7 @@ def config_from_file(
         text = file.read_text(encoding="utf-8")
         content = json.loads(text) if file.suffix.lower() == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(
             f"The configuration '{path}' cannot be read ({reason}); give a file as PEFT's adapter_config.json."
         ) from error

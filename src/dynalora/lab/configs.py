@@ -132,7 +132,10 @@ def adapter_config(
     values = dict(options or {})
     for option in values:
         if option in common:
-            raise ConfigError(f"'{option}' is a setting of its own; give it there and not among the method's options.")
+            place = (
+                f"give it as `{option}`" if option in ("r", "alpha", "dropout", "target_modules") else "give it there"
+            )
+            raise ConfigError(f"'{option}' is a setting of its own; {place} and not among the method's options.")
         if option not in valid:
             raise ConfigError(f"Method '{name}' has no option '{option}'; {did_you_mean(option, sorted(valid))}.")
     if values.get("init_lora_weights") == "corda":

@@ -1,6 +1,14 @@
 "use strict";
 // Plots that can be read off and zoomed, with axes to choose: drawn by plotly from the data that lie beside them.
-(() => {
+// The page carries plotly packed, a third of its size; a browser that cannot unpack it shows the pictures alone.
+(async () => {
+  const unpack = async (base64) => {
+    const bytes = Uint8Array.from(atob(base64), (sign) => sign.charCodeAt(0));
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  };
+  const library = document.createElement("script");
+  library.textContent = await unpack(document.getElementById("plotly").textContent);
+  document.head.append(library); // runs at once, since the page's policy names it by its hash
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   for (const figure of document.querySelectorAll(".explorer")) {
@@ -29,11 +37,30 @@
           },
         };
       });
+      // What is shown at first: all points below the largest values that are asked for.
+      const near = { x: [], y: [] };
+      const below = (key, value) => !(value > (data.highest[key] ?? Infinity));
+      for (const trace of traces) {
+        trace.x.forEach((value, index) => {
+          if (below(x, value) && below(y, trace.y[index])) {
+            near.x.push(value);
+            near.y.push(trace.y[index]);
+          }
+        });
+      }
+      const cut = traces.some((trace) => trace.x.some((value, index) => !below(x, value) || !below(y, trace.y[index])));
+      const range = (values, log) => {
+        const [low, high] = [Math.min(...values), Math.max(...values)].map((value) => (log ? Math.log10(value) : value));
+        const room = 0.06 * (high - low) || 0.06 * Math.abs(high) || 1;
+        return [low - room, high + room];
+      };
       const axis = (name) => {
         const positive = traces.every((trace) => trace[name].every((value) => value > 0));
         const key = name === "x" ? x : y;
+        const log = positive && data.log.includes(key);
         return {
-          title: { text: data.quantities[key], standoff: 8 }, type: positive && data.log.includes(key) ? "log" : "linear",
+          title: { text: data.quantities[key], standoff: 8 }, type: log ? "log" : "linear",
+          ...(cut && near[name].length ? { range: range(near[name], log), autorange: false } : { autorange: true }),
           gridcolor: line, zerolinecolor: line, linecolor: soft, tickcolor: soft, automargin: true,
         };
       };

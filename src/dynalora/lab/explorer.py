@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import importlib
 import json
 from collections.abc import Mapping, Sequence
@@ -58,6 +60,7 @@ class Explorer:
         y: Key of what is on the vertical axis at first.
         log: Keys of what has a logarithmic axis.
         caption: What it shows and how to use it.
+        highest: Largest values that are shown at first, by key; what is above appears when the plot is zoomed out.
         labels: All labels of the report in order, so that a label without a look of its own has the same one as in the
             report's pictures.
     """
@@ -68,6 +71,7 @@ class Explorer:
     y: str
     log: Sequence[str] = ()
     caption: str = ""
+    highest: Mapping[str, float] = field(default_factory=dict)
     labels: Sequence[str] = field(default=())
 
     @property
@@ -85,7 +89,12 @@ class Explorer:
             }
             for line in self.lines
         ]  # fmt: skip
-        text = json.dumps({"lines": lines, "quantities": dict(self.quantities), "log": list(self.log)})
+        text = json.dumps(
+            {
+                "lines": lines, "quantities": dict(self.quantities), "log": list(self.log),
+                "highest": dict(self.highest),
+            }
+        )  # fmt: skip
         return Markup(text.replace("<", "\\u003c").replace("&", "\\u0026"))
 
 
@@ -100,4 +109,9 @@ def plot_library() -> str | None:
         offline = importlib.import_module("plotly.offline")
     except ImportError:
         return None
-    return str(offline.get_plotlyjs()).replace("</script", "<\\/script")
+    return str(offline.get_plotlyjs())
+
+
+def packed(source: str) -> str:
+    """A script as text that a page can carry and unpack: gzip in base64. The same script always gives the same text."""
+    return base64.b64encode(gzip.compress(source.encode(), 9, mtime=0)).decode("ascii")

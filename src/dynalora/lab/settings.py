@@ -8,6 +8,7 @@ run folder all come from there.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -100,7 +101,9 @@ class Setting:
             limits.append(("at most", MOST_WHOLE, operator.le))  # what counters of all libraries can hold
         if math.isfinite(value) and all(allows(value, limit) for _, limit, allows in limits):
             return None
-        wanted = [f"{words} {_number(limit)}" for words, limit, _ in limits] or ["a finite number"]
+        wanted = [f"{words} {_number(limit)}" for words, limit, _ in limits]
+        if not math.isfinite(value):
+            wanted.insert(0, "a finite number")
         return f"{name} is {value}; give {' and '.join(wanted)}."
 
 
@@ -284,10 +287,17 @@ def _declared(kind: type[Any]) -> dict[str, Any]:
 
 
 def _setting(kind: type[Any], name: str) -> Setting | None:
-    extras = getattr(get_type_hints(kind, include_extras=True)[name], "__metadata__", ())
+    extras = getattr(_hints(kind)[name], "__metadata__", ())
     return next((extra for extra in extras if isinstance(extra, Setting)), None)
 
 
+@functools.cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    """Kept, since the hints of a class are evaluated all at once and every one of its fields asks."""
+    return get_type_hints(kind, include_extras=True)
+
+
+@functools.cache
 def _descriptions(kind: type[Any]) -> dict[str, str]:
     """The texts below `Attributes:` in a class's docstring, each on one line."""
     _, _, section = inspect.cleandoc(kind.__dict__.get("__doc__") or "").partition("\nAttributes:\n")
@@ -493,6 +503,10 @@ def _as(value: Any, kind: Any) -> Any:
         return MISSING
     if origin is str:
         return str(value)
+    if origin is int:  # as typed, also where a float would round it
+        with contextlib.suppress(TypeError, ValueError):
+            if isinstance(value, (int, str)):
+                return int(value)
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):

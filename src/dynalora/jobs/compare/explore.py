@@ -9,6 +9,7 @@ from typing import Any
 from dynalora.jobs.compare.contestants import Contestant
 from dynalora.jobs.compare.frontiers import points_of
 from dynalora.jobs.compare.grid import Comparison
+from dynalora.jobs.compare.plots import loss_shown
 from dynalora.jobs.compare.summaries import MEAN, kept_numbers
 from dynalora.lab.explorer import Explorer, Line, Point
 
@@ -25,7 +26,7 @@ _OTHERS = {
 }
 _CAPTION = (
     "Every run; large marks are runs at the chosen learning rate as trained, means over the seeds. Point at a mark to "
-    "read it off, drag to zoom, double-click to go back, click a name to hide it, and choose the axes above."
+    "read it off, drag to zoom, double-click to see all, click a name to hide it, and choose the axes above."
 )
 
 
@@ -53,12 +54,13 @@ def explorer(comparison: Comparison, task: str) -> Explorer | None:
     }
     if len(points) < 2 or len(quantities) < 2:
         return None
+    highest, _ = loss_shown(grid, task, [point.values["loss"] for point in points if "loss" in point.values])
     across = next(key for key in (*quantities, "") if key != "loss")
     upwards = "loss" if "loss" in quantities else [key for key in quantities if key != across][-1]
     return Explorer(
         lines, quantities, across, upwards, log=[f"kl {text}" for text in texts] + ["rate"],
         labels=[contestant.label for contestant in grid.contestants],
-        caption=_CAPTION,
+        caption=_CAPTION, highest={} if highest is None else {"loss": highest},
     )  # fmt: skip
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dynalora.common.statistics import Interval
 from dynalora.drawing.comparison import (
+    differing,
     plot_bars,
     plot_factors,
     plot_learning_curves,
@@ -38,7 +40,7 @@ def plot_frontier(comparison: Comparison, task: str, text: str) -> Figure | None
     losses = [loss for points in curves.values() for *_, loss in points]
     if not losses:
         return None
-    highest, against = _range(grid, task, losses)
+    highest, against = loss_shown(grid, task, losses)
     return plot_learning_rates(
         curves,
         title=f"{grid.places[task]}: learned against forgotten, by learning rate",
@@ -73,7 +75,7 @@ def plot_scaled(comparison: Comparison, task: str, text: str) -> Figure | None:
     losses = [loss for runs in curves.values() for _, points in runs for _, loss in points]
     if not several:
         return None
-    highest, against = _range(grid, task, losses)
+    highest, against = loss_shown(grid, task, losses)
     return plot_factors(
         curves,
         title=f"{grid.places[task]}: learned against forgotten, updates scaled down",
@@ -90,10 +92,10 @@ def _chosen(grid: Grid, task: str) -> dict[str, float]:
     return {label: rate for label, rate in rates.items() if rate is not None}
 
 
-def _range(grid: Grid, task: str, losses: Sequence[float]) -> tuple[float | None, str]:
+def loss_shown(grid: Grid, task: str, losses: Sequence[float]) -> tuple[float | None, str]:
     """The loss up to which runs are shown, and the base model's in words; none where that was not measured."""
     base = grid.result(grid.base(task))
-    if base is None:
+    if base is None or not losses:
         return None, ""
     loss = base["test"]["loss"]
     return min(losses) + (loss - min(losses)) / 4, f"; base model: {loss:.3f}"
@@ -133,14 +135,19 @@ def plot_kept(comparison: Comparison, task: str) -> Figure | None:
 
 
 def differ_in_size(contestants: Sequence[Contestant]) -> bool:
-    """Whether methods train numbers of parameters that a plot could tell apart; matched ones stand on one line."""
-    counts = [contestant.parameters for contestant in contestants if contestant.parameters]
-    return len(counts) > 1 and max(counts) > _TOLD_APART * min(counts)
+    """Whether methods train numbers of parameters that a plot could tell apart.
+
+    Matched ones stand on one line, and a line beside one other point is no plot: at least half of them must differ.
+    """
+    counts = sorted(contestant.parameters for contestant in contestants if contestant.parameters)
+    places = 1 + sum(after > _TOLD_APART * before for before, after in itertools.pairwise(counts))
+    return places > 1 and 2 * places >= len(counts)
 
 
 def plot_parameters(comparison: Comparison, place: str, summaries: Sequence[Summary]) -> Figure | None:
     """Accuracy (or loss) against the number of trained parameters."""
-    shares = all(summary.accuracy is not None for summary in summaries)
+    accuracies = [summary.accuracy for summary in summaries]
+    shares = all(accuracies) and differing(accuracies)
     scale = 100 if shares else 1
     by_label = {summary.label: summary.accuracy if shares else summary.loss for summary in summaries}
     points: dict[str, tuple[int, Interval] | None] = {}
@@ -181,6 +188,11 @@ def plot_over_time(comparison: Comparison, task: str, summaries: Sequence[Summar
             for name in numbers[0]:
                 mean = statistics.fmean(number[name] for number in numbers)
                 curves.setdefault(name, {}).setdefault(summary.label, []).append((points[0]["step"], mean))
+    curves = {
+        name: lines
+        for name, lines in curves.items()
+        if differing(value for points in lines.values() for _, value in points)
+    }
     if not curves:
         return None
     base = comparison.grid.result(comparison.grid.base(task))

@@ -13,13 +13,13 @@ from dynalora.lab.scores import shown_interval
 
 
 def conclusion(comparison: Comparison, by_place: Mapping[str, Sequence[Summary]]) -> str:
-    """What to take on each task, in sentences; whether cells are missing comes first."""
+    """What to take on each task, a line for each; whether cells are missing comes first."""
     grid = comparison.grid
     done, total = grid.done(), grid.total
     sentences = [f"{done} of {total} cells are done, so this may change."] if done < total else []
-    for place, of_task in by_place.items():
-        sentences += _of_a_task(place, of_task, grid.spec.reference)
-    return " ".join(sentences) if by_place and any(by_place.values()) else "No cell is done yet."
+    paragraphs = [" ".join(sentences)] if sentences else []
+    paragraphs += [" ".join(_of_a_task(place, of_task, grid.spec.reference)) for place, of_task in by_place.items()]
+    return "\n".join(filter(None, paragraphs)) if by_place and any(by_place.values()) else "No cell is done yet."
 
 
 @dataclass(frozen=True)
@@ -75,19 +75,24 @@ def _advice(place: str, entries: Sequence[_AtEqualLoss], base: Summary, text: st
     least = min(entries, key=lambda entry: entry.ratio.value, default=None)
     if least is None or least.ratio.value >= 1:
         return f"{place}: stay with {base.label} at {rate}; no other method here forgets less at its loss."
-    ratio, one_seed = least.ratio, least.ratio.low == least.ratio.high
+    ratio, unsure, seeds = least.ratio, least.ratio.low == least.ratio.high, len(least.summary.results)
     measured = (
         f"at {base.label}'s loss it forgets {ratio.value:.2f} times as much as {base.label} "
         f"(KL from the base model {least.kl:.3f} nats per token on {text}"
     )
     how = ", its update scaled down after training," if least.scaled else ""
     take = f"{least.summary.label}{how} at a learning rate of {least.summary.learning_rate:g}"
-    if one_seed:
+    if unsure and seeds == 1:
         return (
             f"{place}: on what was run, take {take}: {measured}). That is one run of each, so no interval can be "
             "given; repeat it with more seeds (--seeds 3) before you rely on it."
         )
-    interval = f"95 % interval of the ratio {ratio.low:.2f} to {ratio.high:.2f}, {len(least.summary.results)} seeds)"
+    if unsure:
+        return (
+            f"{place}: on what was run, take {take}: {measured}). That is read off between learning rates, for which "
+            "there is no interval; measure scaled updates, too (--factors), to have one."
+        )
+    interval = f"95 % interval of the ratio {ratio.low:.2f} to {ratio.high:.2f}, {seeds} seeds)"
     if ratio.high < 1:
         return f"{place}: take {take}: {measured}; {interval}."
     return (

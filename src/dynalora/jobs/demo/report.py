@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from dynalora.common.statistics import Estimate, Interval, mcnemar, paired_difference
-from dynalora.drawing.comparison import plot_bars
+from dynalora.drawing.comparison import differing, plot_bars
 from dynalora.drawing.training import plot_losses
 from dynalora.evaluation.scoring import Score
 from dynalora.evaluation.tasks import Task
@@ -229,7 +229,7 @@ def figures(result: DemoResult, records: dict[str, list[dict[str, Any]]]) -> dic
     accuracy = {name: score.accuracy for name, score in result.scores.items()}
     return {
         "accuracy": (
-            plot_bars({"": accuracy}, label="held-out accuracy", decimals=3),
+            plot_bars({"": accuracy}, label="held-out accuracy", decimals=3) if differing(accuracy.values()) else None,
             "Held-out accuracy, 95 % intervals.",
         ),
         "loss": (plot_losses(records), "Training loss of each method, on the same batches."),

@@ -18,7 +18,7 @@ from dynalora.lab.costs import Cost, amount, cost_of, cost_table
 from dynalora.lab.machine import forget_training_peak, training_peak
 from dynalora.lab.models import empty_model, load_model, resolve_dtype
 from dynalora.lab.report import say
-from dynalora.lab.training.recorder import wait_for_device
+from dynalora.lab.training.recorder import duration, wait_for_device
 from dynalora.lab.training.train import train_adapter
 
 STEPS = 3
@@ -110,16 +110,9 @@ def _lines(steps: int, seconds: float | None, most: int | None) -> list[str]:
     if seconds is not None:
         lines[0] = (
             f"{steps:,} optimizer steps of {seconds:.2f} s (mean of {STEPS - 1} real ones, after one to warm up): "
-            f"{_duration(steps * seconds)}, and what measuring takes."
+            f"{duration(steps * seconds)}, and what measuring takes."
         )
     if most is not None:
         place = "on the GPU" if torch.cuda.is_available() else "in this process"
         lines.append(f"Most memory {place} during a step: {amount(most)}.")
     return [*lines, "Nothing was trained or written; leave --dry-run out to begin."]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"about {seconds:.0f} s"
-    minutes = seconds / 60
-    return f"about {minutes:.0f} min" if minutes < 120 else f"about {minutes / 60:.1f} h"

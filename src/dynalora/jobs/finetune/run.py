@@ -41,6 +41,9 @@ from dynalora.lab.training.train import TrainResult, held_out_loss, train_adapte
 _SAMPLE_TOKENS = 64
 """Longest sample answer."""
 
+_OFTEN = 20
+"""Passes over the training data that are told beforehand: few runs want as many."""
+
 _FACTORS = (0.7, 0.5, 0.35, 0.25)
 """Factors of the update in the report, besides 1: few, since each costs a measurement of the held-out data."""
 
@@ -75,7 +78,7 @@ def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResu
         say(
             console,
             f"{len(ready.training):,} training and {len(ready.held_out):,} held-out conversations, "
-            f"{ready.training.response_tokens:,} tokens to learn from. Loading {spec.model} …",
+            f"{ready.training.response_tokens:,} tokens to learn from{_passes(spec, ready)}. Loading {spec.model} …",
         )
         model = load_model(
             ready.model, dtype=spec.dtype, quantization=spec.quantization, trust_remote_code=spec.trust_remote_code
@@ -101,6 +104,15 @@ def finetune(spec: FinetuneSpec, *, console: Console | None = None) -> TrainResu
             # The adapter is saved; optimizer states are of no more use and larger than everything else.
             shutil.rmtree(run.checkpoints, ignore_errors=True)
     return result
+
+
+def _passes(spec: FinetuneSpec, ready: Prepared) -> str:
+    """How often so many steps come past each row, where that is often and was not asked for in so many words."""
+    if spec.steps is None:
+        return ""
+    rows = spec.steps * spec.batch_size * spec.gradient_accumulation * process_count()
+    passes = rows / max(len(ready.training), 1)
+    return f", {passes:,.0f} times in {spec.steps:,} steps" if passes >= _OFTEN else ""
 
 
 def _with_as_many_rows(spec: FinetuneSpec, run: RunFolder, console: Console | None) -> FinetuneSpec:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol
 
 from dynalora.common.files import csv_text
-from dynalora.drawing.comparison import plot_bars
+from dynalora.drawing.comparison import differing, plot_bars
 from dynalora.lab.report import Report, Section, Table, listing, rich_table, save_figures, write_report
 from dynalora.lab.run_folder import RunFolder
 from dynalora.lab.scores import SCORE_COLUMNS, mean_accuracy, mean_loss, percent, score_line
@@ -219,7 +219,7 @@ def score_bars(
         decimals: Number of digits of losses.
 
     Returns:
-        Accuracy (None where nothing was answered right or wrong) and loss.
+        Accuracy (None where nothing is answered right or wrong, or all alike) and loss.
     """
     accuracy = {
         panel: {bar: percent(mean_accuracy(runs)) for bar, runs in bars.items()} for panel, bars in records.items()
@@ -232,6 +232,6 @@ def score_bars(
         shares[panel] = {line: mean.value if mean else None for line, mean in means.items()}
         losses[panel] = {line: mean_loss(runs).value for line, runs in of_panel.items()}
     drawing = None
-    if any(interval is not None for bars in accuracy.values() for interval in bars.values()):
+    if differing(number for panels in (accuracy, shares) for bars in panels.values() for number in bars.values()):
         drawing = plot_bars(accuracy, label="accuracy, %", title=titles[0], lines=shares)
     return drawing, plot_bars(loss, label="loss, nats per token", title=titles[1], lines=losses, decimals=decimals)

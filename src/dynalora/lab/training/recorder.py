@@ -24,6 +24,10 @@ UNTIMED_STEPS = 3
 """Steps at the start that are left out of the step time: they pay for allocation and warm-up once."""
 
 
+_DAY = 86400.0
+_LONG = 2 * _DAY  # a run that is told how to be made shorter
+
+
 class Recorder(TrainerCallback):
     """Times steps, measures the held-out loss, and passes both to the run folder and the progress display."""
 
@@ -117,6 +121,8 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         wait_for_device()
         self.durations.append(time.perf_counter() - self._began)
+        if len(self.durations) == UNTIMED_STEPS + 1:
+            self.display.pace(self.durations[-1], state.max_steps - state.global_step)
         due = bool(self.eval_every) and state.global_step % self.eval_every == 0
         if self.measure is not None and (due or state.global_step == state.max_steps):
             self.held_out = self.measure()
@@ -136,6 +142,14 @@ class Recorder(TrainerCallback):
             seconds = {"step_seconds": self.durations[-1]} if self.durations else {}
             self.record({"step": state.global_step, **logs, **seconds})
             self.display.step(state.global_step, loss=logs["loss"])
+
+
+def duration(seconds: float) -> str:
+    """A time in words, in the largest unit of which there are two or more."""
+    for unit, length in (("years", 365.25 * _DAY), ("days", _DAY), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"about {seconds / length:,.0f} {unit}" if unit != "h" else f"about {seconds / length:.1f} h"
+    return f"about {seconds:.0f} s"
 
 
 def wait_for_device() -> None:
@@ -181,6 +195,14 @@ class Display:
 
     def _due(self, step: int) -> bool:
         return self._printed < 0 or step - self._printed >= max(1, self._total // 10) or step == self._total
+
+    def pace(self, seconds: float, left: int) -> None:
+        """Say how long the steps that are left take: always if that is days, else where no bar shows it."""
+        if self.console is None or (self._progress is not None and seconds * left < _LONG):
+            return
+        told = f"{self.label}: a step takes {seconds:.2g} s, and the {left:,} that are left {duration(seconds * left)}."
+        further = " Ctrl-C ends the run; --steps or --epochs make it shorter." if seconds * left >= _LONG else ""
+        self.console.print(told + further, highlight=False, markup=False, soft_wrap=True)
 
     def end(self) -> None:
         if self._progress is not None:
