@@ -132,9 +132,8 @@ def adapter_config(
     values = dict(options or {})
     for option in values:
         if option in common:
-            place = (
-                f"give it as `{option}`" if option in ("r", "alpha", "dropout", "target_modules") else "give it there"
-            )
+            own = option in ("r", "alpha", "dropout", "target_modules")
+            place = f"give it as `{option}`" if own else "give it there"
             raise ConfigError(f"'{option}' is a setting of its own; {place} and not among the method's options.")
         if option not in valid:
             raise ConfigError(f"Method '{name}' has no option '{option}'; {did_you_mean(option, sorted(valid))}.")
