@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from dynalora.cli.commands import COMMANDS
 from dynalora.jobs.compare import run as compare_run
 from dynalora.jobs.compare.runner import InProcessRunner
 from dynalora.lab import packaged_models
@@ -91,6 +92,14 @@ def command_lines() -> list[tuple[str, str]]:
 
 def reason_not_run(line: str) -> str | None:
     return next((reason for pattern, reason in NOT_RUN.items() if re.search(pattern, line)), None)
+
+
+def test_every_command_has_a_line_and_a_section_on_its_page() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    listing = page.partition("```\n")[2].partition("\n```")[0]
+    assert sorted(line.split()[1] for line in listing.splitlines()) == sorted(COMMANDS)
+    sections = re.findall(r"^## (.+)$", page, re.MULTILINE)
+    assert not [name for name in COMMANDS if not any(name in section for section in sections)]
 
 
 @pytest.fixture(scope="module")

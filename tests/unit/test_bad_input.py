@@ -326,6 +326,12 @@ class TestAdapters:
         one_sentence(program("export", str(adapters / "disel"), str(tmp_path / "out")), "update depends on the input")
         assert not (tmp_path / "out").exists()
 
+    def test_a_snapshot_of_gates_that_are_not_there(self, adapters: Path, tmp_path: Path, program: Program) -> None:
+        shown = program("export", str(adapters / "dira"), str(tmp_path / "out"), "--calibrate", str(tmp_path / "none"))
+        one_sentence(
+            shown, "--calibrate takes an adapter's gates", "was made by dira", "exported exactly; leave it out"
+        )
+
     def test_export_of_an_adapter_that_is_a_lora_already(
         self, adapters: Path, tmp_path: Path, program: Program
     ) -> None:

@@ -534,7 +534,7 @@ def test_snapshot_of_gates_from_the_command_line(folder: Path, rows: Path, tmp_p
     measured = [line.split()[0] for line in shown.out.splitlines() if ".jsonl" in line]
     assert measured[:2] == ["other.jsonl", "rows.jsonl"]
     alone = program("export", adapter, str(tmp_path / "third"), "--measure", str(other))
-    assert "needs calibrate" in alone.err
+    assert "needs --calibrate" in alone.err
     static = str(saved_adapter("dira", folder, tmp_path / "static"))
     assert "no adapter with gates" in program("export", static, "x", "--calibrate", str(rows)).err
 

@@ -43,7 +43,7 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, BestSettings,
             `method` and any of `r`, `alpha`, `dropout`, `target_modules`, `learning_rates`, `match` (whether its
             parameters are matched), `quantization`, `weight_decay` and fields of the method's configuration.
         reference: Compare all others with the method or variant of this label.
-        r: Rank of the reference, and of all where parameters are not matched.
+        r: Give the reference this rank, and all others, too, where parameters are not matched.
         quantization: Hold the base weights in fewer bits, with bitsandbytes (4bit is NF4) or torchao (int8); None: as
             they are. What was forgotten is measured against a base model with these weights, also of variants with
             others.

@@ -16,7 +16,8 @@ from dynalora.export.snapshot import snapshot_price
 from dynalora.forgetting.gate_recording import record_gates
 from dynalora.forgetting.gates import GateStatistics
 from dynalora.jobs.export.settings import ExportSpec
-from dynalora.lab.adapters import adapter_folder, base_tokenizer, load_adapter
+from dynalora.lab.adapters import adapter_folder, base_tokenizer, load_adapter, read_config
+from dynalora.lab.configs import method_name
 from dynalora.lab.data.collator import batches_of
 from dynalora.lab.data.conversations import load_conversations
 from dynalora.lab.models import resolve_dtype
@@ -60,6 +61,12 @@ def _summary(exported: ExportReport) -> str:
 
 def _snapshot(spec: ExportSpec, calibrate: str) -> tuple[PeftModel, Sequence[GateStatistics], Table]:
     """The adapter on its base model, its gates over the calibration text, and what holding them there costs."""
+    saved = read_config(spec.adapter)
+    if not getattr(saved, "gated", False):
+        raise ConfigError(
+            f"`calibrate` takes an adapter's gates from text, and '{spec.adapter}' was made by {method_name(saved)}, "
+            "which has none and is exported exactly; leave it out."
+        )
     texts = _texts(spec, calibrate)
     adapted = load_adapter(spec.adapter, spec.model)
     tokenizer = base_tokenizer(spec.adapter, spec.model)

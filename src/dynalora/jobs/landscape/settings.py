@@ -32,7 +32,7 @@ class LandscapeSpec(Settings):
         split: Read this split of the data.
         limit: Use only this many rows of the data, from the first.
         max_length: Cut sequences after this many tokens.
-        tau: Count singular values of s·ΔW above this threshold as effective rank.
+        tau: Count singular values of the update that are above this threshold as effective rank.
         taus: Show the table of energy at these thresholds; empty: 0.01, 0.005, 0.001, 0.0005, 0.0001.
         plot: Draw a plot, layer by layer, into this file, and beside it an SVG.
         csv: Write a table with a line per matrix into this file.

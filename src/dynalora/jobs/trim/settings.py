@@ -16,7 +16,7 @@ class TrimSpec(Settings):
     """Which adapter to scale down, how far, and where to write it.
 
     Attributes:
-        adapter: Run folder, adapter folder or Hub id of an adapter.
+        adapter: Scale this adapter down: a run folder, an adapter folder, or an id on the Hugging Face Hub.
         output: Write the new adapter into this folder, which must be new or empty.
         max_kl: Allow at most so much forgetting on each text: KL(base ‖ tuned) in nats per token. Give this or factor.
         factor: Multiply the update by this factor, instead of taking the largest within a bound.
