@@ -59,5 +59,5 @@ class ExportSpec(Settings):
                     )
         elif self.measure and self.calibrate is None:
             raise ConfigError(
-                "measure is the text to measure a snapshot on, which needs `calibrate`, the text to take the gates from."
+                "measure is the text to measure a snapshot on, which needs `calibrate`, text to take the gates from."
             )
