@@ -11,6 +11,7 @@ import shutil
 import statistics
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,6 +42,7 @@ from dynalora.jobs.compare.store import CellStore, shared_settings
 from dynalora.lab.data.conversations import MONITORED_LENGTH, load_named_text
 from dynalora.lab.models import load_model, load_tokenizer
 from dynalora.lab.report import Table, latex_table, markdown_table
+from dynalora.lab.tasks import reading
 
 from . import tiny
 from .program import Program
@@ -496,6 +498,20 @@ def test_the_headline_says_what_to_take_and_how_sure_that_is(ratio: tuple[float,
     assert "The lowest held-out loss as trained is that of far, 1.000 ± 0.100, which is 1.000 ± 0.200 below" in text
     assert "(beyond chance, p = 0.010)" in text
     assert "The loss of lora is not reached by far." in text
+
+
+def test_the_headline_of_what_was_read_off_between_learning_rates() -> None:
+    lora = summary_of("lora", kl={"own text": Interval(0.2, 0.2, 0.2)})
+    better = summary_of("better", kl=lora.kl, at_reference_loss={"own text": 0.1})
+    text = " ".join(verdict._of_a_task("task", [lora, better], "lora"))
+    assert "forgets 0.50 times as much as lora" in text
+    assert "read off between learning rates, for which there is no interval" in text
+    assert "more seeds" not in text  # there are two already
+
+
+def test_a_file_that_is_not_there_is_no_misspelt_task() -> None:
+    with pytest.raises(ConfigError, match="There is no file 'nowhere.jsonl'"):
+        reading.generated("nowhere.jsonl", SimpleNamespace(), 4)  # type: ignore[arg-type]
 
 
 def test_the_headline_where_only_learning_was_measured() -> None:
@@ -1030,6 +1046,7 @@ def test_tables_in_markdown_and_latex() -> None:
         ({"variants": {"base": {"method": "dira"}}}, "becomes a file name"),
         ({"variants": {"x": {"method": "dira", "penaltyweight": 1}}}, "has no option 'penaltyweight'"),
         ({"variants": {"x": {"method": "dira", "learning_rates": [0.0]}}}, "learning rates of 'x'"),
+        ({"learning_rates": [-1.0]}, "learning_rates is -1.0; give more than 0"),
         ({"validation": 0}, "validation is 0, and there are several learning rates"),
         ({"texts": ["nothing"]}, "write it as NAME=SOURCE"),
         ({"texts": ["a=b", "a=c"]}, "uses a name twice"),

@@ -287,7 +287,7 @@ def _declared(kind: type[Any]) -> dict[str, Any]:
 
 
 def _setting(kind: type[Any], name: str) -> Setting | None:
-    extras = getattr(_hints(kind)[name], "__metadata__", ())
+    extras = getattr(_hints(cast(Any, kind))[name], "__metadata__", ())
     return next((extra for extra in extras if isinstance(extra, Setting)), None)
 
 

@@ -96,7 +96,7 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, BestSettings,
     reference: str = "lora"
     quantization: Annotated[str | None, Setting(choices=tuple(QUANTIZATIONS), panel=MODEL_AND_DATA)] = None
     match_parameters: Annotated[bool, Setting(negative="--same-rank")] = True
-    learning_rates: Annotated[list[float], Setting("--lrs", commas=True)] = field(default_factory=list)
+    learning_rates: Annotated[list[float], Setting("--lrs", commas=True, above=0)] = field(default_factory=list)
     steps: int | None = 100
     epochs: Annotated[float, Setting(above=0, panel="Training", instead_of="steps")] = 1.0
     seeds: Annotated[int, Setting(least=1)] = 3

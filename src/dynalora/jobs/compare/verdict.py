@@ -82,7 +82,7 @@ def _advice(place: str, entries: Sequence[_AtEqualLoss], base: Summary, text: st
     )
     how = ", its update scaled down after training," if least.scaled else ""
     take = f"{least.summary.label}{how} at a learning rate of {least.summary.learning_rate:g}"
-    if unsure and seeds == 1:
+    if unsure and (least.scaled or seeds == 1):
         return (
             f"{place}: on what was run, take {take}: {measured}). That is one run of each, so no interval can be "
             "given; repeat it with more seeds (--seeds 3) before you rely on it."

@@ -12,7 +12,7 @@ from typing import Any
 from dynalora.common.names import did_you_mean
 from dynalora.errors import ConfigError, DataError
 from dynalora.evaluation.benchmarks import BENCHMARKS, GROUPS, UNION_NAME, benchmark
-from dynalora.evaluation.files import file_rows, split_files
+from dynalora.evaluation.files import FILE_KINDS, file_rows, split_files
 from dynalora.evaluation.kinds.base import Benchmark, Example, LearnedKind
 from dynalora.evaluation.kinds.choice import CHOICE
 from dynalora.evaluation.numbers import MARK
@@ -77,6 +77,8 @@ def generated(source: str, request: Request, train_size: int) -> Task:
     name, _, listed = generator_name(source).partition(":")
     known = task_names()
     if name not in known:
+        if Path(source.removesuffix(".gz")).suffix.lower() in FILE_KINDS:
+            raise ConfigError(f"There is no file '{source}'; give a file that is there, or the name of a task.")
         raise ConfigError(f"There is no task '{name}'; {did_you_mean(name, [*BENCHMARKS, *known], brief=True)}.")
     options = named_values(pair for pair in listed.split(",") if pair.strip())
     return load_task(name, train_size=train_size, held_out_size=request.held_out, seed=request.seed, options=options)
