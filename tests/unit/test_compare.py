@@ -510,7 +510,7 @@ def test_the_headline_of_what_was_read_off_between_learning_rates() -> None:
 
 
 def test_a_file_that_is_not_there_is_no_misspelt_task() -> None:
-    with pytest.raises(ConfigError, match="There is no file 'nowhere.jsonl'"):
+    with pytest.raises(ConfigError, match=r"There is no file 'nowhere\.jsonl'"):
         reading.generated("nowhere.jsonl", SimpleNamespace(), 4)  # type: ignore[arg-type]
 
 
