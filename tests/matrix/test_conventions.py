@@ -582,19 +582,29 @@ def test_token_classification_and_question_answering(
 # --- conversion and helpers ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("toy", [MLP, GPT2], ids=lambda toy: toy.name)
 @every_method
-def test_conversion_by_peft(row: Row) -> None:
+def test_conversion_by_peft(row: Row, toy: Toy) -> None:
     """PEFT converts static updates to a LoRA, and is told that a gated one has none."""
-    model = row.adapt(MLP, init_weights=False, r=2)
+    model = row.adapt(toy, init_weights=False, r=2)
     assert model.supports_lora_conversion() is row.static
     if not row.static:
         with pytest.raises(TypeError):
             peft.convert_to_lora(model, rank=20, progressbar=False)
         return
     config, state = peft.convert_to_lora(model, rank=12, progressbar=False)  # as many as DisLoRA's components are
-    lora = peft.get_peft_model(MLP.build(), config).eval()
+    lora = peft.get_peft_model(toy.build(), config).eval()
     set_peft_model_state_dict(lora, state)
-    torch.testing.assert_close(MLP.logits(lora), MLP.logits(model), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(toy.logits(lora), toy.logits(model), atol=1e-4, rtol=1e-4)
+
+
+def test_peft_is_not_asked_to_convert_what_its_lora_computes_otherwise() -> None:
+    for layer in (nn.Conv1d(4, 4, 3), nn.Embedding(5, 4), nn.MultiheadAttention(4, 2)):
+        model = peft.get_peft_model(
+            nn.ModuleDict({"layer": layer}), dynalora.DiraConfig(r=2, target_modules=["layer"], total_steps=9)
+        )
+        with pytest.raises(TypeError, match="do not support LoRA conversion"):
+            peft.convert_to_lora(model, rank=2)
 
 
 @every_method

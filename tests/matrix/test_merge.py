@@ -33,12 +33,12 @@ def test_delta_weight_is_what_the_forward_applies(row: Row, toy: Toy) -> None:
         for layer in adapted_layers(model).values():
             down = getattr(layer, f"{row.prefix}down")["default"].detach().double()
             up = getattr(layer, f"{row.prefix}up")["default"].detach().double()
-            delta = layer.get_delta_weight("default")
+            delta = layer.delta_matrix("default")
             assert tuple(delta.shape) == (layer.out_features, layer.in_features)
             torch.testing.assert_close(delta.double(), layer.scaling["default"] * up @ down, atol=1e-6, rtol=1e-5)
     model = row.adapt(toy, init_weights=False).double()
     for layer in adapted_layers(model).values():
-        delta = layer.get_delta_weight("default").detach()
+        delta = layer.delta_matrix("default").detach()
         assert tuple(delta.shape) == (layer.out_features, layer.in_features)
         x = torch.randn(5, layer.in_features, dtype=torch.float64)
         with torch.no_grad():
@@ -57,7 +57,7 @@ def test_merge_and_unmerge(row: Row, toy: Toy) -> None:
     state = snapshot(base)
     model = row.adapt(toy, copy.deepcopy(base), init_weights=False, task_type=None)
     expected = toy.logits(model)
-    deltas = {name: layer.get_delta_weight("default").detach() for name, layer in adapted_layers(model).items()}
+    deltas = {name: layer.delta_matrix("default").detach() for name, layer in adapted_layers(model).items()}
     before = {name: stored_weight(layer).detach().clone() for name, layer in adapted_layers(model).items()}
 
     model.merge_adapter()

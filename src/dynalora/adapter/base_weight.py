@@ -180,9 +180,20 @@ class BaseWeight(BaseTunerLayer):
         """Whether the adapter adapts this layer."""
         raise NotImplementedError
 
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """The update that is merged, (out, in)."""
+    def delta_matrix(self, adapter: str) -> torch.Tensor:
+        """The update that is merged, (out, in) whatever the base layer's layout."""
         raise NotImplementedError
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """The update that is merged, as the base layer holds its weight, which PEFT expects of its methods.
+
+        Raises:
+            UnsupportedError: The update depends on the input.
+        """
+        delta = self.delta_matrix(adapter)
+        if self.layer_kind is not None:
+            return self.layer_kind.weight(delta)
+        return delta.t() if self.transposed else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add updates into the base weight.
@@ -233,10 +244,6 @@ class BaseWeight(BaseTunerLayer):
         self.check_mergeable()
         delta = self.get_delta_weight(adapter)
         weight = self.get_base_weight()
-        if self.layer_kind is not None:
-            delta = self.layer_kind.weight(delta)
-        elif self.transposed:
-            delta = delta.t()
         if check or self.quantization_backend is not None:
             merged = (weight.to(delta.dtype) + sign * delta.to(weight.device)).to(weight.dtype)
             if check and not torch.isfinite(merged).all():

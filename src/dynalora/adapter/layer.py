@@ -34,6 +34,7 @@ from dynalora.adapter.kernel import (
     project,
 )
 from dynalora.adapter.layer_kinds import kind_of
+from dynalora.adapter.parts import PartMatrix
 from dynalora.adapter.ranks import RankedStorage, fit
 from dynalora.adapter.shared_input import Companions, Factors, products_for
 from dynalora.adapter.storage import RANK
@@ -667,7 +668,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
             )
         return up, down
 
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+    def delta_matrix(self, adapter: str) -> torch.Tensor:
         """The update `s·ΔW`, (out, in) whatever the base layer's layout, float32 or the adapter's wider dtype.
 
         Raises:
@@ -688,8 +689,9 @@ class AdapterLayer(RankedStorage, BaseWeight):
         )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT may convert the update to a LoRA."""
-        return not self.depends_on_input(adapter_name)
+        """Whether PEFT may convert the update to a LoRA: a fixed one, of a layer that PEFT's LoRA adapts as linear."""
+        linear = self.layer_kind is None and not isinstance(self.get_base_layer(), PartMatrix)
+        return linear and not self.depends_on_input(adapter_name)
 
     def extra_repr(self) -> str:
         """Method, ranks and quantisation, for `print(model)`."""

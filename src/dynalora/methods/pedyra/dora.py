@@ -135,9 +135,9 @@ class DoraLayer(GatedLayer):
             self.base_squares = wide.square().sum(0 if isinstance(self.get_base_layer(), Conv1D) else 1)
         return self.base_squares
 
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+    def delta_matrix(self, adapter: str) -> torch.Tensor:
         """The update (out, in); with `use_dora`, by what the whole weight changes."""
-        update = super().get_delta_weight(adapter)
+        update = super().delta_matrix(adapter)
         if not self.has_parameter("magnitude", adapter):
             return update
         weight = self.get_base_weight().detach()
