@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from tokenizers import pre_tokenizers
 
 from dynalora.errors import UnsupportedError
 from dynalora.lab import packaged_models as models
@@ -312,3 +314,53 @@ def test_the_real_model_converts_exactly_and_stops_where_it_should(
 
 
 SHA256 = models._GGUF_SHA256
+
+
+# --- the tokenizer in a GGUF file ----------------------------------------------------------------------------
+
+
+def described(path: Path, **changes: Any) -> Path:
+    """A GGUF file that describes a tokenizer of all bytes and two merges, with SmolLM2's special tokens."""
+    gguf = pytest.importorskip("gguf")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*special, *alphabet, "th", "the"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(changes.get("pre", "smollm"))
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in special else 1 for token in tokens])
+    writer.add_token_merges(["t h", "th e"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(changes.get("eos", 2))
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_the_tokenizer_is_the_one_that_the_file_describes(tmp_path: Path) -> None:
+    made = models._tokenizer(described(tmp_path / "model.gguf"))
+    assert (made.bos_token_id, made.eos_token_id, made.pad_token_id, made.unk_token_id) == (1, 2, 2, 0)
+    text = made.apply_chat_template([{"role": "user", "content": "the 123 ö▁"}], tokenize=False)
+    assert text == "<|im_start|>user\nthe 123 ö▁<|im_end|>\n"
+    ids = made(text).input_ids
+    assert made.decode(ids) == text
+    assert made.decode(ids, skip_special_tokens=True) == "user\nthe 123 ö▁\n"
+    assert ids[0] == 1
+    assert made.convert_ids_to_tokens(ids).count("the") == 1
+    assert ids[-2] == made.eos_token_id
+    digits = [made.convert_tokens_to_ids(digit) for digit in "123"]
+    assert any(ids[i : i + 3] == digits for i in range(len(ids)))
+    made.save_pretrained(tmp_path / "saved")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")(text).input_ids == ids
+
+
+@pytest.mark.parametrize("changes", [{"pre": "llama-bpe"}, {"eos": 1}], ids=["pre-tokenizer", "end-of-turn"])
+def test_another_tokenizer_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="another tokenizer"):
+        models._tokenizer(described(tmp_path / "model.gguf", **changes))

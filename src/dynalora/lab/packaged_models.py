@@ -29,8 +29,8 @@ from typing import Any
 import filelock
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from dynalora.common.extras import missing
@@ -257,7 +257,7 @@ def _convert(gguf: Path, target: Path, progress: Progress) -> None:
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     with _quiet_transformers():
         progress(what, 0, 3)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        tokenizer = _tokenizer(gguf)
         progress(what, 1, 3)
         loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         progress(what, 2, 3)
@@ -270,19 +270,49 @@ def _convert(gguf: Path, target: Path, progress: Progress) -> None:
             fresh = type(loaded)(config)
         fresh.load_state_dict(loaded.state_dict())
         fresh.generation_config = loaded.generation_config
-        fresh.generation_config.eos_token_id = tokenizer.eos_token_id
-        fresh.generation_config.pad_token_id = tokenizer.pad_token_id
-        # The file names its pre-tokenizer, "smollm", which splits numbers into digits first; transformers does not
-        # know the name and leaves that step out.
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-        tokenizer.model_max_length = _CONTEXT
-        if tokenizer.eos_token != "<|im_end|>" or not tokenizer.chat_template:
-            raise ModelError("The GGUF file has no chat template or another end-of-turn token than <|im_end|>.")
+        for settings in (fresh.config, fresh.generation_config):
+            settings.bos_token_id = tokenizer.bos_token_id
+            settings.eos_token_id = tokenizer.eos_token_id
+            settings.pad_token_id = tokenizer.pad_token_id
         fresh.save_pretrained(target)
         tokenizer.save_pretrained(target)
         progress(what, 3, 3)
+
+
+def _tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that a GGUF file describes: a byte-level BPE that splits numbers into digits first ("smollm").
+
+    transformers reads it in other ways from version to version: it leaves out the digits, and up to 5.17 takes another
+    token for the end of a turn.
+
+    Raises:
+        ModelError: The file describes another tokenizer, or has no chat template.
+    """
+    from gguf import GGUFReader
+
+    fields = {name: field.contents() for name, field in GGUFReader(gguf).fields.items() if "tokenizer" in name}
+    kind = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    tokens, template = fields.get("tokenizer.ggml.tokens", []), fields.get("tokenizer.chat_template")
+    special = {
+        f"{name}_token": tokens[fields[key]]
+        for name, word in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        if (key := f"tokenizer.ggml.{word}_token_id") in fields
+    }
+    if kind != ("gpt2", "smollm") or special.get("eos_token") != "<|im_end|>" or not template:
+        raise ModelError(
+            f"The model file '{gguf.name}' describes another tokenizer than SmolLM2's, or has no chat template."
+        )
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges, unk_token=special["unk_token"]))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    control = [token for token, type_ in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True) if type_ == 3]
+    bpe.add_special_tokens(control)
+    made = PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=_CONTEXT, **special)
+    made.chat_template = template
+    return made
 
 
 def _seal(folder: Path) -> None:
