@@ -16,6 +16,10 @@ class ConfigError(DynaloraError, ValueError):
     """A setting has a value that cannot work."""
 
 
+class UnknownSettingError(ConfigError, TypeError):
+    """A configuration does not have the setting that it was given."""
+
+
 class DataError(DynaloraError, ValueError):
     """A data set cannot be read, or lacks the fields that training needs."""
 

@@ -56,6 +56,28 @@ def one_sentence(error: BaseException) -> str:
     return message
 
 
+# --- settings -------------------------------------------------------------------------------------------------
+
+
+@every_method
+def test_settings_that_loras_have_are_told_by_their_name_here(row: Row) -> None:
+    for name, value, here in (("lora_alpha", 16, "alpha"), ("lora_dropout", 0.1, "dropout")):
+        with pytest.raises(ConfigError, match=f"'{name}': it is called '{here}' here") as caught:
+            row.config(r=4, **{name: value})
+        assert isinstance(caught.value, TypeError)  # what Python itself raises
+        one_sentence(caught.value)
+    with pytest.raises(ConfigError, match="'rank_patern': did you mean 'rank_pattern'"):
+        row.config(rank_patern={})
+
+
+@every_method
+def test_settings_of_a_newer_version_are_left_out_with_a_warning(row: Row) -> None:
+    """Which PEFT does where the configuration says, in Python's words, that it does not know them."""
+    with pytest.warns(UserWarning, match="Unexpected keyword"):
+        config = peft.PeftConfig.from_peft_type(**{**row.config().to_dict(), "of_the_future": 1})
+    assert type(config) is row.config
+
+
 # --- mixed batches -------------------------------------------------------------------------------------------
 
 

@@ -183,6 +183,10 @@ def test_fields_that_exclude_each_other() -> None:
         Fields(messages="m", prompt="p", response="r")
     with pytest.raises(DataError, match=r"The prompt field is given \('p'\) but not the response field"):
         Fields(prompt="p")
+    with pytest.raises(DataError, match="Field 'r' is given as prompt and as response"):
+        Fields(prompt="r", response="r")
+    with pytest.raises(DataError, match="Field 'r' is given as input and as response"):
+        Fields(prompt="p", response="r", input="r")
     assert find_fields(["m"], Fields(messages="m")).messages == "m"
 
 

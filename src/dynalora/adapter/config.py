@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from peft import PeftConfig
 from peft.utils import PeftType
+from typing_extensions import Self
 
 from dynalora.adapter.patterns import compiles
 from dynalora.adapter.saved import check_adapter_folder
-from dynalora.errors import CheckpointError, ConfigError, DynaloraError, first_line
+from dynalora.common.names import did_you_mean
+from dynalora.errors import CheckpointError, ConfigError, DynaloraError, UnknownSettingError, first_line
 
 if TYPE_CHECKING:
     from dynalora.adapter.layer import AdapterLayer
@@ -26,6 +28,15 @@ _MOST_RANK = 65536  # more than any layer is wide
 _MOST_ALPHA = 1e9
 _RANK = f"a positive integer of at most {_MOST_RANK}"
 _ALPHA = f"a positive number of at most {_MOST_ALPHA:g}"
+
+# What PEFT's LoraConfig and AdaLoraConfig call settings that have another name here.
+_OF_PEFT = {
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "init_lora_weights": "init_weights",
+    "total_step": "total_steps",
+    "orth_reg_weight": "ortho_weight",
+}
 
 
 @dataclass
@@ -177,6 +188,21 @@ class AdapterConfig(PeftConfig):
     default_alpha_per_rank: ClassVar[float] = 1.0
     #: Fields that changed what a method does when they came, with what configurations from before meant.
     before: ClassVar[Mapping[str, Any]] = {}
+
+    def __new__(cls, *args: Any, **given: Any) -> Self:
+        """Refuse settings that there are not, with the name that they have here.
+
+        Raises:
+            UnknownSettingError: There is no such setting.
+        """
+        known = {setting.name for setting in fields(cls)}
+        for name in given:
+            if name not in known:
+                here = _OF_PEFT.get(name)
+                remedy = f"it is called {here!r} here" if here in known else did_you_mean(name, known, brief=True)
+                # PEFT knows the first words, and leaves such settings out of the files of newer versions.
+                raise UnknownSettingError(f"{cls.__name__} got an unexpected keyword argument {name!r}: {remedy}.")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         try:

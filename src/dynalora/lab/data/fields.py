@@ -45,6 +45,14 @@ class Fields:
         if self.input and not self.prompt:
             raise DataError(f"The input field ('{self.input}') needs the prompt and response fields; name all three.")
 
+        roles = {name: getattr(self, name) for name in ("prompt", "input", "response")}
+        for name, column in roles.items():
+            others = [other for other, same in roles.items() if column and same == column and other != name]
+            if others:
+                raise DataError(
+                    f"Field '{column}' is given as {name} and as {others[0]}; name a field of its own for each."
+                )
+
     @property
     def named(self) -> list[str]:
         """The field names that a row must have."""
