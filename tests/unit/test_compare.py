@@ -412,6 +412,33 @@ def test_summaries_are_those_of_the_cells(done: Comparison) -> None:
     assert found["base"].kl["lines"].value == 0
 
 
+def test_where_no_rate_is_chosen_every_one_has_its_rows(place: Path) -> None:
+    """Each method beside the reference at the same rate, and no table at rates that nothing chose."""
+    rates = {"learning_rates": [3e-2, 1e-2], "all_rates": True, "validation": 0, "factors": []}
+    comparison = run_compare(spec_of(place, "every-rate", seeds=1, **rates), apart=False)
+    shown, cells = writing._tables(comparison, "colour", summaries.summaries(comparison)["colour"]), results(comparison)
+    assert [table.title for table in shown] == ["colour, at every learning rate"]
+    table = shown[0]
+    assert [row[:2] for row in table.text] == [
+        ["–", "base"], ["0.01", "lora"], ["0.01", "dira"], ["0.03", "lora"], ["0.03", "dira"],
+    ]  # fmt: skip
+    for _, label, loss, apart, *_ in table.text[1:]:
+        assert (apart == "–") == (label == "lora"), loss
+    losses = {
+        (rate, label): cells[f"colour/{label}_r2_lr{rate}_seed42"]["test"]["loss"]
+        for rate in ("0.01", "0.03")
+        for label in ("lora", "dira")
+    }
+    for rate, label, loss, apart, *_ in table.text[1:]:
+        assert float(loss.split()[0]) == pytest.approx(losses[rate, label], abs=1e-4)
+        if label == "dira":
+            assert float(apart.split()[0]) == pytest.approx(losses[rate, "dira"] - losses[rate, "lora"], abs=1e-4)
+    # Where seeds follow a chosen rate, its table stands too.
+    chosen = run_compare(spec_of(place, "every-rate-2", seeds=1, **{**rates, "validation": 3}), apart=False)
+    titles = [table.title for table in writing._tables(chosen, "colour", summaries.summaries(chosen)["colour"])]
+    assert titles[:2] == ["colour, at every learning rate", "colour"]
+
+
 def test_a_report_runs_nothing(place: Path, done: Comparison) -> None:
     with pytest.raises(ConfigError, match=r"No cell of .* has been run yet"):
         run_compare(spec_of(place, "nothing"), run=False)

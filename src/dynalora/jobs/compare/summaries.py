@@ -145,15 +145,47 @@ def _against(comparison: Comparison, task: str, of_task: list[Summary]) -> list[
         contestant = next(entry for entry in grid.contestants if entry.label == summary.label)
         compared.append(
             replace(
-                summary,
-                accuracy_apart=_apart(reference, summary, _right),
-                loss_apart=_apart(reference, summary, _nats),
+                _from_reference(summary, reference),
                 at_reference_loss={
                     text: _at_loss(curve(comparison, task, contestant, text), value_of(reference.loss))
                     for text in summary.kl
                 },
             )
         )
+    return _adjusted(compared)
+
+
+def by_rate(comparison: Comparison, task: str) -> list[Summary]:
+    """The base model, and a task's runs at every learning rate, from the smallest, beside the reference's at it."""
+    grid = comparison.grid
+    base = grid.result(grid.base(task))
+    found = [] if base is None else [_summary("base", grid.places[task], None, False, {0: base})]
+    for rate in sorted({rate for contestant in grid.contestants for rate in contestant.learning_rates}):
+        of_rate: list[Summary] = []
+        for contestant in grid.contestants:
+            if rate not in contestant.learning_rates:
+                continue
+            cells = [grid.cell(task, contestant, rate, seed) for seed in grid.spec.run_seeds]
+            results = {cell.seed: result for cell in cells if (result := grid.result(cell)) is not None}
+            if results:
+                of_rate.append(_summary(contestant.label, grid.places[task], rate, False, results))
+        reference = next((summary for summary in of_rate if summary.label == grid.spec.reference), None)
+        found += [
+            summary if reference is None or summary is reference else _from_reference(summary, reference)
+            for summary in of_rate
+        ]
+    return _adjusted(found)
+
+
+def _from_reference(summary: Summary, reference: Summary) -> Summary:
+    """A summary with its differences from the reference."""
+    return replace(
+        summary, accuracy_apart=_apart(reference, summary, _right), loss_apart=_apart(reference, summary, _nats)
+    )
+
+
+def _adjusted(compared: list[Summary]) -> list[Summary]:
+    """Summaries with p-values adjusted for how many differences there are."""
     for name in ("accuracy_apart", "loss_apart"):
         indices = [index for index, summary in enumerate(compared) if getattr(summary, name) is not None]
         adjusted = holm([getattr(compared[index], name).p for index in indices])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from dynalora.common.statistics import Difference, Interval
 from dynalora.forgetting.trim import NEAR_BEST
@@ -83,6 +84,25 @@ def result_table(comparison: Comparison, place: str, summaries: Sequence[Summary
     return Table(columns, [list(row.values()) for row in rows], title=place, note=_result_note(spec, summaries))
 
 
+def rate_table(comparison: Comparison, place: str, summaries: Sequence[Summary]) -> Table:
+    """One task's results at every learning rate, for comparisons that choose none."""
+    spec = comparison.grid.spec
+    accuracies = any(summary.accuracy is not None for summary in summaries)
+    rows: list[list[TableCell]] = []
+    for summary in summaries:
+        rate = None if summary.learning_rate is None else f"{summary.learning_rate:g}"
+        loss = shown_interval(summary.loss, 4, half=True)
+        row: list[TableCell] = [rate, summary.label, loss, _difference(summary.loss_apart, 4)]
+        if accuracies:
+            row += [shown_interval(summary.accuracy, 1, scale=100, half=True)]
+            row += [_difference(summary.accuracy_apart, 1, scale=100)]
+        rows.append([*row, len(summary.results)])
+    columns = ["learning rate", "method", "loss", f"loss, − {spec.reference}"]
+    columns += ["accuracy, %", f"accuracy, − {spec.reference}"] if accuracies else []
+    note = _result_note(spec, [replace(summary, kl={}, norm=None) for summary in summaries], of="differences")
+    return Table([*columns, "seeds"], rows, title=f"{place}, at every learning rate", note=note)
+
+
 def _rate_and_seeds(summary: Summary) -> dict[str, TableCell]:
     if summary.learning_rate is None:
         return {"learning rate": None, "seeds": None}
@@ -90,15 +110,15 @@ def _rate_and_seeds(summary: Summary) -> dict[str, TableCell]:
     return {"learning rate": f"{summary.learning_rate:g}{edge}", "seeds": len(summary.results)}
 
 
-def _result_note(spec: CompareSpec, summaries: Sequence[Summary]) -> str:
-    """How to read a task's results."""
+def _result_note(spec: CompareSpec, summaries: Sequence[Summary], of: str = "methods") -> str:
+    """How to read a task's results, whose p-values are adjusted for the number of these."""
     scores = [result["test"] for summary in summaries for result in summary.results.values()]
     seeds, reference = spec.seeds > 1, spec.reference
     over = "over the seeds (Student's t)" if seeds else "over the questions, as there is a single seed"
     sentences = [
         f"± is half of a 95 % interval {over}. Losses of the right answers on held-out questions, nats per token (per "
         f"text for classification, per question for marking). − {reference}: paired by seed and question, both taken "
-        "as drawn at random; * p < 0.05 after Holm's adjustment for the number of methods."
+        f"as drawn at random; * p < 0.05 after Holm's adjustment for the number of {of}."
     ]
     if any(summary.kl for summary in summaries):
         sentences.append(

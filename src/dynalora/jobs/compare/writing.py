@@ -23,8 +23,8 @@ from dynalora.jobs.compare.plots import (
     plot_ranks,
     plot_scaled,
 )
-from dynalora.jobs.compare.summaries import Summary, kept_numbers, summaries
-from dynalora.jobs.compare.tables import cost_table, kept_table, plan_table, result_table, scaled_tables
+from dynalora.jobs.compare.summaries import Summary, by_rate, kept_numbers, summaries
+from dynalora.jobs.compare.tables import cost_table, kept_table, plan_table, rate_table, result_table, scaled_tables
 from dynalora.jobs.compare.verdict import conclusion
 from dynalora.lab.report import (
     Report,
@@ -183,9 +183,13 @@ def _figures(comparison: Comparison, task: str, of_task: Sequence[Summary]) -> d
 
 def _tables(comparison: Comparison, place: str, of_task: Sequence[Summary]) -> list[Table]:
     """The tables of one task."""
-    retention = kept_table(comparison, place, of_task)
+    retention, grid = kept_table(comparison, place, of_task), comparison.grid
+    several = grid.spec.all_rates and any(len(contestant.learning_rates) > 1 for contestant in grid.contestants)
+    task = next(task for task, its_place in grid.places.items() if its_place == place)
     return [
-        result_table(comparison, place, of_task),
+        *([rate_table(comparison, place, by_rate(comparison, task))] if several else []),
+        # Where no questions are set aside, no rate was chosen.
+        *([] if several and not grid.spec.validation else [result_table(comparison, place, of_task)]),
         *scaled_tables(comparison, place, of_task),
         *([retention] if retention is not None else []),
     ]
