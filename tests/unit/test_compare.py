@@ -643,8 +643,10 @@ def test_the_other_plots_show_what_was_measured(done: Comparison) -> None:
     drawn = plots.plot_parameters(done, "colour", found["colour"])
     assert drawn is not None
     heights = {container.get_label(): container.lines[0].get_ydata()[0] for container in drawn.axes[0].containers}
+    # Accuracies that are all alike would say nothing, and losses take their place.
+    assert len({one.accuracy.value for one in found["colour"] if one.accuracy is not None}) == 1
     assert heights == {
-        one.label: pytest.approx(100 * one.accuracy.value)  # type: ignore[union-attr]
+        one.label: pytest.approx(one.loss.value)  # type: ignore[union-attr]
         for one in found["colour"]
         if one.label != "base"
     }
@@ -756,7 +758,12 @@ def test_measuring_over_time_changes_nothing_and_the_best_weights_are_put_back(p
     (own,) = summaries.summaries(comparison).values()
     drawn = plots.plot_over_time(comparison, task, own)
     assert drawn is not None
-    assert {axis.get_ylabel() for axis in drawn.axes} >= {"accuracy, %", "GSM8K, strict, %"}
+    # None of GSM8K is answered at any time, and a line at zero says nothing.
+    over_time = [result["over_time"]["points"] for result in measured.values() if "over_time" in result]
+    assert {point["kept"]["gsm8k"]["value"] for points in over_time for point in points} == {0}
+    labels = {axis.get_ylabel() for axis in drawn.axes}
+    assert "accuracy, %" in labels
+    assert "GSM8K, strict, %" not in labels
     # Weights of other steps, chosen by what a run was found to have there.
     for by in ("validation-loss", "held-out-accuracy", "further-task"):
         chosen = spec_of(place, f"best-{by}", **{**given, "methods": ["lora"]}, keep_best=by, measure_every=2)

@@ -114,7 +114,8 @@ def by_definition(model: Any) -> float:
                 update = layer.add_update(nothing, x[None], "default")[0]
                 total += float(0.5 * update @ outputs @ update) / len(curvature.bank)
         else:
-            delta = layer.get_delta_weight("default")
+            up, down = layer.factors("default")
+            delta = layer.scaling["default"] * up @ down
             total += float(0.5 * torch.trace(outputs @ delta @ curvature.inputs.dense() @ delta.mT))
     model.train(training)
     return total

@@ -99,16 +99,21 @@ class Setting:
         limits = [(words, limit, allows) for words, limit, allows in bounds if limit is not None]
         if isinstance(value, int) and value > MOST_WHOLE and self.most is None and self.below is None:
             limits.append(("at most", MOST_WHOLE, operator.le))  # what counters of all libraries can hold
-        if math.isfinite(value) and all(allows(value, limit) for _, limit, allows in limits):
+        finite = isinstance(value, int) or math.isfinite(value)  # whole numbers may be too large for a float
+        if finite and all(allows(value, limit) for _, limit, allows in limits):
             return None
         wanted = [f"{words} {_number(limit)}" for words, limit, _ in limits]
-        if not math.isfinite(value):
+        if not finite:
             wanted.insert(0, "a finite number")
-        return f"{name} is {value}; give {' and '.join(wanted)}."
+        too_long = isinstance(value, int) and abs(value) >= _LONGEST
+        shown = f"about 1e{math.log10(abs(value)):.0f}" if too_long else value
+        return f"{name} is {shown}; give {' and '.join(wanted)}."
 
 
 MOST_WHOLE = 2**31 - 1
 """The largest whole number that a setting without a limit of its own can be."""
+_LONGEST = 10**30
+"""The first whole number that a message shows by its size, and not digit by digit."""
 
 
 def _number(value: float) -> str:
