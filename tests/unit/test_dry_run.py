@@ -16,6 +16,7 @@ from torch import nn
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 import dynalora
+from dynalora.common.progress import duration
 from dynalora.jobs.finetune import run
 from dynalora.jobs.finetune.dry_run import STEPS, dry_run
 from dynalora.jobs.finetune.run import finetune
@@ -25,7 +26,7 @@ from dynalora.lab.configs import adapter_config
 from dynalora.lab.costs import amount, cost_of, cost_table
 from dynalora.lab.models import empty_model
 from dynalora.lab.training import reporting
-from dynalora.lab.training.recorder import Display, duration
+from dynalora.lab.training.recorder import Display
 from tests.unit import tiny
 from tests.unit.program import Program, program
 
@@ -158,7 +159,7 @@ def test_tensorboard_gets_both_losses_in_the_run_folder(place: Path, tmp_path: P
      (5e8, "about 16 years")],
 )  # fmt: skip
 def test_times_in_words(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
+    assert f"about {duration(seconds)}" == words
 
 
 def test_a_run_says_how_long_it_takes_and_how_to_make_one_shorter_that_takes_days() -> None:

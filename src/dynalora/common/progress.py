@@ -27,6 +27,17 @@ def silent(what: str, done: int, total: int | None) -> None:
     """A listener that does nothing: the default everywhere."""
 
 
+_DAY = 86400.0
+
+
+def duration(seconds: float) -> str:
+    """A time in words, in the largest unit of which there are two or more."""
+    for unit, length in (("years", 365.25 * _DAY), ("days", _DAY), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}" if unit != "h" else f"{seconds / length:.1f} h"
+    return f"{seconds:.0f} s"
+
+
 def counted(items: Collection[T], what: str, progress: Progress) -> Iterator[T]:
     """Items one after the other, of which those done are told to a listener."""
     progress(what, 0, len(items))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 import torch
 
+from dynalora.common.progress import duration
 from dynalora.errors import DynaloraError
 from dynalora.jobs.compare.cell import run_cell
 from dynalora.jobs.compare.contestants import Cell
@@ -160,13 +161,6 @@ class InProcessRunner(Runner):
             else:
                 self._finished(cell, result)
         return self.failed
-
-
-def duration(seconds: float) -> str:
-    """A time in words, in the unit that suits it."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def result_line(result: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from transformers import TrainerCallback
 
+from dynalora.common.progress import duration
 from dynalora.jobs.finetune.prepare import Prepared, prepare
 from dynalora.jobs.finetune.settings import FinetuneSpec
 from dynalora.lab.choices import label_of
@@ -18,7 +19,7 @@ from dynalora.lab.costs import Cost, amount, cost_of, cost_table
 from dynalora.lab.machine import forget_training_peak, training_peak
 from dynalora.lab.models import empty_model, load_model, resolve_dtype
 from dynalora.lab.report import say
-from dynalora.lab.training.recorder import duration, wait_for_device
+from dynalora.lab.training.recorder import wait_for_device
 from dynalora.lab.training.train import train_adapter
 
 STEPS = 3
@@ -110,7 +111,7 @@ def _lines(steps: int, seconds: float | None, most: int | None) -> list[str]:
     if seconds is not None:
         lines[0] = (
             f"{steps:,} optimizer steps of {seconds:.2f} s (mean of {STEPS - 1} real ones, after one to warm up): "
-            f"{duration(steps * seconds)}, and what measuring takes."
+            f"about {duration(steps * seconds)}, and what measuring takes."
         )
     if most is not None:
         place = "on the GPU" if torch.cuda.is_available() else "in this process"

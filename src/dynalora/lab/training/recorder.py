@@ -14,7 +14,7 @@ from rich.progress import Progress
 from transformers import TrainerCallback
 
 from dynalora.common.processes import from_first
-from dynalora.common.progress import live_bar
+from dynalora.common.progress import duration, live_bar
 from dynalora.errors import TrainingError
 from dynalora.forgetting.monitor import RetentionMonitor
 from dynalora.lab.run_folder import RunFolder
@@ -24,8 +24,7 @@ UNTIMED_STEPS = 3
 """Steps at the start that are left out of the step time: they pay for allocation and warm-up once."""
 
 
-_DAY = 86400.0
-_LONG = 2 * _DAY  # a run that is told how to be made shorter
+_LONG = 2 * 86400.0  # seconds: a run that is told how to be made shorter
 
 
 class Recorder(TrainerCallback):
@@ -144,14 +143,6 @@ class Recorder(TrainerCallback):
             self.display.step(state.global_step, loss=logs["loss"])
 
 
-def duration(seconds: float) -> str:
-    """A time in words, in the largest unit of which there are two or more."""
-    for unit, length in (("years", 365.25 * _DAY), ("days", _DAY), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * length:
-            return f"about {seconds / length:,.0f} {unit}" if unit != "h" else f"about {seconds / length:.1f} h"
-    return f"about {seconds:.0f} s"
-
-
 def wait_for_device() -> None:
     """Wait until a GPU has done what it was given, so that clocks tell how long that took."""
     if torch.cuda.is_available():
@@ -200,7 +191,8 @@ class Display:
         """Say how long the steps that are left take: always if that is days, else where no bar shows it."""
         if self.console is None or (self._progress is not None and seconds * left < _LONG):
             return
-        told = f"{self.label}: a step takes {seconds:.2g} s, and the {left:,} that are left {duration(seconds * left)}."
+        rest = duration(seconds * left)
+        told = f"{self.label}: a step takes {seconds:.2g} s, and the {left:,} that are left about {rest}."
         further = " Ctrl-C ends the run; --steps or --epochs make it shorter." if seconds * left >= _LONG else ""
         self.console.print(told + further, highlight=False, markup=False, soft_wrap=True)
 
