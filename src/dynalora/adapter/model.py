@@ -406,12 +406,10 @@ def _unwrap(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
     """Put the base layers back where layers have no adapter left."""
     for name, layer in layers.items():
         if not layer.scaling:
-            owner, _, last = name.rpartition(".")
-            setattr(model.get_submodule(owner), last, layer.base_layer)
+            model.set_submodule(name, layer.base_layer)
     for name, module in list(model.named_modules()):
         if isinstance(module, Parted) and not module.is_used():
-            owner, _, last = name.rpartition(".")
-            setattr(model.get_submodule(owner), last, module.base_layer)
+            model.set_submodule(name, module.base_layer)
 
 
 def _withdraw(model: PeftModel, adapter: str, folder: str, error: Exception) -> Exception:
@@ -444,8 +442,7 @@ def _unwrap_unused(model: nn.Module) -> None:
         if isinstance(module, AuxiliaryTrainingWrapper) and not any(
             len(attrgetter(trained)(module)) for trained in module.adapter_layer_names
         ):
-            owner, _, last = name.rpartition(".")
-            setattr(model.get_submodule(owner), last, module.original_module)
+            model.set_submodule(name, module.original_module)
 
 
 def _tell_of_unread_method(folder: str) -> None:

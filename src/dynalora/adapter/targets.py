@@ -218,7 +218,6 @@ def meant_experts(model: nn.Module, config: Any, check: Check) -> dict[str, list
         model: The model.
         config: The configuration of the adapter to come; with `all-linear` it means all experts.
         check: As in `settle_targets`.
-
     """
     adaptable = fused_experts(model)
     wanted: dict[str, list[str]] = {}
@@ -266,30 +265,36 @@ def meant_attention(model: nn.Module, config: Any, check: Check) -> list[str]:
     for name, module in model.named_modules():
         if not name or name.endswith(".base_layer") or not is_attention(module):
             continue
-        attention = _unparted(model, name)
+        projections = _meant_projections(config, name)
+        if not projections:
+            continue
         try:
-            for projection in _meant_projections(config, name):
-                matrix, place = AttentionMatrix(attention, projection), f"{name}.projections.{projection}"
-                BaseWeight.check_whole(matrix, place)
-                if offloaded_weights(attention):
-                    raise UnsupportedError(
-                        f"module {name!r} is an nn.MultiheadAttention whose weights are offloaded, where they cannot "
-                        "be read; load the base model without offloading, or leave it out with exclude_modules."
-                    )
-                if config.bias != "none":
-                    raise ConfigError(
-                        f"{type(config).__name__}: bias={config.bias!r} cannot train the biases of {name!r}, an "
-                        "nn.MultiheadAttention, which lie in one parameter; set bias='none', or leave it out with "
-                        "exclude_modules."
-                    )
-                check(matrix, place)
+            _check_attention(config, name, _unparted(model, name), projections, check)
+            meant.append(name)
         except (UnsupportedError, ConfigError) as error:
             if not wants_all_linear(config):
                 raise
             _warn(f"target_modules='all-linear' leaves out {name}: {error}")
-        else:
-            meant += [name] if _meant_projections(config, name) else []
     return meant
+
+
+def _check_attention(config: Any, name: str, attention: nn.Module, projections: tuple[str, ...], check: Check) -> None:
+    """Refuse an attention some projections of which cannot be adapted."""
+    matrices = {f"{name}.projections.{each}": AttentionMatrix(attention, each) for each in projections}
+    for place, matrix in matrices.items():
+        BaseWeight.check_whole(matrix, place)
+    if offloaded_weights(attention):
+        raise UnsupportedError(
+            f"module {name!r} is an nn.MultiheadAttention whose weights are offloaded, where they cannot be read; load "
+            "the base model without offloading, or leave it out with exclude_modules."
+        )
+    if config.bias != "none":
+        raise ConfigError(
+            f"{type(config).__name__}: bias={config.bias!r} cannot train the biases of {name!r}, an "
+            "nn.MultiheadAttention, which lie in one parameter; set bias='none', or leave it out with exclude_modules."
+        )
+    for place, matrix in matrices.items():
+        check(matrix, place)
 
 
 def _meant_projections(config: Any, name: str) -> tuple[str, ...]:
@@ -320,9 +325,8 @@ def _stand_around(model: nn.Module, name: str, kind: type[_P]) -> _P:
     """What stands around a module, put there if need be."""
     module = model.get_submodule(name)
     if not isinstance(module, kind):
-        owner, _, last = name.rpartition(".")
         module = kind(module)
-        setattr(model.get_submodule(owner), last, module)
+        model.set_submodule(name, module)
     return module
 
 
