@@ -36,6 +36,11 @@ from dynalora.driver import Moment, OptimizerOverride, Part
 if TYPE_CHECKING:
     from dynalora.adapter.gates import GatedLayer
 
+LORA_STEP = 2 / math.sqrt(3)
+"""How far a component of LoRA (alpha = 2r) moves in a step of Adam, in learning rates times √out.
+
+Every entry of `up` moves by the learning rate, s is 2, and a row of `down` has length 1 / √3 at the start.
+"""
 FASTEST = 32.0
 """The largest 1 / ρ, that of gates with a bias of −3.5.
 

@@ -40,6 +40,7 @@ import torch
 from dynalora.adapter.config import AdapterConfig, is_number, is_whole
 from dynalora.adapter.directions import DIRECTION_ROLES, DirectedLayer, DirectedMethod, Directions, smallest_pairs
 from dynalora.adapter.layer import Gates
+from dynalora.adapter.matching import LORA_STEP
 from dynalora.adapter.method import Panel
 from dynalora.adapter.register import register
 from dynalora.adapter.singular import SingularLayer, TwinLayer, TwinMethod
@@ -299,7 +300,7 @@ class Dislora(DirectedMethod, TwinMethod):
             sigma = float(layer.buffer("start_sigma", adapter).double().square().mean().sqrt())
             sides = layer.out_features + layer.in_features
             here = layer.scaling[adapter] * sigma * math.sqrt(sides)
-            lora = LENGTH * 2 / math.sqrt(3) * math.sqrt(layer.out_features)
+            lora = LENGTH * LORA_STEP * math.sqrt(layer.out_features)
             # Powers of two, so that matrices of like size step in one group.
             multiple = 2.0 ** round(math.log2(lora / here)) if here * FASTEST > lora else FASTEST
             rules["up"] = rules["down"] = OptimizerOverride(min(multiple, FASTEST), weight_decay=decay)

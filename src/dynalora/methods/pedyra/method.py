@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dynalora.adapter.layer import AdapterLayer
+from dynalora.adapter.matching import LORA_STEP
 from dynalora.adapter.method import Method, Panel
 from dynalora.adapter.orthogonality import add_orthogonality
 from dynalora.adapter.register import register
@@ -22,7 +23,7 @@ from dynalora.methods.pedyra.diagnostics import diagnostics, note_gradients
 from dynalora.methods.pedyra.layer import PedyraLayer
 from dynalora.methods.pedyra.record import Adjustment, read_record
 from dynalora.methods.pedyra.scores import shared_with_all, triple_scores, update_averages
-from dynalora.methods.pedyra.settings import LORA_STEP, AdjustmentPlan, PedyraConfig
+from dynalora.methods.pedyra.settings import AdjustmentPlan, PedyraConfig
 from dynalora.spectral.decomposition import decompose_each
 
 # With match_step: e's steps as a multiple of LoRA's (found in experiments/compare).

@@ -9,11 +9,9 @@ from typing import Any, ClassVar, Literal, get_args
 
 from dynalora.adapter.config import is_number, is_whole
 from dynalora.adapter.gates import GatedConfig
-from dynalora.adapter.matching import MatchedSteps
+from dynalora.adapter.matching import LORA_STEP, MatchedSteps
 from dynalora.driver.schedule import Occasions, in_steps, memory_of
 
-LORA_STEP = 2 / math.sqrt(3)
-"""How far a component of LoRA (alpha = 2r) moves in a step of Adam, in learning rates times √out."""
 UP_RATE = 8.0
 """The multiple of `up`'s learning rate at s = 1 without gates: steps as long as LoRA's where |e| is about a seventh."""
 
