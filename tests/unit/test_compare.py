@@ -416,7 +416,8 @@ def test_where_no_rate_is_chosen_every_one_has_its_rows(place: Path) -> None:
     """Each method beside the reference at the same rate, and no table at rates that nothing chose."""
     rates = {"learning_rates": [3e-2, 1e-2], "all_rates": True, "validation": 0, "factors": []}
     comparison = run_compare(spec_of(place, "every-rate", seeds=1, **rates), apart=False)
-    shown, cells = writing._tables(comparison, "colour", summaries.summaries(comparison)["colour"]), results(comparison)
+    (task,), cells = comparison.grid.places, results(comparison)
+    shown = writing._tables(comparison, task, summaries.summaries(comparison)["colour"])
     assert [table.title for table in shown] == ["colour, at every learning rate"]
     table = shown[0]
     assert [row[:2] for row in table.text] == [
@@ -435,7 +436,7 @@ def test_where_no_rate_is_chosen_every_one_has_its_rows(place: Path) -> None:
             assert float(apart.split()[0]) == pytest.approx(losses[rate, "dira"] - losses[rate, "lora"], abs=1e-4)
     # Where seeds follow a chosen rate, its table stands too.
     chosen = run_compare(spec_of(place, "every-rate-2", seeds=1, **{**rates, "validation": 3}), apart=False)
-    titles = [table.title for table in writing._tables(chosen, "colour", summaries.summaries(chosen)["colour"])]
+    titles = [table.title for table in writing._tables(chosen, task, summaries.summaries(chosen)["colour"])]
     assert titles[:2] == ["colour, at every learning rate", "colour"]
 
 

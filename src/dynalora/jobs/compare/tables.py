@@ -85,7 +85,7 @@ def result_table(comparison: Comparison, place: str, summaries: Sequence[Summary
 
 
 def rate_table(comparison: Comparison, place: str, summaries: Sequence[Summary]) -> Table:
-    """One task's results at every learning rate, for comparisons that choose none."""
+    """One task's results at every learning rate, for comparisons that run every seed at all of them."""
     spec = comparison.grid.spec
     accuracies = any(summary.accuracy is not None for summary in summaries)
     rows: list[list[TableCell]] = []

@@ -110,7 +110,7 @@ def write_results(comparison: Comparison) -> Path:
     grid = comparison.grid
     folder, by_place = grid.store.folder, summaries(comparison)
     cost = cost_table(comparison, by_place)
-    tables = {place: _tables(comparison, place, of_task) for place, of_task in by_place.items()}
+    tables = {place: _tables(comparison, task, by_place[place]) for task, place in grid.places.items()}
     all_tables = [*(table for of_task in tables.values() for table in of_task), cost]
     write_file(folder / "cells.csv", cells_csv(comparison))
     write_file(folder / "curves.csv", curves_csv(comparison))
@@ -181,11 +181,11 @@ def _figures(comparison: Comparison, task: str, of_task: Sequence[Summary]) -> d
     }
 
 
-def _tables(comparison: Comparison, place: str, of_task: Sequence[Summary]) -> list[Table]:
+def _tables(comparison: Comparison, task: str, of_task: Sequence[Summary]) -> list[Table]:
     """The tables of one task."""
-    retention, grid = kept_table(comparison, place, of_task), comparison.grid
+    grid, place = comparison.grid, comparison.grid.places[task]
+    retention = kept_table(comparison, place, of_task)
     several = grid.spec.all_rates and any(len(contestant.learning_rates) > 1 for contestant in grid.contestants)
-    task = next(task for task, its_place in grid.places.items() if its_place == place)
     return [
         *([rate_table(comparison, place, by_rate(comparison, task))] if several else []),
         # Where no questions are set aside, no rate was chosen.
@@ -198,7 +198,7 @@ def _tables(comparison: Comparison, place: str, of_task: Sequence[Summary]) -> l
 def show_tables(comparison: Comparison, console: Console) -> None:
     """Show the tables of all tasks, and what the methods cost."""
     by_place = summaries(comparison)
-    for place, of_task in by_place.items():
-        for table in _tables(comparison, place, of_task):
+    for task, place in comparison.grid.places.items():
+        for table in _tables(comparison, task, by_place[place]):
             console.print(rich_table(table))
     console.print(rich_table(cost_table(comparison, by_place)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -44,13 +45,11 @@ class Fields:
             )
         if self.input and not self.prompt:
             raise DataError(f"The input field ('{self.input}') needs the prompt and response fields; name all three.")
-
-        roles = {name: getattr(self, name) for name in ("prompt", "input", "response")}
-        for name, column in roles.items():
-            others = [other for other, same in roles.items() if column and same == column and other != name]
-            if others:
+        roles = {"prompt": self.prompt, "input": self.input, "response": self.response}
+        for (name, column), (other, same) in itertools.combinations(roles.items(), 2):
+            if column and column == same:
                 raise DataError(
-                    f"Field '{column}' is given as {name} and as {others[0]}; name a field of its own for each."
+                    f"Field '{column}' is given as {name} and as {other}; name a field of its own for each."
                 )
 
     @property
