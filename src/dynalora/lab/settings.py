@@ -105,14 +105,14 @@ class Setting:
         wanted = [f"{words} {_number(limit)}" for words, limit, _ in limits]
         if not finite:
             wanted.insert(0, "a finite number")
-        too_long = isinstance(value, int) and abs(value) >= _LONGEST
+        too_long = isinstance(value, int) and abs(value) >= _BY_SIZE
         shown = f"about 1e{math.log10(abs(value)):.0f}" if too_long else value
         return f"{name} is {shown}; give {' and '.join(wanted)}."
 
 
 MOST_WHOLE = 2**31 - 1
 """The largest whole number that a setting without a limit of its own can be."""
-_LONGEST = 10**30
+_BY_SIZE = 10**30
 """The first whole number that a message shows by its size, and not digit by digit."""
 
 
