@@ -186,6 +186,7 @@ class TestFinetune:
             (["-b", "0"], "-b is 0; give at least 1"),
             (["--max-forgetting", "1", "--monitor-every", "0"], "--max-forgetting needs measurements during training"),
             (["-r", "1000000000"], "-r is 1000000000; give at least 1 and at most 65536"),
+            (["-r", str(10**400)], "-r is about 1e400; give at least 1 and at most 65536"),
             (["-r", "33"], "-r is 33, but no update of the adapted matrices can have so high a rank"),
             (["-r", "33", "--method", "lora"], "33, but no update of the adapted matrices"),
             (["-r", "33", "--method", "adalora"], "33, but no update of the adapted matrices"),
