@@ -267,6 +267,20 @@ def test_the_whole_or_the_output_is_named_or_all_linear_takes_it(row: Row) -> No
     assert not second.base_model.model.attn.projections["q"].disable_adapters
 
 
+@pytest.mark.parametrize(
+    ("target", "excluded"),
+    [(["attn", "head"], ["out_proj"]), (["attn", "head"], ["projections.k"]), ("all-linear", ["attn"])],
+)
+def test_what_is_left_out_is_not_said_to_have_been_left_in(
+    target: Any, excluded: Any, recwarn: pytest.WarningsRecorder
+) -> None:
+    """PEFT warns where `exclude_modules` names nothing, and must not where it took effect."""
+    peft.get_peft_model(Attending(), dynalora.DiraConfig(r=2, target_modules=target, exclude_modules=excluded))
+    assert not [warning for warning in recwarn if "no modules were excluded" in str(warning.message)]
+    with pytest.warns(UserWarning, match="no modules were excluded"):
+        peft.get_peft_model(Attending(), dynalora.DiraConfig(r=2, target_modules=target, exclude_modules=["other"]))
+
+
 def test_what_is_refused_leaves_the_model_as_it_was() -> None:
     class Own(nn.MultiheadAttention):
         pass

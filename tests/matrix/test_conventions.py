@@ -5,18 +5,22 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from peft.helpers import disable_input_dtype_casting
+from peft.tuners.tuners_utils import replicate_layers
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 
 import dynalora
 from dynalora.adapter.growth import GrowthConfig
+from dynalora.adapter.layer import adapter_layers
 from dynalora.errors import ConfigError, UnsupportedError
 from tests.families import FAMILIES
 from tests.matrix.rows import FIRST_OF_EACH_METHOD, Row, every_method, every_row
@@ -68,6 +72,31 @@ def test_settings_that_loras_have_are_told_by_their_name_here(row: Row) -> None:
         one_sentence(caught.value)
     with pytest.raises(ConfigError, match="'rank_patern': did you mean 'rank_pattern'"):
         row.config(rank_patern={})
+
+
+@every_method
+def test_every_setting_of_loras_is_known_or_answered_with_what_to_do(row: Row) -> None:
+    known = {setting.name for setting in fields(row.config)}
+    for name in {setting.name for setting in fields(peft.LoraConfig)} - known:
+        with pytest.raises(
+            ConfigError, match=r"called|leave it out|name experts in target_modules|replicate_layers"
+        ) as caught:
+            row.config(r=4, **{name: None})
+        one_sentence(caught.value)
+
+
+@every_method
+def test_blocks_that_are_replicated_share_weights_and_have_adapters_of_their_own(row: Row) -> None:
+    base = LLAMA.build()
+    replicate_layers(base, [(0, 2), (1, 2)])
+    model = row.adapt(LLAMA, base, init_weights=False, target_modules="all-linear")
+    assert len({name.split(".")[4] for name in adapter_layers(model)}) == 3
+    third, second = (model.get_submodule(f"base_model.model.model.layers.{i}.mlp.up_proj") for i in (2, 1))
+    assert third.base_layer.weight is second.base_layer.weight
+    assert not torch.equal(third.parameter("down", "default"), second.parameter("down", "default"))
+    if row.static:
+        before = LLAMA.logits(model)
+        torch.testing.assert_close(LLAMA.logits(model.merge_and_unload()), before, rtol=1e-3, atol=1e-3)
 
 
 @every_method
@@ -304,6 +333,53 @@ def test_only_the_active_adapter_trains(row: Row, targets: list[str]) -> None:
     assert not trained_by("default") & trained_by("other")
     model.set_adapter("other", inference_mode=True)
     assert not any(p.requires_grad for p in model.parameters())
+
+
+@every_method
+def test_what_trains_is_the_same_after_the_adapters_were_off(row: Row, tmp_path: Path) -> None:
+    model = row.adapt(MLP)
+
+    def trains() -> dict[str, bool]:
+        return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+    first = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    first.requires_grad_(False)
+    before = trains()
+    assert any(before.values())
+    with model.disable_adapter():
+        assert not any(trains().values())
+        with model.disable_adapter():
+            pass
+    assert trains() == before
+    with model.disable_adapter():
+        model.base_model.set_adapter("default")
+    assert first.requires_grad  # it was chosen anew
+    model.save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(MLP.build(), tmp_path)
+    with model.disable_adapter():
+        MLP.logits(model)
+    assert not any(trains().values())
+
+
+@every_method
+def test_pefts_helper_leaves_inputs_uncast(row: Row) -> None:
+    model = row.adapt(MLP, init_weights=False).eval()
+    before = MLP.logits(model)
+    with disable_input_dtype_casting(model):
+        assert not any(layer.cast_input_dtype_enabled for layer in adapter_layers(model).values())
+        assert torch.equal(MLP.logits(model), before)
+    assert all(layer.cast_input_dtype_enabled for layer in adapter_layers(model).values())
+
+
+@every_method
+def test_adapters_are_not_mixed_into_one(row: Row) -> None:
+    model = two_adapters(row, MLP)
+    with pytest.raises(
+        UnsupportedError, match=r"set_adapter\(\['default', 'second'\]\), which adds their updates up"
+    ) as caught:
+        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both")
+    one_sentence(caught.value)
+    assert set(model.peft_config) == {"default", "second"}
 
 
 @every_method

@@ -161,8 +161,32 @@ def test_what_cannot_be_adapted_is_told() -> None:
     with pytest.warns(UserWarning, match="leaves out model.layers.0.mlp.experts.down_proj"):
         adapted = row.adapt(QWEN, r=13, target_modules="all-linear", exclude_modules=["k_proj", "v_proj"])
     assert {name.split(".")[-2] for name in experts_of(adapted)} == {"gate_up_proj"}
-    excluded = row.adapt(QWEN, target_modules="all-linear", exclude_modules=r".*experts.*")
-    assert not experts_of(excluded)
+
+
+@pytest.mark.parametrize(
+    ("excluded", "left"),
+    [
+        (r".*experts.*", set()),
+        (["experts"], set()),
+        (["mlp.experts"], set()),
+        (["gate_up_proj"], {"down_proj"}),
+        (["experts.down_proj"], {"gate_up_proj"}),
+    ],
+)
+def test_experts_are_left_out_as_a_whole_or_by_their_parameter(
+    excluded: Any, left: set[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    row = Row("dira", dynalora.DiraConfig, static=True)
+    model = row.adapt(QWEN, target_modules="all-linear", exclude_modules=excluded)
+    assert {name.split(".")[-2] for name in experts_of(model)} == left
+    assert not [warning for warning in recwarn if "no modules were excluded" in str(warning.message)]
+
+
+def test_a_single_expert_is_not_left_out() -> None:
+    row, model = Row("dira", dynalora.DiraConfig, static=True), QWEN.build()
+    with pytest.raises(ConfigError, match=r"leaves out the single expert '.*layers\.0\.mlp\.experts\.gate_up_proj\.3'"):
+        row.adapt(QWEN, model, target_modules="all-linear", exclude_modules=["gate_up_proj.3"])
+    assert not any(isinstance(module, AdaptedExperts) for module in model.modules())
 
 
 class OwnExperts(nn.Module):

@@ -11,7 +11,8 @@ import transformers
 from torch import nn
 
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
-from tests.matrix.rows import Row, every_method, every_row
+from dynalora.errors import ConfigError
+from tests.matrix.rows import ROWS, Row, every_method, every_row
 from tests.toys import TOYS
 
 MLP = TOYS["mlp"]
@@ -105,3 +106,55 @@ def test_rows_of_the_embedding_train(row: Row, tie: bool, save: str | bool, tmp_
         if row.static:
             merged = loaded.merge_and_unload()
             torch.testing.assert_close(merged(input_ids=ids).logits, trained, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("named", ["lm_head", "embed_tokens"])
+@every_method
+def test_a_weight_that_is_tied_stays_one_where_it_trains_in_full(row: Row, named: str, tmp_path: Path) -> None:
+    mine = [named]
+    settings = {"modules_to_save": mine, "ensure_weight_tying": True}
+    model = row.adapt(TOYS["llama"], tied(), **settings).train()
+    ids = torch.tensor([[5, 4, 7, 6, 9]])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    start = model.get_input_embeddings().weight.detach().clone()
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert embedding.data_ptr() == head.data_ptr()
+    assert not torch.equal(embedding, start)
+    assert mine == [named]  # the user's list
+    model.eval().save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tied(), tmp_path, is_trainable=True).eval()
+    assert loaded.get_input_embeddings().weight.data_ptr() == loaded.get_output_embeddings().weight.data_ptr()
+    with torch.no_grad():
+        trained = model(input_ids=ids).logits
+        assert torch.equal(loaded(input_ids=ids).logits, trained)
+        if row.static:
+            model.merge_and_unload().save_pretrained(tmp_path / "merged")
+            merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+            torch.testing.assert_close(merged(input_ids=ids).logits, trained, rtol=2e-4, atol=2e-5)
+
+
+@every_method
+def test_what_cannot_stay_tied_is_refused_before_anything_is_replaced(row: Row) -> None:
+    base = tied()
+    kinds = [type(module) for module in base.modules()]
+    for settings, match in (
+        ({"target_modules": ["q_proj", "lm_head"]}, "cannot tie adapters of the input embeddings and of 'lm_head'"),
+        ({"trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}}, "different tokens"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            row.adapt(TOYS["llama"], base, ensure_weight_tying=True, **settings)
+        assert [type(module) for module in base.modules()] == kinds
+
+
+def test_a_configuration_that_tied_one_model_ties_no_other() -> None:
+    row = next(each for each in ROWS if each.name == "dira")
+    config = row.configure(TOYS["llama"], modules_to_save=["lm_head"], ensure_weight_tying=True)
+    peft.get_peft_model(tied(), config)
+    with pytest.warns(UserWarning, match="no tied modules were found"):
+        model = peft.get_peft_model(TOYS["llama"].build(), config)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert embedding.data_ptr() != head.data_ptr()

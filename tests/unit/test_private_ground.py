@@ -30,6 +30,8 @@ from tests.toys import TOYS
 
 # Methods with an underscore that PEFT calls, or that we call, with PEFT's parameters after `self` or `cls`.
 TUNER = {
+    "_add_modules_to_save_to_tie": ["peft_config", "tied_weight_keys"],
+    "_add_targets_to_tie": ["peft_config", "tied_weight_keys"],
     "_cast_adapter_dtype": ["adapter_name", "autocast_adapter_dtype"],
     "_check_merge_allowed": [],
     "_check_target_module_exists": ["peft_config", "key"],
@@ -95,6 +97,14 @@ def test_the_tuner_calls_its_hook_after_injection() -> None:
 
     Tuner(nn.Linear(2, 2), {"default": peft.LoraConfig()}, "default")
     assert seen == ["inject", "hook"], "BaseTuner calls _post_injection_hook no longer, or not after inject_adapter"
+
+
+def test_lora_ties_modules_to_save_with_nothing_of_its_own() -> None:
+    model = peft.get_peft_model(TOYS["llama"].build(), peft.LoraConfig(target_modules=["q_proj"]))
+    config = peft.LoraConfig(modules_to_save=["lm_head"])
+    private.tie_modules_to_save(model.base_model, config, ["lm_head"])  # type: ignore[arg-type]
+    assert config.modules_to_save == ["model.embed_tokens"], "PEFT finds the embeddings in another way"
+    assert config.modules_to_tie == {"lm_head"}, "set_additional_trainable_modules is told in another way"
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(3, 5), (5, 3)])

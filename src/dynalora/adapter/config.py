@@ -6,11 +6,11 @@ import copy
 import os
 import re
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.utils import PeftType
 from typing_extensions import Self
 
@@ -36,6 +36,12 @@ _OF_PEFT = {
     "init_lora_weights": "init_weights",
     "total_step": "total_steps",
     "orth_reg_weight": "ortho_weight",
+}
+# Settings of LoraConfig that there are not, because the same is had in another way.
+_INSTEAD_OF_PEFT = {
+    "fan_in_fan_out": "how a weight lies is read off its layer; leave it out",
+    "target_parameters": "name experts in target_modules, as other layers",
+    "layer_replication": "replicate the blocks first, with peft.tuners.tuners_utils.replicate_layers(model, ...)",
 }
 
 
@@ -63,6 +69,9 @@ class AdapterConfig(PeftConfig):
         modules_to_save: Further modules to train in full and save with the adapter (a new classifier head, say).
         trainable_token_indices: New or rare words to train besides: ids of tokens of the input embeddings, or ids by
             the name of an embedding. Only their rows are trained and saved; a head that is tied to it follows.
+        ensure_weight_tying: Keep the input embeddings and a head that is tied to them one weight: with one of them in
+            `modules_to_save` both are the same trained weight, and `trainable_token_indices` that differ are refused.
+            Adapters of the two cannot be tied, and are refused.
         bias: Which base biases to train: `"none"`, `"all"`, or `"<method>_only"`, those of the adapted layers.
         init_weights: True starts as the base model. False gives the update random non-zero factors, for tests.
         total_steps: Optimizer steps of the run, for methods with a schedule. Not needed under transformers' Trainer,
@@ -135,6 +144,10 @@ class AdapterConfig(PeftConfig):
             "help": "Train the embeddings of the tokens with these ids, or with these ids by the embedding's name."
         },
     )
+    ensure_weight_tying: bool = field(
+        default=False,
+        metadata={"help": "Keep embeddings and a head that is tied to them one weight, where they train in full."},
+    )
     bias: str = field(
         default="none",
         metadata={
@@ -198,11 +211,22 @@ class AdapterConfig(PeftConfig):
         known = {setting.name for setting in fields(cls)}
         for name in given:
             if name not in known:
-                here = _OF_PEFT.get(name)
-                remedy = f"it is called {here!r} here" if here in known else did_you_mean(name, known, brief=True)
                 # PEFT knows the first words, and leaves such settings out of the files of newer versions.
-                raise UnknownSettingError(f"{cls.__name__} got an unexpected keyword argument {name!r}: {remedy}.")
+                raise UnknownSettingError(
+                    f"{cls.__name__} got an unexpected keyword argument {name!r}: {cls._instead_of(name, known)}."
+                )
         return super().__new__(cls)
+
+    @classmethod
+    def _instead_of(cls, name: str, known: Collection[str]) -> str:
+        """What to do instead of giving a setting that there is not."""
+        if (here := _OF_PEFT.get(name)) in known:
+            return f"it is called {here!r} here"
+        if name in _INSTEAD_OF_PEFT:
+            return _INSTEAD_OF_PEFT[name]
+        if name in {setting.name for setting in fields(LoraConfig)}:
+            return "it is a setting of PEFT's LoRA that this method does not have; leave it out"
+        return did_you_mean(name, known, brief=True)
 
     def __post_init__(self) -> None:
         try:

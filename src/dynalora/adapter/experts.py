@@ -150,17 +150,18 @@ def fused_experts(model: nn.Module) -> dict[str, list[str]]:
 
     They are those of transformers that say how their parameters lie, and have a form that goes from expert to expert.
     """
-    experts = {}
-    for name, module in model.named_modules():
-        if hasattr(type(module).forward, "__wrapped__") and "is_transposed" in vars(module):
-            fused = [
-                key
-                for key, parameter in module.named_parameters(recurse=False)
-                if parameter.ndim == 3 and parameter.is_floating_point()
-            ]
-            if fused:
-                experts[name.removesuffix(".base_layer")] = fused
-    return experts
+    of_modules = (
+        (name.removesuffix(".base_layer"), fused_parameters(module)) for name, module in model.named_modules()
+    )
+    return {name: fused for name, fused in of_modules if fused}
+
+
+def fused_parameters(module: nn.Module | None) -> list[str]:
+    """The fused parameters of one module whose experts can be adapted; empty for other modules, and around one."""
+    if module is None or not hasattr(type(module).forward, "__wrapped__") or "is_transposed" not in vars(module):
+        return []
+    own = module.named_parameters(recurse=False)
+    return [key for key, parameter in own if parameter.ndim == 3 and parameter.is_floating_point()]
 
 
 def meant_parameters(fused: list[str], matches: Callable[[str], bool]) -> list[str]:

@@ -248,7 +248,7 @@ class GatedLayer(AdapterLayer):
         if self._frozen("frozen_down", adapter) is not None:
             return super().few(x, adapter)
         down = self.used("down", adapter)
-        if x.dtype != down.dtype and self.__dict__.get("cast_input_dtype_enabled", True):
+        if x.dtype != down.dtype and self.cast_input_dtype_enabled:
             x = x.to(down.dtype)
         m = nn.functional.linear(x, down)
         if gated:

@@ -81,6 +81,8 @@ class AdapterLayer(RankedStorage, BaseWeight):
         self.probes: dict[str, torch.Tensor] = {}
         self.companions = Companions()
         self._disable_adapters = False
+        self._trained_when_disabled: dict[tuple[str, str], bool] | None = None
+        self.cast_input_dtype_enabled = True  # as PEFT's layers have it, for `peft.helpers.disable_input_dtype_casting`
         self._active_adapter: list[str] = []
         self.order = next(_order)
         track(self)
@@ -156,6 +158,32 @@ class AdapterLayer(RankedStorage, BaseWeight):
         self.curvatures.pop(adapter_name, None)
         self.probes.pop(adapter_name, None)
         invalidate()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the active adapters, which train from now on unless `inference_mode` is set."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._trained_when_disabled = None
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the adapters on or off. What trained when they were switched off trains when they are on again.
+
+        PEFT's lets all of the active adapters train then, also what was loaded or set not to.
+        """
+        parameters = {
+            (role, adapter): parameter
+            for adapter in self.scaling
+            for role, parameter in self.adapter_parameters(adapter).items()
+        }
+        trained = self._trained_when_disabled
+        if not enabled and trained is None:
+            trained = {key: parameter.requires_grad for key, parameter in parameters.items()}
+        super().enable_adapters(enabled)
+        if enabled:
+            for key, trains in (trained or {}).items():
+                if key in parameters:
+                    parameters[key].requires_grad_(trains)
+            trained = None
+        self._trained_when_disabled = trained
 
     def expect(self, adapter: str, saved: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Make ready for weights that are about to be loaded; see `RankedStorage.expect`."""
@@ -402,7 +430,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
         frozen = self._frozen("frozen_down", adapter)
         matrices = (*rest, down) if frozen is None else (*rest, down, frozen)
         dtype, device = down.dtype, x.device
-        if dtype != x.dtype and not self.__dict__.get("cast_input_dtype_enabled", True):
+        if dtype != x.dtype and not self.cast_input_dtype_enabled:
             return None
         for matrix in matrices:
             if type(matrix) not in (torch.Tensor, nn.Parameter) or matrix.ndim != 2:
@@ -569,7 +597,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
             ones; None where the update is more than that.
         """
         down, *rest = self.projections(adapter)
-        if x.dtype != down.dtype and self.__dict__.get("cast_input_dtype_enabled", True):
+        if x.dtype != down.dtype and self.cast_input_dtype_enabled:
             x = x.to(down.dtype)
         linear = nn.functional.linear
         m, up = linear(x, down), self.columns(adapter)

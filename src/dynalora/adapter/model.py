@@ -43,7 +43,12 @@ from dynalora.adapter.targets import (
     settle_targets,
 )
 from dynalora.common.names import plain_name
-from dynalora.common.private import after_failed_load, after_load_by_transformers, after_unread_method
+from dynalora.common.private import (
+    after_failed_load,
+    after_load_by_transformers,
+    after_unread_method,
+    tie_modules_to_save,
+)
 from dynalora.driver import Driver, Part, check_driven, first_bad, prepare_unloaded
 from dynalora.errors import CheckpointError, ConfigError, UnsupportedError, first_line
 
@@ -68,6 +73,7 @@ class AdapterModel(BaseTuner):
         """
         check_patterns(self.peft_config[adapter_name], [name for name, _ in model.named_modules()])
         check_trained_besides(model, self.peft_config[adapter_name])
+        vars(self.peft_config[adapter_name]).pop("modules_to_tie", None)  # of another model with the same configuration
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             # PEFT calls the hook itself for the adapter that a tuner is made with, but not for those added later.
@@ -81,6 +87,12 @@ class AdapterModel(BaseTuner):
                 raise ConfigError(
                     f"{kind}: {first_line(error)}; train such a module in one way only, and in full or in some of its "
                     "tokens only what has weights of its own."
+                ) from None
+            if "Cannot ensure weight tying" in str(error):  # PEFT's
+                raise ConfigError(
+                    f"{type(self.peft_config[adapter_name]).__name__}: ensure_weight_tying=True, but "
+                    "trainable_token_indices has different tokens for embeddings and a head that are one weight; give "
+                    "both the same, or set ensure_weight_tying=False."
                 ) from None
             raise
 
@@ -103,6 +115,19 @@ class AdapterModel(BaseTuner):
                 layer.unprepared[adapter_name] = layer.parameter("up", adapter_name)
         else:
             self.method.prepare(layers, adapter_name, config)
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        peft_config.modules_to_save = list(
+            peft_config.modules_to_save
+        )  # PEFT adds to it, and it may be the user's list
+        tie_modules_to_save(self, peft_config, tied_weight_keys)
+
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        raise ConfigError(
+            f"{type(peft_config).__name__}: ensure_weight_tying cannot tie adapters of the input embeddings and of "
+            f"{', '.join(map(repr, tied_weight_keys))}, which act on different inputs; train the weight itself with "
+            "modules_to_save or trainable_token_indices, or set ensure_weight_tying=False."
+        )
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None and model_config.get("model_type") not in self.target_module_mapping:
@@ -208,6 +233,18 @@ class AdapterModel(BaseTuner):
                 "the base model with tie_word_embeddings=False."
             )
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def add_weighted_adapter(self, adapters: Sequence[str], *_: Any, **__: Any) -> None:
+        """Refuse to make one adapter of several, as PEFT's LoRA does by mixing the factors.
+
+        Raises:
+            UnsupportedError: Always; what adds up exactly is named.
+        """
+        raise UnsupportedError(
+            f"adapters of {self.method.name.upper()} are not combined into one; activate them together with "
+            f"model.base_model.set_adapter({list(adapters)!r}), which adds their updates up, or export each with "
+            "dynalora.export_lora and combine the plain LoRAs with PEFT."
+        )
 
     def _unload_and_optionally_merge(
         self,

@@ -22,6 +22,7 @@ from dynalora.adapter.experts import (
     ExpertList,
     ExpertMatrix,
     fused_experts,
+    fused_parameters,
     halves,
     layer_names,
     meant_parameters,
@@ -224,7 +225,8 @@ def meant_experts(model: nn.Module, config: Any, check: Check) -> dict[str, list
     for name, fused in adaptable.items():
         matches = partial(_matches, config, name)
         wanted[name] = list(fused) if wants_all_linear(config) else meant_parameters(fused, matches)
-        wanted[name] = [key for key in wanted[name] if not _excluded(config, f"{name}.{key}")]
+        wanted[name] = [key for key in wanted[name] if _exclusion(config, name, f"{name}.{key}") is None]
+        _check_whole_lists(config, model, name, wanted[name])
         if alone := halves(fused, matches):
             _warn(f"of the experts in {name!r}, {', '.join(alone)} cannot be adapted without the other half of "
                   "gate_up_proj, which holds both; name both, or gate_up_proj")  # fmt: skip
@@ -251,6 +253,21 @@ def meant_experts(model: nn.Module, config: Any, check: Check) -> dict[str, list
                 parameters.remove(key)
                 _warn(f"target_modules='all-linear' leaves out {name}.{key}: {error}")
     return {name: parameters for name, parameters in wanted.items() if parameters}
+
+
+def _check_whole_lists(config: Any, model: nn.Module, name: str, parameters: list[str]) -> None:
+    """Refuse to leave out some of the experts of a parameter: a file of the adapter is told by all of them."""
+    if not config.exclude_modules:
+        return
+    experts = _unparted(model, name)
+    for key in parameters:
+        for index in range(len(getattr(experts, key))):
+            if _exclusion(config, f"{name}.{key}.{index}") is not None:
+                raise ConfigError(
+                    f"{type(config).__name__}: exclude_modules leaves out the single expert '{name}.{key}.{index}', "
+                    f"and the experts of a parameter are adapted together; leave out all, with {key!r}, or give some "
+                    "a small rank with rank_pattern."
+                )
 
 
 def meant_attention(model: nn.Module, config: Any, check: Check) -> list[str]:
@@ -301,14 +318,18 @@ def _meant_projections(config: Any, name: str) -> tuple[str, ...]:
     """The projections of an attention that are meant: all by the module's name, that of the output by its own."""
     meant: tuple[str, ...]
     if wants_all_linear(config):
-        meant = () if _excluded(config, name) else PROJECTIONS
+        meant = () if _exclusion(config, name) is not None else PROJECTIONS
     elif check_target_module_exists(config, name):
         meant = PROJECTIONS
     else:
         meant = ("out",) if _matches(config, name, "out_proj") else ()
-    left_out = {each for each in meant if _excluded(config, f"{name}.projections.{each}")}
-    left_out |= {"out"} if _excluded(config, f"{name}.out_proj") else set()
-    return tuple(each for each in meant if each not in left_out)
+    return tuple(each for each in meant if _exclusion(config, *_names_of_projection(name, each)) is None)
+
+
+def _names_of_projection(attention: str, projection: str) -> list[str]:
+    """What a projection is called: as a layer, and that of the output as torch has it."""
+    named = [f"{attention}.projections.{projection}"]
+    return [*named, f"{attention}.out_proj"] if projection == "out" else named
 
 
 def _place(model: nn.Module, experts: dict[str, list[str]], attention: list[str]) -> None:
@@ -338,19 +359,24 @@ def _unparted(model: nn.Module, name: str) -> nn.Module:
 def is_target(model: nn.Module, config: Any, name: str) -> Any:
     """Whether a module is meant, as PEFT's `check_target_module_exists` has it; experts are by their parameter.
 
-    An attention is not adapted as a whole, but the layers that stand for its projections are.
+    An attention is not adapted as a whole, but the layers that stand for its projections are. What is left out with
+    `exclude_modules` is told in PEFT's words, for it warns where nothing was left out.
     """
     owner, _, last = name.rpartition(".")
     lists, _, parameter = owner.rpartition(".")
     parted, module = _submodule(model, lists), _submodule(model, name)
     if isinstance(parted, AdaptedAttention) and parameter == "projections":
-        return last in _meant_projections(config, lists)
+        return last in _meant_projections(config, lists) or _exclusion(config, *_names_of_projection(lists, last))
     if last.isdigit() and isinstance(parted, AdaptedExperts):
-        fused = [parameter]
-        return bool(meant_parameters(fused, partial(_matches, config, lists))) and parameter in parted.lists()
+        meant = meant_parameters([parameter], partial(_matches, config, lists))
+        return bool(meant) and parameter in parted.lists()
     if is_attention(module) or (owner and is_attention(_submodule(model, owner))):
+        return _exclusion(config, name)
+    if isinstance(module, ExpertList):
         return False
-    return not isinstance(module, ExpertList) and check_target_module_exists(config, name)
+    owner = name.removesuffix(".base_layer")
+    fused = fused_parameters(module)
+    return check_target_module_exists(config, name) or _exclusion(config, name, *(f"{owner}.{key}" for key in fused))
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
@@ -364,11 +390,15 @@ def _matches(config: Any, owner: str, name: str) -> bool:
     return bool(check_target_module_exists(config, f"{owner}.{name}"))
 
 
-def _excluded(config: Any, name: str) -> bool:
+def _exclusion(config: Any, *names: str) -> Any:
+    """What PEFT says of a module that is left out, if one of these names is; None if none is. It counts as False."""
     named = copy.copy(config)
-    named.target_modules = {name}
     named.layers_to_transform = None
-    return not check_target_module_exists(named, name)
+    for name in names:
+        named.target_modules = {name}
+        if not (answer := check_target_module_exists(named, name)):
+            return answer
+    return None
 
 
 def _warn(message: str) -> None:

@@ -17,11 +17,11 @@ from typing import Any, cast
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
-from peft import PeftConfig, PeftModel
+from peft import LoraModel, PeftConfig, PeftModel
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners._buffer_dict import BufferDict as BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
 from peft.utils import CONFIG_NAME, load_peft_weights
 from peft.utils.peft_types import PeftType
 from torch import nn
@@ -58,6 +58,19 @@ def resolve_all_linear(config: PeftConfig, model: nn.Module) -> PeftConfig:
     PEFT does so in the middle of an injection only, and its rules for heads follow the task and the model.
     """
     return _maybe_include_all_linear_layers(config, model)
+
+
+def tie_modules_to_save(tuner: BaseTuner, config: PeftConfig, tied: list[str]) -> None:
+    """Let PEFT train the input embeddings in full, and what is tied to them by the same weight.
+
+    Every tuner has to say so itself; LoRA's does it with nothing that is LoRA's own.
+
+    Args:
+        tuner: The tuner.
+        config: The adapter's configuration, in whose `modules_to_save` the embeddings stand afterwards.
+        tied: Names of the modules that are tied to them.
+    """
+    LoraModel._add_modules_to_save_to_tie(tuner, config, tied)  # type: ignore[arg-type]
 
 
 def adapters_disabled(model: nn.Module) -> bool:
