@@ -11,6 +11,7 @@ from typing import Any
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import replicate_layers
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 import dynalora
 from dynalora.adapter.growth import GrowthConfig
 from dynalora.adapter.layer import adapter_layers
-from dynalora.errors import ConfigError, UnsupportedError
+from dynalora.errors import CheckpointError, ConfigError, UnsupportedError
 from tests.families import FAMILIES
 from tests.matrix.rows import FIRST_OF_EACH_METHOD, Row, every_method, every_row
 from tests.matrix.test_behaviour import adapted_layers, train
@@ -409,6 +410,26 @@ def test_status_and_printing(row: Row) -> None:
     assert status.merged_adapters == []
     assert status.num_adapter_layers == len(adapted_layers(model)) == len(model.get_layer_status())
     assert f"method={row.config.method}" in repr(model)
+
+
+@every_method
+def test_what_has_another_size_is_left_out_where_that_is_wanted(row: Row, tmp_path: Path) -> None:
+    """A head for other classes beside an adapter that is kept."""
+
+    def build(classes: int) -> nn.Module:
+        base: Any = MLP.build()
+        base.head = nn.Linear(base.head.in_features, classes)
+        return base
+
+    row.adapt(MLP, build(3), init_weights=False, modules_to_save=["head"]).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"of shape \(3, 20\), where the model's is \(5, 20\)"):
+        peft.PeftModel.from_pretrained(build(5), tmp_path)
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
+        model = peft.PeftModel.from_pretrained(build(5), tmp_path, ignore_mismatched_sizes=True)
+    assert MLP.logits(model).shape[-1] == 5
+    saved = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    now = get_peft_model_state_dict(model)
+    assert all(torch.equal(now[name], tensor) for name, tensor in saved.items() if "head" not in name)
 
 
 @every_method

@@ -304,3 +304,12 @@ def test_what_computes_something_else_is_refused() -> None:
         Row("dora", dynalora.PedyraConfig, static=True).adapt(EMBEDDING, use_dora=True)
     with pytest.raises(ConfigError, match="retain knows linear layers only"):
         row.adapt(EMBEDDING, retain=1.0)
+
+
+def test_models_may_ask_for_what_a_layer_is() -> None:
+    """As Whisper asks its convolutions for their stride."""
+    base = nn.ModuleDict({"conv": nn.Conv2d(2, 6, (3, 1), stride=2, groups=2), "words": nn.Embedding(9, 4, 1)})
+    model = peft.get_peft_model(base, dynalora.DiraConfig(r=2, target_modules=["conv", "words"]))
+    conv, words = model.base_model.model["conv"], model.base_model.model["words"]
+    assert (conv.stride, conv.kernel_size, conv.groups, conv.in_channels) == ((2, 2), (3, 1), 2, 2)
+    assert (words.num_embeddings, words.embedding_dim, words.padding_idx) == (9, 4, 1)

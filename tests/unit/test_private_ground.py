@@ -107,6 +107,22 @@ def test_lora_ties_modules_to_save_with_nothing_of_its_own() -> None:
     assert config.modules_to_tie == {"lm_head"}, "set_additional_trainable_modules is told in another way"
 
 
+@pytest.mark.parametrize("ignore", [False, True])
+def test_loading_says_whether_it_leaves_out_what_does_not_fit(ignore: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), peft.LoraConfig(target_modules=["0"]))
+    seen, remap = [], peft.LoraModel._remap_adapter_state_dict_for_load
+
+    def remapped(**settings: Any) -> Any:
+        seen.append(private.loads_what_fits())
+        return remap(**settings)
+
+    monkeypatch.setattr(peft.LoraModel, "_remap_adapter_state_dict_for_load", remapped)
+    state = peft.get_peft_model_state_dict(model)
+    peft.set_peft_model_state_dict(model, state, ignore_mismatched_sizes=ignore)
+    assert seen == [ignore], "set_peft_model_state_dict calls its setting, or the tuner's hook, something else"
+    assert not private.loads_what_fits()
+
+
 @pytest.mark.parametrize(("inputs", "outputs"), [(3, 5), (5, 3)])
 def test_features_of_linear_layers(inputs: int, outputs: int) -> None:
     assert private.features(nn.Linear(inputs, outputs)) == (inputs, outputs)

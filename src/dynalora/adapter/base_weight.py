@@ -67,6 +67,8 @@ class BaseWeight(BaseTunerLayer):
         self.quantization_backend = quantization_of(base, quantization)
         self.layer_kind = kind_of(base)
         self.in_features, self.out_features = sizes(base)
+        for name in () if self.layer_kind is None else self.layer_kind.told:
+            setattr(self, name, getattr(base, name))
 
     @property
     def weight(self) -> Any:

@@ -37,9 +37,11 @@ class LayerKind(ABC):
         length: The length of a vector that it multiplies, next to that of one of as many numbers around 1; a start
             that is drawn for the latter is divided by it.
         integers: Whether the layer's input are indices, which no dtype but their own can hold.
+        told: Attributes of such layers that models ask for (Whisper reads its convolutions' stride).
     """
 
     name: ClassVar[str]
+    told: ClassVar[tuple[str, ...]]
     in_features: int
     out_features: int
     length: float = 1.0
@@ -87,6 +89,7 @@ class Convolution(LayerKind):
     """`nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`, with stride, padding, dilation and groups."""
 
     name = "convolution"
+    told = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
     def __init__(self, base: Any) -> None:
         self.shape: tuple[int, ...] = tuple(base.weight.shape)
@@ -170,6 +173,7 @@ class Embedding(LayerKind):
     """`nn.Embedding`, and those of transformers that multiply what they look up with a number (`embed_scale`)."""
 
     name = "embedding"
+    told = ("num_embeddings", "embedding_dim", "padding_idx")
     integers = True
 
     def __init__(self, base: Any) -> None:

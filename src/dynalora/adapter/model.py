@@ -47,6 +47,7 @@ from dynalora.common.private import (
     after_failed_load,
     after_load_by_transformers,
     after_unread_method,
+    loads_what_fits,
     tie_modules_to_save,
 )
 from dynalora.driver import Driver, Part, check_driven, first_bad, prepare_unloaded
@@ -409,7 +410,7 @@ class AdapterModel(BaseTuner):
                     f"the saved {cls.method.name.upper()} adapter does not fit the model (it has tensors for "
                     f"{owner!r}, which is not adapted here); load it onto the base model it was trained on."
                 )
-        check_further_tensors(model, config, by_name, adapter, state, prefix)
+        check_further_tensors(model, config, by_name, adapter, state, prefix, what_fits=loads_what_fits())
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -106,7 +106,13 @@ def read_shapes(weights: str) -> dict[str, tuple[int, ...]]:
 
 
 def check_further_tensors(
-    model: nn.Module, config: Any, layers: Iterable[str], adapter: str, state: dict[str, torch.Tensor], prefix: str
+    model: nn.Module,
+    config: Any,
+    layers: Iterable[str],
+    adapter: str,
+    state: dict[str, torch.Tensor],
+    prefix: str,
+    what_fits: bool = False,
 ) -> None:
     """Refuse tensors of a file that would change the base model; those that would not are taken out.
 
@@ -122,6 +128,7 @@ def check_further_tensors(
         adapter: The adapter's name.
         state: The file's tensors, which PEFT has renamed where they go to copies of modules.
         prefix: What names of the method's own tensors begin with.
+        what_fits: Whether PEFT leaves out, with a warning, what was trained in full and has another size.
 
     Raises:
         CheckpointError: A tensor would overwrite another of the model, does not fit, or is NaN or infinite.
@@ -146,6 +153,8 @@ def check_further_tensors(
         trained = last == "bias" and (config.bias == "all" or (config.bias != "none" and _layer_of(owner) in layers))
         if key in copies or trained:
             if place is not None and place.shape != tensor.shape:
+                if what_fits:
+                    continue
                 raise CheckpointError(
                     f"the saved adapter has {name!r} of shape {tuple(tensor.shape)}, where the model's is "
                     f"{tuple(place.shape)}; load it onto the base model it was trained on."

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners._buffer_dict import BufferDict as BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
-from peft.utils import CONFIG_NAME, load_peft_weights
+from peft.utils import CONFIG_NAME, load_peft_weights, set_peft_model_state_dict
 from peft.utils.peft_types import PeftType
 from torch import nn
 from torch.autograd import forward_ad
@@ -71,6 +72,18 @@ def tie_modules_to_save(tuner: BaseTuner, config: PeftConfig, tied: list[str]) -
         tied: Names of the modules that are tied to them.
     """
     LoraModel._add_modules_to_save_to_tie(tuner, config, tied)  # type: ignore[arg-type]
+
+
+def loads_what_fits() -> bool:
+    """Whether PEFT, within whose loading this is called, was told to leave out what has another size.
+
+    `set_peft_model_state_dict(ignore_mismatched_sizes=True)` leaves it out, with a warning, after it has given
+    the tensors to the tuner, which it does not tell.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not set_peft_model_state_dict.__code__:
+        frame = frame.f_back
+    return frame is not None and bool(frame.f_locals.get("ignore_mismatched_sizes"))
 
 
 def adapters_disabled(model: nn.Module) -> bool:
