@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft import get_base_model_state_dict, set_base_model_state_dict
 from torch import Tensor, nn
 
 import dynalora
@@ -179,6 +180,10 @@ def test_it_starts_trains_merges_and_is_saved(row: Row, tmp_path: Path) -> None:
         return
     model.merge_adapter()
     torch.testing.assert_close(PLAIN.logits(model), trained, atol=1e-5, rtol=1e-5)
+    with model.disable_adapter():  # takes the updates back
+        torch.testing.assert_close(PLAIN.logits(model), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(PLAIN.logits(model), trained, atol=1e-5, rtol=1e-5)
+    model.merge_adapter()
     model.unmerge_adapter()
     torch.testing.assert_close(PLAIN.logits(model), trained, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(PLAIN.logits(merged_reference(model)), trained, atol=1e-5, rtol=1e-5)
@@ -294,6 +299,21 @@ def test_what_is_refused_leaves_the_model_as_it_was() -> None:
         with pytest.raises(error, match=match):
             peft.get_peft_model(model, dynalora.DisloraConfig(r=4, total_steps=4, **settings))  # type: ignore[arg-type]
         assert type(model["attn"]) is nn.MultiheadAttention
+
+
+def test_peft_finds_the_base_models_weights_by_their_own_names() -> None:
+    base = Attending()
+    before = copy.deepcopy(base.state_dict())
+    model = peft.get_peft_model(base, dynalora.DiraConfig(r=2, target_modules="all-linear"))
+    found = get_base_model_state_dict(model)
+    assert found.keys() == before.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    result = set_base_model_state_dict(model, before)
+    assert not result.missing_keys + result.unexpected_keys
+    assert all(torch.equal(tensor, before[name]) for name, tensor in get_base_model_state_dict(model).items())
 
 
 def test_it_is_not_exported(tmp_path: Path) -> None:

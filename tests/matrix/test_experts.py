@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft import get_base_model_state_dict
 from torch import nn
 
 import dynalora
@@ -128,6 +129,9 @@ def test_merged_and_taken_back(toy: Toy) -> None:
         model.merge_adapter(safe_merge=safe)
         torch.testing.assert_close(toy.logits(model), expected, atol=2e-5, rtol=2e-5)
         model.unmerge_adapter()
+    model.merge_adapter()
+    with model.disable_adapter():  # takes the updates back
+        torch.testing.assert_close(toy.logits(model), base, atol=2e-5, rtol=2e-5)
     assert torch.allclose(toy.logits(model), expected, atol=2e-5)
     unloaded = model.unload()
     assert not any(isinstance(module, (AdaptedExperts, AdapterLayer)) for module in unloaded.modules())
@@ -180,6 +184,14 @@ def test_experts_are_left_out_as_a_whole_or_by_their_parameter(
     model = row.adapt(QWEN, target_modules="all-linear", exclude_modules=excluded)
     assert {name.split(".")[-2] for name in experts_of(model)} == left
     assert not [warning for warning in recwarn if "no modules were excluded" in str(warning.message)]
+
+
+def test_peft_finds_the_base_models_weights_by_their_own_names() -> None:
+    row, base = Row("dira", dynalora.DiraConfig, static=True), QWEN.build()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    found = get_base_model_state_dict(row.adapt(QWEN, base, target_modules="all-linear"))
+    assert found.keys() == before.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
 
 
 def test_a_single_expert_is_not_left_out() -> None:

@@ -91,7 +91,7 @@ def test_layers_that_are_read_and_not_called_are_refused() -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("target", ["linear1", "linear2"])
+@pytest.mark.parametrize("target", ["linear1", "linear2", "self_attn"])
 def test_torchs_encoder_does_not_pass_over_an_adapter_in_evaluation(target: str, padded: bool) -> None:
     """Without gradients it computes with the weights of its layers and calls none of them."""
     torch.manual_seed(0)
@@ -111,6 +111,8 @@ def test_torchs_encoder_does_not_pass_over_an_adapter_in_evaluation(target: str,
         assert not torch.allclose(base, expected, atol=1e-2)
         model.merge_adapter()
         torch.testing.assert_close(model(x, src_key_padding_mask=mask)[seen], expected, atol=1e-5, rtol=1e-5)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(x, src_key_padding_mask=mask)[seen], base, atol=1e-5, rtol=1e-5)
 
 
 class ToyRouter(nn.Linear):

@@ -84,6 +84,7 @@ class AdaptedAttention(Parted):
     @property
     def in_proj_weight(self) -> Any:
         """The module's own parameter; `nn.TransformerEncoderLayer` must not compute with it while an adapter acts."""
+        self.take_back_if_disabled()
         weight: Any = self.base_layer.in_proj_weight
         return weight.as_subclass(TakingPart) if weight is not None and any(map(acts, self.parts())) else weight
 
@@ -103,6 +104,7 @@ class AdaptedAttention(Parted):
         Raises:
             ConfigError: `is_causal=True` without the mask that it is a hint for.
         """
+        self.take_back_if_disabled()
         base: Any = self.base_layer
         if not any(map(acts, self.parts())):
             result: tuple[torch.Tensor, torch.Tensor | None] = base(

@@ -76,6 +76,8 @@ class BaseWeight(BaseTunerLayer):
 
         `nn.TransformerEncoderLayer` gets one that it does not compute with while an adapter acts; see `TakingPart`.
         """
+        if self.read_by_owner and self.disable_adapters and self.merged:
+            self.unmerge()
         weight = super().weight
         merged = bool(self.merged_adapters) or self.disable_adapters
         if not self.read_by_owner or merged or not any(map(self.has_adapter, self.active_adapters)):

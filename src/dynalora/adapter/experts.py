@@ -81,6 +81,7 @@ class AdaptedExperts(Parted):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the experts compute, with the adapters of each; arguments and result are the experts' own."""
+        self.take_back_if_disabled()
         acting = {name: layers for name, layers in self.lists().items() if any(map(acts, layers))}
         if not acting:
             return self.base_layer(*args, **kwargs)

@@ -28,7 +28,7 @@ from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
 from dynalora.adapter.matching import MatchedRates
 from dynalora.adapter.method import Method
-from dynalora.adapter.parts import Parted, PartMatrix
+from dynalora.adapter.parts import Parted, PartMatrix, name_in_base_model
 from dynalora.adapter.patterns import check_patterns, of_module
 from dynalora.adapter.ranks import fit
 from dynalora.adapter.retain import Retain
@@ -48,6 +48,7 @@ from dynalora.common.private import (
     after_load_by_transformers,
     after_unread_method,
     loads_what_fits,
+    name_base_weights,
     tie_modules_to_save,
 )
 from dynalora.driver import Driver, Part, check_driven, first_bad, prepare_unloaded
@@ -533,6 +534,7 @@ def _parts(config: Any) -> list[Part]:
 after_failed_load(_withdraw)
 after_load_by_transformers(_fill_in)
 after_unread_method(_tell_of_unread_method)
+name_base_weights(name_in_base_model)
 
 
 def _with_adapter_names(

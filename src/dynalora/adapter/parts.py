@@ -76,6 +76,15 @@ class Parted(nn.Module):
         """Whether any part has an adapter."""
         return not all(isinstance(layer, PartMatrix) for layer in self.parts())
 
+    def take_back_if_disabled(self) -> None:
+        """Take merged updates out of the parameters where adapters are switched off, as layers do when they are called.
+
+        To be called before the module computes with its parameters.
+        """
+        for layer in self.parts():
+            if not isinstance(layer, PartMatrix) and (part := cast(Any, layer)).disable_adapters and part.merged:
+                part.unmerge()
+
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
@@ -84,6 +93,22 @@ class Parted(nn.Module):
             if not isinstance(layer, PartMatrix):
                 cast(Any, layer).merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.base_layer
+
+
+def name_in_base_model(model: nn.Module, key: str) -> str:
+    """What a parameter is called in a base model without adapters.
+
+    Args:
+        model: The base model, with what stands around some of its modules.
+        key: The parameter's name in it.
+    """
+    module: Any = model
+    parts = []
+    for part in key.split("."):
+        if not (part == "base_layer" and isinstance(module, Parted)):
+            parts.append(part)
+        module = getattr(module, part, None)
+    return ".".join(parts)
 
 
 def acts(layer: Any) -> bool:

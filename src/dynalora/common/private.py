@@ -23,7 +23,7 @@ from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners._buffer_dict import BufferDict as BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
-from peft.utils import CONFIG_NAME, load_peft_weights, set_peft_model_state_dict
+from peft.utils import CONFIG_NAME, load_peft_weights, save_and_load, set_peft_model_state_dict
 from peft.utils.peft_types import PeftType
 from torch import nn
 from torch.autograd import forward_ad
@@ -180,6 +180,25 @@ def after_failed_load(told: Callable[[PeftModel, str, str, Exception], Exception
 
     load_adapter.extended_by_dynalora = True  # type: ignore[attr-defined]
     setattr(PeftModel, "load_adapter", load_adapter)  # noqa: B010
+
+
+def name_base_weights(told: Callable[[nn.Module, str], str]) -> None:
+    """Have a function called where PEFT wants the name that a weight of a base model has without adapters.
+
+    It gets the base model, in which the adapters are, and the weight's name there, and returns the name without what
+    dynalora put around modules. `get_base_model_state_dict` and `set_base_model_state_dict` know PEFT's own wrappers
+    only. A second call changes nothing.
+    """
+    original: Any = getattr(save_and_load, "_peft_key_to_original_key", None)  # older versions have no such functions
+    if original is None or hasattr(original, "extended_by_dynalora"):
+        return
+
+    @functools.wraps(original)
+    def _peft_key_to_original_key(model: Any, peft_key: str) -> str:
+        return str(original(model, told(model.base_model.model, peft_key)))
+
+    _peft_key_to_original_key.extended_by_dynalora = True  # type: ignore[attr-defined]
+    setattr(save_and_load, "_peft_key_to_original_key", _peft_key_to_original_key)  # noqa: B010
 
 
 def after_unread_method(told: Callable[[str], None]) -> None:
