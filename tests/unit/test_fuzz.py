@@ -198,7 +198,8 @@ ENTRY = {
 @given(data=st.data())
 def test_records_of_adjustments(data: st.DataObject) -> None:
     text = data.draw(st.one_of(texts, st.just(json.dumps([mutated(ENTRY, data), ENTRY]))))
-    packed = zlib.compress(text.encode("utf-8", "surrogatepass"))
+    more = zlib.compress(json.dumps([ENTRY]).encode()) * data.draw(st.integers(0, 2))
+    packed = zlib.compress(text.encode("utf-8", "surrogatepass")) + more
     content = damaged(packed, data) if data.draw(st.booleans()) else packed
     understood(lambda: _decoded(torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8)))
 

@@ -413,13 +413,17 @@ def test_what_is_trained_besides_is_all_or_nothing_too(
     assert list(running.peft_config) == ["default"]
 
 
+GOOD_RECORD = zlib.compress(b'[{"step":1,"layers":["a"],"ranks":[2],"scores":[[0.5]],"pruned":[],"expanded":[]}]')
+
+
+@pytest.mark.parametrize("before", [b"", GOOD_RECORD], ids=["alone", "after a good one"])
 @pytest.mark.parametrize(
-    "text", [b"[" + b" " * (1 << 24) + b"]", b"[[" * 5000, b'[{"step": 1}]', b"nothing", b'{"a": 1}']
+    "text", [b"[" + b" " * (1 << 24) + b"]", b"[[" * 5000, b'[{"step": 1}]', b"nothing", b'{"a": 1}', b"[]"]
 )
-def test_a_record_of_adjustments_that_cannot_be_read(text: bytes, tmp_path: Path) -> None:
+def test_a_record_of_adjustments_that_cannot_be_read(text: bytes, before: bytes, tmp_path: Path) -> None:
     config = dynalora.PedyraConfig(r=2, target_modules=["q_proj", "v_proj"], total_steps=9)
     peft.get_peft_model(base(), config).save_pretrained(tmp_path / "good")
-    forged = torch.frombuffer(bytearray(zlib.compress(text, 9)), dtype=torch.uint8)
+    forged = torch.frombuffer(bytearray(before + zlib.compress(text, 9)), dtype=torch.uint8)
 
     def forge(state: Tensors) -> Tensors:
         return {**state, last(state, "_progress").replace("progress", "record"): forged}

@@ -18,7 +18,7 @@ from torch import nn
 
 from dynalora.adapter.config import AdapterConfig, is_whole
 from dynalora.adapter.layer import AdapterLayer, Gates, kaiming
-from dynalora.adapter.matching import FASTEST, MOST, MatchedSteps, square
+from dynalora.adapter.matching import FASTEST, MOST, MatchedSteps
 from dynalora.adapter.matching import ROLE as MATCHED
 from dynalora.adapter.storage import Role
 from dynalora.adapter.update import Update
@@ -285,14 +285,10 @@ class GatedLayer(AdapterLayer):
             gate_scale=self.gate_scale[adapter],
         )
 
-    @torch.no_grad()
-    def let_through(self, adapter: str) -> torch.Tensor | None:
-        """What ρ is made of: sums over the passes since the last step, (2), or those of the diagonal without gates."""
+    def ungated_diagonal(self, adapter: str) -> torch.Tensor | None:
+        """The diagonal of the components that train, (r), where it is the same for all inputs; None with gates."""
         d = None if self.gated(adapter) else self.fixed_diagonal(adapter)
-        if d is None:
-            return self.matched[adapter].sums
-        passed = square(whole(d)[: self.rank(adapter)])  # of those that train: frozen ones come last
-        return torch.stack([passed, passed.new_full((), self.rank(adapter))])
+        return None if d is None else whole(d.detach())[: self.rank(adapter)]  # frozen ones come last
 
     def gathers(self, x: torch.Tensor, adapter: str) -> bool:
         """Whether a forward pass with this tensor in it is one of training, of which something may be summed up."""

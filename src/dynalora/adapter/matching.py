@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynalora.adapter.storage import Role
-from dynalora.common.private import version
+from dynalora.common.private import foreach_norm, version
 from dynalora.common.processes import grouped
 from dynalora.driver import Moment, OptimizerOverride, Part
 
@@ -145,7 +145,7 @@ def _match(moment: Moment) -> None:
     began = not moment.step or any(layer.running(ROLE.name, adapter) is not None for layer, _ in pairs)
     # Within DDP's join() a process may have run out of batches, and would be missed.
     measured = first and due(moment.step + 1) and began and not moment.driver.joining
-    sums = [layer.let_through(adapter) for layer, _ in pairs] if measured else []
+    sums = let_through([layer for layer, _ in pairs], adapter) if measured else []
     for _, steps in pairs:
         steps.measuring, steps.sums = False, None
     if not measured:
@@ -157,6 +157,26 @@ def _match(moment: Moment) -> None:
             saved = torch.full((1,), value, dtype=torch.int64, device=place)
             layer.set_running(ROLE.name, adapter, saved)
             steps.take(value, saved)
+
+
+def let_through(layers: Sequence[GatedLayer], adapter: str) -> list[torch.Tensor | None]:
+    """What ρ is made of, Σ (d ⊙ h)² and Σ h² of every layer, (2) each; None for a layer that was not called.
+
+    Without gates, where nothing is measured, the sums are those of the diagonal and of as many ones.
+
+    Args:
+        layers: Layers whose steps are matched.
+        adapter: The adapter.
+    """
+    rows = [layer.matched[adapter].sums for layer in layers]
+    fixed = {number: d for number, layer in enumerate(layers) if (d := layer.ungated_diagonal(adapter)) is not None}
+    if fixed:
+        wide = [d.to(torch.promote_types(d.dtype, torch.float32)) for d in fixed.values()]
+        norms = torch.stack([norm.to(wide[0].device) for norm in foreach_norm(wide)])
+        counts = torch.tensor([len(d) for d in fixed.values()], dtype=norms.dtype, device=norms.device)
+        for number, row in zip(fixed, torch.stack([norms.square(), counts], dim=1).unbind(), strict=True):
+            rows[number] = row
+    return rows
 
 
 def _totals(sums: Sequence[torch.Tensor | None], layer: GatedLayer, adapter: str) -> list[list[float]]:

@@ -10,15 +10,18 @@ The gradient is added right before the optimizer's step; only r × r matrices ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
+from dynalora.adapter.gradients import add_to_gradients
 from dynalora.adapter.layer import AdapterLayer
-from dynalora.adapter.ranks import fit, in_use
-from dynalora.common.private import foreach_add_
-from dynalora.common.processes import spread_as, whole
+from dynalora.adapter.ranks import in_use
+from dynalora.common.devices import in_turn
+from dynalora.common.private import foreach_norm
+from dynalora.common.processes import whole
 from dynalora.driver import Moment
 
 Reduction = Literal["sum", "mean_norm"]
@@ -40,32 +43,32 @@ def add_orthogonality(
         roles: The two parameters of a layer: one of rows (r, in), and one of columns (out, r).
         most: The largest norm of what is added to a factor's gradient, as a share of that gradient's; None: no limit.
     """
-    groups: dict[Any, list[AdapterLayer]] = {}
+    groups: dict[Any, list[_Factor]] = {}
     for layer in moment.layers:
+        parameters, rank = layer.adapter_parameters(moment.adapter), layer.rank(moment.adapter)
         for dim, role in enumerate(roles):
-            parameter = layer.parameter(role, moment.adapter)
+            parameter = parameters[role]
             if moment.awaits(parameter):
-                count = layer.rank(moment.adapter) if role in layer.rank_dims else parameter.shape[dim]
-                shape = count, parameter.shape[1 - dim]
-                groups.setdefault((role, shape, parameter.dtype, parameter.device), []).append(layer)
-    for (role, (rank, _), _, _), layers in groups.items():
-        dim = roles.index(role)
-        rows = _rows(layers, role, dim, moment.adapter)  # (L, r, features)
+                count = rank if role in layer.rank_dims else parameter.shape[dim]
+                kind = dim, count, parameter.shape[1 - dim], parameter.dtype, parameter.device
+                groups.setdefault(kind, []).append((layer, role, parameter))
+    for dim, factors in _parts(groups):
+        rows = _rows(factors, dim, moment.adapter)  # (L, r, features)
         deviation = _deviation(rows)
         # A new component is orthonormal to rounding and may have no other gradient: Adam, which knows no size, would
         # make full steps of what rounding left.
-        deviation = deviation.masked_fill(deviation.abs() < 32 * torch.finfo(rows.dtype).eps, 0.0)
+        deviation.masked_fill_(deviation.abs() < 32 * torch.finfo(rows.dtype).eps, 0.0)
         rate = 4 * weight * moment.grad_scale
         if reduction == "mean_norm":
             norms = torch.linalg.vector_norm(deviation, dim=(1, 2), keepdim=True)
             deviation = deviation / torch.where(norms > 0, norms, 1.0)
             rate = weight * moment.grad_scale / len(moment.all_layers)
-        addition = torch.bmm(deviation, rows) * rate
+        # (D·rows)ᵀ is made as rowsᵀ·D, since D is symmetric, so that it lies as the parameter does.
+        addition = torch.bmm(deviation, rows) if dim == 0 else torch.bmm(rows.mT, deviation)
+        addition *= rate
         if most is not None:
-            addition *= _limits(addition, [layer.parameter(role, moment.adapter).grad for layer in layers], most)
-        if dim == 1:
-            addition = addition.mT
-        _add(layers, role, dim, moment.adapter, addition, rank)
+            addition *= _limits(addition, [parameter.grad for _, _, parameter in factors], most)
+        add_to_gradients([parameter for _, _, parameter in factors], addition, dim)
 
 
 @torch.no_grad()
@@ -80,16 +83,28 @@ def orthogonality(layers: Iterable[AdapterLayer], adapter: str, reduction: Reduc
     terms = []
     for layer in layers:
         for dim, role in enumerate(("down", "up")):
-            norm = float(torch.linalg.vector_norm(_deviation(_rows([layer], role, dim, adapter))))
+            rows = _rows([(layer, role, layer.parameter(role, adapter))], dim, adapter)
+            norm = float(torch.linalg.vector_norm(_deviation(rows)))
             terms.append(norm**2 if reduction == "sum" else norm)
     return sum(terms) if reduction == "sum" else sum(terms) / len(terms)
 
 
-def _rows(layers: Iterable[AdapterLayer], role: str, dim: int, adapter: str) -> torch.Tensor:
-    """(L, r, features) with rows that are to be orthonormal; the parameter's components lie along `dim`."""
-    parts = [in_use(layer, role, adapter, layer.parameter(role, adapter).detach()) for layer in layers]
-    factors = torch.stack(parts)
-    return factors if dim == 0 else factors.mT
+# A layer, and the role and the parameter of one of its factors.
+_Factor = tuple[AdapterLayer, str, nn.Parameter]
+
+
+def _parts(groups: Mapping[Any, Sequence[_Factor]]) -> Iterator[tuple[int, Sequence[_Factor]]]:
+    """Factors that are computed together, with the dimension of their components."""
+    for (dim, rank, features, _, device), factors in groups.items():
+        for part in in_turn(factors, len(factors) * rank * features, device):
+            yield dim, part
+
+
+def _rows(factors: Iterable[_Factor], dim: int, adapter: str) -> torch.Tensor:
+    """(L, r, features) with rows that are to be orthonormal; the parameters' components lie along `dim`."""
+    parts = [in_use(layer, role, adapter, parameter.detach()) for layer, role, parameter in factors]
+    stacked = torch.stack(parts)
+    return stacked if dim == 0 else stacked.mT
 
 
 def _deviation(rows: torch.Tensor) -> torch.Tensor:
@@ -101,24 +116,9 @@ def _deviation(rows: torch.Tensor) -> torch.Tensor:
 
 def _limits(additions: torch.Tensor, gradients: Sequence[torch.Tensor | None], most: float) -> torch.Tensor:
     """Factors (L, 1, 1), 1 at most, that leave additions (L, …) no longer than a share of the gradients."""
-    zero = additions.new_zeros(())
-    lengths = [zero if g is None else whole(torch.linalg.vector_norm(g)).to(zero) for g in gradients]
+    made = [gradient for gradient in gradients if gradient is not None]
+    known, zero = iter(foreach_norm(made) if made else ()), additions.new_zeros(())
+    lengths = torch.stack([zero if g is None else whole(next(known)).to(zero) for g in gradients])
     norms = torch.linalg.vector_norm(additions, dim=(1, 2))
-    limits: torch.Tensor = most * torch.stack(lengths) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    limits: torch.Tensor = most * lengths / norms.clamp_min(torch.finfo(norms.dtype).tiny)
     return limits.clamp_max(1.0)[:, None, None]
-
-
-def _add(layers: Iterable[AdapterLayer], role: str, dim: int, adapter: str, additions: torch.Tensor, rank: int) -> None:
-    """Add (L, …) to the gradients of one role's parameters; one that had none gets one."""
-    targets, shares = [], []
-    for layer, share in zip(layers, additions.unbind(), strict=True):
-        parameter = layer.parameter(role, adapter)
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        if hasattr(parameter, "full_tensor"):
-            parameter.grad.add_(spread_as(parameter, fit(share, dim, parameter.shape[dim])))
-        else:
-            targets.append(parameter.grad.narrow(dim, 0, rank))
-            shares.append(share)
-    if targets:
-        foreach_add_(targets, shares)

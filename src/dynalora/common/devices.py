@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from dynalora.common.private import offloading_hooks
+
+T = TypeVar("T")
+
+_IN_CACHE = 1 << 17
+"""Numbers of one array that a processor is given at once, so that several such arrays stay in its cache."""
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -60,3 +66,20 @@ def sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda" or values.device.type != "cpu":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def in_turn(items: Sequence[T], numbers: int, device: torch.device) -> Sequence[Sequence[T]]:
+    """Parts of what is computed together, one after the other.
+
+    On a CPU several operations on few tensors after each other are faster than each of them on all tensors, which have
+    left its cache by the time of the next. Elsewhere each operation takes time to begin, and there is one part.
+
+    Args:
+        items: What is computed together.
+        numbers: How many numbers all of them have.
+        device: Where they are.
+    """
+    if device.type != "cpu" or not items:
+        return (items,)
+    size = max(1, len(items) * _IN_CACHE // max(numbers, 1))
+    return [items[first : first + size] for first in range(0, len(items), size)]

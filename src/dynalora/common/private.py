@@ -37,6 +37,7 @@ from transformers.trainer_callback import TrainerCallback
 # torch's operations on lists of tensors, which its own optimizers are made of: one launch instead of one per tensor.
 foreach_abs_ = torch._foreach_abs_
 foreach_add_ = torch._foreach_add_
+foreach_copy_ = torch._foreach_copy_
 foreach_div_ = torch._foreach_div_
 foreach_lerp_ = torch._foreach_lerp_
 foreach_mul = torch._foreach_mul

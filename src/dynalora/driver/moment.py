@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, Protocol
 
 import torch
@@ -103,7 +104,7 @@ class Moment(Generic[Shared]):
         """The layer that carries what belongs to the adapter as a whole; None where it is not among the layers."""
         return next((layer for layer in self.all_layers if layer.progress(self.adapter) is not None), None)
 
-    @property
+    @cached_property
     def training_layers(self) -> list[Any]:
         """The adapter's layers that train, in model order."""
         return [

@@ -39,14 +39,16 @@ import torch
 
 from dynalora.adapter.config import AdapterConfig, is_number, is_whole
 from dynalora.adapter.directions import DIRECTION_ROLES, DirectedLayer, DirectedMethod, Directions, smallest_pairs
+from dynalora.adapter.gradients import add_to_gradients
 from dynalora.adapter.layer import Gates
 from dynalora.adapter.matching import LORA_STEP
 from dynalora.adapter.method import Panel
 from dynalora.adapter.register import register
 from dynalora.adapter.singular import SingularLayer, TwinLayer, TwinMethod
 from dynalora.adapter.storage import Role
-from dynalora.common.private import foreach_add_, foreach_mul_
-from dynalora.common.processes import spread_as, whole
+from dynalora.common.devices import in_turn
+from dynalora.common.private import foreach_mul_
+from dynalora.common.processes import whole
 from dynalora.driver import Moment, OptimizerOverride
 from dynalora.spectral.decomposition import Triplets
 
@@ -326,19 +328,21 @@ class Dislora(DirectedMethod, TwinMethod):
             _scale([*gradients, *(p.grad for p in moment.others if p.grad is not None)], task_weight)
         rate = ortho_weight * moment.grad_scale / len(moment.all_layers)
         for matrices in _by_shape([p for layer in moment.layers for p in _factors(layer, moment.adapter)], moment):
-            columns = _stack(matrices)
-            device_rate = rate.to(columns.device) if isinstance(rate, torch.Tensor) else rate
+            stacked = _stack(matrices)
+            device_rate = rate.to(stacked.device) if isinstance(rate, torch.Tensor) else rate
             known = moment.shared.deviations
             deviation = torch.stack([known.pop(id(matrix)) for matrix, _ in matrices])
             if config.ortho_reduction == "mean_norm":  # 1/(2N) Σ ‖D‖_F has the gradient U·D / (N·‖D‖_F)
                 norms = torch.linalg.vector_norm(deviation, dim=(1, 2), keepdim=True)
                 # What rounding leaves of an orthonormal factor has no direction.
-                noise = 32 * torch.finfo(columns.dtype).eps
-                additions = columns @ torch.where(norms > noise, deviation / norms, 0.0)
+                noise = 32 * torch.finfo(stacked.dtype).eps
+                deviation = torch.where(norms > noise, deviation / norms, 0.0)
             else:
-                additions = 4 * (columns @ deviation)
+                deviation = 4 * deviation
+            # D is symmetric; each product lies as its matrices do.
+            additions = deviation @ stacked if matrices[0][1] else stacked @ deviation
             additions *= device_rate
-            _add(matrices, additions)
+            add_to_gradients([matrix for matrix, _ in matrices], additions)
 
     def _awaiting(self, layer: DisloraLayer, moment: Moment) -> list[torch.nn.Parameter]:
         return [p for p in layer.adapter_parameters(moment.adapter).values() if moment.awaits(p)]
@@ -446,7 +450,7 @@ def ortho_loss(
     """
     total: torch.Tensor | None = None
     for matrices in _by_shape([p for layer in layers for p in _factors(layer, adapter)]):
-        deviation = _deviation(_stack(matrices))
+        deviation = _deviation(matrices)
         if deviations is not None:
             deviations.update((id(matrix), each) for (matrix, _), each in zip(matrices, deviation, strict=True))
         squares = deviation.square().sum((1, 2), dtype=None if deviation.device.type == "mps" else torch.float64)
@@ -465,43 +469,29 @@ def _factors(layer: DisloraLayer, adapter: str) -> list[_Matrix]:
     return [(layer.parameter("up", adapter), False), (layer.parameter("down", adapter), True)]
 
 
-def _by_shape(matrices: Sequence[_Matrix], moment: Moment | None = None) -> list[list[_Matrix]]:
+def _by_shape(matrices: Sequence[_Matrix], moment: Moment | None = None) -> list[Sequence[_Matrix]]:
     """Matrices that can be stacked; with a moment, those that await their addition."""
     groups: dict[Any, list[_Matrix]] = {}
     for matrix, transposed in matrices:
         if moment is None or moment.awaits(matrix):
-            shape = tuple(matrix.t().shape) if transposed else tuple(matrix.shape)
-            groups.setdefault((shape, matrix.dtype, matrix.device), []).append((matrix, transposed))
-    return list(groups.values())
+            groups.setdefault((matrix.shape, transposed, matrix.dtype, matrix.device), []).append((matrix, transposed))
+    parts: list[Sequence[_Matrix]] = []
+    for (shape, _, _, device), group in groups.items():
+        parts += in_turn(group, len(group) * shape.numel(), device)
+    return parts
 
 
 def _stack(matrices: Sequence[_Matrix]) -> torch.Tensor:
-    """(L, n, r) with columns that are to be orthonormal."""
-    full = [(whole(matrix.detach()), transposed) for matrix, transposed in matrices]
-    return torch.stack([matrix.t() if transposed else matrix for matrix, transposed in full])
+    """(L, n, r) with columns that are to be orthonormal, or (L, r, n) with such rows."""
+    return torch.stack([whole(matrix.detach()) for matrix, _ in matrices])
 
 
-def _deviation(columns: torch.Tensor) -> torch.Tensor:
+def _deviation(matrices: Sequence[_Matrix]) -> torch.Tensor:
     """UᵀU − I, (L, r, r)."""
-    gram = columns.mT @ columns
+    stacked = _stack(matrices)
+    gram = stacked @ stacked.mT if matrices[0][1] else stacked.mT @ stacked
     gram.diagonal(dim1=-2, dim2=-1).sub_(1)
     return gram
-
-
-def _add(matrices: Sequence[_Matrix], additions: torch.Tensor) -> None:
-    """Add (L, n, r) to the gradients of L matrices; one that had none gets one."""
-    gradients, shares = [], []
-    for (matrix, transposed), addition in zip(matrices, additions.unbind(), strict=True):
-        share = spread_as(matrix, addition.t() if transposed else addition)
-        if matrix.grad is None:
-            matrix.grad = share.clone(memory_format=torch.contiguous_format)
-        elif hasattr(share, "to_local"):
-            matrix.grad.add_(share)
-        else:
-            gradients.append(matrix.grad)
-            shares.append(share)
-    if gradients:
-        foreach_add_(gradients, shares)
 
 
 def _scale(gradients: Sequence[torch.Tensor], weight: torch.Tensor | float) -> None:

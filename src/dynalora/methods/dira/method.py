@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +10,12 @@ import torch
 
 from dynalora.adapter.compaction import compact_layers, require_free_shapes
 from dynalora.adapter.gates import GatedLayer
+from dynalora.adapter.gradients import add_to_gradients
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method, Panel
 from dynalora.adapter.register import register
 from dynalora.adapter.storage import Role
+from dynalora.common.devices import in_turn
 from dynalora.common.processes import process_count
 from dynalora.driver import Moment
 from dynalora.driver.schedule import scheduled
@@ -22,6 +24,9 @@ from dynalora.methods.dira.budget import DUAL, Line, budget, budgeted_step, weig
 from dynalora.methods.dira.components import Components, component_norms, remove
 from dynalora.methods.dira.proximal import proximal_step
 from dynalora.methods.dira.settings import DiraConfig
+
+_TINY = 1e-12
+"""Norms in float32 are right from here on: of what squares lose, below 1e-38, they notice nothing."""
 
 
 class DiraLayer(GatedLayer):
@@ -169,21 +174,24 @@ def _require_whole_factors(moment: Moment) -> None:
         )
 
 
-def _by_shape(moment: Moment) -> list[list[AdapterLayer]]:
+def _by_shape(moment: Moment) -> Sequence[Sequence[AdapterLayer]]:
     """Layers with factors to add to, grouped by shape so that each group is a few stacked operations."""
     groups: dict[Any, list[AdapterLayer]] = {}
     for layer in moment.layers:
         down, up = _factors(layer, moment)
         if moment.awaits(down) or moment.awaits(up):
             groups.setdefault((down.shape, up.shape, down.dtype, up.dtype, down.device), []).append(layer)
-    return list(groups.values())
+    parts: list[Sequence[AdapterLayer]] = []
+    for (down_shape, up_shape, _, _, device), layers in groups.items():
+        parts += in_turn(layers, len(layers) * (down_shape.numel() + up_shape.numel()), device)
+    return parts
 
 
 def _factors(layer: AdapterLayer, moment: Moment) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
     return layer.parameter("down", moment.adapter), layer.parameter("up", moment.adapter)
 
 
-def _add_product_gradient(moment: Moment[StepNorms], layers: list[AdapterLayer], weight: float) -> None:
+def _add_product_gradient(moment: Moment[StepNorms], layers: Sequence[AdapterLayer], weight: float) -> None:
     factors = [_factors(layer, moment) for layer in layers]
     down = torch.stack([down for down, _ in factors])  # (L, r, in)
     up = torch.stack([up for _, up in factors])  # (L, out, r)
@@ -191,13 +199,24 @@ def _add_product_gradient(moment: Moment[StepNorms], layers: list[AdapterLayer],
     if all(layer in known for layer in layers):
         down_norm, up_norm = (torch.stack(norms) for norms in zip(*(known[layer] for layer in layers), strict=True))
     else:
-        down_norm, up_norm = component_norms(down, dim=2), component_norms(up, dim=1)  # (L, r)
+        down_norm, up_norm = _norms(down, dim=2), _norms(up, dim=1)  # (L, r)
         if not all(moment.awaits(parameter) for pair in factors for parameter in pair):
             # Another optimizer has the other factors, and will see these ones changed.
             known.update(zip(layers, zip(down_norm, up_norm, strict=True), strict=True))
     rate = weight * moment.grad_scale
     _add(moment, [pair[0] for pair in factors], _rescale(down, down_norm[:, :, None], rate * up_norm[:, :, None]))
     _add(moment, [pair[1] for pair in factors], _rescale(up, up_norm[:, None, :], rate * down_norm[:, None, :]))
+
+
+def _norms(factors: torch.Tensor, dim: int) -> torch.Tensor:
+    """Norms of rows or columns, (L, r), in float64; on a CPU to float32's rounding, in a fraction of the time."""
+    if factors.device.type == "cpu" and factors.dtype == torch.float32 and not hasattr(factors, "full_tensor"):
+        last = dim == factors.ndim - 1
+        norms = torch.linalg.vector_norm(factors, dim=dim) if last else factors.square().sum(dim).sqrt()
+        # Squares of tiny entries vanish, those of huge ones are infinite; a CPU can be asked for that at no cost.
+        if bool(((norms > _TINY) & (norms < 1 / _TINY)).all()):
+            return norms.double()
+    return component_norms(factors, dim)
 
 
 def _rescale(factors: torch.Tensor, norm: torch.Tensor, new_norm: torch.Tensor) -> torch.Tensor:
@@ -207,17 +226,14 @@ def _rescale(factors: torch.Tensor, norm: torch.Tensor, new_norm: torch.Tensor) 
     return factors.div_(unit.clamp_min_(torch.finfo(factors.dtype).tiny)).mul_(new_norm.to(factors.dtype))
 
 
-def _add_variational_gradient(moment: Moment, layers: list[AdapterLayer], weight: float) -> None:
+def _add_variational_gradient(moment: Moment, layers: Sequence[AdapterLayer], weight: float) -> None:
     for factors in zip(*(_factors(layer, moment) for layer in layers), strict=True):
         _add(moment, list(factors), torch.stack(factors).mul_(weight * moment.grad_scale))
 
 
 def _add(moment: Moment, parameters: list[torch.nn.Parameter], additions: torch.Tensor) -> None:
-    """Add (L, …) to the gradients of L parameters; one that had none (an unused layer) gets one."""
-    for parameter, addition in zip(parameters, additions.unbind(), strict=True):
-        if not moment.awaits(parameter):
-            continue
-        if parameter.grad is None:
-            parameter.grad = addition.clone()
-        else:
-            parameter.grad.add_(addition)
+    """Add (L, …) to the gradients of those of L parameters that await it."""
+    awaiting = [number for number, parameter in enumerate(parameters) if moment.awaits(parameter)]
+    if len(awaiting) < len(parameters):
+        additions = additions[awaiting]
+    add_to_gradients([parameters[number] for number in awaiting], additions)

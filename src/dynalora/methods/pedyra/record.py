@@ -1,7 +1,7 @@
 """The record of the adjustments that were made, saved with the adapter.
 
-It is JSON, compressed, in a buffer of bytes of the adapter's first layer, so that it is saved and resumed like
-everything else.
+It is JSON in a buffer of bytes of the adapter's first layer, so that it is saved and resumed like everything else. Each
+adjustment adds a list of one entry, compressed apart from those before it, which are not read again.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dynalora.driver import Moment
 from dynalora.errors import CheckpointError
 
 _RATIO, _LEAST = 64, 1 << 16  # bytes of text for each byte of a record, and those that any may have
+_PIECE = 1 << 12  # bytes that are unpacked at once
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,13 @@ def append_record(moment: Moment, entry: dict[str, Any]) -> None:
     """
     if moment.lead is None:
         return
-    data = zlib.compress(json.dumps([*_entries(moment), entry], separators=(",", ":")).encode())
+    # Scores are digits, which no level makes much smaller than the fastest does.
+    data = zlib.compress(json.dumps([entry], separators=(",", ":")).encode(), level=1)
     device = moment.lead.parameter("e", moment.adapter).device
     value = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device, copy=True)
+    before = moment.lead.running("record", moment.adapter)
+    if before is not None and not before.is_meta:
+        value = torch.cat([before.to(device), value])
     moment.lead.set_running("record", moment.adapter, value)
 
 
@@ -81,20 +86,45 @@ def _entries(moment: Moment) -> list[dict[str, Any]]:
 
 def _decoded(saved: torch.Tensor) -> list[dict[str, Any]]:
     """The entries of a record, (bytes)."""
-    data = saved.cpu().numpy().tobytes()
-    unpacking = zlib.decompressobj()
+    data = memoryview(saved.cpu().numpy().tobytes())
+    # Scores are numbers of 17 digits, which hardly shrink; only a forged record would not end within this.
+    room = _RATIO * len(data) + _LEAST
+    entries: list[dict[str, Any]] = []
+    position = 0
     try:
-        # Scores are numbers of 17 digits, which hardly shrink; only a forged record would not end here.
-        text = unpacking.decompress(data, _RATIO * len(data) + _LEAST)
-        entries = json.loads(text) if unpacking.eof else None
-    except (zlib.error, ValueError, RecursionError):
-        entries = None
-    if not isinstance(entries, list) or not all(_is_entry(entry) for entry in entries):
+        while position < len(data) or not entries:
+            text, position = _unpacked(data, position, room)
+            room -= len(text)
+            part = json.loads(text)
+            if not isinstance(part, list) or not part or not all(_is_entry(entry) for entry in part):
+                raise ValueError("no adjustments")
+            entries += part
+    except (zlib.error, ValueError, RecursionError) as error:
         raise CheckpointError(
             "the saved PEDYRA adapter has a record of adjustments that cannot be read; use another copy of it, or take "
             "the tensor 'pedyra_record' out of its file: the adapter works without."
-        )
+        ) from error
     return entries
+
+
+def _unpacked(data: memoryview, position: int, room: int) -> tuple[bytes, int]:
+    """The text that is compressed from a position on, of so many bytes at most, and the position after it.
+
+    Raises:
+        ValueError: It is longer, or has no end.
+    """
+    unpacking = zlib.decompressobj()
+    parts = []
+    # In pieces, since what follows the end is handed back as a copy.
+    while not unpacking.eof:
+        piece = data[position : position + _PIECE]
+        part = unpacking.decompress(piece, room + 1)
+        room -= len(part)
+        if room < 0 or not piece or unpacking.unconsumed_tail:
+            raise ValueError("too long, or cut off")
+        parts.append(part)
+        position += len(piece) - len(unpacking.unused_data)
+    return b"".join(parts), position
 
 
 def _is_entry(entry: Any) -> bool:

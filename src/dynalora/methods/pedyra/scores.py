@@ -10,6 +10,7 @@ from torch import distributed
 
 from dynalora.adapter.ranks import in_use
 from dynalora.common import private
+from dynalora.common.devices import in_turn
 from dynalora.common.processes import grouped, process_count
 from dynalora.driver import Moment
 from dynalora.methods.pedyra.layer import ROLES, PedyraLayer
@@ -27,42 +28,70 @@ def update_averages(moment: Moment, layers: list[PedyraLayer], fresh: bool) -> N
     """Eq. 3 for all layers at once, and the inputs' mean squares."""
     config, adapter = moment.config, moment.adapter
 
-    def average(layer: PedyraLayer, role: str, shape: Sequence[int], device: torch.device) -> torch.Tensor:
-        mean = layer.running(role, adapter)
-        if mean is None or fresh:
-            dtype = torch.promote_types(layer.parameter("e", adapter).dtype, torch.float32)
-            mean = torch.zeros(shape, dtype=dtype, device=device)
+    def average(layer: PedyraLayer, role: str, like: torch.Tensor) -> torch.Tensor:
+        mean = None if fresh else layer.running(role, adapter)
+        if mean is None:
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            mean = torch.zeros(like.shape, dtype=dtype, device=like.device)
             layer.set_running(role, adapter, mean)
         return mean
 
     if config.uses_gradients:
         weights, gradients, sensitivity, uncertainty = [], [], [], []
         for layer in layers:
+            parameters = layer.adapter_parameters(adapter)
             for role in ROLES:
-                weight = in_use(layer, role, adapter, layer.parameter(role, adapter).detach())
-                mean = average(layer, f"sensitivity_{role}", weight.shape, weight.device)
-                weights.append(weight.to(mean.dtype))
-                gradients.append(_gradient(layer, role, adapter).to(mean.dtype))
-                sensitivity.append(mean)
-                uncertainty.append(average(layer, f"uncertainty_{role}", weight.shape, weight.device))
-        products = list(private.foreach_mul(weights, gradients))
-        private.foreach_abs_(products)
-        if isinstance(moment.grad_scale, torch.Tensor) or moment.grad_scale != 1.0:
-            private.foreach_div_(products, cast(Any, moment.grad_scale))
-        private.foreach_lerp_(sensitivity, products, 1 - config.beta1)
-        private.foreach_sub_(products, sensitivity)
-        private.foreach_abs_(products)
-        private.foreach_lerp_(uncertainty, products, 1 - config.beta2)
+                parameter = parameters[role]
+                weight = in_use(layer, role, adapter, parameter.detach())
+                gradient = parameter.grad
+                weights.append(weight)
+                # Of a layer that took no part in this step it is zero.
+                gradients.append(
+                    torch.zeros_like(weight) if gradient is None else in_use(layer, role, adapter, gradient)
+                )
+                sensitivity.append(average(layer, f"sensitivity_{role}", weight))
+                uncertainty.append(average(layer, f"uncertainty_{role}", weight))
+        every = list(zip(weights, gradients, sensitivity, uncertainty, strict=True))
+        for part in in_turn(every, sum(weight.numel() for weight in weights), weights[0].device):
+            _average_products(part, moment.grad_scale, config)
     if config.uses_inputs:
         means = [
-            average(layer, "inputs", (layer.in_features,), layer.parameter("e", adapter).device) for layer in layers
+            average(layer, "inputs", layer.parameter("e", adapter).detach().new_empty(layer.in_features))
+            for layer in layers
         ]
-        seen = _gathered(layers, adapter, means)
-        private.foreach_lerp_(means, seen, 1 - config.beta1)
+        _average_inputs(layers, adapter, means, config.beta1)
 
 
-def _gathered(layers: list[PedyraLayer], adapter: str, means: list[torch.Tensor]) -> list[torch.Tensor]:
-    """This step's mean squares of the inputs, over all processes; a layer without input keeps its average."""
+def _average_products(
+    tensors: Sequence[Sequence[torch.Tensor]], grad_scale: torch.Tensor | float, config: PedyraConfig
+) -> None:
+    """Eq. 3: I = |w·g|, Ī ← β1·Ī + (1 − β1)·I, Ū ← β2·Ū + (1 − β2)·|I − Ī|.
+
+    Args:
+        tensors: w, g, Ī and Ū, of one shape, of each parameter.
+        grad_scale: What the gradients still carry.
+        config: β1 and β2.
+    """
+    weights, gradients, sensitivity, uncertainty = (list(kind) for kind in zip(*tensors, strict=True))
+    if any(weight.dtype != mean.dtype for weight, mean in zip(weights, sensitivity, strict=True)):
+        weights = [weight.to(mean.dtype) for weight, mean in zip(weights, sensitivity, strict=True)]
+        gradients = [gradient.to(mean.dtype) for gradient, mean in zip(gradients, sensitivity, strict=True)]
+    products = list(private.foreach_mul(weights, gradients))
+    private.foreach_abs_(products)
+    if isinstance(grad_scale, torch.Tensor) or grad_scale != 1.0:
+        private.foreach_div_(products, cast(Any, grad_scale))
+    private.foreach_lerp_(sensitivity, products, 1 - config.beta1)
+    private.foreach_sub_(products, sensitivity)
+    private.foreach_abs_(products)
+    private.foreach_lerp_(uncertainty, products, 1 - config.beta2)
+
+
+def _average_inputs(layers: list[PedyraLayer], adapter: str, means: list[torch.Tensor], decay: float) -> None:
+    """Let the averages, (in) by layer, learn this step's mean squares of the inputs, over all processes.
+
+    A layer keeps its average where there was no input, or where a gradient scaler is about to skip a step for an
+    overflow.
+    """
     sums = []
     for layer, mean in zip(layers, means, strict=True):
         squares = layer.take_gathered(adapter)
@@ -71,12 +100,19 @@ def _gathered(layers: list[PedyraLayer], adapter: str, means: list[torch.Tensor]
         flat = torch.cat([total.to(means[0].device) for total in sums])
         distributed.all_reduce(flat)
         sums = [part.to(total.device) for part, total in zip(flat.split([len(s) for s in sums]), sums, strict=True)]
-    result = []
-    for total, mean in zip(sums, means, strict=True):
-        now = total[:-1] / total[-1]
-        # Not finite without input, or where a gradient scaler is about to skip a step for an overflow.
-        result.append(torch.where(now.isfinite(), now, mean))
-    return result
+    by_device: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for mean, total in zip(means, sums, strict=True):
+        held, new = by_device.setdefault(mean.device, ([], []))
+        held.append(mean)
+        new.append(total)
+    for held, new in by_device.values():
+        # In one piece, since a layer's part is small beside the time that an operation takes to begin.
+        sizes = [len(mean) for mean in held]
+        now = torch.cat([total[:-1] for total in new])
+        now /= torch.cat([total[-1:].expand(size) for total, size in zip(new, sizes, strict=True)])
+        before = torch.cat(held)
+        after = before.lerp(torch.where(now.isfinite(), now, before), 1 - decay)
+        private.foreach_copy_(held, list(after.split(sizes)))
 
 
 def triple_scores(moment: Moment, layers: list[PedyraLayer], step: int) -> list[torch.Tensor]:
