@@ -12,6 +12,7 @@ from dynalora.errors import ConfigError
 from dynalora.jobs.bench.settings import BenchSpec
 from dynalora.jobs.bench.setup import CONTROL, random_tokens, sharing_copy
 from dynalora.jobs.bench.training import PHASES, Measured, _Contestant, as_json, bench, saved_for_backward, tables
+from dynalora.methods.pedyra import adjustments
 from tests.unit import tiny
 
 
@@ -51,18 +52,30 @@ def test_every_method_is_timed_in_every_round(folder: Path) -> None:
     told: list[tuple[str, int, int | None]] = []
     spec = small(folder, control=True)
     results = bench(spec, progress=lambda *report: told.append(report))
-    assert [item.method for item in results] == ["lora", "dira", "disel", CONTROL]
+    assert [item.method for item in results] == ["lora", "dira", "disel", "pedyra", "dislora", CONTROL]
     for item in results:
         assert list(item.seconds) == list(PHASES)
         assert all(len(times) == 3 and min(times) > 0 for times in item.seconds.values())
         assert item.saved_bytes > 0
         assert item.ratio_quartiles[0] <= item.ratio <= item.ratio_quartiles[1]
-    reference, dira, disel, control = results
+    reference, dira, disel, *_, control = results
     assert reference.ratio == 1.0
     assert reference.trainable_parameters == dira.trainable_parameters == control.trainable_parameters
     assert disel.trainable_parameters > dira.trainable_parameters
     assert told[0] == ("Training steps, float32", 0, 4)
     assert told[-1] == ("Training steps, float32", 4, 4)
+
+
+def test_schedules_are_those_of_the_run_that_is_asked_for(folder: Path) -> None:
+    base = tiny.model(64)
+    for run_steps, moves in ((None, True), (1000, False)):
+        spec = small(folder, methods=["lora", "pedyra"], rounds=4, run_steps=run_steps)
+        contestant = _Contestant("pedyra", "pedyra", base, spec)
+        for number in range(spec.measured_steps):
+            contestant.step(random_tokens(64, spec, number))
+        assert bool(adjustments(contestant.model)) is moves
+    with pytest.raises(ConfigError, match=r"run_steps is 6; 7 steps are made to measure them"):
+        small(folder, rounds=4, run_steps=6)
 
 
 def test_ratio_is_taken_within_rounds() -> None:

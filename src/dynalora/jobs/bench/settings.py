@@ -32,6 +32,8 @@ class BenchSpec(Settings):
         length: Give every sequence this many tokens, or every prompt with `--generate`.
         rounds: Measure this many steps per method.
         warmup: Run this many steps per method before measuring.
+        run_steps: Make schedules for a run of this many steps, whose first ones are measured; None: for a run of the
+            measured steps alone, at most of which PE-DyRA moves ranks, as it does at 11 of a usual run.
         seed: Draw the tokens, which are random and the same for all methods, from this seed.
         threads: Compute with this many CPU threads; None: torch's choice.
         device: Run on this device.
@@ -44,7 +46,9 @@ class BenchSpec(Settings):
     """
 
     model: Annotated[str, Setting("-m")] = "smollm2"
-    methods: Annotated[list[str], Setting(commas=True)] = field(default_factory=lambda: ["lora", "dira", "disel"])
+    methods: Annotated[list[str], Setting(commas=True)] = field(
+        default_factory=lambda: ["lora", "dira", "disel", "pedyra", "dislora"]
+    )
     dtypes: Annotated[list[str], Setting(commas=True, choices=("float32", "bfloat16", "float16"))] = field(
         default_factory=lambda: ["float32", "bfloat16"]
     )
@@ -54,6 +58,7 @@ class BenchSpec(Settings):
     length: Annotated[int, Setting("-l", least=2)] = 128
     rounds: Annotated[int, Setting(least=1)] = 20
     warmup: Annotated[int, Setting(least=1)] = 3
+    run_steps: Annotated[int | None, Setting(least=1)] = None
     seed: Annotated[int, SEED] = 0
     threads: Annotated[int | None, Setting(least=1)] = None
     device: Annotated[str, Setting(choices=("auto", "cpu", "cuda"))] = "auto"
@@ -70,6 +75,11 @@ class BenchSpec(Settings):
         for name in self.methods:
             if name not in method_names():
                 raise ConfigError(f"Unknown method '{name}'; {did_you_mean(name, method_names())}.")
+        if self.run_steps is not None and self.run_steps < self.measured_steps:
+            raise ConfigError(
+                f"run_steps is {self.run_steps}; {self.measured_steps} steps are made to measure them, so give at "
+                "least that, or fewer rounds."
+            )
         if not self.dtypes:
             raise ConfigError("dtypes is empty; name at least one.")
         if self.device == "cuda" and self.torch_device.type != "cuda":
@@ -81,6 +91,11 @@ class BenchSpec(Settings):
         import torch
 
         return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+    @property
+    def measured_steps(self) -> int:
+        """Training steps of each method: those of the warm-up, those that are timed, and two for the memory."""
+        return self.warmup + self.rounds + 2
 
     @property
     def reference(self) -> str:

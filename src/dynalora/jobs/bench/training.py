@@ -92,7 +92,7 @@ class _Contestant:
 
     def __init__(self, name: str, method: str, base: nn.Module, spec: BenchSpec) -> None:
         self.name = name
-        steps = spec.warmup + spec.rounds + 2
+        steps = spec.run_steps or spec.measured_steps
         self.model = adapted(method, base, spec, steps)
         self.model.train()
         self.driver, self.steps_done = driver_of(self.model, steps), 0
