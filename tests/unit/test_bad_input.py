@@ -17,8 +17,10 @@ import torch
 import transformers
 
 import dynalora
+from dynalora.cli.flags import in_flags
 from dynalora.errors import CheckpointError, ConfigError, DynaloraError, ScheduleError
 from dynalora.jobs.finetune import run as finetune
+from dynalora.jobs.finetune.settings import FinetuneSpec
 from dynalora.lab.adapters import load_adapter
 from dynalora.lab.configs import adapter_config, method_names
 from dynalora.lab.run_folder import RunFolder
@@ -110,7 +112,7 @@ class TestFinetune:
             (["--steps", str(10**12)], f"--steps is {10**12}; give at least 1 and at most 2147483647."),
             (["--monitor-text", "x.txt", "--no-retention"], "--monitor-text names text to measure retention on"),
             (["--bf-16"], "No such option: --bf-16"),
-            (["--lr"], "Option '--lr' requires an argument"),
+            (["--lr"], "Option '--lr' requires an argument; see dynalora finetune --help."),
         ],
     )  # fmt: skip
     def test_values_that_no_run_could_have(self, more: list[str], says: str, asking: Any) -> None:
@@ -149,7 +151,7 @@ class TestFinetune:
 
     def test_nothing_to_resume(self, program: Program, model: Path, rows: Path, tmp_path: Path) -> None:
         shown = program("finetune", "-m", str(model), "-d", str(rows), "-o", str(tmp_path / "run"), "--resume")
-        one_sentence(shown, "There is no run to resume")
+        one_sentence(shown, "There is no run to resume", "start it without --resume.")
 
     def test_model_that_does_not_exist(self, asking: Any) -> None:
         one_sentence(asking(model="no/such-model"), "The model 'no/such-model' cannot be used (")
@@ -164,6 +166,43 @@ class TestFinetune:
         one_sentence(
             program("finetune", "-c", str(tmp_path / "job.yaml")), "Unknown setting 'modell'", "did you mean 'model'?"
         )
+
+    @pytest.mark.parametrize(("flag", "field"), [("lr", "learning_rate"), ("rank", "r"), ("option", "method_options")])
+    def test_a_flag_in_the_file_is_told_its_name_there(
+        self, flag: str, field: str, program: Program, tmp_path: Path
+    ) -> None:
+        (tmp_path / "job.yaml").write_text(f"{flag}: 5\n")
+        one_sentence(
+            program("finetune", "-c", str(tmp_path / "job.yaml")),
+            f"Unknown setting '{flag}'",
+            f"write it as '{field}'.",
+        )
+
+    def test_a_model_that_is_a_file(self, asking: Any, model: Path) -> None:
+        one_sentence(asking(model=str(model / "model.safetensors")), "is a file; give the Hub id, or the folder")
+
+    def test_a_run_folder_that_cannot_be_made(self, asking: Any, tmp_path: Path) -> None:
+        one_sentence(asking(output=f"{tmp_path}/not/../../../../../../../../proc/x"), "/proc/x' cannot be made (")
+
+    def test_a_name_with_a_line_break(self, asking: Any) -> None:
+        one_sentence(asking(data="./a\nb"), "'./a\\nb'")
+
+    def test_chats_in_which_nobody_answers(self, asking: Any, tmp_path: Path) -> None:
+        file = tiny.write_jsonl(tmp_path / "x.jsonl", [{"messages": [{"role": "user", "content": "a"}]}] * 3)
+        one_sentence(asking(data=str(file)), "(none of 3 ends with an answer in 'messages'); give rows that have one.")
+
+    def test_a_text_to_measure_on_is_named_once(self, asking: Any, tmp_path: Path) -> None:
+        (tmp_path / "t.txt").write_text("Text.\n")
+        text = f"t={tmp_path}/t.txt"
+        one_sentence(asking(more=["--monitor-text", text, "--monitor-text", text]), "--monitor-text uses a name twice")
+
+    @pytest.mark.parametrize(
+        "message", ["the model has no adapter.", "adapter 'default' is broken.", "lm-evaluation-harness has no task."]
+    )
+    def test_sentences_begin_with_a_capital(self, message: str) -> None:
+        shown = in_flags(message, FinetuneSpec, [])
+        assert shown == (message if message.startswith("lm-") else message[0].upper() + message[1:])
+        assert in_flags("seed is -1; give at least 0.", FinetuneSpec, ["-c", "x.yaml"]).startswith("seed is")
 
     def test_options_of_a_method_keep_their_names(self, asking: Any) -> None:
         one_sentence(asking(option="max_forgeting=1"), "has no option 'max_forgeting'; did you mean 'max_forgetting'?")
@@ -195,7 +234,14 @@ class TestFinetune:
             (["--steps", "5", "--epochs", "1"], "--epochs is 1 and --steps is 5, which exclude each other"),
             (["--split", "validation"], "is a single file, which has no split 'validation'"),
             (["--eval-split", "validation"], "is a single file, which has no split 'validation'"),
-            (["--subset", "main"], "has no subset 'main'"),
+            (["--subset", "main"], "has no subset 'main'; leave out --subset."),
+            (["--eval-data", ""], "--eval-data is empty; give it a value, or leave it out."),
+            (["--prompt-field", " "], "--prompt-field is empty; give it a value, or leave it out."),
+            (["--method", "lora", "-O", "use_rslora=maybe"], "use_rslora must be true or false, got 'maybe'"),
+            (["--eval-data", "rows.xlsx"], "There is no file or folder 'rows.xlsx'"),
+            (["--packing"], "--packing puts plain texts one behind the other, and the data are chats; leave it out."),
+            (["--method", "miss", "--alpha", "8"], "so --alpha (8) means nothing; leave it out."),
+            (["--method", "p-tuning", "--dropout", "0.1"], "leave --dropout (0.1) at 0."),
             (["--method", "p-tuning", "-t", "q_proj"], "learns virtual tokens and adapts no modules"),
         ],
     )

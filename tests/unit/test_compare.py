@@ -434,10 +434,21 @@ def test_where_no_rate_is_chosen_every_one_has_its_rows(place: Path) -> None:
         assert float(loss.split()[0]) == pytest.approx(losses[rate, label], abs=1e-4)
         if label == "dira":
             assert float(apart.split()[0]) == pytest.approx(losses[rate, "dira"] - losses[rate, "lora"], abs=1e-4)
+    # So are the headline, the table of what was kept, and everything else that would speak of one rate alone.
+    by_place = summaries.summaries(comparison)
+    headlines = verdict.conclusion(comparison, by_place).splitlines()
+    assert [line.partition(":")[0] for line in headlines] == [
+        f"colour, all at a learning rate of {rate}" for rate in ("0.01", "0.03")
+    ]
+    assert set(writing._figures(comparison, task, by_place["colour"])) == {
+        "frontier-colour", "scaled-colour", "kept-colour",
+    }  # fmt: skip
+    assert all(line.endswith(",0") for line in writing.cells_csv(comparison).splitlines()[1:])
     # Where seeds follow a chosen rate, its table stands too.
     chosen = run_compare(spec_of(place, "every-rate-2", seeds=1, **{**rates, "validation": 3}), apart=False)
     titles = [table.title for table in writing._tables(chosen, task, summaries.summaries(chosen)["colour"])]
     assert titles[:2] == ["colour, at every learning rate", "colour"]
+    assert verdict.conclusion(chosen, summaries.summaries(chosen)).startswith("colour: ")
 
 
 def test_a_report_runs_nothing(place: Path, done: Comparison) -> None:

@@ -14,6 +14,8 @@ import torch
 from dynalora import DiselConfig
 from dynalora.errors import ConfigError, UnsupportedError
 from dynalora.evaluation.harness import FORGETTING_SUITE, HarnessResult, _result, harness_mean, run_harness
+from dynalora.jobs.evaluate.run import evaluate
+from dynalora.jobs.evaluate.settings import EvaluateSpec
 from tests.unit import tiny
 
 TASK = """
@@ -201,3 +203,10 @@ def test_the_mean_is_unweighted() -> None:
     with pytest.raises(ConfigError, match="no results"):
         harness_mean([])
     assert json.loads(json.dumps(results[0].__dict__))["value"] == 0.5
+
+
+def test_an_unknown_task_is_refused_before_others_are_read(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    spec = EvaluateSpec(source="x", task=["arc_easy", "lm_eval:hellaswagg"], data=str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="no task 'hellaswagg'; did you mean 'hellaswag'"):
+        evaluate(spec)

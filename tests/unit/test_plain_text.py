@@ -67,7 +67,7 @@ def test_packing_is_for_plain_text(tmp_path: Path) -> None:
     assert (packed.training.truncated, packed.training.dropped) == (0, 0)
     assert {len(row["input_ids"]) for row in packed.training.rows[:-1]} == {16}
     assert packed.training.response_tokens + packed.held_out.response_tokens >= sum(7 * n + 2 for n in range(8)) - 2
-    with pytest.raises(DataError, match="packing puts plain texts one behind the other, and the data are chats"):
+    with pytest.raises(DataError, match="`packing` puts plain texts one behind the other, and the data are chats"):
         prepared(tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.rows(8)), packing=True)
 
 

@@ -202,7 +202,7 @@ def test_the_harness_refuses_it() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"alpha": 8.0}, r"P-Tuning has no scaling, so alpha \(8\) means nothing; leave it out"),
+        ({"alpha": 8.0}, r"P-Tuning has no scaling, so `alpha` \(8\) means nothing; leave it out"),
         ({"dropout": 0.1}, "P-Tuning has no dropout on an adapter's input"),
         ({"options": {"target_modules": ["q_proj"]}}, "no option 'target_modules'"),
         ({"options": {"encoder_width": 8}}, "no option 'encoder_width'"),

@@ -381,7 +381,7 @@ def test_other_models_than_language_models_are_refused(words: Any) -> None:
         TOYS["bert"].build(), dynalora.DiraConfig(target_modules=["query"], penalty_weight=0.0, retain=1.0)
     )
     text = MeasuredText(((4, 5, 6),), (1,))
-    with pytest.raises(UnsupportedError, match="retain needs a causal language model"):
+    with pytest.raises(UnsupportedError, match="`retain` needs a causal language model"):
         read_curvature(model, text)
 
 

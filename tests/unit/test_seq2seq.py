@@ -221,7 +221,7 @@ def test_compare_trains_and_measures_them(place: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"template": "alpaca"}, "no prompt template; leave out template 'alpaca'"),
+        ({"template": "alpaca"}, "no prompt template; leave out `template` 'alpaca'"),
         ({"methods": ["lora", "p-tuning"]}, "p-tuning learns virtual tokens"),
         ({"tasks": ["arc_easy"]}, "arc_easy needs a causal language model"),
         ({"retention_tasks": ["wikitext2"]}, "retention_tasks names wikitext2"),

@@ -127,12 +127,27 @@ def in_flags(message: str, kind: type[Settings], typed: Sequence[str]) -> str:
         if "_" in name:
             patterns.append(rf"(?<![\w'./-]){name}(?![\w'/=-])")
         elif used is not None or not spellings:
-            patterns.append(rf"(?:\A|(?<= and )){name}(?= (?:is|names|uses|must|would|holds|needs|goes) )")
+            patterns.append(rf"(?:\A|(?<= and )){name}(?={_VERB})")
         for pattern in patterns:
             message = re.sub(pattern, called, message)
         for number, text in _numbers_typed(used, typed):
             message = re.sub(rf"(?<={re.escape(called)} is ){re.escape(number)}(?![\d.])", text, message)
-    return message
+    return _begun(message, kind)
+
+
+def _begun(message: str, kind: type[Settings]) -> str:
+    """A message with a capital at its beginning, unless that is the name of a setting, which stays as it is.
+
+    Messages of the library begin in lower case where its users read them behind the name of an error's class.
+    """
+    word = re.match(rf"([a-z]+)(?P<verb>{_VERB})?(?= )", message)
+    if word is None or (word["verb"] and word[1] in describe(kind)):
+        return message
+    return message[0].upper() + message[1:]
+
+
+_VERB = r" (?:is|names|uses|must|would|holds|needs|goes)(?= )"
+"""What follows the name of a setting that begins a clause."""
 
 
 def _numbers_typed(flag: str | None, typed: Sequence[str]) -> list[tuple[str, str]]:

@@ -114,7 +114,7 @@ def run() -> None:
     try:
         code = app(standalone_mode=False)
     except DynaloraError as error:
-        complain(f"Error: {error}")
+        complain("Error: " + str(error).replace("\n", "\\n"))  # of a name that holds one
         code = 2
     except _USAGE_ERROR as error:
         _complain_of_usage(error)
@@ -139,5 +139,8 @@ def _complain_of_usage(error: Any) -> None:
     message = error.format_message()
     if meant := getattr(error, "possibilities", None):
         message = f"{message.partition(' (')[0].partition(' Did you mean')[0].rstrip('. ')} (did you mean {meant[0]}?)"
-    place = error.ctx.command_path if error.ctx is not None else "dynalora"
+    named = sys.argv[1] if len(sys.argv) > 1 else ""
+    place = (
+        error.ctx.command_path if error.ctx is not None else f"dynalora {named if named in COMMANDS else ''}".strip()
+    )
     complain(f"Error: {message.rstrip('.')}; see {place} --help.")

@@ -18,6 +18,24 @@ from dynalora.common.names import is_path
 from dynalora.errors import DataError, first_line
 
 FILE_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_OTHER_KINDS = (
+    ".txt",
+    ".md",
+    ".text",
+    ".arrow",
+    ".doc",
+    ".docx",
+    ".gz",
+    ".html",
+    ".pdf",
+    ".xls",
+    ".xlsx",
+    ".xml",
+    ".yaml",
+    ".yml",
+    ".zip",
+)
+"""Endings of names that are those of files, and not of data sets on the Hub."""
 SAME_SPLIT = {"valid": "dev", "validation": "dev", "eval": "dev"}
 TEXT_FIELDS = ("text", "content", "document")
 
@@ -64,7 +82,7 @@ def _refuse_parts(path: Path, split: str, subset: str | None) -> None:
         DataError: One was.
     """
     if subset is not None:
-        raise DataError(f"'{path}' is no data set of the Hub and has no subset '{subset}'; leave subset out.")
+        raise DataError(f"'{path}' is no data set of the Hub and has no subset '{subset}'; leave out `subset`.")
     if path.is_file() and split != "train":
         raise DataError(
             f"'{path}' is a single file, which has no split '{split}'; leave the split out, or give a folder with a "
@@ -80,7 +98,7 @@ def kind_of(value: Any) -> str:
 
 def _looks_like_a_path(source: str) -> bool:
     stem = source[:-3] if source.endswith(".gz") else source
-    return stem.lower().endswith((*FILE_KINDS, ".txt", ".md", ".text")) or is_path(source)
+    return stem.lower().endswith((*FILE_KINDS, *_OTHER_KINDS)) or is_path(source)
 
 
 def _file_kind(path: Path) -> str:

@@ -14,6 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from dynalora.common.extras import missing
+from dynalora.common.names import did_you_mean
 from dynalora.errors import ConfigError, UnsupportedError, check_least
 from dynalora.evaluation.causal import prompt_length
 from dynalora.evaluation.generation import evaluating
@@ -101,7 +102,8 @@ def find_tasks(tasks: Sequence[str], *, include_path: str | os.PathLike[str] | N
             manager = TaskManager(include_path=str(include_path))
     for name in names:
         if name not in mine and name not in manager.all_tasks:
-            raise ConfigError(f"lm-evaluation-harness has no task '{name}'; see `lm_eval ls tasks`.")
+            near = did_you_mean(name, {*mine, *manager.all_tasks}, brief=True)
+            raise ConfigError(f"lm-evaluation-harness has no task '{name}'; {near} (`lm_eval ls tasks`).")
         if any(word in name for word in ("humaneval", "mbpp")):
             raise ConfigError(
                 f"lm-evaluation-harness would execute the code of '{name}' without a sandbox; take "

@@ -59,6 +59,18 @@ def task_list(names: Sequence[str]) -> list[str]:
     return list(members)
 
 
+def check_harness(names: Sequence[str]) -> None:
+    """Refuse tasks that lm-evaluation-harness does not have, before the data of any other task are fetched.
+
+    Raises:
+        ConfigError: As [`find_tasks`][dynalora.evaluation.harness.find_tasks].
+        UnsupportedError: Lm-evaluation-harness is not installed.
+    """
+    harness = [name.removeprefix(_HARNESS) for name in names if name.startswith(_HARNESS)]
+    if harness:
+        find_tasks(harness)
+
+
 def prepare(
     name: str,
     *,
@@ -106,7 +118,7 @@ def prepare(
         return _generated_task(name, limit or _GENERATED_ITEMS, seed)
     task = benchmark(name)
     if likelihood and not task.options:
-        raise ConfigError(f"The task {task.name} has no options to compare; leave out likelihood.")
+        raise ConfigError(f"The task {task.name} has no options to compare; leave out `likelihood`.")
     chosen = _metrics(task, metrics)
     if likelihood:
         task, chosen = replace(task, kind=CHOICE), ()

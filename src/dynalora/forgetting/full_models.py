@@ -62,7 +62,7 @@ def model_landscape(
     try:
         pattern = re.compile(modules or "")
     except re.error as error:
-        raise ConfigError(f"modules '{modules}' is not a valid regular expression ({error}).") from None
+        raise ConfigError(f"modules is '{modules}', which is not a valid regular expression ({error}).") from None
     with ExitStack() as stack:
         first, second = (_matrices(Path(folder), stack) for folder in (tuned, base))
         shared = [name for name in first if name in second and pattern.search(name)]

@@ -189,8 +189,8 @@ def _read(model: nn.Module, text: MeasuredText, batch: list[int], reader: _Reade
     logits = getattr(output, "logits", None)
     if logits is None or logits.ndim != 3 or logits.shape[1] != length:
         raise UnsupportedError(
-            f"retain needs a causal language model, whose own text can be kept; {type(model).__name__} gives no logits "
-            "for every token. Leave retain out, or follow what is lost with RetentionMonitor."
+            f"`retain` needs a causal language model, whose own text can be kept; {type(model).__name__} gives no "
+            "logits for every token. Leave it out, or follow what is lost with RetentionMonitor."
         )
     targets = tokens.roll(-1, dims=1)[predicts]
     F.cross_entropy(logits[predicts].float(), targets, reduction="sum").backward()

@@ -139,13 +139,11 @@ class Baseline:
             scaling = self.alpha_per_rank * r if alpha is None else alpha
             values[self.alpha] = int(scaling) if scaling == int(scaling) else scaling
         elif alpha is not None:
-            raise ConfigError(f"{self.title} has no scaling, so alpha ({alpha:g}) means nothing; leave it out.")
+            raise ConfigError(f"{self.title} has no scaling, so `alpha` ({alpha:g}) means nothing; leave it out.")
         if self.dropout is not None:
             values[self.dropout] = dropout
         elif dropout:
-            raise ConfigError(
-                f"{self.title} has no dropout on an adapter's input ({dropout:g} is given); leave it at 0."
-            )
+            raise ConfigError(f"{self.title} has no dropout on an adapter's input; leave `dropout` ({dropout:g}) at 0.")
         return {**values, **self.more(r), **self.options}
 
 

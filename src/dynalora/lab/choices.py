@@ -40,6 +40,11 @@ def method_names() -> list[str]:
     return [*own_methods(), *PEFT_METHODS]
 
 
+def compared_names() -> list[str]:
+    """Methods that can be compared: those of `method_names`, and full fine-tuning."""
+    return [*method_names(), "full"]
+
+
 def is_config_file(method: str) -> bool:
     """Whether a method's name is the name of a configuration file."""
     return Path(method).suffix.lower() in (".json", ".yaml", ".yml")

@@ -60,7 +60,10 @@ def compared_config(
     Raises:
         ConfigError: As `adapter_config`; alpha, dropout or options are given for full fine-tuning.
     """
-    baseline = BASELINES.get(method.lower())
+    name = method.lower()
+    if not is_config_file(method) and name not in compared_names():
+        raise _unknown(method, compared_names())
+    baseline = BASELINES.get(name)
     if baseline is None or baseline.config is not None:
         return adapter_config(method, r=r, alpha=alpha, dropout=dropout, options=options, **more)
     baseline.fields(r, alpha, dropout)
@@ -108,7 +111,7 @@ def adapter_config(
             raise ConfigError(
                 f"Method '{method}' has no adapter and cannot be used here; choose one of {', '.join(method_names())}."
             )
-        raise ConfigError(f"Unknown method '{method}'; {did_you_mean(method, method_names())}.")
+        raise _unknown(method, method_names())
     if r < 1:
         raise ConfigError(f"The rank r is {r}; give a whole number of at least 1.")
     if r > MOST_RANK:
@@ -140,7 +143,7 @@ def adapter_config(
     if values.get("init_lora_weights") == "corda":
         values["corda_config"] = corda_config(values.get("corda_config"))
     try:
-        config = kind(**common, **{**preset, **_typed(kind, values)})
+        config = kind(**common, **{**preset, **_typed(kind, values, strictly=name in BASELINES)})
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
@@ -148,6 +151,10 @@ def adapter_config(
     check_start(config)
     leave_out_head(config)
     return config
+
+
+def _unknown(method: str, known: list[str]) -> ConfigError:
+    return ConfigError(f"Unknown method '{method}'; {did_you_mean(method, known)}.")
 
 
 def method_options(method: str) -> list[tuple[str, str, str]]:
@@ -174,14 +181,25 @@ def method_options(method: str) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _typed(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers that came as text, as YAML 1.1 has it for `1e-4`, as the numbers the field wants."""
+def _typed(kind: type, options: Mapping[str, Any], *, strictly: bool) -> dict[str, Any]:
+    """Numbers that came as text, as YAML 1.1 has it for `1e-4`, as the numbers the field wants.
+
+    Args:
+        kind: The configuration's class.
+        options: Its fields.
+        strictly: Refuse what a field of truth values or numbers cannot be, where the class itself takes anything.
+
+    Raises:
+        ConfigError: `strictly`, a value is not of its field's type.
+    """
     try:
         hints = get_type_hints(kind)
     except NameError:  # a field annotated with a type that is imported for type checkers only
         return dict(options)
 
     def typed(name: str, value: Any) -> Any:
+        if strictly and hints[name] in (bool, int, float):
+            return coerce(value, hints[name], name)
         try:
             return coerce(value, hints[name], name) if isinstance(value, str) else value
         except ConfigError:

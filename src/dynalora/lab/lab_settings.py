@@ -88,7 +88,7 @@ class LabSettings(Settings, panel=MODEL_AND_DATA):
     beams: Annotated[int, Setting(least=1, panel=MEASURING)] = 1
     max_length: Annotated[int, Setting(least=2)] = 256
     eval_batch_size: Annotated[int, Setting(least=1, panel=MEASURING)] = 8
-    system: str | None = None
+    system: Annotated[str | None, Setting(blank=True)] = None
     template: Annotated[str, Setting(choices=PROMPTS)] = "chat"
     by_generation: Annotated[bool, Setting(negative="--by-likelihood", panel=MEASURING)] = False
     run_code: Annotated[bool, Setting(panel=MEASURING)] = False

@@ -149,6 +149,10 @@ def _check_place(name: str, what: str) -> None:
         raise ConfigError(
             f"The model '{name}' cannot be used (there is no such folder); give the Hub id or the folder of {what}."
         )
+    if is_path(name) and Path(name).expanduser().is_file():
+        raise ConfigError(
+            f"The model '{name}' is a file; give the Hub id, or the folder that holds its config.json, of {what}."
+        )
 
 
 def _unusable(name: str, error: Exception, what: str) -> ConfigError:

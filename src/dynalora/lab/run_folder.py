@@ -123,7 +123,12 @@ class RunFolder:
         if not main_process:
             return cls(folder, settings, None, resume)
         cls.check(folder, settings, resume=resume, defaults=defaults)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(
+                f"The run folder '{folder}' cannot be made ({error.strerror or error}); choose another output folder."
+            ) from error
         lock = _lock_of(folder)
         try:
             # Looked at again under the lock: two processes may both have passed the first look.
@@ -147,7 +152,7 @@ class RunFolder:
         if resume:
             if CONFIG not in entries:
                 raise RunFolderError(
-                    f"There is no run to resume in '{folder}' (it has no {CONFIG}); start it without resume."
+                    f"There is no run to resume in '{folder}' (it has no {CONFIG}); start it without `resume`."
                 )
             if _status(folder).get("finished"):
                 raise RunFolderError(f"The run in '{folder}' has finished; there is nothing to resume.")
@@ -163,8 +168,8 @@ class RunFolder:
             return
         if CONFIG in entries and STATUS in entries:
             raise RunFolderError(
-                f"The run folder '{folder}' already holds a run ({_describe(folder)}); choose another output folder, "
-                "or resume that run with the same settings."
+                f"The run folder '{folder}' already holds a run ({_describe(folder)}); choose another output folder"
+                + ("." if _status(folder).get("finished") else ", or resume that run with the same settings.")
             )
         listed = ", ".join(entries[:3]) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
         raise RunFolderError(

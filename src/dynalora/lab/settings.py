@@ -49,6 +49,7 @@ class Setting:
         most: The largest number allowed.
         above: All numbers above this one are allowed.
         below: All numbers below this one are allowed.
+        blank: Whether an empty text is a value of its own; elsewhere it is a mistake, such as of an unset variable.
         place: Whether it names a model or data: a file or folder that is there is written with its whole path, so that
             what is recorded holds from every folder.
         instead_of: Another setting of which this one is the alternative: not both can be given.
@@ -75,6 +76,7 @@ class Setting:
     most: float | None = None
     above: float | None = None
     below: float | None = None
+    blank: bool = False
     place: bool = False
     instead_of: str | None = None
     writes: str | Callable[[str], Sequence[Path]] | None = None
@@ -166,8 +168,9 @@ class Settings:
         """
         for name, described in describe(type(self)).items():
             value = getattr(self, name)
-            if described.default is MISSING and isinstance(value, str) and not value.strip():
-                raise ConfigError(f"{name} is empty; give it a value.")
+            if isinstance(value, str) and not value.strip() and not described.setting.blank:
+                needed = described.default is MISSING
+                raise ConfigError(f"{name} is empty; give it a value{'' if needed else ', or leave it out'}.")
             if described.setting.place and isinstance(value, str):
                 object.__setattr__(self, name, whole_path(value))
             several = value if isinstance(value, (list, tuple)) else [value]
@@ -406,12 +409,23 @@ def settings_from(kind: type[Kind], values: Mapping[str, Any], *, source: str = 
     values = {name: value for name, value in values.items() if name not in unused}
     for name in values:
         if name not in allowed:
-            raise ConfigError(f"Unknown setting '{name}' in {source}; {did_you_mean(name, allowed)}.")
+            meant = _with_flag(kind, name)
+            remedy = f"write it as '{meant}'" if meant else did_you_mean(name, allowed)
+            raise ConfigError(f"Unknown setting '{name}' in {source}; {remedy}.")
     missing = [name for name, item in allowed.items() if _default(item) is MISSING and values.get(name) is None]
     if missing:
         raise ConfigError(f"Missing {' and '.join(repr(name) for name in missing)} in {source}; give them a value.")
     hints = get_type_hints(kind)
     return kind(**{name: coerce(value, hints[name], name) for name, value in values.items()})
+
+
+def _with_flag(kind: type[Any], name: str) -> str | None:
+    """The field of a settings class whose flag is `--NAME`; None if there is none."""
+    if not issubclass(kind, Settings):
+        return None
+    flag = f"--{name.replace('_', '-')}"
+    fields_of = describe(kind).items()
+    return next((field for field, item in fields_of if flag in (item.setting.name, item.setting.alias)), None)
 
 
 def named_values(pairs: Iterable[str]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class ChoiceKind(TextKind):
 
 def _choice(example: Example) -> Choice:
     if example.choice is None:
-        raise DataError(f"{example.where} has no options to compare; leave out likelihood.")
+        raise DataError(f"{example.where} has no options to compare; leave out `likelihood`.")
     return example.choice
 
 

@@ -22,7 +22,7 @@ class ChatSpec(TrainedSettings):
         plain: Go on with what is typed as plain text, without the chat format. A model without one does so anyway.
     """
 
-    system: str | None = None
+    system: Annotated[str | None, Setting(blank=True)] = None
     max_new_tokens: Annotated[int, Setting(least=1)] = 512
     temperature: Annotated[float, Setting(least=0)] = 0.0
     seed: Annotated[int, SEED] = 42

@@ -25,16 +25,16 @@ _OTHERS = {
     "factor": "factor of the update",
 }
 _CAPTION = (
-    "Every run; large marks are runs at the chosen learning rate as trained, means over the seeds. Point at a mark to "
-    "read it off, drag to zoom, double-click to see all, click a name to hide it, and choose the axes above."
+    "Every run; large marks are runs{at} as trained, means over the seeds. Point at a mark to read it off, drag to "
+    "zoom, double-click to see all, click a name to hide it, and choose the axes above."
 )
 
 
 def explorer(comparison: Comparison, task: str) -> Explorer | None:
     """The plot of one task: a line over factors of the update for each run, or else over learning rates.
 
-    Points are means over the seeds; those of the chosen learning rates stand out. None where there is too little to
-    see.
+    Points are means over the seeds; those of the chosen learning rates stand out, or where none is chosen all runs as
+    trained. None where there is too little to see.
     """
     grid = comparison.grid
     lines: list[Line] = []
@@ -60,7 +60,8 @@ def explorer(comparison: Comparison, task: str) -> Explorer | None:
     return Explorer(
         lines, quantities, across, upwards, log=[f"kl {text}" for text in texts] + ["rate"],
         labels=[contestant.label for contestant in grid.contestants],
-        caption=_CAPTION, highest={} if highest is None else {"loss": highest},
+        caption=_CAPTION.format(at=" at the chosen learning rate" if grid.chooses else ""),
+        highest={} if highest is None else {"loss": highest},
     )  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def _run(comparison: Comparison, task: str, contestant: Contestant, rate: float)
     results = [result for cell in cells if (result := grid.result(cell)) is not None]
     if not results:
         return []
-    chosen = grid.chosen_rate(task, contestant) == rate
+    stands_out = not grid.chooses or grid.chosen_rate(task, contestant) == rate
     seeds = f", mean of {len(results)} seeds" if len(results) > 1 else ""
     by_factor: dict[float, list[dict[str, float]]] = {1.0: [_as_trained(result) for result in results]}
     for result in results:
@@ -91,7 +92,7 @@ def _run(comparison: Comparison, task: str, contestant: Contestant, rate: float)
             values["parameters"] = float(contestant.parameters)
         scaled = "as trained" if factor == 1 else f"{factor:g} of its update"
         note = f"{contestant.label}, learning rate {rate:g}, {scaled}{seeds}"
-        points.append(Point(values, note, marked=chosen and factor == 1))
+        points.append(Point(values, note, marked=stands_out and factor == 1))
     return points
 
 

@@ -40,6 +40,14 @@ class Grid:
             runs += rates * seeds if self.spec.all_rates else rates + seeds - 1
         return len(self.places) * (1 + runs)
 
+    @property
+    def chooses(self) -> bool:
+        """Whether each method is judged at one learning rate: its only one, or one chosen on questions set aside.
+
+        Where all were run and no questions are set aside, methods are compared at every one.
+        """
+        return self.spec.validation > 0 or all(len(each.learning_rates) == 1 for each in self.contestants)
+
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """A cell's result, read once."""
         if cell.name not in self._results:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dynalora.errors import ConfigError
 from dynalora.evaluation.heads import CAUSAL_LM, LANGUAGE_MODELS, MASKED_LM, Head, common_heads, head_of
 from dynalora.evaluation.kinds.base import Prepared
-from dynalora.evaluation.run import prepare, task_list
+from dynalora.evaluation.run import check_harness, prepare, task_list
 from dynalora.jobs.compare.contestants import Contestant
 from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.lab.baselines import prompt_only
@@ -99,7 +99,7 @@ def _check_encoder_decoder(spec: CompareSpec, head: Head, tasks: Iterable[Experi
             )
     if spec.template != "chat":
         raise ConfigError(
-            f"The model '{spec.model}' is an encoder-decoder, which has no prompt template; leave out template "
+            f"The model '{spec.model}' is an encoder-decoder, which has no prompt template; leave out `template` "
             f"'{spec.template}'."
         )
 
@@ -139,6 +139,7 @@ def kept_tasks(spec: CompareSpec) -> list[Prepared]:
     twice = sorted(set(names).intersection(further))
     if twice:
         raise ConfigError(f"retention_tasks and further_tasks both name {', '.join(twice)}; name it once.")
+    check_harness([*names, *further])
     return [
         prepare(
             name,

@@ -88,6 +88,8 @@ def plot_scaled(comparison: Comparison, task: str, text: str) -> Figure | None:
 
 def _chosen(grid: Grid, task: str) -> dict[str, float]:
     """The learning rate that each method was given, where there was a choice."""
+    if not grid.chooses:
+        return {}
     rates = {each.label: grid.chosen_rate(task, each) for each in grid.contestants if len(each.learning_rates) > 1}
     return {label: rate for label, rate in rates.items() if rate is not None}
 

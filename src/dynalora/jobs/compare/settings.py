@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 from dynalora.common.names import did_you_mean
 from dynalora.errors import ConfigError
 from dynalora.jobs.compare.contestants import BASE, Contestant
-from dynalora.lab.choices import KEEP_BEST, QUANTIZATIONS, check_quantization, label_of, own_methods
+from dynalora.lab.choices import KEEP_BEST, QUANTIZATIONS, check_quantization, compared_names, label_of, own_methods
 from dynalora.lab.lab_settings import MEASURING, MODEL_AND_DATA, RUN, AdapterSettings, LabSettings
 from dynalora.lab.settings import Setting, coerce, named_source, named_values
 from dynalora.lab.training.settings import BestSettings, OptimizerSettings
@@ -38,7 +38,8 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, BestSettings,
         tasks: Train and measure on these tasks, with commas: benchmarks by name, or files of prompts and responses,
             such as rows.jsonl. All of them take the same kind of model. See [`tasks`][dynalora.lab.tasks].
         output: Write the comparison into this folder, which is new or holds cells of the same comparison.
-        methods: Compare these methods: names, PEFT's and full included, or files with PEFT configurations.
+        methods: Compare these methods: dynalora's and PEFT's by name, full fine-tuning as full, or files with PEFT
+            configurations.
         variants: Compare a method with settings of its own, too; give the flag again for more. Label → settings with
             `method` and any of `r`, `alpha`, `dropout`, `target_modules`, `learning_rates`, `match` (whether its
             parameters are matched), `quantization`, `weight_decay` and fields of the method's configuration.
@@ -89,7 +90,9 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, BestSettings,
 
     tasks: Annotated[list[str], Setting(commas=True)]
     output: Annotated[str, Setting("-o")]
-    methods: Annotated[list[str], Setting(commas=True)] = field(default_factory=lambda: ["lora", *own_methods()])
+    methods: Annotated[list[str], Setting(commas=True, suggested=compared_names)] = field(
+        default_factory=lambda: ["lora", *own_methods()]
+    )
     variants: Annotated[
         dict[str, Any], Setting(name="--variant", metavar="LABEL=METHOD,NAME=VALUE,…", parse=_variants, merge=True)
     ] = field(default_factory=dict)

@@ -70,9 +70,15 @@ class Summary:
 
 
 def summaries(comparison: Comparison) -> dict[str, list[Summary]]:
-    """Summaries by the task's place: the base model, the reference, the others; without those that have no result."""
+    """Summaries by the task's place: the base model, the reference, the others; without those that have no result.
+
+    Where no learning rate is chosen, those of every rate.
+    """
     grid, by_place = comparison.grid, {}
     for task, place in grid.places.items():
+        if not grid.chooses:
+            by_place[place] = by_rate(comparison, task)
+            continue
         of_task: list[Summary] = []
         if (base := grid.result(grid.base(task))) is not None:
             of_task.append(_summary("base", place, None, False, {0: base}))
@@ -86,7 +92,7 @@ def summaries(comparison: Comparison) -> dict[str, list[Summary]]:
                 rates = contestant.learning_rates
                 edge = len(rates) > 1 and rate in (rates[0], rates[-1])
                 of_task.append(_summary(contestant.label, place, rate, edge, results))
-        by_place[place] = _against(comparison, task, of_task)
+        by_place[place] = _adjusted(_against(comparison, task, of_task))
     return by_place
 
 
@@ -127,7 +133,7 @@ def kept_numbers(result: Result) -> dict[str, float]:
 
 
 def _against(comparison: Comparison, task: str, of_task: list[Summary]) -> list[Summary]:
-    """The summaries of a task with differences from the reference, p-values adjusted for their number."""
+    """Summaries of a task with differences from the reference among them, p-values as they are."""
     grid = comparison.grid
     reference = next((summary for summary in of_task if summary.label == grid.spec.reference), None)
     if reference is None:
@@ -145,14 +151,16 @@ def _against(comparison: Comparison, task: str, of_task: list[Summary]) -> list[
         contestant = next(entry for entry in grid.contestants if entry.label == summary.label)
         compared.append(
             replace(
-                _from_reference(summary, reference),
+                summary,
+                accuracy_apart=_apart(reference, summary, _right),
+                loss_apart=_apart(reference, summary, _nats),
                 at_reference_loss={
                     text: _at_loss(curve(comparison, task, contestant, text), value_of(reference.loss))
                     for text in summary.kl
                 },
             )
         )
-    return _adjusted(compared)
+    return compared
 
 
 def by_rate(comparison: Comparison, task: str) -> list[Summary]:
@@ -169,19 +177,8 @@ def by_rate(comparison: Comparison, task: str) -> list[Summary]:
             results = {cell.seed: result for cell in cells if (result := grid.result(cell)) is not None}
             if results:
                 of_rate.append(_summary(contestant.label, grid.places[task], rate, False, results))
-        reference = next((summary for summary in of_rate if summary.label == grid.spec.reference), None)
-        found += [
-            summary if reference is None or summary is reference else _from_reference(summary, reference)
-            for summary in of_rate
-        ]
+        found += _against(comparison, task, of_rate)
     return _adjusted(found)
-
-
-def _from_reference(summary: Summary, reference: Summary) -> Summary:
-    """A summary with its differences from the reference."""
-    return replace(
-        summary, accuracy_apart=_apart(reference, summary, _right), loss_apart=_apart(reference, summary, _nats)
-    )
 
 
 def _adjusted(compared: list[Summary]) -> list[Summary]:

@@ -18,8 +18,23 @@ def conclusion(comparison: Comparison, by_place: Mapping[str, Sequence[Summary]]
     done, total = grid.done(), grid.total
     sentences = [f"{done} of {total} cells are done, so this may change."] if done < total else []
     paragraphs = [" ".join(sentences)] if sentences else []
-    paragraphs += [" ".join(_of_a_task(place, of_task, grid.spec.reference)) for place, of_task in by_place.items()]
+    paragraphs += [
+        " ".join(_of_a_task(called, group, grid.spec.reference))
+        for place, of_task in by_place.items()
+        for called, group in _compared(place, of_task, grid.chooses)
+    ]
     return "\n".join(filter(None, paragraphs)) if by_place and any(by_place.values()) else "No cell is done yet."
+
+
+def _compared(place: str, of_task: Sequence[Summary], chooses: bool) -> list[tuple[str, list[Summary]]]:
+    """What is compared with each other on a task: all, or where no learning rate is chosen those of each rate."""
+    if chooses:
+        return [(place, list(of_task))]
+    rates = dict.fromkeys(each.learning_rate for each in of_task if each.learning_rate is not None)
+    return [
+        (f"{place}, all at a learning rate of {rate:g}", [each for each in of_task if each.learning_rate == rate])
+        for rate in rates
+    ]
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def cells_csv(comparison: Comparison) -> str:
         *(f"kept {name}" for name in retention_tasks), "kl task prompts", "norm", *trained, "chosen",
     ]  # fmt: skip
     rates = {
-        (task, contestant.label): grid.chosen_rate(task, contestant)
+        (task, contestant.label): grid.chosen_rate(task, contestant) if grid.chooses else None
         for task in grid.places
         for contestant in grid.contestants
     }
@@ -148,25 +148,28 @@ def write_results(comparison: Comparison) -> Path:
 
 def _figures(comparison: Comparison, task: str, of_task: Sequence[Summary]) -> dict[str, tuple[Drawing | None, str]]:
     """The plots of one task by their file's name, each with its caption."""
-    place = comparison.grid.places[task]
+    place, chooses = comparison.grid.places[task], comparison.grid.chooses
+    rings = "; rings mark the chosen ones" if chooses else ""
     figures: dict[str, tuple[Drawing | None, str]] = {}
     for number, text in enumerate(dict.fromkeys(text for summary in of_task for text in summary.kl)):
         figures[f"frontier-{place}" + (f"-{number + 1}" if number else "")] = (
             plot_frontier(comparison, task, text),
             f"Loss against KL from the base model on {text}; below and to the left is better. Numbers are learning "
-            "rates; rings mark the chosen ones.",
+            f"rates{rings}.",
         )
         figures[f"scaled-{place}" + (f"-{number + 1}" if number else "")] = (
             plot_scaled(comparison, task, text),
-            f"Every run along factors of its update, from as trained (large marker, with its learning rate) down; on "
-            f"{text}. Below and to the left is better; rings mark the chosen learning rates.",
+            f"Every run along factors of its update, from as trained (large marker, with its learning rate{rings}) "
+            f"down; on {text}. Below and to the left is better.",
         )
+    figures[f"kept-{place}"] = (
+        plot_kept(comparison, task),
+        "Accuracy against benchmarks that nothing was trained for. Numbers are learning rates.",
+    )
+    if not chooses:  # what follows shows each method at its learning rate
+        return figures
     return {
         **figures,
-        f"kept-{place}": (
-            plot_kept(comparison, task),
-            "Accuracy against benchmarks that nothing was trained for. Numbers are learning rates.",
-        ),
         f"parameters-{place}": (
             plot_parameters(comparison, place, of_task) if differ_in_size(comparison.grid.contestants) else None,
             "At the chosen learning rates, with 95 % intervals.",
@@ -188,8 +191,7 @@ def _tables(comparison: Comparison, task: str, of_task: Sequence[Summary]) -> li
     several = grid.spec.all_rates and any(len(contestant.learning_rates) > 1 for contestant in grid.contestants)
     return [
         *([rate_table(comparison, place, by_rate(comparison, task))] if several else []),
-        # Where no questions are set aside, no rate was chosen.
-        *([] if several and not grid.spec.validation else [result_table(comparison, place, of_task)]),
+        *([result_table(comparison, place, of_task)] if grid.chooses else []),
         *scaled_tables(comparison, place, of_task),
         *([retention] if retention is not None else []),
     ]

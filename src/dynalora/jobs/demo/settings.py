@@ -56,7 +56,7 @@ class DemoSpec(OptimizerSettings, panel=MODEL_AND_DATA):
     gate_bias_init: Annotated[float, Setting(panel=_METHOD)] = -3.0
     task: str | None = None
     task_options: Annotated[dict[str, Any], Setting(metavar="NAME=VALUE", merge=True)] = field(default_factory=dict)
-    system: str | None = None
+    system: Annotated[str | None, Setting(blank=True)] = None
     held_out: Annotated[int, Setting(least=1, panel=MEASURING)] = 200
     shots: Annotated[int, Setting(least=0, panel=MEASURING)] = 2
     retention_texts: Annotated[int, Setting(least=1, panel=MEASURING)] = 32

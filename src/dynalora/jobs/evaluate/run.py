@@ -22,7 +22,7 @@ from dynalora.evaluation.benchmarks import GROUPS
 from dynalora.evaluation.heads import LANGUAGE_MODELS, Head, common_heads
 from dynalora.evaluation.kinds.base import Prepared
 from dynalora.evaluation.results import TaskResult
-from dynalora.evaluation.run import group_mean, measure, prepare, task_list
+from dynalora.evaluation.run import check_harness, group_mean, measure, prepare, task_list
 from dynalora.evaluation.sandbox import Limits
 from dynalora.evaluation.seq2seq import is_encoder_decoder
 from dynalora.jobs.evaluate.settings import EvaluateSpec
@@ -51,13 +51,15 @@ def evaluate(spec: EvaluateSpec, *, progress: Progress = silent) -> list[TaskRes
         CheckpointError: The adapter.
         UnsupportedError: A package is missing, or generated code cannot be contained.
     """
+    names = task_list(spec.task)
+    check_harness(names)
     tasks = [
         prepare(
             name, data=spec.data, split=spec.split, limit=spec.limit, seed=spec.seed, likelihood=spec.likelihood,
             metrics=spec.metric, run_code=spec.run_code, weak_sandbox=spec.weak_sandbox,
             limits=Limits(seconds=spec.code_seconds), shots=spec.shots, max_length=spec.max_length,
         )
-        for name in task_list(spec.task)
+        for name in names
     ]  # fmt: skip
     heads, labels = _common_model(tasks)
     model, tokenizer = _load(spec, heads, labels)
@@ -185,7 +187,7 @@ def _template(spec: EvaluateSpec, model: torch.nn.Module) -> str | None:
         return spec.template
     if spec.template != "chat":
         raise ConfigError(
-            f"'{spec.source}' is an encoder-decoder, which has no prompt template; leave out template "
+            f"'{spec.source}' is an encoder-decoder, which has no prompt template; leave out `template` "
             f"'{spec.template}'."
         )
     return None

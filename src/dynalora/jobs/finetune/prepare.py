@@ -86,8 +86,9 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
         options=spec.method_options,
     )
     if prompt_only(config) and spec.target_modules != FinetuneSpec.target_modules:
+        named = spec.target_modules if isinstance(spec.target_modules, str) else ", ".join(spec.target_modules)
         raise ConfigError(
-            f"target_modules is {spec.target_modules}, but {title_of(label_of(spec.method))} learns virtual tokens and "
+            f"target_modules is {named}, but {title_of(label_of(spec.method))} learns virtual tokens and "
             "adapts no modules; leave it out."
         )
     if spec.max_forgetting is not None and edits_base(spec.method, config):
@@ -137,7 +138,7 @@ def tokens_of(
     if not spec.packing:
         return tokenize(conversations, tokenizer, max_length=max_length)
     if any(chat[0]["role"] != PLAIN for chat in conversations):
-        raise DataError("packing puts plain texts one behind the other, and the data are chats; leave packing out.")
+        raise DataError("`packing` puts plain texts one behind the other, and the data are chats; leave it out.")
     return tokenize(conversations, tokenizer, max_length=sys.maxsize).packed(max_length)
 
 

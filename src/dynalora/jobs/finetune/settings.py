@@ -137,6 +137,8 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
                 "eval_data) and leave eval_every above 0."
             )
         named = [named_source(text, "monitor_text") for text in self.monitor_text]
+        if len({name for name, _ in named}) < len(named):
+            raise ConfigError(f"monitor_text uses a name twice: {', '.join(self.monitor_text)}.")
         object.__setattr__(self, "monitor_text", [f"{name}={whole_path(source)}" for name, source in named])
         if self.dtype == "float16":
             import torch

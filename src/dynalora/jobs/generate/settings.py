@@ -47,7 +47,7 @@ class GenerateSpec(TrainedSettings):
     input_field: Annotated[str | None, Setting(panel=_DATA)] = None
     messages_field: Annotated[str | None, Setting(panel=_DATA)] = None
     text_field: Annotated[str | None, Setting(panel=_DATA)] = None
-    system: str | None = None
+    system: Annotated[str | None, Setting(blank=True)] = None
     max_new_tokens: Annotated[int, Setting(least=1)] = 256
     batch_size: Annotated[int, Setting("-b", least=1)] = 8
     plain: bool = False

@@ -24,7 +24,7 @@ class StagedSettings(AdapterSettings, LabSettings, OptimizerSettings, BestSettin
     """What forgetting and transfer share: adapters that are trained for a number of steps, task after task.
 
     Attributes:
-        output: Run folder, new or empty.
+        output: Write the run into this folder, which must be new or empty.
         seeds: Repeat everything this many times, with the seeds `seed`, `seed` + 1 and so on.
         log_every: Write a log line every so many optimizer steps; None: a hundredth of the run.
         resume: Continue the killed run in the run folder.

@@ -120,7 +120,10 @@ def to_conversations(
     if not by_names:
         raise DataError(f"{source} is empty; give a data set with at least one row.")
     if not conversations:
-        raise DataError(f"{source} has no row with a response: all {empty} are empty in '{row_fields.named[-1]}'.")
+        field = row_fields.named[-1]
+        ends = f"none of {empty} ends with an answer in '{field}'"
+        lacking = ends if row_fields.messages else f"all {empty} are empty in '{field}'"
+        raise DataError(f"{source} has no row with a response ({lacking}); give rows that have one.")
     if empty:
         logger.warning(
             "%s: %d of %d rows have an empty response and are left out (the first: %s).",

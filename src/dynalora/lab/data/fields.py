@@ -108,7 +108,7 @@ def find_fields(available: Iterable[str], fields: Fields | None = None, *, sourc
     if len(has) == 1 and has[0] in TEXT_FIELDS:
         return Fields(text=has[0])
     if {"chosen", "rejected"} <= set(has):
-        how = "prompt_field and response_field=chosen" if "prompt" in has else "messages_field=chosen"
+        how = "prompt_field prompt and response_field chosen" if "prompt" in has else "messages_field chosen"
         raise DataError(
             f"{source} has preference pairs ('chosen' and 'rejected'), which TRL's DPOTrainer learns from; to learn "
             f"the chosen answers as they are, name them with {how}."

@@ -77,7 +77,7 @@ class BestSettings(Settings, panel="Training"):
             )
         if self.keep_best is not None and self.keep_best.startswith("validation") and not self.validation:
             raise ConfigError(
-                f"keep_best is '{self.keep_best}', and no questions are set aside; set validation to their number."
+                f"keep_best is '{self.keep_best}', and no questions are set aside; set `validation` to their number."
             )
 
 

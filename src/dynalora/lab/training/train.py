@@ -140,11 +140,13 @@ def _adapted(model: Any, config: peft.PeftConfig) -> Any:
         return peft.get_peft_model(model, config)
     except DynaloraError:
         raise
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, NotImplementedError, AssertionError) as error:
         if isinstance(config, AdapterConfig):
             raise
-        said = " ".join(str(error).split())
-        raise ConfigError(f"PEFT does not take these settings of {type(config).__name__}: {said}") from error
+        kind, said = type(config).__name__, " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise ConfigError(
+            f"PEFT does not take these settings of {kind} ({said}); correct the method's options, or leave them out."
+        ) from error
 
 
 def train_adapter(
