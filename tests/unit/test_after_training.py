@@ -82,14 +82,15 @@ def test_a_chat_says_what_the_adapter_and_what_the_base_model_say(adapter: Path)
     expected = generate(trained.model, trained.tokenizer, ["Say 3."], max_new_tokens=8, strip=False)[0]
     assert answer.strip() == expected.strip()
     assert [turn["role"] for turn in chat.turns] == ["user", "assistant"]
-    chat.reset()
-    chat.base = True
+    chat.base = True  # it has heard nothing of what the adapter was asked
     base = AutoModelForCausalLM.from_pretrained(adapter.parent / "base").eval()
     if "pissa" not in str(adapter.parent.name):  # its start changes the base weights
         of_base = generate(base, trained.tokenizer, ["Say 3."], max_new_tokens=8, strip=False)[0]
         assert chat.answer("Say 3.").strip() == of_base.strip()
-        chat.reset()
+        assert [turn["content"] for turn in chat.turns] == ["Say 3.", of_base.strip()]
     chat.base = False
+    assert [turn["content"] for turn in chat.turns] == ["Say 3.", answer.strip()]
+    chat.reset()
     assert chat.answer("Say 3.") == answer
 
 

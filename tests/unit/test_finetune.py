@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -25,7 +26,7 @@ from dynalora.evaluation.scoring import answer_loss
 from dynalora.evaluation.tokens import PLAIN_CHAT_TEMPLATE, TokenizedSet, ensure_pad_token, tokenize
 from dynalora.forgetting.curves import read_retention
 from dynalora.jobs.finetune import run
-from dynalora.jobs.finetune.learning import standard_error
+from dynalora.jobs.finetune.learning import learned_little, standard_error
 from dynalora.jobs.finetune.prepare import prepare
 from dynalora.jobs.finetune.run import finetune
 from dynalora.jobs.finetune.settings import FinetuneSpec
@@ -135,6 +136,20 @@ def test_a_run_that_learned_next_to_nothing_says_what_to_change(
         assert (re.search(expected, text) is not None) if expected else ("The run has learned" not in text)
     # Of what has hardly been learned there is nothing to leave out.
     assert expected is None or "of its update the adapter forgets" not in screen.getvalue()
+
+
+def test_training_data_that_were_learned_by_heart(folder: Path, rows: Path, tmp_path: Path) -> None:
+    """It is no longer training that they want."""
+    asked = spec(folder, rows, tmp_path / "run", method="lora", eval_data=None)
+    ready = prepare(asked)
+    losses = [{"step": step, "loss": loss} for step, loss in enumerate((4.0, 2.0, 0.6, 0.2), start=1)]
+    held_out = [{"step": 0, "held_out_loss": 4.0}, {"step": 2, "held_out_loss": 3.5}]
+    result = SimpleNamespace(held_out_before=4.0, held_out_after=4.1, steps=4, records=[*losses, *held_out])
+    said = learned_little(ready, result)  # type: ignore[arg-type]
+    assert "the held-out loss did not fall (4.0000 before, 4.1000 after). The loss in training fell from 4.00" in said
+    assert "to 0.20, so the training data were learned by heart" in said
+    assert "the lowest held-out loss, which was 3.5000 at step 2 (--keep-best)." in said
+    assert "more steps" not in said
 
 
 def test_the_error_of_a_fall_is_that_of_its_conversations(folder: Path, rows: Path, tmp_path: Path) -> None:

@@ -188,6 +188,27 @@ def test_terminal_table_has_colours_in_a_terminal_only() -> None:
     assert len(first.rstrip()) == len(second.rstrip())  # flush right
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 160])
+def test_a_table_in_a_narrow_terminal_breaks_no_number_and_no_name(width: int) -> None:
+    columns = ["module", "matrices", "effective rank", "nuclear norm", "energy", "by entropy", "stable", "99 %"]
+    rows = [["down_proj", 30, "16.00", "3.3210 ± 0.0827", "1.0000", "12.04", "2.20", "13.97"]]
+    text = io.StringIO()
+    note = "How to read it, which takes the whole width of the screen."
+    Console(file=text, width=width).print(rich_table(Table(columns, rows, title="Ranks of all", note=note)))
+    shown = text.getvalue()
+    assert max(map(len, shown.splitlines())) <= width
+    words = shown.split()
+    for whole in ("down_proj", "30", "16.00", "3.3210", "±", "0.0827", "1.0000", "12.04", "2.20", "13.97"):
+        assert whole in words
+    for word in " ".join(columns).split():
+        assert word in words
+    assert shown.count("Ranks of all") == 1
+    assert " ".join(words).endswith(note)
+    # Every part names its rows; where there is room, there is one.
+    assert shown.count("down_proj") == shown.count("─ \n")
+    assert (shown.count("down_proj") == 1) == (width > 80)
+
+
 def pixels(drawn: MplFigure) -> np.ndarray:
     return np.asarray(matplotlib.image.imread(io.BytesIO(rendered(drawn)), format="png"))
 

@@ -81,8 +81,8 @@ COMMANDS = {
         job="dynalora.jobs.chat.run:run_chat",
         help="""Talk to an adapter, and hear what its base model would have said.
 
-        Answers appear as they are written. /base switches the adapter off, and on again; /reset starts a new
-        conversation; /quit leaves. Lines can also be piped in: every line is a message.""",
+        Answers appear as they are written. /base switches the adapter off, and on again, each with a conversation of
+        its own; /reset starts a new one; /quit leaves. Lines can also be piped in: every line is a message.""",
         examples=("dynalora chat runs/first", "dynalora chat runs/first --temperature 0.7"),
     ),
     "generate": Command(

@@ -21,9 +21,10 @@ import jinja2
 import yaml
 from markupsafe import Markup
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.markup import escape
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from dynalora.common.files import write_file
 from dynalora.drawing.style import for_pages, rendered
@@ -247,6 +248,12 @@ def latex_table(table: Table) -> str:
     return "\n".join([*comments, *lines]) + "\n"
 
 
+_WHOLE_NAME = 20
+"""Characters of names in a table's first column, and of words, that a narrow terminal shows unbroken."""
+_GAP = 2
+"""Characters between the columns of a table, and around it."""
+
+
 def say(console: Console | None, *parts: str | Table) -> None:
     """Show text, as it is and unwrapped, and tables; nothing without a console."""
     for part in parts:
@@ -258,14 +265,76 @@ def say(console: Console | None, *parts: str | Table) -> None:
             console.print(part, highlight=False, markup=False, soft_wrap=True)
 
 
-def rich_table(table: Table) -> RichTable:
-    """The table for a terminal, numbers flush right."""
-    shown = RichTable(
-        title=escape(table.title) or None, caption=escape(table.note) or None, box=box.SIMPLE_HEAD,
-        title_justify="left", caption_justify="left", title_style="bold",
-    )  # fmt: skip
-    for column, numeric in zip(table.columns, table.numeric, strict=True):
-        shown.add_column(escape(column), justify="right" if numeric else "left", overflow="fold")
+def rich_table(table: Table) -> RenderableType:
+    """The table for a terminal, numbers flush right; in several below each other where that is too narrow for one."""
+    return _Fitted(table)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A table that looks at the width it is shown in: no number and no heading's word is broken."""
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        # Title and note are no wider than the screen, and no narrower because the table is.
+        if self.table.title:
+            yield Text(self.table.title, style="bold")
+        for part in _parts(self.table, options.max_width):
+            yield _rich(part, options.max_width)
+        if self.table.note:
+            yield Text(self.table.note, style="table.caption")
+
+
+def _parts(table: Table, width: int) -> list[Table]:
+    """The table, or tables of some of its columns each, all with the first, that fit into a width."""
+    first, *others = (_least_width(table, column) for column in range(len(table.columns)))
+    groups: list[list[int]] = [[0]]
+    taken = first
+    for column, least in enumerate(others, start=1):
+        if taken + _GAP + least > width - _GAP and len(groups[-1]) > 1:
+            groups.append([0])
+            taken = first
+        groups[-1].append(column)
+        taken += _GAP + least
+    return [
+        Table([table.columns[column] for column in group], [[row[column] for column in group] for row in table.rows])
+        for group in groups
+    ]
+
+
+def _least_width(table: Table, column: int) -> int:
+    """Characters that a column needs: its heading's longest word, and numbers and short names whole."""
+    words = table.columns[column].split()
+    cells = [row[column] for row in table.text]
+    whole = table.numeric[column] or _has_names(table, column)
+    words += cells if whole else [word[:_WHOLE_NAME] for cell in cells for word in cell.split()]
+    return max(map(len, words), default=1)
+
+
+def _has_names(table: Table, column: int) -> bool:
+    """Whether a column is the first, with names of a usual length, which are told apart by their ends."""
+    return column == 0 and max((len(row[0]) for row in table.text), default=0) <= _WHOLE_NAME
+
+
+def _widths(table: Table, width: int) -> list[int]:
+    """Characters for each column: what it needs, and of what is left a share by how much more it could take."""
+    columns = range(len(table.columns))
+    least = [_least_width(table, column) for column in columns]
+    most = [max(map(len, [table.columns[column], *(row[column] for row in table.text)])) for column in columns]
+    wanted = [max(0, full - need) for full, need in zip(most, least, strict=True)]
+    left = max(0, width - sum(least) - _GAP * len(least))
+    share = min(1.0, left / max(1, sum(wanted)))
+    return [need + int(share * more) for need, more in zip(least, wanted, strict=True)]
+
+
+def _rich(table: Table, width: int) -> RichTable:
+    shown = RichTable(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for column, characters in enumerate(_widths(table, width)):
+        heading = escape(table.columns[column])
+        shown.add_column(
+            heading, justify="right" if table.numeric[column] else "left", overflow="fold", width=characters
+        )
     for row in table.text:
         shown.add_row(*map(escape, row))
     return shown

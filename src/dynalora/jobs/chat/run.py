@@ -24,7 +24,7 @@ from dynalora.jobs.finetune.trained import load_trained
 from dynalora.lab.report import say
 
 COMMANDS = {
-    "/base": "switch the adapter off, or on again",
+    "/base": "talk to the base model, or to the adapter again, each in a conversation of its own",
     "/reset": "forget what was said",
     "/help": "show these commands",
     "/quit": "leave (as does Ctrl-D); Ctrl-C breaks an answer off",
@@ -58,8 +58,8 @@ class Chat:
         plain: Whether every message is text to go on with, by itself, without the chat format.
 
     Attributes:
-        turns: What was said so far; of plain text nothing is kept.
-        base: Whether the base model answers, with the adapter switched off.
+        base: Whether the base model answers, with the adapter switched off. Adapter and base model have a conversation
+            each: an answer of the other's before it would be taken up.
     """
 
     def __init__(
@@ -77,11 +77,20 @@ class Chat:
         self.plain = plain or not tokenizer.chat_template
         self.base = False
         self._system: Conversation = [{"role": "system", "content": system}] if system and not self.plain else []
-        self.turns: Conversation = list(self._system)
+        self.reset()
+
+    @property
+    def turns(self) -> Conversation:
+        """What was said so far to the one that answers; of plain text nothing is kept."""
+        return self._turns[self.base]
+
+    @turns.setter
+    def turns(self, turns: Conversation) -> None:
+        self._turns[self.base] = turns
 
     def reset(self) -> None:
-        """Forget what was said."""
-        self.turns = list(self._system)
+        """Forget what was said, to the adapter and to the base model."""
+        self._turns: dict[bool, Conversation] = {base: list(self._system) for base in (False, True)}
 
     def answer(self, message: str, written: Callable[[str], None] = lambda _: None) -> str:
         """What the model says to a message.
@@ -108,7 +117,7 @@ class Chat:
         with contextlib.suppress(KeyboardInterrupt):
             self._write(ids, min(self.max_new_tokens, room), pieces)
         if not self.plain:
-            self.turns += [said, {"role": "assistant", "content": pieces.text.strip()}]
+            self._turns[self.base] += [said, {"role": "assistant", "content": pieces.text.strip()}]
         return pieces.text
 
     def _write(self, ids: list[int], length: int, pieces: _Pieces) -> None:
@@ -154,7 +163,12 @@ def _obey(chat: Chat, line: str, console: Console) -> None:
     word = line.lower()
     if word == "/base":
         chat.base = not chat.base
-        say(console, "The base model answers now." if chat.base else "The adapter answers again.")
+        say(
+            console,
+            "The base model answers now. It knows nothing of what was said to the adapter."
+            if chat.base
+            else "The adapter answers again.",
+        )
     elif word == "/reset":
         chat.reset()
         say(console, "What was said is forgotten.")

@@ -14,6 +14,9 @@ from dynalora.lab.training.train import TrainResult, answered
 
 LITTLE = 0.05
 """A loss that fell by less than this share of it has hardly fallen."""
+_HALF = 0.5
+"""Training data whose loss has fallen to less than this part of it have been learned."""
+_HELD_OUT = "held-out loss"
 _DOUBTFUL = 0.2
 """A fall by less than this share is compared with its standard error."""
 
@@ -40,16 +43,40 @@ def learned_little(ready: Prepared, result: TrainResult) -> str:
     else:
         share = 100 * fell / before
         found = f"The run has learned little, or there was little to learn: the {name} fell by {share:.1f} %."
-    return f"{found} {_remedy(ready, result, rose=fell < -LITTLE * before)}"
+    by_heart = _by_heart(result) if name == _HELD_OUT else ""
+    return f"{found} {by_heart or _remedy(ready, result, rose=fell < -LITTLE * before)}"
 
 
 def _losses(result: TrainResult) -> tuple[str, float, float]:
     """What is compared, and its values before and after; not-a-number where nothing was measured."""
     if result.held_out_before is not None and result.held_out_after is not None:
-        return "held-out loss", result.held_out_before, result.held_out_after
+        return _HELD_OUT, result.held_out_before, result.held_out_after
+    return "loss in training", *_ends(result, 10)
+
+
+def _ends(result: TrainResult, parts: int) -> tuple[float, float]:
+    """The mean loss in training over the first and over the last of so many parts of a run."""
     losses = [float(record["loss"]) for record in result.records if "loss" in record]
-    ends = max(1, len(losses) // 10)
-    return "loss in training", _mean(losses[:ends]), _mean(losses[-ends:])
+    ends = max(1, len(losses) // parts)
+    return _mean(losses[:ends]), _mean(losses[-ends:])
+
+
+def _by_heart(result: TrainResult) -> str:
+    """What to change where the training data were learned and the held-out ones were not; empty where they were not."""
+    first, last = _ends(result, 4)
+    if not last < _HALF * first:
+        return ""
+    measured = [(record["held_out_loss"], record["step"]) for record in result.records if "held_out_loss" in record]
+    lowest, step = min(measured, default=(math.nan, 0))
+    before = result.held_out_before
+    was = ""
+    if before is not None and lowest < (1 - LITTLE) * before:
+        was = f", which was {lowest:.4f} at step {step:,}"
+    return (
+        f"The loss in training fell from {first:.2f} to {last:.2f}, so the training data were learned by heart: give "
+        "more of them, train for fewer steps (--steps, --epochs), or keep the weights of the lowest held-out "
+        f"loss{was} (--keep-best)."
+    )
 
 
 def _mean(values: Sequence[float]) -> float:

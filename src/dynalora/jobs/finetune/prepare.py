@@ -122,7 +122,7 @@ def prepare(spec: FinetuneSpec, *, main_process: bool = True) -> Prepared:
         held_out=tokens_of(held_out, tokenizer, spec, max_length),
         modules=len(modules),
         texts={label: measured_text(content, tokenizer) for label, content in texts.items()},
-        samples=[prompt_of(conversation) for conversation in held_out[: spec.samples]],
+        samples=_samples(held_out, spec.samples),
     )
     return prepared if spec.learning_rate is not None else _with_rate(prepared)
 
@@ -140,6 +140,17 @@ def tokens_of(
     if any(chat[0]["role"] != PLAIN for chat in conversations):
         raise DataError("`packing` puts plain texts one behind the other, and the data are chats; leave it out.")
     return tokenize(conversations, tokenizer, max_length=sys.maxsize).packed(max_length)
+
+
+def _samples(held_out: list[Conversation], count: int) -> list[Prompt]:
+    """The first held-out prompts, none twice."""
+    found: list[Prompt] = []
+    for prompt in map(prompt_of, held_out):
+        if len(found) == count:
+            break
+        if all(prompt.conversation != other.conversation for other in found):
+            found.append(prompt)
+    return found
 
 
 def _with_rate(prepared: Prepared) -> Prepared:

@@ -123,7 +123,8 @@ def write_results(
     little = learned_little(ready, result)
     # Of what has hardly been learned there is nothing to leave out.
     factor = "" if little else _taken_factor(curve)
-    parts = (_training_report(ready, result), _forgotten(measured), factor, little, budget, ready.rate)
+    # Before all else that there is nothing to use yet.
+    parts = (little, _training_report(ready, result), _forgotten(measured), factor, budget, ready.rate)
     summary = " ".join(filter(None, parts))
     write_report(Report(title, summary, sections), run.report)
     less = [_advice(run, curve)] if curve and not little else []
