@@ -187,10 +187,10 @@ def _typed(kind: type, options: Mapping[str, Any], *, strictly: bool) -> dict[st
     Args:
         kind: The configuration's class.
         options: Its fields.
-        strictly: Refuse what a field of truth values or numbers cannot be, where the class itself takes anything.
+        strictly: Refuse what is no truth value for a field of truth values, where the class itself takes anything.
 
     Raises:
-        ConfigError: `strictly`, a value is not of its field's type.
+        ConfigError: `strictly`, and a value is none.
     """
     try:
         hints = get_type_hints(kind)
@@ -198,7 +198,7 @@ def _typed(kind: type, options: Mapping[str, Any], *, strictly: bool) -> dict[st
         return dict(options)
 
     def typed(name: str, value: Any) -> Any:
-        if strictly and hints[name] in (bool, int, float):
+        if strictly and hints[name] is bool:
             return coerce(value, hints[name], name)
         try:
             return coerce(value, hints[name], name) if isinstance(value, str) else value
