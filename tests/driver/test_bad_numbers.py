@@ -14,6 +14,7 @@ import dynalora
 from dynalora.driver.finite import some_bad
 from dynalora.errors import TrainingError
 from dynalora.methods.pedyra import adjustments
+from tests.processes import run_two
 from tests.toys import MLP
 
 TARGETS = ["first", "second"]
@@ -33,8 +34,8 @@ def adapted(name: str, **options: Any) -> Any:
     return peft.get_peft_model(MLP(), getattr(dynalora, name)(r=3, target_modules=TARGETS, **given, **options))
 
 
-def loss_of(model: Any, seed: int) -> torch.Tensor:
-    x = torch.randn(8, 12, generator=torch.Generator().manual_seed(seed))
+def loss_of(model: Any, seed: int, scale: float = 1.0) -> torch.Tensor:
+    x = scale * torch.randn(8, 12, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.cross_entropy(model(x), torch.zeros(8, dtype=torch.long))
 
 
@@ -93,27 +94,131 @@ def test_what_is_no_number_is_not_saved_in_silence(name: str, tmp_path: Path) ->
         model.save_pretrained(tmp_path / "broken")
 
 
+BESIDES: dict[str, dict[str, Any]] = {"a head": {"modules_to_save": ["head"]}, "biases": {"bias": "all"}}
+
+
+@pytest.mark.parametrize("besides", sorted(BESIDES))
+@every_method
+def test_gradients_of_what_is_trained_besides_count_too(name: str, besides: str) -> None:
+    model = adapted(name, **BESIDES[besides])
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    loss_of(model, 0).backward()
+    head = [parameter for key, parameter in model.named_parameters() if "head" in key and parameter.requires_grad][-1]
+    assert head.grad is not None
+    head.grad[0] = float("nan")
+    before = state_of(model)
+    with pytest.raises(
+        TrainingError, match=r"step 1, first in a parameter of shape \(3,\) beside the adapter's \(NaN\)"
+    ):
+        optimizer.step()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in state_of(model).items())
+
+
+@pytest.mark.parametrize("where", ["a head", "what it remembers"])
+def test_nothing_that_is_no_number_is_saved_beside_the_weights_in_silence(where: str, tmp_path: Path) -> None:
+    model = adapted("DisloraConfig", modules_to_save=["head"])
+    layer = model.base_model.model.first
+    bad = layer.buffer("balance", "default") if where != "a head" else model.base_model.model.head.weight
+    with torch.no_grad():
+        bad.view(-1)[0] = float("nan")
+    with pytest.warns(UserWarning, match="with NaN in '.*(head|first.dislora_balance).*', which is saved"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.5])
+def test_a_loss_that_is_no_number_with_gradients_that_are(smoothing: float, value: float, tmp_path: Path) -> None:
+    """As from a constant in the loss: nothing of it is kept, and the adapter can be loaded again."""
+    torch.manual_seed(3)
+    config = dynalora.DisloraConfig(r=3, target_modules=TARGETS, total_steps=9, loss_smoothing=smoothing, tsd_count=2)
+    model = peft.get_peft_model(MLP(), config)
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    balance = model.base_model.model.first.buffer("balance", "default")
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    before = balance.clone()
+    optimizer.zero_grad()
+    (loss_of(model, 2) + value).backward()
+    optimizer.step()
+    assert torch.equal(balance, before)
+    model.save_pretrained(tmp_path)
+    peft.PeftModel.from_pretrained(MLP(), tmp_path)
+
+
+SHARDED = """
+import os, sys
+import peft, torch
+from torch import distributed
+from torch.distributed.fsdp import FullyShardedDataParallel
+import dynalora
+from dynalora.errors import TrainingError
+from tests.toys import MLP
+
+if __name__ == "__main__":
+    rank, folder, port = sys.argv[1:]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, WORLD_SIZE="2")
+    distributed.init_process_group("gloo", rank=int(rank), world_size=2)
+    said = []
+    for targets in (["first", "second"], ["second"]):
+        torch.manual_seed(3)
+        model = peft.get_peft_model(MLP(), dynalora.DiselConfig(r=3, target_modules=targets))
+        called = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for step in range(3):
+            optimizer.zero_grad()
+            x = torch.randn(8, 12, generator=torch.Generator().manual_seed(10 * step + int(rank)))
+            torch.nn.functional.cross_entropy(called(x), torch.zeros(8, dtype=torch.long)).backward()
+            mine = [p.grad for p in model.parameters() if p.grad is not None and p.grad.numel()]
+            if step == 2 and mine and (targets == ["second"] or rank == "0"):
+                mine[0].view(-1)[0] = float("nan")
+            try:
+                optimizer.step()
+            except TrainingError as error:
+                said.append(f"{step} {error}")
+        said.append(f"{len(targets)} layers, of which here {len(mine)} parameters")
+    torch.save(said, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+"""
+
+
+def test_processes_with_parts_of_the_weights_end_alike(tmp_path: Path) -> None:
+    """Under FSDP1 each has its piece of a flat vector, in which there may be nothing of the adapter."""
+    run_two(SHARDED, str(tmp_path))
+    both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for said in both:
+        assert len(said) == 4
+        assert said[0].startswith("2 training of adapter 'default' met NaN or infinite gradients at optimizer step 3")
+        assert said[2].startswith("2 training of adapter 'default' met NaN or infinite gradients at optimizer step 3")
+    assert sorted(said[3] for said in both)[0] == "1 layers, of which here 0 parameters"
+
+
 @pytest.mark.parametrize("value", [1.0, float("inf"), float("nan")], ids=str)
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("name", ["DisloraConfig", "DiraConfig", "DiselConfig", "PedyraConfig", "IncreloraConfig"])
+@pytest.mark.parametrize("scale", [1.0, float("inf")], ids=["usual inputs", "infinite inputs"])
+@pytest.mark.parametrize("name", [*sorted(CONFIGS), "IncreloraConfig", "gates"])
 def test_nothing_is_learned_from_a_step_that_a_scaler_skips(
-    name: str, fused: bool, set_to_none: bool, value: float
+    name: str, scale: float, fused: bool, set_to_none: bool, value: float
 ) -> None:
+    """Whatever layers saw in its forward passes."""
+
     def run(skip: bool) -> dict[str, torch.Tensor]:
-        model = adapted(name)
+        model = adapted("PedyraConfig", gates=True) if name == "gates" else adapted(name)
         parameters = trained(model)
         optimizer = torch.optim.AdamW(parameters, lr=1e-2, fused=fused)
         scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1000)
         for step in range(4):
-            if step == 2:
+            if step in (0, 2):
                 if skip:
                     optimizer.zero_grad(set_to_none=set_to_none)
-                    scaler.scale(loss_of(model, 20) * value).backward()
+                    scaler.scale(loss_of(model, 20, scale) * value).backward()
                     next(p for p in parameters if p.grad is not None).grad.view(-1)[0] = float("inf")
                     scaler.step(optimizer)
                     scaler.update()
                 else:
+                    scaler.scale(torch.zeros(1))  # makes its scale
                     scaler.update(scaler.get_scale() / 2)
             optimizer.zero_grad(set_to_none=set_to_none)
             for micro in range(2):
@@ -123,11 +228,34 @@ def test_nothing_is_learned_from_a_step_that_a_scaler_skips(
         return state_of(model)
 
     with_skip, without = run(True), run(False)
+    assert ("up_step" in str(list(without))) == (name in ("DiselConfig", "PedyraConfig", "gates"))
     assert with_skip.keys() == without.keys()
     assert all(torch.equal(with_skip[key], without[key]) for key in without)
 
 
-@pytest.mark.parametrize("name", ["PedyraConfig", "IncreloraConfig"])
+@every_method
+def test_a_first_batch_that_is_left_out_leaves_no_trace(name: str) -> None:
+    """Its error is caught, and training begins with the next one."""
+
+    def run(bad: bool) -> dict[str, torch.Tensor]:
+        model = adapted(name)
+        optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+        if bad:
+            loss_of(model, 30, float("inf")).backward()
+            with pytest.raises(TrainingError, match="optimizer step 1"):
+                optimizer.step()
+        for step in range(4):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            optimizer.step()
+        return state_of(model)
+
+    with_it, without = run(True), run(False)
+    assert with_it.keys() == without.keys()
+    assert all(torch.equal(with_it[key], without[key]) for key in without)
+
+
+@pytest.mark.parametrize("name", ["PedyraConfig", "IncreloraConfig", "DiselConfig"])
 def test_nothing_is_learned_from_gradients_that_the_loop_throws_away(name: str) -> None:
     """Two forward passes before one backward pass, micro-batches, clipping, and a backward pass on no scalar."""
 

@@ -261,6 +261,37 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path: Path, method: str, cut:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("method", FOLLOWING)
+def test_a_run_with_groups_goes_on_from_its_optimizers_state(tmp_path: Path, method: str) -> None:
+    """Rates that have changed since do not change which parameters lie in a group."""
+
+    def groups_of(model: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(dynalora.param_groups(model, lr=2e-2, weight_decay=0.1))
+
+    whole = adapted(method)
+    optimizer = groups_of(whole)
+    for seed in range(10):
+        step(whole, optimizer, seed)
+    first = adapted(method)
+    optimizer = groups_of(first)
+    for seed in range(5):
+        step(first, optimizer, seed)
+    first.save_pretrained(tmp_path)
+    state = optimizer.state_dict()
+    second = peft.PeftModel.from_pretrained(LLAMA.build(), tmp_path, is_trainable=True)
+    optimizer = groups_of(second)
+    assert [group["params"] for group in optimizer.state_dict()["param_groups"]] == [
+        group["params"] for group in state["param_groups"]
+    ]
+    optimizer.load_state_dict(state)
+    for seed in range(5, 10):
+        step(second, optimizer, seed)
+    assert len(set(multiples(whole))) > 1
+    assert multiples(second) == multiples(whole)
+    for one, other in zip(trainable(second), trainable(whole), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_copies_and_casts_keep_the_rates() -> None:
     model = adapted(init_weights=False)
     step(model, torch.optim.SGD(trainable(model), lr=1e-3), 0)

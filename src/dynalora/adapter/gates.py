@@ -290,6 +290,18 @@ class GatedLayer(AdapterLayer):
         d = None if self.gated(adapter) else self.fixed_diagonal(adapter)
         return None if d is None else whole(d.detach())[: self.rank(adapter)]  # frozen ones come last
 
+    def end_passes(self, adapter: str) -> None:
+        """Count what the gates let through so far as that of gradients that are there."""
+        super().end_passes(adapter)
+        if adapter in self.matched:
+            self.matched[adapter].end_passes()
+
+    def forget_passes(self, adapter: str) -> None:
+        """Forget what the gates let through where no step was made of it."""
+        super().forget_passes(adapter)
+        if adapter in self.matched:
+            self.matched[adapter].sums = None
+
     def gathers(self, x: torch.Tensor, adapter: str) -> bool:
         """Whether a forward pass with this tensor in it is one of training, of which something may be summed up."""
         # In eval() state, too: some train in it, to have no dropout.

@@ -81,20 +81,33 @@ class MatchedSteps:
         scale: The multiple of the learning rate where ρ = 1.
         unmeasured: The multiple while nothing has been measured.
         least: The smallest multiple.
-        sums: Σ (d ⊙ h)² and Σ h² of the forward passes since the last step, (2); None before the first.
+        sums: Σ (d ⊙ h)² and Σ h² of the forward passes since the last step whose gradients are there, (2); None
+            before the first.
+        coming: Those of forward passes whose gradients are still to come.
     """
 
     def __init__(self, scale: float, unmeasured: float, least: float = 0.0) -> None:
         self.measuring = True  # until the first step says which one it is
         self.scale, self.unmeasured, self.least = scale, unmeasured, least
-        self.rule = OptimizerOverride(unmeasured, follows=True)
+        self.rule = OptimizerOverride(unmeasured, follows=True, begins=unmeasured)
         self.sums: torch.Tensor | None = None
+        self.coming: torch.Tensor | None = None
         self._seen: tuple[int, int] | None = None
 
     def note(self, h: torch.Tensor, m: torch.Tensor) -> None:
         """Add the narrow activations of a forward pass, (…, r), before and behind the diagonal."""
         sums = torch.stack([square(m.detach()), square(h.detach())])
-        self.sums = sums if self.sums is None else self.sums + sums.to(self.sums.device)
+        self.coming = sums if self.coming is None else self.coming + sums.to(self.coming.device)
+
+    def end_passes(self) -> None:
+        """Count the forward passes so far as those of gradients that are there."""
+        if self.coming is not None:
+            self.sums = self.coming if self.sums is None else self.sums + self.coming.to(self.sums.device)
+            self.coming = None
+
+    def forget(self) -> None:
+        """Begin the sums anew."""
+        self.sums = self.coming = None
 
     def read(self, saved: torch.Tensor | None) -> None:
         """Bring the rule up to date with the saved power, (1), which waits for the device only if it was changed."""
@@ -114,6 +127,10 @@ class MatchedRates(Part):
 
     name = "rates"
     sharding = ("FSDP2", "FSDP1", "ZeRO")  # nothing is added to gradients, and ρ comes from what is whole in a layer
+
+    def gathers(self, config: Any) -> bool:
+        """What gates let through."""
+        return bool(config.gated and config.matched_steps(1.0) is not None)
 
     def optimizer_overrides(self, config: Any, layer: GatedLayer, adapter: str) -> dict[str, OptimizerOverride]:
         """The gates' own rules, and the one of `up` where its steps are matched."""
@@ -137,7 +154,7 @@ def _match(moment: Moment) -> None:
         return
     if moment.skipped:
         for _, steps in pairs:
-            steps.sums = None
+            steps.forget()
         return
     for layer, steps in pairs:
         steps.read(layer.running(ROLE.name, adapter))
@@ -147,7 +164,8 @@ def _match(moment: Moment) -> None:
     measured = first and due(moment.step + 1) and began and not moment.driver.joining
     sums = let_through([layer for layer, _ in pairs], adapter) if measured else []
     for _, steps in pairs:
-        steps.measuring, steps.sums = False, None
+        steps.measuring = False
+        steps.forget()
     if not measured:
         return
     for (layer, steps), (passed, whole) in zip(pairs, _totals(sums, pairs[0][0], adapter), strict=True):
@@ -168,6 +186,8 @@ def let_through(layers: Sequence[GatedLayer], adapter: str) -> list[torch.Tensor
         layers: Layers whose steps are matched.
         adapter: The adapter.
     """
+    for layer in layers:
+        layer.matched[adapter].end_passes()
     rows = [layer.matched[adapter].sums for layer in layers]
     fixed = {number: d for number, layer in enumerate(layers) if (d := layer.ungated_diagonal(adapter)) is not None}
     if fixed:

@@ -83,10 +83,6 @@ class Method(Part):
         """Whether the method acts on the value of the task loss (`Moment.task_loss`)."""
         return False
 
-    def gathers(self, config: Any) -> bool:
-        """Whether layers add something up over the passes of a step (`AdapterLayer.end_passes`, `forget_passes`)."""
-        return False
-
     def exchanges(self, config: Any) -> bool:
         """Whether processes that train together must all take part in its steps: they exchange numbers or ranks."""
         return self.needs_task_loss(config)

@@ -51,7 +51,7 @@ from dynalora.common.private import (
     name_base_weights,
     tie_modules_to_save,
 )
-from dynalora.driver import Driver, Part, check_driven, first_bad, prepare_unloaded
+from dynalora.driver import Driver, Part, check_driven, first_bad, first_bad_of, prepare_unloaded
 from dynalora.errors import CheckpointError, ConfigError, UnsupportedError, first_line
 
 
@@ -343,6 +343,12 @@ class AdapterModel(BaseTuner):
                 "training has diverged, and such an adapter cannot be loaded again; go back to an earlier checkpoint.",
                 stacklevel=2,
             )
+        elif found := first_bad_of(_saved_besides(model, layers, adapter_name)):
+            warnings.warn(
+                f"saving adapter {adapter_name!r} with {found[1]} in {found[0]!r}, which is saved or trained beside "
+                "its weights: such an adapter cannot be loaded again; go back to an earlier checkpoint.",
+                stacklevel=2,
+            )
         for name, layer in layers.items():
             if not layer.reserved[adapter_name]:
                 continue
@@ -431,6 +437,19 @@ class AdapterModel(BaseTuner):
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
         return remapped
+
+
+def _saved_besides(
+    model: nn.Module, layers: Mapping[str, AdapterLayer], adapter: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What goes into a file beside an adapter's parameters: what it remembers, and what is trained besides."""
+    for name, layer in layers.items():
+        for role in layer.buffer_roles:
+            if (buffer := layer.running(role, adapter)) is not None:
+                yield f"{name}.{layer.method_name}_{role}", buffer
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter.detach()
 
 
 def _take_back(model: nn.Module, adapter: str) -> None:

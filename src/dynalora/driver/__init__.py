@@ -13,7 +13,7 @@ transformers' `Trainer` is.
 
 from dynalora.driver.carry import carry_state, mix_state, scale_copies
 from dynalora.driver.driver import Driver
-from dynalora.driver.finite import first_bad
+from dynalora.driver.finite import first_bad, first_bad_of
 from dynalora.driver.groups import param_groups
 from dynalora.driver.model import (
     accept_undriven,
@@ -37,6 +37,7 @@ __all__ = [
     "check_driven",
     "drivers_of",
     "first_bad",
+    "first_bad_of",
     "invalidate",
     "mix_state",
     "param_groups",

@@ -17,7 +17,7 @@ import torch
 from dynalora.common.devices import Reading
 from dynalora.common.private import in_backward, version
 from dynalora.common.processes import grouped, process_count
-from dynalora.driver.finite import first_bad, some_bad
+from dynalora.driver.finite import first_bad, first_bad_of, some_bad
 from dynalora.driver.losses import Passes
 from dynalora.driver.moment import DrivenLayer, DrivenMethod, Moment, OptimizerOverride
 from dynalora.driver.part import Part
@@ -87,7 +87,7 @@ class Driver:
     @property
     def gathers(self) -> bool:
         """Whether the layers gather something in the passes of a step."""
-        return self.method.gathers(self.config)
+        return any(acting.gathers(self.config) for acting in self.acting)
 
     @property
     def clips_penalty(self) -> bool:
@@ -230,10 +230,7 @@ class Driver:
         Raises:
             UnsupportedError: They are.
         """
-        down = layers[0].adapter_parameters(self.adapter).get("down")
-        if down is None:
-            return
-        way = "FSDP1" if down.ndim != 2 else "FSDP2" if hasattr(down, "full_tensor") else None
+        way = self._sharding(layers)
         for acting in self.acting:
             if way is None or way in acting.sharding:
                 continue
@@ -245,6 +242,13 @@ class Driver:
                 f"keeps its factors {flat}, so that norms and products of whole factors cannot be taken; train it "
                 f"under {known}."
             )
+
+    def _sharding(self, layers: Sequence[Any]) -> str | None:
+        """How the weights are spread over processes; None: each process has them in full."""
+        down = layers[0].adapter_parameters(self.adapter).get("down")
+        if down is None:
+            return None
+        return "FSDP1" if down.ndim != 2 else "FSDP2" if hasattr(down, "full_tensor") else None
 
     def step_of_copies(self, groups_follow: bool) -> None:
         """Count a step of an optimizer that has copies of the adapter's parameters, or refuse it.
@@ -295,20 +299,29 @@ class Driver:
             )
 
     def _look(self, moment: Moment, parameters: Sequence[torch.Tensor]) -> None:
-        """Refuse gradients that are no numbers; on an accelerator those of the step before."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        bad = some_bad(gradients)
-        if bad is None:
-            return
-        sharded = any(hasattr(gradient, "to_local") for gradient in gradients)
-        if sharded and grouped():  # each process has another part, and all must end alike
+        """Refuse gradients that are no numbers, those of what is trained besides included.
+
+        On an accelerator those of the step before are refused.
+        """
+        bad = some_bad([p.grad for p in (*parameters, *moment.others) if p.grad is not None])
+        if self._sharding(moment.layers) is not None and grouped():
+            # Each process has another part, perhaps none of the adapter, and all must end alike.
+            if bad is None:
+                bad = torch.zeros((), dtype=torch.bool, device=parameters[0].device)
             count = bad.to(torch.int32)
             torch.distributed.all_reduce(count)
             bad = count > 0
+        if bad is None:
+            return
         self.require_finite(moment.layers)
         if bad.device.type == "cpu":
             if bool(bad):
-                self._raise_not_finite(first_bad(moment.layers, self.adapter, gradients=True), self._step + 1)
+                found = self._first_bad(moment.layers, gradients=True) or first_bad_of(
+                    (f"a parameter of shape {tuple(p.shape)} beside the adapter's", p.grad)
+                    for p in moment.others
+                    if p.grad is not None
+                )
+                self._raise_not_finite(found, self._step + 1)
         else:
             self._unread = Reading(bad), self._step + 1
 
@@ -325,11 +338,17 @@ class Driver:
             return
         (bad, step), self._unread = self._unread, None
         if bool(bad.get()):
-            found = first_bad(layers, self.adapter, gradients=True) or first_bad(layers, self.adapter, gradients=False)
+            found = self._first_bad(layers, gradients=True) or self._first_bad(layers, gradients=False)
             self._raise_not_finite(found, step)
 
+    def _first_bad(self, layers: Sequence[Any], *, gradients: bool) -> tuple[str, str] | None:
+        found = first_bad(layers, self.adapter, gradients=gradients)
+        return None if found is None else (repr(found[0]), found[1])
+
     def _raise_not_finite(self, found: tuple[str, str] | None, step: int) -> None:
-        where = "on another process" if found is None else f"in {found[0]!r} ({found[1]})"
+        where = "beside the adapter's weights, or on another process"
+        if found is not None:
+            where = f"in {found[0]} ({found[1]})"
         error = TrainingError(
             f"training of adapter {self.adapter!r} met NaN or infinite gradients at optimizer step {step}, first "
             f"{where}; go on from the last checkpoint with a lower learning rate, with float32 or bfloat16 in place of "

@@ -56,7 +56,22 @@ def first_bad(layers: Sequence[DrivenLayer], adapter: str, *, gradients: bool) -
             tensor = parameter.grad if gradients else parameter.detach()
             if tensor is None or tensor.is_meta or not bool(some_bad([tensor])):
                 continue
-            local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-            kind = "NaN" if bool(local.isnan().any()) else "infinite values"
-            return layer.name, f"{kind} in {f'the gradient of {role!r}' if gradients else repr(role)}"
+            return layer.name, f"{_kind(tensor)} in {f'the gradient of {role!r}' if gradients else repr(role)}"
     return None
+
+
+def first_bad_of(named: Iterable[tuple[str, torch.Tensor]]) -> tuple[str, str] | None:
+    """The name of the first of some tensors that holds NaN or infinities, and which of them; None if all are finite.
+
+    Args:
+        named: The tensors with their names.
+    """
+    present = [(name, tensor) for name, tensor in named if tensor.is_floating_point() and not tensor.is_meta]
+    if not bool(some_bad([tensor for _, tensor in present])):
+        return None
+    return next((name, _kind(tensor)) for name, tensor in present if bool(some_bad([tensor])))
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return "NaN" if bool(local.isnan().any()) else "infinite values"

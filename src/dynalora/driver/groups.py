@@ -7,6 +7,7 @@ learning rate. Optimizer state is kept by parameter, so it does not notice.
 
 from __future__ import annotations
 
+import statistics
 import warnings
 import weakref
 from dataclasses import dataclass, field
@@ -177,16 +178,22 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
                 of_adapters.add(id(parameter))
                 if role in overrides:
                     rules[id(parameter)] = overrides[role]
-    sorted_out: dict[tuple[float, float], list[torch.Tensor]] = {}
+    sorted_out: dict[tuple[bool, float, float], list[torch.Tensor]] = {}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
         rule = rules.get(id(parameter), OptimizerOverride())
+        # Multiples that change do not tell groups apart: a state that was saved fits the groups of a resumed run.
+        multiple = rule.lr_multiplier if rule.begins is None else rule.begins
         decay = weight_decay if parameter.ndim > 1 or id(parameter) in of_adapters else 0.0
-        changed = rule.decay(decay)
+        changed = rule.decay(decay, multiple)
         decay = decay if changed is None else changed
-        sorted_out.setdefault((float(rule.lr_multiplier), decay), []).append(parameter)
-    return [
-        {"params": params, "lr": lr * multiple, "weight_decay": decay, GROUP_MARK: multiple}
-        for (multiple, decay), params in sorted_out.items()
-    ]
+        sorted_out.setdefault((rule.follows, float(multiple), decay), []).append(parameter)
+    groups = []
+    for (follows, multiple, decay), params in sorted_out.items():
+        if follows:
+            multiple = statistics.median_low(float(rules[id(parameter)].lr_multiplier) for parameter in params)
+            changed = rules[id(params[0])].decay(weight_decay, multiple)
+            decay = weight_decay if changed is None else changed
+        groups.append({"params": params, "lr": lr * multiple, "weight_decay": decay, GROUP_MARK: multiple})
+    return groups

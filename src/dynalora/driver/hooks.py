@@ -57,8 +57,14 @@ class _Binding:
         return _alive(self.parameters)
 
     def ready(self) -> bool:
-        """Whether there is anything to drive: an optimizer may outlive its model."""
-        return any(p.grad is not None for p in self.live_parameters()) and bool(_alive(self.layers))
+        """Whether there is anything to drive: an optimizer may outlive its model.
+
+        Where FSDP1 has left a process nothing of the adapter, its parameters are empty and never have gradients; it
+        takes part, since the others exchange numbers with it.
+        """
+        parameters = self.live_parameters()
+        empty = bool(parameters) and not any(p.numel() for p in parameters)
+        return (empty or any(p.grad is not None for p in parameters)) and bool(_alive(self.layers))
 
     def moment(self, **details: Any) -> Any:
         return self.driver.moment(_alive(self.layers), _alive(self.all_layers), **details)

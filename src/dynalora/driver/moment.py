@@ -27,11 +27,13 @@ class OptimizerOverride:
             decay, whatever the multiple.
         follows: Whether the multiple changes in the run. Groups that
             [`param_groups`][dynalora.driver.groups.param_groups] made begin with the one of that time.
+        begins: Of a multiple that changes, the one that a new adapter has.
     """
 
     lr_multiplier: float = 1.0
     weight_decay: float | None = None
     follows: bool = False
+    begins: float | None = None
 
     def decay(self, groups: float | None, multiple: float | None = None) -> float | None:
         """The weight decay beside one's own learning rate; None: the group's.

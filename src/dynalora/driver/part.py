@@ -32,6 +32,10 @@ class Part:
         """Whether processes that train together must all take part in its steps: they exchange numbers or ranks."""
         return False
 
+    def gathers(self, config: Any) -> bool:
+        """Whether layers add something up over the passes of a step (`AdapterLayer.end_passes`, `forget_passes`)."""
+        return False
+
     def optimizer_overrides(self, config: Any, layer: Any, adapter: str) -> dict[str, OptimizerOverride]:
         """Parameter roles of a layer that the optimizer must treat differently; these go before the method's."""
         return {}

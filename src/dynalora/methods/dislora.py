@@ -353,22 +353,16 @@ class Dislora(DirectedMethod, TwinMethod):
         known = moment.shared.deviations
         ortho = ortho_loss(moment.all_layers, moment.adapter, config.ortho_reduction, known)
         balance = _balance(moment, ortho.device)
-        if balance is not None:
-            balance[:NOTES].zero_()
-            balance[1] = ortho
         if not config.adaptive:
             fixed = float(config.ortho_weight)
-            if balance is not None:
-                balance[3], balance[4] = 1, fixed
+            _note(balance, 0.0, ortho, 0.0, 1.0, fixed)
             return 1.0, fixed
         assert moment.task_loss is not None  # the driver has raised otherwise
-        task = moment.task_loss.to(ortho)
+        task, now = moment.task_loss.to(ortho), ortho
         if config.loss_smoothing and balance is not None:
             task, ortho = _smooth(balance, task, ortho, config.loss_smoothing)
         k, task_weight, ortho_weight = weights_for_training(task, ortho)
-        if balance is not None:
-            balance[0] = moment.task_loss
-            balance[2], balance[3], balance[4] = k, task_weight, ortho_weight
+        _note(balance, moment.task_loss, now, k, task_weight, ortho_weight)
         return task_weight, ortho_weight
 
     # What it says of itself ------------------------------------------------------------------------------------
@@ -511,6 +505,14 @@ def _balance(moment: Moment, device: torch.device | None = None) -> torch.Tensor
         note = note.to(device)
         moment.lead.set_running("balance", moment.adapter, note)
     return note
+
+
+def _note(balance: torch.Tensor | None, *values: torch.Tensor | float) -> None:
+    """Write the losses and weights of a step down; of one whose loss is no number, the step before stays."""
+    if balance is None:
+        return
+    now = torch.stack([v.to(balance) if isinstance(v, torch.Tensor) else balance.new_full((), v) for v in values])
+    balance[:NOTES] = torch.where(now.isfinite().all(), now, balance[:NOTES])
 
 
 def _smooth(

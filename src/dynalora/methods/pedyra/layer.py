@@ -169,6 +169,7 @@ class PedyraLayer(DoraLayer):
 
     def end_passes(self, adapter: str) -> None:
         """Count the inputs so far as those of gradients that are there; see `AdapterLayer.end_passes`."""
+        super().end_passes(adapter)
         coming, sofar = self.coming.pop(adapter, None), self.gathered.get(adapter)
         if coming is not None:
             self.gathered[adapter] = coming if sofar is None else sofar + coming.to(sofar.device)
