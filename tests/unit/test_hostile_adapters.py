@@ -240,6 +240,26 @@ def test_an_adapter_without_its_weights(gone: str, tmp_path: Path) -> None:
     assert not adapter_layers(model)
 
 
+@pytest.mark.parametrize("kind", ["pickle", "six bits"])
+def test_weights_that_are_not_read(kind: str, tmp_path: Path) -> None:
+    """A pickle can hold anything, and of any size; and there are kinds of numbers that torch does not have."""
+    folder = stored(tmp_path / "x")
+    file = folder / "adapter_model.safetensors"
+    if kind == "pickle":
+        torch.save(load_file(file), folder / "adapter_model.bin")
+        file.unlink()
+    else:
+        name, empty = "base_model.model.model.layers.0.self_attn.q_proj.dira_up", b"\0" * 48
+        header = json.dumps({name: {"dtype": "F6_E2M3", "shape": [64, 1], "data_offsets": [0, 48]}}).encode()
+        header = header.replace(b"dira_up", b"dira_x")
+        file.write_bytes(len(header).to_bytes(8, "little") + header + empty)
+    model: Any = peft.get_peft_model(base(), dynalora.DiraConfig(r=3, target_modules=["q_proj"]))
+    for load in (lambda: peft.PeftModel.from_pretrained(base(), folder), lambda: model.load_adapter(folder, "other")):
+        with pytest.raises(CheckpointError, match="a pickle" if kind == "pickle" else "cannot be read"):
+            load()
+    assert list(model.peft_config) == ["default"]
+
+
 def test_a_configuration_that_is_none_beside_weights_that_are_none(tmp_path: Path) -> None:
     stored(tmp_path / "x")
     (tmp_path / "x" / "adapter_model.safetensors").write_bytes(b"PK")

@@ -17,6 +17,7 @@ from dynalora.adapter.curvature import Curvature
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
 from dynalora.adapter.retain import BANK_ROWS, RetentionPenalty
 from dynalora.errors import ConfigError, ScheduleError, TrainingError, UnsupportedError
+from dynalora.forgetting.budget import TextMeter
 from dynalora.forgetting.retain import read_curvature, retain_cost
 from dynalora.forgetting.retention import retention
 from dynalora.forgetting.texts import CHATS, OPENINGS, MeasuredText, anchor_text, own_text
@@ -424,3 +425,46 @@ def test_the_setting_is_saved_and_another_machine_loads_the_adapter(words: Any, 
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(tiny.model(len(words)), tmp_path)
     assert loaded.peft_config["default"].retain == 5.0
+
+
+class RulesOut(torch.nn.Module):
+    """A head that never says some words."""
+
+    def __init__(self, head: torch.nn.Module) -> None:
+        super().__init__()
+        self.head, self.weight = head, head.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.head(x).clone()
+        logits[..., -2:] = -float("inf")
+        return logits
+
+
+def ruling_out(retain_mode: str) -> Any:
+    model = tiny.model(64, layers=1)
+    model.lm_head = RulesOut(model.lm_head)
+    torch.manual_seed(0)
+    config = dynalora.DiselConfig(
+        r=2, target_modules=["q_proj"], init_weights=False, task_type="CAUSAL_LM", retain=1.0, retain_mode=retain_mode
+    )
+    return peft.get_peft_model(model, config)
+
+
+WRITTEN = MeasuredText(tuple(map(tuple, torch.randint(3, 60, (4, 8)).tolist())), (3,) * 4)
+
+
+def test_words_that_the_base_model_rules_out_are_replayed_like_the_others() -> None:
+    model = ruling_out("replay")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    value, gradients = TextMeter(model, WRITTEN).replay(0, parameters)
+    assert float(value) == pytest.approx(retention(model, WRITTEN).kl, rel=1e-4)
+    assert float(value) > 0
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
+
+
+def test_a_text_that_gives_no_numbers_is_refused() -> None:
+    model = ruling_out("quadratic")
+    with torch.no_grad():
+        model.get_base_model().model.embed_tokens.weight[WRITTEN.rows[0][4]] = float("inf")
+    with pytest.raises(TrainingError, match=r"gives NaN or infinite inputs of 'model\.layers\.0\.self_attn\.q_proj'"):
+        read_curvature(model, WRITTEN)

@@ -489,6 +489,28 @@ def test_wrong_programs_do_not_pass(attack: str) -> None:
         assert not judged(f"{ATTACKS[attack]}\ndef f(x): return E()", tests).passed, end
 
 
+@needs_walls
+@pytest.mark.parametrize("wrong", ["[]", "3.5", "[3.5]", "[[3.5, 4.5]]", "float('nan')", "[3.5, 4.6]"])
+def test_numbers_are_close_where_shapes_are_the_same(wrong: str) -> None:
+    """As the tests of MBPP+ and HumanEval+ compare numbers; to NumPy alone, no numbers are close to all."""
+    tests = """
+import numpy as np
+def assertion(out, exp, atol):
+    if out != exp:
+        assert np.allclose(out, exp, rtol=1e-07, atol=atol)
+assertion(f(2), [3.5, 4.5], 1e-6)
+assertion(g(2), 7.25, 1e-6)
+"""
+    right = "def f(x): return [3.5, 4.5 + 1e-9]\n"
+    for solution, passes in (
+        (f"{right}def g(x): return 7.25 - 1e-9\n", True),
+        (f"def f(x): return {wrong}\ndef g(x): return 7.25\n", False),
+        (f"{right}def g(x): return {wrong}\n", False),
+    ):
+        outcome = run_program(Program(solution, tests), Limits(patience=20), packages=["numpy"])
+        assert outcome.passed is passes, outcome
+
+
 # Programs that look for what their launcher will say of their end, say it themselves, and leave.
 LIES = {
     "frames": """

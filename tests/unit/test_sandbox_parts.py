@@ -121,6 +121,16 @@ def test_tests_and_program_over_a_line() -> None:
     assert isinstance(judge("f(None)", honest), TypeError)
 
 
+@pytest.mark.parametrize("kind", [StopIteration, StopAsyncIteration])
+def test_an_answer_does_not_end_a_loop_of_the_tests(kind: type[Exception]) -> None:
+    def ending(x: int) -> None:
+        raise kind
+
+    for tests in ("assert all(a == b for a, b in zip(map(f, [1, 2]), [3, 4]))", "assert list(map(f, [1])) == []"):
+        error = judge(tests, lambda end: serve({"f": ending}, Line(end.fileno())))
+        assert isinstance(error, RuntimeError)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     answers=st.lists(st.one_of(JSON, JSON.map(lambda value: ["value", value])), max_size=4), junk=st.binary(max_size=20)

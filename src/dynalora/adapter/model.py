@@ -22,6 +22,7 @@ from peft.utils import (
 )
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
 from torch import nn
 
 from dynalora.adapter.config import AdapterConfig
@@ -489,6 +490,10 @@ def _withdraw(model: PeftModel, adapter: str, folder: str, error: Exception) -> 
                 base.__dict__.pop(trace, None)
     if os.path.isdir(folder) and not os.path.exists(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)):
         return CheckpointError(f"the adapter in {folder} has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter again.")
+    if isinstance(error, SafetensorError):  # numbers of a kind that torch does not have
+        return CheckpointError(
+            f"the weights in {folder} cannot be read ({first_line(error)}); use another copy of the adapter."
+        )
     if isinstance(error, KeyError):  # PEFT's, of a module that was trained in full
         return CheckpointError(f"the saved adapter lacks the tensor {first_line(error)!r}; use another copy of it.")
     return error

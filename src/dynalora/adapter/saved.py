@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -56,6 +56,11 @@ def check_adapter_folder(folder: str, method: str = "") -> None:
         )
     weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
     if not os.path.lexists(weights):
+        if method and os.path.lexists(os.path.join(folder, WEIGHTS_NAME)):
+            raise CheckpointError(
+                f"the weights in {folder} are a pickle ({WEIGHTS_NAME}), which is not read, since it could hold "
+                "anything; save the adapter as safetensors, as save_pretrained does unless it is told otherwise."
+            )
         return
     shapes = read_shapes(weights)
     if method and shapes and not any(f".{method.lower()}_" in name for name in shapes):

@@ -33,6 +33,7 @@ _DONE: dict[str, Callable[..., Any]] = {
     "len": len, "iter": iter, "str": str, "bool": bool,
 }  # fmt: skip
 _TOLD = ("__name__", "__qualname__", "__annotations__")  # the names with two underscores that a program is asked for
+_ENDS = (StopIteration, StopAsyncIteration)
 _PLAIN = (list, tuple, set, frozenset, collections.deque)
 _VIEWS: dict[str, tuple[type, Callable[[list[Any]], Any]]] = {
     "keys": (type({}.keys()), lambda items: dict.fromkeys(items).keys()),
@@ -301,10 +302,33 @@ def run_tests(given: str, tests: str, entries: list[str], line: Line) -> None:
     exec(compile(tests, "<generated>", "exec"), names)
 
 
+def require_shapes(numpy: Any) -> None:
+    """Have `numpy.allclose` compare arrays of one shape only; the tests of MBPP+ and HumanEval+ compare numbers by it.
+
+    NumPy repeats an array of one number as often as there are others, and none of no numbers differs from any: an empty
+    list would be close to every number.
+
+    Args:
+        numpy: The module, in a process that runs tests; None where there is none.
+    """
+    if numpy is None:
+        return
+    close = numpy.allclose
+
+    def allclose(a: Any, b: Any, *args: Any, **kwargs: Any) -> bool:
+        a, b = numpy.asarray(a), numpy.asarray(b)
+        return a.shape == b.shape and bool(close(a, b, *args, **kwargs))
+
+    numpy.allclose = allclose
+
+
 def _error(kind: str, text: str) -> Exception:
-    """An exception of Python's own by its name; any other becomes a RuntimeError."""
+    """An exception of Python's own by its name; any other becomes a RuntimeError.
+
+    So does StopIteration, as Python has it with generators: raised in a `map`, it would end the tests' loop.
+    """
     known = getattr(builtins, kind, None)
-    if isinstance(known, type) and issubclass(known, Exception):
+    if isinstance(known, type) and issubclass(known, Exception) and not issubclass(known, _ENDS):
         try:
             return known(text)
         except TypeError:

@@ -308,6 +308,8 @@ def main() -> None:
         sys.path.append(folder)  # for now only: what else lies there is not for the program
         importlib.import_module(name)
         sys.path.remove(folder)
+    if calls is not None and job["tests"] is not None:
+        calls.require_shapes(sys.modules.get("numpy"))
     # Tests may hold whole numbers of more digits than Python reads by default; the time limit guards against abuse.
     if hasattr(sys, "set_int_max_str_digits"):
         sys.set_int_max_str_digits(0)

@@ -96,7 +96,8 @@ class TextMeter:
                 tuned = continuation_logits(model, self.text, batch, off=False)
                 p = F.log_softmax(torch.cat([part.to(tuned[0].device) for part in base]).float(), dim=-1)
                 q = F.log_softmax(torch.cat(tuned).float(), dim=-1)
-                value = F.kl_div(q, p, reduction="sum", log_target=True) / q.shape[0]
+                # A token that p rules out adds nothing, as in `retention`; torch's kl_div makes NaN of it.
+                value = torch.where(torch.isneginf(p), 0.0, p.exp() * (p - q)).sum() / q.shape[0]
                 gradients = torch.autograd.grad(value, parameters, allow_unused=True)
         return value.detach(), gradients
 

@@ -26,7 +26,7 @@ from dynalora.common.devices import device_of
 from dynalora.common.processes import from_first
 from dynalora.common.progress import Progress, late_progress, silent
 from dynalora.driver import Driver, drivers_of
-from dynalora.errors import UnsupportedError
+from dynalora.errors import TrainingError, UnsupportedError
 from dynalora.evaluation.files import is_text, passages, read_rows, texts_of
 from dynalora.evaluation.generation import batches_by_length, evaluating
 from dynalora.evaluation.padding import padded
@@ -253,7 +253,20 @@ class _Reader:
         self._batch.clear()
 
     def hand_out(self) -> None:
-        """Give every layer its curvature."""
+        """Give every layer its curvature.
+
+        Raises:
+            TrainingError: The passes gave what is no number, as the penalty then would be.
+        """
+        for layer in self.layers:
+            seen = {"inputs": self.inputs.get(layer), "gradients at the outputs": self.outputs.get(layer)}
+            for what, sketch in seen.items():
+                if sketch is not None and not bool(sketch.squares.isfinite().all()):
+                    raise TrainingError(
+                        f"the text that retain is to keep gives NaN or infinite {what} of {layer.name!r} in the base "
+                        "model, so nothing can be learned from it; hold the base model in float32 or bfloat16 in place "
+                        "of float16, or give other text with retain_on."
+                    )
         inputs = {layer: sketch.result() for layer, sketch in self.inputs.items()}
         stored = {layer: torch.cat(parts)[: self.bank] for layer, parts in self.stored.items()}
         for layer in self.layers:
