@@ -120,9 +120,8 @@ class AdapterModel(BaseTuner):
             self.method.prepare(layers, adapter_name, config)
 
     def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
-        peft_config.modules_to_save = list(
-            peft_config.modules_to_save
-        )  # PEFT adds to it, and it may be the user's list
+        # PEFT adds to the list, which may be the user's own.
+        peft_config.modules_to_save = list(peft_config.modules_to_save)
         tie_modules_to_save(self, peft_config, tied_weight_keys)
 
     def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
