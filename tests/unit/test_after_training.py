@@ -306,7 +306,7 @@ def test_a_prompt_that_is_too_long_is_said_before_anything_is_written(tmp_path: 
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_run_shows_what_it_says_and_what_to_type_next(plain: bool, tmp_path: Path) -> None:
     base = tiny.saved_model(tmp_path / "model")
-    rows: list[Any] = [{"text": f"The number {n} is even or odd."} for n in range(20)] if plain else tiny.rows(20)
+    rows: list[Any] = [{"text": f"{n} is even, or else it is odd."} for n in range(20)] if plain else tiny.rows(20)
     spec = FinetuneSpec(
         model=str(base), data=str(tiny.write_jsonl(tmp_path / "rows.jsonl", rows)), output=str(tmp_path / "run"),
         steps=3, batch_size=4, r=2, learning_rate=5e-2, eval_fraction=0.25, samples=2, retention=False,
