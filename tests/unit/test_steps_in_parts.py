@@ -16,6 +16,8 @@ from dynalora.adapter.layer import adapter_layers
 from dynalora.common import devices
 from dynalora.common.devices import in_turn
 from dynalora.methods import config_class
+from dynalora.methods.dira.components import component_norms
+from dynalora.methods.dira.method import _norms
 from tests.toys import TOYS
 
 LLAMA = TOYS["llama"]
@@ -82,3 +84,11 @@ def test_a_step_in_the_smallest_parts_is_that_in_one(method: str, monkeypatch: p
         ends.append([p.detach() for layer in layers for p in layer.adapter_parameters("default").values()])
     for small, whole in zip(*ends, strict=True):
         torch.testing.assert_close(small, whole, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("size", [1e6, 1.0, 1e-11, 1e-12, 1e-13, 1e-20, 1e-30, 1e-38, 0.0])
+def test_norms_of_components_of_any_size(size: float, dim: int) -> None:
+    factors = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * size
+    factors = factors.float()
+    torch.testing.assert_close(_norms(factors, dim), component_norms(factors, dim), rtol=3e-7, atol=0)

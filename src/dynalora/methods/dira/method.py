@@ -27,6 +27,8 @@ from dynalora.methods.dira.settings import DiraConfig
 
 _TINY = 1e-12
 """Norms in float32 are right from here on: of what squares lose, below 1e-38, they notice nothing."""
+_LARGER = 2.0**66
+"""What entries of smaller norms are multiplied by before they are squared."""
 
 
 class DiraLayer(GatedLayer):
@@ -209,14 +211,18 @@ def _add_product_gradient(moment: Moment[StepNorms], layers: Sequence[AdapterLay
 
 
 def _norms(factors: torch.Tensor, dim: int) -> torch.Tensor:
-    """Norms of rows or columns, (L, r), in float64; on a CPU to float32's rounding, in a fraction of the time."""
-    if factors.device.type == "cpu" and factors.dtype == torch.float32 and not hasattr(factors, "full_tensor"):
-        last = dim == factors.ndim - 1
-        norms = torch.linalg.vector_norm(factors, dim=dim) if last else factors.square().sum(dim).sqrt()
-        # Squares of tiny entries vanish, those of huge ones are infinite; a CPU can be asked for that at no cost.
-        if bool(((norms > _TINY) & (norms < 1 / _TINY)).all()):
-            return norms.double()
-    return component_norms(factors, dim)
+    """Norms of rows or columns, (L, r), in float64; on a CPU to float32's rounding, in less than half the time."""
+    if factors.device.type != "cpu" or factors.dtype != torch.float32 or hasattr(factors, "full_tensor"):
+        return component_norms(factors, dim)
+
+    def quick(values: torch.Tensor) -> torch.Tensor:
+        last = dim == values.ndim - 1
+        norms = torch.linalg.vector_norm(values, dim=dim) if last else values.square().sum(dim).sqrt()
+        return norms.double()
+
+    # Squares of tiny entries vanish, and do not where the entries were made larger before.
+    usual, tiny = quick(factors), quick(factors * _LARGER) / _LARGER
+    return torch.where(usual > _TINY, usual, tiny)
 
 
 def _rescale(factors: torch.Tensor, norm: torch.Tensor, new_norm: torch.Tensor) -> torch.Tensor:
