@@ -64,7 +64,7 @@ FIXED_WEIGHT = 5e-5
 # could move the function like LoRA's without turning the factors over.
 FASTEST = 4.0
 # With `match_step`: the length of a step, in LoRA's. Steps of equal length learn less than LoRA's at 3e-4 in a short
-# run, steps half as long again learn less at 5e-3; these learn at least as much at both (experiments/same_learning).
+# run, steps half as long again learn less at 5e-3; these learn as much at both (docs/methods/dislora.md).
 LENGTH = 1.25
 
 # What the lead's buffer `balance` holds, in this order: the losses and weights of the last step, and moving averages.
