@@ -413,7 +413,7 @@ def test_inputs_are_seen_once_under_gradient_checkpointing(reentrant: bool | Non
         layer.register_forward_pre_hook(lambda m, args: seen.setdefault(m.name, args[0].detach().clone()))
     optimizer = sgd(model)
     toy.loss(model).backward()
-    counts = [layer.gathered["default"][-1] for layer in layers]
+    counts = [layer.gathered["default"].counted[-1] for layer in layers]
     assert {int(count) for count in counts} == {21}, "3 · 7 tokens, once"
     optimizer.step()
     for layer in layers:

@@ -294,13 +294,13 @@ class GatedLayer(AdapterLayer):
         """Count what the gates let through so far as that of gradients that are there."""
         super().end_passes(adapter)
         if adapter in self.matched:
-            self.matched[adapter].end_passes()
+            self.matched[adapter].sums.end()
 
     def forget_passes(self, adapter: str) -> None:
         """Forget what the gates let through where no step was made of it."""
         super().forget_passes(adapter)
         if adapter in self.matched:
-            self.matched[adapter].sums = None
+            self.matched[adapter].sums.forget()
 
     def gathers(self, x: torch.Tensor, adapter: str) -> bool:
         """Whether a forward pass with this tensor in it is one of training, of which something may be summed up."""

@@ -28,7 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dynalora.adapter.passes import PassSum
 from dynalora.adapter.storage import Role
+from dynalora.common.devices import sent
 from dynalora.common.private import foreach_norm, version
 from dynalora.common.processes import grouped
 from dynalora.driver import Moment, OptimizerOverride, Part
@@ -81,33 +83,19 @@ class MatchedSteps:
         scale: The multiple of the learning rate where ρ = 1.
         unmeasured: The multiple while nothing has been measured.
         least: The smallest multiple.
-        sums: Σ (d ⊙ h)² and Σ h² of the forward passes since the last step whose gradients are there, (2); None
-            before the first.
-        coming: Those of forward passes whose gradients are still to come.
+        sums: Σ (d ⊙ h)² and Σ h² of the forward passes since the last step, (2).
     """
 
     def __init__(self, scale: float, unmeasured: float, least: float = 0.0) -> None:
         self.measuring = True  # until the first step says which one it is
         self.scale, self.unmeasured, self.least = scale, unmeasured, least
-        self.rule = OptimizerOverride(unmeasured, follows=True, begins=unmeasured)
-        self.sums: torch.Tensor | None = None
-        self.coming: torch.Tensor | None = None
+        self.rule = OptimizerOverride(unmeasured, begins=unmeasured)
+        self.sums = PassSum()
         self._seen: tuple[int, int] | None = None
 
     def note(self, h: torch.Tensor, m: torch.Tensor) -> None:
         """Add the narrow activations of a forward pass, (…, r), before and behind the diagonal."""
-        sums = torch.stack([square(m.detach()), square(h.detach())])
-        self.coming = sums if self.coming is None else self.coming + sums.to(self.coming.device)
-
-    def end_passes(self) -> None:
-        """Count the forward passes so far as those of gradients that are there."""
-        if self.coming is not None:
-            self.sums = self.coming if self.sums is None else self.sums + self.coming.to(self.sums.device)
-            self.coming = None
-
-    def forget(self) -> None:
-        """Begin the sums anew."""
-        self.sums = self.coming = None
+        self.sums.add(torch.stack([square(m.detach()), square(h.detach())]))
 
     def read(self, saved: torch.Tensor | None) -> None:
         """Bring the rule up to date with the saved power, (1), which waits for the device only if it was changed."""
@@ -154,7 +142,7 @@ def _match(moment: Moment) -> None:
         return
     if moment.skipped:
         for _, steps in pairs:
-            steps.forget()
+            steps.sums.take()
         return
     for layer, steps in pairs:
         steps.read(layer.running(ROLE.name, adapter))
@@ -165,7 +153,7 @@ def _match(moment: Moment) -> None:
     sums = let_through([layer for layer, _ in pairs], adapter) if measured else []
     for _, steps in pairs:
         steps.measuring = False
-        steps.forget()
+        steps.sums.take()
     if not measured:
         return
     for (layer, steps), (passed, whole) in zip(pairs, _totals(sums, pairs[0][0], adapter), strict=True):
@@ -178,7 +166,7 @@ def _match(moment: Moment) -> None:
 
 
 def let_through(layers: Sequence[GatedLayer], adapter: str) -> list[torch.Tensor | None]:
-    """What ρ is made of, Σ (d ⊙ h)² and Σ h² of every layer, (2) each; None for a layer that was not called.
+    """Take what ρ is made of, Σ (d ⊙ h)² and Σ h² of every layer, (2) each; None for a layer that was not called.
 
     Without gates, where nothing is measured, the sums are those of the diagonal and of as many ones.
 
@@ -186,14 +174,12 @@ def let_through(layers: Sequence[GatedLayer], adapter: str) -> list[torch.Tensor
         layers: Layers whose steps are matched.
         adapter: The adapter.
     """
-    for layer in layers:
-        layer.matched[adapter].end_passes()
-    rows = [layer.matched[adapter].sums for layer in layers]
+    rows = [layer.matched[adapter].sums.take() for layer in layers]
     fixed = {number: d for number, layer in enumerate(layers) if (d := layer.ungated_diagonal(adapter)) is not None}
     if fixed:
         wide = [d.to(torch.promote_types(d.dtype, torch.float32)) for d in fixed.values()]
         norms = torch.stack([norm.to(wide[0].device) for norm in foreach_norm(wide)])
-        counts = torch.tensor([len(d) for d in fixed.values()], dtype=norms.dtype, device=norms.device)
+        counts = sent(torch.tensor([len(d) for d in fixed.values()], dtype=norms.dtype), norms.device)
         for number, row in zip(fixed, torch.stack([norms.square(), counts], dim=1).unbind(), strict=True):
             rows[number] = row
     return rows

@@ -188,10 +188,10 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
         decay = weight_decay if parameter.ndim > 1 or id(parameter) in of_adapters else 0.0
         changed = rule.decay(decay, multiple)
         decay = decay if changed is None else changed
-        sorted_out.setdefault((rule.follows, float(multiple), decay), []).append(parameter)
+        sorted_out.setdefault((rule.begins is not None, float(multiple), decay), []).append(parameter)
     groups = []
-    for (follows, multiple, decay), params in sorted_out.items():
-        if follows:
+    for (changes, multiple, decay), params in sorted_out.items():
+        if changes:
             multiple = statistics.median_low(float(rules[id(parameter)].lr_multiplier) for parameter in params)
             changed = rules[id(params[0])].decay(weight_decay, multiple)
             decay = weight_decay if changed is None else changed

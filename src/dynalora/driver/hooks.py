@@ -140,7 +140,7 @@ def _make_plan(optimizer: Optimizer, stamp: object) -> _Plan:
             binding.parameters.extend(_refs(roles.values()))
             for role, override in driver.optimizer_overrides(layer).items():
                 mark = marked.get(id(roles[role])) if role in roles else True
-                if mark is None or (override.follows and mark is not True):
+                if mark is None or (override.begins is not None and mark is not True):
                     overrides[id(roles[role])] = override
         if binding.layers:
             bindings.append(binding)

@@ -25,14 +25,11 @@ class OptimizerOverride:
         lr_multiplier: Its learning rate as a multiple of the group's.
         weight_decay: Its weight decay; None keeps what the group's takes off at a step, learning rate times weight
             decay, whatever the multiple.
-        follows: Whether the multiple changes in the run. Groups that
-            [`param_groups`][dynalora.driver.groups.param_groups] made begin with the one of that time.
-        begins: Of a multiple that changes, the one that a new adapter has.
+        begins: Of a multiple that changes in the run, the one that a new adapter has; None: it does not change.
     """
 
     lr_multiplier: float = 1.0
     weight_decay: float | None = None
-    follows: bool = False
     begins: float | None = None
 
     def decay(self, groups: float | None, multiple: float | None = None) -> float | None:

@@ -12,6 +12,7 @@ from torch import nn
 from dynalora.adapter.gates import GATE_ROLES
 from dynalora.adapter.layer import kaiming
 from dynalora.adapter.matching import ROLE as MATCHED
+from dynalora.adapter.passes import PassSum
 from dynalora.adapter.storage import FACTORS, Role
 from dynalora.common.private import version
 from dynalora.common.processes import process_count
@@ -50,9 +51,8 @@ class PedyraLayer(DoraLayer):
         super().__init__(base_layer, quantization)
         # Plain attributes: as buffers, data parallelism would overwrite them with the first process's.
         self.gathering: dict[str, bool] = {}
-        # Sums of squares of forward passes whose gradients are there, and of those whose gradients are still to come.
-        self.gathered: dict[str, torch.Tensor] = {}
-        self.coming: dict[str, torch.Tensor] = {}
+        # The inputs' squares, with the number of tokens, (in + 1).
+        self.gathered: dict[str, PassSum] = {}
 
     def start(self, config: PedyraConfig, r: int) -> dict[str, torch.Tensor]:
         """Orthonormal directions, or factors drawn from N(0, 0.02²), and e = 0; or LoRA's start with e = 1."""
@@ -101,12 +101,13 @@ class PedyraLayer(DoraLayer):
         super().update_layer(adapter, config, *args, **kwargs)
         # Until the first step says what its schedule is, every input may matter.
         self.gathering[adapter] = config.uses_inputs
+        self.gathered[adapter] = PassSum()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from this layer."""
         super().delete_adapter(adapter_name)
         self.gathering.pop(adapter_name, None)
-        self.take_gathered(adapter_name)
+        self.gathered.pop(adapter_name, None)
 
     def present_shape(
         self, role: str, adapter: str, tensor: torch.Tensor, rank: int | None
@@ -163,26 +164,21 @@ class PedyraLayer(DoraLayer):
     @torch.no_grad()
     def _gather(self, x: torch.Tensor, adapter: str) -> None:
         squares = _squares(x) if self.layer_kind is None else self.layer_kind.squares(self.get_base_layer(), x)
-        # Out of place, since layers with the same input share the tensor.
-        sofar = self.coming.get(adapter)
-        self.coming[adapter] = squares if sofar is None else sofar + squares.to(sofar.device)
+        self.gathered[adapter].add(squares)
 
     def end_passes(self, adapter: str) -> None:
         """Count the inputs so far as those of gradients that are there; see `AdapterLayer.end_passes`."""
         super().end_passes(adapter)
-        coming, sofar = self.coming.pop(adapter, None), self.gathered.get(adapter)
-        if coming is not None:
-            self.gathered[adapter] = coming if sofar is None else sofar + coming.to(sofar.device)
+        self.gathered[adapter].end()
 
     def forget_passes(self, adapter: str) -> None:
         """Forget the inputs of gradients that no step was made of; see `AdapterLayer.forget_passes`."""
         super().forget_passes(adapter)
-        self.gathered.pop(adapter, None)
+        self.gathered[adapter].forget()
 
     def take_gathered(self, adapter: str) -> torch.Tensor | None:
         """The inputs' sums of squares since the last step, with the number of tokens, (in + 1), and no more of them."""
-        self.end_passes(adapter)
-        return self.gathered.pop(adapter, None)
+        return self.gathered[adapter].take()
 
 
 def _directions(count: int, features: int) -> torch.Tensor:
