@@ -11,13 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dynalora.adapter.gradients import add_to_gradients
+from dynalora.adapter.gradients import add_to_gradients, stackable
 from dynalora.adapter.layer import adapter_layers
 from dynalora.common import devices
 from dynalora.common.devices import in_turn
 from dynalora.methods import config_class
-from dynalora.methods.dira.components import component_norms
-from dynalora.methods.dira.method import _norms
 from tests.toys import TOYS
 
 LLAMA = TOYS["llama"]
@@ -36,6 +34,16 @@ def test_parts_are_everything_once_in_order(count: int, each: int, device: torch
         assert len(parts) == 1
     else:
         assert all(len(part) == 1 or len(part) * each <= devices._IN_CACHE for part in parts)
+
+
+@given(data=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3), st.booleans()), max_size=12))
+def test_only_what_can_be_stacked_is_together(data: list[tuple[int, int, bool]]) -> None:
+    items = [(torch.empty(rows, columns), apart) for rows, columns, apart in data]
+    groups = stackable(items, lambda item: item[:1], apart=lambda item: item[1])
+    assert sorted(map(id, items)) == sorted(id(item) for group in groups for item in group)
+    kinds = [{(tuple(tensor.shape), apart) for tensor, apart in group} for group in groups]
+    assert all(len(kind) == 1 for kind in kinds)
+    assert len(groups) == len(set(data))
 
 
 @settings(deadline=None)
@@ -84,11 +92,3 @@ def test_a_step_in_the_smallest_parts_is_that_in_one(method: str, monkeypatch: p
         ends.append([p.detach() for layer in layers for p in layer.adapter_parameters("default").values()])
     for small, whole in zip(*ends, strict=True):
         torch.testing.assert_close(small, whole, rtol=1e-12, atol=1e-13)
-
-
-@pytest.mark.parametrize("dim", [1, 2])
-@pytest.mark.parametrize("size", [1e6, 1.0, 1e-11, 1e-12, 1e-13, 1e-20, 1e-30, 1e-38, 0.0])
-def test_norms_of_components_of_any_size(size: float, dim: int) -> None:
-    factors = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * size
-    factors = factors.float()
-    torch.testing.assert_close(_norms(factors, dim), component_norms(factors, dim), rtol=3e-7, atol=0)

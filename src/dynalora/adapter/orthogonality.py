@@ -10,21 +10,36 @@ The gradient is added right before the optimizer's step; only r × r matrices ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from dynalora.adapter.gradients import add_to_gradients
+from dynalora.adapter.gradients import add_to_gradients, stackable
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.ranks import in_use
-from dynalora.common.devices import in_turn
 from dynalora.common.private import foreach_norm
 from dynalora.common.processes import whole
 from dynalora.driver import Moment
 
 Reduction = Literal["sum", "mean_norm"]
+
+
+class _Factor(NamedTuple):
+    """A factor of a layer's update.
+
+    Attributes:
+        layer: The layer.
+        role: What the factor is called in it.
+        parameter: The factor.
+        dim: The dimension along which its components lie.
+    """
+
+    layer: AdapterLayer
+    role: str
+    parameter: nn.Parameter
+    dim: int
 
 
 def add_orthogonality(
@@ -43,17 +58,19 @@ def add_orthogonality(
         roles: The two parameters of a layer: one of rows (r, in), and one of columns (out, r).
         most: The largest norm of what is added to a factor's gradient, as a share of that gradient's; None: no limit.
     """
-    groups: dict[Any, list[_Factor]] = {}
+    factors: list[_Factor] = []
     for layer in moment.layers:
-        parameters, rank = layer.adapter_parameters(moment.adapter), layer.rank(moment.adapter)
+        parameters = layer.adapter_parameters(moment.adapter)
         for dim, role in enumerate(roles):
-            parameter = parameters[role]
-            if moment.awaits(parameter):
-                count = rank if role in layer.rank_dims else parameter.shape[dim]
-                kind = dim, count, parameter.shape[1 - dim], parameter.dtype, parameter.device
-                groups.setdefault(kind, []).append((layer, role, parameter))
-    for dim, factors in _parts(groups):
-        rows = _rows(factors, dim, moment.adapter)  # (L, r, features)
+            if moment.awaits(parameter := parameters[role]):
+                factors.append(_Factor(layer, role, parameter, dim))
+
+    def apart(factor: _Factor) -> tuple[int, int]:
+        """Of those of a shape, not all need have the same rank: there may be room in reserve."""
+        return factor.dim, factor.layer.rank(moment.adapter)
+
+    for alike in stackable(factors, lambda factor: (factor.parameter,), apart):
+        dim, rows = alike[0].dim, _rows(alike, moment.adapter)  # (L, r, features)
         deviation = _deviation(rows)
         # A new component is orthonormal to rounding and may have no other gradient: Adam, which knows no size, would
         # make full steps of what rounding left.
@@ -67,8 +84,8 @@ def add_orthogonality(
         addition = torch.bmm(deviation, rows) if dim == 0 else torch.bmm(rows.mT, deviation)
         addition *= rate
         if most is not None:
-            addition *= _limits(addition, [parameter.grad for _, _, parameter in factors], most)
-        add_to_gradients([parameter for _, _, parameter in factors], addition, dim)
+            addition *= _limits(addition, [factor.parameter.grad for factor in alike], most)
+        add_to_gradients([factor.parameter for factor in alike], addition, dim)
 
 
 @torch.no_grad()
@@ -83,28 +100,16 @@ def orthogonality(layers: Iterable[AdapterLayer], adapter: str, reduction: Reduc
     terms = []
     for layer in layers:
         for dim, role in enumerate(("down", "up")):
-            rows = _rows([(layer, role, layer.parameter(role, adapter))], dim, adapter)
-            norm = float(torch.linalg.vector_norm(_deviation(rows)))
+            factor = _Factor(layer, role, layer.parameter(role, adapter), dim)
+            norm = float(torch.linalg.vector_norm(_deviation(_rows([factor], adapter))))
             terms.append(norm**2 if reduction == "sum" else norm)
     return sum(terms) if reduction == "sum" else sum(terms) / len(terms)
 
 
-# A layer, and the role and the parameter of one of its factors.
-_Factor = tuple[AdapterLayer, str, nn.Parameter]
-
-
-def _parts(groups: Mapping[Any, Sequence[_Factor]]) -> Iterator[tuple[int, Sequence[_Factor]]]:
-    """Factors that are computed together, with the dimension of their components."""
-    for (dim, rank, features, _, device), factors in groups.items():
-        for part in in_turn(factors, len(factors) * rank * features, device):
-            yield dim, part
-
-
-def _rows(factors: Iterable[_Factor], dim: int, adapter: str) -> torch.Tensor:
-    """(L, r, features) with rows that are to be orthonormal; the parameters' components lie along `dim`."""
-    parts = [in_use(layer, role, adapter, parameter.detach()) for layer, role, parameter in factors]
-    stacked = torch.stack(parts)
-    return stacked if dim == 0 else stacked.mT
+def _rows(factors: Sequence[_Factor], adapter: str) -> torch.Tensor:
+    """(L, r, features) with rows that are to be orthonormal."""
+    stacked = torch.stack([in_use(layer, role, adapter, parameter.detach()) for layer, role, parameter, _ in factors])
+    return stacked if factors[0].dim == 0 else stacked.mT
 
 
 def _deviation(rows: torch.Tensor) -> torch.Tensor:

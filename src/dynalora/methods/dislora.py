@@ -39,14 +39,13 @@ import torch
 
 from dynalora.adapter.config import AdapterConfig, is_number, is_whole
 from dynalora.adapter.directions import DIRECTION_ROLES, DirectedLayer, DirectedMethod, Directions, smallest_pairs
-from dynalora.adapter.gradients import add_to_gradients
+from dynalora.adapter.gradients import add_to_gradients, stackable
 from dynalora.adapter.layer import Gates
 from dynalora.adapter.matching import LORA_STEP
 from dynalora.adapter.method import Panel
 from dynalora.adapter.register import register
 from dynalora.adapter.singular import SingularLayer, TwinLayer, TwinMethod
 from dynalora.adapter.storage import Role
-from dynalora.common.devices import in_turn
 from dynalora.common.private import foreach_mul_
 from dynalora.common.processes import whole
 from dynalora.driver import Moment, OptimizerOverride
@@ -465,14 +464,8 @@ def _factors(layer: DisloraLayer, adapter: str) -> list[_Matrix]:
 
 def _by_shape(matrices: Sequence[_Matrix], moment: Moment | None = None) -> list[Sequence[_Matrix]]:
     """Matrices that can be stacked; with a moment, those that await their addition."""
-    groups: dict[Any, list[_Matrix]] = {}
-    for matrix, transposed in matrices:
-        if moment is None or moment.awaits(matrix):
-            groups.setdefault((matrix.shape, transposed, matrix.dtype, matrix.device), []).append((matrix, transposed))
-    parts: list[Sequence[_Matrix]] = []
-    for (shape, _, _, device), group in groups.items():
-        parts += in_turn(group, len(group) * shape.numel(), device)
-    return parts
+    awaiting = [(matrix, down) for matrix, down in matrices if moment is None or moment.awaits(matrix)]
+    return stackable(awaiting, lambda pair: pair[:1], apart=lambda pair: pair[1])
 
 
 def _stack(matrices: Sequence[_Matrix]) -> torch.Tensor:

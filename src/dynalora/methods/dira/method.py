@@ -10,12 +10,11 @@ import torch
 
 from dynalora.adapter.compaction import compact_layers, require_free_shapes
 from dynalora.adapter.gates import GatedLayer
-from dynalora.adapter.gradients import add_to_gradients
+from dynalora.adapter.gradients import add_to_gradients, stackable
 from dynalora.adapter.layer import AdapterLayer
 from dynalora.adapter.method import Method, Panel
 from dynalora.adapter.register import register
 from dynalora.adapter.storage import Role
-from dynalora.common.devices import in_turn
 from dynalora.common.processes import process_count
 from dynalora.driver import Moment
 from dynalora.driver.schedule import scheduled
@@ -24,11 +23,6 @@ from dynalora.methods.dira.budget import DUAL, Line, budget, budgeted_step, weig
 from dynalora.methods.dira.components import Components, component_norms, remove
 from dynalora.methods.dira.proximal import proximal_step
 from dynalora.methods.dira.settings import DiraConfig
-
-_TINY = 1e-12
-"""Norms in float32 are right from here on: of what squares lose, below 1e-38, they notice nothing."""
-_LARGER = 2.0**66
-"""What entries of smaller norms are multiplied by before they are squared."""
 
 
 class DiraLayer(GatedLayer):
@@ -178,15 +172,8 @@ def _require_whole_factors(moment: Moment) -> None:
 
 def _by_shape(moment: Moment) -> Sequence[Sequence[AdapterLayer]]:
     """Layers with factors to add to, grouped by shape so that each group is a few stacked operations."""
-    groups: dict[Any, list[AdapterLayer]] = {}
-    for layer in moment.layers:
-        down, up = _factors(layer, moment)
-        if moment.awaits(down) or moment.awaits(up):
-            groups.setdefault((down.shape, up.shape, down.dtype, up.dtype, down.device), []).append(layer)
-    parts: list[Sequence[AdapterLayer]] = []
-    for (down_shape, up_shape, _, _, device), layers in groups.items():
-        parts += in_turn(layers, len(layers) * (down_shape.numel() + up_shape.numel()), device)
-    return parts
+    layers = (layer for layer in moment.layers if any(map(moment.awaits, _factors(layer, moment))))
+    return stackable(layers, lambda layer: _factors(layer, moment))
 
 
 def _factors(layer: AdapterLayer, moment: Moment) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
@@ -201,28 +188,13 @@ def _add_product_gradient(moment: Moment[StepNorms], layers: Sequence[AdapterLay
     if all(layer in known for layer in layers):
         down_norm, up_norm = (torch.stack(norms) for norms in zip(*(known[layer] for layer in layers), strict=True))
     else:
-        down_norm, up_norm = _norms(down, dim=2), _norms(up, dim=1)  # (L, r)
+        down_norm, up_norm = component_norms(down, dim=2), component_norms(up, dim=1)  # (L, r)
         if not all(moment.awaits(parameter) for pair in factors for parameter in pair):
             # Another optimizer has the other factors, and will see these ones changed.
             known.update(zip(layers, zip(down_norm, up_norm, strict=True), strict=True))
     rate = weight * moment.grad_scale
     _add(moment, [pair[0] for pair in factors], _rescale(down, down_norm[:, :, None], rate * up_norm[:, :, None]))
     _add(moment, [pair[1] for pair in factors], _rescale(up, up_norm[:, None, :], rate * down_norm[:, None, :]))
-
-
-def _norms(factors: torch.Tensor, dim: int) -> torch.Tensor:
-    """Norms of rows or columns, (L, r), in float64; on a CPU to float32's rounding, in less than half the time."""
-    if factors.device.type != "cpu" or factors.dtype != torch.float32 or hasattr(factors, "full_tensor"):
-        return component_norms(factors, dim)
-
-    def quick(values: torch.Tensor) -> torch.Tensor:
-        last = dim == values.ndim - 1
-        norms = torch.linalg.vector_norm(values, dim=dim) if last else values.square().sum(dim).sqrt()
-        return norms.double()
-
-    # Squares of tiny entries vanish, and do not where the entries were made larger before.
-    usual, tiny = quick(factors), quick(factors * _LARGER) / _LARGER
-    return torch.where(usual > _TINY, usual, tiny)
 
 
 def _rescale(factors: torch.Tensor, norm: torch.Tensor, new_norm: torch.Tensor) -> torch.Tensor:

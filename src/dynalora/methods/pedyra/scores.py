@@ -17,9 +17,8 @@ from dynalora.methods.pedyra.layer import ROLES, PedyraLayer
 from dynalora.methods.pedyra.settings import PedyraConfig
 
 
-def _gradient(layer: PedyraLayer, role: str, adapter: str) -> torch.Tensor:
-    """The gradient as it stands; zero for a layer that took no part in this step."""
-    parameter = layer.parameter(role, adapter)
+def _gradient(layer: PedyraLayer, role: str, adapter: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The gradient of a role's parameter as it stands; zero for a layer that took no part in this step."""
     gradient = parameter.grad
     return in_use(layer, role, adapter, torch.zeros_like(parameter) if gradient is None else gradient)
 
@@ -28,11 +27,11 @@ def update_averages(moment: Moment, layers: list[PedyraLayer], fresh: bool) -> N
     """Eq. 3 for all layers at once, and the inputs' mean squares."""
     config, adapter = moment.config, moment.adapter
 
-    def average(layer: PedyraLayer, role: str, like: torch.Tensor) -> torch.Tensor:
+    def average(layer: PedyraLayer, role: str, shape: Sequence[int], device: torch.device) -> torch.Tensor:
         mean = None if fresh else layer.running(role, adapter)
         if mean is None:
-            dtype = torch.promote_types(like.dtype, torch.float32)
-            mean = torch.zeros(like.shape, dtype=dtype, device=like.device)
+            dtype = torch.promote_types(layer.parameter("e", adapter).dtype, torch.float32)
+            mean = torch.zeros(shape, dtype=dtype, device=device)
             layer.set_running(role, adapter, mean)
         return mean
 
@@ -43,21 +42,16 @@ def update_averages(moment: Moment, layers: list[PedyraLayer], fresh: bool) -> N
             for role in ROLES:
                 parameter = parameters[role]
                 weight = in_use(layer, role, adapter, parameter.detach())
-                gradient = parameter.grad
                 weights.append(weight)
-                # Of a layer that took no part in this step it is zero.
-                gradients.append(
-                    torch.zeros_like(weight) if gradient is None else in_use(layer, role, adapter, gradient)
-                )
-                sensitivity.append(average(layer, f"sensitivity_{role}", weight))
-                uncertainty.append(average(layer, f"uncertainty_{role}", weight))
+                gradients.append(_gradient(layer, role, adapter, parameter))
+                sensitivity.append(average(layer, f"sensitivity_{role}", weight.shape, weight.device))
+                uncertainty.append(average(layer, f"uncertainty_{role}", weight.shape, weight.device))
         every = list(zip(weights, gradients, sensitivity, uncertainty, strict=True))
         for part in in_turn(every, sum(weight.numel() for weight in weights), weights[0].device):
             _average_products(part, moment.grad_scale, config)
     if config.uses_inputs:
         means = [
-            average(layer, "inputs", layer.parameter("e", adapter).detach().new_empty(layer.in_features))
-            for layer in layers
+            average(layer, "inputs", (layer.in_features,), layer.parameter("e", adapter).device) for layer in layers
         ]
         _average_inputs(layers, adapter, means, config.beta1)
 
@@ -68,7 +62,7 @@ def _average_products(
     """Eq. 3: I = |w·g|, Ī ← β1·Ī + (1 − β1)·I, Ū ← β2·Ū + (1 − β2)·|I − Ī|.
 
     Args:
-        tensors: w, g, Ī and Ū, of one shape, of each parameter.
+        tensors: w, g, Ī and Ū of each parameter.
         grad_scale: What the gradients still carry.
         config: β1 and β2.
     """
@@ -139,7 +133,8 @@ def triple_scores(moment: Moment, layers: list[PedyraLayer], step: int) -> list[
 
 def _gradient_scores(layer: PedyraLayer, adapter: str, config: PedyraConfig) -> torch.Tensor:
     """S_grad (eq. 4–5) of a layer's triples, (r)."""
-    norms = torch.stack([_gradient(layer, role, adapter).to(_wide(layer)).norm() for role in ROLES])
+    gradients = [_gradient(layer, role, adapter, layer.parameter(role, adapter)) for role in ROLES]
+    norms = torch.stack([gradient.to(_wide(layer)).norm() for gradient in gradients])
     shares = norms / norms.sum().clamp_min(torch.finfo(norms.dtype).tiny)
     result = torch.zeros(layer.rank(adapter), dtype=norms.dtype, device=norms.device)
     for role, share in zip(ROLES, shares, strict=True):
