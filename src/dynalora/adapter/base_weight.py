@@ -76,13 +76,18 @@ class BaseWeight(BaseTunerLayer):
 
         `nn.TransformerEncoderLayer` gets one that it does not compute with while an adapter acts; see `TakingPart`.
         """
-        if self.read_by_owner and self.disable_adapters and self.merged:
-            self.unmerge()
+        if self.read_by_owner:
+            self.take_back_if_disabled()
         weight = super().weight
         merged = bool(self.merged_adapters) or self.disable_adapters
         if not self.read_by_owner or merged or not any(map(self.has_adapter, self.active_adapters)):
             return weight
         return weight.as_subclass(TakingPart)
+
+    def take_back_if_disabled(self) -> None:
+        """Take merged updates out of the weight where adapters are switched off, before anything computes with it."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
 
     @staticmethod
     def multiplies(base_layer: nn.Module) -> bool:

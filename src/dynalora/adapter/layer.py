@@ -336,8 +336,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
             if quick is not None:
                 return quick
         if self._disable_adapters:
-            if self.merged:
-                self.unmerge()
+            self.take_back_if_disabled()
             return cast(torch.Tensor, self.base_layer(x, *args, **kwargs))
         if self.unprepared:
             prepare_unloaded(self)

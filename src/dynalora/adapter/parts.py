@@ -82,8 +82,8 @@ class Parted(nn.Module):
         To be called before the module computes with its parameters.
         """
         for layer in self.parts():
-            if not isinstance(layer, PartMatrix) and (part := cast(Any, layer)).disable_adapters and part.merged:
-                part.unmerge()
+            if not isinstance(layer, PartMatrix):
+                cast(Any, layer).take_back_if_disabled()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
