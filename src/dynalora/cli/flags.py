@@ -102,6 +102,10 @@ def _is_run_folder(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("run.json", "cells"))
 
 
+_VERB = r" (?:is|names|uses|must|would|holds|needs|goes)(?= )"
+"""What follows the name of a setting that begins a clause."""
+
+
 def in_flags(message: str, kind: type[Settings], typed: Sequence[str]) -> str:
     """A message on settings in the words of the command line: fields are named by their flags, as they were typed, and
     so are the numbers that they were given.
@@ -144,10 +148,6 @@ def _begun(message: str, kind: type[Settings]) -> str:
     if word is None or (word["verb"] and word[1] in describe(kind)):
         return message
     return message[0].upper() + message[1:]
-
-
-_VERB = r" (?:is|names|uses|must|would|holds|needs|goes)(?= )"
-"""What follows the name of a setting that begins a clause."""
 
 
 def _numbers_typed(flag: str | None, typed: Sequence[str]) -> list[tuple[str, str]]:

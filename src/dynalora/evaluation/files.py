@@ -25,7 +25,6 @@ _OTHER_KINDS = (
     ".arrow",
     ".doc",
     ".docx",
-    ".gz",
     ".html",
     ".pdf",
     ".xls",

@@ -33,7 +33,7 @@ class BenchSpec(Settings):
         rounds: Measure this many steps per method.
         warmup: Run this many steps per method before measuring.
         run_steps: Make schedules for a run of this many steps, whose first ones are measured; None: for a run of the
-            measured steps alone, at most of which PE-DyRA moves ranks, as it does at 11 of a usual run.
+            measured steps alone, at most of which methods that move ranks do so.
         seed: Draw the tokens, which are random and the same for all methods, from this seed.
         threads: Compute with this many CPU threads; None: torch's choice.
         device: Run on this device.

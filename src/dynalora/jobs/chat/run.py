@@ -117,7 +117,7 @@ class Chat:
         with contextlib.suppress(KeyboardInterrupt):
             self._write(ids, min(self.max_new_tokens, room), pieces)
         if not self.plain:
-            self._turns[self.base] += [said, {"role": "assistant", "content": pieces.text.strip()}]
+            self.turns += [said, {"role": "assistant", "content": pieces.text.strip()}]
         return pieces.text
 
     def _write(self, ids: list[int], length: int, pieces: _Pieces) -> None:

@@ -190,7 +190,7 @@ def _tables(comparison: Comparison, task: str, of_task: Sequence[Summary]) -> li
     retention = kept_table(comparison, place, of_task)
     several = grid.spec.all_rates and any(len(contestant.learning_rates) > 1 for contestant in grid.contestants)
     return [
-        *([rate_table(comparison, place, by_rate(comparison, task))] if several else []),
+        *([rate_table(comparison, place, by_rate(comparison, task) if grid.chooses else of_task)] if several else []),
         *([result_table(comparison, place, of_task)] if grid.chooses else []),
         *scaled_tables(comparison, place, of_task),
         *([retention] if retention is not None else []),
