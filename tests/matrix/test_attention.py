@@ -229,6 +229,49 @@ def test_mixed_batches_go_by_rows_in_both_layouts() -> None:
             torch.testing.assert_close(mixed[2], outputs(x)[2])
 
 
+def test_mixed_batches_with_an_attention_that_the_active_adapter_leaves_alone() -> None:
+    config = dynalora.DiraConfig(r=2, target_modules=["head"], init_weights=False)
+    model = peft.get_peft_model(PLAIN.build(), config)
+    model.add_adapter("other", dynalora.DiraConfig(r=2, target_modules=["attn"], init_weights=False))
+    model.eval()
+    batch, names = PLAIN.batch(5), ["other", "default", "__base__"]
+    with torch.no_grad():
+        found = model(**batch, adapter_names=names)
+        for number, name in enumerate(names[:2]):
+            model.set_adapter(name)
+            torch.testing.assert_close(found[number], model(**batch)[number])
+        torch.testing.assert_close(found[2], PLAIN.build()(**batch)[2])
+        model.set_adapter("other")
+        model.merge_adapter()
+        with pytest.raises(ConfigError, match="other is merged; call unmerge_adapter"):
+            model(**batch, adapter_names=names)
+
+
+@pytest.mark.parametrize("which", ["all", "only"])
+def test_the_outputs_bias_trains_as_with_lora(which: str, tmp_path: Path) -> None:
+    """PEFT's LoRA trains the bias of the output's projection; those of the others lie in one parameter."""
+    trained = {}
+    for method, kind, run in (("lora", peft.LoraConfig, {}), ("dira", dynalora.DiraConfig, {"total_steps": 2})):
+        bias: Any = which if which == "all" else f"{method}_only"
+        config: Any = kind(r=2, target_modules=["attn"], bias=bias, **run)
+        model: Any = peft.get_peft_model(PLAIN.build(), config)
+        names = [name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")]
+        trained[method] = {name.replace("base_layer.", "") for name in names}
+    assert trained["dira"] == trained["lora"]
+    assert "base_model.model.attn.out_proj.bias" in trained["dira"]
+    before = model.base_model.model.attn.out_proj.bias.clone()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        PLAIN.loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(model.base_model.model.attn.out_proj.bias, before)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(PLAIN.build(), tmp_path)
+    assert torch.equal(PLAIN.logits(loaded), PLAIN.logits(model))
+    torch.testing.assert_close(PLAIN.logits(copy.deepcopy(model).merge_and_unload()), PLAIN.logits(model))
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_torchs_encoder_does_not_pass_over_it_in_evaluation(padded: bool) -> None:
     torch.manual_seed(0)
@@ -293,7 +336,6 @@ def test_what_is_refused_leaves_the_model_as_it_was() -> None:
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "own": Own(8, 2), "narrow": nn.Linear(8, 1)})
     for settings, error, match in (
         ({"target_modules": ["attn", "own"]}, UnsupportedError, "'own' is a Own"),
-        ({"target_modules": ["attn"], "bias": "all"}, ConfigError, "bias='none'"),
         ({"target_modules": ["attn", "narrow"]}, ConfigError, "'narrow'"),
     ):
         with pytest.raises(error, match=match):

@@ -373,17 +373,6 @@ def test_pefts_helper_leaves_inputs_uncast(row: Row) -> None:
 
 
 @every_method
-def test_adapters_are_not_mixed_into_one(row: Row) -> None:
-    model = two_adapters(row, MLP)
-    with pytest.raises(
-        UnsupportedError, match=r"set_adapter\(\['default', 'second'\]\), which adds their updates up"
-    ) as caught:
-        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both")
-    one_sentence(caught.value)
-    assert set(model.peft_config) == {"default", "second"}
-
-
-@every_method
 def test_requires_grad_can_be_set_by_hand(row: Row) -> None:
     model = two_adapters(row, MLP)
     model.set_requires_grad("second", True)

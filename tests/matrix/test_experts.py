@@ -17,7 +17,7 @@ from dynalora.adapter import experts as expert_layers
 from dynalora.adapter.experts import AdaptedExperts
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
 from dynalora.drawing.landscape import rank_grid
-from dynalora.errors import ConfigError
+from dynalora.errors import ConfigError, UnsupportedError
 from dynalora.forgetting.effects import narrow_moments
 from dynalora.lab.configs import check_targets
 from tests.families import FAMILIES
@@ -152,6 +152,53 @@ def test_adapters_beside_each_other() -> None:
     model.delete_adapter("second")
     model.set_adapter("default")
     assert torch.equal(QWEN.logits(model), alone)
+
+
+@every_mixture
+@every_method
+def test_mixed_batches_go_by_rows(row: Row, toy: Toy) -> None:
+    """Experts see tokens, of all rows one after the other; one adapter adapts other layers than the active one."""
+    model = row.adapt(toy, target_modules=["q_proj", "kv_a_proj_with_mqa"], init_weights=False)
+    for name, targets in (("second", "all-linear"), ("third", ["down_proj"])):
+        model.add_adapter(name, row.configure(toy, target_modules=targets, init_weights=False, r=3))
+    model.eval()
+    batch = {"input_ids": torch.cat([toy.batch(seed)["input_ids"] for seed in (1, 2, 3)])}
+    names = ["second", "__base__", "third", "default", "second", "third"]
+    with torch.no_grad():
+        found = model(**batch, adapter_names=names).logits
+        for number, name in enumerate(names):
+            if name == "__base__":
+                with model.disable_adapter():
+                    alone = model(**batch).logits
+            else:
+                model.set_adapter(name)
+                alone = model(**batch).logits
+            torch.testing.assert_close(found[number], alone[number], atol=1e-5, rtol=1e-5)
+    model.set_adapter("default")
+    with pytest.raises(ConfigError, match="4 names"), torch.no_grad():
+        model(**batch, adapter_names=names[:4])
+
+
+def test_mixed_batches_generate_with_experts() -> None:
+    row = Row("disel", dynalora.DiselConfig, static=False)
+    model = row.adapt(QWEN, target_modules="all-linear", init_weights=False)
+    model.add_adapter("second", row.configure(QWEN, target_modules="all-linear", init_weights=False))
+    model.eval()
+    ids = QWEN.batch(3)["input_ids"]
+    options: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "num_beams": 2}
+    options |= {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 0}
+    found = model.generate(**options, adapter_names=["second", "default"])
+    for index, name in enumerate(["second", "default"]):
+        model.set_adapter(name)
+        assert torch.equal(model.generate(**options)[index], found[index])
+
+
+def test_experts_that_are_not_given_tokens_are_told_in_mixed_batches() -> None:
+    row = Row("dira", dynalora.DiraConfig, static=True)
+    model = row.adapt(QWEN, target_modules=["down_proj"], init_weights=False)
+    experts = next(module for module in model.modules() if isinstance(module, AdaptedExperts))
+    with pytest.raises(UnsupportedError, match=r"3 names, and adapted experts \(a Qwen3MoeExperts\)"):
+        experts(torch.zeros(4, 16), torch.zeros(4, 2).long(), torch.zeros(4, 2), adapter_names=["default"] * 3)
 
 
 def test_what_cannot_be_adapted_is_told() -> None:

@@ -39,6 +39,7 @@ TUNER = {
         "peft_config", "adapter_name", "target", "target_name", "parent", "current_key", "parameter_name",
     ],
     "_get_adapter_state_dict": None,
+    "_get_learnable_bias_state_dict": ["model", "state_dict", "config"],
     # Of torch's modules, which call it for each module, parents first.
     "_load_from_state_dict": [
         "state_dict", "prefix", "local_metadata", "strict", "missing_keys", "unexpected_keys", "error_msgs",

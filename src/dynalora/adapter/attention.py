@@ -9,13 +9,13 @@ the input, take part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from dynalora.adapter.parts import Parted, PartMatrix, acts
+from dynalora.adapter.parts import Parted, PartMatrix, acts, of_part
 from dynalora.errors import ConfigError
 
 #: The projections: of queries, keys and values, and of the result.
@@ -56,6 +56,11 @@ class AttentionMatrix(PartMatrix):
         if self.projection == "out":
             return cast("torch.Tensor | None", self.owner.out_proj.bias)
         return None if self.owner.in_proj_bias is None else self._third(self.owner.in_proj_bias)
+
+    @property
+    def bias_name(self) -> str:  # type: ignore[override]
+        """That of the output is a parameter; those of queries, keys and values lie in one."""
+        return "out_proj.bias" if self.projection == "out" else ""
 
     def _third(self, joined: torch.Tensor) -> torch.Tensor:
         size = self.owner.embed_dim
@@ -98,15 +103,18 @@ class AdaptedAttention(Parted):
         attn_mask: torch.Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        adapter_names: Sequence[str] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What `nn.MultiheadAttention` computes, with its projections' adapters; arguments and result are its own.
+
+        `adapter_names` are the adapters of the rows in a mixed batch; see `AdapterLayer.forward`.
 
         Raises:
             ConfigError: `is_causal=True` without the mask that it is a hint for.
         """
         self.take_back_if_disabled()
         base: Any = self.base_layer
-        if not any(map(acts, self.parts())):
+        if not any(acts(part, adapter_names) for part in self.parts()):
             result: tuple[torch.Tensor, torch.Tensor | None] = base(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -118,7 +126,7 @@ class AdaptedAttention(Parted):
         batched = query.dim() == 3
         turned = batched and not base.batch_first
         q, k, v = (
-            self.projections[name](x.transpose(0, 1) if turned else x if batched else x[None])
+            of_part(self.projections[name], x.transpose(0, 1) if turned else x if batched else x[None], adapter_names)
             for name, x in zip(PROJECTIONS, (query, key, value), strict=False)
         )
         if key_padding_mask is not None and not batched:
@@ -143,7 +151,7 @@ class AdaptedAttention(Parted):
             weights = weights if batched else weights[0]
         else:
             mixed = nn.functional.scaled_dot_product_attention(q, k, v, mask, p, is_causal=hint)
-        y = self.projections["out"](mixed.transpose(1, 2).flatten(2))
+        y = of_part(self.projections["out"], mixed.transpose(1, 2).flatten(2), adapter_names)
         return (y.transpose(0, 1) if turned else y if batched else y[0]), weights
 
     def _mask(

@@ -7,7 +7,7 @@ import os
 import re
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from peft import LoraConfig, PeftConfig
@@ -357,6 +357,14 @@ class AdapterConfig(PeftConfig):
     def own_rates(self) -> bool:
         """Whether gates, or steps of `up` that follow the diagonal, have learning rates of their own."""
         return False
+
+    def combined(self, **settings: Any) -> Self:
+        """The configuration of an adapter that is made of several, of which this one's is the first.
+
+        Args:
+            **settings: What differs: its rank, scaling and target modules.
+        """
+        return replace(self, **settings)
 
     def at_largest(self) -> AdapterConfig:
         """The configuration whose adapter begins as large as this one's may become, by which sizes are matched."""

@@ -11,14 +11,14 @@ layer of that expert. No matrix of the experts' size is made, as it is where the
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from dynalora.adapter.parts import Parted, PartMatrix, acts
+from dynalora.adapter.parts import Parted, PartMatrix, acts, of_part
 from dynalora.common.processes import process_count
 from dynalora.errors import UnsupportedError
 
@@ -79,34 +79,81 @@ class AdaptedExperts(Parted):
         for layers in self.lists().values():
             yield from layers
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the experts compute, with the adapters of each; arguments and result are the experts' own."""
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """What the experts compute, with the adapters of each; arguments and result are the experts' own.
+
+        `adapter_names` are the adapters of the rows in a mixed batch, whose tokens come one row after the other.
+
+        Raises:
+            UnsupportedError: In a mixed batch, the experts are not given a number for each token of each row.
+        """
         self.take_back_if_disabled()
+        if adapter_names is not None:
+            return self._row_by_row(adapter_names, args, kwargs)
         acting = {name: layers for name, layers in self.lists().items() if any(map(acts, layers))}
         if not acting:
             return self.base_layer(*args, **kwargs)
-        result = self._one_by_one(acting, *args, **kwargs)
+        result = self._one_by_one(acting, None, *args, **kwargs)
         if process_count() > 1 and torch.is_grad_enabled() and isinstance(result, torch.Tensor):
             # Data parallelism waits for a gradient of every parameter, also of experts that no token went to.
             own = [p.flatten()[:1].sum() for p in self.parameters() if p.requires_grad]
             result = result + 0 * torch.stack(own).sum().to(result) if own else result
         return result
 
+    def _row_by_row(self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The same for a mixed batch: the tokens of each adapter by themselves."""
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        counts = {len(tensor) for tensor in tensors if tensor.ndim}
+        tokens = counts.pop() if len(counts) == 1 else 0
+        if not tokens or tokens % len(names):
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+            raise UnsupportedError(
+                f"adapter_names has {len(names)} names, and adapted experts (a {type(self.base_layer).__name__}) were "
+                f"given tensors of shapes {shapes}, of which it cannot be told which token is of which row; give a "
+                "name for each row, or use one adapter at a time (set_adapter)."
+            )
+        rows = torch.arange(tokens, device=tensors[0].device).view(len(names), -1)
+        result: torch.Tensor | None = None
+        for adapter in dict.fromkeys(names):
+            mine = rows[[row for row, name in enumerate(names) if name == adapter]].flatten()
+
+            def part(value: Any, mine: torch.Tensor = mine) -> Any:
+                return value[mine.to(value.device)] if isinstance(value, torch.Tensor) and value.ndim else value
+
+            some = [part(value) for value in args]
+            more = {key: part(value) for key, value in kwargs.items()}
+            acting = {
+                name: layers
+                for name, layers in self.lists().items()
+                if any(acts(layer, (adapter,)) for layer in layers)
+            }
+            found = self._one_by_one(acting, adapter, *some, **more) if acting else self.base_layer(*some, **more)
+            if result is None:
+                result = found.new_empty(tokens, *found.shape[1:])
+            result[mine] = found
+        return result
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _one_by_one(self, acting: dict[str, ExpertList], *args: Any, **kwargs: Any) -> Any:
+    def _one_by_one(self, acting: dict[str, ExpertList], adapter: str | None, *args: Any, **kwargs: Any) -> Any:
         # The form that goes from expert to expert; others gather or group whole parameters.
         forward: Callable[..., Any] = inspect.unwrap(type(self.base_layer).forward)
-        with _in_place_of_parameters(self.base_layer, acting):
+        with _in_place_of_parameters(self.base_layer, acting, adapter):
             return forward(self.base_layer, *args, **kwargs)
 
 
 @contextmanager
-def _in_place_of_parameters(experts: nn.Module, lists: dict[str, ExpertList]) -> Iterator[None]:
-    """Inside, the experts' code finds lists of layers in the place of its parameters."""
+def _in_place_of_parameters(experts: nn.Module, lists: dict[str, ExpertList], adapter: str | None) -> Iterator[None]:
+    """Inside, the experts' code finds lists of layers in the place of its parameters.
+
+    Args:
+        experts: The module of experts.
+        lists: The layers by parameter.
+        adapter: In mixed batches, the adapter of the tokens; None for those that are active.
+    """
     try:
         for name, layers in lists.items():
             # Attributes of the object come before those that nn.Module looks up.
-            experts.__dict__[name] = _Matrices(layers)
+            experts.__dict__[name] = _Matrices(layers, adapter)
         yield
     finally:
         for name in lists:
@@ -116,18 +163,22 @@ def _in_place_of_parameters(experts: nn.Module, lists: dict[str, ExpertList]) ->
 class _Matrices:
     """Stands for a fused parameter; can be asked for one expert's matrix."""
 
-    def __init__(self, layers: ExpertList) -> None:
-        self._layers = layers
+    def __init__(self, layers: ExpertList, adapter: str | None) -> None:
+        self._layers, self._adapter = layers, adapter
 
     def __getitem__(self, expert: Any) -> _Matrix:
-        return _Matrix(self._layers[int(expert)])
+        return _Matrix(self._layers[int(expert)], self._adapter)
 
 
 class _Matrix:
     """Stands for one expert's matrix; can be multiplied with an input."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
+    def __init__(self, layer: nn.Module, adapter: str | None) -> None:
+        self._layer, self._adapter = layer, adapter
+
+    def _times(self, x: torch.Tensor) -> torch.Tensor:
+        """The product with an input, (tokens, in) → (tokens, out)."""
+        return of_part(self._layer, x, None if self._adapter is None else [self._adapter] * len(x))
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -138,12 +189,12 @@ class _Matrix:
                 f"the experts of this model use their matrices in {getattr(function, '__name__', function)}, which "
                 "adapters of experts cannot take part in; leave the experts out with exclude_modules."
             )
-        result = matrix._layer(x)
+        result = matrix._times(x)
         bias = rest[0] if rest else (kwargs or {}).get("bias")
         return result if bias is None else result + bias
 
     def __rmatmul__(self, x: torch.Tensor) -> Any:
-        return self._layer(x)
+        return self._times(x)
 
 
 def fused_experts(model: nn.Module) -> dict[str, list[str]]:

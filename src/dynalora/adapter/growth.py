@@ -104,6 +104,8 @@ class GrowthConfig(AdapterConfig):
 class GrowingLayer(AdapterLayer):
     """A layer whose rank can grow."""
 
+    takes_factors = False  # further components may train ahead
+
     def reserve(self, config: GrowthConfig, r: int) -> int:
         """Room for what the rank can become, where shapes must stay as they are."""
         if config.inference_mode or (config.max_rank is None and not process_count() > 1):

@@ -193,6 +193,8 @@ class AdapterLayer(RankedStorage, BaseWeight):
 
     # What a method says ----------------------------------------------------------------------------------------
 
+    #: Whether a new adapter's update can be that of any factors; see `take_factors`.
+    takes_factors: ClassVar[bool] = True
     #: Whether the method's rules hold for convolutions and embeddings too.
     any_kind: ClassVar[bool] = True
 
@@ -239,6 +241,20 @@ class AdapterLayer(RankedStorage, BaseWeight):
     def zero_update(self, adapter: str) -> None:
         """Make the update zero and leave the adapter able to train again: `up` becomes zero, as at LoRA's start."""
         self.parameter("up", adapter).zero_()
+
+    @torch.no_grad()
+    def take_factors(self, adapter: str, up: torch.Tensor, down: torch.Tensor) -> None:
+        """Let the update of an adapter that has just been made be `s · up · down`, whatever its method.
+
+        Args:
+            adapter: The adapter, of which no start has been computed.
+            up: (out, r), with its rank r.
+            down: (r, in).
+        """
+        for role, value in (("up", up), ("down", down)):
+            parameter = self.parameter(role, adapter)
+            parameter.data = value.to(parameter.device)
+        self.unprepared.pop(adapter, None)
 
     def scale_update(self, adapter: str, factor: float) -> None:
         """Multiply the update by a factor, from 0 (the base layer) up; what is saved as `alpha` must follow."""
@@ -328,7 +344,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
             **kwargs: Passed on to the base layer.
 
         Raises:
-            ConfigError: `adapter_names` of another length than `x`, or while an adapter is merged.
+            ConfigError: `adapter_names` of another length than `x`.
             UnsupportedError: DeepSpeed has spread the adapter over processes.
         """
         if adapter_names is None and not (args or kwargs or torch.is_grad_enabled() or torch.compiler.is_compiling()):
@@ -540,16 +556,14 @@ class AdapterLayer(RankedStorage, BaseWeight):
                 f"adapter_names has {len(adapter_names)} names for a batch of {len(x)} rows in {self.name!r}; "
                 "give one for each row, '__base__' for the base model."
             )
-        if self.merged_adapters:
-            raise ConfigError(
-                f"adapter_names cannot be used while {', '.join(self.merged_adapters)} is merged; "
-                "call unmerge_adapter() first."
-            )
 
     def _add_by_row(self, result: torch.Tensor, x: torch.Tensor, adapter_names: Sequence[str]) -> torch.Tensor:
         """Add to every row of a mixed batch the update of its own adapter; `result` is overwritten."""
-        for adapter in dict.fromkeys(adapter_names):
-            if adapter in self.scaling:  # it may be the base model, or adapt other layers only
+        different = dict.fromkeys(adapter_names)
+        for adapter in filter(self.has_adapter, different):  # it may be the base model, or adapt other layers only
+            if len(different) == 1:
+                result = self.add_update(result, x, adapter, in_place=True)
+            else:
                 rows = [row for row, name in enumerate(adapter_names) if name == adapter]
                 result[rows] = self.add_update(result[rows], x[rows], adapter, in_place=True)
         return result

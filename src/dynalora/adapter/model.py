@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -25,11 +26,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import nn
 
+from dynalora.adapter.combining import Combination
 from dynalora.adapter.config import AdapterConfig
 from dynalora.adapter.layer import AdapterLayer, adapter_layers
 from dynalora.adapter.matching import MatchedRates
 from dynalora.adapter.method import Method
-from dynalora.adapter.parts import Parted, PartMatrix, name_in_base_model
+from dynalora.adapter.parts import Parted, PartMatrix, biases_of_parts, name_in_base_model
 from dynalora.adapter.patterns import check_patterns, of_module
 from dynalora.adapter.ranks import fit
 from dynalora.adapter.retain import Retain
@@ -42,6 +44,7 @@ from dynalora.adapter.targets import (
     is_target,
     leave_out_head,
     settle_targets,
+    targets_naming,
 )
 from dynalora.common.names import plain_name
 from dynalora.common.private import (
@@ -236,17 +239,113 @@ class AdapterModel(BaseTuner):
             )
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    def add_weighted_adapter(self, adapters: Sequence[str], *_: Any, **__: Any) -> None:
-        """Refuse to make one adapter of several, as PEFT's LoRA does by mixing the factors.
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """Make one adapter of several; see [`adapter.combining`][dynalora.adapter.combining]. Parameters as PEFT's.
+
+        The new adapter is not active and does not train; it is of the same method, with the first one's settings.
+
+        Args:
+            adapters: Names of adapters of the model, whose updates are fixed matrices.
+            weights: A weight for each, which may be negative.
+            adapter_name: The new adapter's name.
+            combination_type: `"cat"` for the exact sum of the updates, `"svd"` for its best approximation of a given
+                rank, or another of `dynalora.adapter.combining.COMBINATIONS`.
+            svd_rank: The rank of combinations with `svd`; None: the number of components of the adapter that has most.
+            svd_clamp: Not supported; None.
+            svd_full_matrices: Has no effect.
+            svd_driver: Has no effect.
+            density: The share of values that TIES, DARE and pruning keep, in (0, 1].
+            majority_sign_method: How TIES elects signs, `"total"` or `"frequency"`.
 
         Raises:
-            UnsupportedError: Always; what adds up exactly is named.
+            ConfigError: A setting is none that there is, or an adapter of this name is there already.
+            UnsupportedError: An update depends on the input, is more than a matrix of low rank, or is trained together
+                with other weights.
         """
-        raise UnsupportedError(
-            f"adapters of {self.method.name.upper()} are not combined into one; activate them together with "
-            f"model.base_model.set_adapter({list(adapters)!r}), which adds their updates up, or export each with "
-            "dynalora.export_lora and combine the plain LoRAs with PEFT."
+        if svd_clamp is not None:
+            raise ConfigError(f"add_weighted_adapter: svd_clamp={svd_clamp!r} is not supported; leave it out.")
+        adapters = list(adapters)
+        if len(adapters) != len(weights):
+            raise ConfigError(
+                f"add_weighted_adapter got {len(adapters)} adapters and {len(weights)} weights; give one for each."
+            )
+        how = Combination(
+            tuple(zip(adapters, weights, strict=True)), combination_type, svd_rank, density, majority_sign_method
         )
+        if adapter_name in self.peft_config:
+            raise ConfigError(f"add_weighted_adapter: there is an adapter {adapter_name!r} already; choose a new name.")
+        self._check_combined(adapters)
+        layers = adapter_layers(self.model)
+        factors = {name: made for name, layer in layers.items() if (made := how.of(layer)) is not None}
+        targets, left_out = targets_naming(self.model, factors)
+        ranks = {name: len(down) for name, (_, down) in factors.items()}
+        r = max(ranks.values())
+        others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
+        config = cast(AdapterConfig, self.peft_config[adapters[0]]).combined(
+            r=r, alpha=float(r), use_rslora=False, rank_pattern=others, alpha_pattern={},
+            scaling_ranks=dict.fromkeys(others, r), target_modules=targets, exclude_modules=left_out,
+            layers_to_transform=None, layers_pattern=None, inference_mode=True,
+        )  # fmt: skip
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        config.inference_mode = config.may_be_loaded = False  # it was set so that no start is computed
+        for name, (up, down) in factors.items():
+            layers[name].take_factors(adapter_name, up, down)
+
+    def _check_combined(self, adapters: Sequence[str]) -> None:
+        """Refuse adapters of which no single one can be made."""
+        instead = (
+            f"activate them together with model.base_model.set_adapter({list(adapters)!r}), which adds their updates up"
+        )
+        for adapter in adapters:
+            config = self.peft_config.get(adapter)
+            if config is None:
+                raise ConfigError(
+                    f"add_weighted_adapter names {adapter!r}, but the model's adapters are "
+                    f"{', '.join(map(repr, self.peft_config))}."
+                )
+            besides = [
+                name for name in ("modules_to_save", "trainable_token_indices") if getattr(config, name) is not None
+            ]
+            if besides or config.bias != "none":  # type: ignore[attr-defined]
+                raise UnsupportedError(
+                    f"adapter {adapter!r} was trained with {(besides or ['bias'])[0]}, and weights that are trained "
+                    f"besides cannot be combined; {instead}, or merge one adapter after the other."
+                )
+            layers = adapter_layers(self.model, adapter)
+            if not self.method.layer_class.takes_factors:
+                raise UnsupportedError(
+                    f"adapters of {self.method.name.upper()} are not combined into one, whose form is not that of "
+                    f"any matrix of low rank; {instead}, or export each with dynalora.export_lora and combine the "
+                    "plain LoRAs with PEFT."
+                )
+            if any(layer.plain_extras(adapter) for layer in layers.values()):
+                raise UnsupportedError(
+                    f"adapter {adapter!r} scales the whole weight (use_dora=True), so its update cannot be combined "
+                    "with others into one; merge one adapter after the other (merge_and_unload)."
+                )
+            if any(layer.depends_on_input(adapter) for layer in layers.values()):
+                raise UnsupportedError(
+                    f"the update of adapter {adapter!r} depends on the input (its gates are computed for every token), "
+                    f"so it cannot be combined with others into one; {instead}, or export each with held gates "
+                    "(export_lora(gates=record_gates(...))) and combine the plain LoRAs with PEFT."
+                )
 
     def _unload_and_optionally_merge(
         self,
@@ -297,12 +396,14 @@ class AdapterModel(BaseTuner):
         config = getattr(self.model, "config", None)
         encoder = self.model.get_encoder() if getattr(config, "is_encoder_decoder", False) else None
         unrepeated = set(encoder.modules()) if isinstance(encoder, nn.Module) else set()
+        # What stands around others hands the names on to them, which may see tokens instead of rows.
+        handed_on = {part for module in self.modules() if isinstance(module, Parted) for part in module.parts()}
         handles = [
             module.register_forward_pre_hook(
                 partial(_with_adapter_names, names=names if module in unrepeated else repeated), with_kwargs=True
             )
             for module in self.modules()
-            if isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper))
+            if isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper, Parted)) and module not in handed_on
         ]
         try:
             yield
@@ -324,6 +425,10 @@ class AdapterModel(BaseTuner):
             raise ConfigError(
                 f"adapter_names names {', '.join(map(repr, unknown))}, but the model's adapters are "
                 f"{', '.join(map(repr, self.peft_config))} (and '__base__', the base model)."
+            )
+        if merged := sorted({name for layer in adapter_layers(self.model).values() for name in layer.merged_adapters}):
+            raise ConfigError(
+                f"adapter_names cannot be used while {', '.join(merged)} is merged; call unmerge_adapter() first."
             )
         return list(adapter_names)
 
@@ -360,6 +465,15 @@ class AdapterModel(BaseTuner):
                     state[key] = fit(state[key], dim, layer.rank(adapter_name)).contiguous()
         config.follow(layers.values(), adapter_name)  # it is written next, if the state is to be saved
         return state
+
+    @classmethod
+    def _get_learnable_bias_state_dict(
+        cls, model: nn.Module, state_dict: dict[str, torch.Tensor], config: Any
+    ) -> dict[str, torch.Tensor]:
+        # PEFT looks for biases in the base layers, and those of parts lie in the module around them.
+        biases = super()._get_learnable_bias_state_dict(model, state_dict, config)
+        places = biases_of_parts(model) if config.bias.endswith("_only") else ()
+        return {**biases, **{place: state_dict[place] for place in places if place in state_dict}}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Modules load one after the other, this one before its layers: so a refusal leaves none of them changed.

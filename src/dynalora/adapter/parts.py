@@ -6,8 +6,8 @@ any linear layer. `Parted` stands around the module, holds those layers, and com
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from torch import nn
 
 class PartMatrix(nn.Module):
     """A linear layer whose matrix is a part of another module's parameter; it has none of its own."""
+
+    #: Where the owner has the bias, if that is a parameter of its own, which can train; empty if not.
+    bias_name: ClassVar[str] = ""
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
@@ -111,8 +114,35 @@ def name_in_base_model(model: nn.Module, key: str) -> str:
     return ".".join(parts)
 
 
-def acts(layer: Any) -> bool:
-    """Whether a part computes something else than its matrix alone."""
+def biases_of_parts(model: nn.Module) -> list[str]:
+    """Names of the biases of adapted parts that are parameters of their own.
+
+    Args:
+        model: A model in which modules are parted.
+    """
+    return [
+        f"{name}.base_layer.{matrix.bias_name}"
+        for name, module in model.named_modules()
+        for part in (module.parts() if isinstance(module, Parted) else ())
+        if not isinstance(part, PartMatrix) and (matrix := cast(Any, part).get_base_layer()).bias_name
+    ]
+
+
+def acts(layer: Any, adapter_names: Sequence[str] | None = None) -> bool:
+    """Whether a part computes something else than its matrix alone.
+
+    Args:
+        layer: The part.
+        adapter_names: In mixed batches the adapters of the rows; None for those that are active.
+    """
     if isinstance(layer, PartMatrix):
         return False
-    return bool(not layer.disable_adapters and not layer.merged and any(map(layer.has_adapter, layer.active_adapters)))
+    names = layer.active_adapters if adapter_names is None else adapter_names
+    return bool(not layer.disable_adapters and not layer.merged and any(map(layer.has_adapter, names)))
+
+
+def of_part(layer: nn.Module, x: torch.Tensor, adapter_names: Sequence[str] | None = None) -> torch.Tensor:
+    """What a part makes of an input, (rows, …, in) → (rows, …, out); in mixed batches with an adapter for each row."""
+    if adapter_names is None or isinstance(layer, PartMatrix):
+        return cast(torch.Tensor, layer(x))
+    return cast(torch.Tensor, layer(x, adapter_names=adapter_names))

@@ -21,6 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from dynalora.adapter.parts import biases_of_parts
 from dynalora.common.names import plain_name
 from dynalora.errors import CheckpointError
 
@@ -149,13 +150,15 @@ def check_further_tensors(
     vocabularies = {
         f"{plain_name(name)}.weight" for name, module in model.named_modules() if module in _embeddings_of(model)
     }
+    biases = set(map(plain_name, biases_of_parts(model)))
     for name, tensor in list(state.items()):
         key = plain_name(name)
         owner, _, last = key.rpartition(".")
         if last.startswith(prefix):
             continue
         place = there.get(key, there.get(f"{owner}.base_layer.{last}"))
-        trained = last == "bias" and (config.bias == "all" or (config.bias != "none" and _layer_of(owner) in layers))
+        adapted = _layer_of(owner) in layers or key in biases
+        trained = last == "bias" and (config.bias == "all" or (config.bias != "none" and adapted))
         if key in copies or trained:
             if place is not None and place.shape != tensor.shape:
                 if what_fits:

@@ -31,6 +31,8 @@ class SharingLayer(AdapterLayer):
             that is taken off the model, as merged ones are one by one, leaves its part to the others.
     """
 
+    takes_factors = False  # factors are not one layer's own
+
     def __init__(self, base_layer: nn.Module, quantization: dict[str, Any] | None = None) -> None:
         super().__init__(base_layer, quantization)
         self.peers: dict[str, dict[str, list[nn.ParameterDict]]] = {}

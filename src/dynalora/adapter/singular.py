@@ -118,6 +118,12 @@ class SingularLayer(TwinLayer):
         """U, S and Vᵀ."""
         return {**super().begin(adapter, triplets), "sigma": triplets.values}
 
+    @torch.no_grad()
+    def take_factors(self, adapter: str, up: torch.Tensor, down: torch.Tensor) -> None:
+        """Take factors with singular values of 1, and nothing that cancels them."""
+        super().take_factors(adapter, up, down)
+        self.parameter("sigma", adapter).data = torch.ones_like(self.parameter("up", adapter)[0])
+
     def keep_start(self, adapter: str) -> None:
         """Copy the trained components and their singular values."""
         super().keep_start(adapter)

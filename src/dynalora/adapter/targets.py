@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -305,11 +306,6 @@ def _check_attention(config: Any, name: str, attention: nn.Module, projections: 
             f"module {name!r} is an nn.MultiheadAttention whose weights are offloaded, where they cannot be read; load "
             "the base model without offloading, or leave it out with exclude_modules."
         )
-    if config.bias != "none":
-        raise ConfigError(
-            f"{type(config).__name__}: bias={config.bias!r} cannot train the biases of {name!r}, an "
-            "nn.MultiheadAttention, which lie in one parameter; set bias='none', or leave it out with exclude_modules."
-        )
     for place, matrix in matrices.items():
         check(matrix, place)
 
@@ -324,6 +320,30 @@ def _meant_projections(config: Any, name: str) -> tuple[str, ...]:
     else:
         meant = ("out",) if _matches(config, name, "out_proj") else ()
     return tuple(each for each in meant if _exclusion(config, *_names_of_projection(name, each)) is None)
+
+
+def targets_naming(model: nn.Module, layers: Iterable[str]) -> tuple[set[str] | str, set[str] | None]:
+    """`target_modules` and `exclude_modules` that mean some adapted layers and no others.
+
+    Args:
+        model: The model, in which the layers are adapted.
+        layers: Their names.
+    """
+    targets: set[str] = set()
+    left_out: set[str] = set()
+    layers = set(layers)
+    for name in layers:
+        owner, _, last = name.rpartition(".")
+        parted = _submodule(model, owner.rpartition(".")[0])
+        if isinstance(parted, AdaptedAttention) and last in PROJECTIONS:
+            targets.add(owner.rpartition(".")[0])
+            left_out |= {f"{owner}.{each}" for each in PROJECTIONS} - layers
+        else:
+            targets.add(owner if isinstance(parted, AdaptedExperts) and last.isdigit() else name)
+    ends = tuple(f".{name}" for name in targets)
+    if any(name.endswith(ends) for name, _ in model.named_modules() if name not in targets):
+        return "|".join(map(re.escape, sorted(targets))), left_out or None
+    return targets, left_out or None
 
 
 def _names_of_projection(attention: str, projection: str) -> list[str]:

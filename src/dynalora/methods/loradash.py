@@ -58,6 +58,7 @@ class LoraDashLayer(DirectedLayer):
     """LoRA's layer, and frozen directions with weights δ, zero vectors until they are chosen."""
 
     method_name = "loradash"
+    takes_factors = False  # its directions are those of a training
     roles = (*AdapterLayer.roles, Role("frozen_down", trains=False), Role("frozen_up", trains=False), *DIRECTION_ROLES)
 
     def diagonal(self, adapter: str, projected: torch.Tensor | Gates) -> torch.Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
+
+from typing_extensions import Self
 
 from dynalora.adapter.compaction import THRESHOLD
 from dynalora.adapter.config import is_number, is_whole
@@ -114,6 +116,10 @@ class DiraConfig(GatedConfig):
             given = getattr(self, setting.name) != setting.default
             self._require(not given, setting.name, f"left out with target_rank, which it has no effect on ({target:g})")
         self._require(self.penalty_weight > 0, "penalty_weight", "above 0 with target_rank")
+
+    def combined(self, **settings: Any) -> Self:
+        """As `AdapterConfig.combined`, without the budget, which was that of a run."""
+        return super().combined(target_rank=None, **settings)
 
     @property
     def proximal(self) -> bool:

@@ -147,6 +147,12 @@ class PedyraLayer(DoraLayer):
         self.set_running("frozen_down", adapter, None)
         self.set_running("frozen_up", adapter, None)
 
+    @torch.no_grad()
+    def take_factors(self, adapter: str, up: torch.Tensor, down: torch.Tensor) -> None:
+        """Take factors with e = 1."""
+        super().take_factors(adapter, up, down)
+        self.parameter("e", adapter).data = torch.ones_like(self.parameter("up", adapter)[0])
+
     def fixed_diagonal(self, adapter: str) -> torch.Tensor:
         """e, (r); with the frozen triplets of PiSSA's start (e, 1), since theirs is in their up factor."""
         e, frozen = self.used("e", adapter), self.running("frozen_up", adapter)

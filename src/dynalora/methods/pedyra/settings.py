@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
+from typing_extensions import Self
+
 from dynalora.adapter.config import is_number, is_whole
 from dynalora.adapter.gates import GatedConfig
 from dynalora.adapter.matching import LORA_STEP, MatchedSteps
@@ -198,6 +200,10 @@ class PedyraConfig(GatedConfig):
             return None
         usual = 2.0 ** round(math.log2(UP_RATE / scaling))
         return MatchedSteps(LORA_STEP / scaling, unmeasured=usual, least=0.0 if self.gates else usual)
+
+    def combined(self, **settings: Any) -> Self:
+        """As `AdapterConfig.combined`, without the largest rank, which was that of a run."""
+        return super().combined(max_rank=None, **settings)
 
     @property
     def uses_gradients(self) -> bool:
