@@ -8,6 +8,7 @@ import inspect
 import io
 import itertools
 import json
+import math
 import pkgutil
 import re
 import sys
@@ -34,6 +35,7 @@ from dynalora.errors import ConfigError
 from dynalora.lab.baselines import BASELINES
 from dynalora.lab.explorer import Explorer, Line, Point
 from dynalora.lab.report import Figure, Report, Section, Table, render_html, rich_table, show, write_report
+from dynalora.lab.scores import decimals_for
 from dynalora.methods import METHODS
 
 EVIL = "<script>alert('x')</script>"
@@ -375,3 +377,20 @@ def test_every_plot_returns_a_figure() -> None:
 def test_pictures_of_numbers_that_are_all_alike_are_left_out() -> None:
     assert not differing([Interval(0, 0, 0.1), 0.0, None])
     assert differing([Interval(0, 0, 0.1), 0.5])
+
+
+@pytest.mark.parametrize(
+    ("halves", "decimals"),
+    [
+        ([0.0402], 3), ([0.2], 3), ([0.0995, 3.0], 3), ([0.0023], 4), ([0.05, 0.0023], 4), ([1e-9], 4), ([], 4),
+        ([0.0], 4), ([math.inf, 0.2], 3), ([math.nan], 4),
+    ],
+)  # fmt: skip
+def test_a_column_has_the_decimals_that_its_narrowest_interval_needs(halves: list[float], decimals: int) -> None:
+    intervals = [None, *(Interval(1.0, 1.0 - half, 1.0 + half) for half in halves)]
+    assert decimals_for(intervals) == decimals
+
+
+def test_a_column_may_have_fewer_decimals() -> None:
+    assert decimals_for([Interval(38.7, 36.7, 40.7), Interval(8.1, 7.6, 8.6)], least=1) == 2
+    assert decimals_for([Interval(38.7, 26.7, 50.7)], least=1) == 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dynalora.common.statistics import Difference, Estimate, Interval, mean_interval
@@ -58,6 +59,21 @@ def shown_interval(
     if half:
         return f"{value} ± {scale * (interval.high - interval.low) / 2:.{decimals}f}"
     return f"{value} ({low} to {high})"
+
+
+def decimals_for(intervals: Iterable[Interval | Difference | None], least: int = 3, most: int = 4) -> int:
+    """How many decimals a table's column needs to show the narrowest of its intervals with two significant digits.
+
+    Args:
+        intervals: The column; None where there is nothing, and intervals without a width, tell nothing.
+        least: At least so many.
+        most: At most so many; also where no interval has a width.
+    """
+    halves = [(interval.high - interval.low) / 2 for interval in intervals if interval is not None]
+    widths = [half for half in halves if math.isfinite(half) and half > 0]
+    if not widths:
+        return most
+    return min(max(1 - math.floor(math.log10(min(widths))), least), most)
 
 
 def shown_scores(records: Sequence[Mapping[str, Any]]) -> list[str | None]:

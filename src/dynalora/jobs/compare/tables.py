@@ -16,7 +16,7 @@ from dynalora.jobs.compare.summaries import MEAN, Summary, training_numbers
 from dynalora.lab.distance import in_words
 from dynalora.lab.report import Cell as TableCell
 from dynalora.lab.report import Table
-from dynalora.lab.scores import shown_interval
+from dynalora.lab.scores import decimals_for, shown_interval
 
 _A_KL = 0.1
 """The KL whose meaning is told."""
@@ -62,15 +62,21 @@ def result_table(comparison: Comparison, place: str, summaries: Sequence[Summary
         "‖ΔW‖_F": {summary.label: summary.norm for summary in summaries},
     }
     changes = {name: values for name, values in changes.items() if any(values.values())}
+    least = {"‖ΔW‖_F": 1}
+    of_changes = {name: decimals_for(values.values(), least.get(name, 3)) for name, values in changes.items()}
+    of_loss = decimals_for(summary.loss for summary in summaries)
+    of_difference = decimals_for(summary.loss_apart for summary in summaries)
+    of_kl = {text: decimals_for(summary.kl.get(text) for summary in summaries) for text in texts}
+    at_losses = texts and any(summary.at_reference_loss.get(texts[0]) is not None for summary in summaries)
     rows: list[dict[str, TableCell]] = []
     for summary in summaries:
         # First what one comes for, which a narrow screen shows without scrolling.
-        row: dict[str, TableCell] = {"method": summary.label, "loss": shown_interval(summary.loss, 4, half=True)}
+        row: dict[str, TableCell] = {"method": summary.label, "loss": shown_interval(summary.loss, of_loss, half=True)}
         kl = {} if summary.learning_rate is None else summary.kl
-        of_texts = {f"KL, {text}": shown_interval(kl.get(text), 4, half=True) for text in texts}
+        of_texts = {f"KL, {text}": shown_interval(kl.get(text), of_kl[text], half=True) for text in texts}
         row |= dict(list(of_texts.items())[:1])
-        row[f"loss, − {spec.reference}"] = _difference(summary.loss_apart, 4)
-        if texts:
+        row[f"loss, − {spec.reference}"] = _difference(summary.loss_apart, of_difference)
+        if at_losses:
             at_loss = summary.at_reference_loss.get(texts[0])
             row[f"KL, {texts[0]}, at {spec.reference}'s loss"] = None if at_loss is None else f"{at_loss:.4f}"
         if accuracies:
@@ -78,7 +84,8 @@ def result_table(comparison: Comparison, place: str, summaries: Sequence[Summary
             row[f"accuracy, − {spec.reference}"] = _difference(summary.accuracy_apart, 1, scale=100)
         row |= {name: shown_interval(summary.metrics.get(name), 3, half=True) for name in metrics}
         row |= of_texts
-        row |= {name: shown_interval(values[summary.label], 4, half=True) for name, values in changes.items()}
+        for name, values in changes.items():
+            row[name] = shown_interval(values[summary.label], of_changes[name], half=True)
         rows.append(row | _rate_and_seeds(summary))
     columns = list(rows[0]) if rows else ["method", "loss"]
     return Table(columns, [list(row.values()) for row in rows], title=place, note=_result_note(spec, summaries))
@@ -88,11 +95,13 @@ def rate_table(comparison: Comparison, place: str, summaries: Sequence[Summary])
     """One task's results at every learning rate, for comparisons that run every seed at all of them."""
     spec = comparison.grid.spec
     accuracies = any(summary.accuracy is not None for summary in summaries)
+    of_loss = decimals_for(summary.loss for summary in summaries)
+    of_difference = decimals_for(summary.loss_apart for summary in summaries)
     rows: list[list[TableCell]] = []
     for summary in summaries:
         rate = None if summary.learning_rate is None else f"{summary.learning_rate:g}"
-        loss = shown_interval(summary.loss, 4, half=True)
-        row: list[TableCell] = [rate, summary.label, loss, _difference(summary.loss_apart, 4)]
+        loss = shown_interval(summary.loss, of_loss, half=True)
+        row: list[TableCell] = [rate, summary.label, loss, _difference(summary.loss_apart, of_difference)]
         if accuracies:
             row += [shown_interval(summary.accuracy, 1, scale=100, half=True)]
             row += [_difference(summary.accuracy_apart, 1, scale=100)]
@@ -121,11 +130,13 @@ def _result_note(spec: CompareSpec, summaries: Sequence[Summary], of: str = "met
         f"as drawn at random; * p < 0.05 after Holm's adjustment for the number of {of}."
     ]
     if any(summary.kl for summary in summaries):
-        sentences.append(
-            "KL(base ‖ tuned) in nats per token: what was forgotten. The column at a loss compares at equal "
-            f"adaptation: KL where the method's curve over learning rates reaches {reference}'s loss; a dash where it "
-            f"does not. {in_words(_A_KL)}"
-        )
+        sentences.append("KL(base ‖ tuned) in nats per token: what was forgotten.")
+        if any(kl is not None for summary in summaries for kl in summary.at_reference_loss.values()):
+            sentences.append(
+                "The column at a loss compares at equal adaptation: KL where the method's curve over learning rates "
+                f"reaches {reference}'s loss; a dash where it does not."
+            )
+        sentences.append(in_words(_A_KL))
     if any(summary.norm for summary in summaries):
         sentences.append("‖ΔW‖_F: over all matrices, with gates counted as open.")
     if any(score.get("unweighted") for score in scores):
@@ -150,7 +161,7 @@ def scaled_tables(comparison: Comparison, place: str, summaries: Sequence[Summar
     columns = [
         "method", "loss", "KL", "factor", f"KL at {reference}'s loss", f"/ {reference}",
         f"/ {reference}, scaled", f"loss at {reference}'s KL, − {reference}",
-        f"KL / {reference}, scaled, over all losses", "learning rate", "seeds",
+        f"KL / {reference}, scaled, over all losses",
     ]  # fmt: skip
     note = (
         f"Every run at factors of its update. loss, KL, factor: at the smallest factor whose loss on the questions set "
@@ -160,18 +171,21 @@ def scaled_tables(comparison: Comparison, place: str, summaries: Sequence[Summar
         "between the curves). Ratios below 1 and differences below 0 are better; ± and brackets: 95 % intervals, "
         "paired over the seeds; a dash where a seed's curve does not get there."
     )
-    tables = []
+    tables: list[Table] = []
     for text in dict.fromkeys(text for summary in summaries for text in summary.scaled):
-        rows: list[list[TableCell]] = []
-        for summary in summaries:
-            if text in summary.scaled:
-                ends = _rate_and_seeds(summary).values()
-                rows.append([summary.label, *_scaled_cells(summary.scaled[text]), *ends])
-        tables.append(Table(columns, rows, title=f"{place}: scaled after training, {text}", note=note))
+        curves = {summary.label: summary.scaled[text] for summary in summaries if text in summary.scaled}
+        decimals = {name: decimals_for(getattr(curve, name) for curve in curves.values()) for name in _WITH_INTERVALS}
+        rows = [[label, *_scaled_cells(curve, decimals)] for label, curve in curves.items()]
+        read = "Read as the table above it." if tables else note
+        tables.append(Table(columns, rows, title=f"{place}: scaled after training, {text}", note=read))
     return tables
 
 
-def _scaled_cells(scaled: Scaled) -> list[TableCell]:
+_WITH_INTERVALS = ("loss", "kl", "at_loss", "at_kl")
+"""What is told of a curve with ±."""
+
+
+def _scaled_cells(scaled: Scaled, decimals: Mapping[str, int]) -> list[TableCell]:
     """The cells of one method on one text."""
 
     def ratio(interval: Interval | None) -> str | None:
@@ -180,13 +194,13 @@ def _scaled_cells(scaled: Scaled) -> list[TableCell]:
         return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
     return [
-        shown_interval(scaled.loss, 4, half=True),
-        shown_interval(scaled.kl, 4, half=True),
+        shown_interval(scaled.loss, decimals["loss"], half=True),
+        shown_interval(scaled.kl, decimals["kl"], half=True),
         None if scaled.factor is None else f"{scaled.factor:.2f}",
-        shown_interval(scaled.at_loss, 4, half=True),
+        shown_interval(scaled.at_loss, decimals["at_loss"], half=True),
         ratio(scaled.at_loss_ratio),
         ratio(scaled.own_ratio),
-        shown_interval(scaled.at_kl, 4, sign="+", half=True),
+        shown_interval(scaled.at_kl, decimals["at_kl"], sign="+", half=True),
         ratio(scaled.area),
     ]
 
