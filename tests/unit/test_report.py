@@ -29,7 +29,7 @@ from dynalora.adapter.method import Panel
 from dynalora.common.statistics import Interval
 from dynalora.drawing.comparison import differing, plot_bars, plot_transfer
 from dynalora.drawing.landscape import plot_rank_heatmap
-from dynalora.drawing.style import PALETTE, for_pages, heat_map, look, looks, panels, rendered, save
+from dynalora.drawing.style import PALETTE, figure, for_pages, heat_map, log_scale, look, looks, panels, rendered, save
 from dynalora.drawing.training import plot_losses, plot_metrics
 from dynalora.errors import ConfigError
 from dynalora.lab.baselines import BASELINES
@@ -394,3 +394,23 @@ def test_a_column_has_the_decimals_that_its_narrowest_interval_needs(halves: lis
 def test_a_column_may_have_fewer_decimals() -> None:
     assert decimals_for([Interval(38.7, 36.7, 40.7), Interval(8.1, 7.6, 8.6)], least=1) == 2
     assert decimals_for([Interval(38.7, 26.7, 50.7)], least=1) == 1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [
+        (0.02, 0.7, {"0.02", "0.05", "0.1", "0.2", "0.5"}),  # less than two powers of ten: 2 and 5 as well
+        (0.001, 0.9, {"0.001", "0.01", "0.1"}),
+        (0.25, 0.45, {"0.3", "0.4"}),  # no power of ten, nor 2 or 5
+        (1e-7, 1e-3, {"1e-07", "1e-06", "1e-05", "0.0001", "0.001"}),
+    ],
+)
+def test_a_logarithmic_axis_has_plain_numbers_that_have_room(low: float, high: float, shown: set[str]) -> None:
+    drawn, (axis,) = figure(6.6, 4.6)
+    log_scale(axis)
+    axis.plot([low, high], [0.0, 1.0])
+    axis.set_xlim(low, high)
+    drawn.canvas.draw()
+    labels = [*axis.get_xticklabels(), *axis.get_xticklabels(minor=True)]
+    places = {label.get_text(): label.get_position()[0] for label in labels if label.get_text()}
+    assert {text for text, place in places.items() if low <= place <= high * 1.0001} == shown

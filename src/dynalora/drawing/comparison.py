@@ -9,7 +9,19 @@ import numpy as np
 
 from dynalora.common.statistics import Interval
 from dynalora.drawing.landscape import rank_grid
-from dynalora.drawing.style import LINES, OVER_PICTURES, STEPS, Look, describe, figure, heat_map, legend, looks, panels
+from dynalora.drawing.style import (
+    LINES,
+    OVER_PICTURES,
+    STEPS,
+    Look,
+    describe,
+    figure,
+    heat_map,
+    legend,
+    log_scale,
+    looks,
+    panels,
+)
 from dynalora.drawing.training import running_mean
 
 if TYPE_CHECKING:
@@ -65,7 +77,7 @@ def plot_learning_rates(
         shown += visible
         total += len(points)
     if log:
-        axis.set_xscale("log")
+        log_scale(axis)
     if 1 < len(shown) < total:
         _, places, heights = zip(*shown, strict=True)
         room = 0.08 * (max(heights) - min(heights))
@@ -111,7 +123,7 @@ def plot_factors(
             if first in visible:
                 axis.annotate(f"{rate:g}", first, xytext=(4, 4), textcoords="offset points", fontsize=6)
             shown += visible
-    axis.set_xscale("log")
+    log_scale(axis)
     shown = [point for point in shown if point[0] > 0]
     if len(shown) > 1:
         places, heights = zip(*shown, strict=True)
@@ -139,7 +151,7 @@ def plot_sizes(points: Mapping[str, tuple[int, Interval] | None], *, title: str,
             ends = [[number.value - number.low], [number.high - number.value]]
             line = chosen[label].line() | {"linestyle": "none", "markersize": 6}
             axis.errorbar([count], [number.value], yerr=ends, capsize=3, label=label, **line)
-    axis.set_xscale("log")
+    log_scale(axis)
     describe(axis, title=title, x="trained parameters (log scale)", y=y)
     legend(axis)
     return drawn

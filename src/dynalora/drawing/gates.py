@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dynalora.drawing.style import describe, heat_map, legend, look, over_layers, panels, save
+from dynalora.drawing.style import describe, heat_map, legend, log_scale, look, over_layers, panels, save
 from dynalora.forgetting.gates import BINS, DEPTHS, PARTS, GateRecord, GateStatistics, Separation, depth_group, part_of
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _histograms(named: Mapping[str, Mapping[str, Sequence[GateStatistics]]], tit
                 share = histogram / histogram.sum().clamp_min(1)
                 axis.stairs(share.numpy(), edges, label=name, **look(index).line(marker=False))
         # Most gates are nearly closed: on a linear axis the open ones could not be seen.
-        axis.set_yscale("log")
+        log_scale(axis, "y")
         axis.set_xlim(0, 1)
         describe(axis, title=f"{group} layers" if group != "none" else "all layers", x="gate")
     describe(axes[0], y="share of gates")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dynalora.drawing.style import LINES, STEPS, describe, figure, legend, look, looks
+from dynalora.drawing.style import LINES, STEPS, describe, figure, legend, log_scale, look, looks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +51,7 @@ def plot_mixture_losses(curves: Mapping[str, Sequence[tuple[int, float]]], close
         axis.plot(*zip(*curve, strict=True), label=name, **chosen[name].line())
     for index, (name, loss) in enumerate(closed_forms.items(), start=1):
         axis.axhline(loss, color="black", linestyle=LINES[index % len(LINES)], linewidth=1, label=name)
-    axis.set_yscale("log")
+    log_scale(axis, "y")
     describe(
         axis,
         title="Only the gated update gets below the best fixed correction",

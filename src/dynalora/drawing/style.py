@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -166,6 +167,31 @@ def describe(axis: Axes, *, title: str = "", x: str = "", y: str = "") -> None:
         axis.set_xlabel(x, fontsize=8)
     if y:
         axis.set_ylabel(y, fontsize=8)
+
+
+def log_scale(axis: Axes, which: Literal["x", "y"] = "x", **options: Any) -> None:
+    """Make an axis logarithmic, with plain numbers beside as many of its marks as have room.
+
+    Args:
+        axis: The axes.
+        which: The horizontal or the vertical one.
+        options: Passed on to matplotlib.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    (axis.set_xscale if which == "x" else axis.set_yscale)("log", **options)
+    scale = axis.xaxis if which == "x" else axis.yaxis
+
+    def between(value: float, _: int) -> str:
+        """What stands at a mark between powers of ten: where these are few, 2 and 5; where there is none, each."""
+        low, high = sorted(scale.get_view_interval())
+        few = high < 100 * low
+        leading = round(value / 10 ** math.floor(math.log10(value)))
+        return f"{value:g}" if few and (leading in (2, 5) or high < 5 * low) else ""
+
+    scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    scale.set_minor_locator(LogLocator(subs=range(2, 10)))
+    scale.set_minor_formatter(FuncFormatter(between))
 
 
 def legend(axis: Axes) -> None:

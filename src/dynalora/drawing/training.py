@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dynalora.adapter.method import Panel
-from dynalora.drawing.style import STEPS, describe, figure, legend, look, looks, panels
+from dynalora.drawing.style import STEPS, describe, figure, legend, log_scale, look, looks, panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ def plot_metrics(records: Sequence[Mapping[str, Any]], shown: Sequence[Panel]) -
         for index, (name, (steps, values)) in enumerate(curves.items()):
             axis.plot(steps, values, label=name, **look(index).line(marker=False))
         if panel.log and any((values > 0).any() for _, values in curves.values()):
-            axis.set_yscale("log", nonpositive="mask")
+            log_scale(axis, "y", nonpositive="mask")
         describe(axis, title=panel.title, x=STEPS)
         if len(curves) > 1:
             legend(axis)

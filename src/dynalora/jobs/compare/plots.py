@@ -237,8 +237,13 @@ def plot_cost(comparison: Comparison, by_place: Mapping[str, Sequence[Summary]])
 
 
 def plot_ranks(summaries: Sequence[Summary], place: str) -> Figure | None:
-    """Effective ranks by layer and kind of module, a panel per method, of the first seed."""
+    """Effective ranks by layer and kind of module, a panel per method, of the first seed.
+
+    None where every method has one rank throughout, as a LoRA has.
+    """
     landscapes = {
         summary.label: rows for summary in summaries if (rows := next(iter(summary.results.values())).get("landscape"))
     }
-    return plot_rank_maps(landscapes, title=f"{place}: effective ranks") if landscapes else None
+    if not any(differing([row["effective_rank"] for row in rows]) for rows in landscapes.values()):
+        return None
+    return plot_rank_maps(landscapes, title=f"{place}: effective ranks")

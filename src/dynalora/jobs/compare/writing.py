@@ -149,16 +149,18 @@ def write_results(comparison: Comparison) -> Path:
 def _figures(comparison: Comparison, task: str, of_task: Sequence[Summary]) -> dict[str, tuple[Drawing | None, str]]:
     """The plots of one task by their file's name, each with its caption."""
     place, chooses = comparison.grid.places[task], comparison.grid.chooses
-    rings = "; rings mark the chosen ones" if chooses else ""
+    several_rates = any(len(contestant.learning_rates) > 1 for contestant in comparison.grid.contestants)
+    rings = "; rings mark the chosen ones" if chooses and several_rates else ""
     figures: dict[str, tuple[Drawing | None, str]] = {}
     for number, text in enumerate(dict.fromkeys(text for summary in of_task for text in summary.kl)):
+        scaled = plot_scaled(comparison, task, text)
         figures[f"frontier-{place}" + (f"-{number + 1}" if number else "")] = (
-            plot_frontier(comparison, task, text),
+            plot_frontier(comparison, task, text) if several_rates or scaled is None else None,
             f"Loss against KL from the base model on {text}; below and to the left is better. Numbers are learning "
             f"rates{rings}.",
         )
         figures[f"scaled-{place}" + (f"-{number + 1}" if number else "")] = (
-            plot_scaled(comparison, task, text),
+            scaled,
             f"Every run along factors of its update, from as trained (large marker, with its learning rate{rings}) "
             f"down; on {text}. Below and to the left is better.",
         )
