@@ -666,10 +666,13 @@ def test_the_other_plots_show_what_was_measured(done: Comparison) -> None:
     assert curves is not None
     assert [line.get_label() for line in curves.axes[0].get_lines()] == ["lora", "dira"]
     assert list(curves.axes[0].get_lines()[0].get_xdata()) == [1, 2, 3, 4]
-    maps = plots.plot_ranks(found["colour"], "colour")
+    assert plots.plot_ranks(found["colour"], "colour") is None, "every matrix of both has the same rank"
+    rows = next(iter(found["colour"][2].results.values()))["landscape"]
+    rows = [{**rows[0], "effective_rank": 1}, *rows[1:]]
+    learned = replace(found["colour"][2], results={0: {"landscape": rows}})
+    maps = plots.plot_ranks([*found["colour"][:2], learned], "colour")
     assert maps is not None
     shown = maps.axes[1].get_images()[0].get_array()
-    rows = next(iter(found["colour"][2].results.values()))["landscape"]
     assert float(shown.sum()) == sum(row["effective_rank"] for row in rows)
     bars = plots.plot_cost(done, found)
     assert bars is not None
