@@ -64,7 +64,7 @@ def check_least(least: int, **values: float | None) -> None:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, without its full stop, and the next where that ends with a colon.
 
-    Without a message, the error's class.
+    Without a message, the error's class; of one that would fill the screen, the beginning.
     """
     # A KeyError's text is its key with quotes.
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
@@ -72,4 +72,4 @@ def first_line(error: BaseException) -> str:
     if not lines:
         return type(error).__name__
     told = f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and lines[1:] else lines[0]
-    return told.rstrip(".")
+    return told.rstrip(".") if len(told) <= 500 else f"{told[:500]} …"

@@ -14,11 +14,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 import dynalora
-from dynalora.adapter import patterns
+from dynalora.adapter import patterns, targets
 from dynalora.adapter.layer import adapter_layers
 from dynalora.adapter.patterns import check_patterns, of_module
 from dynalora.errors import CheckpointError, ConfigError, DynaloraError
@@ -307,6 +308,72 @@ def test_the_expressions_of_a_pattern_are_compiled_once() -> None:
     patterns._expressions.cache_clear()
     assert all(of_module(pattern, f"model.{name}", 8) == 3 for name in pattern)
     assert patterns._expressions.cache_info().misses == 1
+
+
+LONG = [f"x{at}" for at in range(100_000)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rank_pattern": dict.fromkeys((f"{name}.*y" for name in LONG), 2)},
+        {"alpha_pattern": {f"({'a' * 1000}|{name})": 2.0 for name in LONG[:400]}},
+        {"modules_to_save": LONG},
+        {"layers_pattern": LONG, "layers_to_transform": [0]},
+        {"trainable_token_indices": {name: [1] for name in LONG}},
+        {"rank_pattern": dict.fromkeys(LONG, 2)},
+        {"scaling_ranks": dict.fromkeys(LONG, 2)},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_lists_that_are_compared_with_every_module_are_bounded(
+    fields: dict[str, Any], saved: Path, tmp_path: Path
+) -> None:
+    model = base()
+    with pytest.raises(DynaloraError, match=next(iter(fields))) as refused:
+        peft.PeftModel.from_pretrained(model, changed(saved, tmp_path / "x", **fields))
+    assert len(str(refused.value)) < 1000
+    with pytest.raises(ConfigError, match=next(iter(fields))):
+        peft.get_peft_model(model, dynalora.DiraConfig(target_modules=["q_proj"], **fields))
+    assert not adapter_layers(model)
+
+
+@pytest.mark.parametrize("tail", ["", ".q_proj"], ids=["unknown names", "known ends"])
+def test_long_lists_of_names_mean_what_is_in_the_model(tail: str, saved: Path, tmp_path: Path) -> None:
+    model = peft.PeftModel.from_pretrained(base(), saved)
+    names = sorted(adapter_layers(model.base_model.model))
+    fields = {
+        "target_modules": [*names, *(f"{name}{tail}" for name in LONG)],
+        "exclude_modules": ["lm_head", *(f"{name}{tail}" for name in LONG)],
+    }
+    long = peft.PeftModel.from_pretrained(base(), changed(saved, tmp_path / "x", **fields))
+    assert torch.equal(long(input_ids=INPUT).logits, model(input_ids=INPUT).logits)
+    assert len(long.peft_config["default"].target_modules) <= len(names)
+
+
+def test_a_long_list_in_which_nothing_is_known_is_refused(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"Target modules .*'x0'.* not found") as refused:
+        peft.PeftModel.from_pretrained(base(), changed(saved, tmp_path / "x", target_modules=LONG))
+    assert len(str(refused.value)) < 1000
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    meant=st.lists(NAMES_AND_PARTS, min_size=1),
+    left_out=st.lists(NAMES_AND_PARTS),
+    blocks=st.none() | st.just([1]),
+    parts=st.lists(NAMES_AND_PARTS, min_size=1, max_size=4),
+)
+def test_a_long_list_means_what_it_means_to_peft(
+    meant: list[str], left_out: list[str], blocks: Any, parts: list[str]
+) -> None:
+    fields = {"target_modules": meant, "exclude_modules": left_out, "layers_to_transform": blocks}
+    config, name = dynalora.DiraConfig(**fields), ".".join(parts)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(targets, "_MANY", 0)
+        found = targets.exists(config, name)
+    expected = check_target_module_exists(config, name)
+    assert (bool(found), type(found)) == (bool(expected), type(expected))
 
 
 def test_a_pattern_whose_matching_never_ends_behind_the_name_of_a_block() -> None:

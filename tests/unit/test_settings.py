@@ -66,6 +66,46 @@ def test_broken_file_is_named(content: str, message: str, tmp_path: Path) -> Non
     assert str(tmp_path / "s.yaml") in str(told.value)
 
 
+def of_aliases(levels: int) -> str:
+    """Lines of which each repeats the one before nine times."""
+    lines = [f"a{at}: &a{at} [{', '.join([f'*a{at - 1}'] * 9)}]" for at in range(1, levels)]
+    return "\n".join(["a0: &a0 [x, x, x, x, x, x, x, x, x]", *lines])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        of_aliases(9),
+        of_aliases(9).replace("[", "{k: [").replace("]", "]}"),
+        "a: &a [*a]",
+        "a: &a {b: {c: *a}}",
+        "a0: &a0 {x: 1}\n" + "\n".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 9)),
+    ],
+    ids=["lists", "mappings", "a list in itself", "a mapping in itself", "merges"],
+)
+def test_aliases_that_mean_endlessly_many_values_are_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.yaml', line 1 is not valid YAML \(its aliases repeat more than"):
+        read_yaml(file)
+    assert named_values([f"a={text}"]) == {"a": text}
+
+
+def test_aliases_may_be_used(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("usual: &usual {r: 4, alpha: 8}\nfirst: {<<: *usual, r: 2}\nsecond: *usual\n")
+    usual = {"r": 4, "alpha": 8}
+    assert read_yaml(file) == {"usual": usual, "first": {**usual, "r": 2}, "second": usual}
+
+
+def test_a_value_that_would_fill_the_screen_is_cut(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(of_aliases(5))
+    with pytest.raises(ConfigError, match="n must be a whole number") as refused:
+        coerce(read_yaml(file)["a4"], int, "n")
+    assert len(str(refused.value)) < 500
+
+
 def test_missing_and_empty_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot be read \(No such file or directory\)"):
         read_yaml(tmp_path / "none.yaml")

@@ -14,9 +14,9 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import PeftType
 from typing_extensions import Self
 
-from dynalora.adapter.patterns import compiles
+from dynalora.adapter.patterns import MOST_NAMES, compiles, too_many
 from dynalora.adapter.saved import check_adapter_folder
-from dynalora.common.names import did_you_mean
+from dynalora.common.names import did_you_mean, shown
 from dynalora.errors import CheckpointError, ConfigError, DynaloraError, UnknownSettingError, first_line
 
 if TYPE_CHECKING:
@@ -232,7 +232,8 @@ class AdapterConfig(PeftConfig):
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
         except (ValueError, TypeError) as error:  # an unknown task
-            raise ConfigError(f"{type(self).__name__}: task_type={self.task_type!r}: {first_line(error)}.") from None
+            given = shown(self.task_type)
+            raise ConfigError(f"{type(self).__name__}: task_type={given}: {first_line(error)}.") from None
         # What PEFT writes into the configuration of every saved adapter: weights may follow, so that computing how the
         # adapter starts is put off until it is used without them. Loading for training unsets the setting.
         self.may_be_loaded = self.inference_mode
@@ -256,6 +257,11 @@ class AdapterConfig(PeftConfig):
             _are_tokens(self.trainable_token_indices),
             "trainable_token_indices",
             "a list of different token numbers, or such lists by the names of embeddings",
+        )
+        self._require(
+            not isinstance(self.trainable_token_indices, dict) or len(self.trainable_token_indices) <= MOST_NAMES,
+            "trainable_token_indices",
+            f"at most {MOST_NAMES} embeddings with their tokens",
         )
         for item in fields(self):
             if item.type in ("bool", bool):
@@ -294,6 +300,11 @@ class AdapterConfig(PeftConfig):
                 pattern = {}
                 setattr(self, name, pattern)
             self._require(isinstance(pattern, dict), name, "a mapping from names or regular expressions")
+            self._require(
+                not too_many(key for key in pattern if isinstance(key, str)),
+                name,
+                "keyed by names, or by 10,000 regular expressions of 300,000 characters together at most",
+            )
             for key, value in pattern.items():
                 self._require(
                     isinstance(key, str) and compiles(key),
@@ -311,6 +322,7 @@ class AdapterConfig(PeftConfig):
             named = isinstance(value, (list, tuple, set)) and all(isinstance(item, str) for item in value)
             self._require(value is None or isinstance(value, str) or named, name, "a name or a list of names")
             keys = value or () if name in ("layers_pattern", "modules_to_save") else ()  # PEFT matches each of these
+            self._require(len(keys) <= MOST_NAMES or isinstance(value, str), name, f"at most {MOST_NAMES} names")
             for key in [value] if isinstance(value, str) else keys:
                 self._require(compiles(key), name, "a regular expression of 100,000 characters at most", key)
         blocks = self.layers_to_transform
@@ -344,9 +356,7 @@ class AdapterConfig(PeftConfig):
         """Raise a `ConfigError` that names field, value and remedy unless `holds`."""
         if not holds:
             actual = getattr(self, name) if value is MISSING else value
-            shown = repr(actual)
-            shown = shown if len(shown) <= 200 else f"{shown[:200]} …"
-            raise ConfigError(f"{type(self).__name__}: {name} must be {expected}, got {shown}.")
+            raise ConfigError(f"{type(self).__name__}: {name} must be {expected}, got {shown(actual)}.")
 
     @property
     def gated(self) -> bool:

@@ -40,6 +40,7 @@ from dynalora.adapter.shared_input import join_companions
 from dynalora.adapter.targets import (
     NothingToAdaptError,
     check_trained_besides,
+    count_of_experts,
     describe_linear_layers,
     is_target,
     leave_out_head,
@@ -77,7 +78,8 @@ class AdapterModel(BaseTuner):
             ConfigError: Matching the names of the modules does not come to an end, or what is to be trained besides
                 cannot be.
         """
-        check_patterns(self.peft_config[adapter_name], [name for name, _ in model.named_modules()])
+        names = [name for name, _ in model.named_modules()]
+        check_patterns(self.peft_config[adapter_name], names, count_of_experts(model))
         check_trained_besides(model, self.peft_config[adapter_name])
         vars(self.peft_config[adapter_name]).pop("modules_to_tie", None)  # of another model with the same configuration
         try:

@@ -2,7 +2,8 @@
 
 Python's matching tries all ways to divide a text among nested repetitions, so a short pattern can take longer than
 anybody waits, and nothing in the process can stop it. Patterns that repeat something are therefore tried first, on the
-model's own names, in a process of its own with a limit on its time.
+model's own names, in a process of its own with a limit on its time. Lists that are far longer than a model has
+modules are refused, for every entry is compared with every module.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+from dynalora.common.names import shown
 from dynalora.errors import ConfigError
 
 T = TypeVar("T")
@@ -24,6 +26,13 @@ _AROUND = {"layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\..*", "modules_to_sav
 _SECONDS = 3
 _PATIENCE = 60  # seconds of wall-clock time, on a busy machine
 _LONGEST = 100_000  # characters: three times what lists all matrices of a model with 80 blocks
+_MOST_EXPRESSIONS = 10_000  # keys of a pattern that are no plain names; compiling them takes seconds
+_MOST_CHARACTERS = 300_000  # of those together
+_MOST_KEYS = 2_000  # of a pattern, unless the model has more modules: PEFT compares each with each that it adapts
+_PLAIN = re.compile(r"\^?(?:[\w.\-]|\\[.\-])*\$?")  # names as users and saving write them, which always compile
+MOST_NAMES = 512
+"""How many modules to train in full, blocks or embeddings may be named: as many expressions as Python remembers, for
+PEFT has it compile each of them for each module."""
 _TRY = """
 import json, re, sys
 try:
@@ -49,11 +58,19 @@ def compiles(pattern: str) -> bool:
     """Whether a key of a pattern is a regular expression, and not so long that compiling it takes seconds."""
     if len(pattern) > _LONGEST:
         return False
+    if _PLAIN.fullmatch(pattern):
+        return True
     try:
         re.compile(as_matched(pattern))
     except (re.error, RecursionError, OverflowError):
         return False
     return True
+
+
+def too_many(keys: Iterable[str]) -> bool:
+    """Whether the keys of a pattern are so many regular expressions that compiling them takes more than seconds."""
+    sizes = [len(key) for key in keys if not _PLAIN.fullmatch(key)]
+    return len(sizes) > _MOST_EXPRESSIONS or sum(sizes) > _MOST_CHARACTERS
 
 
 def of_module(pattern: Mapping[str, T], name: str, default: T) -> T:
@@ -78,16 +95,25 @@ def _expressions(keys: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
     return tuple(re.compile(as_matched(key)) for key in keys)
 
 
-def check_patterns(config: Any, names: Iterable[str]) -> None:
+def check_patterns(config: Any, names: Iterable[str], experts: int = 0) -> None:
     """Refuse patterns of a configuration that do not come to an end on a model's names.
 
     Args:
         config: An adapter's configuration, of any of dynalora's methods.
         names: The names of the model's modules.
+        experts: How many matrices the model has besides, in parameters.
 
     Raises:
         ConfigError: Matching one takes too long.
     """
+    names = list(names)
+    most = max(_MOST_KEYS, len(names) + experts)
+    for field in ("rank_pattern", "alpha_pattern", "scaling_ranks"):
+        if (count := len(getattr(config, field))) > most:
+            raise ConfigError(
+                f"{type(config).__name__}: {field} has {count:,} entries, and the model {len(names) + experts:,} "
+                "modules; leave out those that mean none, or write one regular expression for several."
+            )
     patterns = []
     for field in ("target_modules", "exclude_modules"):
         value = getattr(config, field)
@@ -106,7 +132,7 @@ def check_patterns(config: Any, names: Iterable[str]) -> None:
     try:
         tried = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _TRY, str(limit)],
-            input=json.dumps([patterns, list(names)]), capture_output=True, text=True, timeout=_PATIENCE, check=False,
+            input=json.dumps([patterns, names]), capture_output=True, text=True, timeout=_PATIENCE, check=False,
         ).stdout  # fmt: skip
     except subprocess.TimeoutExpired as error:
         tried = error.stdout.decode() if isinstance(error.stdout, bytes) else (error.stdout or "")
@@ -114,8 +140,8 @@ def check_patterns(config: Any, names: Iterable[str]) -> None:
     if reached and reached[-1] != "done":
         field = reached[-1]
         raise ConfigError(
-            f"{type(config).__name__}: {field}={getattr(config, field)!r} takes too long to match the names of the "
-            "model's modules; write it without a repetition inside another, or list the names."
+            f"{type(config).__name__}: {field}={shown(getattr(config, field))} takes too long to match the names "
+            "of the model's modules; write it without a repetition inside another, or list the names."
         )
 
 

@@ -37,6 +37,13 @@ from dynalora.errors import ConfigError, UnsupportedError
 #: What the layers of an expert are called where they are linear layers.
 _EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
+#: More names than these are not compared with a module's name one by one.
+_MANY = 64
+#: Of a longer list, the names that mean no module are left out: PEFT compares its entries with one another.
+_MOST = 1000
+#: Fields that hold names, or a regular expression.
+_NAMING = ("target_modules", "exclude_modules")
+
 Check = Callable[[nn.Module, str], None]
 _P = TypeVar("_P", bound=Parted)
 
@@ -120,13 +127,64 @@ def targeted_modules(model: nn.Module, config: PeftConfig) -> list[str]:
     leave_out_head(config)
     all_linear = wants_all_linear(config)
     config = resolve_all_linear(config, model)
-    names = [name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)]
+    names = [name for name, _ in model.named_modules() if name and exists(config, name)]
     if not isinstance(config, AdapterConfig):
         return names
     for name, fused in fused_experts(model).items():
         meant = fused if all_linear else meant_parameters(fused, partial(_matches, config, name))
         names += [f"{name}.{key}" for key in meant]
     return names
+
+
+def exists(config: Any, name: str) -> Any:
+    """Whether a module is meant, and if not why, as PEFT's `check_target_module_exists` has it, whatever is listed.
+
+    PEFT compares a name with every entry of a list. An entry means a name that it is, or that it is the end of behind
+    a dot: so of long lists only such ends are looked up.
+
+    Args:
+        config: The adapter's configuration, of any of PEFT's methods.
+        name: The module's name.
+    """
+    long = {
+        field: value
+        for field in _NAMING
+        if isinstance(value := getattr(config, field, None), (set, list, tuple)) and len(value) > _MANY
+    }
+    if long:
+        config = copy.copy(config)
+    for field, value in long.items():
+        setattr(config, field, {end for end in _ends(name) if end in value})
+    return check_target_module_exists(config, name)
+
+
+def _ends(name: str) -> list[str]:
+    """A name, and what follows each of its dots."""
+    parts = name.split(".")
+    return [".".join(parts[index:]) for index in range(len(parts))]
+
+
+def _leave_out_unknown(model: nn.Module, config: Any) -> None:
+    """Take the names that mean no module of a model out of lists that are longer than any list of its modules.
+
+    Of a list in which there is no other, a few are left, for PEFT to say so.
+    """
+    long = [
+        field for field in _NAMING if not isinstance(value := getattr(config, field), str) and len(value or ()) > _MOST
+    ]
+    if not long:
+        return
+    names = set(names_to_target(model))
+    for name, module in model.named_modules():
+        if is_attention(module):
+            names.update(f"{name}.{each}" for each in ("out_proj", *(f"projections.{side}" for side in PROJECTIONS)))
+    for name, keys in fused_experts(model).items():
+        names.update(f"{name}.{key}.{at}" for key in keys for at in range(len(getattr(_unparted(model, name), key))))
+    names |= {name.replace(".base_layer", "") for name in names}
+    known = {end for name in names for end in _ends(name)}
+    for field in long:
+        value = getattr(config, field)
+        setattr(config, field, {each for each in value if each in known} or set(sorted(value)[:3]))
 
 
 def settle_targets(model: nn.Module, config: Any, check: Check) -> None:
@@ -145,6 +203,7 @@ def settle_targets(model: nn.Module, config: Any, check: Check) -> None:
         UnsupportedError: A module that is named cannot be adapted, or one that is meant is spread over processes.
         ConfigError: A module that is named cannot be adapted with these settings.
     """
+    _leave_out_unknown(model, config)
     experts = meant_experts(model, config, check)
     attention = meant_attention(model, config, check)
     uncalled = uncalled_layers(model)
@@ -172,7 +231,7 @@ def settle_targets(model: nn.Module, config: Any, check: Check) -> None:
     refused: dict[str, Exception] = {}
     for name in sorted(names):
         config.target_modules = {name}
-        if not check_target_module_exists(config, name):
+        if not exists(config, name):
             continue  # excluded
         BaseWeight.check_whole(_base(modules[name]), name)
         try:
@@ -271,6 +330,12 @@ def _check_whole_lists(config: Any, model: nn.Module, name: str, parameters: lis
                 )
 
 
+def count_of_experts(model: nn.Module) -> int:
+    """How many matrices of experts lie in parameters of a model."""
+    fused = fused_experts(model)
+    return sum(len(getattr(_unparted(model, name), key)) for name, keys in fused.items() for key in keys)
+
+
 def meant_attention(model: nn.Module, config: Any, check: Check) -> list[str]:
     """The modules of `nn.MultiheadAttention` of which projections are meant, checked.
 
@@ -315,7 +380,7 @@ def _meant_projections(config: Any, name: str) -> tuple[str, ...]:
     meant: tuple[str, ...]
     if wants_all_linear(config):
         meant = () if _exclusion(config, name) is not None else PROJECTIONS
-    elif check_target_module_exists(config, name):
+    elif exists(config, name):
         meant = PROJECTIONS
     else:
         meant = ("out",) if _matches(config, name, "out_proj") else ()
@@ -396,7 +461,7 @@ def is_target(model: nn.Module, config: Any, name: str) -> Any:
         return False
     owner = name.removesuffix(".base_layer")
     fused = fused_parameters(module)
-    return check_target_module_exists(config, name) or _exclusion(config, name, *(f"{owner}.{key}" for key in fused))
+    return exists(config, name) or _exclusion(config, name, *(f"{owner}.{key}" for key in fused))
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
@@ -407,7 +472,7 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _matches(config: Any, owner: str, name: str) -> bool:
-    return bool(check_target_module_exists(config, f"{owner}.{name}"))
+    return bool(exists(config, f"{owner}.{name}"))
 
 
 def _exclusion(config: Any, *names: str) -> Any:
@@ -416,7 +481,7 @@ def _exclusion(config: Any, *names: str) -> Any:
     named.layers_to_transform = None
     for name in names:
         named.target_modules = {name}
-        if not (answer := check_target_module_exists(named, name)):
+        if not (answer := exists(named, name)):
             return answer
     return None
 

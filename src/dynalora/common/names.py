@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of a model's modules."""
@@ -17,6 +19,20 @@ IGNORED_LABEL = -100
 def plain_name(name: str) -> str:
     """A module's name in the base model: without what PEFT puts before it."""
     return name.removeprefix(PREFIX)
+
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother, _SHOWN.maxlong = 4, 200, 200, 200
+_SHOWN.maxlist = _SHOWN.maxtuple = _SHOWN.maxset = _SHOWN.maxfrozenset = _SHOWN.maxdict = 20
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, for a message: of one that would fill the screen, its beginning.
+
+    A list in which others are repeated through aliases can be small and take for ever to write.
+    """
+    text = _SHOWN.repr(value)
+    return text if len(text) <= 250 else f"{text[:200]} …"
 
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")

@@ -35,6 +35,7 @@ from dynalora.errors import ConfigError, ScheduleError
 from dynalora.forgetting.passes import pass_rows
 from dynalora.forgetting.texts import anchor_text
 from dynalora.lab.null_space import LoraNullConfig, start_in_null_space
+from dynalora.lab.settings import parse_yaml
 
 # AdaLoRA's schedule where none is given, as parts of the run: ranks are cut from the first to the second.
 _ADALORA_START, _ADALORA_END, _ADALORA_CUTS = 0.1, 0.7, 20
@@ -270,8 +271,8 @@ def config_from_file(
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
-        content = json.loads(text) if file.suffix.lower() == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = json.loads(text) if file.suffix.lower() == ".json" else parse_yaml(text)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(
             f"The configuration '{path}' cannot be read ({reason}); give a file as PEFT's adapter_config.json."
@@ -300,7 +301,7 @@ def config_from_file(
         config: PeftConfig = kind(task_type=task_type, **values)
     except ConfigError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError) as error:  # values of other kinds than meant
         raise ConfigError(f"The settings in '{path}' do not fit together: {error}") from error
     if config.is_prompt_learning and name not in _PROMPTS:
         raise ConfigError(

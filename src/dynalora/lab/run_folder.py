@@ -31,8 +31,10 @@ import filelock
 import yaml
 
 from dynalora.common.files import folder_beside, plain, why_no_place, write_file
+from dynalora.common.names import shown
 from dynalora.common.processes import process_count
 from dynalora.errors import RunFolderError
+from dynalora.lab.settings import parse_yaml
 
 CONFIG = "config.yaml"
 STATUS = "run.json"
@@ -402,7 +404,7 @@ def _describe(folder: Path) -> str:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        content = parse_yaml((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -417,7 +419,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         return bool(before == now or (typed and os.path.abspath(before) == now))
 
     return [
-        f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
+        f"{name} was {shown(old.get(name))}, now {shown(new.get(name))}"
         for name in dict.fromkeys([*old, *new])
         # The folder may have been moved, or be called from elsewhere.
         if name != "output" and not same(old.get(name, missing), new.get(name, missing))

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, TypeVar, Union, cast, get_args, get_origin, ge
 import yaml
 
 from dynalora.common.files import why_not_written
-from dynalora.common.names import did_you_mean
+from dynalora.common.names import did_you_mean, shown
 from dynalora.errors import ConfigError
 
 Kind = TypeVar("Kind")
@@ -327,20 +327,56 @@ def _first_sentence(text: str) -> str:
 
 
 _LONGEST = 10**6
-"""Characters of a settings file; it may be a device that has no end."""
+"""Characters of a settings file; it may be a device that has no end. Aliases may write out as many values."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain values, where a name that stands twice is an error: YAML itself takes the last, in silence."""
+    """YAML's plain values, where a name that stands twice is an error: YAML itself takes the last, in silence.
+
+    Aliases of aliases, with which a few lines mean more values than anything could look at, are an error, too.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None and _count(node, {}) > _LONGEST:
+            raise yaml.constructor.ConstructorError(
+                problem=f"its aliases repeat more than {_LONGEST} values", problem_mark=node.start_mark
+            )
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for key, _ in node.value if names.count(key.value) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(
-                problem=f"it names '{twice.value}' twice", problem_mark=twice.start_mark
-            )
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"it names '{key.value}' twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _count(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a node has with those that aliases repeat; infinitely many where it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        known[id(node)] = 1 + sum(_count(part, known) for part in inner)
+    return known[id(node)]
+
+
+def parse_yaml(text: str) -> Any:
+    """What a text in YAML holds, in plain values.
+
+    Raises:
+        yaml.YAMLError: It is none, names something twice, or means endlessly many values.
+        ValueError: It holds a date that is none.
+        RecursionError: It holds lists in lists without end.
+    """
+    return yaml.load(text, Loader=_Loader)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -353,7 +389,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         with open(file, encoding="utf-8") as opened:
             text = opened.read(_LONGEST + 1)
-        content = yaml.load(text, Loader=_Loader) if len(text) <= _LONGEST else None
+        content = parse_yaml(text) if len(text) <= _LONGEST else None
     except OSError as error:
         raise ConfigError(f"The settings file '{file}' cannot be read ({error.strerror or error}).") from error
     except UnicodeDecodeError as error:
@@ -440,7 +476,7 @@ def named_values(pairs: Iterable[str]) -> dict[str, Any]:
         if not sign or not name.strip():
             raise ConfigError(f"The option '{pair}' is not of the form NAME=VALUE.")
         try:
-            result[name.strip()] = yaml.safe_load(text)
+            result[name.strip()] = parse_yaml(text)
         except (yaml.YAMLError, ValueError, RecursionError):
             result[name.strip()] = text
     return result
@@ -476,9 +512,9 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
             (each,) = get_args(choice) or (str,)
             wrong = [item for item in value if _as(item, each) is MISSING]
             if each in _WORDS and wrong:
-                raise ConfigError(f"{name} holds {wrong[0]!r}; give {_SEVERAL[each]}.")
+                raise ConfigError(f"{name} holds {shown(wrong[0])}; give {_SEVERAL[each]}.")
     words = [_WORDS.get(get_origin(choice) or choice, str(choice)) for choice in choices if choice is not type(None)]
-    raise ConfigError(f"{name} must be {' or '.join(words)}, got {value!r}.")
+    raise ConfigError(f"{name} must be {' or '.join(words)}, got {shown(value)}.")
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
