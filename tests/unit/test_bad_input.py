@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,14 +16,17 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import dynalora
 from dynalora.cli.flags import in_flags
 from dynalora.errors import CheckpointError, ConfigError, DynaloraError, ScheduleError
+from dynalora.evaluation.heads import CLASSIFIER
 from dynalora.jobs.finetune import run as finetune
 from dynalora.jobs.finetune.settings import FinetuneSpec
 from dynalora.lab.adapters import load_adapter
 from dynalora.lab.configs import adapter_config, method_names
+from dynalora.lab.models import load_model
 from dynalora.lab.run_folder import RunFolder
 from tests.unit import tiny
 from tests.unit.program import Program, Shown
@@ -420,6 +424,60 @@ class TestAdapters:
         tiny.model(len(words), layers=1).save_pretrained(tmp_path / "small")
         with pytest.raises(DynaloraError, match=r"does not fit the model .*layers\.1\."):
             load_adapter(adapters / "dira", str(tmp_path / "small"))
+
+
+class TestBaseModels:
+    """Weights under a configuration that is not theirs: transformers warns, and draws random ones in their place."""
+
+    @pytest.fixture
+    def changed(self, model: Path, tmp_path: Path) -> Any:
+        """The model with other settings in its config.json, and some of its weights left out."""
+
+        def change(without: Sequence[str] = (), **settings: Any) -> Path:
+            folder = Path(shutil.copytree(model, tmp_path / "changed"))
+            config = json.loads((folder / "config.json").read_text())
+            config.pop("layer_types", None)
+            (folder / "config.json").write_text(json.dumps({**config, **settings}))
+            weights = load_file(folder / "model.safetensors")
+            kept = {name: tensor for name, tensor in weights.items() if name not in without}
+            save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+            return folder
+
+        return change
+
+    @pytest.mark.parametrize(
+        ("settings", "words"),
+        [
+            (
+                {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]},
+                ["a GPTNeoXForCausalLM: 23 of 24 are not in its files (the first: gpt_neox.embed_in.weight)"],
+            ),
+            ({"num_hidden_layers": 3}, ["9 of 30 are not in its files (the first: model.layers.2."]),
+            ({"vocab_size": 64}, ["has the shape (258, 32) in its files, and (64, 32) by the configuration"]),
+            ({"without": ["lm_head.weight"]}, ["(the first: lm_head.weight), and random ones would stand in"]),
+        ],
+    )
+    def test_weights_that_do_not_fit(
+        self, settings: dict[str, Any], words: list[str], changed: Any, rows: Path, tmp_path: Path, program: Program
+    ) -> None:
+        folder = changed(**settings)
+        shown = program("finetune", "-m", str(folder), "-d", str(rows), "-o", str(tmp_path / "run"), "-r", "2")
+        before_loading = dataclasses.replace(shown, out="")  # what is said until weights are loaded is no mistake
+        expected = f"The weights of '{folder}' do not fit its config.json"
+        one_sentence(before_loading, expected, "of one model.", *words)
+        assert not (tmp_path / "run" / "config.yaml").exists()
+
+    def test_layers_that_are_left_out_are_named(self, changed: Any, caplog: pytest.LogCaptureFixture) -> None:
+        load_model(str(changed(num_hidden_layers=1)), dtype="float32")
+        assert "hold more layers than its config.json names, and 9 of their weights are left out" in caplog.text
+
+    def test_tied_heads_and_fresh_classifiers_are_no_mistakes(
+        self, changed: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        folder = str(changed(without=["lm_head.weight"], tie_word_embeddings=True))
+        load_model(folder, dtype="float32")
+        assert load_model(folder, dtype="float32", heads=(CLASSIFIER,), labels=3).num_labels == 3
+        assert not [record for record in caplog.records if record.name.startswith("dynalora")]
 
 
 def test_missing_total_steps() -> None:

@@ -180,7 +180,9 @@ def test_every_setting_has_a_flag_with_a_sentence(name: str) -> None:
     import dataclasses
 
     program: Any = typer.main.get_command(app)
-    flags = {item.name: item for item in program.commands[name].params}
+    command = program.commands[name]
+    assert command.params == []  # until they are asked for
+    flags = {item.name: item for item in command.get_params(typer.Context(command))}
     settings = {item.name for item in dataclasses.fields(TABLE[name].settings)}
     assert set(flags) - {"config", "help"} == settings
     for setting in settings:
@@ -510,9 +512,14 @@ def test_export_says_who_can_serve_it(folder: Path, tmp_path: Path, program: Pro
     shown = program("export", adapter, str(tmp_path / "lora"), "--uniform-rank", "8", "--dtype", "bfloat16")
     assert shown.code == 0, shown.err
     assert "rank 8" in shown.out
-    assert shown.out.splitlines()[-3:] == [
+    *servers, loading = shown.out.splitlines()[-4:]
+    assert servers == [
         "vLLM: yes (--max-lora-rank 8)", "SGLang: yes (--enable-lora --lora-paths NAME=FOLDER)", "llama.cpp: yes",
     ]  # fmt: skip
+    call = loading.removeprefix("Load it with PEFT alone: ")
+    assert call == f"AutoPeftModelForCausalLM.from_pretrained({str(tmp_path / 'lora')!r})"
+    loaded = eval(call, {"AutoPeftModelForCausalLM": peft.AutoPeftModelForCausalLM})
+    assert loaded.peft_config["default"].peft_type == "LORA"
 
 
 def test_snapshot_of_gates_from_the_command_line(folder: Path, rows: Path, tmp_path: Path, program: Program) -> None:

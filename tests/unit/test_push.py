@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -116,6 +117,33 @@ def test_a_repository_that_holds_something_is_left_alone(push: Any) -> None:
     assert "holds something already (adapter_config.json)" in shown.err
     assert push(hub, "--base-model", "org/base", "--update").code == 0
     assert hub.files
+
+
+def test_a_dry_run_shows_what_would_be_uploaded_and_asks_nobody(push: Any, adapter: Path) -> None:
+    hub = Hub(error=AssertionError("the Hub was asked"))
+    shown = push(hub, "--base-model", "org/base", "--dry-run")
+    assert shown.code == 0, shown.err
+    done = Hub()
+    push(done, "--base-model", "org/base")
+    listed = dict(re.findall(r"^ *([\w.]+\.(?:json|md|safetensors)) +([\d,]+) *$", shown.out, re.MULTILINE))
+    assert set(listed) == set(done.files)
+    assert int(listed["README.md"]) == len(done.files["README.md"])
+    assert "Would be uploaded to my-adapter, of whoever is logged in" in shown.out
+    assert "private" in shown.out
+    assert "# Mine" in shown.out
+    assert "everyone could see it" in push(hub, "--base-model", "org/base", "--dry-run", "--public").out
+
+
+def test_a_dry_run_refuses_what_an_upload_would(push: Any, adapter: Path, program: Program) -> None:
+    hub = Hub()
+    shown = push(hub, "--dry-run")
+    assert (shown.code, hub.made) == (2, {})
+    assert "which only this machine has" in shown.err
+    shown = program("push", str(adapter), "my adapter!", "--base-model", "org/base", "--dry-run")
+    assert shown.code == 2
+    assert "REPO is 'my adapter!', which the Hub does not take" in shown.err
+    (adapter / "adapter" / "README.md").unlink()
+    assert "There is no card" in push(hub, "--base-model", "org/base", "--dry-run").out
 
 
 # The library that the Hub's client sends requests with, which has changed its name.

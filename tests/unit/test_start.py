@@ -16,7 +16,10 @@ from dynalora.methods import METHODS
 from tests.conftest import PythonRunner
 
 SOURCE = Path(__file__).parents[2] / "src"
-HEAVY = ("torch", "peft", "transformers", "numpy", "datasets", "matplotlib", "scipy", "accelerate", "huggingface_hub")
+HEAVY = (
+    "torch", "peft", "transformers", "numpy", "datasets", "matplotlib", "scipy", "accelerate", "huggingface_hub",
+    "pydantic",
+)  # fmt: skip
 # Runs the program and says at its end which of the slow libraries it has loaded.
 REPORTING = f"""
 import atexit, sys
@@ -69,6 +72,20 @@ def test_completion_loads_no_slow_library(words: str, completed: str) -> None:
     )  # fmt: skip
     assert completed in done.stdout.split()
     assert light(done), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "read"), [(["--help"], ""), (["finetun"], ""), (["push", "--help"], "dynalora.jobs.push.settings")]
+)
+def test_settings_are_read_of_the_command_that_is_called_alone(arguments: list[str], read: str) -> None:
+    reporting = """
+import atexit, sys
+jobs = lambda: [name for name in sys.modules if name.startswith("dynalora.jobs.") and name.endswith(".settings")]
+atexit.register(lambda: print("READ", *jobs(), file=sys.stderr))
+import dynalora_program; dynalora_program.main()
+"""
+    done = started(*arguments, script=reporting)
+    assert done.stderr.rstrip().splitlines()[-1] == f"READ {read}".rstrip()
 
 
 def test_python_m_dynalora_is_the_program() -> None:

@@ -1,30 +1,24 @@
 """The commands: what each is called, which settings it takes, which job it starts, and how it is explained.
 
-A job is a function that takes the settings and a console. It is named, so that `--help` loads no more than settings.
+A job is a function that takes the settings and a console. Jobs and settings are named, so that the list of commands
+loads neither, and the help of a command only its own settings.
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
-from dynalora.jobs.bench.settings import BenchSpec
-from dynalora.jobs.chat.settings import ChatSpec
-from dynalora.jobs.compact.settings import CompactSpec
-from dynalora.jobs.compare.settings import CompareSpec
-from dynalora.jobs.demo.settings import DemoSpec
-from dynalora.jobs.evaluate.settings import EvaluateSpec
-from dynalora.jobs.export.settings import ExportSpec
-from dynalora.jobs.finetune.settings import FinetuneSpec
-from dynalora.jobs.gates.settings import GatesSpec
-from dynalora.jobs.generate.settings import GenerateSpec
-from dynalora.jobs.landscape.settings import LandscapeSpec
-from dynalora.jobs.linear_model.settings import LinearModelSpec
-from dynalora.jobs.merge.settings import MergeSpec
-from dynalora.jobs.push.settings import PushSpec
-from dynalora.jobs.serve_check.settings import ServeCheckSpec
-from dynalora.jobs.stages.settings import ForgettingSpec, RecoverSpec, TransferSpec
-from dynalora.jobs.trim.settings import TrimSpec
-from dynalora.lab.settings import Settings
+if TYPE_CHECKING:
+    from dynalora.lab.settings import Settings
+
+
+def named(place: str) -> Any:
+    """What stands at `module:name`."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +26,7 @@ class Command:
     """A command of the program.
 
     Attributes:
-        settings: What it can be told.
+        takes: The class of its settings, as `module:class`.
         job: What it starts, as `module:function`. A number that the function returns is the exit status.
         help: A sentence and an explanation.
         examples: Calls that work, which close its `--help`.
@@ -40,17 +34,22 @@ class Command:
         idle: Whether it does something without any settings.
     """
 
-    settings: type[Settings]
+    takes: str
     job: str
     help: str
     examples: tuple[str, ...]
     resume: str | None = None
     idle: bool = False
 
+    @cached_property
+    def settings(self) -> type[Settings]:
+        """What it can be told."""
+        return cast("type[Settings]", named(self.takes))
+
 
 COMMANDS = {
     "demo": Command(
-        settings=DemoSpec,
+        takes="dynalora.jobs.demo.settings:DemoSpec",
         job="dynalora.jobs.demo.run:run_demo",
         help="""Fine-tune a small real model with DiRA and LoRA; compare what they learn and what they forget.
 
@@ -60,7 +59,7 @@ COMMANDS = {
         idle=True,
     ),
     "finetune": Command(
-        settings=FinetuneSpec,
+        takes="dynalora.jobs.finetune.settings:FinetuneSpec",
         job="dynalora.jobs.finetune.run:run_finetune",
         help="""Fine-tune your model on your data, and see what it learned and what it forgot.
 
@@ -77,7 +76,7 @@ COMMANDS = {
         resume=" --resume",
     ),
     "chat": Command(
-        settings=ChatSpec,
+        takes="dynalora.jobs.chat.settings:ChatSpec",
         job="dynalora.jobs.chat.run:run_chat",
         help="""Talk to an adapter, and hear what its base model would have said.
 
@@ -86,7 +85,7 @@ COMMANDS = {
         examples=("dynalora chat runs/first", "dynalora chat runs/first --temperature 0.7"),
     ),
     "generate": Command(
-        settings=GenerateSpec,
+        takes="dynalora.jobs.generate.settings:GenerateSpec",
         job="dynalora.jobs.generate.run:run_generate",
         help="""Answer all prompts of a file, and write prompts and answers as JSON lines.
 
@@ -95,7 +94,7 @@ COMMANDS = {
         examples=("dynalora generate runs/first --data held-out.jsonl --output answers.jsonl --base",),
     ),
     "evaluate": Command(
-        settings=EvaluateSpec,
+        takes="dynalora.jobs.evaluate.settings:EvaluateSpec",
         job="dynalora.jobs.evaluate.run:run_evaluate",
         help="""Measure a model or an adapter on benchmarks by name.
 
@@ -108,7 +107,7 @@ COMMANDS = {
         ),
     ),
     "compare": Command(
-        settings=CompareSpec,
+        takes="dynalora.jobs.compare.settings:CompareSpec",
         job="dynalora.jobs.compare.run:compare",
         help="""Compare methods × learning rates × seeds × tasks: one table, one report.
 
@@ -123,7 +122,7 @@ COMMANDS = {
         resume="",
     ),
     "bench": Command(
-        settings=BenchSpec,
+        takes="dynalora.jobs.bench.settings:BenchSpec",
         job="dynalora.jobs.bench.run:run_bench",
         help="""Time training steps, or generation, of the methods against PEFT's LoRA, in turns in one process.
 
@@ -137,7 +136,7 @@ COMMANDS = {
         idle=True,
     ),
     "landscape": Command(
-        settings=LandscapeSpec,
+        takes="dynalora.jobs.landscape.settings:LandscapeSpec",
         job="dynalora.jobs.landscape.run:run_landscape",
         help="""Show how much rank adapters really use, per kind of module, side by side.
 
@@ -149,7 +148,7 @@ COMMANDS = {
         ),
     ),
     "gates": Command(
-        settings=GatesSpec,
+        takes="dynalora.jobs.gates.settings:GatesSpec",
         job="dynalora.jobs.gates.report:run_gates",
         help="""Show on which text a DISeL adapter's gates open, and where.
 
@@ -161,7 +160,7 @@ COMMANDS = {
         ),
     ),
     "forgetting": Command(
-        settings=ForgettingSpec,
+        takes="dynalora.jobs.stages.settings:ForgettingSpec",
         job="dynalora.jobs.stages.forgetting:run_forgetting",
         help="""Train on Task A, on Task B, on Task A again; see what is forgotten.
 
@@ -176,7 +175,7 @@ COMMANDS = {
         resume=" --resume",
     ),
     "recover": Command(
-        settings=RecoverSpec,
+        takes="dynalora.jobs.stages.settings:RecoverSpec",
         job="dynalora.jobs.stages.recovery:run_recovery",
         help="""Recover a forgotten task from a few examples: rlgr, random or naive.
 
@@ -187,14 +186,14 @@ COMMANDS = {
         resume=" --resume",
     ),
     "transfer": Command(
-        settings=TransferSpec,
+        takes="dynalora.jobs.stages.settings:TransferSpec",
         job="dynalora.jobs.stages.transfer:run_transfer",
         help="Train on each of several tasks, measure on all: heat maps, methods side by side.",
         examples=("dynalora transfer --task data/ARC-Easy --task data/openbookqa --task data/gsm8k -o runs/transfer",),
         resume=" --resume",
     ),
     "linear-model": Command(
-        settings=LinearModelSpec,
+        takes="dynalora.jobs.linear_model.settings:LinearModelSpec",
         job="dynalora.jobs.linear_model.report:run_linear_model",
         help="""Show where a fixed update must fail: DISeL's linear model, solved and trained.
 
@@ -204,7 +203,7 @@ COMMANDS = {
         idle=True,
     ),
     "trim": Command(
-        settings=TrimSpec,
+        takes="dynalora.jobs.trim.settings:TrimSpec",
         job="dynalora.jobs.trim.run:run_trim",
         help="""Scale an adapter's update down until it forgets no more than you allow.
 
@@ -214,7 +213,7 @@ COMMANDS = {
         examples=("dynalora trim runs/first trimmed --max-kl 0.05",),
     ),
     "compact": Command(
-        settings=CompactSpec,
+        takes="dynalora.jobs.compact.settings:CompactSpec",
         job="dynalora.jobs.compact.run:run_compact",
         help="""Remove an adapter's dead components: a smaller adapter of the same method.
 
@@ -223,18 +222,18 @@ COMMANDS = {
         examples=("dynalora compact runs/first smaller",),
     ),
     "export": Command(
-        settings=ExportSpec,
+        takes="dynalora.jobs.export.settings:ExportSpec",
         job="dynalora.jobs.export.run:run_export",
         help="""Write an adapter as a plain PEFT LoRA, which loads where dynalora is not installed.
 
         The export is exact, and is compared with the adapter before it is kept; with --max-rank or --tolerance it is
         the best of its rank, and its error is printed. The base model is not needed. DISeL's update depends on the
         input, so it has no exact LoRA: with --calibrate a snapshot is written, and its price measured with the base
-        model. The last lines say which servers take the result.""",
+        model. The last lines say which servers take the result, and how it is loaded.""",
         examples=("dynalora export runs/first lora-for-serving",),
     ),
     "merge": Command(
-        settings=MergeSpec,
+        takes="dynalora.jobs.merge.settings:MergeSpec",
         job="dynalora.jobs.merge.run:run_merge",
         help="""Merge an adapter into its base model: a whole model, which loads without dynalora and PEFT.
 
@@ -243,7 +242,7 @@ COMMANDS = {
         examples=("dynalora merge runs/dira --output merged",),
     ),
     "serve-check": Command(
-        settings=ServeCheckSpec,
+        takes="dynalora.jobs.serve_check.settings:ServeCheckSpec",
         job="dynalora.jobs.serve_check.run:run_serve_check",
         help="""Say which servers take an adapter, why others do not, and what to type for them.
 
@@ -252,11 +251,11 @@ COMMANDS = {
         examples=("dynalora serve-check runs/first",),
     ),
     "push": Command(
-        settings=PushSpec,
+        takes="dynalora.jobs.push.settings:PushSpec",
         job="dynalora.jobs.push.run:run_push",
         help="""Upload an adapter with its tokenizer and its card to the Hugging Face Hub.
 
         The repository is private unless you say otherwise. Nothing else that lies in the folder is uploaded.""",
-        examples=("dynalora push runs/first my-adapter",),
+        examples=("dynalora push runs/first my-adapter --dry-run", "dynalora push runs/first my-adapter"),
     ),
 }

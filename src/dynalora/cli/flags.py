@@ -23,7 +23,7 @@ CONFIG = inspect.Parameter(
     inspect.Parameter.KEYWORD_ONLY,
     default=None,
     annotation=Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--config",
             "-c",

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Any
-
-import typer
 from rich.table import Table
 from rich.text import Text
 
@@ -13,28 +9,22 @@ from dynalora.cli.screen import console
 from dynalora.lab.choices import is_config_file, method_names
 
 
-class CommandWithMethods(typer.core.TyperCommand):
-    """A command with `--method`, whose help ends with the options of the method that was named."""
+def show_method_options(words: list[str]) -> None:
+    """Show the options of the method that a program's arguments name, if they do."""
+    method = _named(words)
+    if method is None or is_config_file(method) or method.lower() not in method_names():
+        return
+    import importlib
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Show the flags, then the method's options."""
-        super().format_help(ctx, formatter)
-        method = _named(sys.argv)
-        if method is None:
-            return
-        if is_config_file(method) or method.lower() not in method_names():
-            return
-        import importlib
+    importlib.import_module("dynalora").register_methods()  # the package has left it to this program
+    from dynalora.lab.configs import method_options
 
-        importlib.import_module("dynalora").register_methods()  # the package has left it to this program
-        from dynalora.lab.configs import method_options
-
-        table = Table(title=f"Options of {method}, as -O NAME=VALUE", title_justify="left", box=None, pad_edge=False)
-        for column in ("name", "default", "what it is"):
-            table.add_column(column, overflow="fold")
-        for name, default, text in method_options(method):
-            table.add_row(Text(name), Text(default), Text(text))
-        console().print(table)
+    table = Table(title=f"Options of {method}, as -O NAME=VALUE", title_justify="left", box=None, pad_edge=False)
+    for column in ("name", "default", "what it is"):
+        table.add_column(column, overflow="fold")
+    for name, default, text in method_options(method):
+        table.add_row(Text(name), Text(default), Text(text))
+    console().print(table)
 
 
 def _named(words: list[str]) -> str | None:

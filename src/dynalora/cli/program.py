@@ -12,17 +12,60 @@ from typing import Annotated, Any
 
 import typer
 
-from dynalora.cli.commands import COMMANDS, Command
-from dynalora.cli.flags import in_flags, settings_of, signature_of
+from dynalora.cli.commands import COMMANDS, Command, named
 from dynalora.cli.machine import MachineError, of_the_machine
-from dynalora.cli.method_help import CommandWithMethods
 from dynalora.cli.screen import after_imports, complain, console, quiet
 from dynalora.common.version import __version__
 from dynalora.errors import DynaloraError
-from dynalora.lab.settings import describe
+
+
+class _AsTyped:
+    """In the place of typer's conversions, for which it loads pydantic: values stay as they are typed.
+
+    The settings read them, as they read those of a file.
+    """
+
+    def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
+        return value
+
+
+def _as_typed(params: list[Any]) -> list[Any]:
+    for param in params:
+        if hasattr(param, "get_runtime_param"):  # since typer 0.26
+            param.get_runtime_param = _AsTyped
+    return params
+
+
+class LateCommand(typer.core.TyperCommand):
+    """A command whose flags are read off its settings when somebody asks for them, and not to list the commands."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its flags and arguments; below its help stand the options of the method that is named."""
+        if not self.params:
+            whole: Any = _whole(str(self.name))
+            self.params, self.callback = whole.params, whole.callback
+        return _as_typed(super().get_params(ctx))
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Show the flags, then the options of the method that is named."""
+        super().format_help(ctx, formatter)
+        if any(param.name == "method_options" for param in self.params):
+            from dynalora.cli.method_help import show_method_options
+
+            show_method_options(sys.argv)
+
+
+class Program(typer.core.TyperGroup):
+    """The commands, in the order of their table."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The flags of the program itself."""
+        return _as_typed(super().get_params(ctx))
+
 
 app = typer.Typer(
     name="dynalora",
+    cls=Program,
     no_args_is_help=True,
     rich_markup_mode="rich",
     # A failure that is not the user's shows Python's own traceback, complete and copyable.
@@ -32,12 +75,20 @@ app = typer.Typer(
 )
 
 
+def _whole(name: str) -> Any:
+    """A command with its flags, as typer makes it of a function that takes them."""
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    alone.command(name)(_callback(name, COMMANDS[name]))
+    return typer.main.get_command(alone)
+
+
 def _callback(name: str, command: Command) -> Callable[..., None]:
     """The function that typer calls with the flags of a command."""
+    from dynalora.cli.flags import in_flags, settings_of, signature_of
 
-    def call(config: Path | None = None, **flags: Any) -> None:
+    def call(config: str | None = None, **flags: Any) -> None:
         try:
-            start(config, flags)
+            start(None if config is None else Path(config), flags)
         except DynaloraError as error:
             raise DynaloraError(in_flags(str(error), command.settings, sys.argv[2:])) from error
 
@@ -48,8 +99,7 @@ def _callback(name: str, command: Command) -> Callable[..., None]:
             raise MachineError("The current folder does not exist any more; change to one that does.") from error
         spec = settings_of(command.settings, config, flags)
         importlib.import_module("dynalora").register_methods()  # the package has left it to this program
-        module, _, function = command.job.partition(":")
-        job = getattr(importlib.import_module(module), function)
+        job = named(command.job)
         after_imports()
         try:
             status = job(spec, console=console())
@@ -83,10 +133,12 @@ def _help(command: Command) -> str:
     return f"{inspect.cleandoc(command.help)}\n\n[bold]{title}[/bold]\n\n{examples}"
 
 
+def _late() -> None:
+    """Stands for a command's function until its flags are asked for."""
+
+
 for name, command in COMMANDS.items():
-    has_method = "method_options" in describe(command.settings)
-    kind = CommandWithMethods if has_method else None
-    app.command(name, no_args_is_help=not command.idle, help=_help(command), cls=kind)(_callback(name, command))
+    app.command(name, no_args_is_help=not command.idle, help=_help(command), cls=LateCommand)(_late)
 
 
 def _show_version(shown: bool) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from dynalora.evaluation.prompts import use_template
 from dynalora.evaluation.tokens import ensure_chat_template, ensure_pad_token
 from dynalora.lab.choices import QUANTIZATIONS, check_quantization
 from dynalora.lab.packaged_models import demo_model
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -212,14 +216,15 @@ def load_model(
         labels: For a classifier, number of classes; 1: a value.
 
     Raises:
-        ConfigError: The weights cannot be loaded, the model is of another kind, or quantization is asked for without
-            its library.
+        ConfigError: The weights cannot be loaded or do not fit the model's configuration, the model is of another kind,
+            or quantization is asked for without its library.
     """
     _, head = _configured(name, heads, trust_remote_code)
     options: dict[str, Any] = {
         "dtype": resolve_dtype(dtype),
         "trust_remote_code": trust_remote_code,
         "use_safetensors": True,  # nothing is unpickled
+        "ignore_mismatched_sizes": True,  # they are refused below, by name
     }
     if head.labelled:
         options["num_labels"] = labels
@@ -240,14 +245,59 @@ def load_model(
         raise ConfigError(
             f"The weights of '{name}' cannot be loaded ({first_line(error)}); copy or download the model again."
         ) from error
-    if head is MASKED_LM:
-        fresh = sorted(key for key in loading["missing_keys"] if not key.startswith(f"{model.base_model_prefix}."))
-        if fresh:
-            raise ConfigError(
-                f"'{name}' has no masked-LM head (its checkpoint lacks {fresh[0]}), and a new one says nothing; give a "
-                "masked language model."
-            )
+    _check_weights(model, name, head, loading)
     return model
+
+
+def _check_weights(model: PreTrainedModel, name: str, head: Head, loading: Mapping[str, Any]) -> None:
+    """Refuse a model whose files lack weights that its configuration asks for, which transformers would draw at random.
+
+    Only what no pre-trained model has may be new: a head, and the pooler before it.
+
+    Args:
+        model: The model as it was loaded.
+        name: Its Hub id or folder, for errors.
+        head: The kind of model.
+        loading: What transformers says of the loading.
+
+    Raises:
+        ConfigError: Some are lacking, or have another shape.
+    """
+    encoder = f"{model.base_model_prefix}."
+    for key, there, asked in sorted(loading["mismatched_keys"]):
+        raise ConfigError(
+            f"The weights of '{name}' do not fit its config.json, a {type(model).__name__}: {key} has the shape "
+            f"{tuple(there)} in its files, and {tuple(asked)} by the configuration; give the configuration and the "
+            "weights of one model."
+        )
+    fresh = sorted(loading["missing_keys"])
+    if head.new:
+        fresh = [key for key in fresh if key.startswith(encoder) and "pooler" not in key.split(".")]
+    if fresh and head is MASKED_LM and not any(key.startswith(encoder) for key in fresh):
+        raise ConfigError(
+            f"'{name}' has no masked-LM head (its checkpoint lacks {fresh[0]}), and a new one says nothing; give a "
+            "masked language model."
+        )
+    if fresh:
+        raise ConfigError(
+            f"The weights of '{name}' do not fit its config.json, a {type(model).__name__}: {len(fresh)} of "
+            f"{len(model.state_dict())} are not in its files (the first: {fresh[0]}), and random ones would stand in "
+            "their place; give the configuration and the weights of one model."
+        )
+    # Weights of other parts, such as of an encoder of pictures, are left out on purpose; those of further layers are
+    # not.
+    places = {_without_numbers(key) for key in model.state_dict()}
+    left = sorted(key for key in loading["unexpected_keys"] if _without_numbers(key) in places)
+    if left:
+        logger.warning(
+            "The files of '%s' hold more layers than its config.json names, and %d of their weights are left out (the "
+            "first: %s); its answers may be worth little.",
+            name, len(left), left[0],
+        )  # fmt: skip
+
+
+def _without_numbers(key: str) -> str:
+    return re.sub(r"\d+", "#", key)
 
 
 def placed(model: Any, device: torch.device | str | None) -> Any:

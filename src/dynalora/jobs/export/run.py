@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+import peft
+from peft import PeftConfig, PeftModel
 from rich.console import Console
 
 from dynalora.errors import ConfigError
+from dynalora.evaluation.heads import ALL_HEADS
 from dynalora.evaluation.tokens import Conversation, tokenize
 from dynalora.export.lora import ExportReport, export_adapter_folder, export_lora, export_ranks
 from dynalora.export.snapshot import snapshot_price
@@ -28,10 +30,14 @@ def run_export(spec: ExportSpec, *, console: Console) -> None:
     """Write what the settings ask for, and say what it is and who can serve it."""
     if spec.ranks_only:
         ranks = export_ranks(adapter_folder(spec.adapter), spec.output)["rank_pattern"]
-        say(console, f"{spec.output}: the ranks of {len(ranks)} matrices, for LoraConfig.")
+        say(
+            console,
+            f"{spec.output}: the ranks of {len(ranks)} matrices.",
+            f"Use them: LoraConfig(**json.load(open({spec.output!r})))",
+        )
     else:
         exported = _export(spec, console)
-        say(console, _summary(exported), *map(str, exported.serving))
+        say(console, _summary(exported), *map(str, exported.serving), f"Load it with PEFT alone: {_loading(exported)}")
 
 
 def _export(spec: ExportSpec, console: Console) -> ExportReport:
@@ -57,6 +63,16 @@ def _summary(exported: ExportReport) -> str:
         f"{exported.path}: a plain LoRA of {exported.modules} matrices, {span}, {exported.parameters:,} parameters; "
         f"largest relative difference from the adapter {exported.max_error:.1e}{lost}."
     )
+
+
+def _loading(exported: ExportReport) -> str:
+    """The call that loads an export, wherever PEFT is installed."""
+    config = PeftConfig.from_pretrained(exported.path)
+    classes = [f"AutoPeftModelFor{head.model_class}" for head in ALL_HEADS if head.task_type == config.task_type]
+    automatic = next((name for name in classes if hasattr(peft, name)), None)
+    if automatic is None or not config.base_model_name_or_path:
+        return f"PeftModel.from_pretrained(base_model, {exported.path!r})"
+    return f"{automatic}.from_pretrained({exported.path!r})"
 
 
 def _snapshot(spec: ExportSpec, calibrate: str) -> tuple[PeftModel, Sequence[GateStatistics], Table]:

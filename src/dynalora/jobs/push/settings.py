@@ -19,6 +19,8 @@ class PushSpec(Settings):
         base_model: Write this Hub id of the base model into the card, where the adapter names a folder of this machine.
         update: Upload into a repository that holds something, as a new commit.
         message: Give the commit this first line.
+        dry_run: Show what would be uploaded: the repository, the files with their sizes, and how the card begins. The
+            Hub is not asked.
     """
 
     adapter: Annotated[str, Setting(positional=True, metavar="RUN")]
@@ -27,3 +29,4 @@ class PushSpec(Settings):
     base_model: str | None = None
     update: bool = False
     message: str = "Upload adapter"
+    dry_run: bool = False
