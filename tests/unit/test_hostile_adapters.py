@@ -446,6 +446,37 @@ def test_new_words_are_those_behind_the_checkpoints_vocabulary(tmp_path: Path) -
         peft.PeftModel.from_pretrained(resized(66), changed(tmp_path / "good", tmp_path / "x", last_old_word))
 
 
+def test_embeddings_trained_in_full_are_loaded_with_new_words(tmp_path: Path) -> None:
+    """PEFT saves the embeddings of a resized vocabulary, too, whose new rows are drawn anew wherever it is resized."""
+    base().save_pretrained(tmp_path / "base")
+
+    def resized(seed: int) -> Any:
+        model = type(base()).from_pretrained(tmp_path / "base")
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(66, mean_resizing=False)
+        return model
+
+    config = dynalora.DiraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    model = peft.get_peft_model(resized(0), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".modules_to_save." in name:
+                parameter.add_(0.1)
+    model.save_pretrained(tmp_path / "good")
+    names = load_file(tmp_path / "good" / "adapter_model.safetensors").keys()
+    assert any(name.endswith("lm_head.original_module.weight") for name in names)
+    loaded = peft.PeftModel.from_pretrained(resized(1), tmp_path / "good")
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(input_ids=INPUT).logits, model.eval()(input_ids=INPUT).logits)
+
+    def old_word(state: Tensors) -> Tensors:
+        state["base_model.model.lm_head.original_module.weight"][3] = 3.0
+        return state
+
+    with pytest.raises(CheckpointError, match="would change the base model"):
+        peft.PeftModel.from_pretrained(resized(1), changed(tmp_path / "good", tmp_path / "x", old_word))
+
+
 def rows_of(state: Tensors) -> str:
     return next(name for name in state if "trainable_tokens" in name or "lm_head" in name)
 

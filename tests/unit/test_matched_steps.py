@@ -358,3 +358,53 @@ def test_a_layer_without_tokens_keeps_its_rate() -> None:
         rates.append(multiples(model))
     assert rates[1] == [1.0, rates[0][1]]
     assert rates[0][1] > 1
+
+
+def _forward(model: Any) -> None:
+    LLAMA.loss(model, seed=77)
+
+
+def _without_gradients(model: Any) -> None:
+    """As the probabilities of a policy before its update are computed, in training, too."""
+    with torch.no_grad():
+        LLAMA.loss(model, seed=77)
+
+
+def _saliency(model: Any) -> None:
+    """The loss's gradient in the embedded words."""
+    embedded = model.get_input_embeddings()(LLAMA.batch(77)["input_ids"]).detach().requires_grad_()
+    loss = model(inputs_embeds=embedded).logits.float().square().mean()
+    assert torch.autograd.grad(loss, embedded)[0].any()
+
+
+def _backward(model: Any) -> None:
+    """Gradients of everything, thrown away."""
+    before = {name: p.grad for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = None
+    LLAMA.loss(model, seed=77).backward()
+    for name, p in model.named_parameters():
+        p.grad = before[name]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    "look", [_forward, _without_gradients, _saliency, _backward], ids=lambda look: look.__name__[1:]
+)
+@pytest.mark.parametrize("method", FOLLOWING)
+def test_looking_at_gradients_between_steps_changes_nothing_of_the_training(
+    method: str, look: Any, training: bool
+) -> None:
+    """Between steps: whatever is then measured, the run is that without it, bit for bit."""
+    runs = []
+    for looking in (False, True):
+        model = adapted(method)
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+        for number in range(9):
+            step(model, optimizer, number)
+            optimizer.zero_grad()
+            if looking:
+                look(model.train(training))
+        runs.append([p.detach().clone() for p in trainable(model)])
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)

@@ -22,7 +22,7 @@ from dynalora.adapter.matching import FASTEST, MOST, MatchedSteps
 from dynalora.adapter.matching import ROLE as MATCHED
 from dynalora.adapter.storage import Role
 from dynalora.adapter.update import Update
-from dynalora.common.private import in_backward, transforming
+from dynalora.common.private import transforming
 from dynalora.common.processes import whole
 from dynalora.driver import OptimizerOverride
 
@@ -305,15 +305,9 @@ class GatedLayer(AdapterLayer):
     def gathers(self, x: torch.Tensor, adapter: str) -> bool:
         """Whether a forward pass with this tensor in it is one of training, of which something may be summed up."""
         # In eval() state, too: some train in it, to have no dropout.
-        if not (self.training or torch.is_grad_enabled()):
-            return False
-        return torch.compiler.is_compiling() or not (
-            x.is_inference()
-            or transforming()
-            or not self.parameter("up", adapter).requires_grad
-            # Gradient checkpointing runs the forward pass once more, within the backward pass.
-            or in_backward()
-        )
+        if torch.compiler.is_compiling():
+            return self.training or torch.is_grad_enabled()
+        return torch.is_grad_enabled() and not (transforming() or not self.parameter("up", adapter).requires_grad)
 
     def fixed_diagonal(self, adapter: str) -> torch.Tensor | None:
         """The part of the diagonal that gates multiply, (r) for gated adapters; None for all ones."""

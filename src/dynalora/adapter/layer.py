@@ -362,7 +362,7 @@ class AdapterLayer(RankedStorage, BaseWeight):
             if products.factors.update is None:
                 updated = self.add_update(updated, x, adapter, True, products.narrow)
             else:
-                self.note_input(x, adapter)
+                self.note_input(x, updated, adapter)
             return self._seen(updated.view(*x.shape[:-1], self.out_features), adapter)
         if not torch.compiler.is_compiling():
             self._require_whole_factors()
@@ -468,8 +468,8 @@ class AdapterLayer(RankedStorage, BaseWeight):
         up, frozen, d = self.columns(adapter), self._frozen("frozen_up", adapter), self.diagonal(adapter, "held")
         return Update(self.scaling[adapter], up, frozen, d)
 
-    def note_input(self, x: torch.Tensor, adapter: str) -> None:
-        """A forward pass is about to use an input, (…, in)."""
+    def note_input(self, x: torch.Tensor, made: torch.Tensor, adapter: str) -> None:
+        """A forward pass has used an input, (…, in), and made something of it, to which a gradient may come back."""
 
     def add_update(
         self,
@@ -580,7 +580,6 @@ class AdapterLayer(RankedStorage, BaseWeight):
         Returns:
             (…, r + k).
         """
-        self.note_input(x, adapter)
         if products is None and self.layer_kind is not None:
             products = self._products_of_kind(x, adapter)
         if products is None:
@@ -590,7 +589,9 @@ class AdapterLayer(RankedStorage, BaseWeight):
             projected, h = products.split([extra, products.shape[-1] - extra], dim=-1)
         else:
             projected, h = None, products
-        return self.pass_on(h, self.diagonal(adapter, "held" if projected is None else projected), adapter)
+        m = self.pass_on(h, self.diagonal(adapter, "held" if projected is None else projected), adapter)
+        self.note_input(x, m, adapter)
+        return m
 
     def pass_on(self, h: torch.Tensor, d: torch.Tensor | None, adapter: str) -> torch.Tensor:
         """`d ⊙ h`, the narrow activations behind the diagonal, (…, r + k); None is all ones."""

@@ -95,7 +95,7 @@ class MatchedSteps:
 
     def note(self, h: torch.Tensor, m: torch.Tensor) -> None:
         """Add the narrow activations of a forward pass, (…, r), before and behind the diagonal."""
-        self.sums.add(torch.stack([square(m.detach()), square(h.detach())]))
+        self.sums.add(torch.stack([square(m.detach()), square(h.detach())]), m)
 
     def read(self, saved: torch.Tensor | None) -> None:
         """Bring the rule up to date with the saved power, (1), which waits for the device only if it was changed."""

@@ -148,7 +148,10 @@ def check_further_tensors(
     }
     alone = len(getattr(model, "peft_config", ())) == 1
     vocabularies = {
-        f"{plain_name(name)}.weight" for name, module in model.named_modules() if module in _embeddings_of(model)
+        f"{plain_name(name)}.{weight}"
+        for name, module in model.named_modules()
+        if module in _embeddings_of(model)
+        for weight in ("weight", "original_module.weight")  # the latter beside a copy that is trained in full
     }
     biases = set(map(plain_name, biases_of_parts(model)))
     for name, tensor in list(state.items()):

@@ -15,6 +15,7 @@ from dynalora.driver.carry import carry_state, mix_state, scale_copies
 from dynalora.driver.driver import Driver
 from dynalora.driver.finite import first_bad, first_bad_of
 from dynalora.driver.groups import param_groups
+from dynalora.driver.losses import making_gradients
 from dynalora.driver.model import (
     accept_undriven,
     check_driven,
@@ -39,6 +40,7 @@ __all__ = [
     "first_bad",
     "first_bad_of",
     "invalidate",
+    "making_gradients",
     "mix_state",
     "param_groups",
     "prepare_unloaded",

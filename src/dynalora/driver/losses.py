@@ -45,6 +45,11 @@ def other_threads() -> set[int]:
         return _threads - {threading.get_ident()}
 
 
+def making_gradients() -> bool:
+    """Whether a call of `backward` is under way in any thread, since they are watched."""
+    return bool(_calls)
+
+
 def watch_backward(before: Callable[[], Any], after: Callable[[torch.Tensor | None, Any, bool], None]) -> None:
     """Have functions called around every `backward`; the first call counts, others do nothing.
 

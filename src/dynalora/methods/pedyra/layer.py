@@ -158,19 +158,19 @@ class PedyraLayer(DoraLayer):
         e, frozen = self.used("e", adapter), self.running("frozen_up", adapter)
         return e if frozen is None else torch.cat([e, e.new_ones(frozen.shape[1])])
 
-    def note_input(self, x: torch.Tensor, adapter: str) -> None:
+    def note_input(self, x: torch.Tensor, made: torch.Tensor, adapter: str) -> None:
         """In training the inputs' squares are added up on the way; x (…, in)."""
         if self.gathering[adapter] and self.gathers(x, adapter):
-            self._gather(x, adapter)
+            self._gather(x, made, adapter)
 
     def few(self, x: torch.Tensor, adapter: str) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
         """As other layers; None where squares are added up."""
         return None if self.training and self.gathering[adapter] else super().few(x, adapter)
 
     @torch.no_grad()
-    def _gather(self, x: torch.Tensor, adapter: str) -> None:
+    def _gather(self, x: torch.Tensor, made: torch.Tensor, adapter: str) -> None:
         squares = _squares(x) if self.layer_kind is None else self.layer_kind.squares(self.get_base_layer(), x)
-        self.gathered[adapter].add(squares)
+        self.gathered[adapter].add(squares, made)
 
     def end_passes(self, adapter: str) -> None:
         """Count the inputs so far as those of gradients that are there; see `AdapterLayer.end_passes`."""
