@@ -11,11 +11,13 @@ import pytest
 import torch
 
 import dynalora
+from dynalora.adapter.layer import adapter_layers
 from dynalora.driver.finite import some_bad
 from dynalora.errors import TrainingError
 from dynalora.methods.pedyra import adjustments
 from tests.processes import run_two
 from tests.toys import MLP
+from tests.unit.test_retain import curvature_of
 
 TARGETS = ["first", "second"]
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -292,3 +294,70 @@ def test_the_largest_numbers_are_numbers(dtype: torch.dtype) -> None:
         bad = most.clone()
         bad[1, 2] = value
         assert some_bad([small, bad])
+
+
+MOVING: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in (*CONFIGS, *GROWING)},
+    "a budget": ("DiraConfig", {"target_rank": 2, "compact_every": None}),
+    "a fixed penalty": ("DisloraConfig", {"ortho_weight": 1e-2}),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(MOVING))
+def test_a_further_step_with_the_same_gradients_is_no_training_step(kind: str) -> None:
+    """Nothing is added to the gradients once more, also where ranks have moved and gradients with them."""
+    name, more = MOVING[kind]
+
+    def run(further: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        options = {**{**CONFIGS, **GROWING}[name], **more}
+        model = peft.get_peft_model(MLP(), getattr(dynalora, name)(r=3, target_modules=TARGETS, **options))
+        optimizer = torch.optim.SGD(trained(model), lr=1e-2)
+        for step in range(9):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            optimizer.step()
+            if further:
+                gradients = [None if p.grad is None else p.grad.clone() for p in trained(model)]
+                optimizer.param_groups[0]["lr"] = 0.0  # so that the weights stay
+                optimizer.step()
+                optimizer.param_groups[0]["lr"] = 1e-2
+                for parameter, before in zip(trained(model), gradients, strict=True):
+                    assert before is None or torch.equal(parameter.grad, before)
+        return state_of(model)
+
+    with_them, without = run(True), run(False)
+    assert with_them.keys() == without.keys()
+    assert all(torch.equal(with_them[key], without[key]) for key in without)
+
+
+def test_what_retain_has_the_layers_compute_is_no_input_of_training() -> None:
+    """The first layer's inputs are the batches, whatever it learns, so that their squares are, too."""
+
+    def seen(retain: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(3)
+        config = dynalora.PedyraConfig(
+            r=3, target_modules=TARGETS, gates=True, retain=retain, **CONFIGS["PedyraConfig"], match_step=True
+        )
+        model = peft.get_peft_model(MLP(), config)
+        layers = list(adapter_layers(model).values())
+        for layer in layers if retain else ():
+            layer.curvatures["default"] = curvature_of(layer)
+        parameters = trained(model)
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        for step in range(5):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, step)).backward()
+            if step == 2:
+                parameters[0].grad.view(-1)[0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+        sums = layers[0].matched["default"].sums
+        assert (sums.counted, sums.coming) == (None, None)
+        return layers[0].running("inputs", "default"), layers[0].take_gathered("default")
+
+    (alone, left_alone), (beside, left_beside) = seen(None), seen(1e-3)
+    assert torch.equal(alone, beside)
+    assert left_alone is None
+    assert left_beside is None

@@ -23,6 +23,7 @@ from torch import nn
 from dynalora.common.devices import sent
 from dynalora.common.private import forget_history
 from dynalora.common.processes import spread_as, whole
+from dynalora.driver.driver import is_marked, mark
 from dynalora.driver.fitting import FACTORED
 from dynalora.driver.hooks import known_optimizers
 
@@ -164,7 +165,14 @@ def _states(parameter: nn.Parameter) -> list[tuple[torch.optim.Optimizer, States
 
 
 def _put(parameter: nn.Parameter, value: torch.Tensor, gradient: torch.Tensor | None) -> None:
-    """Give a parameter another value and gradient, of any shape; the object stays."""
+    """Give a parameter another value and gradient, of any shape; the object stays, and the gradient's mark."""
+    marked = parameter.grad is not None and is_marked(parameter.grad)
+    _replace(parameter, value, gradient)
+    if marked and parameter.grad is not None:
+        mark(parameter.grad)
+
+
+def _replace(parameter: nn.Parameter, value: torch.Tensor, gradient: torch.Tensor | None) -> None:
     if value.shape == parameter.shape:
         parameter.copy_(value)
         if parameter.grad is not None and gradient is not None:

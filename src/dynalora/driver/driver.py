@@ -181,9 +181,10 @@ class Driver:
         Returns:
             Whether a new training step began, which the clock will count.
         """
-        awaiting = frozenset(id(p) for p in parameters if p.grad is None or not _is_marked(p.grad))
-        if not awaiting:
-            return False
+        awaiting = frozenset(id(p) for p in parameters if p.grad is None or not is_marked(p.grad))
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not awaiting or (gradients and all(map(is_marked, gradients))):
+            return False  # a further step with the same gradients
         self._require_whole_step()
         self._require_known_sharding(moment.layers)
         self._require_all_processes()
@@ -202,13 +203,17 @@ class Driver:
             self._task_loss = self._take_loss(moment.loss_scale) if self.needs_task_loss else None
         moment.step = self._current  # the clock has moved on if the first optimizer has stepped
         moment.shared, moment.awaiting, moment.task_loss = self._shared, awaiting, self._task_loss
-        moment.others = [p for p in moment.others if p.grad is not None and not _is_marked(p.grad)]
+        moment.others = [p for p in moment.others if p.grad is not None and not is_marked(p.grad)]
         for acting in self.acting:
             acting.before_step(moment)
+        for layer in moment.all_layers if self.gathers else ():
+            # What acting itself had the layers compute belongs to no step.
+            layer.end_passes(self.adapter)
+            layer.forget_passes(self.adapter)
         self._done |= awaiting
         for parameter in (*parameters, *moment.others):
             if parameter.grad is not None:
-                _mark(parameter.grad)
+                mark(parameter.grad)
         return first
 
     def finish(self, moment: Moment) -> None:
@@ -538,18 +543,20 @@ def _fingerprint(layer: DrivenLayer, adapter: str) -> tuple[float, ...]:
 # new tensors, without marks, or written in place, which changes their version.
 
 
-def _mark(gradient: torch.Tensor) -> None:
+def mark(gradient: torch.Tensor) -> None:
+    """Note that a gradient has had its addition."""
     gradient._dynalora_version = version(gradient)  # type: ignore[attr-defined]
 
 
-def _is_marked(gradient: torch.Tensor) -> bool:
+def is_marked(gradient: torch.Tensor) -> bool:
+    """Whether a gradient has had its addition, and is as it was then."""
     return getattr(gradient, "_dynalora_version", None) == version(gradient)
 
 
 @contextmanager
 def keeping_mark(gradient: torch.Tensor) -> Iterator[None]:
     """Inside, a gradient may be changed without awaiting its addition once more."""
-    marked = _is_marked(gradient)
+    marked = is_marked(gradient)
     yield
     if marked:
-        _mark(gradient)
+        mark(gradient)
