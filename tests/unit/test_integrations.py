@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import dynalora
-from dynalora.errors import ConfigError
+from dynalora.errors import ConfigError, UnsupportedError
 from dynalora.integrations import OPTIONS_VARIABLE, tool_config
 from dynalora.methods import method_names
 from tests.unit import tiny
@@ -224,6 +225,60 @@ def test_trls_script_trains_ours(tmp_path: Path) -> None:
     learned = [tensor for name, tensor in tensors.items() if name.endswith("disel_up")]
     assert learned
     assert all(torch.count_nonzero(tensor) for tensor in learned)
+
+
+class StandIn:
+    """What diffusers' `EMAModel` does, as far as it matters here."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.shadow = [parameter.detach().clone() for parameter in parameters]
+
+    def step(self, parameters: Any) -> None:
+        for mine, parameter in zip(self.shadow, parameters, strict=True):
+            mine.lerp_(parameter.detach(), 0.5)
+
+    def copy_to(self, parameters: Any) -> None:
+        for mine, parameter in zip(self.shadow, parameters, strict=True):
+            parameter.data.copy_(mine)
+
+
+@pytest.mark.parametrize("real", [False, True], ids=["stand-in", "diffusers"])
+@pytest.mark.parametrize("method", ["dira", "disel", "pedyra"])
+def test_diffusers_averages_are_refused_once_ranks_have_moved(
+    method: str, real: bool, base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if real:
+        average = pytest.importorskip("diffusers.training_utils", reason="diffusers is not installed").EMAModel
+    else:
+        average = type("EMAModel", (StandIn,), dict(vars(StandIn)))  # to be wrapped by this test alone
+        monkeypatch.setitem(sys.modules, "diffusers.training_utils", SimpleNamespace(EMAModel=average))  # type: ignore[arg-type]
+    options: dict[str, Any] = {"total_steps": 5}
+    if method == "pedyra":
+        options |= {"adjust_start": 2, "adjust_interval": 1, "adjust_end": 4, "adjust_size": 2}
+    if method == "dira":
+        options |= {"target_rank": 2}
+    model = peft.get_peft_model(base, tool_config(method, r=4, options=options))
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    mean, told = average(weights), []
+    optimizer = torch.optim.AdamW(weights, lr=1e-2)
+    for step in range(5):
+        model(input_ids=torch.arange(3, 11)[None] + step).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        try:
+            mean.step(iter(weights))
+        except UnsupportedError as error:
+            told.append(str(error))
+    if method == "disel":
+        assert not told
+        mean.copy_to(weights)
+        return
+    assert "AveragedModel" in told[-1]
+    with pytest.raises(UnsupportedError, match="when ranks move no more"):
+        mean.copy_to(weights)
+    later = average(weights)
+    later.step(weights)
+    later.copy_to(weights)
 
 
 @pytest.mark.parametrize("method", ["dira", "disel", "pedyra", "dislora"])

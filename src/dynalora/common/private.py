@@ -30,6 +30,7 @@ from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import trainer as transformers_trainer
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.trainer_callback import TrainerCallback
@@ -274,6 +275,54 @@ def after_load_by_transformers(told: Callable[[nn.Module, str, Callable[[], dict
 
     load_adapter.extended_by_dynalora = True  # type: ignore[attr-defined]
     setattr(PeftAdapterMixin, "load_adapter", load_adapter)  # noqa: B010
+
+
+# diffusers ---------------------------------------------------------------------------------------------------------
+
+_changes = 0
+_changed_at = WeakTensorKeyDictionary()  # no attributes, which would be saved with parameters
+
+
+def note_new_slices(parameter: torch.Tensor, refuse: Callable[[], None]) -> None:
+    """Have a function called that raises, before an average of diffusers' takes a parameter for what it was.
+
+    Its `EMAModel` has a list of tensors, made as the parameters then were, and pairs them by their order: after a
+    change of size it fails in the words of an addition, and with other slices of one size it averages what does not
+    belong together. diffusers asks nobody, so two methods are wrapped, once a parameter has changed.
+
+    Args:
+        parameter: A parameter, some of whose slices are about to be others.
+        refuse: Called by `step` and `copy_to` of averages that were made before.
+    """
+    global _changes
+    average: Any = getattr(sys.modules.get("diffusers.training_utils"), "EMAModel", None)
+    if average is not None and not hasattr(average, "changes_when_made"):
+        average.changes_when_made = _changes  # of all that there are
+        make = average.__init__
+
+        @functools.wraps(make)
+        def make_and_note(self: Any, *args: Any, **kwargs: Any) -> None:
+            self.changes_when_made = _changes
+            make(self, *args, **kwargs)
+
+        average.__init__ = make_and_note
+        for name in ("step", "copy_to"):
+            setattr(average, name, _asking_first(getattr(average, name), refuse))
+    _changes += 1
+    _changed_at[parameter] = _changes
+
+
+def _asking_first(method: Any, refuse: Callable[[], None]) -> Any:
+    @functools.wraps(method)
+    def ask_first(self: Any, parameters: Any) -> Any:
+        if not isinstance(parameters, nn.Module):
+            parameters = list(parameters)
+        own = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
+        if any(_changed_at.get(parameter, 0) > self.changes_when_made for parameter in own):
+            refuse()
+        return method(self, parameters)
+
+    return ask_first
 
 
 # torch -------------------------------------------------------------------------------------------------------------

@@ -21,11 +21,12 @@ import torch
 from torch import nn
 
 from dynalora.common.devices import sent
-from dynalora.common.private import forget_history
+from dynalora.common.private import forget_history, note_new_slices
 from dynalora.common.processes import spread_as, whole
 from dynalora.driver.driver import is_marked, mark
 from dynalora.driver.fitting import FACTORED
 from dynalora.driver.hooks import known_optimizers
+from dynalora.errors import UnsupportedError
 
 States = MutableMapping[Any, MutableMapping[str, Any]]
 
@@ -82,6 +83,8 @@ def carry_state(
             parts.append(tensor.new_zeros(shape))
         return torch.cat(parts, dim)
 
+    if size != parameter.shape[dim] or list(keep) != list(range(parameter.shape[dim])):
+        note_new_slices(parameter, _refuse_to_average)
     with torch.no_grad():
         shape = parameter.shape
         gradient = None if parameter.grad is None else resized(parameter.grad)
@@ -115,6 +118,7 @@ def mix_state(parameter: nn.Parameter, dim: int, value: torch.Tensor, mix: torch
         shape[dim] = size - tensor.shape[dim]
         return torch.cat([tensor, tensor.new_zeros(shape)], dim).contiguous()
 
+    note_new_slices(parameter, _refuse_to_average)
     with torch.no_grad():
         shape = parameter.shape
         gradient = None if parameter.grad is None else mixed(parameter.grad, mix)
@@ -162,6 +166,14 @@ def _states(parameter: nn.Parameter) -> list[tuple[torch.optim.Optimizer, States
             if isinstance(states, MutableMapping) and parameter in states:
                 places[id(states[parameter])] = optimizer, states  # a wrapper may show another's state as its own
     return list(places.values())
+
+
+def _refuse_to_average() -> None:
+    raise UnsupportedError(
+        "diffusers' EMAModel keeps averages as a list of tensors, which cannot follow ranks that move, and ranks have "
+        "moved since it was made; average with torch.optim.swa_utils.AveragedModel(model), or make the EMAModel when "
+        "ranks move no more."
+    )
 
 
 def _put(parameter: nn.Parameter, value: torch.Tensor, gradient: torch.Tensor | None) -> None:
