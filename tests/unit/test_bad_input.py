@@ -472,11 +472,16 @@ class TestBaseModels:
         assert "hold more layers than its config.json names, and 9 of their weights are left out" in caplog.text
 
     def test_tied_heads_and_fresh_classifiers_are_no_mistakes(
-        self, changed: Any, caplog: pytest.LogCaptureFixture
+        self, changed: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         folder = str(changed(without=["lm_head.weight"], tie_word_embeddings=True))
         load_model(folder, dtype="float32")
-        assert load_model(folder, dtype="float32", heads=(CLASSIFIER,), labels=3).num_labels == 3
+        classifier = load_model(folder, dtype="float32", heads=(CLASSIFIER,), labels=3)
+        assert classifier.num_labels == 3
+        classifier.save_pretrained(tmp_path / "of-three")
+        other = load_model(str(tmp_path / "of-three"), dtype="float32", heads=(CLASSIFIER,), labels=2)
+        assert other.score.weight.shape[0] == 2
+        assert torch.equal(other.get_input_embeddings().weight, classifier.get_input_embeddings().weight)
         assert not [record for record in caplog.records if record.name.startswith("dynalora")]
 
 

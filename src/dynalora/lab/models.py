@@ -265,6 +265,8 @@ def _check_weights(model: PreTrainedModel, name: str, head: Head, loading: Mappi
     """
     encoder = f"{model.base_model_prefix}."
     for key, there, asked in sorted(loading["mismatched_keys"]):
+        if head.new and not key.startswith(encoder):
+            continue  # a head for other classes gives way to a new one
         raise ConfigError(
             f"The weights of '{name}' do not fit its config.json, a {type(model).__name__}: {key} has the shape "
             f"{tuple(there)} in its files, and {tuple(asked)} by the configuration; give the configuration and the "
