@@ -266,7 +266,11 @@ def _check_weights(model: PreTrainedModel, name: str, head: Head, loading: Mappi
     encoder = f"{model.base_model_prefix}."
     for key, there, asked in sorted(loading["mismatched_keys"]):
         if head.new and not key.startswith(encoder):
-            continue  # a head for other classes gives way to a new one
+            logger.warning(
+                "'%s' has a head of other classes (%s has the shape %s, and %s is needed); a new one takes its place, "
+                "which knows nothing until it is trained.", name, key, tuple(there), tuple(asked),
+            )  # fmt: skip
+            continue
         raise ConfigError(
             f"The weights of '{name}' do not fit its config.json, a {type(model).__name__}: {key} has the shape "
             f"{tuple(there)} in its files, and {tuple(asked)} by the configuration; give the configuration and the "
