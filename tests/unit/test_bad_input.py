@@ -403,9 +403,98 @@ class TestAdapters:
         with pytest.raises(CheckpointError, match="belong to different adapters"):
             dynalora.DiraConfig.from_pretrained(mixed)
 
+    @pytest.mark.parametrize("command", ["serve-check", "landscape"])
+    @pytest.mark.parametrize(
+        ("field", "value", "kind"),
+        [
+            ("base_model_name_or_path", ["a"], "a name"),
+            ("r", "eight", "a number above 0"),
+            ("lora_alpha", "x", "a number above 0"),
+            ("r", -4, "a number above 0"),
+        ],
+    )
+    def test_a_configuration_with_values_of_another_kind(
+        self, field: str, value: Any, kind: str, command: str, adapters: Path, tmp_path: Path, program: Program
+    ) -> None:
+        folder = shutil.copytree(adapters / "lora", tmp_path / "lora")
+        content = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**content, field: value}))
+        expected = f"The configuration in {folder} says {field}={value!r}, where {kind} is needed"
+        one_sentence(program(command, str(folder)), expected)
+
+    @pytest.mark.parametrize("method", ["lora", "dira"])
+    def test_a_file_of_weights_without_any(self, method: str, adapters: Path, tmp_path: Path, program: Program) -> None:
+        folder = shutil.copytree(adapters / method, tmp_path / method)
+        save_file({}, folder / "adapter_model.safetensors")
+        one_sentence(program("serve-check", str(folder)), f"holds no weights of {method.upper()} (it is empty)")
+
+    def test_weights_of_peft_that_are_lacking_or_no_numbers(
+        self, adapters: Path, tmp_path: Path, program: Program
+    ) -> None:
+        folder = shutil.copytree(adapters / "lora", tmp_path / "lora")
+        weights = load_file(folder / "adapter_model.safetensors")
+        first = min(weights)
+        save_file({**weights, first: weights[first] * float("nan")}, folder / "adapter_model.safetensors")
+        one_sentence(program("landscape", str(folder)), f"has NaN or infinite values in {first}; use another copy")
+        del weights[first]
+        save_file(weights, folder / "adapter_model.safetensors")
+        one_sentence(
+            program("chat", str(folder)), f"lacks 1 of the weights that its configuration names (the first: {first})"
+        )
+
+    def test_files_and_runs_that_are_no_adapters(self, rows: Path, tmp_path: Path, program: Program) -> None:
+        one_sentence(program("serve-check", str(rows)), f"'{rows}' is no adapter, but a file; give a run folder")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "run.json").write_text('{"finished": null}')
+        one_sentence(
+            program("export", str(tmp_path / "run"), "x"), "holds no adapter (the run did not finish; resume it)."
+        )
+        (tmp_path / "run" / "run.json").write_text('{"finished": "2026-01-01"}')
+        one_sentence(
+            program("export", str(tmp_path / "run"), "x"), "holds no adapter (this kind of run keeps none; give"
+        )
+        inside = tmp_path / "run" / "seed-42" / "initial" / "adapter"
+        inside.mkdir(parents=True)
+        (inside / "adapter_config.json").write_text("{}")
+        one_sentence(
+            program("export", str(tmp_path / "run"), "x"), f"(it has 1 deeper inside; name one, such as '{inside}')."
+        )
+
+    @pytest.mark.parametrize(
+        ("words", "flag", "needed"),
+        [
+            (["export", "--limit", "3"], "--limit is 3", "--calibrate"),
+            (["export", "-m", "x"], "-m is x", "--calibrate"),
+            (["landscape", "--split", "test"], "--split is test", "--data"),
+            (["bench", "--new-tokens", "5"], "--new-tokens is 5", "--generate"),
+        ],
+    )
+    def test_flags_that_would_count_for_nothing(
+        self, words: list[str], flag: str, needed: str, adapters: Path, tmp_path: Path, program: Program
+    ) -> None:
+        places = {"export": [str(adapters / "dira"), str(tmp_path / "x")], "landscape": [str(adapters / "dira")]}
+        shown = program(words[0], *places.get(words[0], []), *words[1:])
+        one_sentence(shown, f"{flag}, which counts with {needed} only; give both, or leave it out.")
+
+    def test_a_link_to_nothing_is_not_looked_for_on_the_hub(
+        self, adapters: Path, tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "gone").symlink_to("/nowhere/at/all")
+        one_sentence(program("merge", str(adapters / "dira"), "-o", "x", "-m", "gone"), "there is no such folder")
+        shown = program("generate", str(adapters / "dira"), "-d", "gone", "-o", "x")
+        one_sentence(shown, "There is no file or folder 'gone'")
+
+    def test_a_model_without_a_tokenizer(self, adapters: Path, model: Path, tmp_path: Path, program: Program) -> None:
+        folder = shutil.copytree(model, tmp_path / "model")
+        for file in folder.glob("tok*"):
+            file.unlink()
+        shown = program("merge", str(adapters / "dira"), "-o", str(tmp_path / "x"), "-m", str(folder))
+        one_sentence(shown, f"The tokenizer of '{folder}' cannot be loaded (its folder has none)")
+
     def test_folder_without_an_adapter(self, tmp_path: Path, program: Program) -> None:
         one_sentence(
-            program("landscape", str(tmp_path)), f"'{tmp_path}' holds no adapter (it has no adapter_config.json)."
+            program("landscape", str(tmp_path)), f"'{tmp_path}' holds no adapter (it has no adapter_config.json; give"
         )
         one_sentence(program("landscape", str(tmp_path / "none")), f"There is no adapter '{tmp_path}/none'")
         RunFolder.create(tmp_path / "run", {}).close()

@@ -7,18 +7,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import dynalora
+from dynalora.cli.commands import COMMANDS
 from dynalora.cli.machine import of_the_machine
 from dynalora.common.files import file_beside, why_not_written, write_file
 from dynalora.errors import ConfigError, DynaloraError
 from dynalora.jobs.landscape.settings import LandscapeSpec
 from dynalora.lab.run_folder import RunFolder
-from dynalora.lab.settings import read_yaml
+from dynalora.lab.settings import describe, read_yaml, settings_from
 from tests.unit import tiny
 from tests.unit.program import Program
 
@@ -129,6 +131,31 @@ class TestOutputs:
         assert (here / taken).read_text() == "mine"
         if arguments[0] not in ("export", "compact", "trim"):
             assert arguments[-2] in shown.err  # the flag that was typed
+
+    def test_a_quoted_tilde_is_the_users_home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As it is behind an equals sign, where a shell leaves it alone, and in a settings file."""
+        monkeypatch.setenv("HOME", str(tmp_path))
+        for name, command in COMMANDS.items():
+            names = describe(command.settings)
+            asked = {
+                "model": "m", "data": "d", "tasks": ["x", "y"], "task": ["x"], "task_a": "a", "task_b": "b",
+                "source": "s", "adapter": "a", "output": "o", "repo": "r",
+            }  # fmt: skip
+            given = {key: asked[key] for key, item in names.items() if item.default is MISSING}
+            given |= {"trim": {"factor": 0.5}, "gates": {"data": "d"}}.get(name, {})
+            for key in ("output", "adapter", "source"):
+                if key not in names:
+                    continue
+                spec = settings_from(command.settings, {**given, key: "~/new"})
+                assert getattr(spec, key) == str(tmp_path / "new"), (name, key)
+                with pytest.raises(ConfigError, match=rf"{key} is '~no-such-user/x', and there is no such user"):
+                    settings_from(command.settings, {**given, key: "~no-such-user/x"})
+
+    @pytest.mark.parametrize("place", [".", "..", "/"])
+    def test_a_picture_needs_a_name(self, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ConfigError, match="which is a folder and not the name of a file"):
+            settings_from(COMMANDS["landscape"].settings, {"adapter": "a", "plot": place})
 
     def test_two_outputs_in_one_file(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="and so is csv"):

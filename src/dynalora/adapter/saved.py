@@ -64,10 +64,13 @@ def check_adapter_folder(folder: str, method: str = "") -> None:
             )
         return
     shapes = read_shapes(weights)
-    if method and shapes and not any(f".{method.lower()}_" in name for name in shapes):
+    # LoRA's are called so, too.
+    expected = method or ("lora" if made_by.upper() == "LORA" else "")
+    if expected and not any(f".{expected.lower()}_" in name for name in shapes):
+        first = f"the first is {next(iter(shapes))!r}" if shapes else "it is empty"
         raise CheckpointError(
-            f"{weights} holds no weights of {method.upper()} (the first is {next(iter(shapes))!r}), although its "
-            "configuration says so; the two files belong to different adapters."
+            f"{weights} holds no weights of {expected.upper()} ({first}), although its configuration says so; the two "
+            "files belong to different adapters."
         )
     if method:
         largest = _check_factors(weights, shapes, method.lower())
@@ -90,7 +93,27 @@ def check_known(folder: str) -> str:
             f"the adapter in {folder} was made by {made_by!r}, a method that is unknown here; install the package or "
             "the version that has it."
         )
+    _check_values(folder, config)
     return made_by.lower()
+
+
+def _check_values(folder: str, config: Mapping[str, Any]) -> None:
+    """Whether what PEFT computes with before it looks is of the right kind.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    base = config.get("base_model_name_or_path")
+    wrong = [] if base is None or isinstance(base, str) else [("base_model_name_or_path", base, "a name")]
+    for name in ("r", "lora_alpha"):
+        value = config.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            wrong.append((name, value, "a number above 0"))
+    for name, value, kind in wrong:
+        raise CheckpointError(
+            f"the configuration in {folder} says {name}={value!r}, where {kind} is needed; restore it from another "
+            "copy of the adapter."
+        )
 
 
 def read_shapes(weights: str) -> dict[str, tuple[int, ...]]:

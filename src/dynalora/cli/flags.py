@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from dynalora.errors import ConfigError
-from dynalora.lab.settings import Described, Settings, describe, named, named_values, read_yaml, settings_from
+from dynalora.lab.settings import Described, Settings, at_home, describe, named, named_values, read_yaml, settings_from
 
 Kind = TypeVar("Kind", bound=Settings)
 
@@ -82,7 +82,7 @@ def _config_of_folder(kind: type[Settings], flags: Mapping[str, Any]) -> Path | 
     flag = next((name for name, item in describe(kind).items() if item.setting.of_folder and flags.get(name)), None)
     if flag is None or not flags.get("output"):
         return None
-    file = Path(flags["output"]) / "config.yaml"
+    file = Path(at_home(str(flags["output"]))) / "config.yaml"
     if not file.exists():
         raise ConfigError(f"output is '{file.parent}', which holds no run to {flag} on (it has no {file.name}).")
     return file

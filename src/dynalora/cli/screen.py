@@ -42,6 +42,7 @@ def quiet() -> None:
     warnings.showwarning = _one_line
     for name in (*_OTHERS, "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # its errors are raised as well
     logger = logging.getLogger("dynalora")
     if not logger.handlers:
         logger.addHandler(_Lines())

@@ -42,9 +42,9 @@ def is_path(source: str) -> bool:
     """Whether a source can only be a place on this machine, so that the Hugging Face Hub need not be asked for it.
 
     Ids on the Hub are NAME or OWNER/NAME. What is written in another way is a path, and so is what begins with a folder
-    that is there.
+    that is there, or is a link here, even one that leads nowhere.
     """
-    if _HUB_ID.fullmatch(source) is None:
+    if _HUB_ID.fullmatch(source) is None or Path(source).is_symlink():
         return True
     first, slash, _ = source.partition("/")
     return bool(slash) and Path(first).is_dir()

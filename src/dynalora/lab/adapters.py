@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +17,7 @@ from dynalora.common.names import is_path
 from dynalora.errors import CheckpointError, ConfigError, first_line
 from dynalora.evaluation.heads import ALL_HEADS, CAUSAL_LM, Head, described
 from dynalora.lab.models import load_model, load_tokenizer
+from dynalora.lab.run_folder import STATUS, RunFolder
 
 
 def adapter_folder(source: str | os.PathLike[str]) -> str:
@@ -32,18 +34,34 @@ def adapter_folder(source: str | os.PathLike[str]) -> str:
         folder = Path(_fetched(str(source), files, "a run folder, an adapter folder or a Hub id"))
         check_adapter_folder(str(folder))
         return str(folder)
-    if path.is_file():
+    if path.is_file() and path.name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         path = path.parent
+    if not path.is_dir():
+        raise CheckpointError(f"'{source}' is no adapter, but a file; {_REMEDY}.")
     inside = path / "adapter"
     folder = inside if not (path / "adapter_config.json").exists() and inside.is_dir() else path
     if not (folder / "adapter_config.json").exists():
-        unfinished = (path / "run.json").exists()
-        reason = "the run did not finish; resume it" if unfinished else "it has no adapter_config.json"
-        raise CheckpointError(f"'{source}' holds no adapter ({reason}).")
+        raise CheckpointError(f"'{source}' holds no adapter ({_why_none(path)}).")
     check_adapter_folder(str(folder))
     if not (folder / "adapter_model.safetensors").exists():
         raise CheckpointError(f"'{folder}' has no adapter_model.safetensors; save the adapter again.")
     return str(folder)
+
+
+_REMEDY = "give a run folder, an adapter folder or a Hub id"
+
+
+def _why_none(folder: Path) -> str:
+    """Why a folder holds no adapter, and what to do, in a clause."""
+    if not (folder / STATUS).exists():
+        return f"it has no {CONFIG_NAME}; {_REMEDY}"
+    if not RunFolder.has_finished(folder):
+        return "the run did not finish; resume it"
+    # Experiments keep the adapter of every stage.
+    deeper = sorted(file.parent for depth in ("*/*", "*/*/*") for file in folder.glob(f"{depth}/{CONFIG_NAME}"))
+    if deeper:
+        return f"it has {len(deeper)} deeper inside; name one, such as '{deeper[0]}'"
+    return f"this kind of run keeps none; {_REMEDY}"
 
 
 def model_folder(source: str | os.PathLike[str]) -> str:
@@ -132,7 +150,7 @@ def load_adapter(
         raise CheckpointError(
             f"The adapter '{source}' does not fit the model '{name}' ({first_line(error)})."
         ) from error
-    _refuse_leftovers(adapted, folder, name)
+    _check_weights(adapted, folder, name)
     return adapted
 
 
@@ -156,13 +174,27 @@ def check_task(config: PeftConfig, source: str | os.PathLike[str], heads: Sequen
     )
 
 
-def _refuse_leftovers(adapted: PeftModel, folder: str, name: str) -> None:
-    """Weights without a module in the model would be left out in silence: another base model's adapter."""
-    with safe_open(os.path.join(folder, "adapter_model.safetensors"), framework="pt") as file:
-        saved = set(file.keys())
-    leftover = sorted(saved - set(get_peft_model_state_dict(adapted)))
+def _check_weights(adapted: PeftModel, folder: str, name: str) -> None:
+    """Refuse an adapter of which weights have no place in the model, are not there, or are no numbers.
+
+    Otherwise PEFT would leave them out, or as they are in a new adapter, or compute nonsense, all in silence.
+    """
+    with safe_open(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
+        saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    places = set(get_peft_model_state_dict(adapted))
+    leftover = sorted(saved.keys() - places)
     if leftover:
         raise CheckpointError(
             f"The adapter in '{folder}' does not fit the model '{name}': {len(leftover)} of its {len(saved)} weights "
             f"have no place there (the first: {leftover[0]}); name its base model with --model."
         )
+    own = str(getattr(adapted.base_model, "prefix", "") or "\0")
+    lacking = sorted(key for key in places - saved.keys() if own in key)
+    if lacking:
+        raise CheckpointError(
+            f"The adapter in '{folder}' lacks {len(lacking)} of the weights that its configuration names (the first: "
+            f"{lacking[0]}); use another copy of it."
+        )
+    odd = next((key for key, value in saved.items() if value.is_floating_point() and not value.isfinite().all()), None)
+    if odd is not None:
+        raise CheckpointError(f"The adapter in '{folder}' has NaN or infinite values in {odd}; use another copy of it.")

@@ -46,7 +46,7 @@ class TrainedSettings(Settings):
         quantization: Hold the base weights in fewer bits; None: as the run had them.
     """
 
-    adapter: Annotated[str, Setting(positional=True, metavar="RUN")]
+    adapter: Annotated[str, Setting(positional=True, metavar="RUN", home=True)]
     model: Annotated[str | None, Setting("-m", place=True)] = None
     dtype: Annotated[str | None, Setting(choices=DTYPES)] = None
     quantization: Annotated[str | None, Setting(choices=tuple(QUANTIZATIONS))] = None

@@ -185,8 +185,12 @@ def load_tokenizer(
             name, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # a stranger's file can hold anything
+        folder = Path(name).expanduser()
+        reason = first_line(error)
+        if folder.is_dir() and not any(file.name.startswith(("token", "vocab", "spiece")) for file in folder.iterdir()):
+            reason = "its folder has none"
         raise ConfigError(
-            f"The tokenizer of '{name}' cannot be loaded ({first_line(error)}); copy or download the model again."
+            f"The tokenizer of '{name}' cannot be loaded ({reason}); copy or download the model again."
         ) from error
     if template is not None:
         use_template(tokenizer, template)

@@ -148,6 +148,11 @@ class RunFolder:
         return _read_config(Path(path))
 
     @staticmethod
+    def has_finished(path: str | os.PathLike[str]) -> bool:
+        """Whether the run in a folder reached its end."""
+        return bool(_status(Path(path)).get("finished"))
+
+    @staticmethod
     def _refuse_what_is_there(folder: Path, config: dict[str, Any], resume: bool, defaults: Mapping[str, Any]) -> None:
         entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
         entries = [name for name in entries if name not in _OWN_BEFORE_START and not name.endswith(".tmp")]

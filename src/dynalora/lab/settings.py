@@ -52,7 +52,10 @@ class Setting:
         blank: Whether an empty text is a value of its own; elsewhere it is a mistake, such as of an unset variable.
         place: Whether it names a model or data: a file or folder that is there is written with its whole path, so that
             what is recorded holds from every folder.
+        home: Whether it names a file or folder otherwise: `~` at its beginning is the user's home, as a shell has it
+            where it is neither quoted nor behind an equals sign. So it is of all places and of all that is written.
         instead_of: Another setting of which this one is the alternative: not both can be given.
+        only_with: Another setting without which this one would have no effect: given alone, it is refused.
         writes: Whether it is where a command writes: `file` or `folder`, or for a file that is written together with
             others a function that names them all. What is there already is never overwritten.
         endings: Of a file that is written, the endings its name may have; a name without one gets the first.
@@ -78,7 +81,9 @@ class Setting:
     below: float | None = None
     blank: bool = False
     place: bool = False
+    home: bool = False
     instead_of: str | None = None
+    only_with: str | None = None
     writes: str | Callable[[str], Sequence[Path]] | None = None
     endings: Sequence[str] = ()
     of_folder: bool = False
@@ -173,6 +178,11 @@ class Settings:
                 raise ConfigError(f"{name} is empty; give it a value{'' if needed else ', or leave it out'}.")
             if described.setting.place and isinstance(value, str):
                 object.__setattr__(self, name, whole_path(value))
+            elif described.setting.home or described.setting.writes is not None:
+                object.__setattr__(self, name, _at_home(name, value))
+            other = described.setting.only_with
+            if other is not None and value != described.default and not getattr(self, other):
+                raise ConfigError(f"{name} is {value}, which counts with `{other}` only; give both, or leave it out.")
             several = value if isinstance(value, (list, tuple)) else [value]
             for place, single in enumerate(several):
                 if described.setting.commas and single in several[:place]:
@@ -191,6 +201,10 @@ class Settings:
             writes, value = described.setting.writes, getattr(self, name)
             if writes is None or value is None:
                 continue
+            if writes != "folder" and Path(value).name in ("", ".."):
+                raise ConfigError(
+                    f"{name} is '{value}', which is a folder and not the name of a file; give another place."
+                )
             ending, allowed = Path(value).suffix.lower(), described.setting.endings
             if allowed and ending not in ("", *allowed):
                 raise ConfigError(f"{name} is '{value}', whose ending is unknown; give one of {', '.join(allowed)}.")
@@ -215,6 +229,27 @@ def whole_path(source: str) -> str:
     except RuntimeError:  # the home of somebody who is not there
         return source
     return str(path.absolute()) if source.strip() and os.path.exists(path) else source
+
+
+def at_home(path: str) -> str:
+    """A path with the user's home for `~` at its beginning; another one as it is."""
+    return os.path.expanduser(path) if path.startswith("~") else path
+
+
+def _at_home(name: str, value: Any) -> Any:
+    """The value of a setting that names a place, or places, with the user's home for `~`.
+
+    Raises:
+        ConfigError: It is the home of somebody who is not there.
+    """
+    if isinstance(value, list):
+        return [_at_home(name, item) for item in value]
+    if not isinstance(value, str):
+        return value
+    path = at_home(value)
+    if path.startswith("~") and not os.path.lexists(path):
+        raise ConfigError(f"{name} is '{value}', and there is no such user; write ./{value} for what is called so.")
+    return path
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class BenchSpec(Settings):
         json: Write everything that was measured into this file, which must not exist.
     """
 
-    model: Annotated[str, Setting("-m")] = "smollm2"
+    model: Annotated[str, Setting("-m", home=True)] = "smollm2"
     methods: Annotated[list[str], Setting(commas=True)] = field(
         default_factory=lambda: ["lora", "dira", "disel", "pedyra", "dislora"]
     )
@@ -65,7 +65,7 @@ class BenchSpec(Settings):
     control: bool = False
     memory: bool = True
     generate: bool = False
-    new_tokens: Annotated[int, Setting(least=2)] = 32
+    new_tokens: Annotated[int, Setting(least=2, only_with="generate")] = 32
     json: Annotated[str | None, Setting(metavar="FILE.json", recorded=False, writes="file")] = None
 
     def _check(self) -> None:

@@ -19,7 +19,7 @@ class CompactSpec(Settings):
         rewrite: Rewrite factors to singular components where that removes more.
     """
 
-    adapter: Annotated[str, Setting(positional=True, metavar="ADAPTER")]
+    adapter: Annotated[str, Setting(positional=True, metavar="ADAPTER", home=True)]
     output: Annotated[str, Setting(positional=True, metavar="OUTPUT", writes="folder")]
     threshold: Annotated[float, Setting(least=0, below=1)] = 1e-4
     rewrite: bool = True

@@ -89,7 +89,7 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, BestSettings,
     unused: ClassVar[Mapping[str, Any]] = {"eval_every": None, "save_every": None, "log_every": None}
 
     tasks: Annotated[list[str], Setting(commas=True)]
-    output: Annotated[str, Setting("-o")]
+    output: Annotated[str, Setting("-o", home=True)]
     methods: Annotated[list[str], Setting(commas=True, suggested=compared_names)] = field(
         default_factory=lambda: ["lora", *own_methods()]
     )

@@ -46,7 +46,7 @@ class DemoSpec(OptimizerSettings, panel=MODEL_AND_DATA):
 
     unused: ClassVar[Mapping[str, Any]] = {"epochs": 1.0, "eval_every": 0, "save_every": 0}
 
-    output: Annotated[str | None, Setting("-o", recorded=False)] = None
+    output: Annotated[str | None, Setting("-o", recorded=False, home=True)] = None
     model: Annotated[str | None, Setting("-m", place=True)] = None
     methods: Annotated[list[str], Setting(commas=True, panel=_METHOD)] = field(default_factory=lambda: ["dira", "lora"])
     r: Annotated[int, Setting("-r", name="--rank", least=1, most=MOST_RANK, panel=_METHOD)] = 16

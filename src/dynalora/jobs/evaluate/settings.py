@@ -44,12 +44,12 @@ class EvaluateSpec(Settings):
 
     """
 
-    source: Annotated[str, Setting(positional=True, metavar="MODEL_OR_ADAPTER")]
+    source: Annotated[str, Setting(positional=True, metavar="MODEL_OR_ADAPTER", home=True)]
     task: Annotated[list[str], Setting("-t", commas=True)]
-    data: Annotated[str | None, Setting("-d")] = None
+    data: Annotated[str | None, Setting("-d", home=True)] = None
     split: str | None = None
     limit: Annotated[int | None, Setting("-n")] = None
-    model: Annotated[str | None, Setting("-m")] = None
+    model: Annotated[str | None, Setting("-m", home=True)] = None
     template: Annotated[str, Setting(choices=PROMPTS)] = "chat"
     likelihood: bool = False
     metric: Annotated[list[str] | None, Setting(commas=True)] = None

@@ -117,6 +117,6 @@ def _texts(spec: ExportSpec, calibrate: str) -> Mapping[str, Sequence[Conversati
     if len(rows) < 2:
         raise ConfigError(
             f"{calibrate} has one row only, and the price is measured on rows that the gates were not taken from; "
-            "give more, or name others with measure."
+            "give more, or name others with `measure`."
         )
     return {calibrate: rows[::2], f"{calibrate}, other rows": rows[1::2]}

@@ -31,8 +31,8 @@ class ExportSpec(Settings):
         max_length: Cut sequences after this many tokens.
     """
 
-    adapter: Annotated[str, Setting(positional=True, metavar="ADAPTER")]
-    output: Annotated[str, Setting(positional=True, metavar="OUTPUT")]
+    adapter: Annotated[str, Setting(positional=True, metavar="ADAPTER", home=True)]
+    output: Annotated[str, Setting(positional=True, metavar="OUTPUT", home=True)]
     dtype: Annotated[str | None, Setting(choices=("float32", "bfloat16", "float16"))] = None
     max_rank: Annotated[int | None, Setting(least=1)] = None
     tolerance: Annotated[float | None, Setting(least=0, below=1)] = None
@@ -40,10 +40,10 @@ class ExportSpec(Settings):
     ranks_only: bool = False
     calibrate: Annotated[str | None, Setting(metavar="DATA")] = None
     measure: Annotated[list[str], Setting(metavar="DATA")] = field(default_factory=list)
-    model: Annotated[str | None, Setting("-m")] = None
-    split: str = "train"
-    limit: Annotated[int, Setting(least=1)] = 128
-    max_length: Annotated[int, Setting(least=2)] = 512
+    model: Annotated[str | None, Setting("-m", home=True, only_with="calibrate")] = None
+    split: Annotated[str, Setting(only_with="calibrate")] = "train"
+    limit: Annotated[int, Setting(least=1, only_with="calibrate")] = 128
+    max_length: Annotated[int, Setting(least=2, only_with="calibrate")] = 512
 
     def _check(self) -> None:
         super()._check()
@@ -57,7 +57,7 @@ class ExportSpec(Settings):
                         f"ranks_only writes the adapter's ranks as they are, and {name} would change what is written; "
                         "give one or the other."
                     )
-        elif self.measure and self.calibrate is None:
+        if self.measure and self.calibrate is None:
             raise ConfigError(
                 "measure is the text to measure a snapshot on, which needs `calibrate`, text to take the gates from."
             )

@@ -78,7 +78,7 @@ class FinetuneSpec(AdapterSettings, TrainSettings, panel=MODEL_AND_DATA):
 
     model: Annotated[str, Setting("-m", place=True)]
     data: Annotated[str, Setting("-d", place=True)]
-    output: Annotated[str, Setting("-o")]
+    output: Annotated[str, Setting("-o", home=True)]
     method: Annotated[str, Setting(suggested=method_names, panel=_METHOD)] = "disel"
     method_options: Annotated[
         dict[str, Any], Setting("-O", name="--option", metavar="NAME=VALUE", merge=True, panel=_METHOD)

@@ -80,13 +80,13 @@ class GatesSpec(Settings):
         plot: Draw histograms by depth into this PNG file, and beside it an SVG.
     """
 
-    adapter: Annotated[str, Setting(positional=True, metavar="ADAPTER")]
+    adapter: Annotated[str, Setting(positional=True, metavar="ADAPTER", home=True)]
     domains: Annotated[dict[str, Any], Setting(name="--domain", metavar="NAME=SOURCE", parse=_domains)] = field(
         default_factory=dict
     )
     data: Annotated[str | None, Setting("-d")] = None
-    model: Annotated[str | None, Setting("-m")] = None
-    output: Annotated[str | None, Setting("-o", recorded=False)] = None
+    model: Annotated[str | None, Setting("-m", home=True)] = None
+    output: Annotated[str | None, Setting("-o", recorded=False, home=True)] = None
     split: str = "train"
     limit: Annotated[int, Setting(least=1)] = 64
     max_length: Annotated[int, Setting(least=2)] = 512

@@ -39,14 +39,14 @@ class LandscapeSpec(Settings):
         json: Write the same table with all singular values into this file.
     """
 
-    adapter: Annotated[list[str] | str, Setting(positional=True, metavar="ADAPTER...")]
-    model: Annotated[str | None, Setting("-m")] = None
-    against: Annotated[str | None, Setting(metavar="MODEL")] = None
+    adapter: Annotated[list[str] | str, Setting(positional=True, metavar="ADAPTER...", home=True)]
+    model: Annotated[str | None, Setting("-m", home=True)] = None
+    against: Annotated[str | None, Setting(metavar="MODEL", home=True)] = None
     modules: Annotated[str | None, Setting(metavar="REGEX")] = None
     data: Annotated[str | None, Setting("-d")] = None
-    split: str = "train"
-    limit: Annotated[int, Setting(least=1)] = 64
-    max_length: Annotated[int, Setting(least=2)] = 512
+    split: Annotated[str, Setting(only_with="data")] = "train"
+    limit: Annotated[int, Setting(least=1, only_with="data")] = 64
+    max_length: Annotated[int, Setting(least=2, only_with="data")] = 512
     tau: Annotated[float, Setting(least=0)] = 1e-3
     taus: Annotated[list[str], Setting(commas=True)] = field(default_factory=list)
     plot: Annotated[str | None, Setting(metavar="FILE.png", writes=plot_files, endings=PICTURES)] = None

@@ -32,7 +32,7 @@ class LinearModelSpec(Settings):
         seed: Draw the maps, the adapters' start and the samples from this seed.
     """
 
-    output: Annotated[str | None, Setting("-o", recorded=False)] = None
+    output: Annotated[str | None, Setting("-o", recorded=False, home=True)] = None
     in_features: int = 16
     out_features: int = 16
     task_rank: int = 4

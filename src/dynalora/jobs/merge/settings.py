@@ -20,7 +20,7 @@ class MergeSpec(Settings):
         dtype: Write weights with this data type; None: as in the base model's files.
     """
 
-    adapter: Annotated[str, Setting(positional=True, metavar="RUN")]
+    adapter: Annotated[str, Setting(positional=True, metavar="RUN", home=True)]
     output: Annotated[str, Setting("-o", writes="folder")]
     model: Annotated[str | None, Setting("-m", place=True)] = None
     dtype: Annotated[str | None, Setting(choices=DTYPES)] = None

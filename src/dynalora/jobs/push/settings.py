@@ -23,7 +23,7 @@ class PushSpec(Settings):
             Hub is not asked.
     """
 
-    adapter: Annotated[str, Setting(positional=True, metavar="RUN")]
+    adapter: Annotated[str, Setting(positional=True, metavar="RUN", home=True)]
     repo: Annotated[str, Setting(positional=True, metavar="REPO")]
     public: Annotated[bool, Setting(negative="--private")] = False
     base_model: str | None = None

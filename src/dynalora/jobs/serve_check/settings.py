@@ -16,4 +16,4 @@ class ServeCheckSpec(Settings):
         adapter: Check this adapter: a run folder, an adapter folder, or an id on the Hugging Face Hub.
     """
 
-    adapter: Annotated[str, Setting(positional=True, metavar="RUN")]
+    adapter: Annotated[str, Setting(positional=True, metavar="RUN", home=True)]

@@ -32,7 +32,7 @@ class StagedSettings(AdapterSettings, LabSettings, OptimizerSettings, BestSettin
 
     unused: ClassVar[Mapping[str, Any]] = {"epochs": 1.0, "eval_every": None, "save_every": None}
 
-    output: Annotated[str, Setting("-o", panel=MODEL_AND_DATA)]
+    output: Annotated[str, Setting("-o", panel=MODEL_AND_DATA, home=True)]
     steps: int | None = 60
     seeds: Annotated[int, Setting(least=1)] = 1
     log_every: Annotated[int | None, Setting(least=1)] = None
@@ -131,9 +131,9 @@ class RecoverSpec(Settings, like=LabSettings, absent="SOURCE's", panel=_RECOVERY
         resume: Continue the killed run in the run folder.
     """
 
-    source: Annotated[str, Setting(positional=True, metavar="SOURCE")]
-    output: Annotated[str, Setting("-o", panel=MODEL_AND_DATA)]
-    initial: Annotated[str | None, Setting(panel=MODEL_AND_DATA)] = None
+    source: Annotated[str, Setting(positional=True, metavar="SOURCE", home=True)]
+    output: Annotated[str, Setting("-o", panel=MODEL_AND_DATA, home=True)]
+    initial: Annotated[str | None, Setting(panel=MODEL_AND_DATA, home=True)] = None
     task_a: Annotated[str | None, Setting(panel=MODEL_AND_DATA)] = None
     task_b: Annotated[str | None, Setting(panel=MODEL_AND_DATA)] = None
     strategies: Annotated[list[str], Setting(commas=True)] = field(default_factory=lambda: list(STRATEGIES))

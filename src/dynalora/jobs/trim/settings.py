@@ -28,7 +28,7 @@ class TrimSpec(Settings):
         loss: Measure the held-out loss along the curve, of a run of `dynalora finetune`.
     """
 
-    adapter: Annotated[str, Setting(positional=True, metavar="RUN")]
+    adapter: Annotated[str, Setting(positional=True, metavar="RUN", home=True)]
     output: Annotated[str, Setting(positional=True, metavar="OUTPUT", writes="folder")]
     max_kl: Annotated[float | None, Setting(above=0)] = None
     factor: Annotated[float | None, Setting(above=0, most=1)] = None
@@ -36,7 +36,7 @@ class TrimSpec(Settings):
     factors: Annotated[list[float], Setting(commas=True, above=0, most=1)] = field(
         default_factory=lambda: list(TRIM_FACTORS)
     )
-    model: Annotated[str | None, Setting("-m")] = None
+    model: Annotated[str | None, Setting("-m", home=True)] = None
     dtype: Annotated[str | None, Setting(choices=DTYPES)] = None
     quantization: Annotated[str | None, Setting(choices=tuple(QUANTIZATIONS))] = None
     loss: bool = True
