@@ -18,6 +18,7 @@ from dynalora.common.extras import install
 from dynalora.common.names import is_path
 from dynalora.common.progress import Progress, silent
 from dynalora.errors import ConfigError, first_line
+from dynalora.evaluation.chat_templates import check_chat_template
 from dynalora.evaluation.heads import CAUSAL_LM, MASKED_LM, Head, head_of
 from dynalora.evaluation.prompts import use_template
 from dynalora.evaluation.tokens import ensure_chat_template, ensure_pad_token
@@ -178,6 +179,7 @@ def load_tokenizer(
 
     Raises:
         ConfigError: There is none, or no such template.
+        DataError: The model's chat template does not come to an end.
     """
     _check_place(name, "a model with a tokenizer")
     try:
@@ -194,6 +196,7 @@ def load_tokenizer(
         ) from error
     if template is not None:
         use_template(tokenizer, template)
+        check_chat_template(tokenizer)
         ensure_chat_template(tokenizer)
     ensure_pad_token(tokenizer)
     return tokenizer
