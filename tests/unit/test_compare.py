@@ -26,6 +26,7 @@ from dynalora.common.statistics import Difference, Interval, crossed_difference,
 from dynalora.drawing import style as drawing
 from dynalora.errors import ConfigError, DataError, RunFolderError, TrainingError
 from dynalora.evaluation.kinds import choice
+from dynalora.evaluation.results import TaskScore
 from dynalora.evaluation.run import measure, prepare
 from dynalora.evaluation.tokens import TokenizedSet
 from dynalora.forgetting.retention import retention
@@ -231,7 +232,7 @@ def test_a_setting_that_came_later_with_another_effect(tmp_path: Path, recorded:
     then = Cell(**shared)
     file = store.file(then)
     file.parent.mkdir(parents=True)
-    content = {"settings": {}, "cell": asdict(then)}
+    content = {"settings": {}, "cell": asdict(then), "test": TaskScore.of([True], [0.5], [2]).record()}
     if recorded:
         configuration = {name: value for name, value in then.configuration().items() if name != "match_step"}
         content |= {"version": "0.0.9", "configuration": configuration}
@@ -359,6 +360,55 @@ def test_a_damaged_cell_is_named(place: Path, done: Comparison, harm: Any, tmp_p
     store.file(cell).write_text(harm(done.grid.store.file(cell).read_text(encoding="utf-8")), encoding="utf-8")
     with pytest.raises(RunFolderError, match=r"base\.json' (cannot be read|holds no result)"):
         store.read(cell)
+
+
+@pytest.mark.parametrize(
+    ("place_in_file", "value"),
+    [
+        (("test", "loss"), float("nan")),
+        (("test", "loss"), float("inf")),
+        (("test", "loss"), -1.0),
+        (("test", "accuracy"), 1.5),
+        (("test", "counts"), [1, -2]),
+        (("test", "losses"), None),
+        (("test", "metrics"), {"mcc": "high"}),
+        (("test",), []),
+        (("retention", "own text"), -5),
+        (("retention", "own text", "kl"), 10**400),
+        (("curve",), [{"factor": 1.0}]),
+        (("training", "losses"), [True]),
+        (("landscape",), {"module": 1}),
+        (("trajectory",), [None]),
+        (("cell",), "x"),
+        (("kept",), {"arc": {"value": 1}}),
+    ],
+    ids=str,
+)
+def test_a_cell_of_which_no_table_can_be_made_is_named(
+    place_in_file: tuple[str, ...], value: Any, done: Comparison, tmp_path: Path
+) -> None:
+    spec = replace(done.grid.spec, output=str(tmp_path / "damaged"))
+    shutil.copytree(done.grid.store.folder, spec.output)
+    file = sorted(Path(spec.output, "cells").glob("*/dira*.json"))[0]
+    content = json.loads(file.read_text(encoding="utf-8"))
+    inner = content
+    for name in place_in_file[:-1]:
+        inner = inner[name]
+    inner[place_in_file[-1]] = value
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(RunFolderError, match=rf"dira.*\.json' is damaged \({place_in_file[0]}") as refused:
+        run_compare(spec, run=False)
+    assert len(str(refused.value)) < 500
+
+
+def test_what_has_diverged_is_no_cell(done: Comparison, tmp_path: Path) -> None:
+    spec = replace(done.grid.spec, output=str(tmp_path))
+    store, cell = CellStore(tmp_path, shared_settings(spec)), done.grid.base(spec.tasks[0])
+    result = done.grid.result(cell)
+    assert result is not None
+    with pytest.raises(TrainingError, match=r"cannot be compared \(test\.loss is nan\)"):
+        store.write(cell, {**result, "test": {**result["test"], "loss": float("nan")}})
+    assert store.read(cell) is None
 
 
 def test_cells_run_in_processes_of_their_own_and_one_that_dies_is_reported(

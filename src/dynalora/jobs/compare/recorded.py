@@ -12,7 +12,7 @@ from dynalora.common.files import plain, write_file
 from dynalora.errors import ConfigError
 from dynalora.jobs.compare.contestants import Contestant
 from dynalora.jobs.compare.settings import CompareSpec
-from dynalora.jobs.compare.store import CELLS
+from dynalora.jobs.compare.store import CELLS, refuse_wrong
 from dynalora.lab.units import read_result
 
 PLAN = "plan.json"
@@ -40,7 +40,11 @@ class Recorded:
     def __init__(self, spec: CompareSpec) -> None:
         self.spec, self.folder = spec, Path(spec.output)
         files = sorted((self.folder / CELLS).glob("*/*.json"))
-        self.cells = [content for file in files if (content := read_result(file)) and "cell" in content]
+        self.cells = []
+        for file in files:
+            if (content := read_result(file)) and "cell" in content:
+                refuse_wrong(file, content)
+                self.cells.append(content)
         if not self.cells:
             raise ConfigError(f"No cell of '{spec.output}' has been run yet; call the command without --report.")
 

@@ -12,12 +12,13 @@ import yaml
 
 from dynalora.common.files import plain, write_file
 from dynalora.common.version import __version__
-from dynalora.errors import RunFolderError
+from dynalora.errors import RunFolderError, TrainingError
 from dynalora.jobs.compare.contestants import BASE, Cell
 from dynalora.jobs.compare.settings import CompareSpec
+from dynalora.jobs.compare.shape import wrong_in
 from dynalora.lab.run_folder import CONFIG
 from dynalora.lab.settings import defaults_of, read_yaml
-from dynalora.lab.units import UnitStore
+from dynalora.lab.units import UnitStore, read_result
 from dynalora.methods import METHODS
 
 CELLS = "cells"
@@ -61,6 +62,16 @@ def before(method: str) -> Mapping[str, Any]:
     return METHODS[method].config_class.before if method in METHODS else {}
 
 
+def refuse_wrong(file: Path, content: Mapping[str, Any]) -> None:
+    """Refuse a cell's file of which no tables could be made.
+
+    Raises:
+        RunFolderError: It holds other values than cells do; names the first.
+    """
+    if wrong := wrong_in(content):
+        raise RunFolderError(f"The cell '{file}' is damaged ({wrong}); delete it to run it anew.")
+
+
 class CellStore(UnitStore[Cell]):
     """The cells of a comparison, which any number of processes may work on at once.
 
@@ -88,14 +99,36 @@ class CellStore(UnitStore[Cell]):
         return self.folder / "logs" / f"{cell.name}.log"
 
     def content(self, unit: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
-        """What a cell's file holds."""
-        return {
+        """What a cell's file holds.
+
+        Raises:
+            TrainingError: Its numbers are none, as of a model that has diverged.
+        """
+        content = {
             "version": __version__,
             "settings": self.settings,
             "cell": asdict(unit),
             "configuration": unit.configuration(),
             **result,
         }
+        if wrong := wrong_in(plain(content)):
+            raise TrainingError(
+                f"what was measured of {unit.title} cannot be compared ({wrong}); lower the learning rate, or take "
+                "float32 or bfloat16 in place of float16."
+            )
+        return content
+
+    def read(self, unit: Cell) -> dict[str, Any] | None:
+        """A cell's file; None if it has not been run.
+
+        Raises:
+            RunFolderError: The file is damaged, or was made with other settings.
+        """
+        content = read_result(self.file(unit))
+        if content is not None:
+            refuse_wrong(self.file(unit), content)
+            self.verify(unit, content)
+        return content
 
     def verify(self, unit: Cell, content: Mapping[str, Any]) -> None:
         """Make sure that a cell was run with today's settings.
