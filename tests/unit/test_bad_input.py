@@ -476,6 +476,18 @@ class TestAdapters:
         shown = program(words[0], *places.get(words[0], []), *words[1:])
         one_sentence(shown, f"{flag}, which counts with {needed} only; give both, or leave it out.")
 
+    @pytest.mark.parametrize(
+        ("flag", "value", "least"),
+        [
+            ("-n", "0", "at least 1"),
+            ("--window", "-1", "at least 2"),
+            ("--code-seconds", "nan", "a finite number and more than 0"),
+            ("--shots", "-1", "at least 0"),
+        ],
+    )
+    def test_numbers_that_no_evaluation_could_have(self, flag: str, value: str, least: str, program: Program) -> None:
+        one_sentence(program("evaluate", "m", "-t", "gsm8k", flag, value), f"{flag} is {value}; give {least}")
+
     def test_a_link_to_nothing_is_not_looked_for_on_the_hub(
         self, adapters: Path, tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -555,6 +567,15 @@ class TestBaseModels:
         expected = f"The weights of '{folder}' do not fit its config.json"
         one_sentence(before_loading, expected, "of one model.", *words)
         assert not (tmp_path / "run" / "config.yaml").exists()
+
+    def test_a_masked_language_model_is_no_causal_one(self, tmp_path: Path) -> None:
+        config = transformers.BertConfig(
+            vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        )
+        transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
+        with pytest.raises(ConfigError, match=r"is a masked language model \(BertForMaskedLM\), whose tokens see"):
+            load_model(str(tmp_path))
+        assert load_model(str(tmp_path), heads=(CLASSIFIER,)).num_labels == 2
 
     def test_layers_that_are_left_out_are_named(self, changed: Any, caplog: pytest.LogCaptureFixture) -> None:
         load_model(str(changed(num_hidden_layers=1)), dtype="float32")

@@ -123,6 +123,14 @@ def _configured(name: str, heads: Sequence[Head], trust_remote_code: bool) -> tu
             f"The model '{name}' is an encoder-decoder ({config.model_type}), and {heads[0].description} is needed "
             "here; encoder-decoders can be trained with `dynalora compare` and with a Trainer of your own."
         )
+    masked = next((name for name in getattr(config, "architectures", None) or () if name.endswith("ForMaskedLM")), None)
+    if head is CAUSAL_LM and masked is not None and not getattr(config, "is_decoder", False):
+        # transformers loads it all the same, and every token then sees those that it should predict.
+        raise ConfigError(
+            f"The model '{name}' is a masked language model ({masked}), whose tokens see what follows, and "
+            f"{CAUSAL_LM.description} is needed here; masked ones can be trained on tasks of classification with "
+            "`dynalora compare`."
+        )
     return config, head
 
 

@@ -116,7 +116,7 @@ class CompareSpec(AdapterSettings, LabSettings, OptimizerSettings, BestSettings,
     )
     retention_tasks: Annotated[list[str], Setting(commas=True, panel=MEASURING)] = field(default_factory=list)
     retention_items: Annotated[int | None, Setting(least=1, panel=MEASURING)] = None
-    retention_shots: Annotated[int | None, Setting(panel=MEASURING)] = None
+    retention_shots: Annotated[int | None, Setting(least=0, panel=MEASURING)] = None
     retention_max_length: Annotated[int | None, Setting(least=1, panel=MEASURING)] = None
     further_tasks: Annotated[list[str], Setting(commas=True, panel=MEASURING)] = field(default_factory=list)
     over_time: Annotated[bool, Setting(panel=MEASURING)] = False

@@ -48,7 +48,7 @@ class EvaluateSpec(Settings):
     task: Annotated[list[str], Setting("-t", commas=True)]
     data: Annotated[str | None, Setting("-d", home=True)] = None
     split: str | None = None
-    limit: Annotated[int | None, Setting("-n")] = None
+    limit: Annotated[int | None, Setting("-n", least=1)] = None
     model: Annotated[str | None, Setting("-m", home=True)] = None
     template: Annotated[str, Setting(choices=PROMPTS)] = "chat"
     likelihood: bool = False
@@ -56,12 +56,12 @@ class EvaluateSpec(Settings):
     batch_size: Annotated[int, Setting("-b", least=1)] = 16
     max_new_tokens: Annotated[int | None, Setting(least=1)] = None
     beams: Annotated[int, Setting(least=1)] = 1
-    window: int = 512
+    window: Annotated[int, Setting(least=2)] = 512
     seed: Annotated[int, SEED] = 0
     run_code: bool = False
     weak_sandbox: bool = False
-    code_seconds: float = 5.0
-    shots: int | None = None
+    code_seconds: Annotated[float, Setting(above=0)] = 5.0
+    shots: Annotated[int | None, Setting(least=0)] = None
     max_length: Annotated[int | None, Setting(least=1)] = None
     dtype: Annotated[str, Setting(choices=DTYPES)] = "auto"
     quantization: Annotated[str | None, Setting(choices=tuple(QUANTIZATIONS))] = None
