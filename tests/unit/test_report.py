@@ -380,14 +380,17 @@ def test_pictures_of_numbers_that_are_all_alike_are_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("halves", "decimals"),
+    ("column", "decimals"),
     [
-        ([0.0402], 3), ([0.2], 3), ([0.0995, 3.0], 3), ([0.0023], 4), ([0.05, 0.0023], 4), ([1e-9], 4), ([], 4),
-        ([0.0], 4), ([math.inf, 0.2], 3), ([math.nan], 4),
+        ([(2.725, 0.0402)], 3), ([(2.725, 0.2)], 3), ([(2.7, 0.0995), (2.8, 3.0)], 3), ([(0.0032, 0.0023)], 4),
+        ([(0.531, 0.05), (0.0032, 0.0023)], 4), ([(0.0001, 1e-9)], 4), ([], 4), ([(1.0, 0.0)], 4),
+        ([(1.0, math.inf), (1.0, 0.2)], 3), ([(1.0, math.nan)], 4), ([(0.0, 0.001)], 4),
+        ([(0.6921, 0.0008), (0.31, 0.046)], 3),  # a number that is known better than a reader needs
+        ([(0.0028, 0.0146)], 3),  # a small difference, which is known no better than that
     ],
 )  # fmt: skip
-def test_a_column_has_the_decimals_that_its_narrowest_interval_needs(halves: list[float], decimals: int) -> None:
-    intervals = [None, *(Interval(1.0, 1.0 - half, 1.0 + half) for half in halves)]
+def test_a_column_has_the_decimals_that_its_numbers_are_worth(column: list[tuple[float, float]], decimals: int) -> None:
+    intervals = [None, *(Interval(value, value - half, value + half) for value, half in column)]
     assert decimals_for(intervals) == decimals
 
 

@@ -62,18 +62,23 @@ def shown_interval(
 
 
 def decimals_for(intervals: Iterable[Interval | Difference | None], least: int = 3, most: int = 4) -> int:
-    """How many decimals a table's column needs to show the narrowest of its intervals with two significant digits.
+    """How many decimals a table's column needs: two significant digits of each interval or three of its number.
 
     Args:
         intervals: The column; None where there is nothing, and intervals without a width, tell nothing.
         least: At least so many.
         most: At most so many; also where no interval has a width.
     """
-    halves = [(interval.high - interval.low) / 2 for interval in intervals if interval is not None]
-    widths = [half for half in halves if math.isfinite(half) and half > 0]
-    if not widths:
-        return most
-    return min(max(1 - math.floor(math.log10(min(widths))), least), most)
+
+    def needed(interval: Interval | Difference) -> int:
+        half = (interval.high - interval.low) / 2
+        if not (math.isfinite(half) and half > 0):
+            return -1
+        of_number = 2 - math.floor(math.log10(abs(interval.value))) if interval.value else most
+        return max(0, min(1 - math.floor(math.log10(half)), of_number))
+
+    told = [places for interval in intervals if interval is not None and (places := needed(interval)) >= 0]
+    return min(max(*told, least), most) if told else most
 
 
 def shown_scores(records: Sequence[Mapping[str, Any]]) -> list[str | None]:
