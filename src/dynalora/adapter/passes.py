@@ -56,8 +56,8 @@ class PassSum:
             self.counted, self.coming = _sum(self.counted, self.coming), None
 
     def forget(self) -> None:
-        """Leave out the passes that were counted."""
-        self.counted = None
+        """Leave out the passes that were counted, and those apart."""
+        self.counted = self.apart = None
 
     def take(self) -> torch.Tensor | None:
         """The sum over all passes since it was last taken, and no more of it."""
