@@ -16,9 +16,11 @@ import peft
 import pytest
 import torch
 import transformers
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 
 import dynalora
+from dynalora.adapter.saved import check_known
 from dynalora.cli.flags import in_flags
 from dynalora.errors import CheckpointError, ConfigError, DynaloraError, ScheduleError
 from dynalora.evaluation.heads import CLASSIFIER
@@ -421,6 +423,14 @@ class TestAdapters:
         (folder / "adapter_config.json").write_text(json.dumps({**content, field: value}))
         expected = f"The configuration in {folder} says {field}={value!r}, where {kind} is needed"
         one_sentence(program(command, str(folder)), expected)
+
+    @pytest.mark.parametrize("kind", PEFT_TYPE_TO_CONFIG_MAPPING.values(), ids=lambda kind: kind.__name__)
+    def test_a_rank_that_is_a_methods_own_default_is_no_mistake(self, kind: type[Any], tmp_path: Path) -> None:
+        """OFT's is 0, beside which it has the size of its blocks."""
+        own = {name: getattr(kind, name) for name in ("r", "lora_alpha") if hasattr(kind, name)}
+        method = next(name for name, each in PEFT_TYPE_TO_CONFIG_MAPPING.items() if each is kind)
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": method.value, **own}))
+        assert check_known(str(tmp_path)) == method.value.lower()
 
     @pytest.mark.parametrize("method", ["lora", "dira"])
     def test_a_file_of_weights_without_any(self, method: str, adapters: Path, tmp_path: Path, program: Program) -> None:

@@ -105,13 +105,16 @@ def _check_values(folder: str, config: Mapping[str, Any]) -> None:
     """
     base = config.get("base_model_name_or_path")
     wrong = [] if base is None or isinstance(base, str) else [("base_model_name_or_path", base, "a name")]
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
     for name in ("r", "lora_alpha"):
         value = config.get(name, 1)
+        if value == getattr(kind, name, 1):
+            continue  # such as OFT's rank of 0, beside which it has the size of its blocks
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             wrong.append((name, value, "a number above 0"))
-    for name, value, kind in wrong:
+    for name, value, needed in wrong:
         raise CheckpointError(
-            f"the configuration in {folder} says {name}={value!r}, where {kind} is needed; restore it from another "
+            f"the configuration in {folder} says {name}={value!r}, where {needed} is needed; restore it from another "
             "copy of the adapter."
         )
 
