@@ -9,14 +9,12 @@ modules are refused, for every entry is compared with every module.
 from __future__ import annotations
 
 import functools
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from dynalora.common.names import shown
+from dynalora.common.trial import tried
 from dynalora.errors import ConfigError
 
 T = TypeVar("T")
@@ -24,7 +22,6 @@ T = TypeVar("T")
 #: How PEFT matches a module's name with what names blocks, and modules that are trained in full.
 _AROUND = {"layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\..*", "modules_to_save": r"(^|.*\.){}($|\..*)"}
 _SECONDS = 3
-_PATIENCE = 60  # seconds of wall-clock time, on a busy machine
 _LONGEST = 100_000  # characters: three times what lists all matrices of a model with 80 blocks
 _MOST_EXPRESSIONS = 10_000  # keys of a pattern that are no plain names; compiling them takes seconds
 _MOST_CHARACTERS = 300_000  # of those together
@@ -129,14 +126,7 @@ def check_patterns(config: Any, names: Iterable[str], experts: int = 0) -> None:
     if not patterns:
         return
     limit = _SECONDS + len(patterns) // 100
-    try:
-        tried = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _TRY, str(limit)],
-            input=json.dumps([patterns, names]), capture_output=True, text=True, timeout=_PATIENCE, check=False,
-        ).stdout  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        tried = error.stdout.decode() if isinstance(error.stdout, bytes) else (error.stdout or "")
-    reached = tried.split()
+    reached, _ = tried(_TRY, [patterns, names], str(limit))
     if reached and reached[-1] != "done":
         field = reached[-1]
         raise ConfigError(

@@ -8,19 +8,16 @@ a process of its own with limits on its time and memory.
 from __future__ import annotations
 
 import functools
-import json
 import re
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
+from dynalora.common.trial import tried
 from dynalora.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SECONDS = 3
-_PATIENCE = 60  # seconds of wall-clock time, on a busy machine
 _MEMORY = 2**31
 _LONGEST = 100_000  # characters of a conversation of two short messages
 _REPEATS = re.compile(r"\*|\b(range|macro|center|format|indent)\b|%\d")
@@ -83,16 +80,7 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 @functools.lru_cache(maxsize=8)
 def _tried(template: str) -> str:
     """What becomes of a template: `done`, `long` or `large`."""
-    try:
-        tried = subprocess.run(
-            [sys.executable, "-I", "-c", _TRY],
-            input=json.dumps([template, _SECONDS, _MEMORY, _LONGEST]),
-            capture_output=True,
-            text=True,
-            timeout=_PATIENCE,
-            check=False,
-        ).stdout
-    except subprocess.TimeoutExpired:
+    words, ended = tried(_TRY, [template, _SECONDS, _MEMORY, _LONGEST], packages=True)
+    if not ended:
         return "long"
-    words = tried.split()
     return words[-1] if words else "done"  # it could not be tried
