@@ -181,10 +181,11 @@ class Driver:
         Returns:
             Whether a new training step began, which the clock will count.
         """
-        awaiting = frozenset(id(p) for p in parameters if p.grad is None or not is_marked(p.grad))
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if not awaiting or (gradients and all(map(is_marked, gradients))):
+        without = [p for p in parameters if p.grad is None]
+        fresh = [p for p in parameters if p.grad is not None and not is_marked(p.grad)]
+        if not fresh and (len(without) < len(parameters) or not parameters):
             return False  # a further step with the same gradients
+        awaiting = frozenset(map(id, (*fresh, *without)))
         self._require_whole_step()
         self._require_known_sharding(moment.layers)
         self._require_all_processes()

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -180,21 +181,25 @@ def _check_weights(adapted: PeftModel, folder: str, name: str) -> None:
     Otherwise PEFT would leave them out, or as they are in a new adapter, or compute nonsense, all in silence.
     """
     with safe_open(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
-        saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        saved = set(file.keys())
+        odd = next((key for key in sorted(saved) if not _finite(file.get_tensor(key))), None)
     places = set(get_peft_model_state_dict(adapted))
-    leftover = sorted(saved.keys() - places)
+    leftover = sorted(saved - places)
     if leftover:
         raise CheckpointError(
             f"The adapter in '{folder}' does not fit the model '{name}': {len(leftover)} of its {len(saved)} weights "
             f"have no place there (the first: {leftover[0]}); name its base model with --model."
         )
     own = str(getattr(adapted.base_model, "prefix", "") or "\0")
-    lacking = sorted(key for key in places - saved.keys() if own in key)
+    lacking = sorted(key for key in places - saved if own in key)
     if lacking:
         raise CheckpointError(
             f"The adapter in '{folder}' lacks {len(lacking)} of the weights that its configuration names (the first: "
             f"{lacking[0]}); use another copy of it."
         )
-    odd = next((key for key, value in saved.items() if value.is_floating_point() and not value.isfinite().all()), None)
     if odd is not None:
         raise CheckpointError(f"The adapter in '{folder}' has NaN or infinite values in {odd}; use another copy of it.")
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())

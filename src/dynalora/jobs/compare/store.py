@@ -18,7 +18,7 @@ from dynalora.jobs.compare.settings import CompareSpec
 from dynalora.jobs.compare.shape import wrong_in
 from dynalora.lab.run_folder import CONFIG
 from dynalora.lab.settings import defaults_of, read_yaml
-from dynalora.lab.units import UnitStore, read_result
+from dynalora.lab.units import UnitStore
 from dynalora.methods import METHODS
 
 CELLS = "cells"
@@ -118,24 +118,13 @@ class CellStore(UnitStore[Cell]):
             )
         return content
 
-    def read(self, unit: Cell) -> dict[str, Any] | None:
-        """A cell's file; None if it has not been run.
-
-        Raises:
-            RunFolderError: The file is damaged, or was made with other settings.
-        """
-        content = read_result(self.file(unit))
-        if content is not None:
-            refuse_wrong(self.file(unit), content)
-            self.verify(unit, content)
-        return content
-
     def verify(self, unit: Cell, content: Mapping[str, Any]) -> None:
-        """Make sure that a cell was run with today's settings.
+        """Make sure that tables can be made of a cell, and that it was run with today's settings.
 
         Raises:
-            RunFolderError: It was not.
+            RunFolderError: They cannot, or it was not.
         """
+        refuse_wrong(self.file(unit), content)
         expected = {**self.settings, **plain(asdict(unit))}
         recorded = {**defaults_of(CompareSpec), **content.get("settings", {}), **content.get("cell", {})}
         # An option that gives, by name, what the cell was run with before there was such a field.
